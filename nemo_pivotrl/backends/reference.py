@@ -1,0 +1,336 @@
+"""The `reference` backend: transformers on one device. The slow truth, and what a laptop runs.
+
+Prompts are padded on the left and responses on the right, so that a prompt ends where its responses begin. With
+`share_prompt` a prompt runs once: its keys and values are repeated for its responses, in the sampler and under autograd
+alike, which gives the same log-probabilities and the same gradient as running it once per response.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import transformers
+from torch import Tensor
+from transformers import AutoModelForCausalLM, DynamicCache
+
+from nemo_pivotrl.backends import TokenBatch
+from nemo_pivotrl.config import Generation, Optimizer, Policy
+from nemo_pivotrl.records import Sample
+
+if TYPE_CHECKING:
+    from nemo_pivotrl.backends import LossFn
+
+transformers.utils.logging.disable_progress_bar()  # loading and saving are seconds; the stages have bars of their own
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+
+
+class ReferencePolicy:
+    """A causal language model that samples, scores and trains. See `backends.Backend` for the verbs."""
+
+    def __init__(self, policy: Policy, with_reference: bool = False):
+        self.settings = policy
+        device = policy.device if policy.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = torch.device(device)
+        self.model = self._load(policy.model_name)
+        self.reference = None
+        if policy.lora.enabled:
+            self.model = _with_lora(self.model, policy)
+        elif with_reference:
+            self.reference = self._load(policy.model_name).requires_grad_(False)
+        self.model.eval()
+        self.optimizer: torch.optim.AdamW | None = None
+        self.steps = 0
+
+    def _load(self, name: str) -> Any:
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=DTYPES[self.settings.dtype])
+        return model.to(self.device)
+
+    # ---- sampling ----
+
+    @torch.no_grad()
+    def infer(
+        self, prompts: Sequence[Sequence[int]], seeds: Sequence[Sequence[int]], stop_ids: frozenset[int], generation: Generation
+    ) -> list[list[Sample]]:
+        """One sample per seed and prompt. Batches are formed by length; a sample depends on its seed and prompt only
+        up to floating-point noise of the batch it is in, and exactly when the call is repeated as it was."""
+        self.model.eval()
+        out: list[list[Sample | None]] = [[None] * len(s) for s in seeds]
+        rows = [(p, k) for p in sorted(range(len(prompts)), key=lambda p: (len(prompts[p]), p)) for k in range(len(seeds[p]))]
+        for chunk in _chunks(rows, lambda row: len(prompts[row[0]]) + generation.max_new_tokens, generation.batch_tokens):
+            samples = self._sample_rows(prompts, seeds, chunk, stop_ids, generation)
+            for (p, k), sample in zip(chunk, samples, strict=True):
+                out[p][k] = sample
+        return [[s for s in group if s is not None] for group in out]
+
+    def _sample_rows(
+        self,
+        prompts: Sequence[Sequence[int]],
+        seeds: Sequence[Sequence[int]],
+        rows: Sequence[tuple[int, int]],
+        stop_ids: frozenset[int],
+        generation: Generation,
+    ) -> list[Sample]:
+        unique = list(dict.fromkeys(p for p, _ in rows))
+        cache, logits, mask = self._prefill([prompts[p] for p in unique])
+        spread = torch.tensor([unique.index(p) for p, _ in rows], device=self.device)
+        cache.batch_select_indices(spread)
+        logits, mask = logits[spread], mask[spread]
+        noise = np.stack([np.random.Generator(np.random.Philox(seeds[p][k])).random(generation.max_new_tokens) for p, k in rows])
+        tokens: list[list[int]] = [[] for _ in rows]
+        log_probs: list[list[float]] = [[] for _ in rows]
+        alive = list(range(len(rows)))  # row number of each line of the running batch
+        finished = set()
+        for step in range(generation.max_new_tokens):
+            token, log_prob = _draw(logits, torch.from_numpy(noise[alive, step]).to(self.device), generation)
+            for row, t, lp in zip(alive, token.tolist(), log_prob.tolist(), strict=True):
+                if row not in finished:
+                    tokens[row].append(t)
+                    log_probs[row].append(lp)
+                    if t in stop_ids:
+                        finished.add(row)
+            if len(finished) == len(rows) or step + 1 == generation.max_new_tokens:
+                break
+            running = [i for i, row in enumerate(alive) if row not in finished]
+            if len(running) <= len(alive) // 2:  # shrinking copies the cache, so only when it halves
+                index = torch.tensor(running, device=self.device)
+                cache.batch_select_indices(index)
+                mask, token = mask[index], token[index]
+                alive = [alive[i] for i in running]
+            mask = torch.cat([mask, mask.new_ones(len(alive), 1)], 1)
+            output = self.model(
+                input_ids=token[:, None],
+                attention_mask=mask,
+                position_ids=mask.sum(1, keepdim=True) - 1,
+                past_key_values=cache,
+                use_cache=True,
+            )
+            logits = output.logits[:, -1]
+        return [
+            Sample(tuple(tokens[i]), tuple(log_probs[i]), "stop" if tokens[i][-1] in stop_ids else "length") for i in range(len(rows))
+        ]
+
+    def _prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[DynamicCache, Tensor, Tensor]:
+        """Cache, next-token logits [B, V] and attention mask [B, P] of left-padded prompts."""
+        ids, mask = _pad(prompts, left=True, device=self.device)
+        cache = DynamicCache()
+        output = self.model(
+            input_ids=ids, attention_mask=mask, position_ids=_positions(mask), past_key_values=cache, use_cache=True, logits_to_keep=1
+        )
+        return cache, output.logits[:, -1], mask
+
+    # ---- log-probabilities ----
+
+    def _log_probs(self, model: Any, prompts: Sequence[Sequence[int]], prompt_of: Sequence[int], responses: Sequence[Sequence[int]]) -> Tensor:
+        """Log-probability [N, T] (nats, float32 or better) of every response token, 0 on padding."""
+        targets, target_mask = _pad(responses, left=False, device=self.device)
+        if self.settings.share_prompt:
+            logits = self._shared_logits(model, prompts, prompt_of, targets, target_mask)
+        else:
+            ids, mask = _pad([prompts[p] for p in prompt_of], left=True, device=self.device)
+            ids, mask = torch.cat([ids, targets], 1), torch.cat([mask, target_mask], 1)
+            output = model(input_ids=ids, attention_mask=mask, position_ids=_positions(mask), logits_to_keep=targets.shape[1] + 1)
+            logits = output.logits[:, :-1]
+        temperature = self.settings.generation.temperature or 1.0
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+        chosen = logits.gather(2, targets[:, :, None])[:, :, 0] - logits.logsumexp(2)
+        return torch.where(target_mask.bool(), chosen, torch.zeros_like(chosen))
+
+    def _shared_logits(self, model: Any, prompts: Sequence[Sequence[int]], prompt_of: Sequence[int], targets: Tensor, target_mask: Tensor) -> Tensor:
+        """Logits [N, T, V] that predict `targets`, each prompt run once. Gradients reach the prompt through the cache."""
+        ids, mask = _pad(prompts, left=True, device=self.device)
+        cache = DynamicCache()
+        output = model(input_ids=ids, attention_mask=mask, position_ids=_positions(mask), past_key_values=cache, use_cache=True, logits_to_keep=1)
+        spread = torch.tensor(list(prompt_of), device=self.device)
+        first = output.logits[spread]
+        if targets.shape[1] == 1:
+            return first
+        cache.batch_select_indices(spread)
+        mask = torch.cat([mask[spread], target_mask[:, :-1]], 1)
+        positions = _positions(mask)[:, ids.shape[1] :]
+        rest = model(input_ids=targets[:, :-1], attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
+        return torch.cat([first, rest.logits], 1)
+
+    def _micro_batches(self, batch: TokenBatch) -> Iterator[list[int]]:
+        """Row numbers of each micro-batch: whole groups where they fit, ordered by prompt length."""
+        width = max(len(r) for r in batch.responses)
+        order = sorted(range(len(batch.responses)), key=lambda n: (len(batch.prompts[batch.prompt_of[n]]), batch.prompt_of[n], n))
+        held: list[int] = []
+        prompts = 0
+        for row in order:
+            longest = len(batch.prompts[batch.prompt_of[row]])  # the longest so far: rows come by prompt length
+            new = not (held and self.settings.share_prompt and batch.prompt_of[held[-1]] == batch.prompt_of[row])
+            if held and (prompts + new) * longest + (len(held) + 1) * width > self.settings.train_micro_batch_tokens:
+                yield held
+                held, prompts, new = [], 0, True
+            held.append(row)
+            prompts += new
+        if held:
+            yield held
+
+    def _rows(self, model: Any, batch: TokenBatch, rows: list[int]) -> Tensor:
+        used = list(dict.fromkeys(batch.prompt_of[n] for n in rows))
+        place = {p: i for i, p in enumerate(used)}
+        return self._log_probs(model, [batch.prompts[p] for p in used], [place[batch.prompt_of[n]] for n in rows], [batch.responses[n] for n in rows])
+
+    @torch.no_grad()
+    def get_inference_log_probs(self, batch: TokenBatch, reference: bool = False) -> Tensor:
+        """[N, T] log-probabilities (nats) under the current policy, or under the start policy (`reference`)."""
+        width = max(len(r) for r in batch.responses)
+        out = torch.zeros(len(batch.responses), width)
+        for rows in self._micro_batches(batch):
+            if reference and self.reference is None:
+                with self.model.disable_adapter():
+                    found = self._rows(self.model, batch, rows)
+            else:
+                found = self._rows(self.reference if reference else self.model, batch, rows)
+            out[rows, : found.shape[1]] = found.float().cpu()
+        return out
+
+    # ---- training ----
+
+    def prepare_for_training(self, optimizer: Optimizer) -> None:
+        """Make the optimiser. Dropout stays off: the policy that trains is the policy that sampled."""
+        self.optimizer_settings = optimizer
+        self.optimizer = torch.optim.AdamW(
+            [p for p in self.model.parameters() if p.requires_grad],
+            lr=optimizer.lr,
+            betas=(optimizer.beta1, optimizer.beta2),
+            eps=optimizer.eps,
+            weight_decay=optimizer.weight_decay,
+        )
+
+    def prepare_for_training_step(self) -> None:
+        """Zero gradients, as tensors: a step without signal still moves by momentum, as it would with many ranks."""
+        for parameter in self._trainable():
+            parameter.grad = torch.zeros_like(parameter)
+
+    def get_loss_and_metrics(self, batch: TokenBatch, loss_fn: LossFn, forward_only: bool = False) -> dict[str, float]:
+        """Run the batch in micro-batches, accumulate gradients, and return the summed metrics."""
+        totals: dict[str, float] = {}
+        if not batch.responses:
+            return totals
+        for rows in self._micro_batches(batch):
+            with torch.set_grad_enabled(not forward_only):
+                log_probs = self._rows(self.model, batch, rows)
+                data = {key: _fit(value[rows], log_probs.shape[1]).to(self.device) for key, value in batch.data.items()}
+                loss, metrics = loss_fn(log_probs, data)
+            if not forward_only:
+                loss.backward()
+            for key, value in metrics.items():
+                totals[key] = totals.get(key, 0.0) + float(value)
+        return totals
+
+    def finish_training_step(self) -> dict[str, float]:
+        """Clip, step, and return gradient norm and learning rate. Raises FloatingPointError on a non-finite gradient."""
+        assert self.optimizer is not None, "prepare_for_training first"
+        settings, self.steps = self.optimizer_settings, self.steps + 1
+        norm = float(torch.nn.utils.clip_grad_norm_(self._trainable(), settings.max_grad_norm or math.inf))
+        if not math.isfinite(norm):
+            raise FloatingPointError(f"gradient norm {norm} at step {self.steps}: lower policy.optimizer.lr or check the data")
+        scale = min(1.0, self.steps / settings.warmup_steps) if settings.warmup_steps else 1.0
+        for group in self.optimizer.param_groups:
+            group["lr"] = settings.lr * scale * self.decay
+        self.optimizer.step()
+        return {"grad_norm": norm, "lr": self.optimizer.param_groups[0]["lr"]}
+
+    decay: float = 1.0
+    """Factor on the learning rate, set by a stage that decays it."""
+
+    def _trainable(self) -> list[torch.nn.Parameter]:
+        return [p for p in self.model.parameters() if p.requires_grad]
+
+    def training_state(self) -> dict[str, Any]:
+        """Everything a bit-exact resume needs: trained weights, optimiser, torch's random state, step."""
+        assert self.optimizer is not None, "prepare_for_training first"
+        weights = {name: p.detach().cpu() for name, p in self.model.named_parameters() if p.requires_grad}
+        return {"weights": weights, "optimizer": self.optimizer.state_dict(), "rng": torch.get_rng_state(), "steps": self.steps}
+
+    def restore_training_state(self, state: dict[str, Any]) -> None:
+        """Undo `training_state`."""
+        assert self.optimizer is not None, "prepare_for_training first"
+        with torch.no_grad():
+            for name, parameter in self.model.named_parameters():
+                if parameter.requires_grad:
+                    parameter.copy_(state["weights"][name])
+        self.optimizer.load_state_dict(state["optimizer"])
+        torch.set_rng_state(state["rng"])
+        self.steps = state["steps"]
+
+    def export(self, folder: Path) -> None:
+        """Write an ordinary HF checkpoint; adapters are merged into a copy."""
+        if self.settings.lora.enabled:
+            import copy
+
+            copy.deepcopy(self.model).merge_and_unload().save_pretrained(folder)
+        else:
+            self.model.save_pretrained(folder)
+
+
+def _with_lora(model: Any, policy: Policy) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)  # adapters start the same in every run; B is zero, so the policy is the start policy
+    lora = policy.lora
+    config = LoraConfig(
+        r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=list(lora.target_modules), task_type="CAUSAL_LM"
+    )
+    return get_peft_model(model, config)
+
+
+def _draw(logits: Tensor, uniform: Tensor, generation: Generation) -> tuple[Tensor, Tensor]:
+    """Token [N] and its log-probability [N] by inverse CDF of `uniform` [N]; float64, so that seeds decide, not rounding.
+
+    Temperature 0 takes the likeliest token and reports its log-probability at temperature 1.
+    """
+    log_p = torch.log_softmax(logits.double() / (generation.temperature or 1.0), -1)
+    if generation.temperature == 0.0:
+        token = log_p.argmax(-1)
+        return token, log_p.gather(1, token[:, None])[:, 0]
+    if generation.top_p < 1.0:
+        ordered, index = log_p.exp().sort(-1, descending=True)
+        outside = ordered.cumsum(-1) - ordered >= generation.top_p
+        log_p = log_p.masked_fill(torch.zeros_like(outside).scatter(1, index, outside), -math.inf).log_softmax(-1)
+    cumulative = log_p.exp().cumsum(-1)
+    token = torch.searchsorted(cumulative, (uniform * cumulative[:, -1])[:, None], right=True)[:, 0].clamp(max=log_p.shape[1] - 1)
+    return token, log_p.gather(1, token[:, None])[:, 0]
+
+
+def _pad(rows: Sequence[Sequence[int]], left: bool, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Token ids [B, L] padded with 0, and their mask."""
+    width = max(len(r) for r in rows)
+    ids, mask = torch.zeros(len(rows), width, dtype=torch.long), torch.zeros(len(rows), width, dtype=torch.long)
+    for i, row in enumerate(rows):
+        where = slice(width - len(row), width) if left else slice(0, len(row))
+        ids[i, where] = torch.tensor(row, dtype=torch.long)
+        mask[i, where] = 1
+    return ids.to(device), mask.to(device)
+
+
+def _positions(mask: Tensor) -> Tensor:
+    return (mask.cumsum(1) - 1).clamp(min=0)
+
+
+def _fit(value: Tensor, width: int) -> Tensor:
+    """Token-wise data [n, T] cut to a micro-batch's width; row-wise data as it is."""
+    return value[:, :width] if value.dim() > 1 else value
+
+
+def _chunks(rows: Sequence[tuple[int, int]], cost: Any, budget: int) -> Iterator[list[tuple[int, int]]]:
+    """Consecutive rows whose padded cost (rows times the dearest) stays within `budget`."""
+    held: list[tuple[int, int]] = []
+    dearest = 0
+    for row in rows:
+        worst = max(dearest, cost(row))
+        if held and worst * (len(held) + 1) > budget:
+            yield held
+            held, worst = [], cost(row)
+        held.append(row)
+        dearest = worst
+    if held:
+        yield held

@@ -1,0 +1,461 @@
+"""Every recipe setting, its default (only here), its range, and the reading of recipe files.
+
+A recipe is YAML with an optional `defaults:` chain (paths relative to the file, later ones win) and `${...}`
+interpolation. It is read into the dataclasses below. An unknown key, a wrong type or a value out of range is an error
+that names the nearest key or the allowed range; all errors of a recipe come at once.
+
+Names follow NeMo-RL where it has one. `A.15 n` in a docstring is the row of the algorithm specification's table of
+choices that a default follows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from nemo_pivotrl.records import InputError, Problem, digest, short
+
+
+def ranged(default: Any, low: float | None = None, high: float | None = None) -> Any:
+    """A field whose value must lie in [low, high]."""
+    return field(default=default, metadata={"low": low, "high": high})
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Lora:
+    """Low-rank adapters through peft; off means that all weights train."""
+
+    enabled: bool = False
+    r: int = ranged(16, 1)
+    alpha: int = ranged(32, 1)
+    dropout: float = ranged(0.0, 0.0, 0.9)
+    target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Generation:
+    """How a turn is sampled, in profiling and in training alike (A.15 5: temperature 1, top-p 1)."""
+
+    temperature: float = ranged(1.0, 0.0, 10.0)
+    top_p: float = ranged(1.0, 0.01, 1.0)
+    max_new_tokens: int = ranged(512, 1)
+    batch_tokens: int = ranged(16384, 16)
+    """Prompt plus new tokens of all rows that are decoded together; bounds the KV cache."""
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Optimizer:
+    """AdamW (A.15 13: 1e-6 constant, no weight decay, gradient clip 1.0)."""
+
+    lr: float = ranged(1e-6, 0.0, 1.0)
+    weight_decay: float = ranged(0.0, 0.0, 1.0)
+    beta1: float = ranged(0.9, 0.0, 1.0)
+    beta2: float = ranged(0.999, 0.0, 1.0)
+    eps: float = ranged(1e-8, 0.0, 1.0)
+    max_grad_norm: float = ranged(1.0, 0.0)
+    warmup_steps: int = ranged(0, 0)
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Policy:
+    """The start policy (pi_0) and how it is run."""
+
+    model_name: str = ""
+    """HF checkpoint folder of the start policy; the profiling policy and the KL reference are this one."""
+    backend: Literal["reference"] = "reference"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+    chat_template: str | None = None
+    """Jinja file that replaces the tokenizer's chat template."""
+    template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Passed to the chat template, e.g. `enable_thinking: false`."""
+    tool_parser: str = "auto"
+    max_total_sequence_length: int = ranged(4096, 16)
+    """Prompt plus new tokens. A state that does not fit is excluded and counted, never scored 0."""
+    train_micro_batch_tokens: int = ranged(16384, 16)
+    """Padded tokens of one forward and backward pass."""
+    share_prompt: bool = True
+    """Run a group's prompt once and hang its samples on it; the gradient is the same. Needs an attention-only model."""
+    lora: Lora = field(default_factory=Lora)
+    generation: Generation = field(default_factory=Generation)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class World:
+    """The embedded service-desk world (`world.py`) and the tiny model made for it."""
+
+    warmup_tasks: int = ranged(1000, 1)
+    train_tasks: int = ranged(120, 1)
+    test_tasks: int = ranged(100, 1)
+    puzzle_warmup_tasks: int = ranged(8000, 1)
+    puzzle_test_tasks: int = ranged(200, 1)
+    vocab_size: int = ranged(512, 300)
+    hidden_size: int = ranged(96, 8)
+    layers: int = ranged(3, 1)
+    heads: int = ranged(4, 1)
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Sft:
+    """Supervised fine-tuning on expert actions: the warm-up of a start policy, or the arm PivotRL is compared with."""
+
+    name: str = "sft"
+    """Folder under run_dir that receives the checkpoint."""
+    source: Literal["world", "candidates", "pivots"] = "pivots"
+    """`world`: a tiny model from nothing on the embedded world's own text; else the train split of that artefact."""
+    init: str = ""
+    """HF checkpoint to start from; empty: policy.model_name."""
+    num_steps: int = ranged(100, 1)
+    copy_steps: int = ranged(0, 0)
+    """`source: world` only: steps on copying puzzles before the rest, which teach a new model to look back."""
+    batch_size: int = ranged(32, 1)
+    """Sequences a step. Turns of one trajectory whose prompts are prefixes of each other make one sequence."""
+    puzzle_batch_size: int = ranged(32, 0)
+    """`source: world` only: puzzles a step."""
+    optimizer: Optimizer = field(default_factory=lambda: Optimizer(lr=1e-5))
+    decay_from: float = ranged(1.0, 0.0, 1.0)
+    """Share of the steps after which the learning rate falls linearly to a tenth."""
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Extract:
+    """Trajectories to candidates."""
+
+    trajectories: tuple[str, ...] = ()
+    """Input files. `.json` or `.jsonl`."""
+    format: Literal["openai", "responses", "sharegpt", "tau_bench"] = "openai"
+    tools: str | None = None
+    """JSON file with the tool definitions, for sources that do not carry them."""
+    turns: Literal["all", "bash", "tool_calls", "search"] = "all"
+    """Which turns count (A.8.1): all of them (tau), bash actions (terminal), non-error tool calls (SWE), search steps."""
+    min_reward: float = ranged(1.0)
+    """Trajectories below it are skipped: experts are successful ones."""
+    unrewarded: Literal["keep", "skip"] = "keep"
+    """What to do with trajectories that carry no reward."""
+    parallel_calls: Literal["batch", "skip"] = "batch"
+    """Turns with several calls: one `function_call_batch` row (Gym 0.6 and later), or the skip audit."""
+    on_invalid: Literal["error", "skip"] = "error"
+    """Unknown tools and arguments that break their schema, dangling calls: stop and list them all, or skip and count."""
+    validation_share: float = ranged(0.1, 0.0, 0.9)
+    """Share of the tasks held out, decided by task before anything else."""
+    near_duplicate: float = ranged(0.95, 0.5, 1.0)
+    """Jaccard similarity of word 5-grams from which two states of different trajectories count as the same; 1.0: off."""
+    agent_ref: str = "single_step_tool_use_with_argument_comparison_agent"
+    """Name in the rows' `agent_ref`, for NeMo-Gym."""
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Verifier:
+    """Which verifier judges, with its own settings."""
+
+    name: str = "tool_call"
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class ProfileStage:
+    """K one-turn rollouts of the frozen start policy for every candidate (A.15 1: K = 16, at least 4)."""
+
+    num_generations: int = ranged(16, 4)
+    max_retries: int = ranged(2, 0)
+    """Of a verifier fault, before the candidate is excluded."""
+    max_failure_share: float = ranged(0.05, 0.0, 1.0)
+    """More excluded candidates than this stop the stage (at its end: nothing is lost)."""
+    candidates_per_wave: int = ranged(64, 1)
+    """Generated together and made durable together: kill -9 loses at most one wave."""
+    limit: int = ranged(0, 0)
+    """Profile only this many candidates of each split, chosen by hash; 0: all."""
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Select:
+    """Profiles to pivots. Pure and instant: change it as often as you like."""
+
+    rule: Literal["random", "mixed", "adv", "adv_with_zeros"] = "adv"
+    """A.15 4. `adv` is the paper's Eq. 5."""
+    lambda_diff: float = ranged(0.6, 0.0, 1.0)
+    """A.15 2: keep iff k < lambda_diff * K, decided on integers."""
+    inclusive: bool = False
+    """k <= lambda_diff * K instead."""
+    limit: int = ranged(0, 0)
+    """At most this many pivots of the train split, chosen by hash; 0: all. `random` without a limit takes as many as
+    `adv` would."""
+    max_message_ratio: float = ranged(1.0, 0.0, 1.0)
+    """Largest share of talking turns among train pivots (A.15 15); 1.0: off."""
+    output: str = "pivots.jsonl"
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class LossFn:
+    """Eq. 7 and its options."""
+
+    ratio_clip_min: float = ranged(0.2, 0.0, 1.0)
+    ratio_clip_max: float = ranged(0.2, 0.0)
+    ratio_clip_c: float | None = ranged(None, 1.0)
+    """Dual clip: bounds the loss of a bad action whose ratio exploded. None: off."""
+    ratio_level: Literal["token", "sequence"] = "token"
+    """A.15 9."""
+    token_level_loss: bool = True
+    """Mean over the batch's tokens; false: mean over sequences of their token means."""
+    reference_policy_kl_penalty: float = ranged(0.0, 0.0)
+    """beta of the k3 estimator against the profiling policy (A.15 11)."""
+    use_importance_sampling_correction: bool = False
+    """Weight tokens by old-policy over sampler probability, truncated (A.15 12)."""
+    truncated_importance_sampling_ratio: float = ranged(5.0, 0.0)
+    truncated_importance_sampling_ratio_min: float = ranged(0.0, 0.0)
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Grpo:
+    """Single-turn GRPO on pivots."""
+
+    name: str = "pivotrl"
+    """Folder under run_dir for checkpoints, metrics and the final policy."""
+    pivots: str = "pivots.jsonl"
+    num_prompts_per_step: int = ranged(64, 1)
+    num_generations_per_prompt: int = ranged(16, 2)
+    max_num_steps: int = ranged(100, 1)
+    num_minibatches: int = ranged(1, 1)
+    """Optimiser steps a rollout batch is divided into (A.15 12: one)."""
+    use_leave_one_out_baseline: bool = False
+    """NeMo-RL's leave-one-out mean and std instead of the group's (A.15 7)."""
+    normalize_rewards: bool = True
+    zero_variance_tolerance: float = ranged(1e-6, 0.0)
+    """A group whose rewards span less than this has no signal: all its advantages are exactly 0."""
+    advantage_clip: float | None = ranged(None, 0.0)
+    overlong_filtering: bool = False
+    """Leave truncated samples out of the loss and of the group's statistics."""
+    malformed_action_advantage: float | None = None
+    """Replaces the advantage of turns whose tool call cannot be read (NVIDIA uses -5.0); None: off."""
+    max_retries: int = ranged(2, 0)
+    val_period: int = ranged(10, 0)
+    """Validate on held-out tasks every so many steps; 0: never."""
+    val_candidates: int = ranged(64, 1)
+    val_generations: int = ranged(4, 1)
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Checkpointing:
+    """Complete training states, written atomically."""
+
+    save_period: int = ranged(10, 1)
+    keep_top_k: int = ranged(2, 1)
+    """Best checkpoints kept by metric_name, besides the latest."""
+    metric_name: str = "val/accuracy"
+    higher_is_better: bool = True
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Evaluate:
+    """Policies side by side, in domain and out of domain, with intervals."""
+
+    policies: dict[str, str] = field(default_factory=dict)
+    """Label to HF checkpoint folder; the first is what the others are compared with."""
+    one_turn_candidates: int = ranged(200, 1)
+    """Held-out states (validation split); 0 of them is an error."""
+    num_generations: int = ranged(4, 1)
+    simulator: Literal["world", "none"] = "none"
+    """Multi-turn success on test tasks, where there is something to simulate."""
+    trials: int = ranged(2, 1)
+    retention: Literal["world", "none"] | str = "none"
+    """Out-of-domain set: the world's puzzles, or a JSONL file of `{"messages": [...], "answer": "..."}`."""
+    temperature: float = ranged(1.0, 0.0, 10.0)
+    confidence: float = ranged(0.95, 0.5, 0.999)
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Logger:
+    """Metrics always go to metrics.jsonl; these are copies for the dashboards people use."""
+
+    tensorboard: bool = False
+    wandb: bool = False
+    mlflow: bool = False
+    project: str = "nemo_pivotrl"
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Recipe:
+    """All of it."""
+
+    run_dir: str = "runs/default"
+    seed: int = ranged(0, 0)
+    num_threads: int = ranged(0, 0)
+    """CPU threads for torch; 0: torch's own choice. Bit-exact resume needs the same number."""
+    policy: Policy = field(default_factory=Policy)
+    world: World = field(default_factory=World)
+    warmup: Sft = field(default_factory=lambda: Sft(name="start", source="candidates"))
+    extract: Extract = field(default_factory=Extract)
+    verifier: Verifier = field(default_factory=Verifier)
+    profile: ProfileStage = field(default_factory=ProfileStage)
+    select: Select = field(default_factory=Select)
+    sft: Sft = field(default_factory=Sft)
+    grpo: Grpo = field(default_factory=Grpo)
+    loss_fn: LossFn = field(default_factory=LossFn)
+    checkpointing: Checkpointing = field(default_factory=Checkpointing)
+    evaluate: Evaluate = field(default_factory=Evaluate)
+    logger: Logger = field(default_factory=Logger)
+
+    def path(self, name: str) -> Path:
+        """`name` inside the run directory."""
+        return Path(self.run_dir) / name
+
+    def digest(self, *sections: str) -> str:
+        """Hash of the named sections and the seed: what an artefact's header carries as its config hash."""
+        return digest([self.seed, {name: dataclasses.asdict(getattr(self, name)) for name in sections}])
+
+
+def load_recipe(path: str, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe at `path` with `key=value` overrides. Raises InputError with every problem found."""
+    import yaml
+    from omegaconf import DictConfig, OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    tree = OmegaConf.create({})
+    for part in _chain(Path(path), []):
+        tree = typing.cast(DictConfig, OmegaConf.merge(tree, part))
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals or not key:
+            raise InputError(Problem("command line", None, override, "no key=value", "write section.key=value, e.g. select.lambda_diff=0.5"))
+        try:
+            OmegaConf.update(tree, key, yaml.safe_load(value), force_add=True)
+        except (OmegaConfBaseException, yaml.YAMLError, TypeError, ValueError) as error:
+            raise InputError(Problem("command line", None, key, value, short(str(error)))) from None
+    try:
+        plain = OmegaConf.to_container(tree, resolve=True)
+    except OmegaConfBaseException as error:
+        raise InputError(Problem(path, None, "interpolation", short(str(error)), "name an existing key or environment variable")) from None
+    return build(Recipe, typing.cast(dict[str, Any], plain), path)
+
+
+def _chain(path: Path, above: list[Path]) -> list[Any]:
+    """The files of a `defaults:` chain, the most basic first."""
+    from omegaconf import OmegaConf
+    from yaml import YAMLError
+
+    if path.resolve() in above:
+        raise InputError(Problem(str(path), None, "defaults", "a circle", "a recipe cannot be its own default"))
+    try:
+        node = OmegaConf.load(path)
+    except FileNotFoundError:
+        where = str(above[-1]) if above else "command line"
+        raise InputError(Problem(where, None, "recipe", str(path), "no such file; recipes live under recipes/")) from None
+    except (YAMLError, OSError) as error:
+        mark = getattr(error, "problem_mark", None)
+        raise InputError(Problem(str(path), mark.line + 1 if mark else None, "YAML", short(str(error)), "mend the file")) from None
+    if not OmegaConf.is_dict(node):
+        raise InputError(Problem(str(path), 1, "recipe", "no mapping", "a recipe is a YAML mapping of sections"))
+    defaults = node.pop("defaults", [])
+    defaults = [defaults] if isinstance(defaults, str) else list(defaults or [])
+    return [part for name in defaults for part in _chain(path.parent / str(name), [*above, path.resolve()])] + [node]
+
+
+def build(cls: type[Any], values: Mapping[str, Any], file: str) -> Any:
+    """`cls` filled from a mapping, checked. Raises InputError with all problems."""
+    problems: list[Problem] = []
+    made = _build(cls, values, "", file, problems)
+    if problems:
+        raise InputError(problems)
+    return made
+
+
+def _build(cls: type[Any], values: Mapping[str, Any], prefix: str, file: str, problems: list[Problem]) -> Any:
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    default = _section_default(cls, prefix)
+    arguments = {}
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        if key not in fields:
+            near = difflib.get_close_matches(str(key), fields, n=1, cutoff=0.5)
+            hint = f"did you mean `{near[0]}`?" if near else f"known keys: {', '.join(fields)}"
+            problems.append(Problem(file, None, name, f"unknown key `{key}`", hint))
+        elif dataclasses.is_dataclass(hints[key]):
+            if isinstance(value, Mapping):
+                arguments[key] = _build(typing.cast(type[Any], hints[key]), value, name + ".", file, problems)
+            else:
+                problems.append(Problem(file, None, name, short(value), "this is a section: give it keys"))
+        else:
+            try:
+                arguments[key] = _convert(hints[key], value)
+            except ValueError as error:
+                problems.append(Problem(file, None, name, short(value), str(error)))
+                continue
+            problems.extend(_out_of_range(fields[key], arguments[key], name, file))
+    return dataclasses.replace(default, **arguments) if default is not None else cls(**arguments)
+
+
+def _section_default(cls: type[Any], prefix: str) -> Any:
+    """The default of the section at `prefix`, which may differ from `cls()` (warmup and sft are both Sft)."""
+    node: Any = Recipe()
+    for part in prefix.rstrip(".").split(".") if prefix else []:
+        node = getattr(node, part)
+    return node if isinstance(node, cls) else None
+
+
+def _out_of_range(spec: dataclasses.Field[Any], value: Any, name: str, file: str) -> list[Problem]:
+    low, high = spec.metadata.get("low"), spec.metadata.get("high")
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return []
+    if (low is None or value >= low) and (high is None or value <= high) and value == value:
+        return []
+    allowed = f"from {low} to {high}" if high is not None else f"at least {low}"
+    return [Problem(file, None, name, str(value), f"out of range: use a value {allowed}")]
+
+
+def _convert(hint: Any, value: Any) -> Any:
+    """`value` as type `hint`. Raises ValueError that says what is wanted."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        for option in args:
+            try:
+                return _convert(option, value)
+            except ValueError:
+                continue
+        raise ValueError("expected " + " or ".join(getattr(a, "__name__", str(a)) for a in args))
+    if origin is Literal:
+        if value in args:
+            return value
+        near = difflib.get_close_matches(str(value), [str(a) for a in args], n=1)
+        raise ValueError(f"use one of {', '.join(map(str, args))}" + (f"; did you mean `{near[0]}`?" if near else ""))
+    if origin is tuple:
+        items = [value] if isinstance(value, str) else value
+        if not isinstance(items, list):
+            raise ValueError("expected a list")
+        return tuple(_convert(args[0], item) for item in items)
+    if origin is dict:
+        if not isinstance(value, Mapping):
+            raise ValueError("expected a mapping")
+        return {str(k): _convert(args[1], v) for k, v in value.items()}
+    if hint is Any:
+        return value
+    if hint is type(None):
+        if value is None:
+            return None
+    elif hint is bool or isinstance(value, bool):
+        if hint is bool and isinstance(value, bool):
+            return value
+    elif hint is float and isinstance(value, (int, float, str)):
+        return float(value)  # YAML reads 1e-6 as text; float() raises ValueError for other words
+    elif isinstance(value, hint):
+        return value
+    raise ValueError(f"expected {getattr(hint, '__name__', hint)}")
+
+
+def to_yaml(recipe: Recipe) -> str:
+    """The complete recipe, defaults included, for `--print-config`."""
+    import yaml
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: plain(v) for k, v in value.items()}
+        return [plain(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+    return yaml.safe_dump(plain(dataclasses.asdict(recipe)), sort_keys=False)

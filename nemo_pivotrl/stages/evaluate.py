@@ -1,0 +1,252 @@
+"""evaluate: policies side by side, in domain and out of domain, with confidence intervals.
+
+Three sets: `one_turn` (held-out states, the verifier's reward), `multi_turn` (whole episodes in a simulator, where there
+is one), `retention` (something unrelated that must not be lost). Every policy gets the same items and the same seeds.
+Intervals are percentile bootstraps over items, because samples of one item are not independent.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nemo_pivotrl import backends, pivotrl, world
+from nemo_pivotrl.backends import Sampler
+from nemo_pivotrl.chat import Chat
+from nemo_pivotrl.config import Generation, Policy, Recipe
+from nemo_pivotrl.records import (
+    Action,
+    ArtefactWriter,
+    Header,
+    InputError,
+    Message,
+    Problem,
+    digest,
+    file_digest,
+    read_header,
+    read_rows,
+    write_atomically,
+)
+from nemo_pivotrl.stages.ledger import spend
+from nemo_pivotrl.stages.rollout import fits, load_chat, load_recipe_verifier, roll_out, sample_seed
+from nemo_pivotrl.stages.select import candidates_of
+from nemo_pivotrl.stages.sft import puzzle_sizes, world_sizes
+
+BOOTSTRAPS = 2000
+Row = dict[str, Any]
+
+
+def evaluate(recipe: Recipe, fresh: bool = False) -> Path:
+    """Write `evaluation.jsonl` (one line an item) and `evaluation.json` (means, intervals, differences); print the table."""
+    settings, source = recipe.evaluate, recipe.path("candidates.jsonl")
+    read_header(source, "candidates")
+    if not settings.policies:
+        raise InputError(Problem("recipe", None, "evaluate.policies", "nothing", "name at least one policy: {base: FOLDER, trained: FOLDER}"))
+    revisions = {}
+    for label, folder in settings.policies.items():
+        if not Path(folder, "config.json").exists():
+            raise InputError(Problem("recipe", None, f"evaluate.policies.{label}", folder, "no HF checkpoint there; run the stage that writes it"))
+        revisions[label] = backends.policy_revision(folder)
+    header = Header(
+        stage="evaluation",
+        config_hash=digest([recipe.digest("evaluate", "verifier", "world"), dataclasses.asdict(recipe.policy.generation)]),
+        parent=file_digest(source),
+        verifier=load_recipe_verifier(recipe)[1],
+        extra={"policies": revisions},
+    )
+    writer = ArtefactWriter(recipe.path("evaluation.jsonl"), header, fresh)
+    done = {(row["policy"], row["set"]) for row in writer.rows()}
+    with spend(Path(recipe.run_dir), "evaluate"):
+        for label, folder in settings.policies.items():
+            _evaluate_policy(recipe, label, folder, writer, done)
+        path = writer.finish()
+    summary = summarise(list(read_rows(path)), settings.confidence, recipe.seed)
+    write_atomically(recipe.path("evaluation.json"), json.dumps(summary, indent=2) + "\n")
+    print(table(summary))
+    return path
+
+
+def _evaluate_policy(recipe: Recipe, label: str, folder: str, writer: ArtefactWriter, done: set[tuple[str, str]]) -> None:
+    sets = {name: run for name, run in SETS.items() if run is not None and _wanted(recipe, name)}
+    if all((label, name) in done for name in sets):
+        return
+    generation = dataclasses.replace(recipe.policy.generation, temperature=recipe.evaluate.temperature)
+    policy = dataclasses.replace(recipe.policy, model_name=folder, generation=generation, lora=dataclasses.replace(recipe.policy.lora, enabled=False))
+    backend, chat = backends.load(policy), load_chat(policy)
+    for name, run in sets.items():
+        if (label, name) not in done:
+            writer.write({"policy": label, "set": name, **row} for row in run(recipe, policy, backend, chat))
+
+
+def _wanted(recipe: Recipe, name: str) -> bool:
+    settings = recipe.evaluate
+    return {"one_turn": True, "multi_turn": settings.simulator != "none", "retention": settings.retention != "none"}[name]
+
+
+def one_turn(recipe: Recipe, policy: Policy, backend: Sampler, chat: Chat) -> list[Row]:
+    """Verified reward on held-out states."""
+    settings = recipe.evaluate
+    found = [c for c in candidates_of(recipe.path("candidates.jsonl"), "validation")]
+    prompts = {c.candidate_id: chat.prompt_ids(c.messages, c.tools) for c in found}
+    held_out = sorted((c for c in found if fits(prompts[c.candidate_id], policy)), key=lambda c: pivotrl.order_key(recipe.seed, c.candidate_id))
+    held_out = held_out[: settings.one_turn_candidates]
+    if not held_out:
+        raise InputError(Problem(str(recipe.path("candidates.jsonl")), None, "validation split", "empty", "raise extract.validation_share"))
+    verifier, _ = load_recipe_verifier(recipe)
+    seeds = [[sample_seed("one_turn", recipe.seed, c.candidate_id, k) for k in range(settings.num_generations)] for c in held_out]
+    groups = roll_out(
+        backend, chat, verifier, held_out, [prompts[c.candidate_id] for c in held_out], seeds, policy.generation, recipe.profile.max_retries
+    )
+    return [
+        {
+            "item": c.candidate_id,
+            "family": c.action_name,
+            "scores": [r.verdict.reward for r in group if r.verdict],
+            "failed": sum(r.verdict is None for r in group),
+            "sample": group[0].text,
+            "category": group[0].verdict.category if group[0].verdict else group[0].failure,
+        }
+        for c, group in zip(held_out, groups, strict=True)
+    ]
+
+
+def play(tasks: Sequence[world.Task], seed_parts: Sequence[object], policy: Policy, backend: Sampler, chat: Chat) -> list[world.Episode]:
+    """Play one episode of each task, all turns of a wave together. A state that outgrows the context ends unsuccessfully."""
+    episodes = [world.Episode(task) for task in tasks]
+    for turn in range(world.MAX_TURNS):
+        running = [(i, e) for i, e in enumerate(episodes) if not e.done]
+        prompts = {i: chat.prompt_ids(e.messages, e.tools) for i, e in running}
+        for i, episode in running:
+            if not fits(prompts[i], policy):
+                episode.step(Action("malformed", detail="context overflow"))
+        running = [(i, e) for i, e in running if not e.done]
+        if not running:
+            break
+        seeds = [[sample_seed(*seed_parts, tasks[i].task_id, turn)] for i, _ in running]
+        groups = backend.infer([prompts[i] for i, _ in running], seeds, chat.stop_ids, policy.generation)
+        for (_, episode), (sample,) in zip(running, groups, strict=True):
+            whole = sample.finish_reason == "stop"
+            episode.step(chat.parse(chat.decode(sample.token_ids), episode.tools) if whole else Action("malformed", detail="truncated"))
+    return episodes
+
+
+def multi_turn(recipe: Recipe, policy: Policy, backend: Sampler, chat: Chat) -> list[Row]:
+    """Success of whole episodes on the world's test tasks."""
+    tasks = world.tasks(recipe.seed, world_sizes(recipe))["test"]
+    return _played(recipe, tasks, "multi_turn", policy, backend, chat)
+
+
+def retention(recipe: Recipe, policy: Policy, backend: Sampler, chat: Chat) -> list[Row]:
+    """Accuracy on the out-of-domain set: the world's puzzles, or questions with answers from a file."""
+    source = recipe.evaluate.retention
+    if source == "world":
+        tasks = world.tasks(recipe.seed, puzzle_sizes(recipe), world.puzzle_task)["test"]
+        return _played(recipe, tasks, "retention", policy, backend, chat)
+    questions = read_questions(Path(source))
+    prompts = [chat.prompt_ids(messages, ()) for messages, _ in questions]
+    seeds = [[sample_seed("retention", recipe.seed, i, k) for k in range(recipe.evaluate.trials)] for i in range(len(questions))]
+    groups = backend.infer(prompts, seeds, chat.stop_ids, policy.generation)
+    rows = []
+    for number, ((_, answer), group) in enumerate(zip(questions, groups, strict=True)):
+        texts = [chat.parse(chat.decode(s.token_ids)).content for s in group]
+        rows.append({"item": str(number), "family": "questions", "scores": [float(holds(t, answer)) for t in texts], "failed": 0, "sample": texts[0]})
+    return rows
+
+
+def holds(text: str, answer: str) -> bool:
+    """Whether the answer's words stand together in the text, case and punctuation aside."""
+    words = ["".join(ch for ch in w if ch.isalnum()) for w in text.lower().split()]
+    wanted = ["".join(ch for ch in w if ch.isalnum()) for w in answer.lower().split()]
+    return any(words[i : i + len(wanted)] == wanted for i in range(len(words) - len(wanted) + 1))
+
+
+def read_questions(path: Path) -> list[tuple[list[Message], str]]:
+    """`{"messages": [...], "answer": "..."}` a line. Raises InputError with every bad line."""
+    if not path.exists():
+        raise InputError(Problem(str(path), None, "evaluate.retention", str(path), "no such file; use world, none, or a JSONL file"))
+    questions, problems = [], []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            row = json.loads(line)
+            questions.append((list(row["messages"]), str(row["answer"])))
+        except (ValueError, KeyError, TypeError) as error:
+            problems.append(Problem(str(path), number, "line", line[:80], f"needs messages and answer ({error!r})"))
+    if problems or not questions:
+        raise InputError(problems or Problem(str(path), None, "file", "no questions", "the file is empty"))
+    return questions
+
+
+def _played(recipe: Recipe, tasks: Sequence[world.Task], name: str, policy: Policy, backend: Sampler, chat: Chat) -> list[Row]:
+    trials = [play(tasks, (name, recipe.seed, trial), policy, backend, chat) for trial in range(recipe.evaluate.trials)]
+    rows = []
+    for number, task in enumerate(tasks):
+        episodes = [trial[number] for trial in trials]
+        rows.append(
+            {
+                "item": task.task_id,
+                "family": task.family,
+                "scores": [float(e.success) for e in episodes],
+                "turns": sum(e.turns for e in episodes),
+                "failed": 0,
+            }
+        )
+    return rows
+
+
+SETS: dict[str, Callable[[Recipe, Policy, Sampler, Chat], list[Row]]] = {"one_turn": one_turn, "multi_turn": multi_turn, "retention": retention}
+
+
+def bootstrap(means: np.ndarray, confidence: float, seed: int) -> tuple[float, float]:
+    """Percentile interval of the mean of item means [items]."""
+    rng = np.random.default_rng(seed)
+    draws = rng.integers(0, len(means), (BOOTSTRAPS, len(means)))
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(means[draws].mean(1), [tail, 1 - tail])
+    return float(low), float(high)
+
+
+def summarise(rows: Sequence[Row], confidence: float, seed: int) -> dict[str, Any]:
+    """Per policy and set: mean, interval, and the paired difference from the first policy with its interval."""
+    scores: dict[str, dict[str, dict[str, float]]] = {}
+    for row in rows:
+        if row["scores"]:  # an item all of whose samples failed has no score, which is not a score of 0
+            scores.setdefault(row["policy"], {}).setdefault(row["set"], {})[row["item"]] = float(np.mean(row["scores"]))
+    first = next(iter(scores))
+    summary: dict[str, Any] = {"confidence": confidence, "policies": {}}
+    for label, sets in scores.items():
+        summary["policies"][label] = {}
+        for name, items in sets.items():
+            means = np.array([items[i] for i in sorted(items)])
+            low, high = bootstrap(means, confidence, seed)
+            entry = {"mean": float(means.mean()), "low": low, "high": high, "items": len(items)}
+            shared = sorted(items.keys() & scores[first].get(name, {}).keys())
+            if label != first and shared:
+                apart = np.array([items[i] - scores[first][name][i] for i in shared])
+                low, high = bootstrap(apart, confidence, seed)
+                entry["difference"] = {"mean": float(apart.mean()), "low": low, "high": high}
+            summary["policies"][label][name] = entry
+    return summary
+
+
+TITLES = {"one_turn": "held-out turns", "multi_turn": "whole tasks", "retention": "out of domain"}
+
+
+def table(summary: dict[str, Any]) -> str:
+    """The before/after table, in per cent with intervals; differences from the first policy in brackets."""
+    names = [n for n in TITLES if any(n in sets for sets in summary["policies"].values())]
+    lines = [f"{'policy':<12}" + "".join(f"{TITLES[n]:>34}" for n in names)]
+    for label, sets in summary["policies"].items():
+        cells = []
+        for name in names:
+            entry = sets.get(name)
+            text = f"{100 * entry['mean']:.1f} [{100 * entry['low']:.1f}, {100 * entry['high']:.1f}]" if entry else "-"
+            if entry and "difference" in entry:
+                text += f" ({100 * entry['difference']['mean']:+.1f})"
+            cells.append(f"{text:>34}")
+        lines.append(f"{label:<12}" + "".join(cells))
+    return "\n".join([*lines, f"per cent, {summary['confidence']:.0%} bootstrap intervals over items; in brackets the change from {next(iter(summary['policies']))}"])

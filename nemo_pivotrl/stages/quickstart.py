@@ -1,0 +1,54 @@
+"""run: all stages of a recipe in one command; world: the embedded world's trajectories, as any other input."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+import time
+from pathlib import Path
+
+from nemo_pivotrl import report, world
+from nemo_pivotrl.config import Recipe
+from nemo_pivotrl.records import write_atomically
+from nemo_pivotrl.stages.evaluate import evaluate
+from nemo_pivotrl.stages.extract import extract
+from nemo_pivotrl.stages.profile import profile
+from nemo_pivotrl.stages.select import select
+from nemo_pivotrl.stages.sft import sft, warmup, world_sizes
+from nemo_pivotrl.stages.train import train
+
+
+def make_world(recipe: Recipe, fresh: bool = False) -> Path:
+    """Write the experts' conversations on the train tasks as OpenAI chat JSONL."""
+    rng = random.Random(f"train experts {recipe.seed}")
+    lines = [json.dumps(world.expert_trajectory(task, rng)) for task in world.tasks(recipe.seed, world_sizes(recipe))["train"]]
+    path = recipe.path("world/trajectories.jsonl")
+    write_atomically(path, "\n".join(lines) + "\n")
+    return path
+
+
+def run(recipe: Recipe, fresh: bool = False) -> Path:
+    """Every stage the recipe needs, resuming what is unfinished. Returns the report.
+
+    A `random` arm (same number of candidates, no profiling) trains beside the pivots when evaluate.policies names one.
+    """
+    start = time.perf_counter()
+    if str(recipe.path("world/trajectories.jsonl")) in recipe.extract.trajectories:
+        make_world(recipe, fresh)
+    policies = recipe.evaluate.policies
+    steps = [extract, warmup, profile, select]
+    steps += [sft] if recipe.sft.name in policies else []
+    steps += [train, _random_arm] if "random" in policies else [train]
+    for stage in [*steps, evaluate, report.report]:
+        print(f"\n== {stage.__name__.strip('_')}")
+        path = stage(recipe, fresh)
+    print(f"\nreport: {path} ({time.perf_counter() - start:.0f} s)")
+    return path
+
+
+def _random_arm(recipe: Recipe, fresh: bool = False) -> Path:
+    """The paper's comparison: as many turns drawn at random, trained alike."""
+    drawn = dataclasses.replace(recipe, select=dataclasses.replace(recipe.select, rule="random", output="random.jsonl"))
+    select(drawn, fresh)
+    return train(dataclasses.replace(recipe, grpo=dataclasses.replace(recipe.grpo, name="random", pivots="random.jsonl")), fresh)

@@ -1,0 +1,259 @@
+"""train: pivots -> a better policy, by single-turn GRPO (Algorithm 1, step 3).
+
+A step: draw pivots, sample G turns of each from the current policy, verify, group advantages, one optimiser step.
+Which pivots and which seeds a step uses follows from its number alone, so a run that was killed resumes from its last
+checkpoint and ends with the same bytes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Sequence
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from nemo_pivotrl import backends, pivotrl
+from nemo_pivotrl.backends import TokenBatch
+from nemo_pivotrl.chat import Chat
+from nemo_pivotrl.config import Grpo, Recipe
+from nemo_pivotrl.records import Candidate, InputError, Problem, check_headers, digest, file_digest, read_header
+from nemo_pivotrl.stages import checkpoint
+from nemo_pivotrl.stages.ledger import spend
+from nemo_pivotrl.stages.metrics import MetricsLog
+from nemo_pivotrl.stages.progress import progress
+from nemo_pivotrl.stages.rollout import Rollout, fits, load_chat, load_recipe_verifier, roll_out, sample_seed
+from nemo_pivotrl.stages.select import candidates_of
+from nemo_pivotrl.verifiers import Verifier
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class State:
+    """A candidate with its rendered prompt."""
+
+    candidate: Candidate
+    prompt: list[int]
+
+
+def train(recipe: Recipe, fresh: bool = False) -> Path:
+    """Train on the pivot set; returns the final policy's folder (HF). Raises InputError for headers that do not match."""
+    settings, source = recipe.grpo, recipe.path(recipe.grpo.pivots)
+    chat, (verifier, verifier_id) = load_chat(recipe.policy), load_recipe_verifier(recipe)
+    _check(recipe, source, chat, verifier_id)
+    pivots = _states(candidates_of(source, "train"), chat, recipe)
+    held_out = _states(candidates_of(source, "validation"), chat, recipe)
+    held_out = sorted(held_out, key=lambda s: pivotrl.order_key(recipe.seed, s.candidate.candidate_id))[: settings.val_candidates]
+    backend = backends.load(recipe.policy, with_reference=recipe.loss_fn.reference_policy_kl_penalty > 0)
+    backend.prepare_for_training(recipe.policy.optimizer)
+    folder, identity = recipe.path(settings.name), _identity(recipe, source)
+    first = checkpoint.resume(folder, identity, backend, fresh)
+    log = MetricsLog(folder, first if first else -1, recipe.logger, dataclasses.asdict(recipe))
+    with spend(Path(recipe.run_dir), f"train {settings.name}") as cost, progress(settings.max_num_steps, first, settings.name, "step") as bar:
+        if first == 0 and settings.val_period and held_out:
+            log.write(0, validate(recipe, backend, chat, verifier, held_out), {})
+        for step in range(first + 1, settings.max_num_steps + 1):
+            metrics, timing = _step(recipe, step, _draw(pivots, step, recipe), backend, chat, verifier)
+            last = step == settings.max_num_steps
+            if settings.val_period and held_out and (step % settings.val_period == 0 or last):
+                metrics |= validate(recipe, backend, chat, verifier, held_out)
+            log.write(step, metrics, timing)
+            if step % recipe.checkpointing.save_period == 0 or last:
+                checkpoint.save(folder, step, identity, metrics, backend, chat, recipe.checkpointing)
+            bar.set_postfix(reward=f"{metrics['reward']:.3f}", mixed=f"{metrics['mixed_group_share']:.2f}", refresh=False)
+            bar.update()
+        cost.update(steps=settings.max_num_steps - first, rollouts=(settings.max_num_steps - first) * settings.num_prompts_per_step * settings.num_generations_per_prompt)
+        return checkpoint.publish(folder, backend, chat)
+
+
+def _check(recipe: Recipe, source: Path, chat: Chat, verifier_id: str) -> None:
+    """Pivots must come from this policy, tokenizer, template and verifier (A.5 rules 1, 5, 7; A.15 11)."""
+    found = read_header(source, "pivots")
+    check_headers(
+        source,
+        found,
+        policy=backends.policy_revision(recipe.policy.model_name),
+        tokenizer=chat.fingerprint,
+        chat_template=chat.template_digest,
+        verifier=verifier_id,
+    )
+    generation = recipe.policy.generation
+    problems = []
+    if generation.top_p < 1.0:
+        problems.append(("policy.generation.top_p", generation.top_p, "training samples with top_p 1.0: a cut distribution biases the ratio"))
+    if generation.temperature == 0.0:
+        problems.append(("policy.generation.temperature", 0.0, "training needs temperature > 0: equal samples have no advantage"))
+    if recipe.grpo.num_minibatches > recipe.grpo.num_prompts_per_step:
+        problems.append(("grpo.num_minibatches", recipe.grpo.num_minibatches, "use at most grpo.num_prompts_per_step"))
+    if problems:
+        raise InputError([Problem("recipe", None, name, str(value), remedy) for name, value, remedy in problems])
+
+
+def _identity(recipe: Recipe, source: Path) -> str:
+    """What a checkpoint belongs to: pivots and every setting that changes training, but not how long it runs."""
+    grpo = dataclasses.asdict(recipe.grpo) | {"max_num_steps": None}
+    parts = [dataclasses.asdict(x) for x in (recipe.policy, recipe.loss_fn, recipe.verifier)]
+    return digest([recipe.seed, grpo, parts, recipe.checkpointing.save_period, file_digest(source)])
+
+
+def _states(candidates: Sequence[Candidate], chat: Chat, recipe: Recipe) -> list[State]:
+    states = [State(c, chat.prompt_ids(c.messages, c.tools)) for c in candidates]
+    return [s for s in states if fits(s.prompt, recipe.policy)]
+
+
+def _draw(pivots: Sequence[State], step: int, recipe: Recipe) -> list[State]:
+    """The pivots of a step: consecutive places in an endless run of epochs, each in its own random order."""
+    size = recipe.grpo.num_prompts_per_step
+    ids = tuple(s.candidate.candidate_id for s in pivots)
+    return [pivots[_epoch(ids, recipe.seed, place // len(ids))[place % len(ids)]] for place in range((step - 1) * size, step * size)]
+
+
+@lru_cache(maxsize=4)
+def _epoch(ids: tuple[str, ...], seed: int, epoch: int) -> list[int]:
+    return sorted(range(len(ids)), key=lambda i: pivotrl.order_key(seed, f"{epoch} {ids[i]}"))
+
+
+def _step(
+    recipe: Recipe, step: int, drawn: Sequence[State], backend: backends.Backend, chat: Chat, verifier: Verifier
+) -> tuple[dict[str, float], dict[str, float]]:
+    """One training step: (metrics, timing)."""
+    settings, started = recipe.grpo, time.perf_counter()
+    seeds = [[sample_seed("train", recipe.seed, step, i, k) for k in range(settings.num_generations_per_prompt)] for i in range(len(drawn))]
+    groups = roll_out(
+        backend, chat, verifier, [s.candidate for s in drawn], [s.prompt for s in drawn], seeds, recipe.policy.generation, settings.max_retries
+    )
+    sampled = time.perf_counter()
+    rewards = torch.tensor([[r.verdict.reward if r.verdict else 0.0 for r in group] for group in groups])
+    valid = torch.tensor([[_counts(r, settings) for r in group] for group in groups])
+    advantages = pivotrl.group_advantages(
+        rewards,
+        valid,
+        settings.use_leave_one_out_baseline,
+        settings.normalize_rewards,
+        settings.zero_variance_tolerance,
+        clip=settings.advantage_clip,
+    )
+    if settings.malformed_action_advantage is not None:
+        malformed = torch.tensor([[r.action.kind == "malformed" for r in group] for group in groups])
+        advantages = torch.where(malformed & valid, torch.full_like(advantages, settings.malformed_action_advantage), advantages)
+    metrics = rollout_metrics(drawn, groups, rewards, valid, settings.zero_variance_tolerance)
+    share = -(-len(drawn) // settings.num_minibatches)
+    parts = [_update(recipe, drawn[i : i + share], groups[i : i + share], advantages[i : i + share], valid[i : i + share], backend) for i in range(0, len(drawn), share)]
+    metrics |= {key: statistics.fmean(p[key] for p in parts if key in p) for key in sorted({key for p in parts for key in p})}
+    tokens = sum(len(r.sample.token_ids) for group in groups for r in group)
+    ended = time.perf_counter()
+    timing = {"seconds": ended - started, "seconds_sampling": sampled - started, "tokens_per_second": tokens / (ended - started)}
+    return metrics, timing
+
+
+def _counts(rollout: Rollout, settings: Grpo) -> bool:
+    """Whether a sample takes part in statistics and loss."""
+    return rollout.verdict is not None and not (settings.overlong_filtering and rollout.sample.finish_reason == "length")
+
+
+def _update(
+    recipe: Recipe,
+    drawn: Sequence[State],
+    groups: Sequence[Sequence[Rollout]],
+    advantages: Tensor,
+    valid: Tensor,
+    backend: backends.Backend,
+) -> dict[str, float]:
+    """One optimiser step on a (mini)batch of groups.
+
+    Rows without gradient (advantage 0, no KL) are counted in the normaliser and not computed: their gradient is exactly
+    zero (Prop. 3.1), and on random turns they are most of the batch.
+    """
+    loss_fn = recipe.loss_fn
+    beta, correct = loss_fn.reference_policy_kl_penalty, loss_fn.use_importance_sampling_correction
+    settings = pivotrl.LossSettings(
+        clip_low=loss_fn.ratio_clip_min,
+        clip_high=loss_fn.ratio_clip_max,
+        clip_dual=loss_fn.ratio_clip_c,
+        sequence_ratio=loss_fn.ratio_level == "sequence",
+        token_mean=loss_fn.token_level_loss,
+        kl_beta=beta,
+        tis_cap=loss_fn.truncated_importance_sampling_ratio if correct else None,
+        tis_floor=loss_fn.truncated_importance_sampling_ratio_min,
+    )
+    counted = [(i, k) for i, group in enumerate(groups) for k in range(len(group)) if valid[i, k]]
+    normaliser = float(sum(len(groups[i][k].sample.token_ids) for i, k in counted) if settings.token_mean else len(counted))
+    rows = [(i, k) for i, k in counted if beta > 0 or advantages[i, k] != 0]
+    backend.prepare_for_training_step()
+    totals: dict[str, float] = {}
+    if rows:
+        samples = [groups[i][k].sample for i, k in rows]
+        mask = _padded([[1.0] * len(s.token_ids) for s in samples])
+        batch = TokenBatch([s.prompt for s in drawn], [i for i, _ in rows], [s.token_ids for s in samples], {})
+        batch.data.update(advantages=torch.stack([advantages[i, k] for i, k in rows]), mask=mask, sampler=_padded([s.log_probs for s in samples]))
+        if recipe.grpo.num_minibatches > 1 or correct:
+            batch.data["old"] = backend.get_inference_log_probs(batch)
+        if beta > 0:
+            batch.data["reference"] = backend.get_inference_log_probs(batch, reference=True)
+        totals = backend.get_loss_and_metrics(batch, partial(_loss, settings=settings, normaliser=max(normaliser, 1.0)))
+    return {"trained_share": len(rows) / max(1, len(counted))} | totals | backend.finish_training_step()
+
+
+def _loss(log_probs: Tensor, data: dict[str, Tensor], settings: pivotrl.LossSettings, normaliser: float) -> tuple[Tensor, dict[str, Tensor]]:
+    """Hand a micro-batch to Eq. 7. On the first update after sampling the old policy is the current one (ratio 1)."""
+    return pivotrl.grpo_loss(
+        log_probs,
+        data.get("old", log_probs.detach()),
+        data["advantages"].to(log_probs.dtype),
+        data["mask"],
+        normaliser,
+        settings,
+        ref_log_probs=data.get("reference"),
+        sampler_log_probs=data["sampler"],
+    )
+
+
+def _padded(rows: Sequence[Sequence[float]]) -> Tensor:
+    width = max(len(r) for r in rows)
+    return torch.tensor([[*r, *[0.0] * (width - len(r))] for r in rows])
+
+
+def rollout_metrics(
+    drawn: Sequence[State], groups: Sequence[Sequence[Rollout]], rewards: Tensor, valid: Tensor, tolerance: float
+) -> dict[str, float]:
+    """What a batch of rollouts shows: reward, signal, lengths, failures. Failed samples count nowhere but in `failed`."""
+    flat = [r for group in groups for r in group]
+    judged = [r for r in flat if r.verdict is not None]
+    spans, stds = [], []
+    for row, ok in zip(rewards, valid, strict=True):
+        kept = row[ok].tolist()
+        spans.append(max(kept) - min(kept) if len(kept) > 1 else 0.0)
+        stds.append(statistics.pstdev(kept) if kept else 0.0)
+    talking = [r for s, group in zip(drawn, groups, strict=True) if s.candidate.expected.kind == "message" for r in group if r.verdict]
+    tokens = [len(r.sample.token_ids) for r in judged]
+    mean = statistics.fmean
+    metrics = {
+        "reward": mean([r.verdict.reward for r in judged if r.verdict]) if judged else 0.0,
+        "reward_std": mean(stds),
+        "mixed_group_share": mean([float(span > tolerance) for span in spans]),
+        "entropy": -sum(sum(r.sample.log_probs) for r in judged) / max(1, sum(tokens)),
+        "response_tokens": mean(tokens) if tokens else 0.0,
+        "truncated_share": mean([float(r.sample.finish_reason == "length") for r in flat]),
+        "malformed_share": mean([float(r.action.kind == "malformed") for r in flat]),
+        "failed": float(len(flat) - len(judged)),
+        "message_share": mean([float(s.candidate.expected.kind == "message") for s in drawn]),
+    }
+    if talking:
+        metrics["message_reward"] = mean([r.verdict.reward for r in talking if r.verdict])
+    return metrics
+
+
+def validate(recipe: Recipe, backend: backends.Backend, chat: Chat, verifier: Verifier, held_out: Sequence[State]) -> dict[str, float]:
+    """Mean verified reward on held-out states, with the same seeds every time so that only the policy changes."""
+    seeds = [[sample_seed("validation", recipe.seed, s.candidate.candidate_id, k) for k in range(recipe.grpo.val_generations)] for s in held_out]
+    groups = roll_out(
+        backend, chat, verifier, [s.candidate for s in held_out], [s.prompt for s in held_out], seeds, recipe.policy.generation, recipe.grpo.max_retries
+    )
+    scored = [r.verdict.reward for group in groups for r in group if r.verdict]
+    if not scored:
+        raise InputError(Problem("validation", None, "verifier", "every held-out sample failed", "mend the verifier before training on"))
+    failed = sum(r.verdict is None for group in groups for r in group)
+    return {"val/accuracy": statistics.fmean(scored), "val/failed": float(failed)}

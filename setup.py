@@ -1,0 +1,32 @@
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+setup(
+    name="nemo-pivotrl",
+    version="0.1.0",
+    description="PivotRL and LLMdoctor for NVIDIA's NeMo/Megatron stack",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    python_requires=">=3.11",
+    packages=find_packages(include=["nemo_pivotrl", "nemo_pivotrl.*"]),
+    package_data={"nemo_pivotrl": ["*.jinja", "py.typed"]},
+    install_requires=[
+        "torch>=2.4",  # both algorithms
+        "omegaconf>=2.3",  # recipes; it brings PyYAML
+        "numpy>=1.26",
+        "tqdm>=4.66",
+    ],
+    extras_require={
+        # extract: MinHash near-duplicates, tool-schema checks
+        # reference: models, tokenizers and chat templates; adapters
+        "reference": ["transformers>=5.16,<5.20", "accelerate>=1.0", "peft>=0.18", "datasketch>=1.6", "jsonschema>=4.18"],
+        "report": ["matplotlib>=3.8", "jinja2>=3.1"],
+        "gguf": ["gguf>=0.17"],  # only to convert a GGUF checkpoint: benchmarks/convert_smollm2.py
+        "tensorboard": ["tensorboard>=2.16"],
+        "wandb": ["wandb>=0.17"],
+        "mlflow": ["mlflow>=2.14"],
+        "dev": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.6", "mypy>=1.10", "tensorboard>=2.16", "types-PyYAML", "types-jsonschema", "types-tqdm"],
+    },
+    entry_points={"console_scripts": ["nemo-pivotrl = nemo_pivotrl.cli:main"]},
+)
