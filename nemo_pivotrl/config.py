@@ -347,7 +347,7 @@ def _chain(path: Path, above: list[Path]) -> list[Any]:
     except FileNotFoundError:
         where = str(above[-1]) if above else "command line"
         raise InputError(Problem(where, None, "recipe", str(path), "no such file; recipes live under recipes/")) from None
-    except (YAMLError, OSError) as error:
+    except (YAMLError, OSError, UnicodeDecodeError) as error:
         mark = getattr(error, "problem_mark", None)
         raise InputError(Problem(str(path), mark.line + 1 if mark else None, "YAML", short(str(error)), "mend the file")) from None
     if not OmegaConf.is_dict(node):
@@ -406,8 +406,8 @@ def _out_of_range(spec: dataclasses.Field[Any], value: Any, name: str, file: str
         return []
     if (low is None or value >= low) and (high is None or value <= high) and value == value:
         return []
-    allowed = f"from {low} to {high}" if high is not None else f"at least {low}"
-    return [Problem(file, None, name, str(value), f"out of range: use a value {allowed}")]
+    allowed = f"a value from {low} to {high}" if high is not None else "a number" if low is None else f"a value at least {low}"
+    return [Problem(file, None, name, str(value), f"out of range: use {allowed}")]
 
 
 def _convert(hint: Any, value: Any) -> Any:
@@ -443,7 +443,10 @@ def _convert(hint: Any, value: Any) -> Any:
         if hint is bool and isinstance(value, bool):
             return value
     elif hint is float and isinstance(value, (int, float, str)):
-        return float(value)  # YAML reads 1e-6 as text; float() raises ValueError for other words
+        try:
+            return float(value)  # YAML reads 1e-6 as text
+        except (ValueError, OverflowError):
+            raise ValueError("expected float") from None
     elif isinstance(value, hint):
         return value
     raise ValueError(f"expected {getattr(hint, '__name__', hint)}")

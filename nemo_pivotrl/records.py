@@ -243,7 +243,7 @@ def read_header(path: Path, stage: str | tuple[str, ...]) -> Header:
     try:
         raw = json.loads(first)[HEADER_KEY]
         header = Header(**raw)
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         found = "an empty file" if not first else short(first.decode("utf-8", "replace"))
         raise InputError(
             Problem(str(path), 1, "header", found, "this is no nemo_pivotrl artefact; give a file that a stage wrote")
@@ -263,12 +263,14 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
     """Rows after the header. Raises InputError with every line that is not a JSON object."""
     problems = []
     with path.open("rb") as handle:
-        next(handle)
+        handle.readline()
         for number, line in enumerate(handle, start=2):
             try:
                 row = json.loads(line)
-            except ValueError as error:
-                problems.append(Problem(str(path), number, "line", short(line.decode("utf-8", "replace")), f"not JSON ({error}); re-run the stage"))
+                if not isinstance(row, dict):
+                    raise ValueError(f"it is a {type(row).__name__}")
+            except (ValueError, RecursionError) as error:
+                problems.append(Problem(str(path), number, "line", short(line.decode("utf-8", "replace")), f"not a JSON object ({error}); re-run the stage"))
                 continue
             if not problems:
                 yield row

@@ -27,15 +27,9 @@ MAX_TURNS = 8
 
 SYSTEM = "Shop desk. Ask before changes. Shipped orders go to a human."
 
-NAMES = (
-    "ann ben cleo dan eva finn gina hugo iris jack kim leo mona nils olga paul quin rosa sam tina uma vic wes xena "
-    "yuri zoe amir bella carl dora emil fay gus hana ivan jude"
-).split()
+NAMES = "ann ben cleo dan eva finn gina hugo iris jack kim leo mona nils olga paul quin rosa sam tina".split()
 KINDS = "lamp desk chair sofa shelf clock rug mirror vase stool".split()
-CODES = (
-    "alfa bravo charlie delta echo foxtrot golf hotel india juliett kilo lima mike november oscar papa quebec romeo "
-    "sierra tango uniform victor whiskey xray yankee zulu amber azure coral ebony ivory jade lilac ochre pearl ruby"
-).split()
+CODES = "alfa bravo delta echo golf hotel india kilo lima mike oscar papa romeo sierra tango victor xray yankee zulu amber".split()
 WORDS = "sun cup tree fish moon leaf star boat bird ring coin bell road wind salt gold".split()
 
 
@@ -47,7 +41,7 @@ def _tool(name: str, description: str, **properties: str) -> dict[str, Any]:
 
 TOOLS = (
     _tool("find_orders", "Orders of a customer.", user="string"),
-    _tool("get_order", "One order with its status.", order_id="string"),
+    _tool("get_order", "Quantity and status of one order.", order_id="string"),
     _tool("search_items", "Items of a kind with their prices.", kind="string"),
     _tool("cancel_order", "Cancel a pending order.", order_id="string", note="string"),
     _tool("change_order", "Change the quantity of a pending order.", order_id="string", qty="integer"),
@@ -76,16 +70,14 @@ class Task:
 
 
 def database(rng: random.Random, user: str) -> dict[str, Any]:
-    """Two or three orders of `user` of different kinds, and three items of each of three kinds on offer."""
-    kinds = rng.sample(KINDS, 3)
-    orders, codes = {}, rng.sample(CODES, 6)
-    for kind in kinds[: rng.randint(2, 3)]:
-        status = rng.choice(["pending", "pending", "shipped"])
-        orders[codes.pop()] = {"user": user, "item": kind, "qty": rng.randint(1, 9), "status": status}
-    items = {
-        kind: {code: price for code, price in zip(rng.sample(CODES, 3), rng.sample(range(10, 99), 3), strict=True)}
-        for kind in kinds
+    """One order of `user`, an order of somebody else, and two items of each of two kinds on offer."""
+    kinds, codes = rng.sample(KINDS, 2), rng.sample(CODES, 6)
+    others = rng.choice([name for name in NAMES if name != user])
+    orders = {
+        codes.pop(): {"user": owner, "item": kind, "qty": rng.randint(1, 9), "status": rng.choice(["pending", "shipped"])}
+        for owner, kind in zip((user, others), kinds, strict=True)
     }
+    items = {kind: dict(zip((codes.pop(), codes.pop()), rng.sample(range(1, 10), 2), strict=True)) for kind in kinds}
     return {"orders": orders, "items": items, "transferred": False}
 
 
@@ -104,7 +96,7 @@ def desk_task(rng: random.Random, task_id: str) -> Task:
             [f"please order {qty} of the cheapest {kind}", f"i want {qty} of your cheapest {kind}", f"get me the cheapest {kind} , {qty} of it"]
         )
         return Task(task_id, family, opening, base, goal, facts={"user": user, "kind": kind, "item": item, "qty": qty})
-    order_id = rng.choice(sorted(base["orders"]))
+    order_id = next(key for key, order in base["orders"].items() if order["user"] == user)
     order = base["orders"][order_id]
     facts = {"user": user, "order_id": order_id, "item": order["item"], "status": order["status"]}
     if family == "status":
@@ -251,16 +243,15 @@ class Episode:
         return getattr(self, "_" + call.name)(**arguments)
 
     def _find_orders(self, user: str) -> dict[str, Any]:
-        found = [{"item": order["item"], "id": key} for key, order in self.database["orders"].items() if order["user"] == user]
-        return {"orders": found} if found else {"error": "no orders"}
+        found = {order["item"]: key for key, order in self.database["orders"].items() if order["user"] == user}
+        return found or {"error": "no orders"}
 
     def _get_order(self, order_id: str) -> dict[str, Any]:
         order = self.database["orders"].get(order_id)
         return {"qty": order["qty"], "status": order["status"]} if order else {"error": "no such order"}
 
     def _search_items(self, kind: str) -> dict[str, Any]:
-        items = self.database["items"].get(kind)
-        return {"items": [{"id": key, "price": price} for key, price in items.items()]} if items else {"error": "none"}
+        return self.database["items"].get(kind) or {"error": "none"}
 
     def _change(self, order_id: str, key: str, value: object) -> dict[str, Any]:
         order = self.database["orders"].get(order_id)

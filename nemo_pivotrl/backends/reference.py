@@ -48,7 +48,9 @@ class ReferencePolicy:
         self.steps = 0
 
     def _load(self, name: str) -> Any:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=DTYPES[self.settings.dtype])
+        dtype = DTYPES[self.settings.dtype]
+        exact = {"experts_implementation": "eager"} if dtype is torch.float64 else {}  # grouped matmuls know no float64
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **exact)
         return model.to(self.device)
 
     # ---- sampling ----

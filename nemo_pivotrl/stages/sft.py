@@ -135,7 +135,8 @@ def _warm_tiny(recipe: Recipe, fresh: bool) -> Path:
     policy = dataclasses.replace(recipe.policy, model_name=str(init))
     chat = load_chat(policy)
     desk_sequences, puzzle_sequences = ([_whole(t, chat) for t in some] for some in (desk, puzzles))
-    copying = [s for s, t in zip(puzzle_sequences, puzzles, strict=True) if "puzzle : repeat" in t["messages"][0]["content"]]
+    looks_back = ("repeat", "recall")
+    copying = [s for s, t in zip(puzzle_sequences, puzzles, strict=True) if t["family"] in looks_back]
     identity = digest([recipe.seed, dataclasses.asdict(settings), dataclasses.asdict(shape), dataclasses.asdict(policy)])
 
     def draw(step: int) -> list[list[Sequence_]]:
@@ -152,7 +153,8 @@ def warmup_trajectories(recipe: Recipe) -> tuple[list[dict], list[dict]]:
     rng = random.Random(f"experts {recipe.seed}")
     desk = world.tasks(recipe.seed, world_sizes(recipe))["warmup"]
     puzzles = world.tasks(recipe.seed, puzzle_sizes(recipe), world.puzzle_task)["warmup"]
-    return [world.expert_trajectory(t, rng) for t in desk], [world.expert_trajectory(t, rng) for t in puzzles]
+    with_family = [{**world.expert_trajectory(t, rng), "family": t.family} for t in puzzles]
+    return [world.expert_trajectory(t, rng) for t in desk], with_family
 
 
 def world_sizes(recipe: Recipe) -> dict[str, int]:

@@ -1,0 +1,67 @@
+"""A tiny trained policy, made once a session, and the recipe around it."""
+
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from nemo_pivotrl.config import Recipe, load_recipe
+
+ROOT = Path(__file__).resolve().parents[1]
+SMALL = [
+    "num_threads=1",
+    "world.warmup_tasks=200",
+    "world.train_tasks=24",
+    "world.test_tasks=6",
+    "world.puzzle_warmup_tasks=400",
+    "world.puzzle_test_tasks=10",
+    "world.hidden_size=48",
+    "world.layers=1",
+    "warmup.num_steps=90",
+    "warmup.copy_steps=0",
+    "profile.num_generations=8",
+    "profile.candidates_per_wave=8",
+    "select.rule=mixed",
+    "sft.num_steps=3",
+    "grpo.max_num_steps=4",
+    "grpo.num_prompts_per_step=4",
+    "grpo.num_generations_per_prompt=4",
+    "grpo.val_period=2",
+    "grpo.val_candidates=6",
+    "grpo.val_generations=2",
+    "checkpointing.save_period=1",
+    "evaluate.one_turn_candidates=8",
+    "evaluate.num_generations=2",
+]
+
+
+def recipe_at(folder: Path, *overrides: str) -> Recipe:
+    """The tiny recipe, smaller still, with its run directory at `folder`."""
+    return load_recipe(str(ROOT / "recipes/pivotrl/tiny.yaml"), [f"run_dir={folder}", *SMALL, *overrides])
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run directory with a start policy, candidates, profiles and pivots. Tests copy it before they change it."""
+    from nemo_pivotrl.stages.extract import extract
+    from nemo_pivotrl.stages.profile import profile
+    from nemo_pivotrl.stages.quickstart import make_world
+    from nemo_pivotrl.stages.select import select
+    from nemo_pivotrl.stages.sft import warmup
+
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    recipe = recipe_at(folder)
+    for stage in (make_world, extract, warmup, profile, select):
+        stage(recipe)
+    return folder

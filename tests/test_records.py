@@ -1,0 +1,136 @@
+"""Artefact files: headers, whole rows, and what is left after a crash at any byte."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from nemo_pivotrl.records import ArtefactWriter, Header, InputError, check_headers, json_line, read_header, read_rows
+
+HEADER = Header("profiles", "c0ffee", parent="p1", tokenizer="t1", verifier="tool_call 1 ab", extra={"num_generations": 16})
+ROWS = [{"id": 1, "text": "a"}, {"id": 2, "text": "naïve ☃"}, {"id": 3, "text": "line\nbreak"}]
+
+
+def write(path: Path, rows: list[dict[str, object]], header: Header = HEADER) -> Path:
+    writer = ArtefactWriter(path, header)
+    writer.write(rows)
+    return writer.finish()
+
+
+def test_a_header_and_its_rows_come_back_as_they_were_written(tmp_path: Path) -> None:
+    path = write(tmp_path / "deep" / "profiles.jsonl", ROWS)
+    assert read_header(path, "profiles") == HEADER
+    assert read_header(path, ("pivots", "profiles")) == HEADER
+    assert list(read_rows(path)) == ROWS
+    assert path.read_bytes().count(b"\n") == 4 and [p.name for p in path.parent.iterdir()] == ["profiles.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("content", "found", "remedy"),
+    [
+        (None, "no such file", "run the stage that writes candidates first"),
+        (b"", "an empty file", "give a file that a stage wrote"),
+        (b'{"messages": []}\n', '{"messages": []}', "give a file that a stage wrote"),
+        (b"[1]\n", "[1]", "give a file that a stage wrote"),
+        (b"\xff\xfe\x00binary\n", "binary", "give a file that a stage wrote"),
+        (b'{"nemo_pivotrl": {"stage": "candidates"}}\n', "nemo_pivotrl", "give a file that a stage wrote"),
+        (Header("pivots", "c").to_line().encode(), "pivots", "this stage reads candidates; check the path"),
+        (Header("candidates", "c", format=99).to_line().encode(), "99", "re-run the stage"),
+    ],
+)
+def test_a_file_that_is_not_the_wanted_artefact_is_named_with_its_remedy(
+    tmp_path: Path, content: bytes | None, found: str, remedy: str
+) -> None:
+    path = tmp_path / "in.jsonl"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(InputError) as caught:
+        read_header(path, "candidates")
+    (problem,) = caught.value.problems
+    assert problem.file == str(path) and found in problem.found and remedy in problem.remedy
+    assert str(path) in str(caught.value) and remedy in str(caught.value)
+
+
+def test_header_fields_that_contradict_the_recipe_are_all_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError) as caught:
+        check_headers(tmp_path / "x", HEADER, tokenizer="t2", parent="p1", verifier="exact 1 cd")
+    assert [(p.field, p.found) for p in caught.value.problems] == [("tokenizer", "'t1'"), ("verifier", "'tool_call 1 ab'")]
+    assert "'t2'" in caught.value.problems[0].remedy
+    check_headers(tmp_path / "x", HEADER, tokenizer="t1")
+
+
+def test_resuming_after_a_cut_at_every_byte_ends_with_the_identical_file(tmp_path: Path) -> None:
+    whole = write(tmp_path / "whole.jsonl", ROWS).read_bytes()
+    ends = [i + 1 for i, byte in enumerate(whole) if byte == 10]  # of the header and of the three rows
+    for cut in range(len(whole) + 1):
+        path = tmp_path / "resumed.jsonl"
+        path.with_name("resumed.jsonl.part").write_bytes(whole[:cut])
+        writer = ArtefactWriter(path, HEADER)
+        assert writer.rows_done == max(0, sum(end <= cut for end in ends) - 1), cut
+        assert list(writer.rows()) == ROWS[: writer.rows_done]
+        writer.write(ROWS[writer.rows_done :])
+        assert writer.finish().read_bytes() == whole, cut
+        path.unlink()
+
+
+def test_close_leaves_the_part_and_no_artefact_until_finish(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    first = ArtefactWriter(path, HEADER)
+    first.write(ROWS[:2])
+    first.close()
+    assert not path.exists()
+    second = ArtefactWriter(path, HEADER)
+    assert second.rows_done == 2
+    second.write(ROWS[2:])
+    assert list(read_rows(second.finish())) == ROWS
+
+
+def test_unfinished_work_of_another_recipe_is_refused_and_kept_unless_fresh(tmp_path: Path) -> None:
+    path, other = tmp_path / "a.jsonl", Header("profiles", "c0ffee", parent="p2", tokenizer="t1", verifier="tool_call 1 ab", extra={})
+    started = ArtefactWriter(path, HEADER)
+    started.write(ROWS[:1])
+    started.close()
+    before = started.part.read_bytes()
+    with pytest.raises(InputError) as caught:
+        ArtefactWriter(path, other)
+    (problem,) = caught.value.problems
+    assert problem.file == str(started.part) and "fresh=true" in problem.remedy
+    assert "parent='p1' (now 'p2')" in problem.found and "extra" in problem.found and "tokenizer" not in problem.found
+    assert started.part.read_bytes() == before
+    fresh = ArtefactWriter(path, other, fresh=True)
+    assert fresh.rows_done == 0
+    fresh.write(ROWS[2:])
+    assert list(read_rows(fresh.finish())) == ROWS[2:] and read_header(path, "profiles") == other
+
+
+def test_lone_surrogates_and_other_odd_text_come_back(tmp_path: Path) -> None:
+    rows = [{"text": "broken \ud83d emoji", "\udc00": [1]}, {"text": "\U0001f600 \u2028 \x00"}]
+    path = write(tmp_path / "a.jsonl", rows)
+    assert list(read_rows(path)) == rows
+    assert path.read_text(encoding="utf-8").count("\n") == 3
+    assert json_line({"text": "é"}) == '{"text":"é"}\n'.encode()
+
+
+def test_all_bad_lines_are_reported_together(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", ROWS[:1])
+    with path.open("ab") as handle:
+        handle.write(b'{"torn": \n' + b'{"good": 1}\n' + b"[1, 2]\n" + b"\xff\n" + b"[" * 100_000 + b"\n")
+    with pytest.raises(InputError) as caught:
+        list(read_rows(path))
+    assert [p.line for p in caught.value.problems] == [3, 5, 6, 7]
+    assert all(p.file == str(path) and "re-run the stage" in p.remedy for p in caught.value.problems)
+
+
+def test_an_error_shows_twenty_problems_and_counts_the_rest(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", [])
+    path.write_bytes(path.read_bytes() + b"oops\n" * 25)
+    with pytest.raises(InputError) as caught:
+        list(read_rows(path))
+    text = str(caught.value)
+    assert text.startswith("25 problems:") and text.endswith("... and 5 more") and f"{path}:21: line: found oops" in text
+    assert len(caught.value.problems) == 25 and f"{path}:22:" not in text
+
+
+def test_a_row_is_one_json_object_with_sorted_keys_and_no_spaces() -> None:
+    assert json.loads(json_line({"b": 1, "a": {"d": 2, "c": 3}})) == {"a": {"c": 3, "d": 2}, "b": 1}
+    assert json_line({"b": 1, "a": 2}) == b'{"a":2,"b":1}\n'
