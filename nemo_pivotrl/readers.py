@@ -44,12 +44,12 @@ def read_trajectories(paths: Sequence[str], format: str, tools_file: str | None)
                 problems.append(Problem(path, line, error.field, error.found, error.remedy))
         if len(found) + len(problems) == before:
             problems.append(Problem(path, None, "file", "no records", "the file is empty; check the path or drop it from the recipe"))
-    seen: dict[str, str] = {}
+    seen: dict[str, Trajectory] = {}
     for trajectory in found:
-        first = seen.setdefault(trajectory.trajectory_id, trajectory.source)
-        if first != trajectory.source:
+        first = seen.setdefault(trajectory.trajectory_id, trajectory)
+        if first is not trajectory:
             file, _, line = trajectory.source.rpartition(":")
-            problems.append(Problem(file, int(line), "trajectory_id", trajectory.trajectory_id, f"already used at {first}; ids are unique"))
+            problems.append(Problem(file, int(line), "trajectory_id", trajectory.trajectory_id, f"already used at {first.source}; ids are unique"))
     if problems:
         raise InputError(problems)
     return found
@@ -78,7 +78,7 @@ def _records(path: Path, problems: list[Problem]) -> Iterator[tuple[int, Any]]:
                 yield number, record
     except FileNotFoundError:
         problems.append(Problem(str(path), None, "extract.trajectories", str(path), "no such file"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         problems.append(Problem(str(path), getattr(error, "lineno", None), "file", "broken JSON", str(error)))
 
 
@@ -87,7 +87,7 @@ def _read_tools(path: str) -> tuple[dict[str, Any], ...]:
         raw = json.loads(Path(path).read_bytes())
     except FileNotFoundError:
         raise InputError(Problem(path, None, "extract.tools", path, "no such file")) from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(Problem(path, getattr(error, "lineno", None), "extract.tools", "broken JSON", str(error))) from None
     try:
         return _tools(raw, "extract.tools")
@@ -99,7 +99,7 @@ def _tools(raw: Any, where: str) -> tuple[dict[str, Any], ...]:
     if isinstance(raw, str):
         try:
             raw = json.loads(raw)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise FieldError(where, raw, "tools given as text must be a JSON list") from None
     if not isinstance(raw, list):
         raise FieldError(where, raw, "tools are a list of definitions")
@@ -125,7 +125,7 @@ def _identity(record: dict[str, Any], source: str) -> tuple[str, str, float | No
     trajectory_id = next((str(record[k]) for k in ("trajectory_id", "id", "uuid") if record.get(k) is not None), Path(source).name)
     task_id = str(record["task_id"]) if record.get("task_id") is not None else trajectory_id
     reward = record.get("reward")
-    if reward is not None and (isinstance(reward, bool) or not isinstance(reward, (int, float)) or reward != reward):
+    if reward is not None and (isinstance(reward, bool) or not isinstance(reward, (int, float)) or not abs(reward) < 1e300):  # not nan, not inf
         raise FieldError("reward", reward, "a number, or leave the field out")
     return trajectory_id, task_id, None if reward is None else float(reward)
 
@@ -138,19 +138,25 @@ def check_messages(raw: Sequence[Any]) -> tuple[Message, ...]:
         if not isinstance(message, dict) or message.get("role") not in ROLES:
             found = message.get("role", "missing") if isinstance(message, dict) else message
             raise FieldError(f"{where}.role", found, f"use one of {', '.join(ROLES)}")
-        content = message.get("content")
-        if content is not None and not isinstance(content, (str, list)):
-            raise FieldError(f"{where}.content", content, "text, a list of text parts, or null")
-        clean: Message = {"role": message["role"], "content": text_of(content)}
+        clean: Message = {"role": message["role"], "content": _text(message.get("content"), f"{where}.content")}
         reasoning = message.get("reasoning_content") or message.get("reasoning")
         if message["role"] == "assistant" and reasoning:
-            clean["reasoning_content"] = text_of(reasoning)
+            clean["reasoning_content"] = _text(reasoning, f"{where}.reasoning_content")
         if message.get("tool_calls"):
+            if not isinstance(message["tool_calls"], list):
+                raise FieldError(f"{where}.tool_calls", message["tool_calls"], "a list of calls, or leave the field out")
             clean["tool_calls"] = [_call(call, f"{where}.tool_calls[{k}]") for k, call in enumerate(message["tool_calls"])]
         if message["role"] == "tool":
             clean["tool_call_id"] = str(message.get("tool_call_id") or "")
         messages.append(clean)
     return tuple(messages)
+
+
+def _text(content: Any, where: str) -> str:
+    if content is not None and not isinstance(content, str):
+        if not isinstance(content, list) or not all(isinstance(part, (str, dict)) for part in content):
+            raise FieldError(where, content, "text, a list of text parts, or null")
+    return text_of(content)
 
 
 def _call(raw: Any, where: str) -> dict[str, Any]:
@@ -176,7 +182,7 @@ def read_tau_bench(record: dict[str, Any], tools: tuple[dict[str, Any], ...], so
     """One result of tau-bench: `task_id`, `trial`, `reward`, `traj` (or `messages`)."""
     key = "messages" if "messages" in record else "traj"
     messages = check_messages(_required(record, key, list))
-    if "task_id" not in record:
+    if record.get("task_id") is None:
         raise FieldError("task_id", "missing", "tau-bench results carry task_id; without it train and validation cannot be split by task")
     trial = record.get("trial", 0)
     named = {"trajectory_id": f"{record['task_id']}-{trial}", **record}
@@ -211,7 +217,9 @@ def read_responses(record: dict[str, Any], tools: tuple[dict[str, Any], ...], so
     own = _tools(params["tools"], "responses_create_params.tools") if params.get("tools") else tools
     trajectory_id, task_id, reward = _identity(record, source)
     if pivot_row:  # the id names the source trajectory, of which this row is one turn
-        task_id, trajectory_id = str(record.get("task_id") or trajectory_id), f"{trajectory_id}@{source.rpartition(':')[2]}"
+        if record.get("task_id") is None and isinstance(record.get("provenance"), dict):  # a row of ours
+            task_id = str(record["provenance"].get("task_id") or task_id)
+        trajectory_id = f"{trajectory_id}@{source.rpartition(':')[2]}"
     return Trajectory(trajectory_id, task_id, messages, own, None if pivot_row else reward, source, last_only=pivot_row)
 
 
@@ -238,7 +246,7 @@ def read_sharegpt(record: dict[str, Any], tools: tuple[dict[str, Any], ...], sou
     pending: list[str] = []
     for index, turn in enumerate(_required(record, "conversations", list)):
         where = f"conversations[{index}]"
-        role = _SHAREGPT_ROLES.get(turn.get("from")) if isinstance(turn, dict) else None
+        role = _SHAREGPT_ROLES.get(str(turn.get("from"))) if isinstance(turn, dict) else None
         if role is None or not isinstance(turn.get("value"), str):
             raise FieldError(where, turn, f"a turn needs `value` and `from`, one of {', '.join(_SHAREGPT_ROLES)}")
         value = turn["value"]
@@ -251,7 +259,7 @@ def read_sharegpt(record: dict[str, Any], tools: tuple[dict[str, Any], ...], sou
             continue
         try:
             content, calls = parse_hermes(f"<tool_call>{value}</tool_call>" if role == "call" else value, ())
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise FieldError(f"{where}.value", value, f"the tool call cannot be read: {error}") from None
         message: Message = {"role": "assistant", "content": content.strip() if calls else value}
         if calls:

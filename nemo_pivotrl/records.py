@@ -345,8 +345,11 @@ class ArtefactWriter:
         os.replace(self.part, self.path)
         return self.path
 
-    def close(self) -> None:
-        """Leave `.part` for a later resume."""
+    def __enter__(self) -> ArtefactWriter:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Close the file; unless `finish` was called, `.part` stays for a later resume."""
         self._handle.close()
 
 

@@ -59,9 +59,8 @@ def evaluate(recipe: Recipe, fresh: bool = False) -> Path:
         verifier=load_recipe_verifier(recipe)[1],
         extra={"policies": revisions},
     )
-    writer = ArtefactWriter(recipe.path("evaluation.jsonl"), header, fresh)
-    done = {(row["policy"], row["set"]) for row in writer.rows()}
-    with spend(Path(recipe.run_dir), "evaluate"):
+    with ArtefactWriter(recipe.path("evaluation.jsonl"), header, fresh) as writer, spend(Path(recipe.run_dir), "evaluate"):
+        done = {(row["policy"], row["set"]) for row in writer.rows()}
         for label, folder in settings.policies.items():
             _evaluate_policy(recipe, label, folder, writer, done)
         path = writer.finish()

@@ -46,7 +46,7 @@ SHINGLE = 5
 SKETCH_SIZE = 128
 SKETCH_BANDS = (16, 8)
 """16 bands of 8: states above 0.9 similarity meet with probability > 0.999, then their sketches are compared."""
-_ERROR_START = re.compile(r"\s*(error|traceback \(most recent call last\)|exception|invalid|unknown tool|command not found)\b", re.IGNORECASE)
+_ERROR_START = re.compile(r"\s*(traceback \(most recent call last\)|(error|exception|invalid|unknown tool|command not found)\b)", re.IGNORECASE)
 
 
 def extract(recipe: Recipe, fresh: bool = False) -> Path:
@@ -57,9 +57,9 @@ def extract(recipe: Recipe, fresh: bool = False) -> Path:
     candidates, audit = cut_all(trajectories, splits, settings)
     parent = digest([[file_digest(Path(p)) for p in settings.trajectories], settings.tools and file_digest(Path(settings.tools))])
     header = Header("candidates", recipe.digest("extract"), parent)
-    writer = ArtefactWriter(recipe.path("candidates.jsonl"), header, fresh=True)
-    writer.write(responses.candidate_to_row(c, settings.agent_ref) for c in candidates)
-    path = writer.finish()
+    with ArtefactWriter(recipe.path("candidates.jsonl"), header, fresh=True) as writer:
+        writer.write(responses.candidate_to_row(c, settings.agent_ref) for c in candidates)
+        path = writer.finish()
     write_atomically(recipe.path("candidates.audit.json"), json.dumps(audit, indent=2, sort_keys=True) + "\n")
     print(audit_table(audit))
     if not candidates:

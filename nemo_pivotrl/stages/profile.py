@@ -49,13 +49,12 @@ def profile(recipe: Recipe, fresh: bool = False) -> Path:
         extra={"num_generations": recipe.profile.num_generations},
     )
     candidates = _limited([responses.candidate_of_row(r) for r in read_rows(source)], recipe)
-    writer = ArtefactWriter(recipe.path("profiles.jsonl"), header, fresh)
-    if not fresh and writer.rows_done == 0 and _complete(writer.path, header):
-        writer.part.unlink()
-        print(f"{writer.path} is complete; fresh=true makes it anew")
-        return writer.path
+    path = recipe.path("profiles.jsonl")
+    if not fresh and _complete(path, header):
+        print(f"{path} is complete; fresh=true makes it anew")
+        return path
     backend = backends.load(recipe.policy)
-    with spend(Path(recipe.run_dir), "profile") as cost:
+    with ArtefactWriter(path, header, fresh) as writer, spend(Path(recipe.run_dir), "profile") as cost:
         _profile_rest(recipe, candidates, writer, backend, chat, verifier)
         path = writer.finish()
         rows = [profile_of_row(row) for row in read_rows(path)]
@@ -77,7 +76,10 @@ def profile_digest(recipe: Recipe) -> str:
 
 
 def _complete(path: Path, header: Header) -> bool:
-    return path.exists() and path.open("rb").readline() == header.to_line().encode()
+    if not path.exists():
+        return False
+    with path.open("rb") as handle:
+        return handle.readline() == header.to_line().encode()
 
 
 def _limited(candidates: list[Candidate], recipe: Recipe) -> list[Candidate]:

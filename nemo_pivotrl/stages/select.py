@@ -61,9 +61,9 @@ def select(recipe: Recipe, fresh: bool = False) -> Path:
         verifier=found.verifier,
         extra={"rule": settings.rule, "lambda_diff": settings.lambda_diff, "version": version, "pivots": len(pivots)},
     )
-    writer = ArtefactWriter(recipe.path(settings.output), header, fresh=True)
-    writer.write(_pivot_row(p, recipe.extract.agent_ref) for p in [*pivots, *held_out])
-    path = writer.finish()
+    with ArtefactWriter(recipe.path(settings.output), header, fresh=True) as writer:
+        writer.write(_pivot_row(p, recipe.extract.agent_ref) for p in [*pivots, *held_out])
+        path = writer.finish()
     print(f"{len(pivots)} pivots of {len(train)} candidates, {len(held_out)} held-out states; version {version} -> {path}")
     return path
 

@@ -15,6 +15,7 @@ from collections import Counter
 from typing import Any, Literal
 
 from nemo_pivotrl.records import Action, ToolCall, Verdict
+from nemo_pivotrl.verifiers import VerifierFault
 
 MAX_DEPTH = 200
 """Deeper arguments are a decode error: Python's own limit depends on who calls."""
@@ -124,7 +125,10 @@ class ToolCallVerifier:
         """Empty when the calls are equivalent, else the category of the first difference."""
         if expected.name != actual.name:
             return "UNEXPECTED_TOOL"
-        wanted = decode_arguments(expected.arguments)
+        try:
+            wanted = decode_arguments(expected.arguments)
+        except ValueError as error:  # the row is at fault, not the policy: the candidate is excluded
+            raise VerifierFault("expected_arguments", str(error)) from None
         try:
             found = decode_arguments(actual.arguments)
         except ValueError:

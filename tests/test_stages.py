@@ -1,0 +1,309 @@
+"""The stages on a tiny trained policy: resume after kill -9 to the same bytes, refusals, and what training does."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, SMALL, recipe_at
+
+from nemo_pivotrl import world
+from nemo_pivotrl.records import Action, InputError, Verdict, read_header, read_rows
+from nemo_pivotrl.stages import rollout
+from nemo_pivotrl.stages.metrics import read_metrics
+from nemo_pivotrl.stages.evaluate import bootstrap, evaluate, holds, summarise
+from nemo_pivotrl.stages.profile import profile, profile_of_row
+from nemo_pivotrl.stages.select import select
+from nemo_pivotrl.stages.sft import merge, sft
+from nemo_pivotrl.stages.train import train
+from nemo_pivotrl.verifiers import VerifierFault
+from nemo_pivotrl.verifiers.tool_call import ToolCallVerifier
+
+
+@pytest.fixture
+def run_dir(trained: Path, tmp_path: Path) -> Path:
+    """A copy of the trained run at the same recipe, to be changed."""
+    shutil.copytree(trained, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def sha(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def start(stage: str, folder: Path, *overrides: str) -> subprocess.Popen[bytes]:
+    """The stage's command in a process of its own, its output in `log.txt`."""
+    command = [sys.executable, "-m", "nemo_pivotrl.cli", stage, str(ROOT / "recipes/pivotrl/tiny.yaml"), f"run_dir={folder}", *SMALL, *overrides]
+    with (folder / "log.txt").open("wb") as log:
+        return subprocess.Popen(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=log, stderr=subprocess.STDOUT)
+
+
+def finish(process: subprocess.Popen[bytes], folder: Path) -> None:
+    assert process.wait() == 0, (folder / "log.txt").read_text()
+
+
+def kill_when(process: subprocess.Popen[bytes], reached) -> bool:  # type: ignore[no-untyped-def]
+    """SIGKILL the process once `reached()`; False if it ended before."""
+    while process.poll() is None:
+        if reached():
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            return True
+        time.sleep(0.002)
+    return False
+
+
+def test_profile_killed_with_9_and_resumed_writes_the_same_bytes(run_dir: Path) -> None:
+    whole = run_dir / "profiles.jsonl"
+    expected = sha(whole)
+    whole.unlink()
+    part = run_dir / "profiles.jsonl.part"
+    kills = 0
+    for rows in (1, 20, 45):  # three deaths, each later than the last
+        kills += kill_when(start("profile", run_dir), lambda rows=rows: part.exists() and part.read_bytes().count(b"\n") > rows)
+    assert kills >= 2 and part.exists() and not whole.exists()
+    with part.open("ab") as handle:
+        handle.write(b'{"torn": ')
+    finish(start("profile", run_dir), run_dir)
+    assert sha(whole) == expected and not part.exists()
+
+
+def test_train_killed_with_9_and_resumed_ends_with_the_same_policy_and_metrics(run_dir: Path) -> None:
+    finish(start("train", run_dir, "grpo.name=straight"), run_dir)
+    for step in (1, 3):
+        folder = run_dir / "killed"
+        assert kill_when(start("train", run_dir, "grpo.name=killed"), (folder / f"step_{step:05d}/meta.json").exists)
+    finish(start("train", run_dir, "grpo.name=killed"), run_dir)
+    for name in ("policy/model.safetensors", "metrics.jsonl"):
+        assert sha(run_dir / "killed" / name) == sha(run_dir / "straight" / name), name
+    assert [row["step"] for row in read_metrics(run_dir / "killed/metrics.jsonl")] == [0, 1, 2, 3, 4]
+
+
+def test_training_changes_the_policy_only_where_there_is_signal(run_dir: Path) -> None:
+    before = (run_dir / "start/policy/model.safetensors").read_bytes()
+    train(recipe_at(run_dir))
+    metrics = read_metrics(run_dir / "pivotrl/metrics.jsonl")
+    assert any(row["mixed_group_share"] > 0 for row in metrics[1:])
+    assert (run_dir / "pivotrl/policy/model.safetensors").read_bytes() != before
+    for row in metrics[1:]:
+        assert row["sampler_mismatch"] < 1e-4 and row.get("ratio", 0.0) <= 1.0 + 1e-6
+        assert (row["trained_share"] > 0) == (row["mixed_group_share"] > 0)
+
+
+@pytest.mark.parametrize("extra", [["loss_fn.reference_policy_kl_penalty=0.1"], ["grpo.num_minibatches=2"], ["loss_fn.use_importance_sampling_correction=true"]])
+def test_kl_minibatches_and_importance_weights_train(run_dir: Path, extra: list[str]) -> None:
+    train(recipe_at(run_dir, "grpo.max_num_steps=2", *extra))
+    last = read_metrics(run_dir / "pivotrl/metrics.jsonl")[-1]
+    assert last["step"] == 2 and last["grad_norm"] > 0
+    if "kl" in extra[0]:
+        assert 0 <= last["kl"] < 0.1  # the reference is the start policy, so the first steps are near it
+
+
+def test_train_refuses_pivots_of_another_policy_and_says_which_field_differs(run_dir: Path) -> None:
+    sft(recipe_at(run_dir))
+    with pytest.raises(InputError, match=r"(?s)policy: found.*re-run the stage"):
+        train(recipe_at(run_dir, f"policy.model_name={run_dir}/sft/policy"))
+
+
+def test_train_refuses_another_verifier_or_template(run_dir: Path) -> None:
+    with pytest.raises(InputError, match="verifier: found 'tool_call"):
+        train(recipe_at(run_dir, "verifier.name=exact"))
+    with pytest.raises(InputError, match="chat_template: found"):
+        train(recipe_at(run_dir, "policy.template_kwargs.other=1"))
+
+
+def test_train_refuses_a_cut_or_greedy_sampler(run_dir: Path) -> None:
+    with pytest.raises(InputError) as caught:
+        train(recipe_at(run_dir, "policy.generation.top_p=0.9", "grpo.num_minibatches=99"))
+    assert [p.field for p in caught.value.problems] == ["policy.generation.top_p", "grpo.num_minibatches"]
+
+
+def test_a_run_that_changed_its_recipe_is_not_resumed_silently(run_dir: Path) -> None:
+    train(recipe_at(run_dir, "grpo.max_num_steps=1", "grpo.val_period=0"))
+    with pytest.raises(InputError, match="fresh=true"):
+        train(recipe_at(run_dir, "grpo.val_period=0", "policy.optimizer.lr=1e-5"))
+    train(recipe_at(run_dir, "grpo.max_num_steps=2", "grpo.val_period=0"))  # longer is no change
+
+
+def test_an_unfinished_profile_of_another_recipe_is_refused_and_names_the_difference(run_dir: Path) -> None:
+    os.rename(run_dir / "profiles.jsonl", run_dir / "profiles.jsonl.part")
+    with pytest.raises(InputError, match=r"(?s)config_hash=.*fresh=true"):
+        profile(recipe_at(run_dir, "profile.num_generations=4"))
+    assert (run_dir / "profiles.jsonl.part").exists()
+
+
+def test_best_checkpoints_are_kept_besides_the_latest(run_dir: Path) -> None:
+    train(recipe_at(run_dir, "checkpointing.keep_top_k=1", "grpo.val_period=1"))
+    metrics = {row["step"]: row["val/accuracy"] for row in read_metrics(run_dir / "pivotrl/metrics.jsonl")}
+    best = min(s for s in range(1, 5) if metrics[s] == max(metrics[t] for t in range(1, 5)))
+    assert {p.name for p in (run_dir / "pivotrl").glob("step_*")} == {f"step_{best:05d}", "step_00004"}
+
+
+class Faulty(ToolCallVerifier):
+    """Fails `times` for each candidate whose expert calls find_orders."""
+
+    def __init__(self, times: int):
+        super().__init__()
+        self.times, self.calls = times, 0
+
+    def verify(self, tools, expected, actual) -> Verdict:  # type: ignore[no-untyped-def]
+        if expected.kind == "calls" and expected.calls[0].name == "find_orders":
+            self.calls += 1
+            if self.times < 0 or self.calls % (self.times + 1):
+                raise VerifierFault("judge", "no answer")
+        return super().verify(tools, expected, actual)
+
+
+def patched(monkeypatch: pytest.MonkeyPatch, times: int) -> None:
+    from nemo_pivotrl.stages import profile as module
+
+    identity = rollout.load_recipe_verifier(recipe_at(Path("unused")))[1]
+    monkeypatch.setattr(module, "load_recipe_verifier", lambda recipe: (Faulty(times), identity))
+
+
+def test_a_fault_that_passes_with_retries_changes_nothing(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = sha(run_dir / "profiles.jsonl")
+    patched(monkeypatch, times=2)
+    profile(recipe_at(run_dir), fresh=True)
+    assert sha(run_dir / "profiles.jsonl") == expected
+
+
+def test_a_fault_that_stays_excludes_the_candidate_and_is_never_a_zero(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    patched(monkeypatch, times=-1)
+    with pytest.raises(InputError, match="max_failure_share"):
+        profile(recipe_at(run_dir), fresh=True)
+    rows = [profile_of_row(row) for row in read_rows(run_dir / "profiles.jsonl")]  # written all the same: nothing is lost
+    failed = [p for p in rows if p.failure]
+    assert failed and all(p.failure == "judge" and p.candidate.action_name == "find_orders" and not p.samples for p in failed)
+    select(recipe_at(run_dir, "select.rule=adv_with_zeros", "select.lambda_diff=1.0"))
+    kept = {row["provenance"]["candidate_id"] for row in read_rows(run_dir / "pivots.jsonl")}
+    assert not kept & {p.candidate.candidate_id for p in failed}
+
+
+def test_a_state_that_does_not_fit_is_excluded_and_counted(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(InputError, match="context_overflow"):
+        profile(recipe_at(run_dir, "policy.max_total_sequence_length=110"), fresh=True)
+    assert "context_overflow" in capsys.readouterr().out
+
+
+def test_a_sampler_that_ignores_seeds_is_caught(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from nemo_pivotrl.backends.reference import ReferencePolicy
+
+    real = ReferencePolicy.infer
+    # an almost uniform policy whose samples nevertheless repeat
+    monkeypatch.setattr(ReferencePolicy, "infer", lambda self, prompts, seeds, stop, g: real(self, prompts, [[1] * len(s) for s in seeds], stop, dataclasses.replace(g, temperature=3.0)))
+    copy = trained.parent / "seeds"
+    shutil.copytree(trained, copy, dirs_exist_ok=True)
+    with pytest.raises(InputError, match="ignores the per-sample seed"):
+        profile(recipe_at(copy), fresh=True)
+
+
+def test_headers_chain_and_rows_carry_no_seed(trained: Path) -> None:
+    from nemo_pivotrl.records import file_digest
+
+    profiles, pivots = read_header(trained / "profiles.jsonl", "profiles"), read_header(trained / "pivots.jsonl", "pivots")
+    assert profiles.parent == file_digest(trained / "candidates.jsonl") and pivots.parent == file_digest(trained / "profiles.jsonl")
+    assert profiles.policy == pivots.policy != ""
+    assert not any("seed" in json.dumps(row) for row in read_rows(trained / "pivots.jsonl"))
+
+
+def test_no_held_out_task_is_among_the_train_pivots(trained: Path) -> None:
+    by_split: dict[str, set[str]] = {"train": set(), "validation": set()}
+    for row in read_rows(trained / "pivots.jsonl"):
+        by_split[row["provenance"]["split"]].add(row["provenance"]["task_id"])
+    assert by_split["train"] and by_split["validation"] and not by_split["train"] & by_split["validation"]
+
+
+def test_evaluate_and_report_tell_the_same_numbers(run_dir: Path) -> None:
+    from nemo_pivotrl.report import report
+
+    train(recipe_at(run_dir))
+    policies = [f"evaluate.policies.{name}={run_dir}/{name if name != 'base' else 'start'}/policy" for name in ("base", "pivotrl")]
+    recipe = recipe_at(run_dir, *policies)
+    recipe = dataclasses.replace(recipe, evaluate=dataclasses.replace(recipe.evaluate, policies={k: v for k, v in recipe.evaluate.policies.items() if k in ("base", "pivotrl")}))
+    evaluate(recipe)
+    first = sha(run_dir / "evaluation.jsonl")
+    rows = list(read_rows(run_dir / "evaluation.jsonl"))
+    assert {(r["policy"], r["set"]) for r in rows} == {(p, s) for p in ("base", "pivotrl") for s in ("one_turn", "multi_turn", "retention")}
+    numbers = json.loads(report(recipe).with_suffix(".json").read_text())
+    scored = [score for r in rows if r["policy"] == "base" and r["set"] == "retention" for score in r["scores"]]
+    assert numbers["evaluation"]["policies"]["base"]["retention"]["mean"] == pytest.approx(sum(scored) / len(scored))
+    page = (run_dir / "report.html").read_text()
+    assert page.count("<svg") >= 5 and "http-equiv" not in page and "src=" not in page
+    evaluate(recipe, fresh=True)
+    assert sha(run_dir / "evaluation.jsonl") == first
+
+
+def test_model_output_in_the_report_is_text_and_not_markup() -> None:
+    from jinja2 import Environment, PackageLoader, select_autoescape
+
+    pages = Environment(loader=PackageLoader("nemo_pivotrl", "."), autoescape=select_autoescape(default=True))
+    row = {"sample": "<script>alert(1)</script>", "category": "x"}
+    page = pages.get_template("report.html.jinja").render(run_dir="r", samples=[{"state": "s", "expected": "e", "labels": ["a", "b"], "before": row, "after": row}])
+    assert "<script>" not in page and "&lt;script&gt;" in page
+
+
+# ---- small parts ----
+
+
+def test_merge_trains_every_expert_token_once_and_joins_prefixes() -> None:
+    first, second, other = ([1, 2], [3, 4]), ([1, 2, 3, 4, 5], [6]), ([1, 9], [8])
+    merged = {s.ids: s.trained for s in merge([first, second, other])}
+    assert merged == {(1, 2, 3, 4, 5, 6): (0, 0, 1, 1, 0, 1), (1, 9, 8): (0, 0, 1)}
+
+
+def test_bootstrap_interval_covers_the_mean_about_as_often_as_it_says() -> None:
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    covered = 0
+    for i in range(200):
+        low, high = bootstrap(rng.normal(0.3, 1.0, 60), 0.9, i)
+        covered += low <= 0.3 <= high
+    assert 0.82 * 200 <= covered <= 0.97 * 200
+
+
+def test_an_item_whose_samples_all_failed_is_no_zero() -> None:
+    rows = [{"policy": "a", "set": "one_turn", "item": str(i), "scores": s} for i, s in enumerate([[1.0], [1.0, 0.0], []])]
+    assert summarise(rows, 0.95, 0)["policies"]["a"]["one_turn"]["mean"] == 0.75
+
+
+def test_answers_hold_as_whole_words() -> None:
+    assert holds("The capital is Paris.", "paris") and not holds("Parisian", "paris") and holds("It is New  York!", "new york")
+
+
+def test_the_worlds_experts_always_succeed_and_splits_share_nothing() -> None:
+    import random
+
+    dealt = world.tasks(5, {"train": 150, "test": 150})
+    assert all(world.expert_trajectory(t, random.Random(0))["reward"] == 1.0 for split in dealt.values() for t in split)
+    keys = [{(t.opening, json.dumps(t.database)) for t in split} for split in dealt.values()]
+    assert not keys[0] & keys[1] and len(keys[0]) == 150
+    puzzles = world.tasks(5, {"test": 80}, world.puzzle_task)["test"]
+    assert all(world.expert_trajectory(t, random.Random(0))["reward"] == 1.0 for t in puzzles)
+
+
+def test_an_episode_fails_for_a_write_without_asking_and_for_a_wrong_end_state() -> None:
+    import random
+
+    task = next(t for t in world.tasks(1, {"a": 50})["a"] if t.family == "buy")
+    turns = list(world.expert_turns(task, random.Random(0)))
+    unasked, unfinished = world.Episode(task), world.Episode(task)
+    for action in (turns[0], *turns[2:]):
+        unasked.step(action)
+    for action in (turns[0], turns[1], turns[3]):
+        unfinished.step(action)
+    assert unasked.done and not unasked.success and unasked.database == task.goal
+    assert unfinished.done and not unfinished.success and not unfinished.broke_policy
+    broken = world.Episode(task)
+    broken.step(Action("malformed"))
+    assert broken.done and not broken.success
+
+
