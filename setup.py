@@ -20,13 +20,28 @@ setup(
     extras_require={
         # extract: MinHash near-duplicates, tool-schema checks
         # reference: models, tokenizers and chat templates; adapters
-        "reference": ["transformers>=5.16,<5.20", "accelerate>=1.0", "peft>=0.18", "datasketch>=1.6", "jsonschema>=4.18"],
+        "reference": [
+            "transformers>=5.16,<5.20",
+            "accelerate>=1.0",
+            "peft>=0.18",
+            "datasketch>=1.6",
+            "jsonschema>=4.18",
+        ],
         "report": ["matplotlib>=3.8", "jinja2>=3.1"],
         "gguf": ["gguf>=0.17"],  # only to convert a GGUF checkpoint: benchmarks/convert_smollm2.py
         "tensorboard": ["tensorboard>=2.16"],
         "wandb": ["wandb>=0.17"],
         "mlflow": ["mlflow>=2.14"],
-        "dev": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.6", "mypy>=1.10", "tensorboard>=2.16", "types-PyYAML", "types-jsonschema", "types-tqdm"],
+        "dev": [
+            "pytest>=8",
+            "hypothesis>=6.100",
+            "ruff>=0.6",
+            "mypy>=1.10",
+            "tensorboard>=2.16",
+            "types-PyYAML",
+            "types-jsonschema",
+            "types-tqdm",
+        ],
     },
     entry_points={"console_scripts": ["nemo-pivotrl = nemo_pivotrl.cli:main"]},
 )

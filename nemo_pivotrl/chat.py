@@ -41,13 +41,21 @@ def load_tokenizer(path: str, chat_template: str | None = None) -> PreTrainedTok
     from transformers import AutoTokenizer
 
     if not Path(path, "tokenizer_config.json").exists() and Path(path).exists():
-        raise InputError(Problem(path, None, "policy.model_name", "a folder without a tokenizer", "give an HF checkpoint folder"))
+        raise InputError(
+            Problem(path, None, "policy.model_name", "a folder without a tokenizer", "give an HF checkpoint folder")
+        )
     tokenizer = AutoTokenizer.from_pretrained(path)
     if chat_template is not None:
         tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
     if not tokenizer.chat_template:
         raise InputError(
-            Problem(path, None, "policy.chat_template", "a tokenizer without a chat template", "set policy.chat_template to a Jinja file")
+            Problem(
+                path,
+                None,
+                "policy.chat_template",
+                "a tokenizer without a chat template",
+                "set policy.chat_template to a Jinja file",
+            )
         )
     return tokenizer
 
@@ -86,7 +94,9 @@ class Chat:
     the parser that reads it back. A template that cannot render a tool call gets an error, not a guess.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, parser: str = "auto", template_kwargs: dict[str, Any] | None = None):
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, parser: str = "auto", template_kwargs: dict[str, Any] | None = None
+    ):
         self.tokenizer = tokenizer
         self.template_kwargs = template_kwargs or {}
         self.fingerprint = fingerprint(tokenizer)
@@ -95,7 +105,9 @@ class Chat:
         self.stop_ids = self._probe_stop_ids()
         self.parser = self._probe_parser() if parser == "auto" else parser
         if self.parser not in PARSERS:
-            raise InputError(Problem("recipe", None, "policy.tool_parser", self.parser, f"use one of auto, {', '.join(PARSERS)}"))
+            raise InputError(
+                Problem("recipe", None, "policy.tool_parser", self.parser, f"use one of auto, {', '.join(PARSERS)}")
+            )
 
     def render(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]], add_generation_prompt: bool) -> str:
         """The template's text for `messages`."""
@@ -166,7 +178,9 @@ class Chat:
 
     def _probe(self, **fields: Any) -> str:
         user: Message = {"role": "user", "content": "probe question"}
-        return self.render([user, {"role": "assistant", "content": "", **fields}], [_PROBE_TOOL], add_generation_prompt=False)
+        return self.render(
+            [user, {"role": "assistant", "content": "", **fields}], [_PROBE_TOOL], add_generation_prompt=False
+        )
 
     def _probe_stop_ids(self) -> frozenset[int]:
         """End of an assistant turn: the first token after the content, and the tokenizer's own end of text."""
@@ -175,7 +189,13 @@ class Chat:
         eos = [self.tokenizer.eos_token_id] if self.tokenizer.eos_token_id is not None else []
         if not found and not eos:
             raise InputError(
-                Problem("chat template", None, "end of turn", "neither a marker nor an eos token", "use a template that ends assistant turns")
+                Problem(
+                    "chat template",
+                    None,
+                    "end of turn",
+                    "neither a marker nor an eos token",
+                    "use a template that ends assistant turns",
+                )
             )
         return frozenset([*found, *eos])
 
@@ -192,13 +212,23 @@ class Chat:
         return between, prompt.rstrip().endswith(marker) and marker != ""
 
     def _probe_parser(self) -> str:
-        call = {"id": "call00000", "type": "function", "function": {"name": "probe_tool", "arguments": json.dumps(_PROBE_ARGUMENTS)}}
+        call = {
+            "id": "call00000",
+            "type": "function",
+            "function": {"name": "probe_tool", "arguments": json.dumps(_PROBE_ARGUMENTS)},
+        }
         user: Message = {"role": "user", "content": "probe question"}
         try:
             text = self.action_text([user], [_PROBE_TOOL], {"role": "assistant", "content": "", "tool_calls": [call]})
         except Exception as error:  # a template may raise anything it likes: jinja2 errors, KeyError, TypeError
             raise InputError(
-                Problem("chat template", None, "tool calls", short(str(error)), "the template cannot render a tool call; set policy.chat_template")
+                Problem(
+                    "chat template",
+                    None,
+                    "tool calls",
+                    short(str(error)),
+                    "the template cannot render a tool call; set policy.chat_template",
+                )
             ) from error
         text = self.decode(self.encode(text))
         for name, parser in PARSERS.items():

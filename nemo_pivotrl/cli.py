@@ -19,7 +19,10 @@ STAGES = {
     "world": ("nemo_pivotrl.stages.quickstart:make_world", "write the embedded world's expert trajectories"),
     "extract": ("nemo_pivotrl.stages.extract:extract", "trajectories -> candidates"),
     "warmup": ("nemo_pivotrl.stages.sft:warmup", "make the start policy by a short SFT"),
-    "profile": ("nemo_pivotrl.stages.profile:profile", "candidates -> profiles: K verified rollouts of the start policy each"),
+    "profile": (
+        "nemo_pivotrl.stages.profile:profile",
+        "candidates -> profiles: K verified rollouts of the start policy each",
+    ),
     "select": ("nemo_pivotrl.stages.select:select", "profiles -> pivots"),
     "export": ("nemo_pivotrl.stages.select:export", "pivots -> NeMo-Gym files for NeMo-RL"),
     "sft": ("nemo_pivotrl.stages.sft:sft", "fine-tune on the same data, for comparison"),
@@ -44,7 +47,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("stage", choices=STAGES, metavar="STAGE")
     made.add_argument("recipe", metavar="RECIPE", help="YAML recipe, e.g. recipes/pivotrl/tiny.yaml")
     made.add_argument("overrides", nargs="*", metavar="key=value", help="override a setting of the recipe")
-    made.add_argument("--print-config", action="store_true", help="print the complete recipe, defaults included, and stop")
+    made.add_argument(
+        "--print-config", action="store_true", help="print the complete recipe, defaults included, and stop"
+    )
     made.add_argument("--version", action="version", version=__version__)
     return made
 
@@ -88,13 +93,16 @@ def run_stage(stage: str, recipe: Recipe, fresh: bool) -> None:
         torch.set_num_threads(recipe.num_threads)
     module, _, function = STAGES[stage][0].partition(":")
     try:
-        call = getattr(import_module(module), function)
+        getattr(import_module(module), function)(recipe, fresh)
     except ModuleNotFoundError as error:
         from nemo_pivotrl.records import Problem
 
         extra = "report" if error.name in ("matplotlib", "jinja2") else "reference"
-        raise InputError(Problem("environment", None, f"stage {stage}", f"no module {error.name}", f"pip install 'nemo-pivotrl[{extra}]'")) from error
-    call(recipe, fresh)
+        raise InputError(
+            Problem(
+                "environment", None, f"stage {stage}", f"no module {error.name}", f"pip install 'nemo-pivotrl[{extra}]'"
+            )
+        ) from error
 
 
 if __name__ == "__main__":

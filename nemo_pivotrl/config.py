@@ -323,7 +323,15 @@ def load_recipe(path: str, overrides: Sequence[str] = ()) -> Recipe:
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals or not key:
-            raise InputError(Problem("command line", None, override, "no key=value", "write section.key=value, e.g. select.lambda_diff=0.5"))
+            raise InputError(
+                Problem(
+                    "command line",
+                    None,
+                    override,
+                    "no key=value",
+                    "write section.key=value, e.g. select.lambda_diff=0.5",
+                )
+            )
         try:
             OmegaConf.update(tree, key, yaml.safe_load(value), force_add=True)
         except (OmegaConfBaseException, yaml.YAMLError, TypeError, ValueError) as error:
@@ -331,8 +339,10 @@ def load_recipe(path: str, overrides: Sequence[str] = ()) -> Recipe:
     try:
         plain = OmegaConf.to_container(tree, resolve=True)
     except OmegaConfBaseException as error:
-        raise InputError(Problem(path, None, "interpolation", short(str(error)), "name an existing key or environment variable")) from None
-    return build(Recipe, typing.cast(dict[str, Any], plain), path)
+        raise InputError(
+            Problem(path, None, "interpolation", short(str(error)), "name an existing key or environment variable")
+        ) from None
+    return typing.cast(Recipe, build(Recipe, typing.cast(dict[str, Any], plain), path))
 
 
 def _chain(path: Path, above: list[Path]) -> list[Any]:
@@ -346,13 +356,17 @@ def _chain(path: Path, above: list[Path]) -> list[Any]:
         node = OmegaConf.load(path)
     except FileNotFoundError:
         where = str(above[-1]) if above else "command line"
-        raise InputError(Problem(where, None, "recipe", str(path), "no such file; recipes live under recipes/")) from None
+        raise InputError(
+            Problem(where, None, "recipe", str(path), "no such file; recipes live under recipes/")
+        ) from None
     except (YAMLError, OSError, UnicodeDecodeError) as error:
         mark = getattr(error, "problem_mark", None)
-        raise InputError(Problem(str(path), mark.line + 1 if mark else None, "YAML", short(str(error)), "mend the file")) from None
+        raise InputError(
+            Problem(str(path), mark.line + 1 if mark else None, "YAML", short(str(error)), "mend the file")
+        ) from None
     if not OmegaConf.is_dict(node):
         raise InputError(Problem(str(path), 1, "recipe", "no mapping", "a recipe is a YAML mapping of sections"))
-    defaults = node.pop("defaults", [])
+    defaults = typing.cast(Any, node).pop("defaults", [])
     defaults = [defaults] if isinstance(defaults, str) else list(defaults or [])
     return [part for name in defaults for part in _chain(path.parent / str(name), [*above, path.resolve()])] + [node]
 
@@ -406,7 +420,13 @@ def _out_of_range(spec: dataclasses.Field[Any], value: Any, name: str, file: str
         return []
     if (low is None or value >= low) and (high is None or value <= high) and value == value:
         return []
-    allowed = f"a value from {low} to {high}" if high is not None else "a number" if low is None else f"a value at least {low}"
+    allowed = (
+        f"a value from {low} to {high}"
+        if high is not None
+        else "a number"
+        if low is None
+        else f"a value at least {low}"
+    )
     return [Problem(file, None, name, str(value), f"out of range: use {allowed}")]
 
 

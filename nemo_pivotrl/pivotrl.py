@@ -115,13 +115,18 @@ def select(
     calling = len(kept) - len(talking)
     if max_message_ratio < 1.0:
         allowed = math.floor(max_message_ratio * calling / (1.0 - max_message_ratio) + 1e-9)
-        dropped = {p.candidate.candidate_id for p in talking} - {p.candidate.candidate_id for p in _subset(talking, allowed, seed)}
+        dropped = {p.candidate.candidate_id for p in talking} - {
+            p.candidate.candidate_id for p in _subset(talking, allowed, seed)
+        }
         kept = [p for p in kept if p.candidate.candidate_id not in dropped]
     return kept
 
 
 def _subset(profiles: list[Profile], size: int, seed: int) -> list[Profile]:
-    chosen = {p.candidate.candidate_id for p in sorted(profiles, key=lambda p: order_key(seed, p.candidate.candidate_id))[:size]}
+    chosen = {
+        p.candidate.candidate_id
+        for p in sorted(profiles, key=lambda p: order_key(seed, p.candidate.candidate_id))[:size]
+    }
     return [p for p in profiles if p.candidate.candidate_id in chosen]
 
 
@@ -254,7 +259,9 @@ def sft_loss(log_probs: Tensor, mask: Tensor, normaliser: float) -> tuple[Tensor
     return loss, {"loss": loss.detach()}
 
 
-def identical_groups(groups: Sequence[Sequence[tuple[tuple[int, ...], float]]], bound: float = math.log(1e-6)) -> list[int]:
+def identical_groups(
+    groups: Sequence[Sequence[tuple[tuple[int, ...], float]]], bound: float = math.log(1e-6)
+) -> list[int]:
     """Groups whose samples are all the same although chance would hardly make them so: a shared seed (A.16 6).
 
     groups: per pivot, (token ids, summed log-probability in nats) of each sample at temperature > 0. A group of G

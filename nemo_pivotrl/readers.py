@@ -31,7 +31,9 @@ def read_trajectories(paths: Sequence[str], format: str, tools_file: str | None)
     problems: list[Problem] = []
     tools = _read_tools(tools_file) if tools_file else ()
     if not paths:
-        raise InputError(Problem("recipe", None, "extract.trajectories", "nothing", "name at least one trajectory file"))
+        raise InputError(
+            Problem("recipe", None, "extract.trajectories", "nothing", "name at least one trajectory file")
+        )
     found: list[Trajectory] = []
     for path in paths:
         before = len(found) + len(problems)
@@ -43,13 +45,25 @@ def read_trajectories(paths: Sequence[str], format: str, tools_file: str | None)
             except FieldError as error:
                 problems.append(Problem(path, line, error.field, error.found, error.remedy))
         if len(found) + len(problems) == before:
-            problems.append(Problem(path, None, "file", "no records", "the file is empty; check the path or drop it from the recipe"))
+            problems.append(
+                Problem(
+                    path, None, "file", "no records", "the file is empty; check the path or drop it from the recipe"
+                )
+            )
     seen: dict[str, Trajectory] = {}
     for trajectory in found:
         first = seen.setdefault(trajectory.trajectory_id, trajectory)
         if first is not trajectory:
             file, _, line = trajectory.source.rpartition(":")
-            problems.append(Problem(file, int(line), "trajectory_id", trajectory.trajectory_id, f"already used at {first.source}; ids are unique"))
+            problems.append(
+                Problem(
+                    file,
+                    int(line),
+                    "trajectory_id",
+                    trajectory.trajectory_id,
+                    f"already used at {first.source}; ids are unique",
+                )
+            )
     if problems:
         raise InputError(problems)
     return found
@@ -71,7 +85,15 @@ def _records(path: Path, problems: list[Problem]) -> Iterator[tuple[int, Any]]:
                 try:
                     record = json.loads(line)
                 except (ValueError, RecursionError) as error:
-                    problems.append(Problem(str(path), number, "line", short(line.decode("utf-8", "replace")), f"broken JSON ({error}); mend or drop it"))
+                    problems.append(
+                        Problem(
+                            str(path),
+                            number,
+                            "line",
+                            short(line.decode("utf-8", "replace")),
+                            f"broken JSON ({error}); mend or drop it",
+                        )
+                    )
                     continue
                 if isinstance(record, dict) and "nemo_pivotrl" in record:
                     continue
@@ -88,7 +110,9 @@ def _read_tools(path: str) -> tuple[dict[str, Any], ...]:
     except FileNotFoundError:
         raise InputError(Problem(path, None, "extract.tools", path, "no such file")) from None
     except (ValueError, RecursionError) as error:
-        raise InputError(Problem(path, getattr(error, "lineno", None), "extract.tools", "broken JSON", str(error))) from None
+        raise InputError(
+            Problem(path, getattr(error, "lineno", None), "extract.tools", "broken JSON", str(error))
+        ) from None
     try:
         return _tools(raw, "extract.tools")
     except FieldError as error:
@@ -108,7 +132,9 @@ def _tools(raw: Any, where: str) -> tuple[dict[str, Any], ...]:
         chat = tool_to_chat(tool) if isinstance(tool, dict) else {"function": None}
         function = chat["function"]
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise FieldError(f"{where}[{index}]", tool, "a tool needs a name: {type: function, function: {name, parameters}}")
+            raise FieldError(
+                f"{where}[{index}]", tool, "a tool needs a name: {type: function, function: {name, parameters}}"
+            )
         tools.append(chat)
     return tuple(tools)
 
@@ -122,10 +148,14 @@ def _required(record: dict[str, Any], key: str, kind: type) -> Any:
 
 
 def _identity(record: dict[str, Any], source: str) -> tuple[str, str, float | None]:
-    trajectory_id = next((str(record[k]) for k in ("trajectory_id", "id", "uuid") if record.get(k) is not None), Path(source).name)
+    trajectory_id = next(
+        (str(record[k]) for k in ("trajectory_id", "id", "uuid") if record.get(k) is not None), Path(source).name
+    )
     task_id = str(record["task_id"]) if record.get("task_id") is not None else trajectory_id
     reward = record.get("reward")
-    if reward is not None and (isinstance(reward, bool) or not isinstance(reward, (int, float)) or not abs(reward) < 1e300):  # not nan, not inf
+    if reward is not None and (
+        isinstance(reward, bool) or not isinstance(reward, (int, float)) or not abs(reward) < 1e300
+    ):  # not nan, not inf
         raise FieldError("reward", reward, "a number, or leave the field out")
     return trajectory_id, task_id, None if reward is None else float(reward)
 
@@ -144,8 +174,12 @@ def check_messages(raw: Sequence[Any]) -> tuple[Message, ...]:
             clean["reasoning_content"] = _text(reasoning, f"{where}.reasoning_content")
         if message.get("tool_calls"):
             if not isinstance(message["tool_calls"], list):
-                raise FieldError(f"{where}.tool_calls", message["tool_calls"], "a list of calls, or leave the field out")
-            clean["tool_calls"] = [_call(call, f"{where}.tool_calls[{k}]") for k, call in enumerate(message["tool_calls"])]
+                raise FieldError(
+                    f"{where}.tool_calls", message["tool_calls"], "a list of calls, or leave the field out"
+                )
+            clean["tool_calls"] = [
+                _call(call, f"{where}.tool_calls[{k}]") for k, call in enumerate(message["tool_calls"])
+            ]
         if message["role"] == "tool":
             clean["tool_call_id"] = str(message.get("tool_call_id") or "")
         messages.append(clean)
@@ -153,9 +187,9 @@ def check_messages(raw: Sequence[Any]) -> tuple[Message, ...]:
 
 
 def _text(content: Any, where: str) -> str:
-    if content is not None and not isinstance(content, str):
-        if not isinstance(content, list) or not all(isinstance(part, (str, dict)) for part in content):
-            raise FieldError(where, content, "text, a list of text parts, or null")
+    parts = isinstance(content, list) and all(isinstance(part, (str, dict)) for part in content)
+    if content is not None and not isinstance(content, str) and not parts:
+        raise FieldError(where, content, "text, a list of text parts, or null")
     return text_of(content)
 
 
@@ -168,7 +202,11 @@ def _call(raw: Any, where: str) -> dict[str, Any]:
         arguments = json.dumps(arguments, ensure_ascii=False)
     if not isinstance(arguments, str):
         raise FieldError(f"{where}.function.arguments", arguments, "arguments are a JSON text or an object")
-    return {"id": str(raw.get("id") or ""), "type": "function", "function": {"name": function["name"], "arguments": arguments}}
+    return {
+        "id": str(raw.get("id") or ""),
+        "type": "function",
+        "function": {"name": function["name"], "arguments": arguments},
+    }
 
 
 def read_openai(record: dict[str, Any], tools: tuple[dict[str, Any], ...], source: str) -> Trajectory:
@@ -183,7 +221,11 @@ def read_tau_bench(record: dict[str, Any], tools: tuple[dict[str, Any], ...], so
     key = "messages" if "messages" in record else "traj"
     messages = check_messages(_required(record, key, list))
     if record.get("task_id") is None:
-        raise FieldError("task_id", "missing", "tau-bench results carry task_id; without it train and validation cannot be split by task")
+        raise FieldError(
+            "task_id",
+            "missing",
+            "tau-bench results carry task_id; without it train and validation cannot be split by task",
+        )
     trial = record.get("trial", 0)
     named = {"trajectory_id": f"{record['task_id']}-{trial}", **record}
     trajectory_id, task_id, reward = _identity(named, source)
@@ -209,11 +251,17 @@ def read_responses(record: dict[str, Any], tools: tuple[dict[str, Any], ...], so
         field = "responses_create_params.input"
         messages = check_messages([*to_messages(items), *last])
     except (KeyError, TypeError, AttributeError) as error:
-        raise FieldError(field, f"missing or malformed: {error}", "see the Gym row contract: message, reasoning, function_call, function_call_output") from None
+        raise FieldError(
+            field,
+            f"missing or malformed: {error}",
+            "see the Gym row contract: message, reasoning, function_call, function_call_output",
+        ) from None
     except FieldError:
         raise
     except ValueError as error:
-        raise FieldError(field, error, "see the Gym row contract: message, reasoning, function_call, function_call_output") from None
+        raise FieldError(
+            field, error, "see the Gym row contract: message, reasoning, function_call, function_call_output"
+        ) from None
     own = _tools(params["tools"], "responses_create_params.tools") if params.get("tools") else tools
     trajectory_id, task_id, reward = _identity(record, source)
     if pivot_row:  # the id names the source trajectory, of which this row is one turn
@@ -266,7 +314,8 @@ def read_sharegpt(record: dict[str, Any], tools: tuple[dict[str, Any], ...], sou
             ids = [f"call_{numbered + k}" for k in range(len(calls))]
             numbered, pending = numbered + len(calls), ids
             message["tool_calls"] = [
-                {"id": i, "type": "function", "function": {"name": c.name, "arguments": c.arguments}} for i, c in zip(ids, calls, strict=True)
+                {"id": i, "type": "function", "function": {"name": c.name, "arguments": c.arguments}}
+                for i, c in zip(ids, calls, strict=True)
             ]
         raw.append(message)
     own = _tools(record["tools"], "tools") if record.get("tools") else tools

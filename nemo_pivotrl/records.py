@@ -10,6 +10,7 @@ Messages are OpenAI chat messages (plain dicts): `role`, `content`, and on assis
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -237,7 +238,9 @@ def read_header(path: Path, stage: str | tuple[str, ...]) -> Header:
     """
     wanted = (stage,) if isinstance(stage, str) else stage
     if not path.exists():
-        raise InputError(Problem(str(path), None, "file", "no such file", f"run the stage that writes {wanted[0]} first"))
+        raise InputError(
+            Problem(str(path), None, "file", "no such file", f"run the stage that writes {wanted[0]} first")
+        )
     with path.open("rb") as handle:
         first = handle.readline()
     try:
@@ -250,7 +253,13 @@ def read_header(path: Path, stage: str | tuple[str, ...]) -> Header:
         ) from None
     if header.format != FORMAT_VERSION:
         raise InputError(
-            Problem(str(path), 1, "format", str(header.format), f"this version reads format {FORMAT_VERSION}; re-run the stage")
+            Problem(
+                str(path),
+                1,
+                "format",
+                str(header.format),
+                f"this version reads format {FORMAT_VERSION}; re-run the stage",
+            )
         )
     if header.stage not in wanted:
         raise InputError(
@@ -270,7 +279,15 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
                 if not isinstance(row, dict):
                     raise ValueError(f"it is a {type(row).__name__}")
             except (ValueError, RecursionError) as error:
-                problems.append(Problem(str(path), number, "line", short(line.decode("utf-8", "replace")), f"not a JSON object ({error}); re-run the stage"))
+                problems.append(
+                    Problem(
+                        str(path),
+                        number,
+                        "line",
+                        short(line.decode("utf-8", "replace")),
+                        f"not a JSON object ({error}); re-run the stage",
+                    )
+                )
                 continue
             if not problems:
                 yield row
@@ -281,7 +298,13 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
 def check_headers(path: Path, found: Header, **expected: str) -> None:
     """Compare header fields with what the recipe implies, all differences in one InputError."""
     problems = [
-        Problem(str(path), 1, name, repr(getattr(found, name)), f"the recipe gives {value!r}; use the matching recipe or re-run the stage")
+        Problem(
+            str(path),
+            1,
+            name,
+            repr(getattr(found, name)),
+            f"the recipe gives {value!r}; use the matching recipe or re-run the stage",
+        )
         for name, value in expected.items()
         if getattr(found, name) != value
     ]
@@ -325,7 +348,7 @@ class ArtefactWriter:
                     )
                 )
             rows, end = 0, handle.tell()
-            while (line := handle.readline()).endswith(b"\n"):
+            while handle.readline().endswith(b"\n"):
                 rows, end = rows + 1, handle.tell()
             handle.truncate(end)
         return rows
@@ -336,9 +359,15 @@ class ArtefactWriter:
 
     def write(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Append rows as one write, then fsync: either all of them survive a crash, or a torn tail is cut on resume."""
-        self._handle.write(b"".join(json_line(row) for row in rows))
-        self._handle.flush()
-        os.fsync(self._handle.fileno())
+        lines = b"".join(json_line(row) for row in rows)
+        try:
+            self._handle.write(lines)
+            self._handle.flush()
+            os.fsync(self._handle.fileno())
+        except OSError:
+            with contextlib.suppress(OSError):
+                self._handle.close()  # now, or its buffer would reach the file at some later time
+            raise
 
     def finish(self) -> Path:
         self._handle.close()

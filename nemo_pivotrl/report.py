@@ -31,14 +31,24 @@ from nemo_pivotrl.stages.select import FATES, depth_band, survival
 
 COLOURS = dict(zip(FATES, ("#2a7f3b", "#b3423a", "#4a78b5", "#8a8a8a", "#c9a227", "#b9b9b9", "#000000"), strict=True))
 SHOWN_SAMPLES = 12
-plt.rcParams.update({"svg.hashsalt": "nemo_pivotrl", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "svg.fonttype": "none"})
+plt.rcParams.update(
+    {
+        "svg.hashsalt": "nemo_pivotrl",
+        "font.size": 9,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "svg.fonttype": "none",
+    }
+)
 
 
 def report(recipe: Recipe, fresh: bool = False) -> Path:
     """Write `report.html` and `report.json`. Raises InputError when there is nothing to report yet."""
     numbers, plots = gather(recipe)
     if len(numbers) == 1:
-        raise InputError(Problem(recipe.run_dir, None, "run_dir", "no artefacts", "run extract, profile and select first"))
+        raise InputError(
+            Problem(recipe.run_dir, None, "run_dir", "no artefacts", "run extract, profile and select first")
+        )
     write_atomically(recipe.path("report.json"), json.dumps(numbers, indent=2, sort_keys=True) + "\n")
     pages = Environment(loader=PackageLoader("nemo_pivotrl", "."), autoescape=select_autoescape(default=True))
     page = pages.get_template("report.html.jinja").render(titles=TITLES, plots=plots, **numbers)
@@ -88,14 +98,19 @@ def _profiles(recipe: Recipe, numbers: dict[str, Any], plots: dict[str, str]) ->
         "hit_rate_counts": _counts(train),
     }
     if header:
-        numbers["pivots"] = {"count": header.extra["pivots"], **{k: header.extra[k] for k in ("rule", "lambda_diff", "version")}}
+        numbers["pivots"] = {
+            "count": header.extra["pivots"],
+            **{k: header.extra[k] for k in ("rule", "lambda_diff", "version")},
+        }
     by_depth = survival(train, chosen, lam, lambda p: depth_band(p.candidate.depth))
     by_tool = survival(train, chosen, lam, lambda p: p.candidate.action_name)
     numbers["survival"] = {"depth": by_depth, "action": by_tool}
     plots["hit_rate"] = _hit_rate_plot(numbers["profile"]["hit_rate_counts"], lam)
     order = sorted(by_depth, key=lambda name: int(name.rstrip("+").split("-")[0]))
     plots["depth"] = _survival_plot(by_depth, order, "assistant turns before")
-    plots["action"] = _survival_plot(by_tool, sorted(by_tool, key=lambda n: -sum(by_tool[n].values()))[:14], "expert action")
+    plots["action"] = _survival_plot(
+        by_tool, sorted(by_tool, key=lambda n: -sum(by_tool[n].values()))[:14], "expert action"
+    )
 
 
 def _counts(train: Sequence[Profile]) -> dict[str, int]:
@@ -117,7 +132,16 @@ def _svg(figure: Figure) -> str:
 def _hit_rate_plot(counts: dict[str, int], lambda_diff: float) -> str:
     figure, axes = plt.subplots(figsize=(5.2, 2.6))
     rates = [float(rate) for rate in counts]
-    colours = [COLOURS["all 0"] if r == 0 else COLOURS["all 1"] if r == 1 else COLOURS["pivot"] if r < lambda_diff else COLOURS["too easy"] for r in rates]
+    colours = [
+        COLOURS["all 0"]
+        if r == 0
+        else COLOURS["all 1"]
+        if r == 1
+        else COLOURS["pivot"]
+        if r < lambda_diff
+        else COLOURS["too easy"]
+        for r in rates
+    ]
     axes.bar(rates, list(counts.values()), width=0.8 / max(8, len(rates)), color=colours)
     axes.axvline(lambda_diff, color="#444", linewidth=0.8, linestyle="--")
     axes.set(xlabel="hit rate of the start policy", ylabel="candidates")
@@ -140,7 +164,11 @@ def _survival_plot(table: dict[str, dict[str, int]], order: Sequence[str], label
 
 
 def _training_plot(arms: dict[str, list[dict[str, Any]]]) -> str:
-    panels = (("reward", "mean reward"), ("reward_std", "std of reward in a group"), ("val/accuracy", "held-out accuracy"))
+    panels = (
+        ("reward", "mean reward"),
+        ("reward_std", "std of reward in a group"),
+        ("val/accuracy", "held-out accuracy"),
+    )
     figure, all_axes = plt.subplots(1, 3, figsize=(11, 2.6))
     for axes, (key, label) in zip(all_axes, panels, strict=True):
         for name, rows in arms.items():
@@ -159,7 +187,10 @@ def _evaluation_plot(summary: dict[str, Any]) -> str:
     for axes, name in zip(all_axes[0], names, strict=True):
         entries = [(label, sets[name]) for label, sets in policies.items() if name in sets]
         means = [100 * e["mean"] for _, e in entries]
-        spread = [[100 * (e["mean"] - e["low"]) for _, e in entries], [100 * (e["high"] - e["mean"]) for _, e in entries]]
+        spread = [
+            [100 * (e["mean"] - e["low"]) for _, e in entries],
+            [100 * (e["high"] - e["mean"]) for _, e in entries],
+        ]
         axes.bar(range(len(entries)), means, yerr=spread, color="#4a78b5", capsize=3)
         axes.set_xticks(range(len(entries)), [label for label, _ in entries])
         axes.set(title=TITLES[name], ylabel="%")
@@ -168,7 +199,9 @@ def _evaluation_plot(summary: dict[str, Any]) -> str:
 
 def _samples(recipe: Recipe) -> list[dict[str, Any]]:
     """Held-out turns where the last policy's first sample differs from the first policy's verdict, both shown."""
-    states = {row["provenance"]["candidate_id"]: candidate_of_row(row) for row in read_rows(recipe.path("candidates.jsonl"))}
+    states = {
+        row["provenance"]["candidate_id"]: candidate_of_row(row) for row in read_rows(recipe.path("candidates.jsonl"))
+    }
     rows = [row for row in read_rows(recipe.path("evaluation.jsonl")) if row["set"] == "one_turn"]
     labels = list(dict.fromkeys(row["policy"] for row in rows))
     by_item: dict[str, dict[str, dict[str, Any]]] = {}
@@ -182,7 +215,15 @@ def _samples(recipe: Recipe) -> list[dict[str, Any]]:
             candidate = states[item]
             wanted = candidate.expected.content or " ".join(f"{c.name} {c.arguments}" for c in candidate.expected.calls)
             last = candidate.messages[-1]
-            found.append({"state": f"{last['role']}: {last['content']}", "expected": wanted, "labels": [labels[0], chosen], "before": before, "after": after})
+            found.append(
+                {
+                    "state": f"{last['role']}: {last['content']}",
+                    "expected": wanted,
+                    "labels": [labels[0], chosen],
+                    "before": before,
+                    "after": after,
+                }
+            )
     return found
 
 

@@ -30,7 +30,13 @@ def to_items(messages: Sequence[Message]) -> list[Item]:
     for message in messages:
         role = message["role"]
         if role == "tool":
-            items.append({"type": "function_call_output", "call_id": message.get("tool_call_id") or "", "output": text_of(message.get("content"))})
+            items.append(
+                {
+                    "type": "function_call_output",
+                    "call_id": message.get("tool_call_id") or "",
+                    "output": text_of(message.get("content")),
+                }
+            )
             continue
         if role != "assistant":
             items.append({"type": "message", "role": role, "content": text_of(message.get("content"))})
@@ -40,7 +46,15 @@ def to_items(messages: Sequence[Message]) -> list[Item]:
             items.append({"type": "reasoning", "id": f"rs_{len(items)}", "summary": summary, "status": "completed"})
         if text_of(message.get("content")) or not message.get("tool_calls"):
             part = {"type": "output_text", "text": text_of(message.get("content")), "annotations": []}
-            items.append({"type": "message", "role": "assistant", "id": f"msg_{len(items)}", "content": [part], "status": "completed"})
+            items.append(
+                {
+                    "type": "message",
+                    "role": "assistant",
+                    "id": f"msg_{len(items)}",
+                    "content": [part],
+                    "status": "completed",
+                }
+            )
         for call in message.get("tool_calls") or []:
             function, call_id = call["function"], call.get("id") or ""
             items.append(
@@ -82,7 +96,9 @@ def to_messages(items: Sequence[Item]) -> list[Message]:
             turn["content"] = text_of(item["content"])
         else:
             function = {"name": item["name"], "arguments": item["arguments"]}
-            turn.setdefault("tool_calls", []).append({"id": item.get("call_id") or "", "type": "function", "function": function})
+            turn.setdefault("tool_calls", []).append(
+                {"id": item.get("call_id") or "", "type": "function", "function": function}
+            )
     return messages
 
 
@@ -98,7 +114,10 @@ def tool_to_chat(tool: dict[str, Any]) -> dict[str, Any]:
     """A tool definition in the nested chat form, from either form."""
     if "function" in tool:
         return {"type": "function", "function": tool["function"]}
-    return {"type": "function", "function": {k: v for k, v in tool.items() if k not in ("type", "strict") and v is not None}}
+    return {
+        "type": "function",
+        "function": {k: v for k, v in tool.items() if k not in ("type", "strict") and v is not None},
+    }
 
 
 def tool_to_flat(tool: dict[str, Any]) -> dict[str, Any]:
@@ -116,7 +135,8 @@ def tool_to_flat(tool: dict[str, Any]) -> dict[str, Any]:
 def action_of(message: Message) -> Action:
     """The action of an assistant chat message."""
     calls = tuple(
-        ToolCall(c["function"]["name"], c["function"]["arguments"], c.get("id") or "") for c in message.get("tool_calls") or []
+        ToolCall(c["function"]["name"], c["function"]["arguments"], c.get("id") or "")
+        for c in message.get("tool_calls") or []
     )
     content = text_of(message.get("content"))
     return Action("calls", content, calls) if calls else Action("message", content)
@@ -126,7 +146,10 @@ def message_of(action: Action) -> Message:
     """The assistant chat message of an action."""
     if action.kind != "calls":
         return {"role": "assistant", "content": action.content}
-    calls = [{"id": c.call_id, "type": "function", "function": {"name": c.name, "arguments": c.arguments}} for c in action.calls]
+    calls = [
+        {"id": c.call_id, "type": "function", "function": {"name": c.name, "arguments": c.arguments}}
+        for c in action.calls
+    ]
     return {"role": "assistant", "content": action.content, "tool_calls": calls}
 
 

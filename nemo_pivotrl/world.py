@@ -27,10 +27,69 @@ MAX_TURNS = 8
 
 SYSTEM = "Shop desk. Ask before changes. Shipped orders go to a human."
 
-NAMES = "ann ben cleo dan eva finn gina hugo iris jack kim leo mona nils olga paul quin rosa sam tina".split()
-KINDS = "lamp desk chair sofa shelf clock rug mirror vase stool".split()
-CODES = "alfa bravo delta echo golf hotel india kilo lima mike oscar papa romeo sierra tango victor xray yankee zulu amber".split()
-WORDS = "sun cup tree fish moon leaf star boat bird ring coin bell road wind salt gold".split()
+NAMES = [
+    "ann",
+    "ben",
+    "cleo",
+    "dan",
+    "eva",
+    "finn",
+    "gina",
+    "hugo",
+    "iris",
+    "jack",
+    "kim",
+    "leo",
+    "mona",
+    "nils",
+    "olga",
+    "paul",
+    "quin",
+    "rosa",
+    "sam",
+    "tina",
+]
+KINDS = ["lamp", "desk", "chair", "sofa", "shelf", "clock", "rug", "mirror", "vase", "stool"]
+CODES = [
+    "alfa",
+    "bravo",
+    "delta",
+    "echo",
+    "golf",
+    "hotel",
+    "india",
+    "kilo",
+    "lima",
+    "mike",
+    "oscar",
+    "papa",
+    "romeo",
+    "sierra",
+    "tango",
+    "victor",
+    "xray",
+    "yankee",
+    "zulu",
+    "amber",
+]
+WORDS = [
+    "sun",
+    "cup",
+    "tree",
+    "fish",
+    "moon",
+    "leaf",
+    "star",
+    "boat",
+    "bird",
+    "ring",
+    "coin",
+    "bell",
+    "road",
+    "wind",
+    "salt",
+    "gold",
+]
 
 
 def _tool(name: str, description: str, **properties: str) -> dict[str, Any]:
@@ -74,7 +133,12 @@ def database(rng: random.Random, user: str) -> dict[str, Any]:
     kinds, codes = rng.sample(KINDS, 2), rng.sample(CODES, 6)
     others = rng.choice([name for name in NAMES if name != user])
     orders = {
-        codes.pop(): {"user": owner, "item": kind, "qty": rng.randint(1, 9), "status": rng.choice(["pending", "shipped"])}
+        codes.pop(): {
+            "user": owner,
+            "item": kind,
+            "qty": rng.randint(1, 9),
+            "status": rng.choice(["pending", "shipped"]),
+        }
         for owner, kind in zip((user, others), kinds, strict=True)
     }
     items = {kind: dict(zip((codes.pop(), codes.pop()), rng.sample(range(1, 10), 2), strict=True)) for kind in kinds}
@@ -93,20 +157,33 @@ def desk_task(rng: random.Random, task_id: str) -> Task:
         item = min(base["items"][kind], key=base["items"][kind].__getitem__)
         goal["orders"]["NEW"] = {"user": user, "item": item, "qty": qty, "status": "pending"}
         opening = f"{hello} {user} . " + rng.choice(
-            [f"please order {qty} of the cheapest {kind}", f"i want {qty} of your cheapest {kind}", f"get me the cheapest {kind} , {qty} of it"]
+            [
+                f"please order {qty} of the cheapest {kind}",
+                f"i want {qty} of your cheapest {kind}",
+                f"get me the cheapest {kind} , {qty} of it",
+            ]
         )
         return Task(task_id, family, opening, base, goal, facts={"user": user, "kind": kind, "item": item, "qty": qty})
     order_id = next(key for key, order in base["orders"].items() if order["user"] == user)
     order = base["orders"][order_id]
     facts = {"user": user, "order_id": order_id, "item": order["item"], "status": order["status"]}
     if family == "status":
-        opening = f"{hello} {user} . " + rng.choice([f"where is my {order['item']} ?", f"is my {order['item']} on its way ?"])
+        opening = f"{hello} {user} . " + rng.choice(
+            [f"where is my {order['item']} ?", f"is my {order['item']} on its way ?"]
+        )
         return Task(task_id, family, opening, base, goal, must_say=order["status"], facts=facts)
     if family == "cancel":
-        opening = f"{hello} {user} . " + rng.choice([f"please cancel my {order['item']}", f"i do not want the {order['item']} any more"])
+        opening = f"{hello} {user} . " + rng.choice(
+            [f"please cancel my {order['item']}", f"i do not want the {order['item']} any more"]
+        )
     else:
         facts["qty"] = rng.choice([n for n in range(1, 10) if n != order["qty"]])
-        opening = f"{hello} {user} . " + rng.choice([f"please make it {facts['qty']} of the {order['item']}", f"i need {facts['qty']} {order['item']} in my order"])
+        opening = f"{hello} {user} . " + rng.choice(
+            [
+                f"please make it {facts['qty']} of the {order['item']}",
+                f"i need {facts['qty']} {order['item']} in my order",
+            ]
+        )
     if order["status"] == "shipped":
         goal["transferred"] = True
     elif family == "cancel":
@@ -155,7 +232,9 @@ PUZZLES: dict[str, Callable[[random.Random, list[str]], tuple[str, str]]] = {
 }
 
 
-def tasks(seed: int, sizes: dict[str, int], make: Callable[[random.Random, str], Task] = desk_task) -> dict[str, list[Task]]:
+def tasks(
+    seed: int, sizes: dict[str, int], make: Callable[[random.Random, str], Task] = desk_task
+) -> dict[str, list[Task]]:
     """`sizes[split]` tasks for each split, no opening and database shared between any two of them."""
     rng, seen, dealt = random.Random(f"tasks {seed} {make.__name__}"), set(), {}
     for split, size in sizes.items():
@@ -224,7 +303,9 @@ class Episode:
         self.messages.append({"role": "assistant", "content": action.content, "tool_calls": calls})
         for call in action.calls:
             result = self._run(call)
-            self.messages.append({"role": "tool", "tool_call_id": call.call_id, "name": call.name, "content": json.dumps(result)})
+            self.messages.append(
+                {"role": "tool", "tool_call_id": call.call_id, "name": call.name, "content": json.dumps(result)}
+            )
 
     def _run(self, call: ToolCall) -> dict[str, Any]:
         try:
@@ -236,7 +317,11 @@ class Episode:
             return {"error": "no such tool"}
         types = {key: value["type"] for key, value in tool["parameters"]["properties"].items()}
         python = {"string": str, "integer": int}
-        if not isinstance(arguments, dict) or set(arguments) != set(types) or not all(type(arguments[k]) is python[t] for k, t in types.items()):
+        if (
+            not isinstance(arguments, dict)
+            or set(arguments) != set(types)
+            or not all(type(arguments[k]) is python[t] for k, t in types.items())
+        ):
             return {"error": "bad arguments"}
         if call.name in WRITES and not self.confirmed:
             self.broke_policy = True
@@ -296,7 +381,11 @@ def expert_turns(task: Task, rng: random.Random) -> Iterator[Action]:
         return
     if task.family == "buy":
         yield call("search_items", kind=facts["kind"])
-        yield say(f"{facts['item']} is the cheapest . ok ?", f"shall i order {facts['item']} ?", f"may i place it for {facts['item']} ?")
+        yield say(
+            f"{facts['item']} is the cheapest . ok ?",
+            f"shall i order {facts['item']} ?",
+            f"may i place it for {facts['item']} ?",
+        )
         yield call("place_order", user=facts["user"], item=facts["item"], qty=facts["qty"])
         yield say("it is ordered .", "done .", f"{facts['item']} is on its way .")
         return
@@ -304,16 +393,31 @@ def expert_turns(task: Task, rng: random.Random) -> Iterator[Action]:
     yield call("find_orders", user=facts["user"])
     yield call("get_order", order_id=order_id)
     if task.family == "status":
-        yield say(f"{order_id} is {facts['status']} .", f"your {facts['item']} is {facts['status']} .", f"it is {facts['status']} .")
+        yield say(
+            f"{order_id} is {facts['status']} .",
+            f"your {facts['item']} is {facts['status']} .",
+            f"it is {facts['status']} .",
+        )
     elif facts["status"] == "shipped":
-        yield call("transfer", summary=rng.choice([f"order {order_id} is shipped", f"shipped order {order_id}", f"customer has shipped order {order_id}"]))
+        yield call(
+            "transfer",
+            summary=rng.choice(
+                [f"order {order_id} is shipped", f"shipped order {order_id}", f"customer has shipped order {order_id}"]
+            ),
+        )
         yield say("a human will help you .", "i passed you on .")
     elif task.family == "cancel":
         yield say(f"shall i cancel {order_id} ?", f"cancel {order_id} , ok ?", f"may i cancel your {facts['item']} ?")
-        yield call("cancel_order", order_id=order_id, note=rng.choice(["customer asked for it", "asked by the customer", "the customer does not want it"]))
+        yield call(
+            "cancel_order",
+            order_id=order_id,
+            note=rng.choice(["customer asked for it", "asked by the customer", "the customer does not want it"]),
+        )
         yield say("it is cancelled .", "done .")
     else:
-        yield say(f"shall i make it {facts['qty']} ?", f"{facts['qty']} of {order_id} , ok ?", f"may i change {order_id} ?")
+        yield say(
+            f"shall i make it {facts['qty']} ?", f"{facts['qty']} of {order_id} , ok ?", f"may i change {order_id} ?"
+        )
         yield call("change_order", order_id=order_id, qty=facts["qty"])
         yield say("it is changed .", "done .")
 

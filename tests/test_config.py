@@ -133,7 +133,9 @@ def test_a_binary_file_or_a_folder_given_as_recipe_is_named(tmp_path: Path) -> N
 
 def test_overrides_win_and_are_checked_like_the_file(tmp_path: Path) -> None:
     path = recipe_file(tmp_path, "select: {lambda_diff: 0.5}\nrun_dir: a\npolicy: {model_name: '${run_dir}/policy'}")
-    recipe = load_recipe(path, ["select.lambda_diff=0.25", "run_dir=b", "extract.trajectories=[x, y]", "verifier.settings.allow_subset=true"])
+    recipe = load_recipe(
+        path, ["select.lambda_diff=0.25", "run_dir=b", "extract.trajectories=[x, y]", "verifier.settings.allow_subset=true"]
+    )
     assert recipe.select.lambda_diff == 0.25 and recipe.policy.model_name == "b/policy"
     assert recipe.extract.trajectories == ("x", "y") and recipe.verifier.settings == {"allow_subset": True}
     assert [p.field for p in problems_of(path, "select.lambda_diff=2", "selekt.limit=1")] == ["select.lambda_diff", "selekt"]

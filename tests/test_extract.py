@@ -129,7 +129,9 @@ def test_each_turn_that_does_not_count_is_counted_under_its_reason(
 
 def test_an_error_in_any_output_of_a_parallel_turn_skips_it_and_a_later_error_does_not() -> None:
     both = call(("find", 1), ("book", 1))
-    assert cut(trajectory(user(), both, output(), output("Traceback (most recent call last):", "b")), turns="tool_calls")[1] == {"tool_error": 1}
+    assert cut(trajectory(user(), both, output(), output("Traceback (most recent call last):", "b")), turns="tool_calls")[1] == {
+        "tool_error": 1
+    }
     later = trajectory(user(), call(("find", 1)), output(), call(("book", 1)), output("invalid seat"))
     assert [c.turn for c in cut(later, turns="tool_calls")[0]] == [1]
 
@@ -277,7 +279,9 @@ def test_the_stage_writes_rows_that_read_back_an_audit_that_adds_up_and_the_same
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     records = [{"trajectory_id": f"t{i}", "messages": [user(f"lone \ud83d {i}"), call(("find", i)), output(), say(" ")]} for i in range(10)]
-    recipe = Recipe(run_dir=str(tmp_path / "run"), extract=Extract(trajectories=(str(openai_file(tmp_path, *records)),), validation_share=0.2))
+    recipe = Recipe(
+        run_dir=str(tmp_path / "run"), extract=Extract(trajectories=(str(openai_file(tmp_path, *records)),), validation_share=0.2)
+    )
     path = extract(recipe)
     assert "10 + 10 = 20" in capsys.readouterr().out
     audit = json.loads((tmp_path / "run/candidates.audit.json").read_text())
@@ -307,7 +311,9 @@ def test_real_trajectories_lose_no_turn(tmp_path: Path) -> None:
     file = TAU / "trajectories.jsonl"
     raw = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     failed = sum(m["role"] == "assistant" for r in raw if r["reward"] < 1 for m in r["messages"])
-    settings = Extract(trajectories=(str(file),), tools=str(TAU / "tools.json"), format="tau_bench", validation_share=0.2, on_invalid="skip")
+    settings = Extract(
+        trajectories=(str(file),), tools=str(TAU / "tools.json"), format="tau_bench", validation_share=0.2, on_invalid="skip"
+    )
     path = extract(Recipe(run_dir=str(tmp_path), extract=settings))
     audit = json.loads((tmp_path / "candidates.audit.json").read_text())
     assert audit["trajectories"] == 140 and audit["turns"] == 2023 and audit["tasks"] == {"train": 28, "validation": 7}

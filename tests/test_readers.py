@@ -57,7 +57,12 @@ PIVOT_ROW = {
     "expected_action": {"type": "message", "content": "found"},
     "trajectory_id": "t1",
 }
-ROLLOUT = {"responses_create_params": {"input": ITEMS[:2], "tools": [FLAT]}, "response": {"output": [*ITEMS[2:], FOUND]}, "reward": 1.0, "id": "t1"}
+ROLLOUT = {
+    "responses_create_params": {"input": ITEMS[:2], "tools": [FLAT]},
+    "response": {"output": [*ITEMS[2:], FOUND]},
+    "reward": 1.0,
+    "id": "t1",
+}
 SHAREGPT = {
     "id": "t1",
     "tools": json.dumps([TOOL]),
@@ -129,7 +134,10 @@ def test_gym_rows_of_one_trajectory_share_its_task_and_keep_their_own_ids(tmp_pa
 
 
 def test_a_gym_function_call_batch_is_one_turn_with_several_calls(tmp_path: Path) -> None:
-    batch = {"type": "function_call_batch", "calls": [{"type": "function_call", "name": "find", "arguments": f'{{"q": {q}}}'} for q in (1, 2)]}
+    batch = {
+        "type": "function_call_batch",
+        "calls": [{"type": "function_call", "name": "find", "arguments": f'{{"q": {q}}}'} for q in (1, 2)],
+    }
     (found,) = read(tmp_path, "responses", {**PIVOT_ROW, "expected_action": batch})
     assert [c["function"]["arguments"] for c in found.messages[-1]["tool_calls"]] == ['{"q": 1}', '{"q": 2}']
 
@@ -267,7 +275,9 @@ def paths_of(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 
 
 GOOD = {"openai": [OPENAI], "responses": [PIVOT_ROW, ROLLOUT], "sharegpt": [SHAREGPT], "tau_bench": [TAU]}
-PLACES = [(f, i, path) for f, records in GOOD.items() for i, record in enumerate(records) for path in paths_of(json.loads(json.dumps(record)))]
+PLACES = [
+    (f, i, path) for f, records in GOOD.items() for i, record in enumerate(records) for path in paths_of(json.loads(json.dumps(record)))
+]
 JSON = st.sampled_from([None, True, 0, 3, 1.5, "", "x", "\ud83d", [], [1], ["x"], [None], [{}], {}, {"x": 1}, {"name": 3}, [[1]], 10**400])
 
 

@@ -72,9 +72,19 @@ def test_items_have_the_shapes_of_the_conversion_table() -> None:
     ]
     rules, thought, said, first, second, output = to_items(messages)
     assert rules == {"type": "message", "role": "developer", "content": "rules"}
-    assert thought["type"] == "reasoning" and thought["summary"] == [{"type": "summary_text", "text": "hm"}] and thought["status"] == "completed"
+    assert (
+        thought["type"] == "reasoning"
+        and thought["summary"] == [{"type": "summary_text", "text": "hm"}]
+        and thought["status"] == "completed"
+    )
     assert said["role"] == "assistant" and said["content"][0]["type"] == "output_text" and said["content"][0]["text"] == "looking"
-    assert (first["type"], first["call_id"], first["name"], first["arguments"], first["status"]) == ("function_call", "c1", "find", "{}", "completed")
+    assert (first["type"], first["call_id"], first["name"], first["arguments"], first["status"]) == (
+        "function_call",
+        "c1",
+        "find",
+        "{}",
+        "completed",
+    )
     assert second["call_id"] == "c2" and first["id"] != second["id"]
     assert output == {"type": "function_call_output", "call_id": "c1", "output": "here"}
 
@@ -120,7 +130,9 @@ def contract_violations(row: dict[str, Any]) -> list[str]:
     rules = {
         "input is a non-empty list": isinstance(params["input"], list) and len(params["input"]) > 0,
         "items are known and whole": all(i["type"] in item_fields and item_fields[i["type"]] <= i.keys() for i in params["input"]),
-        "tools are flat": all(set(t) == {"type", "name", "description", "parameters", "strict"} and t["type"] == "function" for t in params["tools"]),
+        "tools are flat": all(
+            set(t) == {"type", "name", "description", "parameters", "strict"} and t["type"] == "function" for t in params["tools"]
+        ),
         "parallel_tool_calls is a bool": isinstance(params["parallel_tool_calls"], bool),
         "tool_choice is auto": params["tool_choice"] == "auto",
         "metadata is left out": "metadata" not in params,
@@ -152,7 +164,14 @@ def test_every_candidate_becomes_a_row_that_keeps_the_contract_and_comes_back(st
     back = candidate_of_row(row)
     assert list(back.messages) == state and (back.expected.kind, back.expected.content) == (expected.kind, expected.content)
     assert [(c.name, c.arguments) for c in back.expected.calls] == [(c.name, c.arguments) for c in expected.calls]
-    assert (back.candidate_id, back.trajectory_id, back.task_id, back.split, back.turn, back.depth) == ("id", "t", "k", "train", len(state), 2)
+    assert (back.candidate_id, back.trajectory_id, back.task_id, back.split, back.turn, back.depth) == (
+        "id",
+        "t",
+        "k",
+        "train",
+        len(state),
+        2,
+    )
     assert back.num_unique_actions == 3 and [t["function"]["name"] for t in back.tools] == ["find", "book", "größe"]
 
 
@@ -180,7 +199,9 @@ def test_an_action_and_its_message_are_each_others_inverse() -> None:
         assert action_of(message_of(action)) == action
 
 
-@pytest.mark.parametrize("row", [{"type": "dance"}, {"type": "message"}, {"type": "function_call_batch", "calls": []}, {"type": "function_call"}, {}])
+@pytest.mark.parametrize(
+    "row", [{"type": "dance"}, {"type": "message"}, {"type": "function_call_batch", "calls": []}, {"type": "function_call"}, {}]
+)
 def test_a_malformed_expected_action_is_refused(row: dict[str, Any]) -> None:
     with pytest.raises((KeyError, ValueError)):
         expected_of_row(row)

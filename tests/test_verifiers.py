@@ -102,7 +102,9 @@ def test_kinds_names_and_decoding_follow_the_top_level_table(expected: Action, a
         ("a b", "c d", VALUE),
     ],
 )
-def test_argument_values_compare_by_the_recursive_rules_at_the_base_thresholds(expected: Any, actual: Any, verdict: tuple[float, str]) -> None:
+def test_argument_values_compare_by_the_recursive_rules_at_the_base_thresholds(
+    expected: Any, actual: Any, verdict: tuple[float, str]
+) -> None:
     assert judge(value(expected), value(actual)) == verdict
 
 
@@ -173,7 +175,9 @@ BOTH = {**ON, "allow_subset": True, "allow_superset": True}
         ([A, B], [A, C], {**BOTH, "parallel_tool_call_reward_mode": "f1"}, (2 * 1 / 4, "ARGUMENT_VALUE_DIFFERENT")),
     ],
 )
-def test_parallel_calls_are_matched_as_sets(expected: list[Any], actual: list[Any], config: dict[str, Any], verdict: tuple[float, str]) -> None:
+def test_parallel_calls_are_matched_as_sets(
+    expected: list[Any], actual: list[Any], config: dict[str, Any], verdict: tuple[float, str]
+) -> None:
     assert judge(calls(*expected), calls(*actual), **config) == verdict
 
 
@@ -227,9 +231,15 @@ CALLS = st.lists(st.builds(ToolCall, st.sampled_from(["f", "g", "", "\ud800"]), 
 ANY_ACTION = st.builds(Action, st.sampled_from(["message", "calls", "malformed", "none"]), st.text(st.characters(), max_size=8), CALLS)
 EXPERT = st.one_of(
     st.builds(Action, st.just("message"), st.text(max_size=8)),
-    st.lists(st.builds(ToolCall, st.just("f"), JSON.map(json.dumps)), min_size=1, max_size=3).map(lambda c: Action("calls", calls=tuple(c))),
+    st.lists(st.builds(ToolCall, st.just("f"), JSON.map(json.dumps)), min_size=1, max_size=3).map(
+        lambda c: Action("calls", calls=tuple(c))
+    ),
 )
-JUDGES = [load_verifier("tool_call", {}), load_verifier("tool_call", {**BOTH, "parallel_tool_call_reward_mode": "f1"}), load_verifier("exact", {})]
+JUDGES = [
+    load_verifier("tool_call", {}),
+    load_verifier("tool_call", {**BOTH, "parallel_tool_call_reward_mode": "f1"}),
+    load_verifier("exact", {}),
+]
 
 
 @settings(max_examples=200, deadline=None)
@@ -241,7 +251,13 @@ def test_no_action_of_a_policy_makes_a_verifier_raise_or_leave_0_to_1(verifier: 
 
 @pytest.mark.parametrize(
     "arguments",
-    ["[" * 100_000, "[" * 100_000 + "]" * 100_000, '{"x":' * 100_000 + "1" + "}" * 100_000, '{"x": [' + "[" * 300 + "]" * 300 + "]}", '{"x": ' + "9" * 5000 + "}"],
+    [
+        "[" * 100_000,
+        "[" * 100_000 + "]" * 100_000,
+        '{"x":' * 100_000 + "1" + "}" * 100_000,
+        '{"x": [' + "[" * 300 + "]" * 300 + "]}",
+        '{"x": ' + "9" * 5000 + "}",
+    ],
     ids=["open", "deep list", "deep object", "deeper than the limit", "huge integer"],
 )
 def test_arguments_that_python_cannot_read_are_a_decode_error_and_score_0(arguments: str) -> None:

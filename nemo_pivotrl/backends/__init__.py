@@ -37,7 +37,11 @@ class Sampler(Protocol):
     """Generates turns."""
 
     def infer(
-        self, prompts: Sequence[Sequence[int]], seeds: Sequence[Sequence[int]], stop_ids: frozenset[int], generation: Generation
+        self,
+        prompts: Sequence[Sequence[int]],
+        seeds: Sequence[Sequence[int]],
+        stop_ids: frozenset[int],
+        generation: Generation,
     ) -> list[list[Sample]]:
         """One sample for every seed of every prompt. The same seed at the same prompt gives the same sample."""
         ...
@@ -48,7 +52,9 @@ class Trainer(Protocol):
 
     def prepare_for_training(self, optimizer: Optimizer) -> None: ...
     def prepare_for_training_step(self) -> None: ...
-    def get_loss_and_metrics(self, batch: TokenBatch, loss_fn: LossFn, forward_only: bool = False) -> dict[str, float]: ...
+    def get_loss_and_metrics(
+        self, batch: TokenBatch, loss_fn: LossFn, forward_only: bool = False
+    ) -> dict[str, float]: ...
     def finish_training_step(self) -> dict[str, float]: ...
     def get_inference_log_probs(self, batch: TokenBatch, reference: bool = False) -> Tensor: ...
     def training_state(self) -> dict[str, Any]: ...
@@ -66,11 +72,23 @@ def load(policy: Policy, with_reference: bool = False) -> Backend:
         from nemo_pivotrl.backends.reference import ReferencePolicy
     except ImportError as error:
         raise InputError(
-            Problem("environment", None, "policy.backend", f"{policy.backend}: {error}", "pip install 'nemo-pivotrl[reference]'")
+            Problem(
+                "environment",
+                None,
+                "policy.backend",
+                f"{policy.backend}: {error}",
+                "pip install 'nemo-pivotrl[reference]'",
+            )
         ) from error
     if not Path(policy.model_name, "config.json").exists():
         raise InputError(
-            Problem("recipe", None, "policy.model_name", policy.model_name or "nothing", "give an HF checkpoint folder, or run the warmup stage first")
+            Problem(
+                "recipe",
+                None,
+                "policy.model_name",
+                policy.model_name or "nothing",
+                "give an HF checkpoint folder, or run the warmup stage first",
+            )
         )
     return ReferencePolicy(policy, with_reference)
 

@@ -57,14 +57,24 @@ class ReferencePolicy:
 
     @torch.no_grad()
     def infer(
-        self, prompts: Sequence[Sequence[int]], seeds: Sequence[Sequence[int]], stop_ids: frozenset[int], generation: Generation
+        self,
+        prompts: Sequence[Sequence[int]],
+        seeds: Sequence[Sequence[int]],
+        stop_ids: frozenset[int],
+        generation: Generation,
     ) -> list[list[Sample]]:
         """One sample per seed and prompt. Batches are formed by length; a sample depends on its seed and prompt only
         up to floating-point noise of the batch it is in, and exactly when the call is repeated as it was."""
         self.model.eval()
         out: list[list[Sample | None]] = [[None] * len(s) for s in seeds]
-        rows = [(p, k) for p in sorted(range(len(prompts)), key=lambda p: (len(prompts[p]), p)) for k in range(len(seeds[p]))]
-        for chunk in _chunks(rows, lambda row: len(prompts[row[0]]) + generation.max_new_tokens, generation.batch_tokens):
+        rows = [
+            (p, k)
+            for p in sorted(range(len(prompts)), key=lambda p: (len(prompts[p]), p))
+            for k in range(len(seeds[p]))
+        ]
+        for chunk in _chunks(
+            rows, lambda row: len(prompts[row[0]]) + generation.max_new_tokens, generation.batch_tokens
+        ):
             samples = self._sample_rows(prompts, seeds, chunk, stop_ids, generation)
             for (p, k), sample in zip(chunk, samples, strict=True):
                 out[p][k] = sample
@@ -83,7 +93,9 @@ class ReferencePolicy:
         spread = torch.tensor([unique.index(p) for p, _ in rows], device=self.device)
         cache.batch_select_indices(spread)
         logits, mask = logits[spread], mask[spread]
-        noise = np.stack([np.random.Generator(np.random.Philox(seeds[p][k])).random(generation.max_new_tokens) for p, k in rows])
+        noise = np.stack(
+            [np.random.Generator(np.random.Philox(seeds[p][k])).random(generation.max_new_tokens) for p, k in rows]
+        )
         tokens: list[list[int]] = [[] for _ in rows]
         log_probs: list[list[float]] = [[] for _ in rows]
         alive = list(range(len(rows)))  # row number of each line of the running batch
@@ -114,7 +126,8 @@ class ReferencePolicy:
             )
             logits = output.logits[:, -1]
         return [
-            Sample(tuple(tokens[i]), tuple(log_probs[i]), "stop" if tokens[i][-1] in stop_ids else "length") for i in range(len(rows))
+            Sample(tuple(tokens[i]), tuple(log_probs[i]), "stop" if tokens[i][-1] in stop_ids else "length")
+            for i in range(len(rows))
         ]
 
     def _prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[DynamicCache, Tensor, Tensor]:
@@ -122,13 +135,20 @@ class ReferencePolicy:
         ids, mask = _pad(prompts, left=True, device=self.device)
         cache = DynamicCache()
         output = self.model(
-            input_ids=ids, attention_mask=mask, position_ids=_positions(mask), past_key_values=cache, use_cache=True, logits_to_keep=1
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=_positions(mask),
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
         )
         return cache, output.logits[:, -1], mask
 
     # ---- log-probabilities ----
 
-    def _log_probs(self, model: Any, prompts: Sequence[Sequence[int]], prompt_of: Sequence[int], responses: Sequence[Sequence[int]]) -> Tensor:
+    def _log_probs(
+        self, model: Any, prompts: Sequence[Sequence[int]], prompt_of: Sequence[int], responses: Sequence[Sequence[int]]
+    ) -> Tensor:
         """Log-probability [N, T] (nats, float32 or better) of every response token, 0 on padding."""
         targets, target_mask = _pad(responses, left=False, device=self.device)
         if self.settings.share_prompt:
@@ -136,18 +156,34 @@ class ReferencePolicy:
         else:
             ids, mask = _pad([prompts[p] for p in prompt_of], left=True, device=self.device)
             ids, mask = torch.cat([ids, targets], 1), torch.cat([mask, target_mask], 1)
-            output = model(input_ids=ids, attention_mask=mask, position_ids=_positions(mask), logits_to_keep=targets.shape[1] + 1)
+            output = model(
+                input_ids=ids, attention_mask=mask, position_ids=_positions(mask), logits_to_keep=targets.shape[1] + 1
+            )
             logits = output.logits[:, :-1]
         temperature = self.settings.generation.temperature or 1.0
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
         chosen = logits.gather(2, targets[:, :, None])[:, :, 0] - logits.logsumexp(2)
         return torch.where(target_mask.bool(), chosen, torch.zeros_like(chosen))
 
-    def _shared_logits(self, model: Any, prompts: Sequence[Sequence[int]], prompt_of: Sequence[int], targets: Tensor, target_mask: Tensor) -> Tensor:
+    def _shared_logits(
+        self,
+        model: Any,
+        prompts: Sequence[Sequence[int]],
+        prompt_of: Sequence[int],
+        targets: Tensor,
+        target_mask: Tensor,
+    ) -> Tensor:
         """Logits [N, T, V] that predict `targets`, each prompt run once. Gradients reach the prompt through the cache."""
         ids, mask = _pad(prompts, left=True, device=self.device)
         cache = DynamicCache()
-        output = model(input_ids=ids, attention_mask=mask, position_ids=_positions(mask), past_key_values=cache, use_cache=True, logits_to_keep=1)
+        output = model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=_positions(mask),
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
         spread = torch.tensor(list(prompt_of), device=self.device)
         first = output.logits[spread]
         if targets.shape[1] == 1:
@@ -155,13 +191,21 @@ class ReferencePolicy:
         cache.batch_select_indices(spread)
         mask = torch.cat([mask[spread], target_mask[:, :-1]], 1)
         positions = _positions(mask)[:, ids.shape[1] :]
-        rest = model(input_ids=targets[:, :-1], attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
+        rest = model(
+            input_ids=targets[:, :-1],
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+        )
         return torch.cat([first, rest.logits], 1)
 
     def _micro_batches(self, batch: TokenBatch) -> Iterator[list[int]]:
         """Row numbers of each micro-batch: whole groups where they fit, ordered by prompt length."""
         width = max(len(r) for r in batch.responses)
-        order = sorted(range(len(batch.responses)), key=lambda n: (len(batch.prompts[batch.prompt_of[n]]), batch.prompt_of[n], n))
+        order = sorted(
+            range(len(batch.responses)), key=lambda n: (len(batch.prompts[batch.prompt_of[n]]), batch.prompt_of[n], n)
+        )
         held: list[int] = []
         prompts = 0
         for row in order:
@@ -178,7 +222,12 @@ class ReferencePolicy:
     def _rows(self, model: Any, batch: TokenBatch, rows: list[int]) -> Tensor:
         used = list(dict.fromkeys(batch.prompt_of[n] for n in rows))
         place = {p: i for i, p in enumerate(used)}
-        return self._log_probs(model, [batch.prompts[p] for p in used], [place[batch.prompt_of[n]] for n in rows], [batch.responses[n] for n in rows])
+        return self._log_probs(
+            model,
+            [batch.prompts[p] for p in used],
+            [place[batch.prompt_of[n]] for n in rows],
+            [batch.responses[n] for n in rows],
+        )
 
     @torch.no_grad()
     def get_inference_log_probs(self, batch: TokenBatch, reference: bool = False) -> Tensor:
@@ -234,7 +283,9 @@ class ReferencePolicy:
         settings, self.steps = self.optimizer_settings, self.steps + 1
         norm = float(torch.nn.utils.clip_grad_norm_(self._trainable(), settings.max_grad_norm or math.inf))
         if not math.isfinite(norm):
-            raise FloatingPointError(f"gradient norm {norm} at step {self.steps}: lower policy.optimizer.lr or check the data")
+            raise FloatingPointError(
+                f"gradient norm {norm} at step {self.steps}: lower policy.optimizer.lr or check the data"
+            )
         scale = min(1.0, self.steps / settings.warmup_steps) if settings.warmup_steps else 1.0
         for group in self.optimizer.param_groups:
             group["lr"] = settings.lr * scale * self.decay
@@ -251,7 +302,12 @@ class ReferencePolicy:
         """Everything a bit-exact resume needs: trained weights, optimiser, torch's random state, step."""
         assert self.optimizer is not None, "prepare_for_training first"
         weights = {name: p.detach().cpu() for name, p in self.model.named_parameters() if p.requires_grad}
-        return {"weights": weights, "optimizer": self.optimizer.state_dict(), "rng": torch.get_rng_state(), "steps": self.steps}
+        return {
+            "weights": weights,
+            "optimizer": self.optimizer.state_dict(),
+            "rng": torch.get_rng_state(),
+            "steps": self.steps,
+        }
 
     def restore_training_state(self, state: dict[str, Any]) -> None:
         """Undo `training_state`."""
@@ -280,7 +336,11 @@ def _with_lora(model: Any, policy: Policy) -> Any:
     torch.manual_seed(0)  # adapters start the same in every run; B is zero, so the policy is the start policy
     lora = policy.lora
     config = LoraConfig(
-        r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=list(lora.target_modules), task_type="CAUSAL_LM"
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=list(lora.target_modules),
+        task_type="CAUSAL_LM",
     )
     return get_peft_model(model, config)
 
@@ -299,7 +359,9 @@ def _draw(logits: Tensor, uniform: Tensor, generation: Generation) -> tuple[Tens
         outside = ordered.cumsum(-1) - ordered >= generation.top_p
         log_p = log_p.masked_fill(torch.zeros_like(outside).scatter(1, index, outside), -math.inf).log_softmax(-1)
     cumulative = log_p.exp().cumsum(-1)
-    token = torch.searchsorted(cumulative, (uniform * cumulative[:, -1])[:, None], right=True)[:, 0].clamp(max=log_p.shape[1] - 1)
+    token = torch.searchsorted(cumulative, (uniform * cumulative[:, -1])[:, None], right=True)[:, 0].clamp(
+        max=log_p.shape[1] - 1
+    )
     return token, log_p.gather(1, token[:, None])[:, 0]
 
 

@@ -18,7 +18,15 @@ from nemo_pivotrl.config import Checkpointing
 from nemo_pivotrl.records import InputError, Problem
 
 
-def save(folder: Path, step: int, identity: str, metrics: dict[str, float], trainer: Trainer, chat: Chat, settings: Checkpointing) -> None:
+def save(
+    folder: Path,
+    step: int,
+    identity: str,
+    metrics: dict[str, float],
+    trainer: Trainer,
+    chat: Chat,
+    settings: Checkpointing,
+) -> None:
     """Write the state after `step` steps, then drop checkpoints that are neither the latest nor among the best."""
     import torch
 
@@ -28,7 +36,9 @@ def save(folder: Path, step: int, identity: str, metrics: dict[str, float], trai
     trainer.export(part / "policy")
     chat.tokenizer.save_pretrained(part / "policy")
     torch.save(trainer.training_state(), part / "state.pt")
-    (part / "meta.json").write_text(json.dumps({"step": step, "identity": identity, "metrics": metrics}), encoding="utf-8")
+    (part / "meta.json").write_text(
+        json.dumps({"step": step, "identity": identity, "metrics": metrics}), encoding="utf-8"
+    )
     final = folder / f"step_{step:05d}"
     shutil.rmtree(final, ignore_errors=True)
     os.replace(part, final)
@@ -38,7 +48,10 @@ def save(folder: Path, step: int, identity: str, metrics: dict[str, float], trai
 def _prune(folder: Path, settings: Checkpointing) -> None:
     found = steps(folder)
     sign = -1.0 if settings.higher_is_better else 1.0
-    scored = sorted((p for p in found if settings.metric_name in _meta(p)["metrics"]), key=lambda p: (sign * _meta(p)["metrics"][settings.metric_name], p.name))
+    scored = sorted(
+        (p for p in found if settings.metric_name in _meta(p)["metrics"]),
+        key=lambda p: (sign * _meta(p)["metrics"][settings.metric_name], p.name),
+    )
     keep = {*scored[: settings.keep_top_k], found[-1]}
     for path in found:
         if path not in keep:

@@ -18,7 +18,7 @@ import numpy as np
 from nemo_pivotrl import backends, pivotrl, world
 from nemo_pivotrl.backends import Sampler
 from nemo_pivotrl.chat import Chat
-from nemo_pivotrl.config import Generation, Policy, Recipe
+from nemo_pivotrl.config import Policy, Recipe
 from nemo_pivotrl.records import (
     Action,
     ArtefactWriter,
@@ -46,20 +46,41 @@ def evaluate(recipe: Recipe, fresh: bool = False) -> Path:
     settings, source = recipe.evaluate, recipe.path("candidates.jsonl")
     read_header(source, "candidates")
     if not settings.policies:
-        raise InputError(Problem("recipe", None, "evaluate.policies", "nothing", "name at least one policy: {base: FOLDER, trained: FOLDER}"))
+        raise InputError(
+            Problem(
+                "recipe",
+                None,
+                "evaluate.policies",
+                "nothing",
+                "name at least one policy: {base: FOLDER, trained: FOLDER}",
+            )
+        )
     revisions = {}
     for label, folder in settings.policies.items():
         if not Path(folder, "config.json").exists():
-            raise InputError(Problem("recipe", None, f"evaluate.policies.{label}", folder, "no HF checkpoint there; run the stage that writes it"))
+            raise InputError(
+                Problem(
+                    "recipe",
+                    None,
+                    f"evaluate.policies.{label}",
+                    folder,
+                    "no HF checkpoint there; run the stage that writes it",
+                )
+            )
         revisions[label] = backends.policy_revision(folder)
     header = Header(
         stage="evaluation",
-        config_hash=digest([recipe.digest("evaluate", "verifier", "world"), dataclasses.asdict(recipe.policy.generation)]),
+        config_hash=digest(
+            [recipe.digest("evaluate", "verifier", "world"), dataclasses.asdict(recipe.policy.generation)]
+        ),
         parent=file_digest(source),
         verifier=load_recipe_verifier(recipe)[1],
         extra={"policies": revisions},
     )
-    with ArtefactWriter(recipe.path("evaluation.jsonl"), header, fresh) as writer, spend(Path(recipe.run_dir), "evaluate"):
+    with (
+        ArtefactWriter(recipe.path("evaluation.jsonl"), header, fresh) as writer,
+        spend(Path(recipe.run_dir), "evaluate"),
+    ):
         done = {(row["policy"], row["set"]) for row in writer.rows()}
         for label, folder in settings.policies.items():
             _evaluate_policy(recipe, label, folder, writer, done)
@@ -70,12 +91,19 @@ def evaluate(recipe: Recipe, fresh: bool = False) -> Path:
     return path
 
 
-def _evaluate_policy(recipe: Recipe, label: str, folder: str, writer: ArtefactWriter, done: set[tuple[str, str]]) -> None:
+def _evaluate_policy(
+    recipe: Recipe, label: str, folder: str, writer: ArtefactWriter, done: set[tuple[str, str]]
+) -> None:
     sets = {name: run for name, run in SETS.items() if run is not None and _wanted(recipe, name)}
     if all((label, name) in done for name in sets):
         return
     generation = dataclasses.replace(recipe.policy.generation, temperature=recipe.evaluate.temperature)
-    policy = dataclasses.replace(recipe.policy, model_name=folder, generation=generation, lora=dataclasses.replace(recipe.policy.lora, enabled=False))
+    policy = dataclasses.replace(
+        recipe.policy,
+        model_name=folder,
+        generation=generation,
+        lora=dataclasses.replace(recipe.policy.lora, enabled=False),
+    )
     backend, chat = backends.load(policy), load_chat(policy)
     for name, run in sets.items():
         if (label, name) not in done:
@@ -84,7 +112,9 @@ def _evaluate_policy(recipe: Recipe, label: str, folder: str, writer: ArtefactWr
 
 def _wanted(recipe: Recipe, name: str) -> bool:
     settings = recipe.evaluate
-    return {"one_turn": True, "multi_turn": settings.simulator != "none", "retention": settings.retention != "none"}[name]
+    return {"one_turn": True, "multi_turn": settings.simulator != "none", "retention": settings.retention != "none"}[
+        name
+    ]
 
 
 def one_turn(recipe: Recipe, policy: Policy, backend: Sampler, chat: Chat) -> list[Row]:
@@ -92,14 +122,35 @@ def one_turn(recipe: Recipe, policy: Policy, backend: Sampler, chat: Chat) -> li
     settings = recipe.evaluate
     found = [c for c in candidates_of(recipe.path("candidates.jsonl"), "validation")]
     prompts = {c.candidate_id: chat.prompt_ids(c.messages, c.tools) for c in found}
-    held_out = sorted((c for c in found if fits(prompts[c.candidate_id], policy)), key=lambda c: pivotrl.order_key(recipe.seed, c.candidate_id))
+    held_out = sorted(
+        (c for c in found if fits(prompts[c.candidate_id], policy)),
+        key=lambda c: pivotrl.order_key(recipe.seed, c.candidate_id),
+    )
     held_out = held_out[: settings.one_turn_candidates]
     if not held_out:
-        raise InputError(Problem(str(recipe.path("candidates.jsonl")), None, "validation split", "empty", "raise extract.validation_share"))
+        raise InputError(
+            Problem(
+                str(recipe.path("candidates.jsonl")),
+                None,
+                "validation split",
+                "empty",
+                "raise extract.validation_share",
+            )
+        )
     verifier, _ = load_recipe_verifier(recipe)
-    seeds = [[sample_seed("one_turn", recipe.seed, c.candidate_id, k) for k in range(settings.num_generations)] for c in held_out]
+    seeds = [
+        [sample_seed("one_turn", recipe.seed, c.candidate_id, k) for k in range(settings.num_generations)]
+        for c in held_out
+    ]
     groups = roll_out(
-        backend, chat, verifier, held_out, [prompts[c.candidate_id] for c in held_out], seeds, policy.generation, recipe.profile.max_retries
+        backend,
+        chat,
+        verifier,
+        held_out,
+        [prompts[c.candidate_id] for c in held_out],
+        seeds,
+        policy.generation,
+        recipe.profile.max_retries,
     )
     return [
         {
@@ -114,7 +165,9 @@ def one_turn(recipe: Recipe, policy: Policy, backend: Sampler, chat: Chat) -> li
     ]
 
 
-def play(tasks: Sequence[world.Task], seed_parts: Sequence[object], policy: Policy, backend: Sampler, chat: Chat) -> list[world.Episode]:
+def play(
+    tasks: Sequence[world.Task], seed_parts: Sequence[object], policy: Policy, backend: Sampler, chat: Chat
+) -> list[world.Episode]:
     """Play one episode of each task, all turns of a wave together. A state that outgrows the context ends unsuccessfully."""
     episodes = [world.Episode(task) for task in tasks]
     for turn in range(world.MAX_TURNS):
@@ -130,7 +183,11 @@ def play(tasks: Sequence[world.Task], seed_parts: Sequence[object], policy: Poli
         groups = backend.infer([prompts[i] for i, _ in running], seeds, chat.stop_ids, policy.generation)
         for (_, episode), (sample,) in zip(running, groups, strict=True):
             whole = sample.finish_reason == "stop"
-            episode.step(chat.parse(chat.decode(sample.token_ids), episode.tools) if whole else Action("malformed", detail="truncated"))
+            episode.step(
+                chat.parse(chat.decode(sample.token_ids), episode.tools)
+                if whole
+                else Action("malformed", detail="truncated")
+            )
     return episodes
 
 
@@ -148,12 +205,23 @@ def retention(recipe: Recipe, policy: Policy, backend: Sampler, chat: Chat) -> l
         return _played(recipe, tasks, "retention", policy, backend, chat)
     questions = read_questions(Path(source))
     prompts = [chat.prompt_ids(messages, ()) for messages, _ in questions]
-    seeds = [[sample_seed("retention", recipe.seed, i, k) for k in range(recipe.evaluate.trials)] for i in range(len(questions))]
+    seeds = [
+        [sample_seed("retention", recipe.seed, i, k) for k in range(recipe.evaluate.trials)]
+        for i in range(len(questions))
+    ]
     groups = backend.infer(prompts, seeds, chat.stop_ids, policy.generation)
     rows = []
     for number, ((_, answer), group) in enumerate(zip(questions, groups, strict=True)):
         texts = [chat.parse(chat.decode(s.token_ids)).content for s in group]
-        rows.append({"item": str(number), "family": "questions", "scores": [float(holds(t, answer)) for t in texts], "failed": 0, "sample": texts[0]})
+        rows.append(
+            {
+                "item": str(number),
+                "family": "questions",
+                "scores": [float(holds(t, answer)) for t in texts],
+                "failed": 0,
+                "sample": texts[0],
+            }
+        )
     return rows
 
 
@@ -167,7 +235,9 @@ def holds(text: str, answer: str) -> bool:
 def read_questions(path: Path) -> list[tuple[list[Message], str]]:
     """`{"messages": [...], "answer": "..."}` a line. Raises InputError with every bad line."""
     if not path.exists():
-        raise InputError(Problem(str(path), None, "evaluate.retention", str(path), "no such file; use world, none, or a JSONL file"))
+        raise InputError(
+            Problem(str(path), None, "evaluate.retention", str(path), "no such file; use world, none, or a JSONL file")
+        )
     questions, problems = [], []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         try:
@@ -180,7 +250,9 @@ def read_questions(path: Path) -> list[tuple[list[Message], str]]:
     return questions
 
 
-def _played(recipe: Recipe, tasks: Sequence[world.Task], name: str, policy: Policy, backend: Sampler, chat: Chat) -> list[Row]:
+def _played(
+    recipe: Recipe, tasks: Sequence[world.Task], name: str, policy: Policy, backend: Sampler, chat: Chat
+) -> list[Row]:
     trials = [play(tasks, (name, recipe.seed, trial), policy, backend, chat) for trial in range(recipe.evaluate.trials)]
     rows = []
     for number, task in enumerate(tasks):
@@ -197,7 +269,11 @@ def _played(recipe: Recipe, tasks: Sequence[world.Task], name: str, policy: Poli
     return rows
 
 
-SETS: dict[str, Callable[[Recipe, Policy, Sampler, Chat], list[Row]]] = {"one_turn": one_turn, "multi_turn": multi_turn, "retention": retention}
+SETS: dict[str, Callable[[Recipe, Policy, Sampler, Chat], list[Row]]] = {
+    "one_turn": one_turn,
+    "multi_turn": multi_turn,
+    "retention": retention,
+}
 
 
 def bootstrap(means: np.ndarray, confidence: float, seed: int) -> tuple[float, float]:
@@ -248,4 +324,8 @@ def table(summary: dict[str, Any]) -> str:
                 text += f" ({100 * entry['difference']['mean']:+.1f})"
             cells.append(f"{text:>34}")
         lines.append(f"{label:<12}" + "".join(cells))
-    return "\n".join([*lines, f"per cent, {summary['confidence']:.0%} bootstrap intervals over items; in brackets the change from {next(iter(summary['policies']))}"])
+    first = next(iter(summary["policies"]))
+    lines.append(
+        f"per cent, {summary['confidence']:.0%} bootstrap intervals over items; in brackets the change from {first}"
+    )
+    return "\n".join(lines)

@@ -37,16 +37,48 @@ from nemo_pivotrl.records import (
 )
 
 BASH_TOOLS = frozenset(
-    "execute_bash run_bash bash_exec shell_run shell bash terminal shell_command shell_cmd run_shell_cmd exec_command exec_cmd".split()
+    [
+        "execute_bash",
+        "run_bash",
+        "bash_exec",
+        "shell_run",
+        "shell",
+        "bash",
+        "terminal",
+        "shell_command",
+        "shell_cmd",
+        "run_shell_cmd",
+        "exec_command",
+        "exec_cmd",
+    ]
 )
-SEARCH_WORDS = frozenset("search find open fetch browse visit lookup query retrieve read click scroll evidence".split())
+SEARCH_WORDS = frozenset(
+    [
+        "search",
+        "find",
+        "open",
+        "fetch",
+        "browse",
+        "visit",
+        "lookup",
+        "query",
+        "retrieve",
+        "read",
+        "click",
+        "scroll",
+        "evidence",
+    ]
+)
 LEAK_MIN_WORDS = 8
 """A shorter expert message that also stands in the prompt ("Yes, sure.") is no leak."""
 SHINGLE = 5
 SKETCH_SIZE = 128
 SKETCH_BANDS = (16, 8)
 """16 bands of 8: states above 0.9 similarity meet with probability > 0.999, then their sketches are compared."""
-_ERROR_START = re.compile(r"\s*(traceback \(most recent call last\)|(error|exception|invalid|unknown tool|command not found)\b)", re.IGNORECASE)
+_ERROR_START = re.compile(
+    r"\s*(traceback \(most recent call last\)|(error|exception|invalid|unknown tool|command not found)\b)",
+    re.IGNORECASE,
+)
 
 
 def extract(recipe: Recipe, fresh: bool = False) -> Path:
@@ -55,7 +87,9 @@ def extract(recipe: Recipe, fresh: bool = False) -> Path:
     trajectories = readers.read_trajectories(settings.trajectories, settings.format, settings.tools)
     splits = split_by_task([t.task_id for t in trajectories], settings.validation_share, recipe.seed)
     candidates, audit = cut_all(trajectories, splits, settings)
-    parent = digest([[file_digest(Path(p)) for p in settings.trajectories], settings.tools and file_digest(Path(settings.tools))])
+    parent = digest(
+        [[file_digest(Path(p)) for p in settings.trajectories], settings.tools and file_digest(Path(settings.tools))]
+    )
     header = Header("candidates", recipe.digest("extract"), parent)
     with ArtefactWriter(recipe.path("candidates.jsonl"), header, fresh=True) as writer:
         writer.write(responses.candidate_to_row(c, settings.agent_ref) for c in candidates)
@@ -63,7 +97,15 @@ def extract(recipe: Recipe, fresh: bool = False) -> Path:
     write_atomically(recipe.path("candidates.audit.json"), json.dumps(audit, indent=2, sort_keys=True) + "\n")
     print(audit_table(audit))
     if not candidates:
-        raise InputError(Problem(str(path), None, "candidates", "none kept", "see the skip audit above; loosen extract.* or add trajectories"))
+        raise InputError(
+            Problem(
+                str(path),
+                None,
+                "candidates",
+                "none kept",
+                "see the skip audit above; loosen extract.* or add trajectories",
+            )
+        )
     return path
 
 
@@ -129,7 +171,9 @@ def _skip_whole(trajectory: Trajectory, settings: Extract) -> str:
     return "trajectory_below_min_reward" if trajectory.reward < settings.min_reward else ""
 
 
-def _skip_turn(trajectory: Trajectory, index: int, settings: Extract, validators: _Validators) -> tuple[str, Problem | None]:
+def _skip_turn(
+    trajectory: Trajectory, index: int, settings: Extract, validators: _Validators
+) -> tuple[str, Problem | None]:
     """Why this turn is no candidate ('' if it is one), and the problem to report if it is invalid rather than unwanted."""
     state, message = trajectory.messages[:index], trajectory.messages[index]
     action = responses.action_of(message)
@@ -140,7 +184,13 @@ def _skip_turn(trajectory: Trajectory, index: int, settings: Extract, validators
     where = f"messages[{index}]"
     dangling = dangling_call(state)
     if dangling:
-        return "dangling_call", Problem(file, int(line), where, dangling, "every call needs its output before the next turn; mend it or set extract.on_invalid=skip")
+        return "dangling_call", Problem(
+            file,
+            int(line),
+            where,
+            dangling,
+            "every call needs its output before the next turn; mend it or set extract.on_invalid=skip",
+        )
     for number, call in enumerate(action.calls):
         reason, found, remedy = validators.check(call.name, call.arguments, trajectory.tools)
         if reason:
@@ -176,7 +226,9 @@ def is_error(output: str) -> bool:
             parsed = json.loads(output)
         except (ValueError, RecursionError):
             parsed = {}
-        if isinstance(parsed, dict) and (parsed.get("error") or parsed.get("is_error") or parsed.get("exit_code") not in (None, 0, "0")):
+        if isinstance(parsed, dict) and (
+            parsed.get("error") or parsed.get("is_error") or parsed.get("exit_code") not in (None, 0, "0")
+        ):
             return True
     return bool(_ERROR_START.match(output[:200]))
 
@@ -211,7 +263,9 @@ def leaks(state: Sequence[Message], action: Action) -> bool:
     """
     if state[-1]["role"] == "assistant":
         return True
-    made = {(c["id"], c["function"]["name"], c["function"]["arguments"]) for m in state for c in m.get("tool_calls") or []}
+    made = {
+        (c["id"], c["function"]["name"], c["function"]["arguments"]) for m in state for c in m.get("tool_calls") or []
+    }
     if any(call.call_id and (call.call_id, call.name, call.arguments) in made for call in action.calls):
         return True
     told = "\n".join(m["content"] for m in state if m["role"] in ("system", "developer", "user"))
@@ -233,7 +287,11 @@ class _Validators:
 
         schema = next((t["function"].get("parameters") or {} for t in tools if t["function"]["name"] == name), None)
         if schema is None:
-            return "unknown_tool", repr(name), f"declared tools: {', '.join(t['function']['name'] for t in tools) or 'none'}"
+            return (
+                "unknown_tool",
+                repr(name),
+                f"declared tools: {', '.join(t['function']['name'] for t in tools) or 'none'}",
+            )
         try:
             value = json.loads(arguments)
         except (ValueError, RecursionError) as error:
@@ -271,8 +329,12 @@ def _without_duplicates(candidates: list[Candidate], skipped: Counter[str], thre
     actions: dict[str, set[str]] = {}
     first: dict[str, Candidate] = {}
     for c in candidates:
-        key = digest([c.split, [{**m, "tool_call_id": "", "tool_calls": _without_ids(m)} for m in c.messages], c.tools], 32)
-        actions.setdefault(key, set()).add(canonical_json([c.expected.content, [(call.name, call.arguments) for call in c.expected.calls]]))
+        key = digest(
+            [c.split, [{**m, "tool_call_id": "", "tool_calls": _without_ids(m)} for m in c.messages], c.tools], 32
+        )
+        actions.setdefault(key, set()).add(
+            canonical_json([c.expected.content, [(call.name, call.arguments) for call in c.expected.calls]])
+        )
         if first.setdefault(key, c) is not c:
             skipped["duplicate_state"] += 1
     near = _NearDuplicates(threshold) if threshold < 1.0 else None

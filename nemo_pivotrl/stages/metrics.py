@@ -25,7 +25,9 @@ class MetricsLog:
         for path in (self.path, self.timing):
             kept = [row for row in read_metrics(path) if row["step"] <= first_step]
             write_atomically(path, "".join(canonical_json(row) + "\n" for row in kept))
-        self.sinks = [open_sink(folder, settings, config) for name, open_sink in SINKS.items() if getattr(settings, name)]
+        self.sinks = [
+            open_sink(folder, settings, config) for name, open_sink in SINKS.items() if getattr(settings, name)
+        ]
 
     def write(self, step: int, metrics: Mapping[str, float], timing: Mapping[str, float]) -> None:
         """One line a step (1-based); step 0 is the policy before training."""
@@ -40,11 +42,21 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """All whole lines; a torn last one is ignored."""
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
+    return [
+        json.loads(line) for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")
+    ]
 
 
 def _missing(name: str, error: ImportError) -> InputError:
-    return InputError(Problem("environment", None, f"logger.{name}", str(error), f"pip install 'nemo-pivotrl[{name}]' or set logger.{name}=false"))
+    return InputError(
+        Problem(
+            "environment",
+            None,
+            f"logger.{name}",
+            str(error),
+            f"pip install 'nemo-pivotrl[{name}]' or set logger.{name}=false",
+        )
+    )
 
 
 def _tensorboard(folder: Path, settings: Logger, config: dict[str, Any]) -> Sink:
@@ -78,7 +90,13 @@ def _mlflow(folder: Path, settings: Logger, config: dict[str, Any]) -> Sink:
         raise _missing("mlflow", error) from error
     mlflow.set_experiment(settings.project)
     mlflow.start_run(run_name=folder.name)
-    return lambda step, metrics: mlflow.log_metrics({key.replace("@", "_"): value for key, value in metrics.items()}, step=step)
+    return lambda step, metrics: mlflow.log_metrics(
+        {key.replace("@", "_"): value for key, value in metrics.items()}, step=step
+    )
 
 
-SINKS: dict[str, Callable[[Path, Logger, dict[str, Any]], Sink]] = {"tensorboard": _tensorboard, "wandb": _wandb, "mlflow": _mlflow}
+SINKS: dict[str, Callable[[Path, Logger, dict[str, Any]], Sink]] = {
+    "tensorboard": _tensorboard,
+    "wandb": _wandb,
+    "mlflow": _mlflow,
+}

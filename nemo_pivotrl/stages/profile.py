@@ -72,7 +72,9 @@ def profile_digest(recipe: Recipe) -> str:
     """Hash of every setting that decides a profile's content; cost settings that cannot change it are left out."""
     kept = dataclasses.asdict(recipe.profile) | {"max_failure_share": None}
     policy = recipe.policy
-    return digest([recipe.seed, kept, dataclasses.asdict(policy.generation), policy.max_total_sequence_length, policy.dtype])
+    return digest(
+        [recipe.seed, kept, dataclasses.asdict(policy.generation), policy.max_total_sequence_length, policy.dtype]
+    )
 
 
 def _complete(path: Path, header: Header) -> bool:
@@ -94,7 +96,12 @@ def _limited(candidates: list[Candidate], recipe: Recipe) -> list[Candidate]:
 
 
 def _profile_rest(
-    recipe: Recipe, candidates: list[Candidate], writer: ArtefactWriter, backend: backends.Backend, chat: Chat, verifier: Verifier
+    recipe: Recipe,
+    candidates: list[Candidate],
+    writer: ArtefactWriter,
+    backend: backends.Backend,
+    chat: Chat,
+    verifier: Verifier,
 ) -> None:
     """Profile what is not written yet, wave by wave. Waves begin at fixed places, so a resumed one repeats exactly."""
     size = recipe.profile.candidates_per_wave

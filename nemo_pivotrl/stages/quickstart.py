@@ -22,7 +22,10 @@ from nemo_pivotrl.stages.train import train
 def make_world(recipe: Recipe, fresh: bool = False) -> Path:
     """Write the experts' conversations on the train tasks as OpenAI chat JSONL."""
     rng = random.Random(f"train experts {recipe.seed}")
-    lines = [json.dumps(world.expert_trajectory(task, rng)) for task in world.tasks(recipe.seed, world_sizes(recipe))["train"]]
+    lines = [
+        json.dumps(world.expert_trajectory(task, rng))
+        for task in world.tasks(recipe.seed, world_sizes(recipe))["train"]
+    ]
     path = recipe.path("world/trajectories.jsonl")
     write_atomically(path, "\n".join(lines) + "\n")
     return path
@@ -51,4 +54,6 @@ def _random_arm(recipe: Recipe, fresh: bool = False) -> Path:
     """The paper's comparison: as many turns drawn at random, trained alike."""
     drawn = dataclasses.replace(recipe, select=dataclasses.replace(recipe.select, rule="random", output="random.jsonl"))
     select(drawn, fresh)
-    return train(dataclasses.replace(recipe, grpo=dataclasses.replace(recipe.grpo, name="random", pivots="random.jsonl")), fresh)
+    return train(
+        dataclasses.replace(recipe, grpo=dataclasses.replace(recipe.grpo, name="random", pivots="random.jsonl")), fresh
+    )

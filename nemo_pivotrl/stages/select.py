@@ -18,9 +18,9 @@ from nemo_pivotrl.records import (
     InputError,
     Problem,
     Profile,
-    canonical_json,
     digest,
     file_digest,
+    json_line,
     read_header,
     read_rows,
 )
@@ -37,7 +37,13 @@ def select(recipe: Recipe, fresh: bool = False) -> Path:
     train = [p for p in profiles if p.candidate.split == "train"]
     held_out = [p for p in profiles if p.candidate.split == "validation" and p.failure is None]
     pivots = pivotrl.select(
-        train, settings.rule, settings.lambda_diff, recipe.seed, settings.inclusive, settings.limit, settings.max_message_ratio
+        train,
+        settings.rule,
+        settings.lambda_diff,
+        recipe.seed,
+        settings.inclusive,
+        settings.limit,
+        settings.max_message_ratio,
     )
     print(survival_tables(train, {p.candidate.candidate_id for p in pivots}, settings.lambda_diff))
     if not pivots:
@@ -64,7 +70,9 @@ def select(recipe: Recipe, fresh: bool = False) -> Path:
     with ArtefactWriter(recipe.path(settings.output), header, fresh=True) as writer:
         writer.write(_pivot_row(p, recipe.extract.agent_ref) for p in [*pivots, *held_out])
         path = writer.finish()
-    print(f"{len(pivots)} pivots of {len(train)} candidates, {len(held_out)} held-out states; version {version} -> {path}")
+    print(
+        f"{len(pivots)} pivots of {len(train)} candidates, {len(held_out)} held-out states; version {version} -> {path}"
+    )
     return path
 
 
@@ -79,10 +87,10 @@ def export(recipe: Recipe, fresh: bool = False) -> Path:
     read_header(source, "pivots")
     folder = recipe.path("gym")
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "train.jsonl").open("w", encoding="utf-8") as train, (folder / "validation.jsonl").open("w", encoding="utf-8") as validation:
+    with (folder / "train.jsonl").open("wb") as train, (folder / "validation.jsonl").open("wb") as validation:
         for row in read_rows(source):
             out = train if row["provenance"]["split"] == "train" else validation
-            out.write(canonical_json(row) + "\n")
+            out.write(json_line(row))
     print(f"NeMo-Gym rows -> {folder}")
     return folder
 
@@ -138,4 +146,6 @@ def survival_tables(train: Sequence[Profile], pivots: set[str], lambda_diff: flo
 def _table(title: str, rows: Sequence[tuple[str, dict[str, int]]]) -> list[str]:
     used = [f for f in FATES if any(row[f] for _, row in rows)]
     lines = [f"{title:<28}{'all':>8}" + "".join(f"{f:>11}" for f in used)]
-    return lines + [f"{name[:27]:<28}{sum(row.values()):>8}" + "".join(f"{row[f]:>11}" for f in used) for name, row in rows]
+    return lines + [
+        f"{name[:27]:<28}{sum(row.values()):>8}" + "".join(f"{row[f]:>11}" for f in used) for name, row in rows
+    ]

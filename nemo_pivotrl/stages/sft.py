@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+
 from nemo_pivotrl import backends, pivotrl, responses, tiny, world
 from nemo_pivotrl.backends import TokenBatch
 from nemo_pivotrl.chat import Chat
@@ -81,7 +82,13 @@ def warmup(recipe: Recipe, fresh: bool = False) -> Path:
     target = Path(recipe.policy.model_name)
     if folder.resolve() != target.resolve():
         raise InputError(
-            Problem("recipe", None, "policy.model_name", str(target), f"the warmup writes {folder}; point policy.model_name there")
+            Problem(
+                "recipe",
+                None,
+                "policy.model_name",
+                str(target),
+                f"the warmup writes {folder}; point policy.model_name there",
+            )
         )
     return folder
 
@@ -93,7 +100,11 @@ def _fine_tune(recipe: Recipe, settings: Sft, fresh: bool) -> Path:
     chat = load_chat(policy)
     sequences = _of_candidates(candidates_of(source, "train"), chat, policy)
     if not sequences:
-        raise InputError(Problem(str(source), None, "train split", "no turn fits the context", "raise policy.max_total_sequence_length"))
+        raise InputError(
+            Problem(
+                str(source), None, "train split", "no turn fits the context", "raise policy.max_total_sequence_length"
+            )
+        )
     identity = digest([recipe.seed, dataclasses.asdict(settings), dataclasses.asdict(policy), file_digest(source)])
 
     def draw(step: int) -> list[list[Sequence_]]:
@@ -111,14 +122,19 @@ def _of_candidates(candidates: Sequence[Candidate], chat: Chat, policy: Policy) 
     return [s for examples in by_trajectory.values() for s in merge(examples)]
 
 
-def _example(state: Sequence[Message], tools: Sequence[dict[str, object]], action: Message, chat: Chat) -> tuple[list[int], list[int]]:
+def _example(
+    state: Sequence[Message], tools: Sequence[dict[str, object]], action: Message, chat: Chat
+) -> tuple[list[int], list[int]]:
     return chat.prompt_ids(state, tools), chat.action_ids(state, tools, action)
 
 
 def _epochs(sequences: Sequence[Sequence_], size: int, step: int, seed: int) -> list[Sequence_]:
     """Batch of a 1-based step out of an endless run of shuffled epochs."""
     places = range((step - 1) * size, step * size)
-    orders = {epoch: random.Random(f"{seed} {epoch}").sample(range(len(sequences)), len(sequences)) for epoch in {p // len(sequences) for p in places}}
+    orders = {
+        epoch: random.Random(f"{seed} {epoch}").sample(range(len(sequences)), len(sequences))
+        for epoch in {p // len(sequences) for p in places}
+    }
     return [sequences[orders[p // len(sequences)][p % len(sequences)]] for p in places]
 
 
@@ -131,19 +147,27 @@ def _warm_tiny(recipe: Recipe, fresh: bool) -> Path:
         shutil.rmtree(init, ignore_errors=True)
     if not (init / "config.json").exists():
         tokenizer = tiny.make_tokenizer((text for t in [*desk, *puzzles] for text in _texts(t)), shape.vocab_size)
-        tiny.save(tiny.make_model(tokenizer, shape.hidden_size, shape.layers, shape.heads, recipe.seed), tokenizer, init)
+        tiny.save(
+            tiny.make_model(tokenizer, shape.hidden_size, shape.layers, shape.heads, recipe.seed), tokenizer, init
+        )
     policy = dataclasses.replace(recipe.policy, model_name=str(init))
     chat = load_chat(policy)
     desk_sequences, puzzle_sequences = ([_whole(t, chat) for t in some] for some in (desk, puzzles))
     looks_back = ("repeat", "recall")
     copying = [s for s, t in zip(puzzle_sequences, puzzles, strict=True) if t["family"] in looks_back]
-    identity = digest([recipe.seed, dataclasses.asdict(settings), dataclasses.asdict(shape), dataclasses.asdict(policy)])
+    identity = digest(
+        [recipe.seed, dataclasses.asdict(settings), dataclasses.asdict(shape), dataclasses.asdict(policy)]
+    )
 
     def draw(step: int) -> list[list[Sequence_]]:
         if step <= settings.copy_steps:
             return [_epochs(copying, COPY_BATCH, step, recipe.seed)]
         parts = [_epochs(desk_sequences, settings.batch_size, step, recipe.seed)]
-        return [*parts, _epochs(puzzle_sequences, settings.puzzle_batch_size, step, recipe.seed)] if settings.puzzle_batch_size else parts
+        return (
+            [*parts, _epochs(puzzle_sequences, settings.puzzle_batch_size, step, recipe.seed)]
+            if settings.puzzle_batch_size
+            else parts
+        )
 
     return _run(recipe, settings, policy, chat, draw, identity, fresh)
 
@@ -197,7 +221,10 @@ def _run(
     log = MetricsLog(folder, first, recipe.logger, dataclasses.asdict(recipe))
     period = max(recipe.checkpointing.save_period, settings.num_steps // 5)
     tokens = 0.0
-    with spend(Path(recipe.run_dir), settings.name) as cost, progress(settings.num_steps, first, settings.name, "step") as bar:
+    with (
+        spend(Path(recipe.run_dir), settings.name) as cost,
+        progress(settings.num_steps, first, settings.name, "step") as bar,
+    ):
         for step in range(first + 1, settings.num_steps + 1):
             backend.decay = decay(step, settings)
             backend.prepare_for_training_step()
@@ -221,5 +248,7 @@ def decay(step: int, settings: Sft) -> float:
     return 1.0 if step <= start else 1.0 - 0.9 * (step - start) / (settings.num_steps - start)
 
 
-def _loss(log_probs: torch.Tensor, data: dict[str, torch.Tensor], normaliser: float) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def _loss(
+    log_probs: torch.Tensor, data: dict[str, torch.Tensor], normaliser: float
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     return pivotrl.sft_loss(log_probs, data["mask"], normaliser)

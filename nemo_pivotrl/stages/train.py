@@ -13,10 +13,10 @@ import time
 from collections.abc import Sequence
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
+
 from nemo_pivotrl import backends, pivotrl
 from nemo_pivotrl.backends import TokenBatch
 from nemo_pivotrl.chat import Chat
@@ -46,13 +46,18 @@ def train(recipe: Recipe, fresh: bool = False) -> Path:
     _check(recipe, source, chat, verifier_id)
     pivots = _states(candidates_of(source, "train"), chat, recipe)
     held_out = _states(candidates_of(source, "validation"), chat, recipe)
-    held_out = sorted(held_out, key=lambda s: pivotrl.order_key(recipe.seed, s.candidate.candidate_id))[: settings.val_candidates]
+    held_out = sorted(held_out, key=lambda s: pivotrl.order_key(recipe.seed, s.candidate.candidate_id))[
+        : settings.val_candidates
+    ]
     backend = backends.load(recipe.policy, with_reference=recipe.loss_fn.reference_policy_kl_penalty > 0)
     backend.prepare_for_training(recipe.policy.optimizer)
     folder, identity = recipe.path(settings.name), _identity(recipe, source)
     first = checkpoint.resume(folder, identity, backend, fresh)
     log = MetricsLog(folder, first if first else -1, recipe.logger, dataclasses.asdict(recipe))
-    with spend(Path(recipe.run_dir), f"train {settings.name}") as cost, progress(settings.max_num_steps, first, settings.name, "step") as bar:
+    with (
+        spend(Path(recipe.run_dir), f"train {settings.name}") as cost,
+        progress(settings.max_num_steps, first, settings.name, "step") as bar,
+    ):
         if first == 0 and settings.val_period and held_out:
             log.write(0, validate(recipe, backend, chat, verifier, held_out), {})
         for step in range(first + 1, settings.max_num_steps + 1):
@@ -63,9 +68,16 @@ def train(recipe: Recipe, fresh: bool = False) -> Path:
             log.write(step, metrics, timing)
             if step % recipe.checkpointing.save_period == 0 or last:
                 checkpoint.save(folder, step, identity, metrics, backend, chat, recipe.checkpointing)
-            bar.set_postfix(reward=f"{metrics['reward']:.3f}", mixed=f"{metrics['mixed_group_share']:.2f}", refresh=False)
+            bar.set_postfix(
+                reward=f"{metrics['reward']:.3f}", mixed=f"{metrics['mixed_group_share']:.2f}", refresh=False
+            )
             bar.update()
-        cost.update(steps=settings.max_num_steps - first, rollouts=(settings.max_num_steps - first) * settings.num_prompts_per_step * settings.num_generations_per_prompt)
+        cost.update(
+            steps=settings.max_num_steps - first,
+            rollouts=(settings.max_num_steps - first)
+            * settings.num_prompts_per_step
+            * settings.num_generations_per_prompt,
+        )
         return checkpoint.publish(folder, backend, chat)
 
 
@@ -83,9 +95,17 @@ def _check(recipe: Recipe, source: Path, chat: Chat, verifier_id: str) -> None:
     generation = recipe.policy.generation
     problems = []
     if generation.top_p < 1.0:
-        problems.append(("policy.generation.top_p", generation.top_p, "training samples with top_p 1.0: a cut distribution biases the ratio"))
+        problems.append(
+            (
+                "policy.generation.top_p",
+                generation.top_p,
+                "training samples with top_p 1.0: a cut distribution biases the ratio",
+            )
+        )
     if generation.temperature == 0.0:
-        problems.append(("policy.generation.temperature", 0.0, "training needs temperature > 0: equal samples have no advantage"))
+        problems.append(
+            ("policy.generation.temperature", 0.0, "training needs temperature > 0: equal samples have no advantage")
+        )
     if recipe.grpo.num_minibatches > recipe.grpo.num_prompts_per_step:
         problems.append(("grpo.num_minibatches", recipe.grpo.num_minibatches, "use at most grpo.num_prompts_per_step"))
     if problems:
@@ -108,7 +128,10 @@ def _draw(pivots: Sequence[State], step: int, recipe: Recipe) -> list[State]:
     """The pivots of a step: consecutive places in an endless run of epochs, each in its own random order."""
     size = recipe.grpo.num_prompts_per_step
     ids = tuple(s.candidate.candidate_id for s in pivots)
-    return [pivots[_epoch(ids, recipe.seed, place // len(ids))[place % len(ids)]] for place in range((step - 1) * size, step * size)]
+    return [
+        pivots[_epoch(ids, recipe.seed, place // len(ids))[place % len(ids)]]
+        for place in range((step - 1) * size, step * size)
+    ]
 
 
 @lru_cache(maxsize=4)
@@ -121,9 +144,19 @@ def _step(
 ) -> tuple[dict[str, float], dict[str, float]]:
     """One training step: (metrics, timing)."""
     settings, started = recipe.grpo, time.perf_counter()
-    seeds = [[sample_seed("train", recipe.seed, step, i, k) for k in range(settings.num_generations_per_prompt)] for i in range(len(drawn))]
+    seeds = [
+        [sample_seed("train", recipe.seed, step, i, k) for k in range(settings.num_generations_per_prompt)]
+        for i in range(len(drawn))
+    ]
     groups = roll_out(
-        backend, chat, verifier, [s.candidate for s in drawn], [s.prompt for s in drawn], seeds, recipe.policy.generation, settings.max_retries
+        backend,
+        chat,
+        verifier,
+        [s.candidate for s in drawn],
+        [s.prompt for s in drawn],
+        seeds,
+        recipe.policy.generation,
+        settings.max_retries,
     )
     sampled = time.perf_counter()
     rewards = torch.tensor([[r.verdict.reward if r.verdict else 0.0 for r in group] for group in groups])
@@ -138,20 +171,40 @@ def _step(
     )
     if settings.malformed_action_advantage is not None:
         malformed = torch.tensor([[r.action.kind == "malformed" for r in group] for group in groups])
-        advantages = torch.where(malformed & valid, torch.full_like(advantages, settings.malformed_action_advantage), advantages)
+        advantages = torch.where(
+            malformed & valid, torch.full_like(advantages, settings.malformed_action_advantage), advantages
+        )
     metrics = rollout_metrics(drawn, groups, rewards, valid, settings.zero_variance_tolerance)
     share = -(-len(drawn) // settings.num_minibatches)
-    parts = [_update(recipe, drawn[i : i + share], groups[i : i + share], advantages[i : i + share], valid[i : i + share], backend) for i in range(0, len(drawn), share)]
-    metrics |= {key: statistics.fmean(p[key] for p in parts if key in p) for key in sorted({key for p in parts for key in p})}
+    parts = [
+        _update(
+            recipe,
+            drawn[i : i + share],
+            groups[i : i + share],
+            advantages[i : i + share],
+            valid[i : i + share],
+            backend,
+        )
+        for i in range(0, len(drawn), share)
+    ]
+    metrics |= {
+        key: statistics.fmean(p[key] for p in parts if key in p) for key in sorted({key for p in parts for key in p})
+    }
     tokens = sum(len(r.sample.token_ids) for group in groups for r in group)
     ended = time.perf_counter()
-    timing = {"seconds": ended - started, "seconds_sampling": sampled - started, "tokens_per_second": tokens / (ended - started)}
+    timing = {
+        "seconds": ended - started,
+        "seconds_sampling": sampled - started,
+        "tokens_per_second": tokens / (ended - started),
+    }
     return metrics, timing
 
 
 def _counts(rollout: Rollout, settings: Grpo) -> bool:
     """Whether a sample takes part in statistics and loss."""
-    return rollout.verdict is not None and not (settings.overlong_filtering and rollout.sample.finish_reason == "length")
+    return rollout.verdict is not None and not (
+        settings.overlong_filtering and rollout.sample.finish_reason == "length"
+    )
 
 
 def _update(
@@ -180,7 +233,9 @@ def _update(
         tis_floor=loss_fn.truncated_importance_sampling_ratio_min,
     )
     counted = [(i, k) for i, group in enumerate(groups) for k in range(len(group)) if valid[i, k]]
-    normaliser = float(sum(len(groups[i][k].sample.token_ids) for i, k in counted) if settings.token_mean else len(counted))
+    normaliser = float(
+        sum(len(groups[i][k].sample.token_ids) for i, k in counted) if settings.token_mean else len(counted)
+    )
     rows = [(i, k) for i, k in counted if beta > 0 or advantages[i, k] != 0]
     backend.prepare_for_training_step()
     totals: dict[str, float] = {}
@@ -188,7 +243,11 @@ def _update(
         samples = [groups[i][k].sample for i, k in rows]
         mask = _padded([[1.0] * len(s.token_ids) for s in samples])
         batch = TokenBatch([s.prompt for s in drawn], [i for i, _ in rows], [s.token_ids for s in samples], {})
-        batch.data.update(advantages=torch.stack([advantages[i, k] for i, k in rows]), mask=mask, sampler=_padded([s.log_probs for s in samples]))
+        batch.data.update(
+            advantages=torch.stack([advantages[i, k] for i, k in rows]),
+            mask=mask,
+            sampler=_padded([s.log_probs for s in samples]),
+        )
         if recipe.grpo.num_minibatches > 1 or correct:
             batch.data["old"] = backend.get_inference_log_probs(batch)
         if beta > 0:
@@ -197,7 +256,9 @@ def _update(
     return {"trained_share": len(rows) / max(1, len(counted))} | totals | backend.finish_training_step()
 
 
-def _loss(log_probs: Tensor, data: dict[str, Tensor], settings: pivotrl.LossSettings, normaliser: float) -> tuple[Tensor, dict[str, Tensor]]:
+def _loss(
+    log_probs: Tensor, data: dict[str, Tensor], settings: pivotrl.LossSettings, normaliser: float
+) -> tuple[Tensor, dict[str, Tensor]]:
     """Hand a micro-batch to Eq. 7. On the first update after sampling the old policy is the current one (ratio 1)."""
     return pivotrl.grpo_loss(
         log_probs,
@@ -227,7 +288,13 @@ def rollout_metrics(
         kept = row[ok].tolist()
         spans.append(max(kept) - min(kept) if len(kept) > 1 else 0.0)
         stds.append(statistics.pstdev(kept) if kept else 0.0)
-    talking = [r for s, group in zip(drawn, groups, strict=True) if s.candidate.expected.kind == "message" for r in group if r.verdict]
+    talking = [
+        r
+        for s, group in zip(drawn, groups, strict=True)
+        if s.candidate.expected.kind == "message"
+        for r in group
+        if r.verdict
+    ]
     tokens = [len(r.sample.token_ids) for r in judged]
     mean = statistics.fmean
     metrics = {
@@ -246,14 +313,33 @@ def rollout_metrics(
     return metrics
 
 
-def validate(recipe: Recipe, backend: backends.Backend, chat: Chat, verifier: Verifier, held_out: Sequence[State]) -> dict[str, float]:
+def validate(
+    recipe: Recipe, backend: backends.Backend, chat: Chat, verifier: Verifier, held_out: Sequence[State]
+) -> dict[str, float]:
     """Mean verified reward on held-out states, with the same seeds every time so that only the policy changes."""
-    seeds = [[sample_seed("validation", recipe.seed, s.candidate.candidate_id, k) for k in range(recipe.grpo.val_generations)] for s in held_out]
+    seeds = [
+        [
+            sample_seed("validation", recipe.seed, s.candidate.candidate_id, k)
+            for k in range(recipe.grpo.val_generations)
+        ]
+        for s in held_out
+    ]
     groups = roll_out(
-        backend, chat, verifier, [s.candidate for s in held_out], [s.prompt for s in held_out], seeds, recipe.policy.generation, recipe.grpo.max_retries
+        backend,
+        chat,
+        verifier,
+        [s.candidate for s in held_out],
+        [s.prompt for s in held_out],
+        seeds,
+        recipe.policy.generation,
+        recipe.grpo.max_retries,
     )
     scored = [r.verdict.reward for group in groups for r in group if r.verdict]
     if not scored:
-        raise InputError(Problem("validation", None, "verifier", "every held-out sample failed", "mend the verifier before training on"))
+        raise InputError(
+            Problem(
+                "validation", None, "verifier", "every held-out sample failed", "mend the verifier before training on"
+            )
+        )
     failed = sum(r.verdict is None for group in groups for r in group)
     return {"val/accuracy": statistics.fmean(scored), "val/failed": float(failed)}

@@ -35,7 +35,7 @@ def load_verifier(name: str, settings: Mapping[str, Any]) -> Verifier:
     """The verifier called `name` with its recipe settings. Raises InputError for an unknown name or setting."""
     from nemo_pivotrl.verifiers.tool_call import ExactVerifier, ToolCallVerifier
 
-    known: dict[str, Any] = {"tool_call": ToolCallVerifier, "exact": ExactVerifier}
+    known: dict[str, type[Verifier]] = {"tool_call": ToolCallVerifier, "exact": ExactVerifier}
     if name not in known:
         raise InputError(Problem("recipe", None, "verifier.name", name, f"use one of {', '.join(known)}"))
     try:

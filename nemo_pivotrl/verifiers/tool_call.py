@@ -62,7 +62,12 @@ def max_matching(edges: list[list[int]]) -> set[int]:
 def _depth_within(value: Any, limit: int) -> bool:
     level = [value]
     for _ in range(limit):
-        level = [child for node in level if isinstance(node, (dict, list)) for child in (node.values() if isinstance(node, dict) else node)]
+        level = [
+            child
+            for node in level
+            if isinstance(node, (dict, list))
+            for child in (node.values() if isinstance(node, dict) else node)
+        ]
         if not level:
             return True
     return False
@@ -98,7 +103,9 @@ class ToolCallVerifier:
         parallel_tool_call_reward_mode: Literal["binary_strict", "fractional", "f1"] = "binary_strict",
     ):
         if parallel_tool_call_reward_mode not in ("binary_strict", "fractional", "f1"):
-            raise TypeError(f"parallel_tool_call_reward_mode {parallel_tool_call_reward_mode!r} is not binary_strict, fractional or f1")
+            raise TypeError(
+                f"parallel_tool_call_reward_mode {parallel_tool_call_reward_mode!r} is not binary_strict, fractional or f1"
+            )
         self.word_threshold = word_count_similarity_threshold
         self.float_threshold = floating_point_comparison_threshold
         self.parallel = parallel_tool_call_rewarding

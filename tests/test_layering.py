@@ -1,0 +1,95 @@
+"""Who may import whom: records <- algorithms <- stages -> backends. Read from the source, whether a line runs or not."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parents[1] / "nemo_pivotrl"
+FILES = sorted(PACKAGE.rglob("*.py"))
+ACCELERATOR_STACKS = {"vllm", "megatron", "nemo", "nemo_aligner", "transformer_engine"}
+
+
+def module_of(path: Path) -> str:
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_of(p) for p in FILES}
+
+
+def imports(path: Path, source: str | None = None) -> set[str]:
+    """Every module `path` imports, at its top or inside a function, for types or at run time."""
+    found: set[str] = set()
+    package = module_of(path) if path.name == "__init__.py" else module_of(path).rpartition(".")[0]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8") if source is None else source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            base = ".".join([*above, *([node.module] if node.module else [])])
+            submodules = {f"{base}.{alias.name}" for alias in node.names} & MODULES
+            found |= submodules | ({base} if len(submodules) < len(node.names) else set())
+        elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant) and isinstance(node.args[0].value, str):
+            called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            if called in ("import_module", "__import__"):
+                found.add(node.args[0].value)
+    return found
+
+
+def tops(path: Path) -> set[str]:
+    return {name.partition(".")[0] for name in imports(path)}
+
+
+def ours(path: Path) -> set[str]:
+    return {name for name in imports(path) if name.startswith("nemo_pivotrl")}
+
+
+def test_the_reader_of_imports_sees_them_wherever_they_stand() -> None:
+    source = "import vllm.x\ndef f():\n    from nemo_pivotrl import pivotrl, __version__\n    from . import ledger\n    __import__('nemo')"
+    assert imports(PACKAGE / "stages/extract.py", source) == {
+        "vllm.x",
+        "nemo_pivotrl",
+        "nemo_pivotrl.pivotrl",
+        "nemo_pivotrl.stages.ledger",
+        "nemo",
+    }
+    assert imports(PACKAGE / "backends/reference.py") >= {"torch", "nemo_pivotrl.backends", "nemo_pivotrl.config"}
+
+
+def test_records_imports_only_the_standard_library() -> None:
+    assert tops(PACKAGE / "records.py") <= sys.stdlib_module_names
+
+
+@pytest.mark.parametrize("name", [n for n in ("pivotrl.py", "llmdoctor.py", "prefix.py") if (PACKAGE / n).exists()])
+def test_an_algorithm_file_imports_only_torch_the_standard_library_and_records(name: str) -> None:
+    assert tops(PACKAGE / name) - sys.stdlib_module_names <= {"torch", "nemo_pivotrl"}
+    assert ours(PACKAGE / name) <= {"nemo_pivotrl.records"}
+
+
+def test_backends_import_neither_stages_nor_algorithms_nor_each_other() -> None:
+    for path in (PACKAGE / "backends").glob("*.py"):
+        allowed = {"nemo_pivotrl.backends", "nemo_pivotrl.config", "nemo_pivotrl.records", "nemo_pivotrl.prefix"}
+        if path.name == "__init__.py":  # `load` imports the backend that a recipe names
+            allowed |= {name for name in MODULES if name.startswith("nemo_pivotrl.backends.")}
+        assert ours(path) <= allowed, path.name
+
+
+def test_only_backends_import_the_accelerator_stacks() -> None:
+    offenders = {module_of(p): tops(p) & ACCELERATOR_STACKS for p in FILES if p.parent != PACKAGE / "backends"}
+    assert {name: found for name, found in offenders.items() if found} == {}
+
+
+def test_what_stands_below_the_stages_does_not_import_them() -> None:
+    for name in (
+        "config.py",
+        "readers.py",
+        "responses.py",
+        "chat.py",
+        "world.py",
+        "tiny.py",
+        "verifiers/__init__.py",
+        "verifiers/tool_call.py",
+    ):
+        assert not {m for m in ours(PACKAGE / name) if m.startswith(("nemo_pivotrl.stages", "nemo_pivotrl.backends"))}, name

@@ -1,0 +1,64 @@
+"""Every command the README shows, run: the stage commands on a tiny trained run, the two make targets by what they call."""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from conftest import ROOT, SMALL
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+COMMANDS = [line.strip().split("#")[0].strip() for line in README.splitlines() if re.match(r"    (make|nemo-pivotrl) ", line)]
+
+
+def run(*arguments: str, folder: Path) -> str:
+    overrides = [] if "--print-config" in arguments else [f"run_dir={folder}", *SMALL]
+    done = subprocess.run(
+        [sys.executable, "-m", "nemo_pivotrl.cli", *arguments, *[o for o in overrides if o.partition("=")[0] not in " ".join(arguments)]],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, f"{arguments}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def test_the_readme_shows_the_commands_this_file_runs() -> None:
+    assert [c for c in COMMANDS if "STAGE" not in c] == [
+        "make quickstart",
+        "make test",
+        "nemo-pivotrl select recipes/pivotrl/tiny.yaml --print-config",
+        "nemo-pivotrl select recipes/pivotrl/tiny.yaml select.lambda_diff=0.6",
+        "nemo-pivotrl export recipes/pivotrl/tiny.yaml",
+    ]
+
+
+def test_every_stage_command_of_the_readme_runs(trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained, tmp_path / "run")
+    for command in COMMANDS:
+        if command.startswith("nemo-pivotrl") and "STAGE" not in command:
+            assert run(*command.split()[1:], folder=tmp_path / "run")
+    rows = (tmp_path / "run/gym/train.jsonl").read_text().splitlines()
+    assert rows and "nemo_pivotrl" not in rows[0] and '"expected_action"' in rows[0]
+
+
+def test_every_stage_of_the_readmes_table_exists_and_no_other() -> None:
+    from nemo_pivotrl.cli import STAGES
+
+    table = re.findall(r"^\| `(\w+)` \|", README, flags=re.MULTILINE)
+    assert set(table) == set(STAGES) - {"world"}
+
+
+def test_make_quickstart_is_the_run_command_and_the_run_command_works(tmp_path: Path) -> None:
+    shown = subprocess.run(["make", "-n", "quickstart", "VENV=/nowhere"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert "nemo-pivotrl run recipes/pivotrl/tiny.yaml fresh=true" in shown
+    output = run("run", "recipes/pivotrl/tiny.yaml", "fresh=true", folder=tmp_path / "run")
+    assert re.search(r"^pivotrl +\d", output, flags=re.MULTILINE) and (tmp_path / "run/report.html").exists()
+    assert (tmp_path / "run/report.json").exists()
+
+
+def test_the_readmes_links_lead_somewhere() -> None:
+    for target in re.findall(r"\]\(([^)]+)\)", README):
+        assert (ROOT / target).exists(), target
