@@ -106,6 +106,12 @@ def test_kl_minibatches_and_importance_weights_train(run_dir: Path, extra: list[
         assert 0 <= last["kl"] < 0.1  # the reference is the start policy, so the first steps are near it
 
 
+def test_the_second_minibatch_is_off_policy_because_old_log_probs_precede_every_update(run_dir: Path) -> None:
+    train(recipe_at(run_dir, "grpo.max_num_steps=1", "grpo.num_minibatches=2", "policy.optimizer.lr=1e-2", "grpo.val_period=0"))
+    (row,) = read_metrics(run_dir / "pivotrl/metrics.jsonl")
+    assert row["policy_kl"] > 1e-3
+
+
 def test_train_refuses_pivots_of_another_policy_and_says_which_field_differs(run_dir: Path) -> None:
     sft(recipe_at(run_dir))
     with pytest.raises(InputError, match=r"(?s)policy: found.*re-run the stage"):
@@ -219,6 +225,20 @@ def test_no_held_out_task_is_among_the_train_pivots(trained: Path) -> None:
     for row in read_rows(trained / "pivots.jsonl"):
         by_split[row["provenance"]["split"]].add(row["provenance"]["task_id"])
     assert by_split["train"] and by_split["validation"] and not by_split["train"] & by_split["validation"]
+
+
+def test_metrics_reach_tensorboard_and_a_missing_dashboard_names_its_extra(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train(recipe_at(run_dir, "logger.tensorboard=true", "grpo.max_num_steps=2", "grpo.val_period=0"))
+    events = EventAccumulator(str(run_dir / "pivotrl/tensorboard")).Reload()
+    rows = read_metrics(run_dir / "pivotrl/metrics.jsonl")
+    assert [e.value for e in events.Scalars("reward")] == pytest.approx([row["reward"] for row in rows])
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(InputError, match=r"(?s)logger\.wandb.*nemo-pivotrl\[wandb\]"):
+        train(recipe_at(run_dir, "logger.wandb=true", "grpo.name=other"))
 
 
 def test_evaluate_and_report_tell_the_same_numbers(run_dir: Path) -> None:

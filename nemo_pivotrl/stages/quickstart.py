@@ -37,6 +37,8 @@ def run(recipe: Recipe, fresh: bool = False) -> Path:
     A `random` arm (same number of candidates, no profiling) trains beside the pivots when evaluate.policies names one.
     """
     start = time.perf_counter()
+    if fresh:
+        recipe.path("ledger.jsonl").unlink(missing_ok=True)
     if str(recipe.path("world/trajectories.jsonl")) in recipe.extract.trajectories:
         make_world(recipe, fresh)
     policies = recipe.evaluate.policies

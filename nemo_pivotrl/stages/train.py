@@ -176,17 +176,13 @@ def _step(
         )
     metrics = rollout_metrics(drawn, groups, rewards, valid, settings.zero_variance_tolerance)
     share = -(-len(drawn) // settings.num_minibatches)
-    parts = [
-        _update(
-            recipe,
-            drawn[i : i + share],
-            groups[i : i + share],
-            advantages[i : i + share],
-            valid[i : i + share],
-            backend,
-        )
+    # old and reference log-probabilities belong to the policy that sampled, so all of them precede the first update
+    minibatches = [
+        _minibatch(recipe, drawn[i:j], groups[i:j], advantages[i:j], valid[i:j], backend)
         for i in range(0, len(drawn), share)
+        for j in [i + share]
     ]
+    parts = [_update(recipe, minibatch, backend) for minibatch in minibatches]
     metrics |= {
         key: statistics.fmean(p[key] for p in parts if key in p) for key in sorted({key for p in parts for key in p})
     }
@@ -207,53 +203,62 @@ def _counts(rollout: Rollout, settings: Grpo) -> bool:
     )
 
 
-def _update(
+def _minibatch(
     recipe: Recipe,
     drawn: Sequence[State],
     groups: Sequence[Sequence[Rollout]],
     advantages: Tensor,
     valid: Tensor,
     backend: backends.Backend,
-) -> dict[str, float]:
-    """One optimiser step on a (mini)batch of groups.
+) -> tuple[TokenBatch | None, float, float]:
+    """(batch, global normaliser, share of the counted rows that are in the batch) of one optimiser step.
 
     Rows without gradient (advantage 0, no KL) are counted in the normaliser and not computed: their gradient is exactly
-    zero (Prop. 3.1), and on random turns they are most of the batch.
+    zero (Prop. 3.1), and on random turns they are most of the batch. None when no row is left.
     """
+    beta, correct = recipe.loss_fn.reference_policy_kl_penalty, recipe.loss_fn.use_importance_sampling_correction
+    counted = [(i, k) for i, group in enumerate(groups) for k in range(len(group)) if valid[i, k]]
+    tokens = sum(len(groups[i][k].sample.token_ids) for i, k in counted)
+    normaliser = float(max(1, tokens if recipe.loss_fn.token_level_loss else len(counted)))
+    rows = [(i, k) for i, k in counted if beta > 0 or advantages[i, k] != 0]
+    if not rows:
+        return None, normaliser, 0.0
+    samples = [groups[i][k].sample for i, k in rows]
+    batch = TokenBatch([s.prompt for s in drawn], [i for i, _ in rows], [s.token_ids for s in samples], {})
+    batch.data.update(
+        advantages=torch.stack([advantages[i, k] for i, k in rows]),
+        mask=_padded([[1.0] * len(s.token_ids) for s in samples]),
+        sampler=_padded([s.log_probs for s in samples]),
+    )
+    if recipe.grpo.num_minibatches > 1 or correct:
+        batch.data["old"] = backend.get_inference_log_probs(batch)
+    if beta > 0:
+        batch.data["reference"] = backend.get_inference_log_probs(batch, reference=True)
+    return batch, normaliser, len(rows) / len(counted)
+
+
+def _update(
+    recipe: Recipe, minibatch: tuple[TokenBatch | None, float, float], backend: backends.Backend
+) -> dict[str, float]:
+    """One optimiser step."""
+    batch, normaliser, share = minibatch
     loss_fn = recipe.loss_fn
-    beta, correct = loss_fn.reference_policy_kl_penalty, loss_fn.use_importance_sampling_correction
+    correct = loss_fn.use_importance_sampling_correction
     settings = pivotrl.LossSettings(
         clip_low=loss_fn.ratio_clip_min,
         clip_high=loss_fn.ratio_clip_max,
         clip_dual=loss_fn.ratio_clip_c,
         sequence_ratio=loss_fn.ratio_level == "sequence",
         token_mean=loss_fn.token_level_loss,
-        kl_beta=beta,
+        kl_beta=loss_fn.reference_policy_kl_penalty,
         tis_cap=loss_fn.truncated_importance_sampling_ratio if correct else None,
         tis_floor=loss_fn.truncated_importance_sampling_ratio_min,
     )
-    counted = [(i, k) for i, group in enumerate(groups) for k in range(len(group)) if valid[i, k]]
-    normaliser = float(
-        sum(len(groups[i][k].sample.token_ids) for i, k in counted) if settings.token_mean else len(counted)
-    )
-    rows = [(i, k) for i, k in counted if beta > 0 or advantages[i, k] != 0]
     backend.prepare_for_training_step()
     totals: dict[str, float] = {}
-    if rows:
-        samples = [groups[i][k].sample for i, k in rows]
-        mask = _padded([[1.0] * len(s.token_ids) for s in samples])
-        batch = TokenBatch([s.prompt for s in drawn], [i for i, _ in rows], [s.token_ids for s in samples], {})
-        batch.data.update(
-            advantages=torch.stack([advantages[i, k] for i, k in rows]),
-            mask=mask,
-            sampler=_padded([s.log_probs for s in samples]),
-        )
-        if recipe.grpo.num_minibatches > 1 or correct:
-            batch.data["old"] = backend.get_inference_log_probs(batch)
-        if beta > 0:
-            batch.data["reference"] = backend.get_inference_log_probs(batch, reference=True)
-        totals = backend.get_loss_and_metrics(batch, partial(_loss, settings=settings, normaliser=max(normaliser, 1.0)))
-    return {"trained_share": len(rows) / max(1, len(counted))} | totals | backend.finish_training_step()
+    if batch is not None:
+        totals = backend.get_loss_and_metrics(batch, partial(_loss, settings=settings, normaliser=normaliser))
+    return {"trained_share": share} | totals | backend.finish_training_step()
 
 
 def _loss(
