@@ -159,7 +159,7 @@ def _survival_plot(table: dict[str, dict[str, int]], order: Sequence[str], label
     axes.set_yticks(range(len(order)), [key[:28] for key in order])
     axes.invert_yaxis()
     axes.set(xlabel="candidates", ylabel=label)
-    axes.legend(frameon=False, fontsize=8)
+    axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return _svg(figure)
 
 

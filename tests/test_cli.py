@@ -31,7 +31,9 @@ def disk_with_room_for(size: int) -> Iterator[None]:
 
 
 def command(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+    )
 
 
 def extract_recipe(folder: Path, trajectories: int = 40) -> str:
@@ -54,7 +56,8 @@ def test_help_lists_every_stage_within_a_second_and_imports_nothing_heavy() -> N
     assert shown.returncode == 0 and shown.stderr == ""
     assert all(f"\n  {stage} " in shown.stdout for stage in cli.STAGES)
     assert fastest < 1.0
-    snippet = f"import sys\nfrom nemo_pivotrl import cli\ntry: cli.main(['--help'])\nfinally: print([m for m in {HEAVY} if m in sys.modules], file=sys.stderr)"
+    snippet = "import sys\nfrom nemo_pivotrl import cli\ntry: cli.main(['--help'])\n"
+    snippet += f"finally: print([m for m in {HEAVY} if m in sys.modules], file=sys.stderr)"
     assert command("-c", snippet).stderr == "[]\n"
 
 
@@ -110,7 +113,9 @@ def test_all_invalid_trajectories_are_named_by_one_run(tmp_path: Path, capsys: p
     assert "2 problems" in shown and "in.jsonl:41: messages" in shown and "in.jsonl:42: line" in shown
 
 
-def test_a_full_disk_exits_2_leaves_the_part_and_the_same_command_then_finishes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_full_disk_exits_2_leaves_the_part_and_the_same_command_then_finishes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     recipe, run = extract_recipe(tmp_path), tmp_path / "run"
     assert cli.main(["extract", recipe, f"run_dir={tmp_path}/whole"]) == 0
     whole = (tmp_path / "whole/candidates.jsonl").read_bytes()
@@ -154,6 +159,9 @@ def test_export_writes_gym_rows_without_a_header_one_file_a_split_whatever_text_
     writer.write(rows)
     writer.finish()
     assert cli.main(["export", extract_recipe(tmp_path)]) == 0
-    found = {s: [json.loads(line) for line in (tmp_path / f"run/gym/{s}.jsonl").read_bytes().splitlines()] for s in ("train", "validation")}
+    found = {
+        s: [json.loads(line) for line in (tmp_path / f"run/gym/{s}.jsonl").read_bytes().splitlines()]
+        for s in ("train", "validation")
+    }
     assert found == {"train": [rows[0], rows[2]], "validation": [rows[1]]}
     assert list(read_rows(tmp_path / "run/pivots.jsonl")) == rows

@@ -33,7 +33,11 @@ def test_an_empty_recipe_gives_the_papers_defaults(tmp_path: Path) -> None:
     assert recipe == Recipe()
     assert (recipe.profile.num_generations, recipe.select.rule, recipe.select.lambda_diff) == (16, "adv", 0.6)
     assert (recipe.policy.generation.temperature, recipe.policy.generation.top_p) == (1.0, 1.0)
-    assert (recipe.policy.optimizer.lr, recipe.loss_fn.ratio_clip_min, recipe.loss_fn.ratio_clip_max) == (1e-6, 0.2, 0.2)
+    assert (recipe.policy.optimizer.lr, recipe.loss_fn.ratio_clip_min, recipe.loss_fn.ratio_clip_max) == (
+        1e-6,
+        0.2,
+        0.2,
+    )
 
 
 def test_a_misspelt_key_is_an_error_that_names_the_right_one(tmp_path: Path) -> None:
@@ -58,7 +62,10 @@ def test_a_misspelt_key_is_an_error_that_names_the_right_one(tmp_path: Path) -> 
 )
 def test_a_value_out_of_range_is_named_with_the_range(tmp_path: Path, text: str, field: str, allowed: str) -> None:
     (problem,) = problems_of(recipe_file(tmp_path, text))
-    assert problem.field == field and problem.remedy == f"out of range: use {'a value ' if allowed != 'a number' else ''}{allowed}"
+    assert (
+        problem.field == field
+        and problem.remedy == f"out of range: use {'a value ' if allowed != 'a number' else ''}{allowed}"
+    )
 
 
 @pytest.mark.parametrize(
@@ -79,7 +86,9 @@ def test_a_value_out_of_range_is_named_with_the_range(tmp_path: Path, text: str,
         ("loss_fn: {ratio_clip_c: high}", "loss_fn.ratio_clip_c", "expected float or NoneType"),
     ],
 )
-def test_a_value_of_the_wrong_type_is_named_with_the_right_one(tmp_path: Path, text: str, field: str, wanted: str) -> None:
+def test_a_value_of_the_wrong_type_is_named_with_the_right_one(
+    tmp_path: Path, text: str, field: str, wanted: str
+) -> None:
     (problem,) = problems_of(recipe_file(tmp_path, text))
     assert problem.field == field and wanted in problem.remedy
 
@@ -89,6 +98,12 @@ def test_yaml_1e_6_and_whole_numbers_are_floats_and_a_lone_path_is_a_list(tmp_pa
     recipe = load_recipe(recipe_file(tmp_path, text))
     assert recipe.policy.optimizer.lr == 1e-6 and isinstance(recipe.policy.optimizer.weight_decay, float)
     assert recipe.extract.trajectories == ("one.jsonl",) and recipe.loss_fn.ratio_clip_c is None
+
+
+def test_a_section_given_in_part_keeps_the_rest_of_its_own_defaults(tmp_path: Path) -> None:
+    recipe = load_recipe(recipe_file(tmp_path, "warmup: {num_steps: 3}\nsft: {optimizer: {beta2: 0.9}}"))
+    assert (recipe.warmup.name, recipe.warmup.source, recipe.warmup.num_steps) == ("start", "candidates", 3)
+    assert (recipe.sft.name, recipe.sft.optimizer.lr, recipe.sft.optimizer.beta2) == ("sft", 1e-5, 0.9)
 
 
 def test_all_mistakes_of_a_recipe_come_at_once(tmp_path: Path) -> None:
@@ -102,7 +117,12 @@ def test_defaults_chain_from_the_files_folder_and_later_files_win(tmp_path: Path
     recipe_file(tmp_path, "defaults: a.yaml\nselect: {lambda_diff: 0.2, limit: 2}", "base/b.yaml")
     recipe_file(tmp_path, "select: {limit: 3}", "c.yaml")
     recipe = load_recipe(recipe_file(tmp_path, "defaults: [base/b.yaml, c.yaml]\nprofile: {num_generations: 6}"))
-    assert (recipe.seed, recipe.select.lambda_diff, recipe.select.limit, recipe.profile.num_generations) == (1, 0.2, 3, 6)
+    assert (recipe.seed, recipe.select.lambda_diff, recipe.select.limit, recipe.profile.num_generations) == (
+        1,
+        0.2,
+        3,
+        6,
+    )
 
 
 def test_a_circle_of_defaults_and_a_missing_default_are_named(tmp_path: Path) -> None:
@@ -111,7 +131,9 @@ def test_a_circle_of_defaults_and_a_missing_default_are_named(tmp_path: Path) ->
     (circle,) = problems_of(str(tmp_path / "a.yaml"))
     assert circle.field == "defaults" and circle.found == "a circle"
     (missing,) = problems_of(recipe_file(tmp_path, "defaults: nowhere.yaml"))
-    assert missing.file.endswith("r.yaml") and missing.found.endswith("nowhere.yaml") and "no such file" in missing.remedy
+    assert (
+        missing.file.endswith("r.yaml") and missing.found.endswith("nowhere.yaml") and "no such file" in missing.remedy
+    )
     (absent,) = problems_of(str(tmp_path / "absent.yaml"))
     assert absent.file == "command line" and absent.found.endswith("absent.yaml")
 
@@ -134,11 +156,15 @@ def test_a_binary_file_or_a_folder_given_as_recipe_is_named(tmp_path: Path) -> N
 def test_overrides_win_and_are_checked_like_the_file(tmp_path: Path) -> None:
     path = recipe_file(tmp_path, "select: {lambda_diff: 0.5}\nrun_dir: a\npolicy: {model_name: '${run_dir}/policy'}")
     recipe = load_recipe(
-        path, ["select.lambda_diff=0.25", "run_dir=b", "extract.trajectories=[x, y]", "verifier.settings.allow_subset=true"]
+        path,
+        ["select.lambda_diff=0.25", "run_dir=b", "extract.trajectories=[x, y]", "verifier.settings.allow_subset=true"],
     )
     assert recipe.select.lambda_diff == 0.25 and recipe.policy.model_name == "b/policy"
     assert recipe.extract.trajectories == ("x", "y") and recipe.verifier.settings == {"allow_subset": True}
-    assert [p.field for p in problems_of(path, "select.lambda_diff=2", "selekt.limit=1")] == ["select.lambda_diff", "selekt"]
+    assert [p.field for p in problems_of(path, "select.lambda_diff=2", "selekt.limit=1")] == [
+        "select.lambda_diff",
+        "selekt",
+    ]
     for broken in ("select.lambda_diff", "=3", "select.limit=[1", "select.lambda_diff.deeper=1"):
         assert len(problems_of(path, broken)) == 1
 
@@ -163,7 +189,11 @@ def test_every_shipped_recipe_loads_and_its_print_config_loads_back_equal(
 
 
 def test_print_config_loads_back_equal_for_awkward_values(tmp_path: Path) -> None:
-    overrides = ["run_dir='007'", "policy.template_kwargs={enable_thinking: false, n: [1, 2.5, null]}", "policy.optimizer.lr=1e-7"]
+    overrides = [
+        "run_dir='007'",
+        "policy.template_kwargs={enable_thinking: false, n: [1, 2.5, null]}",
+        "policy.optimizer.lr=1e-7",
+    ]
     overrides += ["evaluate.policies={base: a, 'null': b}", "loss_fn.ratio_clip_c=3", "extract.tools='yes'"]
     recipe = load_recipe(recipe_file(tmp_path, ""), overrides)
     assert (recipe.run_dir, recipe.extract.tools) == ("007", "yes")
@@ -176,5 +206,10 @@ def test_every_setting_is_used_outside_the_file_that_declares_it() -> None:
     used = {name for pair in re.findall(read_as_attribute_or_named_in_a_table, "\n".join(sources)) for name in pair}
     sections = [c for c in vars(config).values() if dataclasses.is_dataclass(c) and c.__module__ == config.__name__]
     assert Recipe in sections and len(sections) > 10
-    dead = [f"{s.__name__}.{f.name}" for s in sections for f in dataclasses.fields(typing.cast(typing.Any, s)) if f.name not in used]
+    dead = [
+        f"{s.__name__}.{f.name}"
+        for s in sections
+        for f in dataclasses.fields(typing.cast(typing.Any, s))
+        if f.name not in used
+    ]
     assert dead == []

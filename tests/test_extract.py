@@ -30,7 +30,11 @@ def say(text: str) -> Message:
 def call(*made: tuple[str, Any], ids: str = "abc") -> Message:
     """An assistant turn with calls of (tool, arguments); a number q stands for {"q": q}."""
     written = [
-        {"id": i, "type": "function", "function": {"name": n, "arguments": a if isinstance(a, str) else json.dumps({"q": a})}}
+        {
+            "id": i,
+            "type": "function",
+            "function": {"name": n, "arguments": a if isinstance(a, str) else json.dumps({"q": a})},
+        }
         for i, (n, a) in zip(ids, made, strict=False)
     ]
     return {"role": "assistant", "content": "", "tool_calls": written}
@@ -40,7 +44,9 @@ def output(text: str = "done", call_id: str = "a") -> Message:
     return {"role": "tool", "tool_call_id": call_id, "content": text}
 
 
-def trajectory(*messages: Message, name: str = "t", task: str | None = None, reward: float | None = 1.0, **more: Any) -> Trajectory:
+def trajectory(
+    *messages: Message, name: str = "t", task: str | None = None, reward: float | None = 1.0, **more: Any
+) -> Trajectory:
     return Trajectory(name, task or "task-" + name, messages, TOOLS, reward, f"in.jsonl:{more.pop('line', 1)}", **more)
 
 
@@ -75,7 +81,11 @@ def test_no_task_and_no_trajectory_is_in_both_splits_and_equal_states_are_merged
     kept, audit = cut_all(made, splits, Extract())
     assert audit["tasks"] == {"train": 7, "validation": 3} and audit["kept"] == {"train": 1, "validation": 1}
     assert all(splits[c.task_id] == c.split for c in kept)
-    kept, _ = cut_all([dataclasses.replace(t, messages=(SYSTEM, user(t.trajectory_id), *t.messages[2:])) for t in made], splits, Extract())
+    kept, _ = cut_all(
+        [dataclasses.replace(t, messages=(SYSTEM, user(t.trajectory_id), *t.messages[2:])) for t in made],
+        splits,
+        Extract(),
+    )
     for key in ("task_id", "trajectory_id"):
         sides = [{getattr(c, key) for c in kept if c.split == s} for s in ("train", "validation")]
         assert not sides[0] & sides[1] and all(sides)
@@ -90,7 +100,9 @@ def test_every_assistant_turn_becomes_a_candidate_with_everything_before_it_as_s
     kept, skipped = cut(trajectory(*messages))
     assert skipped == {} and [(c.turn, c.depth) for c in kept] == [(2, 0), (4, 1), (6, 2)]
     assert [c.messages for c in kept] == [messages[:2], messages[:4], messages[:6]]
-    assert kept[0].expected == Action("calls", "", (ToolCall("find", '{"q": 1}', "a"),)) and kept[2].expected == Action("message", "bye")
+    assert kept[0].expected == Action("calls", "", (ToolCall("find", '{"q": 1}', "a"),)) and kept[2].expected == Action(
+        "message", "bye"
+    )
     assert len({c.candidate_id for c in kept}) == 3
 
 
@@ -105,7 +117,12 @@ def test_a_ready_made_pivot_row_gives_its_last_turn_alone() -> None:
     [
         ((say("welcome"), user(), say("yes")), {}, {"no_state": 1}, 1),
         ((user(), say("  ")), {}, {"empty_turn": 1}, 0),
-        ((user(), call(("find", 1), ("find", 2)), output(), output(call_id="b"), say("ok")), {"parallel_calls": "skip"}, {"parallel_calls": 1}, 1),
+        (
+            (user(), call(("find", 1), ("find", 2)), output(), output(call_id="b"), say("ok")),
+            {"parallel_calls": "skip"},
+            {"parallel_calls": 1},
+            1,
+        ),
         ((user(), call(("find", 1), ("find", 2)), output(), output(call_id="b"), say("ok")), {}, {}, 2),
         ((user(), say("one"), say("two")), {}, {"answer_leak": 1}, 1),
         ((user(), call(("find", 1)), say("so")), {"on_invalid": "skip"}, {"dangling_call": 1}, 1),
@@ -114,12 +131,27 @@ def test_a_ready_made_pivot_row_gives_its_last_turn_alone() -> None:
         ((user(), call(("find", '{"q": "x"}'))), {"on_invalid": "skip"}, {"invalid_arguments": 1}, 0),
         ((user(), call(("find", "{q: 1}"))), {"on_invalid": "skip"}, {"invalid_arguments": 1}, 0),
         ((user(), call(("find", "[1]"))), {"on_invalid": "skip"}, {"invalid_arguments": 1}, 0),
-        ((user(), say("hm"), user(), call(("find", 1)), output(), call(("execute_bash", 1))), {"turns": "bash"}, {"not_a_bash_action": 1, "not_a_tool_call": 1}, 1),
+        (
+            (user(), say("hm"), user(), call(("find", 1)), output(), call(("execute_bash", 1))),
+            {"turns": "bash"},
+            {"not_a_bash_action": 1, "not_a_tool_call": 1},
+            1,
+        ),
         ((user(), call(("execute_bash", 1), ("find", 1))), {"turns": "bash"}, {"not_a_bash_action": 1}, 0),
-        ((user(), call(("find", 1)), output("Error: no"), call(("find", 2)), output(), say("ok")), {"turns": "tool_calls"}, {"not_a_tool_call": 1, "tool_error": 1}, 1),
-        ((user(), call(("web_search", 1)), output(), call(("open_page", 1)), output(), call(("calculate", 1))), {"turns": "search"}, {"not_a_search_step": 1}, 2),
+        (
+            (user(), call(("find", 1)), output("Error: no"), call(("find", 2)), output(), say("ok")),
+            {"turns": "tool_calls"},
+            {"not_a_tool_call": 1, "tool_error": 1},
+            1,
+        ),
+        (
+            (user(), call(("web_search", 1)), output(), call(("open_page", 1)), output(), call(("calculate", 1))),
+            {"turns": "search"},
+            {"not_a_search_step": 1},
+            2,
+        ),
     ],
-)  # fmt: skip
+)
 def test_each_turn_that_does_not_count_is_counted_under_its_reason(
     messages: tuple[Message, ...], settings: dict[str, Any], skipped: dict[str, int], kept: int
 ) -> None:
@@ -129,9 +161,9 @@ def test_each_turn_that_does_not_count_is_counted_under_its_reason(
 
 def test_an_error_in_any_output_of_a_parallel_turn_skips_it_and_a_later_error_does_not() -> None:
     both = call(("find", 1), ("book", 1))
-    assert cut(trajectory(user(), both, output(), output("Traceback (most recent call last):", "b")), turns="tool_calls")[1] == {
-        "tool_error": 1
-    }
+    assert cut(
+        trajectory(user(), both, output(), output("Traceback (most recent call last):", "b")), turns="tool_calls"
+    )[1] == {"tool_error": 1}
     later = trajectory(user(), call(("find", 1)), output(), call(("book", 1)), output("invalid seat"))
     assert [c.turn for c in cut(later, turns="tool_calls")[0]] == [1]
 
@@ -210,7 +242,9 @@ def test_the_answer_in_the_prompt_is_a_leak_and_a_short_echo_is_not() -> None:
     answer = Action("calls", calls=(ToolCall("find", arguments, "a"),))
     assert leaks(({"role": "system", "content": f"Answer: find({arguments})"}, user()), answer)
     assert not leaks((user(f"my data: {arguments}"),), answer)  # the tool is not named
-    assert not leaks((user('find {"q": 1}'),), Action("calls", calls=(ToolCall("find", '{"q": 1}', "a"),)))  # a single key
+    assert not leaks(
+        (user('find {"q": 1}'),), Action("calls", calls=(ToolCall("find", '{"q": 1}', "a"),))
+    )  # a single key
     long = "you will get your money back within five days"
     assert leaks((user(f"Say: {long}."),), Action("message", long))
     assert not leaks((user("Say: yes, sure."),), Action("message", "yes, sure."))
@@ -261,7 +295,9 @@ def test_near_duplicates_of_other_trajectories_are_dropped_down_to_the_threshold
     kept, skipped = cut(*made)
     assert [c.trajectory_id for c in kept] == ["0", "2"] and skipped == {"near_duplicate_state": 1}
     assert cut(*made, near_duplicate=1.0)[1] == {}
-    assert cut(made[0], dataclasses.replace(made[1], messages=(made[1].messages[0], say("no"))))[1] == {}  # another action
+    assert (
+        cut(made[0], dataclasses.replace(made[1], messages=(made[1].messages[0], say("no"))))[1] == {}
+    )  # another action
     same_trajectory = trajectory(user(" ".join(words)), say("yes"), user("ok"), say("well"), name="own")
     assert len(cut(same_trajectory)[0]) == 2
 
@@ -278,9 +314,13 @@ def openai_file(folder: Path, *records: dict[str, Any]) -> Path:
 def test_the_stage_writes_rows_that_read_back_an_audit_that_adds_up_and_the_same_bytes_again(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    records = [{"trajectory_id": f"t{i}", "messages": [user(f"lone \ud83d {i}"), call(("find", i)), output(), say(" ")]} for i in range(10)]
+    records = [
+        {"trajectory_id": f"t{i}", "messages": [user(f"lone \ud83d {i}"), call(("find", i)), output(), say(" ")]}
+        for i in range(10)
+    ]
     recipe = Recipe(
-        run_dir=str(tmp_path / "run"), extract=Extract(trajectories=(str(openai_file(tmp_path, *records)),), validation_share=0.2)
+        run_dir=str(tmp_path / "run"),
+        extract=Extract(trajectories=(str(openai_file(tmp_path, *records)),), validation_share=0.2),
     )
     path = extract(recipe)
     assert "10 + 10 = 20" in capsys.readouterr().out
@@ -295,8 +335,18 @@ def test_the_stage_writes_rows_that_read_back_an_audit_that_adds_up_and_the_same
     assert read_header(extract(recipe), "candidates").parent != header.parent
 
 
+def test_the_stage_splits_trials_of_a_task_together(tmp_path: Path) -> None:
+    records = [{"task_id": i // 4, "messages": [user(f"trial {i}"), say("yes")]} for i in range(20)]
+    settings = Extract(trajectories=(str(openai_file(tmp_path, *records)),), validation_share=0.4)
+    rows = list(read_rows(extract(Recipe(run_dir=str(tmp_path / "run"), extract=settings))))
+    held_out = [r["provenance"]["task_id"] for r in rows if r["provenance"]["split"] == "validation"]
+    assert len(rows) == 20 and len(held_out) == 8 and len(set(held_out)) == 2
+
+
 def test_invalid_turns_leave_no_artefact_and_nothing_kept_is_an_error(tmp_path: Path) -> None:
-    broken = openai_file(tmp_path, {"messages": [user(), call(("fly", 1))]}, {"messages": [user(), call(("find", "{}"))]})
+    broken = openai_file(
+        tmp_path, {"messages": [user(), call(("fly", 1))]}, {"messages": [user(), call(("find", "{}"))]}
+    )
     recipe = Recipe(run_dir=str(tmp_path / "run"), extract=Extract(trajectories=(str(broken),)))
     with pytest.raises(InputError) as caught:
         extract(recipe)
@@ -312,7 +362,11 @@ def test_real_trajectories_lose_no_turn(tmp_path: Path) -> None:
     raw = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     failed = sum(m["role"] == "assistant" for r in raw if r["reward"] < 1 for m in r["messages"])
     settings = Extract(
-        trajectories=(str(file),), tools=str(TAU / "tools.json"), format="tau_bench", validation_share=0.2, on_invalid="skip"
+        trajectories=(str(file),),
+        tools=str(TAU / "tools.json"),
+        format="tau_bench",
+        validation_share=0.2,
+        on_invalid="skip",
     )
     path = extract(Recipe(run_dir=str(tmp_path), extract=settings))
     audit = json.loads((tmp_path / "candidates.audit.json").read_text())
@@ -320,5 +374,7 @@ def test_real_trajectories_lose_no_turn(tmp_path: Path) -> None:
     assert sum(audit["kept"].values()) + sum(audit["skipped"].values()) == 2023
     assert audit["skipped"]["trajectory_below_min_reward"] == failed
     rows = list(read_rows(path))
-    tasks = [{r["provenance"]["task_id"] for r in rows if r["provenance"]["split"] == s} for s in ("train", "validation")]
+    tasks = [
+        {r["provenance"]["task_id"] for r in rows if r["provenance"]["split"] == s} for s in ("train", "validation")
+    ]
     assert not tasks[0] & tasks[1] and len(rows) == sum(audit["kept"].values())

@@ -31,7 +31,12 @@ def imports(path: Path, source: str | None = None) -> set[str]:
             base = ".".join([*above, *([node.module] if node.module else [])])
             submodules = {f"{base}.{alias.name}" for alias in node.names} & MODULES
             found |= submodules | ({base} if len(submodules) < len(node.names) else set())
-        elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant) and isinstance(node.args[0].value, str):
+        elif (
+            isinstance(node, ast.Call)
+            and node.args
+            and isinstance(node.args[0], ast.Constant)
+            and isinstance(node.args[0].value, str)
+        ):
             called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
             if called in ("import_module", "__import__"):
                 found.add(node.args[0].value)
@@ -47,7 +52,8 @@ def ours(path: Path) -> set[str]:
 
 
 def test_the_reader_of_imports_sees_them_wherever_they_stand() -> None:
-    source = "import vllm.x\ndef f():\n    from nemo_pivotrl import pivotrl, __version__\n    from . import ledger\n    __import__('nemo')"
+    source = "import vllm.x\ndef f():\n    from nemo_pivotrl import pivotrl, __version__\n    from . import ledger\n"
+    source += "    __import__('nemo')"
     assert imports(PACKAGE / "stages/extract.py", source) == {
         "vllm.x",
         "nemo_pivotrl",
@@ -92,4 +98,6 @@ def test_what_stands_below_the_stages_does_not_import_them() -> None:
         "verifiers/__init__.py",
         "verifiers/tool_call.py",
     ):
-        assert not {m for m in ours(PACKAGE / name) if m.startswith(("nemo_pivotrl.stages", "nemo_pivotrl.backends"))}, name
+        assert not {
+            m for m in ours(PACKAGE / name) if m.startswith(("nemo_pivotrl.stages", "nemo_pivotrl.backends"))
+        }, name

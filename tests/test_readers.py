@@ -12,8 +12,17 @@ from hypothesis import strategies as st
 from nemo_pivotrl.readers import read_trajectories
 from nemo_pivotrl.records import InputError, Problem, Trajectory
 
-TOOL = {"type": "function", "function": {"name": "find", "description": "d", "parameters": {"type": "object", "properties": {}}}}
-FLAT = {"type": "function", "name": "find", "description": "d", "parameters": {"type": "object", "properties": {}}, "strict": True}
+TOOL = {
+    "type": "function",
+    "function": {"name": "find", "description": "d", "parameters": {"type": "object", "properties": {}}},
+}
+FLAT = {
+    "type": "function",
+    "name": "find",
+    "description": "d",
+    "parameters": {"type": "object", "properties": {}},
+    "strict": True,
+}
 
 
 def call(call_id: str, arguments: str = '{"q": 1}') -> dict[str, Any]:
@@ -28,7 +37,12 @@ OPENAI = {
     "messages": [
         {"role": "system", "content": "rules"},
         {"role": "user", "content": [{"type": "text", "text": "find "}, {"type": "text", "text": "it"}]},
-        {"role": "assistant", "content": None, "reasoning_content": "two places", "tool_calls": [call("a"), call("b", '{"q": 2}')]},
+        {
+            "role": "assistant",
+            "content": None,
+            "reasoning_content": "two places",
+            "tool_calls": [call("a"), call("b", '{"q": 2}')],
+        },
         {"role": "tool", "tool_call_id": "a", "content": "no"},
         {"role": "tool", "tool_call_id": "b", "content": "yes"},
         {"role": "assistant", "content": "found"},
@@ -37,7 +51,12 @@ OPENAI = {
 CLEAN = (
     {"role": "system", "content": "rules"},
     {"role": "user", "content": "find it"},
-    {"role": "assistant", "content": "", "reasoning_content": "two places", "tool_calls": [call("a"), call("b", '{"q": 2}')]},
+    {
+        "role": "assistant",
+        "content": "",
+        "reasoning_content": "two places",
+        "tool_calls": [call("a"), call("b", '{"q": 2}')],
+    },
     {"role": "tool", "tool_call_id": "a", "content": "no"},
     {"role": "tool", "tool_call_id": "b", "content": "yes"},
     {"role": "assistant", "content": "found"},
@@ -71,7 +90,8 @@ SHAREGPT = {
         {"from": "human", "value": "find it"},
         {
             "from": "gpt",
-            "value": 'Both.<tool_call>{"name": "find", "arguments": {"q": 1}}</tool_call>\n<tool_call>{"name": "find", "arguments": {"q": 2}}</tool_call>',
+            "value": 'Both.<tool_call>{"name": "find", "arguments": {"q": 1}}</tool_call>\n'
+            '<tool_call>{"name": "find", "arguments": {"q": 2}}</tool_call>',
         },
         {"from": "tool", "value": "<tool_response>\nno\n</tool_response>"},
         {"from": "tool", "value": "yes"},
@@ -115,7 +135,12 @@ def test_a_record_without_ids_reward_or_tools_is_named_after_its_line_and_takes_
     (tmp_path / "tools.json").write_text(json.dumps([FLAT]))
     bare = {"messages": OPENAI["messages"]}
     first, second = read(tmp_path, "openai", bare, "", bare, tools=str(tmp_path / "tools.json"))
-    assert (first.trajectory_id, first.task_id, first.reward, first.tools) == ("in.jsonl:1", "in.jsonl:1", None, (TOOL,))
+    assert (first.trajectory_id, first.task_id, first.reward, first.tools) == (
+        "in.jsonl:1",
+        "in.jsonl:1",
+        None,
+        (TOOL,),
+    )
     assert second.source.endswith("in.jsonl:3")
 
 
@@ -155,7 +180,11 @@ def test_sharegpt_reads_hermes_markup_and_llama_factory_function_calls(tmp_path:
     assert roles == ["system", "user", "assistant", "tool", "tool", "assistant", "tool", "assistant"]
     both, third = found.messages[2], found.messages[5]
     assert both["content"] == "Both."
-    assert [json.loads(c["function"]["arguments"])["q"] for c in [*both["tool_calls"], *third["tool_calls"]]] == [1, 2, 3]
+    assert [json.loads(c["function"]["arguments"])["q"] for c in [*both["tool_calls"], *third["tool_calls"]]] == [
+        1,
+        2,
+        3,
+    ]
     ids = [c["id"] for c in [*both["tool_calls"], *third["tool_calls"]]]
     assert [found.messages[i]["tool_call_id"] for i in (3, 4, 6)] == ids and len(set(ids)) == 3
     assert [found.messages[i]["content"] for i in (3, 4, 6)] == ["no", "yes", "more"]
@@ -178,7 +207,9 @@ def test_every_problem_of_every_line_comes_in_one_error_with_line_field_found_an
         return {**copy.deepcopy(OPENAI), "trajectory_id": None, **change}
 
     wrong_role = spoilt(messages=[{"role": "robot", "content": "x"}])
-    wrong_arguments = spoilt(messages=[CLEAN[1], {"role": "assistant", "content": "", "tool_calls": [call("a", arguments=3)]}])  # type: ignore[arg-type]
+    wrong_arguments = spoilt(
+        messages=[CLEAN[1], {"role": "assistant", "content": "", "tool_calls": [call("a", arguments=3)]}]
+    )  # type: ignore[arg-type]
     lines = [
         '{"messages": [',
         {"task_id": "k"},
@@ -243,28 +274,50 @@ def test_a_json_list_nested_too_deeply_is_an_input_error(tmp_path: Path) -> None
         ("openai", {"messages": [{"role": "user", "content": 3}]}, "messages[0].content"),
         ("openai", {"messages": [{"role": "user", "content": [1]}]}, "messages[0].content"),
         ("openai", {"messages": [{"role": "assistant", "tool_calls": 5}]}, "messages[0].tool_calls"),
-        ("openai", {"messages": [{"role": "assistant", "content": "", "reasoning_content": 5}]}, "messages[0].reasoning_content"),
-        ("openai", {"messages": [{"role": "assistant", "tool_calls": [{"name": "f"}]}]}, "messages[0].tool_calls[0].function.name"),
+        (
+            "openai",
+            {"messages": [{"role": "assistant", "content": "", "reasoning_content": 5}]},
+            "messages[0].reasoning_content",
+        ),
+        (
+            "openai",
+            {"messages": [{"role": "assistant", "tool_calls": [{"name": "f"}]}]},
+            "messages[0].tool_calls[0].function.name",
+        ),
         ("openai", {"messages": CLEAN, "tools": 3}, "tools"),
         ("responses", {"expected_action": {"type": "message", "content": "x"}}, "responses_create_params"),
         ("responses", {**PIVOT_ROW, "responses_create_params": {"input": []}}, "responses_create_params.input"),
-        ("responses", {**PIVOT_ROW, "responses_create_params": {"input": [{"type": "web_search_call"}]}}, "responses_create_params.input"),
+        (
+            "responses",
+            {**PIVOT_ROW, "responses_create_params": {"input": [{"type": "web_search_call"}]}},
+            "responses_create_params.input",
+        ),
         ("responses", {**PIVOT_ROW, "expected_action": {"type": "dance"}}, "expected_action"),
-        ("responses", {**PIVOT_ROW, "expected_action": {"type": "function_call_batch", "calls": []}}, "expected_action"),
+        (
+            "responses",
+            {**PIVOT_ROW, "expected_action": {"type": "function_call_batch", "calls": []}},
+            "expected_action",
+        ),
         ("responses", {**PIVOT_ROW, "expected_action": {"type": "function_call", "name": "find"}}, "expected_action"),
         ("responses", {"responses_create_params": {"input": ITEMS}}, "response.output"),
         ("sharegpt", {"conversations": [{"from": "alien", "value": "x"}]}, "conversations[0]"),
         ("sharegpt", {"conversations": [{"from": ["gpt"], "value": "x"}]}, "conversations[0]"),
         ("sharegpt", {"conversations": [{"from": "gpt"}]}, "conversations[0]"),
         ("sharegpt", {"conversations": [{"from": "gpt", "value": "<tool_call>{"}]}, "conversations[0].value"),
-        ("sharegpt", {"conversations": [{"from": "function_call", "value": '{"arguments": {}}'}]}, "conversations[0].value"),
+        (
+            "sharegpt",
+            {"conversations": [{"from": "function_call", "value": '{"arguments": {}}'}]},
+            "conversations[0].value",
+        ),
         ("sharegpt", {"conversations": [{"from": "function_call", "value": "[" * 100_000}]}, "conversations[0].value"),
         ("tau_bench", {"traj": CLEAN}, "task_id"),
         ("tau_bench", {"traj": CLEAN, "task_id": None}, "task_id"),
         ("tau_bench", {"task_id": 1}, "traj"),
     ],
 )
-def test_each_format_names_the_field_that_is_wrong(tmp_path: Path, format: str, record: dict[str, Any], field: str) -> None:
+def test_each_format_names_the_field_that_is_wrong(
+    tmp_path: Path, format: str, record: dict[str, Any], field: str
+) -> None:
     (problem,) = problems_of(tmp_path, format, record)
     assert problem.line == 1 and problem.field == field
 
@@ -276,14 +329,21 @@ def paths_of(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 
 GOOD = {"openai": [OPENAI], "responses": [PIVOT_ROW, ROLLOUT], "sharegpt": [SHAREGPT], "tau_bench": [TAU]}
 PLACES = [
-    (f, i, path) for f, records in GOOD.items() for i, record in enumerate(records) for path in paths_of(json.loads(json.dumps(record)))
+    (f, i, path)
+    for f, records in GOOD.items()
+    for i, record in enumerate(records)
+    for path in paths_of(json.loads(json.dumps(record)))
 ]
-JSON = st.sampled_from([None, True, 0, 3, 1.5, "", "x", "\ud83d", [], [1], ["x"], [None], [{}], {}, {"x": 1}, {"name": 3}, [[1]], 10**400])
+JSON = st.sampled_from(
+    [None, True, 0, 3, 1.5, "", "x", "\ud83d", [], [1], ["x"], [None], [{}], {}, {"x": 1}, {"name": 3}, [[1]], 10**400]
+)
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(place=st.sampled_from(PLACES), value=JSON)
-def test_any_json_value_at_any_place_of_a_record_is_read_or_is_an_input_error(tmp_path: Path, place: Any, value: Any) -> None:
+def test_any_json_value_at_any_place_of_a_record_is_read_or_is_an_input_error(
+    tmp_path: Path, place: Any, value: Any
+) -> None:
     format, index, path = place
     record = copy.deepcopy(GOOD[format][index])
     node: Any = record

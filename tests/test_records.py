@@ -7,7 +7,9 @@ import pytest
 
 from nemo_pivotrl.records import ArtefactWriter, Header, InputError, check_headers, json_line, read_header, read_rows
 
-HEADER = Header("profiles", "c0ffee", parent="p1", tokenizer="t1", verifier="tool_call 1 ab", extra={"num_generations": 16})
+HEADER = Header(
+    "profiles", "c0ffee", parent="p1", tokenizer="t1", verifier="tool_call 1 ab", extra={"num_generations": 16}
+)
 ROWS = [{"id": 1, "text": "a"}, {"id": 2, "text": "naïve ☃"}, {"id": 3, "text": "line\nbreak"}]
 
 
@@ -54,7 +56,10 @@ def test_a_file_that_is_not_the_wanted_artefact_is_named_with_its_remedy(
 def test_header_fields_that_contradict_the_recipe_are_all_named(tmp_path: Path) -> None:
     with pytest.raises(InputError) as caught:
         check_headers(tmp_path / "x", HEADER, tokenizer="t2", parent="p1", verifier="exact 1 cd")
-    assert [(p.field, p.found) for p in caught.value.problems] == [("tokenizer", "'t1'"), ("verifier", "'tool_call 1 ab'")]
+    assert [(p.field, p.found) for p in caught.value.problems] == [
+        ("tokenizer", "'t1'"),
+        ("verifier", "'tool_call 1 ab'"),
+    ]
     assert "'t2'" in caught.value.problems[0].remedy
     check_headers(tmp_path / "x", HEADER, tokenizer="t1")
 
@@ -73,23 +78,25 @@ def test_resuming_after_a_cut_at_every_byte_ends_with_the_identical_file(tmp_pat
         path.unlink()
 
 
-def test_close_leaves_the_part_and_no_artefact_until_finish(tmp_path: Path) -> None:
+def test_leaving_without_finish_leaves_the_part_and_no_artefact(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
-    first = ArtefactWriter(path, HEADER)
-    first.write(ROWS[:2])
-    first.close()
+    with pytest.raises(KeyboardInterrupt), ArtefactWriter(path, HEADER) as first:
+        first.write(ROWS[:2])
+        raise KeyboardInterrupt
     assert not path.exists()
-    second = ArtefactWriter(path, HEADER)
-    assert second.rows_done == 2
-    second.write(ROWS[2:])
-    assert list(read_rows(second.finish())) == ROWS
+    with ArtefactWriter(path, HEADER) as second:
+        assert second.rows_done == 2
+        second.write(ROWS[2:])
+        assert list(read_rows(second.finish())) == ROWS
 
 
 def test_unfinished_work_of_another_recipe_is_refused_and_kept_unless_fresh(tmp_path: Path) -> None:
-    path, other = tmp_path / "a.jsonl", Header("profiles", "c0ffee", parent="p2", tokenizer="t1", verifier="tool_call 1 ab", extra={})
-    started = ArtefactWriter(path, HEADER)
-    started.write(ROWS[:1])
-    started.close()
+    path, other = (
+        tmp_path / "a.jsonl",
+        Header("profiles", "c0ffee", parent="p2", tokenizer="t1", verifier="tool_call 1 ab", extra={}),
+    )
+    with ArtefactWriter(path, HEADER) as started:
+        started.write(ROWS[:1])
     before = started.part.read_bytes()
     with pytest.raises(InputError) as caught:
         ArtefactWriter(path, other)
@@ -127,7 +134,9 @@ def test_an_error_shows_twenty_problems_and_counts_the_rest(tmp_path: Path) -> N
     with pytest.raises(InputError) as caught:
         list(read_rows(path))
     text = str(caught.value)
-    assert text.startswith("25 problems:") and text.endswith("... and 5 more") and f"{path}:21: line: found oops" in text
+    assert (
+        text.startswith("25 problems:") and text.endswith("... and 5 more") and f"{path}:21: line: found oops" in text
+    )
     assert len(caught.value.problems) == 25 and f"{path}:22:" not in text
 
 

@@ -24,7 +24,11 @@ from nemo_pivotrl.responses import (
 TEXT = st.text(st.characters(), max_size=12)
 WORDS = st.text(st.characters(), min_size=1, max_size=12)
 CALL = st.builds(
-    lambda call_id, name, arguments: {"id": call_id, "type": "function", "function": {"name": name, "arguments": json.dumps(arguments)}},
+    lambda call_id, name, arguments: {
+        "id": call_id,
+        "type": "function",
+        "function": {"name": name, "arguments": json.dumps(arguments)},
+    },
     TEXT,
     st.sampled_from(["find", "book", "größe"]),
     st.dictionaries(TEXT, st.one_of(TEXT, st.integers(), st.none()), max_size=2),
@@ -45,7 +49,9 @@ def assistant(draw: st.DrawFn) -> Message:
 def conversation(draw: st.DrawFn) -> list[Message]:
     """Any messages, but never two assistant ones in a row: those merge by design."""
     other = st.one_of(
-        st.builds(lambda role, text: {"role": role, "content": text}, st.sampled_from(["system", "developer", "user"]), TEXT),
+        st.builds(
+            lambda role, text: {"role": role, "content": text}, st.sampled_from(["system", "developer", "user"]), TEXT
+        ),
         st.builds(lambda call_id, text: {"role": "tool", "tool_call_id": call_id, "content": text}, TEXT, TEXT),
     )
     found: list[Message] = []
@@ -67,7 +73,12 @@ def test_items_have_the_shapes_of_the_conversion_table() -> None:
     call = {"id": "c1", "type": "function", "function": {"name": "find", "arguments": "{}"}}
     messages: list[Message] = [
         {"role": "developer", "content": "rules"},
-        {"role": "assistant", "content": "looking", "reasoning_content": "hm", "tool_calls": [call, {**call, "id": "c2"}]},
+        {
+            "role": "assistant",
+            "content": "looking",
+            "reasoning_content": "hm",
+            "tool_calls": [call, {**call, "id": "c2"}],
+        },
         {"role": "tool", "tool_call_id": "c1", "content": "here"},
     ]
     rules, thought, said, first, second, output = to_items(messages)
@@ -77,7 +88,11 @@ def test_items_have_the_shapes_of_the_conversion_table() -> None:
         and thought["summary"] == [{"type": "summary_text", "text": "hm"}]
         and thought["status"] == "completed"
     )
-    assert said["role"] == "assistant" and said["content"][0]["type"] == "output_text" and said["content"][0]["text"] == "looking"
+    assert (
+        said["role"] == "assistant"
+        and said["content"][0]["type"] == "output_text"
+        and said["content"][0]["text"] == "looking"
+    )
     assert (first["type"], first["call_id"], first["name"], first["arguments"], first["status"]) == (
         "function_call",
         "c1",
@@ -100,17 +115,31 @@ def test_a_turn_begins_anew_where_text_or_reasoning_follows_a_call() -> None:
     assert len(to_messages([thought, said("a"), call, call])) == 1
 
 
-@pytest.mark.parametrize("item", [{"type": "image_generation_call"}, {"type": "function_call", "call_id": "c"}, {"type": "message"}])
+@pytest.mark.parametrize(
+    "item", [{"type": "image_generation_call"}, {"type": "function_call", "call_id": "c"}, {"type": "message"}]
+)
 def test_an_item_of_another_kind_or_without_its_fields_is_refused(item: dict[str, Any]) -> None:
     with pytest.raises((KeyError, ValueError)):
         to_messages([item])
 
 
 def test_tools_go_between_the_nested_and_the_flat_form() -> None:
-    flat = {"type": "function", "name": "f", "description": "d", "parameters": {"type": "object", "properties": {}}, "strict": False}
-    nested = {"type": "function", "function": {"name": "f", "description": "d", "parameters": {"type": "object", "properties": {}}}}
+    flat = {
+        "type": "function",
+        "name": "f",
+        "description": "d",
+        "parameters": {"type": "object", "properties": {}},
+        "strict": False,
+    }
+    nested = {
+        "type": "function",
+        "function": {"name": "f", "description": "d", "parameters": {"type": "object", "properties": {}}},
+    }
     assert tool_to_chat(flat) == nested == tool_to_chat(nested) and tool_to_flat(nested) == flat
-    assert tool_to_flat({"type": "function", "function": {"name": "f"}})["parameters"] == {"type": "object", "properties": {}}
+    assert tool_to_flat({"type": "function", "function": {"name": "f"}})["parameters"] == {
+        "type": "object",
+        "properties": {},
+    }
 
 
 # ---- Gym rows ----
@@ -126,12 +155,21 @@ def contract_violations(row: dict[str, Any]) -> list[str]:
         "function_call": {"call_id", "id", "name", "arguments", "status"},
         "function_call_output": {"call_id", "output"},
     }
-    calls = expected["calls"] if expected["type"] == "function_call_batch" else [expected] if expected["type"] == "function_call" else []
+    calls = (
+        expected["calls"]
+        if expected["type"] == "function_call_batch"
+        else [expected]
+        if expected["type"] == "function_call"
+        else []
+    )
     rules = {
         "input is a non-empty list": isinstance(params["input"], list) and len(params["input"]) > 0,
-        "items are known and whole": all(i["type"] in item_fields and item_fields[i["type"]] <= i.keys() for i in params["input"]),
+        "items are known and whole": all(
+            i["type"] in item_fields and item_fields[i["type"]] <= i.keys() for i in params["input"]
+        ),
         "tools are flat": all(
-            set(t) == {"type", "name", "description", "parameters", "strict"} and t["type"] == "function" for t in params["tools"]
+            set(t) == {"type", "name", "description", "parameters", "strict"} and t["type"] == "function"
+            for t in params["tools"]
         ),
         "parallel_tool_calls is a bool": isinstance(params["parallel_tool_calls"], bool),
         "tool_choice is auto": params["tool_choice"] == "auto",
@@ -139,15 +177,21 @@ def contract_violations(row: dict[str, Any]) -> list[str]:
         "expected type": expected["type"] in ("function_call", "function_call_batch", "message"),
         "expected message": expected["type"] != "message" or isinstance(expected["content"], str),
         "a batch has calls": expected["type"] == "message" or len(calls) > 0,
-        "arguments are JSON text": all(isinstance(c["arguments"], str) and json.loads(c["arguments"]) is not Ellipsis for c in calls),
-        "calls are function calls of declared tools": all(c["type"] == "function_call" and c["name"] in declared for c in calls),
+        "arguments are JSON text": all(
+            isinstance(c["arguments"], str) and json.loads(c["arguments"]) is not Ellipsis for c in calls
+        ),
+        "calls are function calls of declared tools": all(
+            c["type"] == "function_call" and c["name"] in declared for c in calls
+        ),
         "agent_ref": agent["type"] == "responses_api_agents" and isinstance(agent["name"], str) and bool(agent["name"]),
         "optional null fields are left out": None not in row.values() and None not in params.values(),
     }
     return [rule for rule, holds in rules.items() if not holds]
 
 
-TOOLS = tuple({"type": "function", "function": {"name": n, "parameters": {"type": "object"}}} for n in ("find", "book", "größe"))
+TOOLS = tuple(
+    {"type": "function", "function": {"name": n, "parameters": {"type": "object"}}} for n in ("find", "book", "größe")
+)
 
 
 def candidate(state: Sequence[Message], expected: Action) -> Candidate:
@@ -156,13 +200,18 @@ def candidate(state: Sequence[Message], expected: Action) -> Candidate:
 
 @settings(max_examples=100, deadline=None)
 @given(conversation(), assistant())
-def test_every_candidate_becomes_a_row_that_keeps_the_contract_and_comes_back(state: list[Message], action: Message) -> None:
+def test_every_candidate_becomes_a_row_that_keeps_the_contract_and_comes_back(
+    state: list[Message], action: Message
+) -> None:
     expected = action_of(action)
     row = json.loads(json_line(candidate_to_row(candidate(state, expected), "agent")))
     assert contract_violations(row) == []
     assert row["responses_create_params"]["parallel_tool_calls"] == (len(expected.calls) > 1)
     back = candidate_of_row(row)
-    assert list(back.messages) == state and (back.expected.kind, back.expected.content) == (expected.kind, expected.content)
+    assert list(back.messages) == state and (back.expected.kind, back.expected.content) == (
+        expected.kind,
+        expected.content,
+    )
     assert [(c.name, c.arguments) for c in back.expected.calls] == [(c.name, c.arguments) for c in expected.calls]
     assert (back.candidate_id, back.trajectory_id, back.task_id, back.split, back.turn, back.depth) == (
         "id",
@@ -176,12 +225,23 @@ def test_every_candidate_becomes_a_row_that_keeps_the_contract_and_comes_back(st
 
 
 def test_the_contract_checker_itself_rejects_broken_rows() -> None:
-    good = candidate_to_row(candidate([{"role": "user", "content": "q"}], Action("calls", calls=(ToolCall("find", "{}"),))), "agent")
+    good = candidate_to_row(
+        candidate([{"role": "user", "content": "q"}], Action("calls", calls=(ToolCall("find", "{}"),))), "agent"
+    )
     assert contract_violations(good) == []
     params = good["responses_create_params"]
-    for change in ({"input": []}, {"tool_choice": "required"}, {"metadata": None}, {"parallel_tool_calls": 0}, {"tools": []}):
+    for change in (
+        {"input": []},
+        {"tool_choice": "required"},
+        {"metadata": None},
+        {"parallel_tool_calls": 0},
+        {"tools": []},
+    ):
         assert contract_violations({**good, "responses_create_params": {**params, **change}}) != []
-    for wrong in ({"type": "function_call_batch", "calls": []}, {"type": "function_call", "name": "unknown", "arguments": "{}"}):
+    for wrong in (
+        {"type": "function_call_batch", "calls": []},
+        {"type": "function_call", "name": "unknown", "arguments": "{}"},
+    ):
         assert contract_violations({**good, "expected_action": wrong}) != []
 
 
@@ -189,18 +249,38 @@ def test_one_call_is_a_function_call_and_several_are_a_batch() -> None:
     one = Action("calls", calls=(ToolCall("find", "{}"),))
     two = Action("calls", calls=(ToolCall("find", "{}"), ToolCall("book", '{"a":1}')))
     state: list[Message] = [{"role": "user", "content": "q"}]
-    assert candidate_to_row(candidate(state, one), "a")["expected_action"] == {"type": "function_call", "name": "find", "arguments": "{}"}
-    assert [c["name"] for c in candidate_to_row(candidate(state, two), "a")["expected_action"]["calls"]] == ["find", "book"]
-    assert candidate_to_row(candidate(state, Action("message", "hi")), "a")["expected_action"] == {"type": "message", "content": "hi"}
+    assert candidate_to_row(candidate(state, one), "a")["expected_action"] == {
+        "type": "function_call",
+        "name": "find",
+        "arguments": "{}",
+    }
+    assert [c["name"] for c in candidate_to_row(candidate(state, two), "a")["expected_action"]["calls"]] == [
+        "find",
+        "book",
+    ]
+    assert candidate_to_row(candidate(state, Action("message", "hi")), "a")["expected_action"] == {
+        "type": "message",
+        "content": "hi",
+    }
 
 
 def test_an_action_and_its_message_are_each_others_inverse() -> None:
-    for action in (Action("message", "hi"), Action("calls", "so:", (ToolCall("f", "{}", "c1"), ToolCall("g", "[", "c2")))):
+    for action in (
+        Action("message", "hi"),
+        Action("calls", "so:", (ToolCall("f", "{}", "c1"), ToolCall("g", "[", "c2"))),
+    ):
         assert action_of(message_of(action)) == action
 
 
 @pytest.mark.parametrize(
-    "row", [{"type": "dance"}, {"type": "message"}, {"type": "function_call_batch", "calls": []}, {"type": "function_call"}, {}]
+    "row",
+    [
+        {"type": "dance"},
+        {"type": "message"},
+        {"type": "function_call_batch", "calls": []},
+        {"type": "function_call"},
+        {},
+    ],
 )
 def test_a_malformed_expected_action_is_refused(row: dict[str, Any]) -> None:
     with pytest.raises((KeyError, ValueError)):

@@ -105,12 +105,19 @@ def _fine_tune(recipe: Recipe, settings: Sft, fresh: bool) -> Path:
                 str(source), None, "train split", "no turn fits the context", "raise policy.max_total_sequence_length"
             )
         )
-    identity = digest([recipe.seed, dataclasses.asdict(settings), dataclasses.asdict(policy), file_digest(source)])
+    identity = _identity(recipe, settings, policy, chat, file_digest(source))
 
     def draw(step: int) -> list[list[Sequence_]]:
         return [_epochs(sequences, settings.batch_size, step, recipe.seed)]
 
     return _run(recipe, settings, policy, chat, draw, identity, fresh)
+
+
+def _identity(recipe: Recipe, settings: Sft, policy: Policy, chat: Chat, data: str) -> str:
+    """What a checkpoint belongs to: start weights, data and every setting that changes fine-tuning."""
+    kept = [policy.dtype, policy.max_total_sequence_length, policy.train_micro_batch_tokens, dataclasses.asdict(policy.lora)]
+    start = backends.policy_revision(policy.model_name)
+    return digest([recipe.seed, dataclasses.asdict(settings), kept, start, chat.fingerprint, chat.template_digest, data])
 
 
 def _of_candidates(candidates: Sequence[Candidate], chat: Chat, policy: Policy) -> list[Sequence_]:
@@ -155,9 +162,7 @@ def _warm_tiny(recipe: Recipe, fresh: bool) -> Path:
     desk_sequences, puzzle_sequences = ([_whole(t, chat) for t in some] for some in (desk, puzzles))
     looks_back = ("repeat", "recall")
     copying = [s for s, t in zip(puzzle_sequences, puzzles, strict=True) if t["family"] in looks_back]
-    identity = digest(
-        [recipe.seed, dataclasses.asdict(settings), dataclasses.asdict(shape), dataclasses.asdict(policy)]
-    )
+    identity = _identity(recipe, settings, policy, chat, digest(dataclasses.asdict(shape)))
 
     def draw(step: int) -> list[list[Sequence_]]:
         if step <= settings.copy_steps:
