@@ -74,12 +74,12 @@ def test_the_split_holds_out_its_share_of_tasks_whatever_their_order_and_repeats
     assert split_by_task(["only"], 0.5, seed=1) == {"only": "train"}
 
 
-def test_no_task_and_no_trajectory_is_in_both_splits_and_equal_states_are_merged_after_the_split() -> None:
-    # all twenty trajectories (two a task) open with the very same state; merging before the split would leave one split empty
+def test_no_task_trajectory_or_state_is_in_both_splits_and_a_shared_state_stays_held_out() -> None:
+    # all twenty trajectories (two a task) open with the very same state: one held-out copy is left
     made = [trajectory(SYSTEM, user(), call(("find", i)), name=f"t{i}", task=f"task-{i // 2}") for i in range(20)]
     splits = split_by_task([t.task_id for t in made], 0.3, seed=0)
     kept, audit = cut_all(made, splits, Extract())
-    assert audit["tasks"] == {"train": 7, "validation": 3} and audit["kept"] == {"train": 1, "validation": 1}
+    assert audit["tasks"] == {"train": 7, "validation": 3} and audit["kept"] == {"train": 0, "validation": 1}
     assert all(splits[c.task_id] == c.split for c in kept)
     kept, _ = cut_all(
         [dataclasses.replace(t, messages=(SYSTEM, user(t.trajectory_id), *t.messages[2:])) for t in made],

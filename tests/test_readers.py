@@ -136,8 +136,8 @@ def test_a_record_without_ids_reward_or_tools_is_named_after_its_line_and_takes_
     bare = {"messages": OPENAI["messages"]}
     first, second = read(tmp_path, "openai", bare, "", bare, tools=str(tmp_path / "tools.json"))
     assert (first.trajectory_id, first.task_id, first.reward, first.tools) == (
-        "in.jsonl:1",
-        "in.jsonl:1",
+        f"{tmp_path}/in.jsonl:1",
+        f"{tmp_path}/in.jsonl:1",
         None,
         (TOOL,),
     )

@@ -13,7 +13,7 @@ import math
 import re
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -142,7 +142,7 @@ def cut_all(
                 found.append(_candidate(trajectory, index, depth, splits[trajectory.task_id]))
     if problems:
         raise InputError(problems)
-    kept = list(_without_duplicates(found, skipped, settings.near_duplicate))
+    kept = _without_duplicates(found, skipped, settings.near_duplicate)
     assert len(kept) + skipped.total() == turns, "a turn is neither kept nor counted"
     audit = {
         "trajectories": len(trajectories),
@@ -324,25 +324,28 @@ def _candidate(trajectory: Trajectory, index: int, depth: int, split: Split) -> 
     )
 
 
-def _without_duplicates(candidates: list[Candidate], skipped: Counter[str], threshold: float) -> Iterator[Candidate]:
-    """One candidate for each state: exact repeats (call ids aside) first, then near repeats of other trajectories."""
+def _without_duplicates(candidates: list[Candidate], skipped: Counter[str], threshold: float) -> list[Candidate]:
+    """One candidate for each state: exact repeats (call ids aside) first, then near repeats of other trajectories.
+
+    Held-out states are seen first, so that a state which occurs in both splits leaves the train split.
+    """
     actions: dict[str, set[str]] = {}
     first: dict[str, Candidate] = {}
-    for c in candidates:
-        key = digest(
-            [c.split, [{**m, "tool_call_id": "", "tool_calls": _without_ids(m)} for m in c.messages], c.tools], 32
-        )
+    for c in sorted(candidates, key=lambda c: c.split == "train"):
+        key = digest([[{**m, "tool_call_id": "", "tool_calls": _without_ids(m)} for m in c.messages], c.tools], 32)
         actions.setdefault(key, set()).add(
             canonical_json([c.expected.content, [(call.name, call.arguments) for call in c.expected.calls]])
         )
         if first.setdefault(key, c) is not c:
             skipped["duplicate_state"] += 1
     near = _NearDuplicates(threshold) if threshold < 1.0 else None
+    kept = {}
     for key, c in first.items():
         if near is not None and near.seen(c):
             skipped["near_duplicate_state"] += 1
         else:
-            yield dataclasses.replace(c, num_unique_actions=len(actions[key]))
+            kept[c.candidate_id] = dataclasses.replace(c, num_unique_actions=len(actions[key]))
+    return [kept[c.candidate_id] for c in candidates if c.candidate_id in kept]
 
 
 def _without_ids(message: Message) -> list[Any]:
@@ -350,14 +353,14 @@ def _without_ids(message: Message) -> list[Any]:
 
 
 class _NearDuplicates:
-    """MinHash over word 5-grams of the conversation (system message aside), within split, depth and expert's tool.
+    """MinHash over word 5-grams of the conversation (system message aside), within depth and expert's tool.
 
     The states of a trajectory grow out of one another, so its sketch grows with it: the cost is one pass over the text.
     """
 
     def __init__(self, threshold: float):
         self.threshold = threshold
-        self._indexes: dict[tuple[str, int, str], Any] = {}
+        self._indexes: dict[tuple[int, str], Any] = {}
         self._trajectory = ""
         self._read = 0
         self._tail: list[str] = []
@@ -368,7 +371,7 @@ class _NearDuplicates:
         from datasketch import MinHashLSH
 
         self._advance(candidate)
-        group = (candidate.split, candidate.depth, candidate.action_name)
+        group = (candidate.depth, candidate.action_name)
         if group not in self._indexes:
             self._indexes[group] = (MinHashLSH(num_perm=SKETCH_SIZE, params=SKETCH_BANDS), {})
         index, kept = self._indexes[group]

@@ -5,6 +5,7 @@ The rule applies to the train split. Held-out states pass through unfiltered: th
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -87,10 +88,11 @@ def export(recipe: Recipe, fresh: bool = False) -> Path:
     read_header(source, "pivots")
     folder = recipe.path("gym")
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "train.jsonl").open("wb") as train, (folder / "validation.jsonl").open("wb") as validation:
-        for row in read_rows(source):
-            out = train if row["provenance"]["split"] == "train" else validation
-            out.write(json_line(row))
+    for split in ("train", "validation"):
+        part = folder / f"{split}.jsonl.part"
+        with part.open("wb") as out:
+            out.writelines(json_line(row) for row in read_rows(source) if row["provenance"]["split"] == split)
+        os.replace(part, folder / f"{split}.jsonl")
     print(f"NeMo-Gym rows -> {folder}")
     return folder
 
