@@ -218,9 +218,11 @@ class Chat:
             "function": {"name": "probe_tool", "arguments": json.dumps(_PROBE_ARGUMENTS)},
         }
         user: Message = {"role": "user", "content": "probe question"}
+        from jinja2 import TemplateError
+
         try:
             text = self.action_text([user], [_PROBE_TOOL], {"role": "assistant", "content": "", "tool_calls": [call]})
-        except Exception as error:  # a template may raise anything it likes: jinja2 errors, KeyError, TypeError
+        except (TemplateError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise InputError(
                 Problem(
                     "chat template",

@@ -148,9 +148,7 @@ def _required(record: dict[str, Any], key: str, kind: type) -> Any:
 
 
 def _identity(record: dict[str, Any], source: str) -> tuple[str, str, float | None]:
-    trajectory_id = next(
-        (str(record[k]) for k in ("trajectory_id", "id", "uuid") if record.get(k) is not None), source
-    )
+    trajectory_id = next((str(record[k]) for k in ("trajectory_id", "id", "uuid") if record.get(k) is not None), source)
     task_id = str(record["task_id"]) if record.get("task_id") is not None else trajectory_id
     reward = record.get("reward")
     if reward is not None and (

@@ -20,7 +20,10 @@ TOOLS = [
         "function": {
             "name": "find",
             "description": "d",
-            "parameters": {"type": "object", "properties": {"text": {"type": "string"}, "n": {"type": "integer"}, "flag": {"type": "boolean"}}},
+            "parameters": {
+                "type": "object",
+                "properties": {"text": {"type": "string"}, "n": {"type": "integer"}, "flag": {"type": "boolean"}},
+            },
         },
     }
 ]
@@ -71,7 +74,9 @@ def calling(**arguments: object) -> dict[str, object]:
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_the_parser_and_the_end_of_turn_are_found_and_a_call_comes_back(tokenizer: PreTrainedTokenizerFast, name: str) -> None:
+def test_the_parser_and_the_end_of_turn_are_found_and_a_call_comes_back(
+    tokenizer: PreTrainedTokenizerFast, name: str
+) -> None:
     made = with_template(tokenizer, TEMPLATES[name])
     assert made.parser == name
     assert tokenizer.convert_tokens_to_ids("<|im_end|>") in made.stop_ids
@@ -79,11 +84,15 @@ def test_the_parser_and_the_end_of_turn_are_found_and_a_call_comes_back(tokenize
     ids = made.action_ids(STATE, TOOLS, message)
     assert ids[-1] in made.stop_ids and not any(i in made.stop_ids for i in ids[:-1])
     found = made.parse(made.decode(ids), TOOLS)
-    assert [(c.name, json.loads(c.arguments)) for c in found.calls] == [("find", {"text": "two words", "n": 3, "flag": True})]
+    assert [(c.name, json.loads(c.arguments)) for c in found.calls] == [
+        ("find", {"text": "two words", "n": 3, "flag": True})
+    ]
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_prompt_and_action_ids_join_to_the_rendering_of_the_whole(tokenizer: PreTrainedTokenizerFast, name: str) -> None:
+def test_prompt_and_action_ids_join_to_the_rendering_of_the_whole(
+    tokenizer: PreTrainedTokenizerFast, name: str
+) -> None:
     made = with_template(tokenizer, TEMPLATES[name])
     message = {"role": "assistant", "content": "an answer."}
     joined = [*made.prompt_ids(STATE, TOOLS), *made.action_ids(STATE, TOOLS, message)]
@@ -91,7 +100,9 @@ def test_prompt_and_action_ids_join_to_the_rendering_of_the_whole(tokenizer: Pre
     assert tokenizer.decode(joined) == whole.rstrip("\n")
 
 
-def test_reasoning_is_dropped_before_the_verifier_and_unfinished_reasoning_is_no_action(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_reasoning_is_dropped_before_the_verifier_and_unfinished_reasoning_is_no_action(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
     made = with_template(tokenizer, HEAD + THINK + HERMES + TAIL + "{%- endif -%}")
     assert made.reasoning_end == "</think>" and not made.opens_reasoning
     text = '<think>\n<tool_call>{"name": "wrong", "arguments": {}}</tool_call>\n</think>\n\nhello'
@@ -108,7 +119,9 @@ def test_a_template_without_tool_calls_is_refused_with_the_remedy(tokenizer: Pre
         with_template(tokenizer, HEAD + "{{ m.content }}" + TAIL + "{%- endif -%}")
 
 
-def test_a_template_whose_turn_does_not_begin_with_its_own_prompt_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_a_template_whose_turn_does_not_begin_with_its_own_prompt_is_refused(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
     made = with_template(tokenizer, TEMPLATES["hermes"])
     tokenizer.chat_template = HEAD + HERMES + TAIL + "EXTRA{%- endif -%}"
     with pytest.raises(InputError, match="template_kwargs"):
@@ -124,7 +137,9 @@ def test_fingerprint_changes_with_the_vocabulary_and_not_with_the_template(token
 
 def test_parallel_calls_and_text_before_them(tokenizer: PreTrainedTokenizerFast) -> None:
     made = with_template(tokenizer, TEMPLATES["hermes"])
-    found = made.parse('first <tool_call>{"name": "a", "arguments": {}}</tool_call><tool_call>{"name": "b", "arguments": "{}"}</tool_call>')
+    found = made.parse(
+        'first <tool_call>{"name": "a", "arguments": {}}</tool_call><tool_call>{"name": "b", "arguments": "{}"}</tool_call>'
+    )
     assert found.content == "first" and [c.name for c in found.calls] == ["a", "b"]
 
 
@@ -145,7 +160,11 @@ def test_unreadable_calls_are_malformed(tokenizer: PreTrainedTokenizerFast, text
     assert with_template(tokenizer, TEMPLATES["hermes"]).parse(text).kind == "malformed"
 
 
-@given(st.text(max_size=80), st.sampled_from(["", "<tool_call>", "<function=f>", "[TOOL_CALLS][", '{"name": "f", "parameters": ']), st.sampled_from(list(chat.PARSERS)))
+@given(
+    st.text(max_size=80),
+    st.sampled_from(["", "<tool_call>", "<function=f>", "[TOOL_CALLS][", '{"name": "f", "parameters": ']),
+    st.sampled_from(list(chat.PARSERS)),
+)
 @settings(max_examples=300, deadline=None)
 def test_parsing_never_raises(text: str, start: str, name: str) -> None:
     reader = Chat.__new__(Chat)

@@ -12,7 +12,14 @@ from nemo_pivotrl.pivotrl import LossSettings, group_advantages, grpo_loss, keep
 from nemo_pivotrl.records import Action, Candidate, Profile, ToolCall
 
 PLAIN = LossSettings(
-    clip_low=0.2, clip_high=0.2, clip_dual=None, sequence_ratio=False, token_mean=True, kl_beta=0.0, tis_cap=None, tis_floor=0.0
+    clip_low=0.2,
+    clip_high=0.2,
+    clip_dual=None,
+    sequence_ratio=False,
+    token_mean=True,
+    kl_beta=0.0,
+    tis_cap=None,
+    tis_floor=0.0,
 )
 
 
@@ -24,18 +31,23 @@ def outcomes(successes: int, count: int) -> list[float]:
 
 
 @pytest.mark.parametrize(("count", "low", "high"), [(4, 1, 2), (8, 1, 4), (16, 1, 9), (32, 1, 19), (64, 1, 38)])
-def test_adv_at_lambda_0_6_keeps_exactly_the_success_counts_of_the_specification(count: int, low: int, high: int) -> None:
+def test_adv_at_lambda_0_6_keeps_exactly_the_success_counts_of_the_specification(
+    count: int, low: int, high: int
+) -> None:
     kept = [k for k in range(count + 1) if keep(statistics(outcomes(k, count)), "adv", 0.6)]
     assert kept == list(range(low, high + 1))
 
 
 @pytest.mark.parametrize(
-    ("p", "k4", "k8", "k16"), [(0.01, 0.04, 0.08, 0.15), (0.1, 0.34, 0.57, 0.81), (0.5, 0.63, 0.63, 0.77), (0.9, 0.05, 0.01, 0.00)]
+    ("p", "k4", "k8", "k16"),
+    [(0.01, 0.04, 0.08, 0.15), (0.1, 0.34, 0.57, 0.81), (0.5, 0.63, 0.63, 0.77), (0.9, 0.05, 0.01, 0.00)],
 )
 def test_chance_of_being_kept_equals_the_binomial_table(p: float, k4: float, k8: float, k16: float) -> None:
     for count, expected in ((4, k4), (8, k8), (16, k16)):
         chance = sum(
-            math.comb(count, k) * p**k * (1 - p) ** (count - k) for k in range(count + 1) if keep(statistics(outcomes(k, count)), "adv", 0.6)
+            math.comb(count, k) * p**k * (1 - p) ** (count - k)
+            for k in range(count + 1)
+            if keep(statistics(outcomes(k, count)), "adv", 0.6)
         )
         assert chance == pytest.approx(expected, abs=0.0051)
 
@@ -99,7 +111,9 @@ def test_random_without_a_limit_is_as_large_as_adv_and_does_not_look_at_rewards(
 
 
 def test_max_message_ratio_bounds_talking_turns_and_only_them() -> None:
-    profiles = [profile(f"m{i}", outcomes(1, 4), "message") for i in range(6)] + [profile(f"c{i}", outcomes(1, 4)) for i in range(6)]
+    profiles = [profile(f"m{i}", outcomes(1, 4), "message") for i in range(6)] + [
+        profile(f"c{i}", outcomes(1, 4)) for i in range(6)
+    ]
     kept = names(pivotrl.select(profiles, "adv", 0.6, 0, max_message_ratio=0.25))
     assert [n for n in kept if n[0] == "c"] == [f"c{i}" for i in range(6)]
     assert sum(n[0] == "m" for n in kept) == 2  # 2 of 8 is a quarter, 3 of 9 would be a third
@@ -114,7 +128,15 @@ def advantages(rewards: list[float], **settings: object) -> list[float]:
 
 
 @pytest.mark.parametrize(
-    ("k", "success", "failure"), [(1, 3.75, -0.250), (2, 2.56, -0.366), (4, 1.68, -0.559), (8, 0.968, -0.968), (14, 0.366, -2.56), (15, 0.250, -3.75)]
+    ("k", "success", "failure"),
+    [
+        (1, 3.75, -0.250),
+        (2, 2.56, -0.366),
+        (4, 1.68, -0.559),
+        (8, 0.968, -0.968),
+        (14, 0.366, -2.56),
+        (15, 0.250, -3.75),
+    ],
 )
 def test_group_mean_and_sample_std_give_the_table_of_the_specification(k: int, success: float, failure: float) -> None:
     found = advantages(outcomes(k, 16))
@@ -123,7 +145,8 @@ def test_group_mean_and_sample_std_give_the_table_of_the_specification(k: int, s
 
 
 @pytest.mark.parametrize(
-    ("k", "success", "failure"), [(1, 1.00, -0.258), (2, 3.61, -0.379), (4, 1.93, -0.583), (8, 1.03, -1.03), (14, 0.379, -3.61), (15, 0.258, -1.00)]
+    ("k", "success", "failure"),
+    [(1, 1.00, -0.258), (2, 3.61, -0.379), (4, 1.93, -0.583), (8, 1.03, -1.03), (14, 0.379, -3.61), (15, 0.258, -1.00)],
 )
 def test_leave_one_out_reproduces_nemo_rl(k: int, success: float, failure: float) -> None:
     found = advantages(outcomes(k, 16), leave_one_out=True)
@@ -219,10 +242,14 @@ def test_loss_equals_the_token_by_token_formula_and_its_gradient_is_right(settin
     lp, old, ref, sampler, adv, mask = random_batch()
     normaliser = float(mask.sum()) if settings.token_mean else 4.0
     loss, metrics = grpo_loss(lp, old, adv, mask, normaliser, settings, ref, sampler)
-    expected = slow_loss(*(x.tolist() for x in (lp, old, adv, mask)), normaliser, settings, ref.tolist(), sampler.tolist())
+    expected = slow_loss(
+        *(x.tolist() for x in (lp, old, adv, mask)), normaliser, settings, ref.tolist(), sampler.tolist()
+    )
     assert float(loss) == pytest.approx(expected, rel=1e-12) and float(metrics["loss"]) == float(loss)
     assert torch.autograd.gradcheck(
-        lambda x: grpo_loss(x, old, adv, mask, normaliser, settings, ref, sampler)[0], lp.clone().requires_grad_(), eps=1e-7
+        lambda x: grpo_loss(x, old, adv, mask, normaliser, settings, ref, sampler)[0],
+        lp.clone().requires_grad_(),
+        eps=1e-7,
     )
 
 
@@ -230,7 +257,19 @@ def test_loss_equals_the_token_by_token_formula_and_its_gradient_is_right(settin
 def test_micro_batches_add_up_to_the_batch(settings: LossSettings) -> None:
     lp, old, ref, sampler, adv, mask = random_batch(1)
     whole = grpo_loss(lp, old, adv, mask, 12.0, settings, ref, sampler)[1]
-    parts = [grpo_loss(lp[i : i + 2], old[i : i + 2], adv[i : i + 2], mask[i : i + 2], 12.0, settings, ref[i : i + 2], sampler[i : i + 2])[1] for i in (0, 2)]
+    parts = [
+        grpo_loss(
+            lp[i : i + 2],
+            old[i : i + 2],
+            adv[i : i + 2],
+            mask[i : i + 2],
+            12.0,
+            settings,
+            ref[i : i + 2],
+            sampler[i : i + 2],
+        )[1]
+        for i in (0, 2)
+    ]
     for key in whole:
         assert float(whole[key]) == pytest.approx(float(parts[0][key] + parts[1][key]), rel=1e-12)
 
@@ -311,7 +350,9 @@ def test_theorem_3_3_training_with_kl_keeps_conditionals_inside_and_outside_the_
     accepted = torch.tensor([False, True, False, True, False])
     reward, beta = accepted.double(), 0.5
     logits = start.log().clone().requires_grad_()
-    optimiser = torch.optim.LBFGS([logits], max_iter=500, tolerance_grad=1e-14, tolerance_change=1e-16, line_search_fn="strong_wolfe")
+    optimiser = torch.optim.LBFGS(
+        [logits], max_iter=500, tolerance_grad=1e-14, tolerance_change=1e-16, line_search_fn="strong_wolfe"
+    )
 
     def closure() -> torch.Tensor:
         optimiser.zero_grad()
@@ -326,11 +367,16 @@ def test_theorem_3_3_training_with_kl_keeps_conditionals_inside_and_outside_the_
     mass = p0 * math.exp(1 / beta) / (1 - p0 + p0 * math.exp(1 / beta))
     assert float(policy[accepted].sum()) == pytest.approx(mass, abs=1e-7)
     for inside in (accepted, ~accepted):
-        assert (policy[inside] / policy[inside].sum()).tolist() == pytest.approx((start[inside] / start[inside].sum()).tolist(), abs=1e-6)
+        assert (policy[inside] / policy[inside].sum()).tolist() == pytest.approx(
+            (start[inside] / start[inside].sum()).tolist(), abs=1e-6
+        )
 
 
 def test_theorem_3_2_the_natural_gradient_norm_is_the_std_not_the_variance() -> None:
-    policy, reward = torch.tensor([0.5, 0.2, 0.3], dtype=torch.float64), torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64)
+    policy, reward = (
+        torch.tensor([0.5, 0.2, 0.3], dtype=torch.float64),
+        torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64),
+    )
     fisher = torch.diag(policy) - torch.outer(policy, policy)  # of a softmax policy in its logits
     gradient = policy * (reward - (policy * reward).sum())
     norm = math.sqrt(float(gradient @ torch.linalg.pinv(fisher) @ gradient))

@@ -9,13 +9,21 @@ from pathlib import Path
 from conftest import ROOT, SMALL
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-COMMANDS = [line.strip().split("#")[0].strip() for line in README.splitlines() if re.match(r"    (make|nemo-pivotrl) ", line)]
+COMMANDS = [
+    line.strip().split("#")[0].strip() for line in README.splitlines() if re.match(r"    (make|nemo-pivotrl) ", line)
+]
 
 
 def run(*arguments: str, folder: Path) -> str:
     overrides = [] if "--print-config" in arguments else [f"run_dir={folder}", *SMALL]
     done = subprocess.run(
-        [sys.executable, "-m", "nemo_pivotrl.cli", *arguments, *[o for o in overrides if o.partition("=")[0] not in " ".join(arguments)]],
+        [
+            sys.executable,
+            "-m",
+            "nemo_pivotrl.cli",
+            *arguments,
+            *[o for o in overrides if o.partition("=")[0] not in " ".join(arguments)],
+        ],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -52,7 +60,9 @@ def test_every_stage_of_the_readmes_table_exists_and_no_other() -> None:
 
 
 def test_make_quickstart_is_the_run_command_and_the_run_command_works(tmp_path: Path) -> None:
-    shown = subprocess.run(["make", "-n", "quickstart", "VENV=/nowhere"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    shown = subprocess.run(
+        ["make", "-n", "quickstart", "VENV=/nowhere"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
     assert "nemo-pivotrl run recipes/pivotrl/tiny.yaml fresh=true" in shown
     output = run("run", "recipes/pivotrl/tiny.yaml", "fresh=true", folder=tmp_path / "run")
     assert re.search(r"^pivotrl +\d", output, flags=re.MULTILINE) and (tmp_path / "run/report.html").exists()

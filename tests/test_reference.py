@@ -5,7 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from nemo_pivotrl.backends import TokenBatch, load, policy_revision
 from nemo_pivotrl.backends.reference import ReferencePolicy
@@ -30,7 +37,9 @@ MODELS = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**SHAPE)),
     "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SHAPE, head_dim=8)),
     "qwen3_moe": lambda: Qwen3MoeForCausalLM(
-        Qwen3MoeConfig(**SHAPE, head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, decoder_sparse_step=1)
+        Qwen3MoeConfig(
+            **SHAPE, head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, decoder_sparse_step=1
+        )
     ),
 }
 PROMPTS = [[3, 5, 8, 13, 2, 9], [4, 4, 1], [11, 6, 19, 20]]
@@ -38,7 +47,11 @@ BATCH = TokenBatch(
     PROMPTS,
     [0, 0, 1, 2, 2, 2],
     [[5, 9, 7], [5], [12, 1, 1, 3, 7], [2, 7], [2, 8, 7], [21]],
-    {"mask": torch.tensor([[1, 1, 1, 0, 0], [1, 0, 0, 0, 0], [1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1, 0, 0, 0, 0]]).double()},
+    {
+        "mask": torch.tensor(
+            [[1, 1, 1, 0, 0], [1, 0, 0, 0, 0], [1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1, 0, 0, 0, 0]]
+        ).double()
+    },
 )
 
 
@@ -93,7 +106,9 @@ def test_log_probs_equal_the_unpadded_uncached_ones(folders: dict[str, str], nam
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_sharing_a_prompt_gives_the_same_loss_and_gradient_in_any_micro_batching(folders: dict[str, str], name: str) -> None:
+def test_sharing_a_prompt_gives_the_same_loss_and_gradient_in_any_micro_batching(
+    folders: dict[str, str], name: str
+) -> None:
     naive = gradients(policy(folders[name], share_prompt=False))
     for budget in (16, 40, 10_000):
         for share in (True, False):
@@ -128,7 +143,9 @@ def test_sampled_log_probs_are_the_trainers_and_stop_tokens_end_samples(folders:
 
 
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.5, 1.0), (1.0, 0.6)])
-def test_sampling_frequencies_are_the_softmax_tempered_and_cut(folders: dict[str, str], temperature: float, top_p: float) -> None:
+def test_sampling_frequencies_are_the_softmax_tempered_and_cut(
+    folders: dict[str, str], temperature: float, top_p: float
+) -> None:
     model = policy(folders["llama"])
     draws = 4000
     generation = Generation(max_new_tokens=1, temperature=temperature, top_p=top_p, batch_tokens=100_000)
@@ -215,7 +232,9 @@ def test_a_non_finite_gradient_stops_the_run(folders: dict[str, str]) -> None:
         model.finish_training_step()
 
 
-def test_a_missing_checkpoint_is_a_clear_error_and_revisions_tell_weights_apart(folders: dict[str, str], tmp_path: Path) -> None:
+def test_a_missing_checkpoint_is_a_clear_error_and_revisions_tell_weights_apart(
+    folders: dict[str, str], tmp_path: Path
+) -> None:
     with pytest.raises(InputError, match="policy.model_name"):
         load(Policy(model_name=str(tmp_path / "nothing")))
     assert policy_revision(folders["llama"]) == policy_revision(folders["llama"]) != policy_revision(folders["qwen3"])

@@ -17,8 +17,8 @@ from conftest import ROOT, SMALL, recipe_at
 from nemo_pivotrl import world
 from nemo_pivotrl.records import Action, InputError, Verdict, read_header, read_rows
 from nemo_pivotrl.stages import rollout
-from nemo_pivotrl.stages.metrics import read_metrics
 from nemo_pivotrl.stages.evaluate import bootstrap, evaluate, holds, summarise
+from nemo_pivotrl.stages.metrics import read_metrics
 from nemo_pivotrl.stages.profile import profile, profile_of_row
 from nemo_pivotrl.stages.select import select
 from nemo_pivotrl.stages.sft import merge, sft
@@ -40,9 +40,20 @@ def sha(path: Path) -> str:
 
 def start(stage: str, folder: Path, *overrides: str) -> subprocess.Popen[bytes]:
     """The stage's command in a process of its own, its output in `log.txt`."""
-    command = [sys.executable, "-m", "nemo_pivotrl.cli", stage, str(ROOT / "recipes/pivotrl/tiny.yaml"), f"run_dir={folder}", *SMALL, *overrides]
+    command = [
+        sys.executable,
+        "-m",
+        "nemo_pivotrl.cli",
+        stage,
+        str(ROOT / "recipes/pivotrl/tiny.yaml"),
+        f"run_dir={folder}",
+        *SMALL,
+        *overrides,
+    ]
     with (folder / "log.txt").open("wb") as log:
-        return subprocess.Popen(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=log, stderr=subprocess.STDOUT)
+        return subprocess.Popen(
+            command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=log, stderr=subprocess.STDOUT
+        )
 
 
 def finish(process: subprocess.Popen[bytes], folder: Path) -> None:
@@ -67,7 +78,9 @@ def test_profile_killed_with_9_and_resumed_writes_the_same_bytes(run_dir: Path) 
     part = run_dir / "profiles.jsonl.part"
     kills = 0
     for rows in (1, 20, 45):  # three deaths, each later than the last
-        kills += kill_when(start("profile", run_dir), lambda rows=rows: part.exists() and part.read_bytes().count(b"\n") > rows)
+        kills += kill_when(
+            start("profile", run_dir), lambda rows=rows: part.exists() and part.read_bytes().count(b"\n") > rows
+        )
     assert kills >= 2 and part.exists() and not whole.exists()
     with part.open("ab") as handle:
         handle.write(b'{"torn": ')
@@ -97,7 +110,14 @@ def test_training_changes_the_policy_only_where_there_is_signal(run_dir: Path) -
         assert (row["trained_share"] > 0) == (row["mixed_group_share"] > 0)
 
 
-@pytest.mark.parametrize("extra", [["loss_fn.reference_policy_kl_penalty=0.1"], ["grpo.num_minibatches=2"], ["loss_fn.use_importance_sampling_correction=true"]])
+@pytest.mark.parametrize(
+    "extra",
+    [
+        ["loss_fn.reference_policy_kl_penalty=0.1"],
+        ["grpo.num_minibatches=2"],
+        ["loss_fn.use_importance_sampling_correction=true"],
+    ],
+)
 def test_kl_minibatches_and_importance_weights_train(run_dir: Path, extra: list[str]) -> None:
     train(recipe_at(run_dir, "grpo.max_num_steps=2", *extra))
     last = read_metrics(run_dir / "pivotrl/metrics.jsonl")[-1]
@@ -107,7 +127,11 @@ def test_kl_minibatches_and_importance_weights_train(run_dir: Path, extra: list[
 
 
 def test_the_second_minibatch_is_off_policy_because_old_log_probs_precede_every_update(run_dir: Path) -> None:
-    train(recipe_at(run_dir, "grpo.max_num_steps=1", "grpo.num_minibatches=2", "policy.optimizer.lr=1e-2", "grpo.val_period=0"))
+    train(
+        recipe_at(
+            run_dir, "grpo.max_num_steps=1", "grpo.num_minibatches=2", "policy.optimizer.lr=1e-2", "grpo.val_period=0"
+        )
+    )
     (row,) = read_metrics(run_dir / "pivotrl/metrics.jsonl")
     assert row["policy_kl"] > 1e-3
 
@@ -181,13 +205,19 @@ def test_a_fault_that_passes_with_retries_changes_nothing(run_dir: Path, monkeyp
     assert sha(run_dir / "profiles.jsonl") == expected
 
 
-def test_a_fault_that_stays_excludes_the_candidate_and_is_never_a_zero(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fault_that_stays_excludes_the_candidate_and_is_never_a_zero(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     patched(monkeypatch, times=-1)
     with pytest.raises(InputError, match="max_failure_share"):
         profile(recipe_at(run_dir), fresh=True)
-    rows = [profile_of_row(row) for row in read_rows(run_dir / "profiles.jsonl")]  # written all the same: nothing is lost
+    rows = [
+        profile_of_row(row) for row in read_rows(run_dir / "profiles.jsonl")
+    ]  # written all the same: nothing is lost
     failed = [p for p in rows if p.failure]
-    assert failed and all(p.failure == "judge" and p.candidate.action_name == "find_orders" and not p.samples for p in failed)
+    assert failed and all(
+        p.failure == "judge" and p.candidate.action_name == "find_orders" and not p.samples for p in failed
+    )
     select(recipe_at(run_dir, "select.rule=adv_with_zeros", "select.lambda_diff=1.0"))
     kept = {row["provenance"]["candidate_id"] for row in read_rows(run_dir / "pivots.jsonl")}
     assert not kept & {p.candidate.candidate_id for p in failed}
@@ -204,7 +234,13 @@ def test_a_sampler_that_ignores_seeds_is_caught(trained: Path, monkeypatch: pyte
 
     real = ReferencePolicy.infer
     # an almost uniform policy whose samples nevertheless repeat
-    monkeypatch.setattr(ReferencePolicy, "infer", lambda self, prompts, seeds, stop, g: real(self, prompts, [[1] * len(s) for s in seeds], stop, dataclasses.replace(g, temperature=3.0)))
+    monkeypatch.setattr(
+        ReferencePolicy,
+        "infer",
+        lambda self, prompts, seeds, stop, g: real(
+            self, prompts, [[1] * len(s) for s in seeds], stop, dataclasses.replace(g, temperature=3.0)
+        ),
+    )
     copy = trained.parent / "seeds"
     shutil.copytree(trained, copy, dirs_exist_ok=True)
     with pytest.raises(InputError, match="ignores the per-sample seed"):
@@ -214,8 +250,13 @@ def test_a_sampler_that_ignores_seeds_is_caught(trained: Path, monkeypatch: pyte
 def test_headers_chain_and_rows_carry_no_seed(trained: Path) -> None:
     from nemo_pivotrl.records import file_digest
 
-    profiles, pivots = read_header(trained / "profiles.jsonl", "profiles"), read_header(trained / "pivots.jsonl", "pivots")
-    assert profiles.parent == file_digest(trained / "candidates.jsonl") and pivots.parent == file_digest(trained / "profiles.jsonl")
+    profiles, pivots = (
+        read_header(trained / "profiles.jsonl", "profiles"),
+        read_header(trained / "pivots.jsonl", "pivots"),
+    )
+    assert profiles.parent == file_digest(trained / "candidates.jsonl") and pivots.parent == file_digest(
+        trained / "profiles.jsonl"
+    )
     assert profiles.policy == pivots.policy != ""
     assert not any("seed" in json.dumps(row) for row in read_rows(trained / "pivots.jsonl"))
 
@@ -245,13 +286,23 @@ def test_evaluate_and_report_tell_the_same_numbers(run_dir: Path) -> None:
     from nemo_pivotrl.report import report
 
     train(recipe_at(run_dir))
-    policies = [f"evaluate.policies.{name}={run_dir}/{name if name != 'base' else 'start'}/policy" for name in ("base", "pivotrl")]
+    policies = [
+        f"evaluate.policies.{name}={run_dir}/{name if name != 'base' else 'start'}/policy"
+        for name in ("base", "pivotrl")
+    ]
     recipe = recipe_at(run_dir, *policies)
-    recipe = dataclasses.replace(recipe, evaluate=dataclasses.replace(recipe.evaluate, policies={k: v for k, v in recipe.evaluate.policies.items() if k in ("base", "pivotrl")}))
+    recipe = dataclasses.replace(
+        recipe,
+        evaluate=dataclasses.replace(
+            recipe.evaluate, policies={k: v for k, v in recipe.evaluate.policies.items() if k in ("base", "pivotrl")}
+        ),
+    )
     evaluate(recipe)
     first = sha(run_dir / "evaluation.jsonl")
     rows = list(read_rows(run_dir / "evaluation.jsonl"))
-    assert {(r["policy"], r["set"]) for r in rows} == {(p, s) for p in ("base", "pivotrl") for s in ("one_turn", "multi_turn", "retention")}
+    assert {(r["policy"], r["set"]) for r in rows} == {
+        (p, s) for p in ("base", "pivotrl") for s in ("one_turn", "multi_turn", "retention")
+    }
     numbers = json.loads(report(recipe).with_suffix(".json").read_text())
     scored = [score for r in rows if r["policy"] == "base" and r["set"] == "retention" for score in r["scores"]]
     assert numbers["evaluation"]["policies"]["base"]["retention"]["mean"] == pytest.approx(sum(scored) / len(scored))
@@ -266,7 +317,9 @@ def test_model_output_in_the_report_is_text_and_not_markup() -> None:
 
     pages = Environment(loader=PackageLoader("nemo_pivotrl", "."), autoescape=select_autoescape(default=True))
     row = {"sample": "<script>alert(1)</script>", "category": "x"}
-    page = pages.get_template("report.html.jinja").render(run_dir="r", samples=[{"state": "s", "expected": "e", "labels": ["a", "b"], "before": row, "after": row}])
+    page = pages.get_template("report.html.jinja").render(
+        run_dir="r", samples=[{"state": "s", "expected": "e", "labels": ["a", "b"], "before": row, "after": row}]
+    )
     assert "<script>" not in page and "&lt;script&gt;" in page
 
 
@@ -291,12 +344,18 @@ def test_bootstrap_interval_covers_the_mean_about_as_often_as_it_says() -> None:
 
 
 def test_an_item_whose_samples_all_failed_is_no_zero() -> None:
-    rows = [{"policy": "a", "set": "one_turn", "item": str(i), "scores": s} for i, s in enumerate([[1.0], [1.0, 0.0], []])]
+    rows = [
+        {"policy": "a", "set": "one_turn", "item": str(i), "scores": s} for i, s in enumerate([[1.0], [1.0, 0.0], []])
+    ]
     assert summarise(rows, 0.95, 0)["policies"]["a"]["one_turn"]["mean"] == 0.75
 
 
 def test_answers_hold_as_whole_words() -> None:
-    assert holds("The capital is Paris.", "paris") and not holds("Parisian", "paris") and holds("It is New  York!", "new york")
+    assert (
+        holds("The capital is Paris.", "paris")
+        and not holds("Parisian", "paris")
+        and holds("It is New  York!", "new york")
+    )
 
 
 def test_the_worlds_experts_always_succeed_and_splits_share_nothing() -> None:
@@ -325,5 +384,3 @@ def test_an_episode_fails_for_a_write_without_asking_and_for_a_wrong_end_state()
     broken = world.Episode(task)
     broken.step(Action("malformed"))
     assert broken.done and not broken.success
-
-

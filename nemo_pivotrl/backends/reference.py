@@ -89,10 +89,8 @@ class ReferencePolicy:
         generation: Generation,
     ) -> list[Sample]:
         unique = list(dict.fromkeys(p for p, _ in rows))
-        cache, logits, mask = self._prefill([prompts[p] for p in unique])
-        spread = torch.tensor([unique.index(p) for p, _ in rows], device=self.device)
-        cache.batch_select_indices(spread)
-        logits, mask = logits[spread], mask[spread]
+        place = {p: i for i, p in enumerate(unique)}
+        cache, logits, mask = self._prefill(self.model, [prompts[p] for p in unique], [place[p] for p, _ in rows])
         noise = np.stack(
             [np.random.Generator(np.random.Philox(seeds[p][k])).random(generation.max_new_tokens) for p, k in rows]
         )
@@ -130,11 +128,13 @@ class ReferencePolicy:
             for i in range(len(rows))
         ]
 
-    def _prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[DynamicCache, Tensor, Tensor]:
-        """Cache, next-token logits [B, V] and attention mask [B, P] of left-padded prompts."""
+    def _prefill(
+        self, model: Any, prompts: Sequence[Sequence[int]], prompt_of: Sequence[int]
+    ) -> tuple[DynamicCache, Tensor, Tensor]:
+        """Run each prompt once and hand it to its N rows: cache, next-token logits [N, V], attention mask [N, P]."""
         ids, mask = _pad(prompts, left=True, device=self.device)
         cache = DynamicCache()
-        output = self.model(
+        output = model(
             input_ids=ids,
             attention_mask=mask,
             position_ids=_positions(mask),
@@ -142,7 +142,9 @@ class ReferencePolicy:
             use_cache=True,
             logits_to_keep=1,
         )
-        return cache, output.logits[:, -1], mask
+        rows = torch.tensor(list(prompt_of), device=self.device)
+        cache.batch_select_indices(rows)
+        return cache, output.logits[rows, -1], mask[rows]
 
     # ---- log-probabilities ----
 
@@ -174,23 +176,12 @@ class ReferencePolicy:
         target_mask: Tensor,
     ) -> Tensor:
         """Logits [N, T, V] that predict `targets`, each prompt run once. Gradients reach the prompt through the cache."""
-        ids, mask = _pad(prompts, left=True, device=self.device)
-        cache = DynamicCache()
-        output = model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=_positions(mask),
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        spread = torch.tensor(list(prompt_of), device=self.device)
-        first = output.logits[spread]
+        cache, first, mask = self._prefill(model, prompts, prompt_of)
         if targets.shape[1] == 1:
-            return first
-        cache.batch_select_indices(spread)
-        mask = torch.cat([mask[spread], target_mask[:, :-1]], 1)
-        positions = _positions(mask)[:, ids.shape[1] :]
+            return first[:, None]
+        width = mask.shape[1]
+        mask = torch.cat([mask, target_mask[:, :-1]], 1)
+        positions = _positions(mask)[:, width:]
         rest = model(
             input_ids=targets[:, :-1],
             attention_mask=mask,
@@ -198,7 +189,7 @@ class ReferencePolicy:
             past_key_values=cache,
             use_cache=True,
         )
-        return torch.cat([first, rest.logits], 1)
+        return torch.cat([first[:, None], rest.logits], 1)
 
     def _micro_batches(self, batch: TokenBatch) -> Iterator[list[int]]:
         """Row numbers of each micro-batch: whole groups where they fit, ordered by prompt length."""

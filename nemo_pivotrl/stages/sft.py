@@ -115,9 +115,16 @@ def _fine_tune(recipe: Recipe, settings: Sft, fresh: bool) -> Path:
 
 def _identity(recipe: Recipe, settings: Sft, policy: Policy, chat: Chat, data: str) -> str:
     """What a checkpoint belongs to: start weights, data and every setting that changes fine-tuning."""
-    kept = [policy.dtype, policy.max_total_sequence_length, policy.train_micro_batch_tokens, dataclasses.asdict(policy.lora)]
+    kept = [
+        policy.dtype,
+        policy.max_total_sequence_length,
+        policy.train_micro_batch_tokens,
+        dataclasses.asdict(policy.lora),
+    ]
     start = backends.policy_revision(policy.model_name)
-    return digest([recipe.seed, dataclasses.asdict(settings), kept, start, chat.fingerprint, chat.template_digest, data])
+    return digest(
+        [recipe.seed, dataclasses.asdict(settings), kept, start, chat.fingerprint, chat.template_digest, data]
+    )
 
 
 def _of_candidates(candidates: Sequence[Candidate], chat: Chat, policy: Policy) -> list[Sequence_]:
