@@ -5,7 +5,7 @@ from setuptools import find_packages, setup
 setup(
     name="nemo-pivotrl",
     version="0.1.0",
-    description="PivotRL and LLMdoctor for NVIDIA's NeMo/Megatron stack",
+    description="PivotRL: pivot-turn post-training of agents, for NVIDIA's NeMo/Megatron stack",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     python_requires=">=3.11",

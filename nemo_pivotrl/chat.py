@@ -40,9 +40,15 @@ def load_tokenizer(path: str, chat_template: str | None = None) -> PreTrainedTok
     """
     from transformers import AutoTokenizer
 
-    if not Path(path, "tokenizer_config.json").exists() and Path(path).exists():
+    if not Path(path, "tokenizer_config.json").exists():
         raise InputError(
-            Problem(path, None, "policy.model_name", "a folder without a tokenizer", "give an HF checkpoint folder")
+            Problem(
+                path,
+                None,
+                "policy.model_name",
+                "no tokenizer there",
+                "give an HF checkpoint folder, or run the warmup stage first",
+            )
         )
     tokenizer = AutoTokenizer.from_pretrained(path)
     if chat_template is not None:
@@ -183,9 +189,11 @@ class Chat:
         )
 
     def _probe_stop_ids(self) -> frozenset[int]:
-        """End of an assistant turn: the first token after the content, and the tokenizer's own end of text."""
-        suffix = self._probe(content="PROBECONTENT").rpartition("PROBECONTENT")[2]
-        found = self.encode(suffix)[:1] if suffix.strip() else []
+        """End of an assistant turn: the first marker after the content, and the tokenizer's own end of text."""
+        suffix = self.encode(self._probe(content="PROBECONTENT").rpartition("PROBECONTENT")[2])
+        special = [i for i in suffix if i in self.tokenizer.all_special_ids or i in self.tokenizer.added_tokens_decoder]
+        # a template without a marker of its own ends a turn with text: its first token that is more than white space
+        found = special[:1] or [i for i in suffix if self.tokenizer.decode([i]).strip()][:1]
         eos = [self.tokenizer.eos_token_id] if self.tokenizer.eos_token_id is not None else []
         if not found and not eos:
             raise InputError(

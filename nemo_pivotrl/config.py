@@ -34,7 +34,6 @@ class Lora:
     enabled: bool = False
     r: int = ranged(16, 1)
     alpha: int = ranged(32, 1)
-    dropout: float = ranged(0.0, 0.0, 0.9)
     target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -55,8 +54,8 @@ class Optimizer:
 
     lr: float = ranged(1e-6, 0.0, 1.0)
     weight_decay: float = ranged(0.0, 0.0, 1.0)
-    beta1: float = ranged(0.9, 0.0, 1.0)
-    beta2: float = ranged(0.999, 0.0, 1.0)
+    beta1: float = ranged(0.9, 0.0, 0.99999)
+    beta2: float = ranged(0.999, 0.0, 0.99999)
     eps: float = ranged(1e-8, 0.0, 1.0)
     max_grad_norm: float = ranged(1.0, 0.0)
     warmup_steps: int = ranged(0, 0)
@@ -167,7 +166,8 @@ class ProfileStage:
     max_retries: int = ranged(2, 0)
     """Of a verifier fault, before the candidate is excluded."""
     max_failure_share: float = ranged(0.05, 0.0, 1.0)
-    """More excluded candidates than this stop the stage (at its end: nothing is lost)."""
+    """More candidates than this that could not be judged stop the stage (at its end: nothing is lost). States that do
+    not fit the context are excluded and counted too, but are no fault."""
     candidates_per_wave: int = ranged(64, 1)
     """Generated together and made durable together: kill -9 loses at most one wave."""
     limit: int = ranged(0, 0)
@@ -237,6 +237,10 @@ class Grpo:
     max_retries: int = ranged(2, 0)
     val_period: int = ranged(10, 0)
     """Validate on held-out tasks every so many steps; 0: never."""
+    val_kl: bool = True
+    """Measure KL to the start policy at every validation; needs a second copy of the weights (not with LoRA)."""
+    max_failure_share: float = ranged(0.05, 0.0, 1.0)
+    """More samples of a step than this without a verdict stop the run at its last checkpoint."""
     val_candidates: int = ranged(64, 1)
     val_generations: int = ranged(4, 1)
 

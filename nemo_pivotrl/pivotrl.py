@@ -105,21 +105,18 @@ def select(
     """
     usable = [(p, statistics(p.rewards)) for p in profiles if p.failure is None]
     kept = [p for p, stats in usable if keep(stats, rule, lambda_diff, inclusive)]
-    if rule == "random" and limit == 0:
-        limit = sum(keep(stats, "adv", lambda_diff, inclusive) for _, stats in usable)
+    if rule == "random":
+        adv = select([p for p, _ in usable], "adv", lambda_diff, seed, inclusive, limit, max_message_ratio)
+        limit = limit or len(adv)
         if limit == 0:
             return []
-    if limit and len(kept) > limit:
-        kept = _subset(kept, limit, seed)
     talking = [p for p in kept if p.candidate.expected.kind == "message"]
-    calling = len(kept) - len(talking)
     if max_message_ratio < 1.0:
-        allowed = math.floor(max_message_ratio * calling / (1.0 - max_message_ratio) + 1e-9)
-        dropped = {p.candidate.candidate_id for p in talking} - {
-            p.candidate.candidate_id for p in _subset(talking, allowed, seed)
-        }
+        allowed = math.floor(max_message_ratio * (len(kept) - len(talking)) / (1.0 - max_message_ratio) + 1e-9)
+        dropped = {p.candidate.candidate_id for p in talking}
+        dropped -= {p.candidate.candidate_id for p in _subset(talking, allowed, seed)}
         kept = [p for p in kept if p.candidate.candidate_id not in dropped]
-    return kept
+    return _subset(kept, limit, seed) if limit else kept
 
 
 def _subset(profiles: list[Profile], size: int, seed: int) -> list[Profile]:

@@ -175,12 +175,14 @@ def canonical_json(value: object) -> str:
 
 
 def json_line(row: object) -> bytes:
-    """A row as one UTF-8 line. Lone surrogates, which models do emit, are kept as JSON escapes."""
-    text = canonical_json(row)
+    """A row as one UTF-8 line, keys in their own order: a tool schema must reach the prompt as it was written.
+
+    Lone surrogates, which models do emit, are kept as JSON escapes.
+    """
     try:
-        return text.encode() + b"\n"
+        return json.dumps(row, separators=(",", ":"), ensure_ascii=False, default=_plain).encode() + b"\n"
     except UnicodeEncodeError:
-        return json.dumps(json.loads(text), sort_keys=True, separators=(",", ":")).encode() + b"\n"
+        return json.dumps(row, separators=(",", ":"), default=_plain).encode() + b"\n"
 
 
 def _plain(value: object) -> object:
@@ -312,6 +314,39 @@ def check_headers(path: Path, found: Header, **expected: str) -> None:
         raise InputError(problems)
 
 
+def check_parent(path: Path, found: Header, parent: Path) -> None:
+    """Refuse an artefact made from an older version of `parent`. A parent that is not here (another job's) is no error."""
+    if parent.exists() and found.parent != file_digest(parent):
+        raise InputError(
+            Problem(
+                str(path),
+                1,
+                "parent",
+                found.parent,
+                f"{parent} has changed since; re-run the stage that writes {path.name}",
+            )
+        )
+
+
+def is_complete(path: Path, header: Header, fresh: bool) -> bool:
+    """Whether the finished artefact at `path` is the one `header` describes.
+
+    Raises InputError when it is finished but another one and `fresh` is not set: it may be paid-for work.
+    """
+    if fresh or not path.exists():
+        return False
+    with path.open("rb") as handle:
+        first = handle.readline()
+    if first == header.to_line().encode():
+        return True
+    difference = short(_header_difference(first, header.to_line().encode()))
+    raise InputError(
+        Problem(
+            str(path), 1, "header", difference, "finished work of another recipe or input; add fresh=true to replace it"
+        )
+    )
+
+
 class ArtefactWriter:
     """Writes an artefact so that kill -9 at any byte loses at most the rows not yet flushed.
 
@@ -358,7 +393,7 @@ class ArtefactWriter:
         return read_rows(self.part)
 
     def write(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Append rows as one write, then fsync: either all of them survive a crash, or a torn tail is cut on resume."""
+        """Append rows as one write, then fsync. A crash may keep the first of them; a torn last row is cut on resume."""
         lines = b"".join(json_line(row) for row in rows)
         try:
             self._handle.write(lines)

@@ -21,9 +21,18 @@ from matplotlib.figure import Figure
 
 from nemo_pivotrl import pivotrl
 from nemo_pivotrl.config import Recipe
-from nemo_pivotrl.records import Header, InputError, Problem, Profile, read_header, read_rows, write_atomically
+from nemo_pivotrl.records import (
+    Header,
+    InputError,
+    Problem,
+    Profile,
+    check_parent,
+    read_header,
+    read_rows,
+    write_atomically,
+)
 from nemo_pivotrl.responses import candidate_of_row
-from nemo_pivotrl.stages.evaluate import TITLES
+from nemo_pivotrl.stages.evaluate import TITLES, read_items
 from nemo_pivotrl.stages.ledger import read_ledger
 from nemo_pivotrl.stages.metrics import read_metrics
 from nemo_pivotrl.stages.profile import profile_of_row
@@ -199,10 +208,15 @@ def _evaluation_plot(summary: dict[str, Any]) -> str:
 
 def _samples(recipe: Recipe) -> list[dict[str, Any]]:
     """Held-out turns where the last policy's first sample differs from the first policy's verdict, both shown."""
+    check_parent(
+        recipe.path("evaluation.jsonl"),
+        read_header(recipe.path("evaluation.jsonl"), "evaluation"),
+        recipe.path("candidates.jsonl"),
+    )
     states = {
         row["provenance"]["candidate_id"]: candidate_of_row(row) for row in read_rows(recipe.path("candidates.jsonl"))
     }
-    rows = [row for row in read_rows(recipe.path("evaluation.jsonl")) if row["set"] == "one_turn"]
+    rows = [row for row in read_items(recipe.path("evaluation.jsonl")) if row["set"] == "one_turn"]
     labels = list(dict.fromkeys(row["policy"] for row in rows))
     by_item: dict[str, dict[str, dict[str, Any]]] = {}
     for row in rows:

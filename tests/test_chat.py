@@ -1,5 +1,6 @@
 """Rendering and reading back through templates of the four common shapes, found by probing and not by name."""
 
+# ruff: noqa: E501
 import json
 from pathlib import Path
 
@@ -133,6 +134,15 @@ def test_fingerprint_changes_with_the_vocabulary_and_not_with_the_template(token
     second = with_template(tokenizer, TEMPLATES["mistral"])
     assert first.fingerprint == second.fingerprint and first.template_digest != second.template_digest
     assert chat.fingerprint(tiny.make_tokenizer(["other words"], 400)) != first.fingerprint
+
+
+def test_a_turn_that_ends_with_a_line_break_before_its_marker_does_not_stop_at_line_breaks(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    made = with_template(tokenizer, HEAD + HERMES + "\n" + TAIL + "{%- endif -%}")
+    ids = made.action_ids(STATE, TOOLS, {"role": "assistant", "content": "one\ntwo"})
+    assert made.decode(ids).strip() == "one\ntwo"
+    assert not any(tokenizer.decode([i]).isspace() for i in made.stop_ids)
 
 
 def test_parallel_calls_and_text_before_them(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -140,6 +140,6 @@ def test_an_error_shows_twenty_problems_and_counts_the_rest(tmp_path: Path) -> N
     assert len(caught.value.problems) == 25 and f"{path}:22:" not in text
 
 
-def test_a_row_is_one_json_object_with_sorted_keys_and_no_spaces() -> None:
+def test_a_row_is_one_json_object_with_its_keys_in_their_order_and_no_spaces() -> None:
     assert json.loads(json_line({"b": 1, "a": {"d": 2, "c": 3}})) == {"a": {"c": 3, "d": 2}, "b": 1}
-    assert json_line({"b": 1, "a": 2}) == b'{"a":2,"b":1}\n'
+    assert json_line({"b": 1, "a": 2}) == b'{"b":1,"a":2}\n'

@@ -232,9 +232,14 @@ def test_a_non_finite_gradient_stops_the_run(folders: dict[str, str]) -> None:
         model.finish_training_step()
 
 
+def test_training_bfloat16_weights_is_refused_because_small_steps_would_round_away(folders: dict[str, str]) -> None:
+    with pytest.raises(InputError, match=r"policy\.dtype"):
+        policy(folders["llama"], dtype="bfloat16").prepare_for_training(Optimizer())
+
+
 def test_a_missing_checkpoint_is_a_clear_error_and_revisions_tell_weights_apart(
     folders: dict[str, str], tmp_path: Path
 ) -> None:
-    with pytest.raises(InputError, match="policy.model_name"):
+    with pytest.raises(InputError, match=r"policy\.model_name"):
         load(Policy(model_name=str(tmp_path / "nothing")))
     assert policy_revision(folders["llama"]) == policy_revision(folders["llama"]) != policy_revision(folders["qwen3"])

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 from nemo_pivotrl.backends import TokenBatch
 from nemo_pivotrl.config import Generation, Optimizer, Policy
-from nemo_pivotrl.records import Sample
+from nemo_pivotrl.records import InputError, Problem, Sample
 
 if TYPE_CHECKING:
     from nemo_pivotrl.backends import LossFn
@@ -238,6 +238,17 @@ class ReferencePolicy:
 
     def prepare_for_training(self, optimizer: Optimizer) -> None:
         """Make the optimiser. Dropout stays off: the policy that trains is the policy that sampled."""
+        low = [name for name, p in self.model.named_parameters() if p.requires_grad and p.dtype is torch.bfloat16]
+        if low:
+            raise InputError(
+                Problem(
+                    "recipe",
+                    None,
+                    "policy.dtype",
+                    "bfloat16",
+                    f"{len(low)} trained tensors would round small steps away; train in float32 or with LoRA",
+                )
+            )
         self.optimizer_settings = optimizer
         self.optimizer = torch.optim.AdamW(
             [p for p in self.model.parameters() if p.requires_grad],
@@ -329,7 +340,6 @@ def _with_lora(model: Any, policy: Policy) -> Any:
     config = LoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
         target_modules=list(lora.target_modules),
         task_type="CAUSAL_LM",
     )

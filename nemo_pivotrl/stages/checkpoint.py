@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,31 @@ from nemo_pivotrl.backends import Trainer
 from nemo_pivotrl.chat import Chat
 from nemo_pivotrl.config import Checkpointing
 from nemo_pivotrl.records import InputError, Problem
+
+
+@contextmanager
+def _whole(final: Path) -> Iterator[Path]:
+    """A folder to fill that becomes `final` by rename, or nothing. A failed write is an OSError, whoever noticed it."""
+    from safetensors import SafetensorError
+
+    part = final.with_name(final.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    try:
+        yield part
+    except (RuntimeError, SafetensorError) as error:
+        raise OSError(0, f"the checkpoint could not be written ({error})", str(part)) from error
+    _remove(final)
+    os.replace(part, final)
+
+
+def _remove(folder: Path) -> None:
+    """Delete a folder so that a kill in the middle leaves no half of it under its name."""
+    if folder.exists():
+        doomed = folder.with_name(folder.name + ".old")
+        shutil.rmtree(doomed, ignore_errors=True)
+        os.replace(folder, doomed)
+        shutil.rmtree(doomed)
 
 
 def save(
@@ -30,37 +57,34 @@ def save(
     """Write the state after `step` steps, then drop checkpoints that are neither the latest nor among the best."""
     import torch
 
-    part = folder / f"step_{step:05d}.part"
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    trainer.export(part / "policy")
-    chat.tokenizer.save_pretrained(part / "policy")
-    torch.save(trainer.training_state(), part / "state.pt")
-    (part / "meta.json").write_text(
-        json.dumps({"step": step, "identity": identity, "metrics": metrics}), encoding="utf-8"
-    )
-    final = folder / f"step_{step:05d}"
-    shutil.rmtree(final, ignore_errors=True)
-    os.replace(part, final)
-    _prune(folder, settings)
+    with _whole(folder / f"step_{step:05d}") as part:
+        trainer.export(part / "policy")
+        chat.tokenizer.save_pretrained(part / "policy")
+        torch.save(trainer.training_state(), part / "state.pt")
+        meta = json.dumps({"step": step, "identity": identity, "metrics": metrics})
+        (part / "meta.json").write_text(meta, encoding="utf-8")
+    prune(folder, settings)
 
 
-def _prune(folder: Path, settings: Checkpointing) -> None:
+def prune(folder: Path, settings: Checkpointing) -> None:
+    """Keep the latest checkpoint and the best few by the recipe's metric."""
     found = steps(folder)
     sign = -1.0 if settings.higher_is_better else 1.0
-    scored = sorted(
-        (p for p in found if settings.metric_name in _meta(p)["metrics"]),
-        key=lambda p: (sign * _meta(p)["metrics"][settings.metric_name], p.name),
-    )
-    keep = {*scored[: settings.keep_top_k], found[-1]}
+    scored = [p for p in found if settings.metric_name in _meta(p)["metrics"]]
+    scored.sort(key=lambda p: (sign * _meta(p)["metrics"][settings.metric_name], _step_of(p)))
+    keep = {*scored[: settings.keep_top_k], *found[-1:]}
     for path in found:
         if path not in keep:
-            shutil.rmtree(path)
+            _remove(path)
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step_"))
 
 
 def steps(folder: Path) -> list[Path]:
-    """Checkpoints in order of step."""
-    return sorted(p for p in folder.glob("step_*") if not p.name.endswith(".part"))
+    """Whole checkpoints in order of step."""
+    return sorted((p for p in folder.glob("step_*") if p.name.removeprefix("step_").isdigit()), key=_step_of)
 
 
 def _meta(path: Path) -> dict[str, Any]:
@@ -94,12 +118,10 @@ def resume(folder: Path, identity: str, trainer: Trainer, fresh: bool) -> int:
     return int(meta["step"])
 
 
-def publish(folder: Path, trainer: Trainer, chat: Chat) -> Path:
-    """Write the final policy as `FOLDER/policy`, atomically."""
-    part, final = folder / "policy.part", folder / "policy"
-    shutil.rmtree(part, ignore_errors=True)
-    trainer.export(part)
-    chat.tokenizer.save_pretrained(part)
-    shutil.rmtree(final, ignore_errors=True)
-    os.replace(part, final)
-    return final
+def publish(folder: Path, trainer: Trainer, chat: Chat, settings: Checkpointing) -> Path:
+    """Write the final policy as `FOLDER/policy`."""
+    prune(folder, settings)  # a run that was killed while pruning has one too many
+    with _whole(folder / "policy") as part:
+        trainer.export(part)
+        chat.tokenizer.save_pretrained(part)
+    return folder / "policy"

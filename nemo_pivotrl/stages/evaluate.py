@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,10 @@ Row = dict[str, Any]
 
 
 def evaluate(recipe: Recipe, fresh: bool = False) -> Path:
-    """Write `evaluation.jsonl` (one line an item) and `evaluation.json` (means, intervals, differences); print the table."""
+    """Write `evaluation.jsonl` (a line for each policy and set) and `evaluation.json`; print the table.
+
+    The JSON holds means, intervals and paired differences from the first policy.
+    """
     settings, source = recipe.evaluate, recipe.path("candidates.jsonl")
     read_header(source, "candidates")
     if not settings.policies:
@@ -70,31 +74,42 @@ def evaluate(recipe: Recipe, fresh: bool = False) -> Path:
         revisions[label] = backends.policy_revision(folder)
     header = Header(
         stage="evaluation",
-        config_hash=digest(
-            [recipe.digest("evaluate", "verifier", "world"), dataclasses.asdict(recipe.policy.generation)]
-        ),
+        config_hash=_settings_digest(recipe),
         parent=file_digest(source),
         verifier=load_recipe_verifier(recipe)[1],
         extra={"policies": revisions},
     )
-    with (
-        ArtefactWriter(recipe.path("evaluation.jsonl"), header, fresh) as writer,
-        spend(Path(recipe.run_dir), "evaluate"),
-    ):
-        done = {(row["policy"], row["set"]) for row in writer.rows()}
-        for label, folder in settings.policies.items():
-            _evaluate_policy(recipe, label, folder, writer, done)
-        path = writer.finish()
-    summary = summarise(list(read_rows(path)), settings.confidence, recipe.seed)
+    path = recipe.path("evaluation.jsonl")
+    if fresh or not path.exists() or read_header(path, "evaluation") != header:
+        with ArtefactWriter(path, header, fresh) as writer, spend(Path(recipe.run_dir), "evaluate"):
+            done = {(row["policy"], row["set"]) for row in writer.rows()}
+            for label, folder in settings.policies.items():
+                _evaluate_policy(recipe, label, folder, writer, done)
+            writer.finish()
+    summary = summarise(list(read_items(path)), next(iter(settings.policies)), settings.confidence, recipe.seed)
     write_atomically(recipe.path("evaluation.json"), json.dumps(summary, indent=2) + "\n")
     print(table(summary))
     return path
 
 
+def _settings_digest(recipe: Recipe) -> str:
+    policy, source = recipe.policy, Path(recipe.evaluate.retention)
+    kept = [dataclasses.asdict(policy.generation), policy.max_total_sequence_length, policy.dtype, policy.chat_template]
+    questions = file_digest(source) if source.is_file() else ""
+    return digest([recipe.digest("evaluate", "verifier", "world"), kept, policy.template_kwargs, questions])
+
+
+def read_items(path: Path) -> Iterator[Row]:
+    """One row an item, with its policy and set."""
+    for row in read_rows(path):
+        for item in row["items"]:
+            yield {"policy": row["policy"], "set": row["set"], **item}
+
+
 def _evaluate_policy(
     recipe: Recipe, label: str, folder: str, writer: ArtefactWriter, done: set[tuple[str, str]]
 ) -> None:
-    sets = {name: run for name, run in SETS.items() if run is not None and _wanted(recipe, name)}
+    sets = {name: run for name, run in SETS.items() if _wanted(recipe, name)}
     if all((label, name) in done for name in sets):
         return
     generation = dataclasses.replace(recipe.policy.generation, temperature=recipe.evaluate.temperature)
@@ -107,7 +122,8 @@ def _evaluate_policy(
     backend, chat = backends.load(policy), load_chat(policy)
     for name, run in sets.items():
         if (label, name) not in done:
-            writer.write({"policy": label, "set": name, **row} for row in run(recipe, policy, backend, chat))
+            # one row for a whole set: after a crash it is there with all its items or not at all
+            writer.write([{"policy": label, "set": name, "items": run(recipe, policy, backend, chat)}])
 
 
 def _wanted(recipe: Recipe, name: str) -> bool:
@@ -120,7 +136,7 @@ def _wanted(recipe: Recipe, name: str) -> bool:
 def one_turn(recipe: Recipe, policy: Policy, backend: Sampler, chat: Chat) -> list[Row]:
     """Verified reward on held-out states."""
     settings = recipe.evaluate
-    found = [c for c in candidates_of(recipe.path("candidates.jsonl"), "validation")]
+    found = candidates_of(recipe.path("candidates.jsonl"), "validation")
     prompts = {c.candidate_id: chat.prompt_ids(c.messages, c.tools) for c in found}
     held_out = sorted(
         (c for c in found if fits(prompts[c.candidate_id], policy)),
@@ -285,20 +301,39 @@ def bootstrap(means: np.ndarray, confidence: float, seed: int) -> tuple[float, f
     return float(low), float(high)
 
 
-def summarise(rows: Sequence[Row], confidence: float, seed: int) -> dict[str, Any]:
-    """Per policy and set: mean, interval, and the paired difference from the first policy with its interval."""
+def summarise(rows: Sequence[Row], first: str, confidence: float, seed: int) -> dict[str, Any]:
+    """Per policy and set: mean, interval, failed samples, and the paired difference from policy `first`.
+
+    An item all of whose samples failed has no score, which is not a score of 0; a set without any is an InputError.
+    """
     scores: dict[str, dict[str, dict[str, float]]] = {}
+    failed: Counter[tuple[str, str]] = Counter()
     for row in rows:
-        if row["scores"]:  # an item all of whose samples failed has no score, which is not a score of 0
-            scores.setdefault(row["policy"], {}).setdefault(row["set"], {})[row["item"]] = float(np.mean(row["scores"]))
-    first = next(iter(scores))
+        items = scores.setdefault(row["policy"], {}).setdefault(row["set"], {})
+        failed[row["policy"], row["set"]] += row.get("failed", 0)
+        if row["scores"]:
+            items[row["item"]] = float(np.mean(row["scores"]))
+    empty = [
+        Problem("evaluation", None, f"{label} {name}", "no score", "every sample failed; mend the verifier")
+        for label, sets in scores.items()
+        for name, items in sets.items()
+        if not items
+    ]
+    if empty:
+        raise InputError(empty)
     summary: dict[str, Any] = {"confidence": confidence, "policies": {}}
     for label, sets in scores.items():
         summary["policies"][label] = {}
         for name, items in sets.items():
             means = np.array([items[i] for i in sorted(items)])
             low, high = bootstrap(means, confidence, seed)
-            entry = {"mean": float(means.mean()), "low": low, "high": high, "items": len(items)}
+            entry = {
+                "mean": float(means.mean()),
+                "low": low,
+                "high": high,
+                "items": len(items),
+                "failed": failed[label, name],
+            }
             shared = sorted(items.keys() & scores[first].get(name, {}).keys())
             if label != first and shared:
                 apart = np.array([items[i] - scores[first][name][i] for i in shared])
@@ -325,6 +360,9 @@ def table(summary: dict[str, Any]) -> str:
             cells.append(f"{text:>34}")
         lines.append(f"{label:<12}" + "".join(cells))
     first = next(iter(summary["policies"]))
+    lost = sum(entry["failed"] for sets in summary["policies"].values() for entry in sets.values())
+    if lost:
+        lines.append(f"{lost} samples could not be judged and count nowhere")
     lines.append(
         f"per cent, {summary['confidence']:.0%} bootstrap intervals over items; in brackets the change from {first}"
     )

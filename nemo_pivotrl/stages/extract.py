@@ -90,22 +90,16 @@ def extract(recipe: Recipe, fresh: bool = False) -> Path:
     parent = digest(
         [[file_digest(Path(p)) for p in settings.trajectories], settings.tools and file_digest(Path(settings.tools))]
     )
-    header = Header("candidates", recipe.digest("extract"), parent)
-    with ArtefactWriter(recipe.path("candidates.jsonl"), header, fresh=True) as writer:
-        writer.write(responses.candidate_to_row(c, settings.agent_ref) for c in candidates)
-        path = writer.finish()
-    write_atomically(recipe.path("candidates.audit.json"), json.dumps(audit, indent=2, sort_keys=True) + "\n")
+    path = recipe.path("candidates.jsonl")
     print(audit_table(audit))
     if not candidates:
-        raise InputError(
-            Problem(
-                str(path),
-                None,
-                "candidates",
-                "none kept",
-                "see the skip audit above; loosen extract.* or add trajectories",
-            )
-        )
+        remedy = "see the skip audit above; loosen extract.* or add trajectories"
+        raise InputError(Problem(str(path), None, "candidates", "none kept", remedy))
+    header = Header("candidates", recipe.digest("extract"), parent)
+    with ArtefactWriter(path, header, fresh=True) as writer:
+        writer.write(responses.candidate_to_row(c, settings.agent_ref) for c in candidates)
+        writer.finish()
+    write_atomically(recipe.path("candidates.audit.json"), json.dumps(audit, indent=2, sort_keys=True) + "\n")
     return path
 
 

@@ -13,7 +13,8 @@ from typing import Any
 from nemo_pivotrl.config import Logger
 from nemo_pivotrl.records import InputError, Problem, canonical_json, write_atomically
 
-Sink = Callable[[int, Mapping[str, float]], None]
+Sink = tuple[Callable[[int, Mapping[str, float]], None], Callable[[], None]]
+"""Send a step's metrics; close."""
 
 
 class MetricsLog:
@@ -34,8 +35,13 @@ class MetricsLog:
         for path, values in ((self.path, metrics), (self.timing, timing)):
             with path.open("a", encoding="utf-8") as handle:
                 handle.write(canonical_json({"step": step, **values}) + "\n")
-        for sink in self.sinks:
-            sink(step, {**metrics, **timing})
+        for send, _ in self.sinks:
+            send(step, {**metrics, **timing})
+
+    def close(self) -> None:
+        """End the dashboards' runs, so that another run of this process may begin."""
+        for _, end in self.sinks:
+            end()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -71,7 +77,7 @@ def _tensorboard(folder: Path, settings: Logger, config: dict[str, Any]) -> Sink
             writer.add_scalar(key, value, step)
         writer.flush()
 
-    return send
+    return send, writer.close
 
 
 def _wandb(folder: Path, settings: Logger, config: dict[str, Any]) -> Sink:
@@ -80,7 +86,7 @@ def _wandb(folder: Path, settings: Logger, config: dict[str, Any]) -> Sink:
     except ImportError as error:
         raise _missing("wandb", error) from error
     run = wandb.init(project=settings.project, name=folder.name, dir=str(folder), config=config)
-    return lambda step, metrics: run.log(dict(metrics), step=step)
+    return lambda step, metrics: run.log(dict(metrics), step=step), run.finish
 
 
 def _mlflow(folder: Path, settings: Logger, config: dict[str, Any]) -> Sink:
@@ -90,9 +96,7 @@ def _mlflow(folder: Path, settings: Logger, config: dict[str, Any]) -> Sink:
         raise _missing("mlflow", error) from error
     mlflow.set_experiment(settings.project)
     mlflow.start_run(run_name=folder.name)
-    return lambda step, metrics: mlflow.log_metrics(
-        {key.replace("@", "_"): value for key, value in metrics.items()}, step=step
-    )
+    return lambda step, metrics: mlflow.log_metrics(dict(metrics), step=step), mlflow.end_run
 
 
 SINKS: dict[str, Callable[[Path, Logger, dict[str, Any]], Sink]] = {

@@ -24,12 +24,21 @@ from nemo_pivotrl.records import (
     Profile,
     digest,
     file_digest,
+    is_complete,
     read_header,
     read_rows,
 )
 from nemo_pivotrl.stages.ledger import spend
 from nemo_pivotrl.stages.progress import progress
-from nemo_pivotrl.stages.rollout import fits, load_chat, load_recipe_verifier, roll_out, rollout_row, sample_seed
+from nemo_pivotrl.stages.rollout import (
+    fits,
+    load_chat,
+    load_recipe_verifier,
+    roll_out,
+    rollout_row,
+    sample_seed,
+    sampling,
+)
 from nemo_pivotrl.verifiers import Verifier
 
 
@@ -46,12 +55,13 @@ def profile(recipe: Recipe, fresh: bool = False) -> Path:
         chat_template=chat.template_digest,
         policy=backends.policy_revision(recipe.policy.model_name),
         verifier=verifier_id,
-        extra={"num_generations": recipe.profile.num_generations},
+        extra={"num_generations": recipe.profile.num_generations, "sampling": sampling(recipe.policy.generation)},
     )
     candidates = _limited([responses.candidate_of_row(r) for r in read_rows(source)], recipe)
     path = recipe.path("profiles.jsonl")
-    if not fresh and _complete(path, header):
+    if is_complete(path, header, fresh):
         print(f"{path} is complete; fresh=true makes it anew")
+        _report_failures([profile_of_row(row) for row in read_rows(path)], recipe)
         return path
     backend = backends.load(recipe.policy)
     with ArtefactWriter(path, header, fresh) as writer, spend(Path(recipe.run_dir), "profile") as cost:
@@ -72,16 +82,7 @@ def profile_digest(recipe: Recipe) -> str:
     """Hash of every setting that decides a profile's content; cost settings that cannot change it are left out."""
     kept = dataclasses.asdict(recipe.profile) | {"max_failure_share": None}
     policy = recipe.policy
-    return digest(
-        [recipe.seed, kept, dataclasses.asdict(policy.generation), policy.max_total_sequence_length, policy.dtype]
-    )
-
-
-def _complete(path: Path, header: Header) -> bool:
-    if not path.exists():
-        return False
-    with path.open("rb") as handle:
-        return handle.readline() == header.to_line().encode()
+    return digest([recipe.seed, kept, policy.max_total_sequence_length, policy.dtype])
 
 
 def _limited(candidates: list[Candidate], recipe: Recipe) -> list[Candidate]:
@@ -168,14 +169,19 @@ def _report_failures(profiles: list[Profile], recipe: Recipe) -> None:
     failures = Counter(p.failure for p in profiles if p.failure)
     for kind, count in failures.items():
         print(f"excluded: {count} candidates, {kind}")
-    share = failures.total() / len(profiles) if profiles else 0.0
-    if share > recipe.profile.max_failure_share:
+    if failures["context_overflow"] == len(profiles):
+        remedy = "raise policy.max_total_sequence_length"
+        raise InputError(
+            Problem(str(recipe.path("candidates.jsonl")), None, "candidates", "none fits: context_overflow", remedy)
+        )
+    faults = failures.total() - failures["context_overflow"]
+    if faults > recipe.profile.max_failure_share * len(profiles):
         raise InputError(
             Problem(
                 str(recipe.path("profiles.jsonl")),
                 None,
                 "profile.max_failure_share",
-                f"{failures.total()} of {len(profiles)} candidates failed: {dict(failures)}",
-                "mend the cause; for context_overflow raise policy.max_total_sequence_length, or accept it with a larger share",
+                f"{faults} of {len(profiles)} candidates could not be judged: {dict(failures)}",
+                "mend the cause and profile with fresh=true, or accept it with a larger share",
             )
         )

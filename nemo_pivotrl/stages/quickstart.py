@@ -15,7 +15,7 @@ from nemo_pivotrl.stages.evaluate import evaluate
 from nemo_pivotrl.stages.extract import extract
 from nemo_pivotrl.stages.profile import profile
 from nemo_pivotrl.stages.select import select
-from nemo_pivotrl.stages.sft import sft, warmup, world_sizes
+from nemo_pivotrl.stages.sft import makes_start_policy, sft, warmup, world_sizes
 from nemo_pivotrl.stages.train import train
 
 
@@ -39,10 +39,10 @@ def run(recipe: Recipe, fresh: bool = False) -> Path:
     start = time.perf_counter()
     if fresh:
         recipe.path("ledger.jsonl").unlink(missing_ok=True)
-    if str(recipe.path("world/trajectories.jsonl")) in recipe.extract.trajectories:
+    if recipe.path("world/trajectories.jsonl") in map(Path, recipe.extract.trajectories):
         make_world(recipe, fresh)
     policies = recipe.evaluate.policies
-    steps = [extract, warmup, profile, select]
+    steps = [extract, warmup, profile, select] if makes_start_policy(recipe) else [extract, profile, select]
     steps += [sft] if recipe.sft.name in policies else []
     steps += [train, _random_arm] if "random" in policies else [train]
     for stage in [*steps, evaluate, report.report]:

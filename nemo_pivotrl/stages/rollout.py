@@ -45,6 +45,15 @@ def sample_seed(*parts: object) -> int:
     return int.from_bytes(hashlib.sha256(" ".join(map(str, parts)).encode()).digest()[:8], "big")
 
 
+def sampling(generation: Generation) -> dict[str, float]:
+    """The settings that decide what a state's samples look like; profiling and training must agree on them."""
+    return {
+        "temperature": generation.temperature,
+        "top_p": generation.top_p,
+        "max_new_tokens": generation.max_new_tokens,
+    }
+
+
 def fits(prompt: Sequence[int], policy: Policy) -> bool:
     """Whether a state leaves room for a whole turn."""
     return len(prompt) + policy.generation.max_new_tokens <= policy.max_total_sequence_length
@@ -69,7 +78,7 @@ def roll_out(
     if generation.temperature > 0:
         groups = [[(s.token_ids, sum(s.log_probs)) for s in group] for group in samples]
         repeated = pivotrl.identical_groups(groups)
-        if len(repeated) >= SUSPICIOUS_GROUPS:
+        if len(repeated) >= min(SUSPICIOUS_GROUPS, len(groups)) and repeated:
             raise InputError(
                 Problem(
                     "sampler",

@@ -19,6 +19,7 @@ from nemo_pivotrl.records import (
     InputError,
     Problem,
     Profile,
+    check_parent,
     digest,
     file_digest,
     json_line,
@@ -34,6 +35,7 @@ def select(recipe: Recipe, fresh: bool = False) -> Path:
     """Write the pivot set and print who survived. Raises InputError when nobody does."""
     source, settings = recipe.path("profiles.jsonl"), recipe.select
     found = read_header(source, "profiles")
+    check_parent(source, found, recipe.path("candidates.jsonl"))
     profiles = [profile_of_row(row) for row in read_rows(source)]
     train = [p for p in profiles if p.candidate.split == "train"]
     held_out = [p for p in profiles if p.candidate.split == "validation" and p.failure is None]
@@ -66,7 +68,13 @@ def select(recipe: Recipe, fresh: bool = False) -> Path:
         chat_template=found.chat_template,
         policy=found.policy,
         verifier=found.verifier,
-        extra={"rule": settings.rule, "lambda_diff": settings.lambda_diff, "version": version, "pivots": len(pivots)},
+        extra={
+            "rule": settings.rule,
+            "lambda_diff": settings.lambda_diff,
+            "version": version,
+            "sampling": found.extra["sampling"],
+            "pivots": len(pivots),
+        },
     )
     with ArtefactWriter(recipe.path(settings.output), header, fresh=True) as writer:
         writer.write(_pivot_row(p, recipe.extract.agent_ref) for p in [*pivots, *held_out])

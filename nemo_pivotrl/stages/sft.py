@@ -10,8 +10,8 @@ one sequence with several trained spans, which costs a pass over the trajectory 
 from __future__ import annotations
 
 import dataclasses
+import os
 import random
-import shutil
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -72,25 +72,27 @@ def token_batch(sequences: Sequence[Sequence_]) -> tuple[TokenBatch, float]:
 
 def sft(recipe: Recipe, fresh: bool = False) -> Path:
     """Fine-tune the start policy on the expert actions of `sft.source`; returns the policy's folder."""
+    if recipe.sft.source == "world":
+        raise InputError(
+            Problem(
+                "recipe", None, "sft.source", "world", "only warmup starts from the world; use candidates or pivots"
+            )
+        )
     return _fine_tune(recipe, recipe.sft, fresh)
 
 
 def warmup(recipe: Recipe, fresh: bool = False) -> Path:
     """Make the start policy at policy.model_name."""
-    settings = recipe.warmup
-    folder = _warm_tiny(recipe, fresh) if settings.source == "world" else _fine_tune(recipe, settings, fresh)
-    target = Path(recipe.policy.model_name)
-    if folder.resolve() != target.resolve():
-        raise InputError(
-            Problem(
-                "recipe",
-                None,
-                "policy.model_name",
-                str(target),
-                f"the warmup writes {folder}; point policy.model_name there",
-            )
-        )
-    return folder
+    if not makes_start_policy(recipe):
+        found, target = recipe.policy.model_name, recipe.path(recipe.warmup.name) / "policy"
+        remedy = f"the warmup would write {target}; point policy.model_name there, or leave the warmup out"
+        raise InputError(Problem("recipe", None, "policy.model_name", found, remedy))
+    return _warm_tiny(recipe, fresh) if recipe.warmup.source == "world" else _fine_tune(recipe, recipe.warmup, fresh)
+
+
+def makes_start_policy(recipe: Recipe) -> bool:
+    """Whether policy.model_name is what the warmup writes, rather than a checkpoint the user brought."""
+    return Path(recipe.policy.model_name).resolve() == (recipe.path(recipe.warmup.name) / "policy").resolve()
 
 
 def _fine_tune(recipe: Recipe, settings: Sft, fresh: bool) -> Path:
@@ -156,14 +158,14 @@ def _warm_tiny(recipe: Recipe, fresh: bool) -> Path:
     """A tiny model from nothing: first copying puzzles, then the desk and all puzzles side by side."""
     shape, settings = recipe.world, recipe.warmup
     desk, puzzles = warmup_trajectories(recipe)
-    init = recipe.path(f"{settings.name}.init")
-    if fresh:
-        shutil.rmtree(init, ignore_errors=True)
-    if not (init / "config.json").exists():
+    init = recipe.path(f"{settings.name}.init-{digest([recipe.seed, dataclasses.asdict(shape)], 8)}")
+    if not init.exists():
         tokenizer = tiny.make_tokenizer((text for t in [*desk, *puzzles] for text in _texts(t)), shape.vocab_size)
+        part = init.with_name(init.name + ".part")
         tiny.save(
-            tiny.make_model(tokenizer, shape.hidden_size, shape.layers, shape.heads, recipe.seed), tokenizer, init
+            tiny.make_model(tokenizer, shape.hidden_size, shape.layers, shape.heads, recipe.seed), tokenizer, part
         )
+        os.replace(part, init)
     policy = dataclasses.replace(recipe.policy, model_name=str(init))
     chat = load_chat(policy)
     desk_sequences, puzzle_sequences = ([_whole(t, chat) for t in some] for some in (desk, puzzles))
@@ -226,7 +228,8 @@ def _run(
     fresh: bool,
 ) -> Path:
     """The loop: each part of a step's draw has its own token mean. Resumes from its last checkpoint."""
-    backend = backends.load(dataclasses.replace(policy, share_prompt=False))
+    plain = dataclasses.replace(policy.generation, temperature=1.0)  # the likelihood itself, not a tempered one
+    backend = backends.load(dataclasses.replace(policy, share_prompt=False, generation=plain))
     backend.prepare_for_training(settings.optimizer)
     folder = recipe.path(settings.name)
     first = checkpoint.resume(folder, identity, backend, fresh)
@@ -251,7 +254,8 @@ def _run(
             bar.set_postfix(loss=f"{sum(losses):.3f}", refresh=False)
             bar.update()
         cost.update(steps=settings.num_steps - first, tokens_trained=int(tokens))
-        return checkpoint.publish(folder, backend, chat)
+        log.close()
+        return checkpoint.publish(folder, backend, chat, recipe.checkpointing)
 
 
 def decay(step: int, settings: Sft) -> float:

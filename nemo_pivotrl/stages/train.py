@@ -12,6 +12,7 @@ import statistics
 import time
 from collections.abc import Sequence
 from functools import lru_cache, partial
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -21,12 +22,21 @@ from nemo_pivotrl import backends, pivotrl
 from nemo_pivotrl.backends import TokenBatch
 from nemo_pivotrl.chat import Chat
 from nemo_pivotrl.config import Grpo, Recipe
-from nemo_pivotrl.records import Candidate, InputError, Problem, check_headers, digest, file_digest, read_header
+from nemo_pivotrl.records import (
+    Candidate,
+    InputError,
+    Problem,
+    check_headers,
+    check_parent,
+    digest,
+    file_digest,
+    read_header,
+)
 from nemo_pivotrl.stages import checkpoint
 from nemo_pivotrl.stages.ledger import spend
 from nemo_pivotrl.stages.metrics import MetricsLog
 from nemo_pivotrl.stages.progress import progress
-from nemo_pivotrl.stages.rollout import Rollout, fits, load_chat, load_recipe_verifier, roll_out, sample_seed
+from nemo_pivotrl.stages.rollout import Rollout, fits, load_chat, load_recipe_verifier, roll_out, sample_seed, sampling
 from nemo_pivotrl.stages.select import candidates_of
 from nemo_pivotrl.verifiers import Verifier
 
@@ -46,13 +56,29 @@ def train(recipe: Recipe, fresh: bool = False) -> Path:
     _check(recipe, source, chat, verifier_id)
     pivots = _states(candidates_of(source, "train"), chat, recipe)
     held_out = _states(candidates_of(source, "validation"), chat, recipe)
+    if not pivots:
+        raise InputError(
+            Problem(str(source), None, "pivots", "none fits the context", "raise policy.max_total_sequence_length")
+        )
     held_out = sorted(held_out, key=lambda s: pivotrl.order_key(recipe.seed, s.candidate.candidate_id))[
         : settings.val_candidates
     ]
-    backend = backends.load(recipe.policy, with_reference=recipe.loss_fn.reference_policy_kl_penalty > 0)
+    backend = backends.load(
+        recipe.policy, with_reference=recipe.loss_fn.reference_policy_kl_penalty > 0 or settings.val_kl
+    )
     backend.prepare_for_training(recipe.policy.optimizer)
     folder, identity = recipe.path(settings.name), _identity(recipe, source)
     first = checkpoint.resume(folder, identity, backend, fresh)
+    if first > settings.max_num_steps:
+        raise InputError(
+            Problem(
+                "recipe",
+                None,
+                "grpo.max_num_steps",
+                str(settings.max_num_steps),
+                f"{folder} is already at step {first}; ask for at least that, or add fresh=true",
+            )
+        )
     log = MetricsLog(folder, first if first else -1, recipe.logger, dataclasses.asdict(recipe))
     with (
         spend(Path(recipe.run_dir), f"train {settings.name}") as cost,
@@ -78,7 +104,8 @@ def train(recipe: Recipe, fresh: bool = False) -> Path:
             * settings.num_prompts_per_step
             * settings.num_generations_per_prompt,
         )
-        return checkpoint.publish(folder, backend, chat)
+        log.close()
+        return checkpoint.publish(folder, backend, chat, recipe.checkpointing)
 
 
 def _check(recipe: Recipe, source: Path, chat: Chat, verifier_id: str) -> None:
@@ -92,8 +119,14 @@ def _check(recipe: Recipe, source: Path, chat: Chat, verifier_id: str) -> None:
         chat_template=chat.template_digest,
         verifier=verifier_id,
     )
+    check_parent(source, found, recipe.path("profiles.jsonl"))
     generation = recipe.policy.generation
     problems = []
+    if found.extra["sampling"] != sampling(generation):
+        profiled = f"profiled with {found.extra['sampling']}"
+        problems.append(
+            ("policy.generation", sampling(generation), f"{profiled}; a pivot is one only as it was sampled (A.15 5)")
+        )
     if generation.top_p < 1.0:
         problems.append(
             (
@@ -121,7 +154,10 @@ def _identity(recipe: Recipe, source: Path) -> str:
 
 def _states(candidates: Sequence[Candidate], chat: Chat, recipe: Recipe) -> list[State]:
     states = [State(c, chat.prompt_ids(c.messages, c.tools)) for c in candidates]
-    return [s for s in states if fits(s.prompt, recipe.policy)]
+    kept = [s for s in states if fits(s.prompt, recipe.policy)]
+    if len(kept) < len(states):
+        print(f"excluded: {len(states) - len(kept)} of {len(states)} states, context_overflow")
+    return kept
 
 
 def _draw(pivots: Sequence[State], step: int, recipe: Recipe) -> list[State]:
@@ -175,12 +211,11 @@ def _step(
             malformed & valid, torch.full_like(advantages, settings.malformed_action_advantage), advantages
         )
     metrics = rollout_metrics(drawn, groups, rewards, valid, settings.zero_variance_tolerance)
-    share = -(-len(drawn) // settings.num_minibatches)
+    _check_failures(metrics["failed"] / rewards.numel(), step, settings)
+    cuts = [round(i * len(drawn) / settings.num_minibatches) for i in range(settings.num_minibatches + 1)]
     # old and reference log-probabilities belong to the policy that sampled, so all of them precede the first update
     minibatches = [
-        _minibatch(recipe, drawn[i:j], groups[i:j], advantages[i:j], valid[i:j], backend)
-        for i in range(0, len(drawn), share)
-        for j in [i + share]
+        _minibatch(recipe, drawn[i:j], groups[i:j], advantages[i:j], valid[i:j], backend) for i, j in pairwise(cuts)
     ]
     parts = [_update(recipe, minibatch, backend) for minibatch in minibatches]
     metrics |= {
@@ -194,6 +229,17 @@ def _step(
         "tokens_per_second": tokens / (ended - started),
     }
     return metrics, timing
+
+
+def _check_failures(share: float, step: int, settings: Grpo) -> None:
+    """Stop when too many samples could not be judged; the last checkpoint remains, and the step repeats on resume."""
+    if share > settings.max_failure_share:
+        found = f"{share:.1%} of the samples of step {step} could not be judged"
+        raise InputError(
+            Problem(
+                "verifier", None, "grpo.max_failure_share", found, "mend the verifier, then run the same command again"
+            )
+        )
 
 
 def _counts(rollout: Rollout, settings: Grpo) -> bool:
@@ -258,6 +304,9 @@ def _update(
     totals: dict[str, float] = {}
     if batch is not None:
         totals = backend.get_loss_and_metrics(batch, partial(_loss, settings=settings, normaliser=normaliser))
+        # the loss is a mean over all counted tokens; what is measured on computed rows is a mean over those
+        computed = float(batch.data["mask"].sum()) if settings.token_mean else float(len(batch.responses))
+        totals = {k: v if k == "loss" else v * normaliser / computed for k, v in totals.items()}
     return {"trained_share": share} | totals | backend.finish_training_step()
 
 
@@ -347,4 +396,12 @@ def validate(
             )
         )
     failed = sum(r.verdict is None for group in groups for r in group)
-    return {"val/accuracy": statistics.fmean(scored), "val/failed": float(failed)}
+    metrics = {"val/accuracy": statistics.fmean(scored), "val/failed": float(failed)}
+    if recipe.grpo.val_kl:
+        samples = [r.sample for group in groups for r in group]
+        prompt_of = [i for i, group in enumerate(groups) for _ in group]
+        batch = TokenBatch([s.prompt for s in held_out], prompt_of, [s.token_ids for s in samples], {})
+        start = backend.get_inference_log_probs(batch, reference=True)
+        apart = pivotrl.kl_k3(_padded([s.log_probs for s in samples]), start)
+        metrics["val/kl"] = float(apart.sum()) / sum(len(s.token_ids) for s in samples)
+    return metrics
