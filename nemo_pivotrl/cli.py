@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     fresh = "fresh=true" in options.overrides
     overrides = [o for o in options.overrides if o not in ("fresh=true", "fresh=false")]
     try:
-        from nemo_pivotrl.config import load_recipe, to_yaml
+        from nemo_pivotrl.recipe import load_recipe, to_yaml
 
         recipe = load_recipe(options.recipe, overrides)
         if options.print_config:

@@ -1,9 +1,6 @@
-"""Every recipe setting, its default (only here), its range, and the reading of recipe files.
+"""Every recipe setting, its default (only here) and its range. `recipe.py` reads recipe files into these dataclasses.
 
-A recipe is YAML with an optional `defaults:` chain (paths relative to the file, later ones win) and `${...}`
-interpolation. It is read into the dataclasses below. An unknown key, a wrong type or a value out of range is an error
-that names the nearest key or the allowed range; all errors of a recipe come at once.
-
+A verifier's own settings stand in its own file, as the fields of its class; `recipe.build` checks them in the same way.
 Names follow NeMo-RL where it has one. `A.15 n` in a docstring is the row of the algorithm specification's table of
 choices that a default follows.
 """
@@ -11,15 +8,11 @@ choices that a default follows.
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import types
-import typing
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from nemo_pivotrl.records import InputError, Problem, digest, short
+from nemo_pivotrl.records import digest
 
 
 def ranged(default: Any, low: float | None = None, high: float | None = None) -> Any:
@@ -151,11 +144,93 @@ class Extract:
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
+class Limits:
+    """What of a sampled action is looked at at all. Beyond a limit the action scores 0 as `LIMIT_EXCEEDED`, at once."""
+
+    max_chars: int = ranged(1 << 18, 256, 1 << 24)
+    """Characters of an action: its text, or the names and arguments of its calls."""
+    max_calls: int = ranged(4096, 1, 1 << 16)
+    """Parallel calls of one turn."""
+    max_depth: int = ranged(100, 4, 300)
+    """Nesting of JSON arguments; deeper ones are a decode error. Python's own limit depends on who calls."""
+    max_values: int = ranged(4096, 16, 1 << 20)
+    """JSON values in one call's arguments; more are a decode error."""
+    max_work: int = ranged(4_000_000, 10_000)
+    """Character comparisons of one verdict, in units of roughly 20 ns. Counted, not timed: a verdict never depends on
+    how busy the machine is."""
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Judge:
+    """An LLM that judges equivalence, behind any OpenAI-compatible endpoint."""
+
+    base_url: str = ""
+    """E.g. http://127.0.0.1:8000/v1; empty: no judge."""
+    model: str = ""
+    api_key_env: str = "OPENAI_API_KEY"
+    """Environment variable that holds the key; unset means that none is sent."""
+    votes: int = ranged(1, 1, 99)
+    """Answers per order; the majority of them is that order's verdict."""
+    both_orders: bool = True
+    """Ask with the two actions swapped too; equivalent only if both orders say so."""
+    temperature: float = ranged(0.0, 0.0, 2.0)
+    max_tokens: int = ranged(1024, 16)
+    extra_body: dict[str, Any] = field(default_factory=dict)
+    """Added to every request, e.g. `chat_template_kwargs: {enable_thinking: false}`."""
+    max_action_chars: int = ranged(8192, 64)
+    """A longer action is cut in the middle before it is shown; the cut is marked."""
+    max_context_chars: int = ranged(8192, 0)
+    """End of the state that is shown to the judge; 0: none."""
+    timeout_s: float = ranged(120.0, 0.1)
+    max_retries: int = ranged(4, 0)
+    """Of a request: connection, time-out, 408, 409, 429, 5xx, and an answer without a verdict."""
+    backoff_s: float = ranged(0.5, 0.0)
+    """First pause; doubled up to 30 s, with jitter."""
+    concurrency: int = ranged(32, 1)
+    cache: str = ""
+    """JSONL file of verdicts keyed by content; empty: `judge_cache.jsonl` in the run directory."""
+    calibration: str = ""
+    """JSONL file of labelled pairs; empty: the small set that comes with the package."""
+    min_agreement: float = ranged(0.9, 0.0, 1.0)
+    """`audit` stops when the judge agrees less than this with the calibration set."""
+    allow_self_judge: bool = False
+    """Let the policy judge itself."""
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
 class Verifier:
     """Which verifier judges, with its own settings."""
 
-    name: str = "tool_call"
+    name: str = "single_step"
+    compat: Literal["0.5", "0.6", "0.7"] = "0.7"
+    """NeMo-Gym release whose rules the four families follow, where releases differ."""
     settings: dict[str, Any] = field(default_factory=dict)
+    """The verifier's own, e.g. `word_count_similarity_threshold`; its file lists them."""
+    limits: Limits = field(default_factory=Limits)
+    judge: Judge = field(default_factory=Judge)
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Audit:
+    """What the verifier does with actions whose verdict is known. `profile` runs it first, on a sample."""
+
+    before_profile: bool = True
+    sample: int = ranged(200, 0)
+    """Candidates that are audited, chosen by hash; 0: all."""
+    foreign_actions: int = ranged(3, 0)
+    """Other rows' actions that each candidate is tried with."""
+    judged_sample: int = ranged(20, 0)
+    """Candidates of the sample that are audited when a judge is asked, since every probe may cost a request."""
+    max_gold_failures: float = ranged(0.05, 0.0, 1.0)
+    """More candidates than this whose own expert action does not score 1 stop `audit` and `profile`."""
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Rescore:
+    """Another verifier or threshold over the samples of a profile."""
+
+    profiles: str = "profiles.jsonl"
+    output: str = "profiles.rescored.jsonl"
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -189,6 +264,8 @@ class Select:
     `adv` would."""
     max_message_ratio: float = ranged(1.0, 0.0, 1.0)
     """Largest share of talking turns among train pivots (A.15 15); 1.0: off."""
+    profiles: str = "profiles.jsonl"
+    """Or `profiles.rescored.jsonl`, which `rescore` writes."""
     output: str = "pivots.jsonl"
 
 
@@ -297,6 +374,8 @@ class Recipe:
     warmup: Sft = field(default_factory=lambda: Sft(name="start", source="candidates"))
     extract: Extract = field(default_factory=Extract)
     verifier: Verifier = field(default_factory=Verifier)
+    audit: Audit = field(default_factory=Audit)
+    rescore: Rescore = field(default_factory=Rescore)
     profile: ProfileStage = field(default_factory=ProfileStage)
     select: Select = field(default_factory=Select)
     sft: Sft = field(default_factory=Sft)
@@ -313,176 +392,3 @@ class Recipe:
     def digest(self, *sections: str) -> str:
         """Hash of the named sections and the seed: what an artefact's header carries as its config hash."""
         return digest([self.seed, {name: dataclasses.asdict(getattr(self, name)) for name in sections}])
-
-
-def load_recipe(path: str, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe at `path` with `key=value` overrides. Raises InputError with every problem found."""
-    import yaml
-    from omegaconf import DictConfig, OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    tree = OmegaConf.create({})
-    for part in _chain(Path(path), []):
-        tree = typing.cast(DictConfig, OmegaConf.merge(tree, part))
-    for override in overrides:
-        key, equals, value = override.partition("=")
-        if not equals or not key:
-            raise InputError(
-                Problem(
-                    "command line",
-                    None,
-                    override,
-                    "no key=value",
-                    "write section.key=value, e.g. select.lambda_diff=0.5",
-                )
-            )
-        try:
-            OmegaConf.update(tree, key, yaml.safe_load(value), force_add=True)
-        except (OmegaConfBaseException, yaml.YAMLError, TypeError, ValueError) as error:
-            raise InputError(Problem("command line", None, key, value, short(str(error)))) from None
-    try:
-        plain = OmegaConf.to_container(tree, resolve=True)
-    except OmegaConfBaseException as error:
-        raise InputError(
-            Problem(path, None, "interpolation", short(str(error)), "name an existing key or environment variable")
-        ) from None
-    return typing.cast(Recipe, build(Recipe, typing.cast(dict[str, Any], plain), path))
-
-
-def _chain(path: Path, above: list[Path]) -> list[Any]:
-    """The files of a `defaults:` chain, the most basic first."""
-    from omegaconf import OmegaConf
-    from yaml import YAMLError
-
-    if path.resolve() in above:
-        raise InputError(Problem(str(path), None, "defaults", "a circle", "a recipe cannot be its own default"))
-    try:
-        node = OmegaConf.load(path)
-    except FileNotFoundError:
-        where = str(above[-1]) if above else "command line"
-        raise InputError(
-            Problem(where, None, "recipe", str(path), "no such file; recipes live under recipes/")
-        ) from None
-    except (YAMLError, OSError, UnicodeDecodeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        raise InputError(
-            Problem(str(path), mark.line + 1 if mark else None, "YAML", short(str(error)), "mend the file")
-        ) from None
-    if not OmegaConf.is_dict(node):
-        raise InputError(Problem(str(path), 1, "recipe", "no mapping", "a recipe is a YAML mapping of sections"))
-    defaults = typing.cast(Any, node).pop("defaults", [])
-    defaults = [defaults] if isinstance(defaults, str) else list(defaults or [])
-    return [part for name in defaults for part in _chain(path.parent / str(name), [*above, path.resolve()])] + [node]
-
-
-def build(cls: type[Any], values: Mapping[str, Any], file: str) -> Any:
-    """`cls` filled from a mapping, checked. Raises InputError with all problems."""
-    problems: list[Problem] = []
-    made = _build(cls, values, "", file, problems)
-    if problems:
-        raise InputError(problems)
-    return made
-
-
-def _build(cls: type[Any], values: Mapping[str, Any], prefix: str, file: str, problems: list[Problem]) -> Any:
-    hints = typing.get_type_hints(cls)
-    fields = {f.name: f for f in dataclasses.fields(cls)}
-    default = _section_default(cls, prefix)
-    arguments = {}
-    for key, value in values.items():
-        name = f"{prefix}{key}"
-        if key not in fields:
-            near = difflib.get_close_matches(str(key), fields, n=1, cutoff=0.5)
-            hint = f"did you mean `{near[0]}`?" if near else f"known keys: {', '.join(fields)}"
-            problems.append(Problem(file, None, name, f"unknown key `{key}`", hint))
-        elif dataclasses.is_dataclass(hints[key]):
-            if isinstance(value, Mapping):
-                arguments[key] = _build(typing.cast(type[Any], hints[key]), value, name + ".", file, problems)
-            else:
-                problems.append(Problem(file, None, name, short(value), "this is a section: give it keys"))
-        else:
-            try:
-                arguments[key] = _convert(hints[key], value)
-            except ValueError as error:
-                problems.append(Problem(file, None, name, short(value), str(error)))
-                continue
-            problems.extend(_out_of_range(fields[key], arguments[key], name, file))
-    return dataclasses.replace(default, **arguments) if default is not None else cls(**arguments)
-
-
-def _section_default(cls: type[Any], prefix: str) -> Any:
-    """The default of the section at `prefix`, which may differ from `cls()` (warmup and sft are both Sft)."""
-    node: Any = Recipe()
-    for part in prefix.rstrip(".").split(".") if prefix else []:
-        node = getattr(node, part)
-    return node if isinstance(node, cls) else None
-
-
-def _out_of_range(spec: dataclasses.Field[Any], value: Any, name: str, file: str) -> list[Problem]:
-    low, high = spec.metadata.get("low"), spec.metadata.get("high")
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return []
-    if (low is None or value >= low) and (high is None or value <= high) and value == value:
-        return []
-    allowed = (
-        f"a value from {low} to {high}"
-        if high is not None
-        else "a number"
-        if low is None
-        else f"a value at least {low}"
-    )
-    return [Problem(file, None, name, str(value), f"out of range: use {allowed}")]
-
-
-def _convert(hint: Any, value: Any) -> Any:
-    """`value` as type `hint`. Raises ValueError that says what is wanted."""
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (types.UnionType, typing.Union):
-        for option in args:
-            try:
-                return _convert(option, value)
-            except ValueError:
-                continue
-        raise ValueError("expected " + " or ".join(getattr(a, "__name__", str(a)) for a in args))
-    if origin is Literal:
-        if value in args:
-            return value
-        near = difflib.get_close_matches(str(value), [str(a) for a in args], n=1)
-        raise ValueError(f"use one of {', '.join(map(str, args))}" + (f"; did you mean `{near[0]}`?" if near else ""))
-    if origin is tuple:
-        items = [value] if isinstance(value, str) else value
-        if not isinstance(items, list):
-            raise ValueError("expected a list")
-        return tuple(_convert(args[0], item) for item in items)
-    if origin is dict:
-        if not isinstance(value, Mapping):
-            raise ValueError("expected a mapping")
-        return {str(k): _convert(args[1], v) for k, v in value.items()}
-    if hint is Any:
-        return value
-    if hint is type(None):
-        if value is None:
-            return None
-    elif hint is bool or isinstance(value, bool):
-        if hint is bool and isinstance(value, bool):
-            return value
-    elif hint is float and isinstance(value, (int, float, str)):
-        try:
-            return float(value)  # YAML reads 1e-6 as text
-        except (ValueError, OverflowError):
-            raise ValueError("expected float") from None
-    elif isinstance(value, hint):
-        return value
-    raise ValueError(f"expected {getattr(hint, '__name__', hint)}")
-
-
-def to_yaml(recipe: Recipe) -> str:
-    """The complete recipe, defaults included, for `--print-config`."""
-    import yaml
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {k: plain(v) for k, v in value.items()}
-        return [plain(v) for v in value] if isinstance(value, (list, tuple)) else value
-
-    return yaml.safe_dump(plain(dataclasses.asdict(recipe)), sort_keys=False)

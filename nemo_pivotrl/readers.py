@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_pivotrl.records import InputError, Message, Problem, Trajectory, short
-from nemo_pivotrl.responses import expected_of_row, message_of, text_of, to_messages, tool_to_chat
+from nemo_pivotrl.responses import expected_of_row, message_of, text_of, to_messages, tool_to_chat, verifier_fields
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
@@ -238,11 +238,13 @@ def read_responses(record: dict[str, Any], tools: tuple[dict[str, Any], ...], so
         items = [{"role": "user", "content": items}]
     if not isinstance(items, list) or not items:
         raise FieldError("responses_create_params.input", items, "a non-empty list of Responses items")
-    pivot_row = record.get("expected_action") is not None
+    pivot_row = record.get("expected_action") is not None or record.get("expected_answer") is not None
     field = "expected_action"
     try:
-        if pivot_row:
+        if record.get("expected_action") is not None:
             last = [message_of(expected_of_row(record["expected_action"]))]
+        elif pivot_row:  # a terminus row: the expert's turn is a JSON text
+            last = [{"role": "assistant", "content": _required(record, "expected_answer", str)}]
         else:
             field = "response.output"
             last = to_messages(record["response"]["output"])
@@ -266,7 +268,16 @@ def read_responses(record: dict[str, Any], tools: tuple[dict[str, Any], ...], so
         if record.get("task_id") is None and isinstance(record.get("provenance"), dict):  # a row of ours
             task_id = str(record["provenance"].get("task_id") or task_id)
         trajectory_id = f"{trajectory_id}@{source.rpartition(':')[2]}"
-    return Trajectory(trajectory_id, task_id, messages, own, None if pivot_row else reward, source, last_only=pivot_row)
+    return Trajectory(
+        trajectory_id,
+        task_id,
+        messages,
+        own,
+        None if pivot_row else reward,
+        source,
+        last_only=pivot_row,
+        fields=verifier_fields(record),
+    )
 
 
 _SHAREGPT_ROLES = {

@@ -104,6 +104,20 @@ class Trajectory:
     """`file:line` it was read from."""
     last_only: bool = False
     """True where only the last message is an action to learn (a ready-made pivot row)."""
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    """The row's fields for its verifier (`responses.VERIFIER_FIELDS`)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """What a verifier is told: the expert's action and the state it was taken in."""
+
+    expected: Action
+    tools: tuple[dict[str, Any], ...] = ()
+    """In the chat form or the flat one."""
+    messages: tuple[Message, ...] = ()
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    """What the row says to its verifier: `harness`, `threshold`, `declared_tools`, `metadata`, `files`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +138,13 @@ class Candidate:
     expected: Action
     num_unique_actions: int = 1
     """How many different expert actions the source has at this state."""
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    """The row's fields for its verifier."""
+
+    @property
+    def case(self) -> Case:
+        """The candidate as its verifier sees it."""
+        return Case(self.expected, self.tools, self.messages, self.fields)
 
     @property
     def action_name(self) -> str:
@@ -150,6 +171,10 @@ class Verdict:
     category: str
     """Why, in the verifier's own vocabulary."""
     detail: str = ""
+    rules: tuple[str, ...] = ()
+    """Relaxations without which the action would not have been accepted."""
+    figures: Mapping[str, Any] = field(default_factory=dict)
+    """What was measured on the way, e.g. `similarity`."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,8 @@ from typing import Any
 from nemo_pivotrl.records import Action, Candidate, Message, ToolCall
 
 Item = dict[str, Any]
+VERIFIER_FIELDS = ("harness", "threshold", "declared_tools", "metadata", "files")
+"""Fields of a Gym row that are meant for its verifier."""
 
 
 def text_of(content: Any) -> str:
@@ -195,7 +197,16 @@ def candidate_to_row(candidate: Candidate, agent_ref: str) -> dict[str, Any]:
             "depth": candidate.depth,
             "content": candidate.expected.content if candidate.expected.kind == "calls" else "",
         },
+        **candidate.fields,
+        **_terminus_answer(candidate),
     }
+
+
+def _terminus_answer(candidate: Candidate) -> dict[str, str]:
+    """The terminus server reads the expert's JSON answer from a field of its own."""
+    metadata = candidate.fields.get("metadata")
+    terminus = isinstance(metadata, dict) and str(metadata.get("harness")).startswith("terminus")
+    return {"expected_answer": candidate.expected.content} if terminus and candidate.expected.kind == "message" else {}
 
 
 def candidate_of_row(row: dict[str, Any]) -> Candidate:
@@ -215,4 +226,10 @@ def candidate_of_row(row: dict[str, Any]) -> Candidate:
         tools=tuple(tool_to_chat(t) for t in params["tools"]),
         expected=expected,
         num_unique_actions=row["num_unique_actions"],
+        fields=verifier_fields(row),
     )
+
+
+def verifier_fields(row: dict[str, Any]) -> dict[str, Any]:
+    """The fields of `row` that are meant for its verifier."""
+    return {key: row[key] for key in VERIFIER_FIELDS if row.get(key) is not None}

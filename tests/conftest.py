@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from nemo_pivotrl.config import Recipe, load_recipe
+from nemo_pivotrl.config import Recipe
+from nemo_pivotrl.recipe import load_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = [

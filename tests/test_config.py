@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from nemo_pivotrl import cli, config
-from nemo_pivotrl.config import Recipe, load_recipe, to_yaml
+from nemo_pivotrl.config import Recipe
+from nemo_pivotrl.recipe import load_recipe, to_yaml
 from nemo_pivotrl.records import InputError, Problem
 
 ROOT = Path(__file__).resolve().parents[1]

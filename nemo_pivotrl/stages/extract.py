@@ -315,6 +315,7 @@ def _candidate(trajectory: Trajectory, index: int, depth: int, split: Split) -> 
         messages=trajectory.messages[:index],
         tools=trajectory.tools,
         expected=responses.action_of(trajectory.messages[index]),
+        fields=trajectory.fields,
     )
 
 

@@ -1,4 +1,4 @@
-"""Verifiers: (state's tools, expert action, sampled action) -> Verdict. One file per domain, one dict of names.
+"""Verifiers: (case, sampled action) -> Verdict. One file per domain, one dict of names.
 
 A verifier is a pure function of its inputs. What the policy wrote can at worst score 0; a fault of the verifier itself
 (a judge that does not answer, say) is a `VerifierFault`: it is retried, then the sample is excluded, never scored 0.
@@ -6,10 +6,36 @@ A verifier is a pure function of its inputs. What the policy wrote can at worst 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Callable, Mapping
+from importlib import import_module
 from typing import Any, Protocol
 
-from nemo_pivotrl.records import Action, InputError, Problem, Verdict, digest
+from nemo_pivotrl import config
+from nemo_pivotrl.records import Action, Case, InputError, Problem, Verdict, digest
+from nemo_pivotrl.recipe import build
+from nemo_pivotrl.verifiers.bounds import LimitExceeded, check_size
+
+VERIFIERS = {
+    "single_step": "nemo_pivotrl.verifiers.single_step:SingleStep",
+    "swe": "nemo_pivotrl.verifiers.swe:Swe",
+    "terminus": "nemo_pivotrl.verifiers.terminus:Terminus",
+    "terminal_multi_harness": "nemo_pivotrl.verifiers.terminal_multi_harness:TerminalMultiHarness",
+    "functional": "nemo_pivotrl.verifiers.functional:Functional",
+    "judge": "nemo_pivotrl.verifiers.judge:JudgeVerifier",
+    "exact": "nemo_pivotrl.verifiers.single_step:Exact",
+}
+ALIASES = {
+    "tool_call": "single_step",
+    "single_step_tool_use_with_argument_comparison": "single_step",
+    "swe_pivot": "swe",
+    "terminus_judge": "terminus",
+}
+"""Names of NeMo-Gym's servers, and the one name of version 0.1."""
+
+
+SHARED = {"compat", "limits", "judge"}
+"""Fields that a verifier gets from the recipe's sections of the same name, not from its own settings."""
 
 
 class VerifierFault(RuntimeError):
@@ -25,25 +51,114 @@ class Verifier(Protocol):
 
     name: str
     version: str
+    concurrency: int
+    """How many verdicts may be asked for at a time; 1 for what computes."""
 
-    def verify(self, tools: tuple[dict[str, Any], ...], expected: Action, actual: Action) -> Verdict:
-        """Judge `actual` against `expected`. Raises VerifierFault when it cannot."""
+    def verify(self, case: Case, actual: Action) -> Verdict:
+        """Judge `actual` against `case.expected`. Raises VerifierFault when it cannot."""
         ...
 
 
-def load_verifier(name: str, settings: Mapping[str, Any]) -> Verifier:
-    """The verifier called `name` with its recipe settings. Raises InputError for an unknown name or setting."""
-    from nemo_pivotrl.verifiers.tool_call import ExactVerifier, ToolCallVerifier
+@dataclasses.dataclass(frozen=True)
+class Ruling:
+    """What a judge said of two actions."""
 
-    known: dict[str, type[Verifier]] = {"tool_call": ToolCallVerifier, "exact": ExactVerifier}
-    if name not in known:
-        raise InputError(Problem("recipe", None, "verifier.name", name, f"use one of {', '.join(known)}"))
+    same: bool
+    votes: str
+    """Answers in favour over answers given, for each order, e.g. `1/1 0/1`."""
+    detail: str = ""
+
+
+class Judging(Protocol):
+    """What a verifier needs of a judge."""
+
+    concurrency: int
+
+    def equivalent(self, kind: str, case: Case, expected: str, actual: str) -> Ruling:
+        """Whether two actions do the same in `case`. Raises VerifierFault when the judge gives no answer."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Bounded:
+    """A verifier behind the recipe's limits: what exceeds them scores 0 before anything looks at it."""
+
+    inner: Any
+    limits: config.Limits
+
+    @property
+    def name(self) -> str:
+        return str(self.inner.name)
+
+    @property
+    def version(self) -> str:
+        return str(self.inner.version)
+
+    @property
+    def concurrency(self) -> int:
+        return int(getattr(self.inner, "concurrency", 1))
+
+    @property
+    def asks_judge(self) -> bool:
+        """Whether a verdict may need an LLM judge."""
+        return bool(getattr(self.inner, "asks_judge", False))
+
+    def verify(self, case: Case, actual: Action) -> Verdict:
+        """The verdict, in [0, 1] whatever `actual` holds. Raises VerifierFault."""
+        try:
+            check_size(actual, self.limits)
+            verdict: Verdict = self.inner.verify(case, actual)
+        except LimitExceeded as error:
+            return Verdict(0.0, "LIMIT_EXCEEDED", str(error))
+        return verdict
+
+
+def load_verifier(
+    settings: config.Verifier, judge_factory: Callable[[config.Judge], Judging] | None = None, where: str = "recipe"
+) -> Bounded:
+    """The verifier that `settings` describe. Raises InputError for an unknown name or setting.
+
+    `judge_factory` makes the judge of a verifier that asks one; the default connects to `settings.judge`.
+    """
+    name = ALIASES.get(settings.name, settings.name)
+    if name not in VERIFIERS:
+        raise InputError(Problem(where, None, "verifier.name", settings.name, f"use one of {', '.join(VERIFIERS)}"))
+    module, _, cls_name = VERIFIERS[name].partition(":")
     try:
-        return known[name](**settings)
-    except TypeError as error:
-        raise InputError(Problem("recipe", None, "verifier", str(dict(settings)), f"{name}: {error}")) from None
+        cls = getattr(import_module(module), cls_name)
+    except ModuleNotFoundError as error:
+        raise InputError(
+            Problem(
+                "environment", None, f"verifier {name}", f"no module {error.name}", "pip install 'nemo-pivotrl[verifiers]'"
+            )
+        ) from None
+    given = {f.name for f in dataclasses.fields(cls)} & SHARED
+    misplaced = [
+        Problem(where, None, f"verifier.settings.{key}", str(value), f"this is a section of its own: verifier.{key}")
+        for key, value in settings.settings.items()
+        if key in SHARED
+    ]
+    if misplaced:
+        raise InputError(misplaced)
+    shared: dict[str, Any] = {"compat": settings.compat, "limits": settings.limits}
+    checked = build(cls, settings.settings, where, "verifier.settings.")
+    made = dataclasses.replace(checked, **{k: v for k, v in shared.items() if k in given})
+    if "judge" in given and made.asks_judge:
+        from nemo_pivotrl.verifiers.judge import connect
+
+        made = dataclasses.replace(made, judge=(judge_factory or connect)(settings.judge))
+    return Bounded(made, settings.limits)
 
 
-def identity(verifier: Verifier, settings: Mapping[str, Any]) -> str:
-    """`name version settings-digest`: what artefact headers carry."""
-    return f"{verifier.name} {verifier.version} {digest(dict(settings), 8)}"
+def identity(verifier: Verifier, settings: config.Verifier) -> str:
+    """`name version digest-of-settings`: what artefact headers carry. How a judge is reached is not part of it."""
+    judge = dataclasses.asdict(settings.judge) if getattr(verifier, "asks_judge", False) else {}
+    for transport in ("base_url", "api_key_env", "timeout_s", "max_retries", "backoff_s", "concurrency", "cache"):
+        judge.pop(transport, None)
+    decides = [settings.compat, dict(settings.settings), dataclasses.asdict(settings.limits), judge]
+    return f"{verifier.name} {verifier.version} {digest(decides, 8)}"
+
+
+def settings_with(verifier: config.Verifier, values: Mapping[str, Any]) -> config.Verifier:
+    """`verifier` with further settings of its own: a row's `config` wins over the command's."""
+    return dataclasses.replace(verifier, settings={**verifier.settings, **values})
