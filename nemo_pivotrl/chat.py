@@ -12,15 +12,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nemo_pivotrl.config import Limits
 from nemo_pivotrl.records import Action, InputError, Message, Problem, ToolCall, digest, short
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-MAX_ACTION_CHARS = 1 << 18
-"""Longer generated text is malformed: model output is data and bounded."""
-MAX_CALLS = 64
-"""More parallel calls in one turn than this are malformed."""
 
 _PROBE_TOOL = {
     "type": "function",
@@ -101,8 +97,13 @@ class Chat:
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, parser: str = "auto", template_kwargs: dict[str, Any] | None = None
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        parser: str = "auto",
+        template_kwargs: dict[str, Any] | None = None,
+        limits: Limits | None = None,
     ):
+        self.limits = limits or Limits()
         self.tokenizer = tokenizer
         self.template_kwargs = template_kwargs or {}
         self.fingerprint = fingerprint(tokenizer)
@@ -166,8 +167,8 @@ class Chat:
 
     def parse(self, text: str, tools: Sequence[dict[str, Any]] = ()) -> Action:
         """The action in generated `text`: reasoning dropped, tool calls read. Never raises: text is data."""
-        if len(text) > MAX_ACTION_CHARS:
-            return Action("malformed", detail=f"longer than {MAX_ACTION_CHARS} characters")
+        if len(text) > self.limits.max_chars:
+            return Action("malformed", detail=f"longer than {self.limits.max_chars} characters")
         if self.reasoning_end and self.reasoning_end in text:
             text = text.rpartition(self.reasoning_end)[2]
         elif self.opens_reasoning:
@@ -176,8 +177,10 @@ class Chat:
             content, calls = PARSERS[self.parser](text, tools)
         except (ValueError, RecursionError) as error:
             return Action("malformed", content=text, detail=short(str(error)))
-        if len(calls) > MAX_CALLS:
-            return Action("malformed", content=text, detail=f"{len(calls)} calls, at most {MAX_CALLS} are read")
+        if len(calls) > self.limits.max_calls:
+            return Action(
+                "malformed", content=text, detail=f"{len(calls)} calls, at most {self.limits.max_calls} are read"
+            )
         if calls:
             return Action("calls", content=content.strip(), calls=tuple(calls))
         return Action("message", content=content.strip()) if content.strip() else Action("none")

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -23,6 +24,8 @@ STAGES = {
         "nemo_pivotrl.stages.profile:profile",
         "candidates -> profiles: K verified rollouts of the start policy each",
     ),
+    "audit": ("nemo_pivotrl.stages.audit:audit", "does the verifier say what is known beforehand?"),
+    "rescore": ("nemo_pivotrl.stages.rescore:rescore", "another verifier or threshold over a profile's samples"),
     "select": ("nemo_pivotrl.stages.select:select", "profiles -> pivots"),
     "export": ("nemo_pivotrl.stages.select:export", "pivots -> NeMo-Gym files for NeMo-RL"),
     "sft": ("nemo_pivotrl.stages.sft:sft", "fine-tune on the same data, for comparison"),
@@ -31,15 +34,21 @@ STAGES = {
     "report": ("nemo_pivotrl.report:report", "one HTML page and its numbers as JSON"),
     "run": ("nemo_pivotrl.stages.quickstart:run", "all stages of the recipe, one after another"),
 }
+TOOLS = {
+    "verify": "score rows of a file: verify --verifier NAME [--set key=value ...] IN.jsonl OUT.jsonl",
+    "serve-verifier": "serve a verifier to NeMo-Gym: serve-verifier --verifier NAME [--port N]",
+}
+"""Commands that need no recipe."""
 BAD_INPUT = 2
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    stages = "\n".join(f"  {name:<10} {text}" for name, (_, text) in STAGES.items())
+    stages = "\n".join(f"  {name:<14} {text}" for name, (_, text) in STAGES.items())
+    tools = "\n".join(f"  {name:<14} {text}" for name, text in TOOLS.items())
     made = argparse.ArgumentParser(
         prog="nemo-pivotrl",
-        description=f"PivotRL, stage by stage.\n\nstages:\n{stages}",
+        description=f"PivotRL, stage by stage.\n\nstages:\n{stages}\n\nwithout a recipe (--help shows their options):\n{tools}",
         epilog="Settings: `nemo-pivotrl select RECIPE.yaml --print-config` shows all of them with their values; override any "
         "as section.key=value. fresh=true drops a stage's unfinished work instead of resuming it.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -56,53 +65,121 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one stage. Exit code 0: done, 2: bad input (one screen on stderr), 130: interrupted."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments and arguments[0] in TOOLS:
+        tool, rest = arguments[0], spread_settings(arguments[1:])
+        options = tool_parser(tool).parse_args(rest)
+        return guarded(tool, lambda: run_tool(tool, options))
     options = parser().parse_args(arguments)
     fresh = "fresh=true" in options.overrides
     overrides = [o for o in options.overrides if o not in ("fresh=true", "fresh=false")]
-    try:
+
+    def run() -> None:
         from nemo_pivotrl.recipe import load_recipe, to_yaml
 
         recipe = load_recipe(options.recipe, overrides)
         if options.print_config:
             print(to_yaml(recipe), end="")
-            return 0
-        run_stage(options.stage, recipe, fresh)
+        else:
+            run_stage(options.stage, recipe, fresh)
+
+    return guarded(options.stage, run)
+
+
+def guarded(command: str, run: Callable[[], None]) -> int:
+    """Call `run`; what a user can mend becomes one screen on stderr and an exit code."""
+    try:
+        run()
     except InputError as error:
-        print(f"nemo-pivotrl {options.stage}: {error}", file=sys.stderr)
+        print(f"nemo-pivotrl {command}: {error}", file=sys.stderr)
         return BAD_INPUT
     except OSError as error:
         # a full disk or a missing right: whole rows already written stay in .part and are resumed
         print(
-            f"nemo-pivotrl {options.stage}: {error.filename or 'file'}: {error.strerror or error}\n"
+            f"nemo-pivotrl {command}: {error.filename or 'file'}: {error.strerror or error}\n"
             "    -> free space or mend the path, then run the same command again; finished work is kept",
             file=sys.stderr,
         )
         return BAD_INPUT
     except KeyboardInterrupt:
-        print(f"\nnemo-pivotrl {options.stage}: interrupted; the same command resumes", file=sys.stderr)
+        print(f"\nnemo-pivotrl {command}: interrupted; the same command resumes", file=sys.stderr)
         return 130
     return 0
 
 
+def tool_parser(tool: str) -> argparse.ArgumentParser:
+    """The command line of a command that needs no recipe."""
+    made = argparse.ArgumentParser(prog=f"nemo-pivotrl {tool}", description=TOOLS[tool])
+    made.add_argument("--verifier", required=True, metavar="NAME", help="functional, single_step, swe, terminus, ...")
+    made.add_argument("--compat", default=None, metavar="VERSION", help="NeMo-Gym release to follow: 0.5, 0.6 or 0.7")
+    made.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="key=value",
+        help="a setting of the verifier, e.g. word_count_similarity_threshold=0.3; limits.KEY and judge.KEY for those sections",
+    )
+    if tool == "verify":
+        made.add_argument("source", metavar="IN.jsonl", help="rows with expert and sampled action, or a profile")
+        made.add_argument("target", metavar="OUT.jsonl", help="one {reward, category, detail} for each action")
+    else:
+        made.add_argument("--host", default="127.0.0.1", help="address to listen on (default: loopback only)")
+        made.add_argument("--port", type=int, default=8911)
+    return made
+
+
+def spread_settings(arguments: Sequence[str]) -> list[str]:
+    """`--set a=1 b=2 IN OUT` as `--set a=1 --set b=2 IN OUT`: the settings end where the files begin."""
+    spread: list[str] = []
+    for argument in arguments:
+        follows = len(spread) >= 2 and spread[-2] == "--set" and "=" in argument and not argument.startswith("-")
+        spread += ["--set", argument] if follows else [argument]
+    return spread
+
+
+def run_tool(tool: str, options: argparse.Namespace) -> None:
+    """Run a command that needs no recipe."""
+    from pathlib import Path
+
+    from nemo_pivotrl.recipe import verifier_settings
+
+    settings = verifier_settings(options.verifier, options.compat, options.set)
+    with missing_module(tool, {"starlette": "serve", "uvicorn": "serve"}, "verifiers"):
+        if tool == "verify":
+            from nemo_pivotrl.stages.verify import verify
+
+            counts = verify(settings, Path(options.source), Path(options.target))
+            print(", ".join(f"{n} {name}" for name, n in sorted(counts.items())) + f" -> {options.target}")
+        else:
+            from nemo_pivotrl.stages.serve import serve
+
+            serve(settings, options.host, options.port)
+
+
+@contextlib.contextmanager
+def missing_module(command: str, extras: Mapping[str, str], default: str) -> Iterator[None]:
+    """Turn a module that is not installed into the name of the extra that brings it."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        from nemo_pivotrl.records import Problem
+
+        extra = extras.get((error.name or "").partition(".")[0], default)
+        remedy = f"pip install 'nemo-pivotrl[{extra}]'"
+        raise InputError(Problem("environment", None, command, f"no module {error.name}", remedy)) from error
+
+
 def run_stage(stage: str, recipe: Recipe, fresh: bool) -> None:
     """Import a stage's function and call it."""
-    if stage not in ("world", "extract", "select", "export", "report") and recipe.num_threads:
+    if stage not in ("world", "extract", "audit", "rescore", "select", "export", "report") and recipe.num_threads:
         os.environ.setdefault("OMP_NUM_THREADS", str(recipe.num_threads))
         import torch
 
         torch.set_num_threads(recipe.num_threads)
     module, _, function = STAGES[stage][0].partition(":")
-    try:
+    extras = {"matplotlib": "report", "jinja2": "report", "httpx": "verifiers", "openapi_schema_validator": "verifiers"}
+    with missing_module(f"stage {stage}", extras, "reference"):
         getattr(import_module(module), function)(recipe, fresh)
-    except ModuleNotFoundError as error:
-        from nemo_pivotrl.records import Problem
-
-        extra = "report" if error.name in ("matplotlib", "jinja2") else "reference"
-        raise InputError(
-            Problem(
-                "environment", None, f"stage {stage}", f"no module {error.name}", f"pip install 'nemo-pivotrl[{extra}]'"
-            )
-        ) from error
 
 
 if __name__ == "__main__":

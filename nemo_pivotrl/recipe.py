@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from nemo_pivotrl.config import Recipe
+from nemo_pivotrl.config import Recipe, Verifier
 from nemo_pivotrl.records import InputError, Problem, short
 
 
@@ -180,6 +180,34 @@ def _convert(hint: Any, value: Any) -> Any:
     elif isinstance(value, hint):
         return value
     raise ValueError(f"expected {getattr(hint, '__name__', hint)}")
+
+
+def verifier_settings(name: str, compat: str | None, overrides: Sequence[str]) -> Verifier:
+    """A verifier section from a command line: `key=value` is a setting, `limits.key=value` one of that section.
+
+    Raises InputError for what no section takes.
+    """
+    import yaml
+
+    values: dict[str, Any] = {"name": name, "settings": {}} | ({"compat": compat} if compat else {})
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            problem = Problem("command line", None, override, "no key=value", "write --set key=value")
+            raise InputError(problem)
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise InputError(Problem("command line", None, key, text, short(str(error)))) from None
+        first, *rest = key.split(".")
+        if key == "compat":
+            values[key] = value
+            continue
+        node: dict[str, Any] = values
+        for part in [first, *rest][:-1] if first in ("limits", "judge") else ["settings", first, *rest][:-1]:
+            node = node.setdefault(part, {})
+        node[key.split(".")[-1]] = value
+    return typing.cast(Verifier, build(Verifier, values, "command line", "verifier."))
 
 
 def to_yaml(recipe: Recipe) -> str:

@@ -176,6 +176,22 @@ def expected_of_row(row: dict[str, Any]) -> Action:
     return Action("calls", calls=tuple(ToolCall(c["name"], c["arguments"], c.get("call_id") or "") for c in raw))
 
 
+def action_to_row(action: Action) -> dict[str, Any]:
+    """A sampled action as a profile keeps it, so that another verifier can judge it later."""
+    if action.kind in ("malformed", "none"):
+        return {"type": action.kind, "content": action.content, "detail": action.detail}
+    row = expected_to_row(action)
+    return row | {"content": action.content} if action.kind == "calls" else row
+
+
+def action_of_row(row: dict[str, Any]) -> Action:
+    """The action of a row that `action_to_row` wrote. Raises KeyError or ValueError for another."""
+    if row["type"] in ("malformed", "none"):
+        return Action(row["type"], row["content"], detail=row["detail"])
+    action = expected_of_row(row)
+    return Action("calls", row["content"], action.calls) if action.kind == "calls" else action
+
+
 def candidate_to_row(candidate: Candidate, agent_ref: str) -> dict[str, Any]:
     """A valid NeMo-Gym pivot row with provenance."""
     return {

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from nemo_pivotrl import chat, tiny
 from nemo_pivotrl.chat import Chat
+from nemo_pivotrl.config import Limits
 from nemo_pivotrl.records import InputError
 from nemo_pivotrl.responses import action_of
 
@@ -162,8 +163,8 @@ def test_parallel_calls_and_text_before_them(tokenizer: PreTrainedTokenizerFast)
         '<tool_call>{"name": 3, "arguments": {}}</tool_call>',
         '<tool_call>{"name": "f", "arguments": {}}',
         "<tool_call>" + "[" * 100_000 + "</tool_call>",
-        '<tool_call>{"name": "f", "arguments": {}}</tool_call>' * 65,
-        "x" * (chat.MAX_ACTION_CHARS + 1),
+        '<tool_call>{"name": "f", "arguments": {}}</tool_call>' * (Limits().max_calls + 1),
+        "x" * (Limits().max_chars + 1),
     ],
 )
 def test_unreadable_calls_are_malformed(tokenizer: PreTrainedTokenizerFast, text: str) -> None:
@@ -178,6 +179,7 @@ def test_unreadable_calls_are_malformed(tokenizer: PreTrainedTokenizerFast, text
 @settings(max_examples=300, deadline=None)
 def test_parsing_never_raises(text: str, start: str, name: str) -> None:
     reader = Chat.__new__(Chat)
+    reader.limits = Limits()
     reader.parser, reader.reasoning_end, reader.opens_reasoning = name, "</think>", False
     assert reader.parse(start + text + "</tool_call>", TOOLS).kind in ("message", "calls", "malformed", "none")
 

@@ -15,7 +15,7 @@ import pytest
 from conftest import ROOT, SMALL, recipe_at
 
 from nemo_pivotrl import world
-from nemo_pivotrl.records import Action, InputError, Verdict, read_header, read_rows
+from nemo_pivotrl.records import Action, Case, InputError, Verdict, read_header, read_rows
 from nemo_pivotrl.stages import rollout
 from nemo_pivotrl.stages.evaluate import bootstrap, evaluate, holds, read_items, summarise
 from nemo_pivotrl.stages.metrics import read_metrics
@@ -24,7 +24,7 @@ from nemo_pivotrl.stages.select import select
 from nemo_pivotrl.stages.sft import merge, sft
 from nemo_pivotrl.stages.train import train
 from nemo_pivotrl.verifiers import VerifierFault
-from nemo_pivotrl.verifiers.tool_call import ToolCallVerifier
+from nemo_pivotrl.verifiers.single_step import SingleStep
 
 
 @pytest.fixture
@@ -143,7 +143,7 @@ def test_train_refuses_pivots_of_another_policy_and_says_which_field_differs(run
 
 
 def test_train_refuses_another_verifier_or_template(run_dir: Path) -> None:
-    with pytest.raises(InputError, match="verifier: found 'tool_call"):
+    with pytest.raises(InputError, match="verifier: found 'single_step"):
         train(recipe_at(run_dir, "verifier.name=exact"))
     with pytest.raises(InputError, match="chat_template: found"):
         train(recipe_at(run_dir, "policy.template_kwargs.other=1"))
@@ -177,19 +177,27 @@ def test_best_checkpoints_are_kept_besides_the_latest(run_dir: Path) -> None:
     assert {p.name for p in (run_dir / "pivotrl").glob("step_*")} == {f"step_{best:05d}", "step_00004"}
 
 
-class Faulty(ToolCallVerifier):
+class Answering:
+    """The default verifier, to be made to fail."""
+
+    name, version, concurrency, asks_judge = "single_step", "2", 1, False
+
+    def verify(self, case: Case, actual: Action) -> Verdict:
+        return SingleStep().verify(case, actual)
+
+
+class Faulty(Answering):
     """Fails `times` for each candidate whose expert calls find_orders."""
 
     def __init__(self, times: int):
-        super().__init__()
         self.times, self.calls = times, 0
 
-    def verify(self, tools, expected, actual) -> Verdict:  # type: ignore[no-untyped-def]
-        if expected.kind == "calls" and expected.calls[0].name == "find_orders":
+    def verify(self, case: Case, actual: Action) -> Verdict:
+        if case.expected.kind == "calls" and case.expected.calls[0].name == "find_orders":
             self.calls += 1
             if self.times < 0 or self.calls % (self.times + 1):
                 raise VerifierFault("judge", "no answer")
-        return super().verify(tools, expected, actual)
+        return super().verify(case, actual)
 
 
 def patched(monkeypatch: pytest.MonkeyPatch, times: int, stage: str = "profile") -> None:
@@ -212,7 +220,7 @@ def test_a_fault_that_stays_excludes_the_candidate_and_is_never_a_zero(
 ) -> None:
     patched(monkeypatch, times=-1)
     with pytest.raises(InputError, match="max_failure_share"):
-        profile(recipe_at(run_dir), fresh=True)
+        profile(recipe_at(run_dir, "audit.before_profile=false"), fresh=True)
     rows = [
         profile_of_row(row) for row in read_rows(run_dir / "profiles.jsonl")
     ]  # written all the same: nothing is lost
@@ -228,8 +236,8 @@ def test_a_fault_that_stays_excludes_the_candidate_and_is_never_a_zero(
 def test_a_verifier_outage_stops_training_and_is_no_reward_of_zero(
     run_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Out(ToolCallVerifier):
-        def verify(self, tools, expected, actual) -> Verdict:  # type: ignore[no-untyped-def]
+    class Out(Answering):
+        def verify(self, case: Case, actual: Action) -> Verdict:
             raise VerifierFault("transport", "down")
 
     identity = rollout.load_recipe_verifier(recipe_at(run_dir))[1]

@@ -9,9 +9,10 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from nemo_pivotrl.records import Action, InputError, ToolCall
-from nemo_pivotrl.verifiers import Verifier, VerifierFault, identity, load_verifier
-from nemo_pivotrl.verifiers.tool_call import max_matching, word_overlap
+from nemo_pivotrl import config
+from nemo_pivotrl.records import Action, Case, InputError, ToolCall
+from nemo_pivotrl.verifiers import Bounded, Verifier, VerifierFault, identity, load_verifier
+from nemo_pivotrl.verifiers.single_step import max_matching, word_overlap
 
 GOLDEN = Path(__file__).resolve().parents[2] / "shared/golden/single_step.jsonl"
 
@@ -25,8 +26,12 @@ def value(argument: Any) -> Action:
     return calls(("f", {"x": argument}))
 
 
-def judge(expected: Action, actual: Action, **config: Any) -> tuple[float, str]:
-    verdict = load_verifier("tool_call", config).verify((), expected, actual)
+def load(name: str, **settings: Any) -> Bounded:
+    return load_verifier(config.Verifier(name=name, settings=settings))
+
+
+def judge(expected: Action, actual: Action, **settings: Any) -> tuple[float, str]:
+    verdict = load("single_step", **settings).verify(Case(expected), actual)
     return verdict.reward, verdict.category
 
 
@@ -128,8 +133,8 @@ def test_the_word_overlap_threshold_decides_strings_of_two_words_or_more(
 
 
 def test_words_are_shared_as_multisets_and_equal_strings_overlap_by_a_half() -> None:
-    assert word_overlap("a a b", "A b b") == 2 / 6
-    assert word_overlap("x y z", "z y x") == 0.5
+    assert word_overlap(["a", "a", "b"], ["a", "b", "b"]) == 2 / 6
+    assert word_overlap(["x", "y", "z"], ["z", "y", "x"]) == 0.5
 
 
 def test_the_last_of_duplicate_json_keys_counts_and_arguments_need_not_be_an_object() -> None:
@@ -205,7 +210,7 @@ def test_the_matching_is_as_large_as_exhaustive_search_finds(edges: list[list[in
             return 0
         return max([best(left + 1, used), *(1 + best(left + 1, used | {r}) for r in edges[left] if r not in used)])
 
-    assert len(max_matching(edges)) == best(0, frozenset())
+    assert len(max_matching(edges, range(len(edges)), [1] * 5)) == best(0, frozenset())
 
 
 # ---- against the released verifier's own verdicts ----
@@ -267,9 +272,9 @@ EXPERT = st.one_of(
     ),
 )
 JUDGES = [
-    load_verifier("tool_call", {}),
-    load_verifier("tool_call", {**BOTH, "parallel_tool_call_reward_mode": "f1"}),
-    load_verifier("exact", {}),
+    load("single_step"),
+    load("single_step", **BOTH, parallel_tool_call_reward_mode="f1"),
+    load("exact"),
 ]
 
 
@@ -278,7 +283,7 @@ JUDGES = [
 def test_no_action_of_a_policy_makes_a_verifier_raise_or_leave_0_to_1(
     verifier: Verifier, expected: Action, actual: Action
 ) -> None:
-    verdict = verifier.verify((), expected, actual)
+    verdict = verifier.verify(Case(expected), actual)
     assert 0.0 <= verdict.reward <= 1.0 and verdict.category
 
 
@@ -294,8 +299,10 @@ def test_no_action_of_a_policy_makes_a_verifier_raise_or_leave_0_to_1(
     ids=["open", "deep list", "deep object", "deeper than the limit", "huge integer"],
 )
 def test_arguments_that_python_cannot_read_are_a_decode_error_and_score_0(arguments: str) -> None:
-    assert judge(value(1), calls(("f", arguments))) == UNDECODABLE
-    assert load_verifier("exact", {}).verify((), value(1), calls(("f", arguments))).reward == 0.0
+    limit = config.Limits().max_chars
+    expected = UNDECODABLE if len(arguments) < limit else (0.0, "LIMIT_EXCEEDED")
+    assert judge(value(1), calls(("f", arguments))) == expected
+    assert load("exact").verify(Case(value(1)), calls(("f", arguments))).reward == 0.0
 
 
 def test_nan_and_lone_surrogates_are_data() -> None:
@@ -340,7 +347,7 @@ def test_an_expert_action_that_cannot_be_read_is_a_fault_and_not_a_score() -> No
     ],
 )
 def test_exact_wants_the_same_calls_in_order_and_the_same_text(expected: Action, actual: Action, equal: bool) -> None:
-    verdict = load_verifier("exact", {}).verify((), expected, actual)
+    verdict = load("exact").verify(Case(expected), actual)
     assert (verdict.reward, verdict.category) == ((1.0, "EQUAL") if equal else (0.0, "DIFFERENT"))
 
 
@@ -348,14 +355,32 @@ def test_exact_wants_the_same_calls_in_order_and_the_same_text(expected: Action,
 
 
 def test_an_unknown_verifier_or_setting_is_an_input_error_that_names_the_choices() -> None:
-    with pytest.raises(InputError, match="tool_call, exact"):
-        load_verifier("toolcall", {})
-    for settings_ in ({"treshold": 0.1}, {"parallel_tool_call_reward_mode": "f2"}):
-        with pytest.raises(InputError, match="tool_call"):
-            load_verifier("tool_call", settings_)
+    with pytest.raises(
+        InputError, match="single_step, swe, terminus, terminal_multi_harness, functional, judge, exact"
+    ):
+        load("toolcall")
+    with pytest.raises(InputError, match="did you mean `word_count_similarity_threshold`"):
+        load("single_step", word_count_similarity_treshold=0.1)
+    with pytest.raises(
+        InputError, match=r"verifier\.settings\.parallel_tool_call_reward_mode.*\n.*use one of binary_strict"
+    ):
+        load("single_step", parallel_tool_call_reward_mode="f2")
+    with pytest.raises(InputError, match=r"from 0\.0 to 1\.0"):
+        load("terminus", string_similarity_threshold=1.5)
+    with pytest.raises(InputError, match=r"a section of its own: verifier\.compat"):
+        load("swe", compat="0.5")
 
 
-def test_a_verifiers_identity_follows_its_settings() -> None:
-    verifier = load_verifier("tool_call", {})
-    assert identity(verifier, {}).startswith("tool_call gym-0.7 ")
-    assert identity(verifier, {"word_count_similarity_threshold": 0.0}) != identity(verifier, {})
+def test_a_verifiers_identity_follows_what_decides_its_verdicts() -> None:
+    base = config.Verifier()
+    verifier = load_verifier(base)
+    assert identity(verifier, base).startswith("single_step 2 ")
+    others = [
+        config.Verifier(settings={"word_count_similarity_threshold": 0.0}),
+        config.Verifier(compat="0.5"),
+        config.Verifier(limits=config.Limits(max_chars=999)),
+    ]
+    assert len({identity(verifier, s) for s in (base, *others)}) == 4
+    assert identity(verifier, config.Verifier(judge=config.Judge(model="x"))) == identity(
+        verifier, base
+    )  # it asks none

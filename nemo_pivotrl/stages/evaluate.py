@@ -119,7 +119,7 @@ def _evaluate_policy(
         generation=generation,
         lora=dataclasses.replace(recipe.policy.lora, enabled=False),
     )
-    backend, chat = backends.load(policy), load_chat(policy)
+    backend, chat = backends.load(policy), load_chat(policy, recipe.verifier.limits)
     for name, run in sets.items():
         if (label, name) not in done:
             # one row for a whole set: after a crash it is there with all its items or not at all

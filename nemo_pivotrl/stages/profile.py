@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from nemo_pivotrl.records import (
     read_header,
     read_rows,
 )
+from nemo_pivotrl.stages.audit import audit_sample
 from nemo_pivotrl.stages.ledger import spend
 from nemo_pivotrl.stages.progress import progress
 from nemo_pivotrl.stages.rollout import (
@@ -46,7 +48,8 @@ def profile(recipe: Recipe, fresh: bool = False) -> Path:
     """Write `profiles.jsonl`. Raises InputError when more candidates fail than the recipe allows."""
     source = recipe.path("candidates.jsonl")
     read_header(source, "candidates")
-    chat, (verifier, verifier_id) = load_chat(recipe.policy), load_recipe_verifier(recipe)
+    chat = load_chat(recipe.policy, recipe.verifier.limits)
+    verifier, verifier_id = load_recipe_verifier(recipe)
     header = Header(
         stage="profiles",
         config_hash=profile_digest(recipe),
@@ -61,8 +64,10 @@ def profile(recipe: Recipe, fresh: bool = False) -> Path:
     path = recipe.path("profiles.jsonl")
     if is_complete(path, header, fresh):
         print(f"{path} is complete; fresh=true makes it anew")
-        _report_failures([profile_of_row(row) for row in read_rows(path)], recipe)
+        report_failures([profile_of_row(row) for row in read_rows(path)], recipe, path)
         return path
+    if recipe.audit.before_profile:
+        audit_sample(recipe, candidates, verifier)
     backend = backends.load(recipe.policy)
     with ArtefactWriter(path, header, fresh) as writer, spend(Path(recipe.run_dir), "profile") as cost:
         _profile_rest(recipe, candidates, writer, backend, chat, verifier)
@@ -74,7 +79,7 @@ def profile(recipe: Recipe, fresh: bool = False) -> Path:
             tokens_generated=sum(p.tokens_generated for p in rows),
             tokens_prompt=sum(p.tokens_prompt for p in rows),
         )
-    _report_failures(rows, recipe)
+    report_failures(rows, recipe, path)
     return path
 
 
@@ -165,7 +170,8 @@ def profile_of_row(row: dict[str, Any]) -> Profile:
     return Profile(candidate=responses.candidate_of_row(row), samples=tuple(row["samples"]), **row["profile"])
 
 
-def _report_failures(profiles: list[Profile], recipe: Recipe) -> None:
+def report_failures(profiles: Sequence[Profile], recipe: Recipe, path: Path) -> None:
+    """Print what was excluded and why. Raises InputError when it is too much."""
     failures = Counter(p.failure for p in profiles if p.failure)
     for kind, count in failures.items():
         print(f"excluded: {count} candidates, {kind}")
@@ -178,7 +184,7 @@ def _report_failures(profiles: list[Profile], recipe: Recipe) -> None:
     if faults > recipe.profile.max_failure_share * len(profiles):
         raise InputError(
             Problem(
-                str(recipe.path("profiles.jsonl")),
+                str(path),
                 None,
                 "profile.max_failure_share",
                 f"{faults} of {len(profiles)} candidates could not be judged: {dict(failures)}",

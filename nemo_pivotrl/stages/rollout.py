@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,9 +11,10 @@ from typing import Any
 from nemo_pivotrl import pivotrl
 from nemo_pivotrl.backends import Sampler
 from nemo_pivotrl.chat import Chat, load_tokenizer
-from nemo_pivotrl.config import Generation, Policy, Recipe
-from nemo_pivotrl.records import Action, Candidate, InputError, Problem, Sample, Verdict
-from nemo_pivotrl.verifiers import Verifier, VerifierFault, identity, load_verifier
+from nemo_pivotrl.config import Generation, Limits, Policy, Recipe
+from nemo_pivotrl.records import Action, Candidate, Case, InputError, Problem, Sample, Verdict
+from nemo_pivotrl.responses import action_to_row
+from nemo_pivotrl.verifiers import Bounded, Verifier, VerifierFault, identity, load_verifier, verdicts
 
 SUSPICIOUS_GROUPS = 3
 """So many groups of improbably identical samples in one wave are a shared seed, not chance."""
@@ -29,15 +31,24 @@ class Rollout:
     failure: str | None = None
 
 
-def load_chat(policy: Policy) -> Chat:
+def load_chat(policy: Policy, limits: Limits | None = None) -> Chat:
     """The recipe's tokenizer and template."""
-    return Chat(load_tokenizer(policy.model_name, policy.chat_template), policy.tool_parser, policy.template_kwargs)
+    tokenizer = load_tokenizer(policy.model_name, policy.chat_template)
+    return Chat(tokenizer, policy.tool_parser, policy.template_kwargs, limits)
 
 
-def load_recipe_verifier(recipe: Recipe) -> tuple[Verifier, str]:
-    """The recipe's verifier and its identity for headers."""
-    verifier = load_verifier(recipe.verifier.name, recipe.verifier.settings)
-    return verifier, identity(verifier, recipe.verifier.settings)
+def load_recipe_verifier(recipe: Recipe) -> tuple[Bounded, str]:
+    """The recipe's verifier and its identity for headers. Raises InputError where the policy would judge itself."""
+    settings = recipe.verifier
+    if not settings.judge.cache:
+        cache = str(recipe.path("judge_cache.jsonl"))
+        settings = dataclasses.replace(settings, judge=dataclasses.replace(settings.judge, cache=cache))
+    verifier = load_verifier(settings)
+    if verifier.asks_judge:
+        from nemo_pivotrl.verifiers.judge import refuse_self_judge
+
+        refuse_self_judge(settings.judge, recipe.policy.model_name)
+    return verifier, identity(verifier, settings)
 
 
 def sample_seed(*parts: object) -> int:
@@ -88,24 +99,34 @@ def roll_out(
                     "the sampler ignores the per-sample seed; drop request seeds from the rows and check the backend",
                 )
             )
-    return [
-        [_judge(chat, verifier, candidate, sample, max_retries) for sample in group]
+    turns = [
+        (candidate, sample, text, chat.parse(text, candidate.tools))
         for candidate, group in zip(candidates, samples, strict=True)
+        for sample, text in ((s, chat.decode(s.token_ids)) for s in group)
     ]
+    judged = judge_all(
+        verifier, [(c.case, action, sample.finish_reason) for c, sample, _, action in turns], max_retries
+    )
+    rollouts = iter(
+        Rollout(sample, text, action, *_outcome(result))
+        for (_, sample, text, action), result in zip(turns, judged, strict=True)
+    )
+    return [[next(rollouts) for _ in group] for group in samples]
 
 
-def _judge(chat: Chat, verifier: Verifier, candidate: Candidate, sample: Sample, max_retries: int) -> Rollout:
-    text = chat.decode(sample.token_ids)
-    action = chat.parse(text, candidate.tools)
-    if sample.finish_reason == "length":
-        return Rollout(sample, text, action, Verdict(0.0, "TRUNCATED"))
-    for attempt in range(max_retries + 1):
-        try:
-            return Rollout(sample, text, action, verifier.verify(candidate.tools, candidate.expected, action))
-        except VerifierFault as fault:
-            if attempt == max_retries:
-                return Rollout(sample, text, action, None, fault.kind)
-    raise AssertionError("unreachable")
+def judge_all(
+    verifier: Verifier, turns: Sequence[tuple[Case, Action, str]], max_retries: int
+) -> list[Verdict | VerifierFault]:
+    """Verdicts of (case, action, finish reason); a truncated turn scores 0 whatever it says (A.15 6)."""
+    whole = [i for i, (_, _, finish_reason) in enumerate(turns) if finish_reason != "length"]
+    found: list[Verdict | VerifierFault] = [Verdict(0.0, "TRUNCATED")] * len(turns)
+    for i, result in zip(whole, verdicts(verifier, [turns[i][:2] for i in whole], max_retries), strict=True):
+        found[i] = result
+    return found
+
+
+def _outcome(result: Verdict | VerifierFault) -> tuple[Verdict | None, str | None]:
+    return (None, result.kind) if isinstance(result, VerifierFault) else (result, None)
 
 
 def rollout_row(rollout: Rollout) -> dict[str, Any]:
@@ -118,4 +139,5 @@ def rollout_row(rollout: Rollout) -> dict[str, Any]:
         "finish_reason": rollout.sample.finish_reason,
         "reward": rollout.verdict.reward,
         "category": rollout.verdict.category,
+        "action": action_to_row(rollout.action),
     }

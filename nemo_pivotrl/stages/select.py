@@ -33,7 +33,7 @@ DEPTHS = ((0, 0), (1, 1), (2, 2), (3, 4), (5, 8), (9, 16), (17, 10**9))
 
 def select(recipe: Recipe, fresh: bool = False) -> Path:
     """Write the pivot set and print who survived. Raises InputError when nobody does."""
-    source, settings = recipe.path("profiles.jsonl"), recipe.select
+    source, settings = recipe.path(recipe.select.profiles), recipe.select
     found = read_header(source, "profiles")
     check_parent(source, found, recipe.path("candidates.jsonl"))
     profiles = [profile_of_row(row) for row in read_rows(source)]

@@ -52,7 +52,8 @@ class State:
 def train(recipe: Recipe, fresh: bool = False) -> Path:
     """Train on the pivot set; returns the final policy's folder (HF). Raises InputError for headers that do not match."""
     settings, source = recipe.grpo, recipe.path(recipe.grpo.pivots)
-    chat, (verifier, verifier_id) = load_chat(recipe.policy), load_recipe_verifier(recipe)
+    chat = load_chat(recipe.policy, recipe.verifier.limits)
+    verifier, verifier_id = load_recipe_verifier(recipe)
     _check(recipe, source, chat, verifier_id)
     pivots = _states(candidates_of(source, "train"), chat, recipe)
     held_out = _states(candidates_of(source, "validation"), chat, recipe)

@@ -7,7 +7,8 @@ A verifier is a pure function of its inputs. What the policy wrote can at worst 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
 from typing import Any, Protocol
 
@@ -53,6 +54,8 @@ class Verifier(Protocol):
     version: str
     concurrency: int
     """How many verdicts may be asked for at a time; 1 for what computes."""
+    asks_judge: bool
+    """Whether a verdict may need an LLM judge."""
 
     def verify(self, case: Case, actual: Action) -> Verdict:
         """Judge `actual` against `case.expected`. Raises VerifierFault when it cannot."""
@@ -103,6 +106,10 @@ class Bounded:
         """Whether a verdict may need an LLM judge."""
         return bool(getattr(self.inner, "asks_judge", False))
 
+    @property
+    def judge(self) -> Judging | None:
+        return getattr(self.inner, "judge", None)
+
     def verify(self, case: Case, actual: Action) -> Verdict:
         """The verdict, in [0, 1] whatever `actual` holds. Raises VerifierFault."""
         try:
@@ -129,7 +136,11 @@ def load_verifier(
     except ModuleNotFoundError as error:
         raise InputError(
             Problem(
-                "environment", None, f"verifier {name}", f"no module {error.name}", "pip install 'nemo-pivotrl[verifiers]'"
+                "environment",
+                None,
+                f"verifier {name}",
+                f"no module {error.name}",
+                "pip install 'nemo-pivotrl[verifiers]'",
             )
         ) from None
     given = {f.name for f in dataclasses.fields(cls)} & SHARED
@@ -150,9 +161,29 @@ def load_verifier(
     return Bounded(made, settings.limits)
 
 
+def verdicts(
+    verifier: Verifier, questions: Sequence[tuple[Case, Action]], max_retries: int = 0
+) -> list[Verdict | VerifierFault]:
+    """Verdicts in the order of the questions, as many at a time as the verifier takes; faults are retried, then returned."""
+
+    def one(question: tuple[Case, Action]) -> Verdict | VerifierFault:
+        for attempt in range(max_retries + 1):
+            try:
+                return verifier.verify(*question)
+            except VerifierFault as fault:
+                if attempt == max_retries:
+                    return fault
+        raise AssertionError("unreachable")
+
+    if verifier.concurrency == 1 or len(questions) < 2:
+        return [one(question) for question in questions]
+    with ThreadPoolExecutor(min(verifier.concurrency, len(questions))) as pool:
+        return list(pool.map(one, questions))
+
+
 def identity(verifier: Verifier, settings: config.Verifier) -> str:
     """`name version digest-of-settings`: what artefact headers carry. How a judge is reached is not part of it."""
-    judge = dataclasses.asdict(settings.judge) if getattr(verifier, "asks_judge", False) else {}
+    judge = dataclasses.asdict(settings.judge) if verifier.asks_judge else {}
     for transport in ("base_url", "api_key_env", "timeout_s", "max_retries", "backoff_s", "concurrency", "cache"):
         judge.pop(transport, None)
     decides = [settings.compat, dict(settings.settings), dataclasses.asdict(settings.limits), judge]

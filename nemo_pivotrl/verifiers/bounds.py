@@ -82,7 +82,9 @@ def ratio(first: str, second: str, max_work: int, at_least: float = 0.0) -> floa
         alo, ahi, blo, bhi = pending.pop()
         work += STEP * (visits[ahi] - visits[alo])
         if work > max_work:
-            raise LimitExceeded(f"more than {max_work} units of work to compare {len(first)} and {len(second)} characters")
+            raise LimitExceeded(
+                f"more than {max_work} units of work to compare {len(first)} and {len(second)} characters"
+            )
         i, j, size = matcher.find_longest_match(alo, ahi, blo, bhi)
         if not size:
             continue

@@ -41,7 +41,10 @@ TOOLS = {
     "write_todos edit_plan modify_plan",
 }
 CATEGORY = {
-    form: category for category, names in TOOLS.items() for name in names.split() for form in (name, name.replace("_", ""))
+    form: category
+    for category, names in TOOLS.items()
+    for name in names.split()
+    for form in (name, name.replace("_", ""))
 }
 """Tool name in lower case, with underscores or (camel case) without, to the category of tools that do the same."""
 

@@ -69,7 +69,9 @@ def similar_command(key: str, prefix: str) -> Rule:
 
 def update_plan(expected: Arguments, actual: Arguments, similar: Similar) -> str:
     plan = actual.get("plan")
-    blank = plan is None or (isinstance(plan, str) and not plan.strip()) or (isinstance(plan, (list, dict)) and not plan)
+    blank = (
+        plan is None or (isinstance(plan, str) and not plan.strip()) or (isinstance(plan, (list, dict)) and not plan)
+    )
     return "UPDATE_PLAN_EMPTY_PLAN" if blank else ""
 
 
@@ -234,7 +236,9 @@ class TerminalMultiHarness:
             category, detail = self._compare(case, schemas, wanted, found, figures)
             if category:
                 return Verdict(0.0, category, detail, figures=figures)
-        return Verdict(1.0, "EXPECTED_TOOL_CALL_BATCH" if batch else "EXPECTED_TOOL_CALL", figures={} if batch else figures)
+        return Verdict(
+            1.0, "EXPECTED_TOOL_CALL_BATCH" if batch else "EXPECTED_TOOL_CALL", figures={} if batch else figures
+        )
 
     def _sorted(self, calls: tuple[ToolCall, ...]) -> list[ToolCall]:
         if len(calls) == 1:

@@ -143,7 +143,9 @@ class Terminus:
         assert self.judge is not None, "load_verifier connects the judge"
         ruling = self.judge.equivalent("terminal", case, case.expected.content, text)
         figures["votes"] = ruling.votes
-        return Verdict(float(ruling.same), "none" if ruling.same else "judge_not_equivalent", ruling.detail, figures=figures)
+        return Verdict(
+            float(ruling.same), "none" if ruling.same else "judge_not_equivalent", ruling.detail, figures=figures
+        )
 
     def _similarity(self, wanted: dict[str, Any], found: dict[str, Any], threshold: float) -> float:
         if not wanted["commands"] or not found["commands"]:

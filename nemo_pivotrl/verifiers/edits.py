@@ -1,0 +1,194 @@
+"""Do two edits of a file do the same? By their effect, not by how much of the surroundings they quote.
+
+An edit is reduced to what it takes away and what it puts in, between the text before and the text after that it quotes.
+Two edits are the same when these cores are equal and the quoted surroundings fit each other; where the text of the file
+is known (`files` of the row), both are applied to it and the results are compared.
+"""
+
+from __future__ import annotations
+
+import os.path
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from nemo_pivotrl.verifiers.arguments import Comparison, clean_path, compare, snake, tidy
+from nemo_pivotrl.verifiers.swe import PATH_KEYS, category_of
+
+OLD = ("old_str", "old_string", "old_text", "old", "search")
+NEW = ("new_str", "new_string", "new_text", "new", "replace")
+PATCH = ("patch", "diff", "input")
+WHOLE = ("file_text", "content", "contents", "text")
+INSERT_AT = ("insert_line", "line", "line_number")
+MAX_PATCH_LINES = 4000
+
+
+@dataclass(frozen=True, slots=True)
+class Edit:
+    """What an edit call says, its arguments' names aside."""
+
+    path: str
+    steps: tuple[Step, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One change: `old` becomes `new` (everywhere, if `every`); `old` None: `new` is the whole file, or goes after `line`."""
+
+    path: str
+    old: str | None
+    new: str
+    every: bool = False
+    line: int | None = None
+
+
+def edit_of(tool: str, arguments: Mapping[str, Any]) -> Edit | None:
+    """The edit of a call, or None where it is no edit that can be read (a view, an undo, an unknown form)."""
+    named = {snake(key): value for key, value in arguments.items()}
+    texts = {key: value for key, value in named.items() if isinstance(value, str)}
+    path = clean_path(next((texts[key] for key in PATH_KEYS if key in texts), ""))
+    if category_of(tool) != "edit" or named.get("command") in ("view", "undo_edit"):
+        return None
+    old = next((texts[key] for key in OLD if key in texts), None)
+    new = next((texts[key] for key in NEW if key in texts), None)
+    at = next((named[key] for key in INSERT_AT if isinstance(named.get(key), int)), None)
+    if at is not None and old is None:
+        inserted = new if new is not None else next((texts[key] for key in WHOLE if key in texts), None)
+        return None if inserted is None else Edit(path, (Step(path, None, inserted, line=at),))
+    if old is not None:
+        return Edit(path, (Step(path, old, new or "", every=named.get("replace_all") is True),))
+    patch = next((texts[key] for key in PATCH if key in texts), None)
+    if patch is not None:
+        steps = read_patch(patch, path)
+        return None if steps is None else Edit(path, steps)
+    whole = next((texts[key] for key in WHOLE if key in texts), None)
+    return None if whole is None else Edit(path, (Step(path, None, whole),))
+
+
+def read_patch(text: str, path: str) -> tuple[Step, ...] | None:
+    """Steps of a unified diff or of an `*** Update File:` patch, line numbers aside; None for neither."""
+    lines = text.replace("\r\n", "\n").split("\n")
+    if len(lines) > MAX_PATCH_LINES:
+        return None
+    steps: list[Step] = []
+    old: list[str] = []
+    new: list[str] = []
+
+    def close() -> None:
+        if old or new:
+            steps.append(Step(path, "\n".join(old), "\n".join(new)))
+        old.clear()
+        new.clear()
+
+    inside = False
+    for line in lines:
+        header = next(
+            (h for h in ("*** Update File: ", "*** Add File: ", "*** Delete File: ", "+++ ") if line.startswith(h)), ""
+        )
+        if header:
+            close()
+            name = line[len(header) :].split("\t")[0].strip()
+            path, inside = clean_path(name.removeprefix("b/") if header == "+++ " else name), header != "+++ "
+        elif line.startswith("@@"):
+            close()
+            inside = True
+        elif line.startswith(("--- ", "diff --git", "index ", "*** ")) or not inside:
+            continue
+        elif line.startswith(("-", "+", " ")) or line == "":
+            if line[:1] != "+":
+                old.append(line[1:])
+            if line[:1] != "-":
+                new.append(line[1:])
+    close()
+    return tuple(steps) if steps else None
+
+
+def core(step: Step) -> tuple[str, str, str, str]:
+    """(quoted before, taken away, put in, quoted after), the common ends of old and new being surroundings."""
+    old, new = (_lines(text) for text in (step.old or "", step.new))
+    before = len(os.path.commonprefix([old, new]))
+    after = len(os.path.commonprefix([old[before:][::-1], new[before:][::-1]]))
+    return old[:before], old[before : len(old) - after], new[before : len(new) - after], old[len(old) - after :]
+
+
+def _lines(text: str) -> str:
+    return "\n".join(line.rstrip() for line in text.replace("\r\n", "\n").split("\n"))
+
+
+def same_change(expected: Step, actual: Step) -> bool:
+    """Whether two replacements take away and put in the same at what may be the same place."""
+    if expected.every != actual.every:
+        return False
+    (before, gone, put, after), (their_before, their_gone, their_put, their_after) = core(expected), core(actual)
+    if (gone, put) != (their_gone, their_put):
+        return False
+    if (
+        before + after != their_before + their_after
+        and not gone
+        and not (before and their_before)
+        and not (after and their_after)
+    ):
+        return False  # an insertion with nothing in common that says where
+    fits_before = before.endswith(their_before) or their_before.endswith(before)
+    return fits_before and (after.startswith(their_after) or their_after.startswith(after))
+
+
+def apply(edit: Edit, text: str) -> str | None:
+    """`text` after the edit; None where it does not apply (the old text is missing, or there several times)."""
+    for step in edit.steps:
+        if step.old is None:
+            if step.line is None:
+                text = step.new
+                continue
+            lines = text.split("\n")
+            if not 0 <= step.line <= len(lines):
+                return None
+            text = "\n".join([*lines[: step.line], *step.new.rstrip("\n").split("\n"), *lines[step.line :]])
+        elif not step.old or text.count(step.old) != 1:
+            if not (step.every and step.old and step.old in text):
+                return None
+            text = text.replace(step.old, step.new)
+        else:
+            text = text.replace(step.old, step.new)
+    return text
+
+
+def compare_edits(c: Comparison, expected: Edit, actual: Edit, files: Mapping[str, Any]) -> None:
+    """Record in `c.differences` where two edits are not the same."""
+    for edit in (expected, actual):
+        c.spend(8 * sum(len(step.old or "") + len(step.new) for step in edit.steps))
+    ours, theirs = ([step.path for step in edit.steps] for edit in (expected, actual))
+    if ours != theirs:
+        c.differ("path", "path", ours, theirs)
+        return
+    text = next((files[p] for p in files if clean_path(p) == expected.path and isinstance(files[p], str)), None)
+    if text is not None and "edit_effect" in c.rules and len(set(ours)) == 1:
+        c.spend(4 * len(text))
+        results = apply(expected, text), apply(actual, text)
+        if results[0] is not None:  # else the row's file is not the one the expert saw: fall through
+            same = results[1] is not None and tidy(results[0]) == tidy(results[1])
+            if not c.allows("edit_effect", same):
+                c.differ(
+                    "edit", "effect", "the expert's result", "another text" if results[1] is not None else "no match"
+                )
+            return
+    for index, (step, other) in enumerate(zip(expected.steps, actual.steps, strict=True)):
+        place = f"change {index + 1}"
+        if (step.old is None) != (other.old is None) or step.line != other.line:
+            c.differ("edit", place, _form(step), _form(other))
+        elif step.old is None:
+            compare(c, place, step.new, other.new, {}, "python" if step.path.endswith(".py") else "text")
+        elif (step.old, step.new, step.every) != (other.old, other.new, other.every) and not c.allows(
+            "edit_effect", same_change(step, other)
+        ):
+            c.differ("edit", place, step.new, other.new)
+
+
+def _form(step: Step) -> str:
+    return (
+        "a replacement"
+        if step.old is not None
+        else f"an insertion at {step.line}"
+        if step.line is not None
+        else "a whole file"
+    )

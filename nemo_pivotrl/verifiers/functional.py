@@ -1,0 +1,266 @@
+"""`functional`: is the sampled action as good as the expert's? Tool calls compared under their schema, by named relaxations.
+
+The paper's functional equivalence (Eq. 3-4), made as exact as can be without running anything: a call is right when the
+tool would do the same. What counts as the same is the table RULES; each rule can be switched in the recipe
+(`verifier.settings.rules.shell_env_prefix: false`), and a verdict lists those without which it would have been 0.
+
+Deviations from the paper: it gives a rule for each domain (`algorithms.md` A.8); this is one verifier for all of them.
+`mode: tool_name` is its SWE-Bench rule. A talking turn is right when the policy talks too, as in tau-bench; its words are
+compared by the judge alone (`ask_judge: [message]`).
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+from nemo_pivotrl.config import Limits, ranged
+from nemo_pivotrl.records import Action, Case, InputError, Problem, ToolCall, Verdict, short
+from nemo_pivotrl.verifiers import Judging, VerifierFault
+from nemo_pivotrl.verifiers.arguments import Comparison, compare_objects, same_json
+from nemo_pivotrl.verifiers.bounds import LimitExceeded, decode_json
+from nemo_pivotrl.verifiers.edits import compare_edits, edit_of
+from nemo_pivotrl.verifiers.shell import same_command
+from nemo_pivotrl.verifiers.single_step import max_matching
+from nemo_pivotrl.verifiers.terminus import follows_schema, keystrokes, says_complete, text_of_action
+
+RULES: dict[str, tuple[bool, str]] = {
+    "number_type": (True, "1 is 1.0"),
+    "stringified": (
+        True,
+        'a number, truth value, list or object written as a string ("[1]") where the schema wants none',
+    ),
+    "omitted_default": (True, "an omitted argument is its schema's default"),
+    "null_optional": (True, "null for an optional argument is its omission"),
+    "enum_case": (True, "enum values up to case, blanks, hyphens and underscores"),
+    "set_order": (True, "lists with `uniqueItems: true` in any order"),
+    "whitespace": (
+        True,
+        "blanks at line ends and around a text, runs of blanks in one line, line ends, composed characters",
+    ),
+    "letter_case": (False, "all texts up to case"),
+    "dates": (True, "ISO dates and times that name the same moment"),
+    "urls": (True, "URLs up to case of the host, default port, order of the query, escapes and a last slash"),
+    "paths": (True, "paths up to `.`, `..`, doubled and last slashes"),
+    "python_tokens": (True, "Python code up to comments, blank lines, indentation width and quotes"),
+    "edit_effect": (True, "edits that change the same text, whatever of the surroundings they quote"),
+    "search_tokens": (True, "search queries that share enough words (`search_overlap`)"),
+    "prose": (True, "free texts (summaries, reasons, thoughts) that share enough words (`prose_overlap`)"),
+    "shell_argv": (True, "shell commands as parsed commands; the ground of the other shell rules"),
+    "shell_quoting": (True, "quotes that do not change a word"),
+    "shell_flag_order": (True, "options in any order, and among the operands where the command allows it"),
+    "shell_flag_clusters": (True, "-la is -l -a"),
+    "shell_long_options": (True, "--lines=5 is --lines 5"),
+    "shell_env_prefix": (
+        True,
+        "assignments before a command that only one side has, unless they change what commands mean",
+    ),
+    "shell_cd_prefix": (True, "`cd DIR &&` that only one side has, with relative operands seen from DIR"),
+    "shell_paths": (True, "operands up to `.`, `..`, doubled and last slashes"),
+    "shell_separators": (True, "a newline is a `;`"),
+}
+"""Rule -> (on by default, what it takes for the same)."""
+
+KINDS = ("text", "prose", "query", "shell", "python", "path", "url", "date", "edit", "message")
+
+
+@dataclass(kw_only=True, frozen=True)
+class Functional:
+    """Schema-aware equivalence of actions."""
+
+    name: ClassVar[str] = "functional"
+    version: ClassVar[str] = "1"
+    mode: Literal["arguments", "tool_name"] = "arguments"
+    """`tool_name`: the tool's name alone decides, as in the paper's SWE-Bench runs."""
+    rules: dict[str, bool] = field(default_factory=dict)
+    """Rules to switch on or off; the others are as in RULES."""
+    kinds: dict[str, str] = field(default_factory=dict)
+    """What an argument holds, where its name and schema do not say: `tool.argument` or `argument` to one of KINDS."""
+    ignored_arguments: tuple[str, ...] = ()
+    """Arguments that never count, e.g. `security_risk`."""
+    search_overlap: float = ranged(0.5, 0.0, 1.0)
+    """Words in common over all words of both (Jaccard), stop words aside."""
+    prose_overlap: float = ranged(0.2, 0.0, 1.0)
+    extra_calls: bool = False
+    """Accept calls beyond the expert's."""
+    ask_judge: tuple[Literal["message", "shell", "query", "prose", "python", "edit"], ...] = ()
+    """Kinds whose differences the judge decides; it is asked only when nothing else differs."""
+    limits: Limits = field(default_factory=Limits)
+    judge: Judging | None = None
+
+    def __post_init__(self) -> None:
+        problems = []
+        for what, names, allowed in (
+            ("rules", self.rules, tuple(RULES)),
+            ("kinds", self.kinds.values(), KINDS),
+        ):
+            for name in names:
+                if name not in allowed:
+                    near = difflib.get_close_matches(name, allowed, n=1)
+                    hint = f"did you mean `{near[0]}`?" if near else f"use one of {', '.join(allowed)}"
+                    problems.append(Problem("recipe", None, f"verifier.settings.{what}", name, hint))
+        if problems:
+            raise InputError(problems)
+
+    @property
+    def asks_judge(self) -> bool:
+        """Whether a verdict may need the judge."""
+        return bool(self.ask_judge)
+
+    @property
+    def concurrency(self) -> int:
+        return self.judge.concurrency if self.judge else 1
+
+    def verify(self, case: Case, actual: Action) -> Verdict:
+        """1.0 or 0.0. Categories: EQUAL, EQUIVALENT, JUDGED_SAME, MESSAGE; DIFFERENT_KIND, DIFFERENT_TOOL,
+        DIFFERENT_COUNT, DIFFERENT_ARGUMENTS, DIFFERENT_MESSAGE, UNDECODABLE, NO_ACTION."""
+        expected = case.expected
+        if actual.kind in ("none", "malformed"):
+            return Verdict(0.0, "NO_ACTION" if actual.kind == "none" else "UNDECODABLE", actual.detail)
+        harness = _harness(case)
+        if expected.kind == "message" and harness in ("terminus_1", "terminus_2"):
+            return self._compare_turns(case, harness, actual)
+        if expected.kind != actual.kind:
+            return Verdict(0.0, "DIFFERENT_KIND", f"the expert {'calls a tool' if expected.calls else 'talks'}")
+        if expected.kind == "message":
+            return self._compare_messages(case, actual)
+        if len(actual.calls) < len(expected.calls) or (
+            len(actual.calls) > len(expected.calls) and not self.extra_calls
+        ):
+            return Verdict(0.0, "DIFFERENT_COUNT", f"{len(expected.calls)} calls expected, {len(actual.calls)} made")
+        return self._compare_calls(case, actual)
+
+    def _compare_messages(self, case: Case, actual: Action) -> Verdict:
+        if not actual.content.strip():
+            return Verdict(0.0, "NO_ACTION", "an empty message")
+        if "message" not in self.ask_judge:
+            return Verdict(1.0, "MESSAGE")
+        return self._ruling(case, "message", case.expected.content, actual.content, "DIFFERENT_MESSAGE")
+
+    def _ruling(self, case: Case, kind: str, expected: str, actual: str, otherwise: str) -> Verdict:
+        assert self.judge is not None, "load_verifier connects the judge"
+        ruling = self.judge.equivalent(kind, case, expected, actual)
+        category = "JUDGED_SAME" if ruling.same else otherwise
+        return Verdict(float(ruling.same), category, ruling.detail, figures={"votes": ruling.votes})
+
+    def _compare_calls(self, case: Case, actual: Action) -> Verdict:
+        wanted, found = case.expected.calls, actual.calls
+        results = {}
+        for i, call in enumerate(wanted):
+            expert = self._arguments(call, fault=True)
+            for j, other in enumerate(found):
+                if call.name == other.name:
+                    results[i, j] = self._compare_call(case, call, expert, other)
+        edges = [
+            [j for j in range(len(found)) if (i, j) in results and not results[i, j].differences]
+            for i in range(len(wanted))
+        ]
+        matched = max_matching(edges, range(len(wanted)), [1] * len(found))
+        if len(matched) == len(wanted):
+            rules = sorted({rule for i, row in enumerate(edges) for rule in results[i, row[0]].touched})
+            return Verdict(1.0, "EQUIVALENT" if rules else "EQUAL", rules=tuple(rules))
+        i = next(i for i in range(len(wanted)) if i not in matched)
+        tried = [result for (row, _), result in results.items() if row == i and result.differences]
+        if not tried:
+            names = ", ".join(sorted({call.name for call in found}))
+            return Verdict(0.0, "DIFFERENT_TOOL", f"{wanted[i].name} expected, found {short(names)}")
+        nearest = min(tried, key=lambda result: len(result.differences))
+        undecodable = nearest.differences[0][0] == "json"
+        if (
+            not undecodable
+            and len(wanted) == len(found) == 1
+            and {kind for kind, _ in nearest.differences} <= set(self.ask_judge)
+        ):
+            return self._ruling(
+                case, "action", *(_call_text(c.calls[0]) for c in (case.expected, actual)), "DIFFERENT_ARGUMENTS"
+            )
+        detail = "; ".join(text for _, text in nearest.differences[:3])
+        return Verdict(0.0, "UNDECODABLE" if undecodable else "DIFFERENT_ARGUMENTS", detail)
+
+    def _arguments(self, call: ToolCall, fault: bool) -> dict[str, Any] | None:
+        try:
+            value = decode_json(call.arguments or "{}", self.limits)
+            if isinstance(value, dict):
+                return value
+            reason = f"{type(value).__name__} instead of an object"
+        except ValueError as error:
+            reason = str(error)
+        if fault:  # the row is at fault, not the policy: the candidate is excluded
+            raise VerifierFault("expected_arguments", f"{call.name}: {reason}")
+        return None
+
+    def _compare_call(self, case: Case, expert: ToolCall, wanted: dict[str, Any] | None, call: ToolCall) -> Comparison:
+        schema = _schema(case, call.name)
+        on = frozenset(rule for rule, (default, _) in RULES.items() if self.rules.get(rule, default))
+        overlap = {"search_tokens": self.search_overlap, "prose": self.prose_overlap}
+        c = Comparison(call.name, schema, on, self.kinds, overlap, self.limits.max_work)
+        if self.mode == "tool_name":
+            return c
+        found = self._arguments(call, fault=False)
+        if found is None or wanted is None:
+            c.differ("json", "arguments", "a JSON object", call.arguments)
+            return c
+        left, right = (
+            {key: value for key, value in side.items() if key not in self.ignored_arguments} for side in (wanted, found)
+        )
+        if same_json(left, right):
+            return c
+        ours, theirs = edit_of(call.name, left), edit_of(call.name, right)
+        if ours is not None and theirs is not None:
+            files = case.fields.get("files")
+            compare_edits(c, ours, theirs, files if isinstance(files, Mapping) else {})
+        else:
+            compare_objects(c, "", left, right, schema)
+        return c
+
+    def _compare_turns(self, case: Case, harness: str, actual: Action) -> Verdict:
+        """Terminal turns written as JSON: the same keystrokes, and the same word on whether the task is complete."""
+        turns = []
+        for text in (case.expected.content, text_of_action(actual)):
+            try:
+                turns.append(decode_json(text, self.limits))
+            except ValueError as error:
+                turns.append(str(error))
+        for turn, is_expert in zip(turns, (True, False), strict=True):
+            if not follows_schema(turn, harness):
+                if is_expert:
+                    raise VerifierFault("expected_answer", f"the expert's turn does not follow the schema of {harness}")
+                return Verdict(0.0, "UNDECODABLE", f"no turn of {harness}")
+        wanted, found = turns
+        if says_complete(wanted) != says_complete(found):
+            return Verdict(0.0, "DIFFERENT_ARGUMENTS", f"task complete: {says_complete(wanted)} expected")
+        ours, theirs = keystrokes(wanted), keystrokes(found)
+        if ours == theirs:
+            return Verdict(1.0, "EQUAL")
+        touched: set[str] = set()
+        on = frozenset(rule for rule, (default, _) in RULES.items() if self.rules.get(rule, default))
+
+        def spend(units: int) -> None:
+            if units > self.limits.max_work:
+                raise LimitExceeded(f"more than {self.limits.max_work} units of work")
+
+        if same_command(ours, theirs, on, touched, spend):
+            return Verdict(1.0, "EQUIVALENT", rules=tuple(sorted(touched)))
+        if "shell" in self.ask_judge:
+            return self._ruling(case, "terminal", ours, theirs, "DIFFERENT_ARGUMENTS")
+        return Verdict(0.0, "DIFFERENT_ARGUMENTS", f"{short(ours, 60)} is not {short(theirs, 60)}")
+
+
+def _harness(case: Case) -> str:
+    metadata = case.fields.get("metadata")
+    return str(case.fields.get("harness") or (metadata.get("harness") if isinstance(metadata, dict) else "") or "")
+
+
+def _schema(case: Case, name: str) -> Mapping[str, Any]:
+    declared = case.fields.get("declared_tools")
+    for tool in case.tools if declared is None else declared:
+        function = tool.get("function", tool) if isinstance(tool, dict) else {}
+        if function.get("name") == name:
+            return function.get("parameters") or {}
+    return {}
+
+
+def _call_text(call: ToolCall) -> str:
+    return f"{call.name}({call.arguments})"
