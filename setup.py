@@ -27,6 +27,9 @@ setup(
             "datasketch>=1.6",
             "jsonschema>=4.18",
         ],
+        # terminal_multi_harness: schemas in OpenAPI's dialect, as NeMo-Gym validates them; patterns with a time limit; the judge
+        "verifiers": ["openapi-schema-validator>=0.6", "jsonschema>=4.18", "regex>=2024.4", "httpx>=0.27"],
+        "serve": ["starlette>=0.40", "uvicorn>=0.30"],
         "report": ["matplotlib>=3.8", "jinja2>=3.1"],
         "gguf": ["gguf>=0.17"],  # only to convert a GGUF checkpoint: benchmarks/convert_smollm2.py
         "tensorboard": ["tensorboard>=2.16"],

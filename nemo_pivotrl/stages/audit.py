@@ -87,9 +87,7 @@ class Audit:
         return found
 
 
-CONTENT_PROBES = frozenset(
-    "garbage_message garbage_arguments garbage_keystrokes destructive_command shuffled_arguments other_row".split()
-)
+CONTENT_PROBES = frozenset("garbage_message garbage_arguments garbage_keystrokes destructive_command".split())
 """Wrong probes of the right kind and tool: what they share with the expert is the form alone."""
 
 

@@ -287,7 +287,8 @@ def _same_text(c: Comparison, expected: str, actual: str, schema: Mapping[str, A
     if kind == "query":
         return c.allows("search_tokens", word_share(expected, actual) >= c.overlap["search_tokens"])
     if kind == "prose":
-        return c.allows("prose", word_share(expected, actual) >= c.overlap["prose"])
+        share = word_share(expected, actual) >= c.overlap["prose"] and not contradicts(expected, actual)
+        return c.allows("prose", share)
     return bool(ISO.match(expected)) and c.allows(
         "dates", (at := _instant(expected)) is not None and at == _instant(actual)
     )
@@ -381,6 +382,14 @@ def _tokens(code: str) -> list[tuple[int, str]] | None:
     except (tokenize.TokenError, SyntaxError, UnicodeError):
         return None
     return found
+
+
+def contradicts(expected: str, actual: str) -> bool:
+    """Whether each text has a number or an identifier with digits that the other has not."""
+    left, right = (
+        {w for w in re.findall(r"\w+", text.casefold()) if any(map(str.isdigit, w))} for text in (expected, actual)
+    )
+    return not (left <= right or right <= left)
 
 
 def word_share(expected: str, actual: str) -> float:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import dataclass
 from difflib import SequenceMatcher
 from itertools import accumulate
 from typing import Any
@@ -14,8 +15,6 @@ from typing import Any
 from nemo_pivotrl.config import Limits
 from nemo_pivotrl.records import Action
 
-SMALL = 250_000
-"""Below this product of lengths the ratio is always computed in full: a few milliseconds at worst."""
 STEP = 4
 """Units of `Limits.max_work` that one inner step of difflib's search costs (measured: about 80 ns)."""
 
@@ -57,45 +56,51 @@ def decode_json(text: str, limits: Limits) -> Any:
     raise ValueError("nested too deeply")
 
 
-def ratio(first: str, second: str, max_work: int, at_least: float = 0.0) -> float:
+@dataclass(frozen=True, slots=True)
+class Ratio:
+    """A similarity of two texts, or a bound on it that decides all the same."""
+
+    value: float
+    exact: bool = True
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """For a verdict: `similarity`, or `similarity_bound` where it was not worked out to the end."""
+        return {"similarity" if self.exact else "similarity_bound": self.value}
+
+
+def ratio(first: str, second: str, max_work: int, at_least: float = 0.0) -> Ratio:
     """`difflib.SequenceMatcher(None, first, second).ratio()`, default heuristics included, at a bounded cost.
 
-    The order of the arguments matters, as it does to difflib. Where the exact number would be dear and an upper bound
-    already lies below `at_least`, that bound is returned. Raises LimitExceeded when it is undecided after `max_work`.
+    The order of the arguments matters, as it does to difflib. When `max_work` is spent, what has been matched and what may
+    yet be give bounds: one on the same side of `at_least` as the ratio is returned. Raises LimitExceeded where neither
+    bound decides.
     """
     if first == second:
-        return 1.0
+        return Ratio(1.0)
     total = len(first) + len(second)
-    dear = len(first) * len(second) > SMALL
-    if dear:
-        bound = 2.0 * min(len(first), len(second)) / total
-        if bound >= at_least:
-            bound = 2.0 * (Counter(first) & Counter(second)).total() / total
-        if bound < at_least:
-            return bound
     matcher = SequenceMatcher(None, first, second)
+    places: dict[str, list[int]] = matcher.b2j  # type: ignore[attr-defined]
     # what difflib's search visits for first[i]: every place of that character in `second` that it has indexed
-    visits = [0, *accumulate(len(matcher.b2j.get(c, ())) + 1 for c in first)]
-    matched, work = 0, 0
+    visits = [0, *accumulate(len(places.get(c, ())) + 1 for c in first)]
+    matched = work = 0
     pending = [(0, len(first), 0, len(second))]
     while pending:
-        alo, ahi, blo, bhi = pending.pop()
+        alo, ahi, blo, bhi = pending[-1]
         work += STEP * (visits[ahi] - visits[alo])
         if work > max_work:
-            raise LimitExceeded(
-                f"more than {max_work} units of work to compare {len(first)} and {len(second)} characters"
-            )
+            break
+        pending.pop()
         i, j, size = matcher.find_longest_match(alo, ahi, blo, bhi)
-        if not size:
-            continue
-        matched += size
-        pending += [
-            part
-            for part in ((alo, i, blo, j), (i + size, ahi, j + size, bhi))
-            if part[0] < part[1] and part[2] < part[3]
-        ]
-        if dear:
-            reachable = matched + sum(min(b - a, d - c) for a, b, c, d in pending)
-            if 2.0 * reachable / total < at_least:
-                return 2.0 * reachable / total
-    return 2.0 * matched / total if total else 1.0
+        if size:
+            matched += size
+            parts = ((alo, i, blo, j), (i + size, ahi, j + size, bhi))
+            pending += [part for part in parts if part[0] < part[1] and part[2] < part[3]]
+    if not pending:
+        return Ratio(2.0 * matched / total)
+    sure = 2.0 * matched / total
+    common = (Counter(first) & Counter(second)).total()
+    possible = 2.0 * min(common, matched + sum(min(b - a, d - c) for a, b, c, d in pending)) / total
+    if possible < at_least or (sure >= at_least and at_least > 0.0):
+        return Ratio(possible if possible < at_least else sure, exact=False)
+    raise LimitExceeded(f"more than {max_work} units of work to compare {len(first)} and {len(second)} characters")

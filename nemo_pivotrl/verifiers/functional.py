@@ -47,7 +47,10 @@ RULES: dict[str, tuple[bool, str]] = {
     "python_tokens": (True, "Python code up to comments, blank lines, indentation width and quotes"),
     "edit_effect": (True, "edits that change the same text, whatever of the surroundings they quote"),
     "search_tokens": (True, "search queries that share enough words (`search_overlap`)"),
-    "prose": (True, "free texts (summaries, reasons, thoughts) that share enough words (`prose_overlap`)"),
+    "prose": (
+        True,
+        "free texts (summaries, reasons, thoughts) that share enough words (`prose_overlap`) and contradict in no number",
+    ),
     "shell_argv": (True, "shell commands as parsed commands; the ground of the other shell rules"),
     "shell_quoting": (True, "quotes that do not change a word"),
     "shell_flag_order": (True, "options in any order, and among the operands where the command allows it"),

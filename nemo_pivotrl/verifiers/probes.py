@@ -14,6 +14,7 @@ from typing import Any
 
 from nemo_pivotrl.records import Action, Case, ToolCall
 from nemo_pivotrl.verifiers.arguments import PATH_NAME, snake
+from nemo_pivotrl.verifiers.swe import category_of
 from nemo_pivotrl.verifiers.terminus import TURN
 
 GARBAGE = "xq zvk wwj 7731"
@@ -71,8 +72,17 @@ def right(case: Case) -> Iterator[tuple[str, Action]]:
             yield "blank_at_the_end", _with_arguments(expected, {**arguments, key: value + " "})
             if PATH_NAME.search(snake(key)) and not value.startswith(("/", ".", "~")) and "://" not in value:
                 yield "dot_before_a_path", _with_arguments(expected, {**arguments, key: "./" + value})
-        shell = isinstance(value, str) and key in SHELL_ARGUMENTS and value.startswith(CLUSTERED_COMMANDS)
-        if shell and CLUSTER.search(value):
+        shell = isinstance(value, str) and key in SHELL_ARGUMENTS and category_of(expected.calls[0].name) == "bash"
+        if (
+            isinstance(declared, Mapping)
+            and declared.get("uniqueItems") is True
+            and isinstance(value, list)
+            and len(value) > 1
+        ):
+            yield "set_in_another_order", _with_arguments(expected, {**arguments, key: value[::-1]})
+        if shell and value[:1].isalnum():
+            yield "variable_before_a_command", _with_arguments(expected, {**arguments, key: "NO_COLOR=1 " + value})
+        if shell and value.startswith(CLUSTERED_COMMANDS) and CLUSTER.search(value):
             apart = CLUSTER.sub(lambda found: " ".join("-" + letter for letter in found[1]), value, count=1)
             yield "shell_flags_apart", _with_arguments(expected, {**arguments, key: apart})
     for key, declared in properties.items():
@@ -93,6 +103,7 @@ def wrong(case: Case) -> Iterator[tuple[str, Action]]:
     yield "talk_instead_of_call", Action("message", "Let me think about it.")
     first = expected.calls[0]
     yield "unknown_tool", Action("calls", "", (replace(first, name=UNKNOWN_TOOL), *expected.calls[1:]))
+    yield "further_call", Action("calls", "", (*expected.calls, ToolCall(UNKNOWN_TOOL, "{}")))
     yield "broken_json", Action("calls", "", (replace(first, arguments='{"x": '), *expected.calls[1:]))
     arguments = _decode(first)
     if not arguments:
@@ -114,6 +125,12 @@ def _changed(arguments: dict[str, Any], properties: Mapping[str, Any]) -> Iterat
         fixed = isinstance(declared, Mapping) and "enum" in declared
         if isinstance(value, str) and len(value.split()) > 1 and not fixed:
             yield "destructive_command", {**arguments, key: DESTRUCTIVE}
+        if isinstance(value, str) and len(arguments) > 1 and not fixed:
+            yield "garbage_in_one_argument", {**arguments, key: GARBAGE}
+        if isinstance(value, str) and len(value) > 2000:
+            yield "changed_past_2000_characters", {**arguments, key: value[:2000] + GARBAGE}
+        if type(value) is int and value == 1:
+            yield "true_for_one", {**arguments, key: True}
         if isinstance(value, str) and re.search(r"\d", value):
             yield "another_digit", {**arguments, key: re.sub(r"\d(?=\D*$)", lambda d: str((int(d[0]) + 1) % 10), value)}
         elif isinstance(value, bool):
@@ -124,8 +141,11 @@ def _changed(arguments: dict[str, Any], properties: Mapping[str, Any]) -> Iterat
             other = next((option for option in declared["enum"] if option != value), None)
             if other is not None:
                 yield "another_option", {**arguments, key: other}
-    if len(arguments) > 1:
-        yield "argument_left_out", dict(list(arguments.items())[:-1])
+    for key in list(arguments)[::-1]:
+        declared = properties.get(key)
+        if len(arguments) > 1 and not (isinstance(declared, Mapping) and "default" in declared):
+            yield "argument_left_out", {k: v for k, v in arguments.items() if k != key}
+            return
 
 
 def _garbage(value: Any) -> Any:

@@ -167,7 +167,7 @@ class Swe:
         return 0.5 + 0.5 * (similarity - part) / (full - part)
 
     def _ratio(self, actual: str, expected: str) -> float:
-        return ratio(actual[:MAX_COMPARED_CHARS], expected[:MAX_COMPARED_CHARS], self.limits.max_work)
+        return ratio(actual[:MAX_COMPARED_CHARS], expected[:MAX_COMPARED_CHARS], self.limits.max_work).value
 
     def _same_target(self, found_kind: str, found: Any, wanted_kind: str, wanted: Any) -> bool:
         kinds = {found_kind, wanted_kind}

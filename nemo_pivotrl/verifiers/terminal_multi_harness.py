@@ -295,7 +295,9 @@ class TerminalMultiHarness:
         at_least = self.string_similarity_threshold if threshold is None else float(threshold)
 
         def similar(first: str, second: str) -> bool:
-            figures["similarity"] = ratio(first, second, self.limits.max_work, at_least)
-            return bool(figures["similarity"] >= at_least)
+            similarity = ratio(first, second, self.limits.max_work, at_least)
+            figures.clear()
+            figures.update(similarity.figures)
+            return similarity.value >= at_least
 
         return rule(wanted, found, similar), ""

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 from nemo_pivotrl.config import Limits, ranged
 from nemo_pivotrl.records import Action, Case, Verdict
 from nemo_pivotrl.verifiers import Judging, VerifierFault
-from nemo_pivotrl.verifiers.bounds import decode_json, ratio
+from nemo_pivotrl.verifiers.bounds import Ratio, decode_json, ratio
 
 NUMBER = (int, float)
 # field -> (type, required); `commands` is a list of objects with the fields of COMMAND; no other fields are allowed
@@ -133,8 +133,9 @@ class Terminus:
                 threshold = self.string_similarity_threshold
             elif isinstance(threshold, bool) or not isinstance(threshold, (int, float)):
                 raise VerifierFault("row_threshold", f"the row's threshold is {threshold!r}, not a number")
-            figures["similarity"] = similarity = self._similarity(wanted, found, threshold)
-            if similarity >= threshold:
+            similarity = self._similarity(wanted, found, threshold)
+            figures |= similarity.figures
+            if similarity.value >= threshold:
                 return Verdict(1.0, "none", figures=figures)
             if not self.enable_llm_judge:
                 return Verdict(0.0, "string_similarity_below_threshold", figures=figures)
@@ -147,7 +148,7 @@ class Terminus:
             float(ruling.same), "none" if ruling.same else "judge_not_equivalent", ruling.detail, figures=figures
         )
 
-    def _similarity(self, wanted: dict[str, Any], found: dict[str, Any], threshold: float) -> float:
+    def _similarity(self, wanted: dict[str, Any], found: dict[str, Any], threshold: float) -> Ratio:
         if not wanted["commands"] or not found["commands"]:
-            return float(bool(wanted["commands"]) == bool(found["commands"]))
+            return Ratio(float(bool(wanted["commands"]) == bool(found["commands"])))
         return ratio(keystrokes(wanted), keystrokes(found), self.limits.max_work, threshold)
