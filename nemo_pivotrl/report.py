@@ -72,6 +72,8 @@ def gather(recipe: Recipe) -> tuple[dict[str, Any], dict[str, str]]:
     plots: dict[str, str] = {}
     if recipe.path("candidates.audit.json").exists():
         numbers["audit"] = json.loads(recipe.path("candidates.audit.json").read_text(encoding="utf-8"))
+    if recipe.path("audit.json").exists():
+        numbers["verifier"] = json.loads(recipe.path("audit.json").read_text(encoding="utf-8"))
     if recipe.path("profiles.jsonl").exists():
         read_header(recipe.path("profiles.jsonl"), "profiles")
         _profiles(recipe, numbers, plots)

@@ -8,6 +8,9 @@ from pathlib import Path
 
 from conftest import ROOT, SMALL
 
+from nemo_pivotrl import cli
+from nemo_pivotrl.verifiers import VERIFIERS
+
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = [
     line.strip().split("#")[0].strip() for line in README.splitlines() if re.match(r"    (make|nemo-pivotrl) ", line)
@@ -40,23 +43,35 @@ def test_the_readme_shows_the_commands_this_file_runs() -> None:
         "nemo-pivotrl select recipes/pivotrl/tiny.yaml --print-config",
         "nemo-pivotrl select recipes/pivotrl/tiny.yaml select.lambda_diff=0.6",
         "nemo-pivotrl export recipes/pivotrl/tiny.yaml",
+        "nemo-pivotrl audit recipes/pivotrl/tiny.yaml verifier.name=functional",
+        "nemo-pivotrl verify --verifier functional runs/quickstart/profiles.jsonl verdicts.jsonl",
+        "nemo-pivotrl rescore recipes/pivotrl/tiny.yaml verifier.name=functional",
+        "nemo-pivotrl serve-verifier --verifier functional --port 8911",  # served in test_verify
     ]
 
 
 def test_every_stage_command_of_the_readme_runs(trained: Path, tmp_path: Path) -> None:
     shutil.copytree(trained, tmp_path / "run")
     for command in COMMANDS:
-        if command.startswith("nemo-pivotrl") and "STAGE" not in command:
-            assert run(*command.split()[1:], folder=tmp_path / "run")
+        words = command.split()[1:]
+        if words[0] == "verify":
+            files = [str(tmp_path / "run/profiles.jsonl"), str(tmp_path / "verdicts.jsonl")]
+            assert cli.main([*words[:-2], *files]) == 0 and (tmp_path / "verdicts.jsonl").read_text()
+        elif command.startswith("nemo-pivotrl") and "STAGE" not in command and words[0] != "serve-verifier":
+            assert run(*words, folder=tmp_path / "run")
     rows = (tmp_path / "run/gym/train.jsonl").read_text().splitlines()
     assert rows and "nemo_pivotrl" not in rows[0] and '"expected_action"' in rows[0]
 
 
 def test_every_stage_of_the_readmes_table_exists_and_no_other() -> None:
-    from nemo_pivotrl.cli import STAGES
+    stages = README.partition("| stage | does |")[2].partition("\n\n")[0]
+    assert set(re.findall(r"^\| `(\w+)` \|", stages, flags=re.MULTILINE)) == set(cli.STAGES) - {"world"}
 
-    table = re.findall(r"^\| `(\w+)` \|", README, flags=re.MULTILINE)
-    assert set(table) == set(STAGES) - {"world"}
+
+def test_every_verifier_of_the_readmes_table_exists_and_no_other() -> None:
+    table = README.partition("| verifier | judges |")[2].partition("\n\n")[0]
+    first = " ".join(line.split("|")[1] for line in table.splitlines() if line.startswith("| `"))
+    assert set(re.findall(r"`(\w+)`", first)) == set(VERIFIERS)
 
 
 def test_make_quickstart_is_the_run_command_and_the_run_command_works(tmp_path: Path) -> None:

@@ -100,32 +100,40 @@ def audit(recipe: Recipe, fresh: bool = False) -> Path:
     read_header(source, "candidates")
     candidates = [responses.candidate_of_row(row) for row in read_rows(source)]
     verifier, verifier_id = load_recipe_verifier(recipe)
-    found = run_audit(recipe, candidates, verifier)
-    header = Header("audit", recipe.digest("audit"), parent=file_digest(source), verifier=verifier_id)
-    with ArtefactWriter(recipe.path("audit.jsonl"), header, fresh=True) as writer:
-        writer.write(_rows(found))
-        path = writer.finish()
-    summary = summarise(found)
-    if verifier.asks_judge:
-        summary["judge"] = judge_agreement(recipe, verifier)
-    write_atomically(recipe.path("audit.json"), json_line(summary).decode())
+    found, summary = audit_candidates(recipe, candidates, verifier, verifier_id)
     print(tables(found, summary))
-    print(f"-> {path}, {recipe.path('audit.json')}")
+    print(f"-> {recipe.path('audit.jsonl')}, {recipe.path('audit.json')}")
     stop_on_gold_failures(recipe, found)
-    return path
+    return recipe.path("audit.jsonl")
 
 
-def audit_sample(recipe: Recipe, candidates: Sequence[Candidate], verifier: Verifier) -> None:
-    """The audit that `profile` runs first: one line, and InputError where the experts do not pass."""
-    found = run_audit(recipe, candidates, verifier)
-    tried = [p for probes_ in found.probes.values() for p in probes_]
-    wrong = [p for p in tried if p.side == WRONG]
+def audit_first(recipe: Recipe, candidates: Sequence[Candidate], verifier: Bounded, verifier_id: str) -> None:
+    """The audit that `profile` runs before it: one line said, and InputError where the experts do not pass."""
+    found, summary = audit_candidates(recipe, candidates, verifier, verifier_id)
+    wrong = [p for tried in found.probes.values() for p in tried if p.side == WRONG]
     print(
-        f"audit of {len(found.probes)} candidates: {len(found.gold_failures())} experts rejected, "
-        f"{sum(bool(p.reward) for p in wrong)} of {len(wrong)} wrong actions accepted, {len(found.unlosable())} candidates "
+        f"audit of {len(found.probes)} candidates: {len(summary['gold_failures'])} experts rejected, "
+        f"{sum(bool(p.reward) for p in wrong)} of {len(wrong)} wrong actions accepted, {len(summary['unlosable'])} candidates "
         "that any content wins (`nemo-pivotrl audit` says which)"
     )
     stop_on_gold_failures(recipe, found)
+
+
+def audit_candidates(
+    recipe: Recipe, candidates: Sequence[Candidate], verifier: Bounded, verifier_id: str
+) -> tuple[Audit, dict[str, Any]]:
+    """Run the audit and write its files."""
+    found = run_audit(recipe, candidates, verifier)
+    summary = summarise(found) | {"verifier": verifier_id}
+    if verifier.asks_judge:
+        summary["judge"] = judge_agreement(recipe, verifier)
+    source = recipe.path("candidates.jsonl")
+    header = Header("audit", recipe.digest("audit"), parent=file_digest(source), verifier=verifier_id)
+    with ArtefactWriter(recipe.path("audit.jsonl"), header, fresh=True) as writer:
+        writer.write(_rows(found))
+        writer.finish()
+    write_atomically(recipe.path("audit.json"), json_line(summary).decode())
+    return found, summary
 
 
 def judge_agreement(recipe: Recipe, verifier: Bounded) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from nemo_pivotrl.records import (
     read_header,
     read_rows,
 )
-from nemo_pivotrl.stages.audit import audit_sample
+from nemo_pivotrl.stages.audit import audit_first
 from nemo_pivotrl.stages.ledger import spend
 from nemo_pivotrl.stages.progress import progress
 from nemo_pivotrl.stages.rollout import (
@@ -67,7 +67,7 @@ def profile(recipe: Recipe, fresh: bool = False) -> Path:
         report_failures([profile_of_row(row) for row in read_rows(path)], recipe, path)
         return path
     if recipe.audit.before_profile:
-        audit_sample(recipe, candidates, verifier)
+        audit_first(recipe, candidates, verifier, verifier_id)
     backend = backends.load(recipe.policy)
     with ArtefactWriter(path, header, fresh) as writer, spend(Path(recipe.run_dir), "profile") as cost:
         _profile_rest(recipe, candidates, writer, backend, chat, verifier)
