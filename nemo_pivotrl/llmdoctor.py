@@ -1,0 +1,552 @@
+"""The LLMdoctor paper (arXiv 2601.10416) in one file, pure: token rewards, TFPO, guided decoding.
+
+Shapes: `N` answers (rows), `T` tokens, `S` = T+1 states, `P` pairs; when decoding `R` requests, `V` vocabulary columns,
+`D` doctors. State s is the prompt and the answer's first s tokens: a token is an edge from its state to the next. Logs
+are natural, in nats. `B.n` are sections of the specification, `B.9 n` rows of its table of choices; nobody here could
+read more of the paper than its abstract, so a default of that table is a choice, never "the paper's value".
+
+Deviations from the paper as others report it:
+- log Q is kappa times the running reward (B.9 6). A running sum as Q itself is <= 0 on every rejected prefix;
+- the head gives log V (B.9 7), 0 at the state after EOS (B.9 8) and one value for both answers at the prompt: with
+  either missing, V can absorb any policy and the preference is not identified. `ended` False leaves an end free;
+- squared residuals are averaged over the sub-trajectories of an answer, the paper sums them (`reduction`, B.9 9). Both
+  come from moments, in O(T): over all pairs m < n, sum (c_n - c_m)^2 = S * sum (c - mean)^2 (B.4.4);
+- sub-trajectories may be weighted by decay^(n-m) (`decay`; 1 is the paper);
+- log pi may be taken relative to a reference (`anchor`, B.9 10); the paper has none and so no language prior (B.4.4 4);
+- the value hinge compares the two answers where they part (B.9 11), the only prefix at which data has two next tokens;
+- `mixture` divides by a reference where it is given one (B.9 16).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+# ---- stage 1: token rewards ----
+
+
+class TokenRewards(NamedTuple):
+    """Stage 1 for a batch of answers, each [N, T], 0 outside the mask."""
+
+    importance: Tensor
+    """Delta (nats, >= 0): how far the two faces' log-probabilities of the token lie apart."""
+    smoothed: Tensor
+    """S = tanh(Delta / (mean Delta + eps) / tau), in [0, 1). Scale-free: look at `importance` before trusting it."""
+    rewards: Tensor
+    """r = +S on chosen answers and -S on rejected ones where S > theta, else 0."""
+
+
+def token_rewards(
+    positive: Tensor, negative: Tensor, mask: Tensor, chosen: Tensor, tau: float, theta: float, eps: float
+) -> TokenRewards:
+    """Importance, smoothing, threshold and sign of B.3 (B.9 3-5; that table sets tau 1.0, theta 0.5, eps 1e-6).
+
+    positive, negative [N, T]: log-probabilities (nats) of the same answer tokens under the patient's two faces, from
+    the same engine in the same precision. mask [N, T] bool: answer tokens, EOS included, prompt and padding not; the
+    mean is taken over them, answer by answer. chosen [N] bool. The threshold is strict, hence identical faces give
+    rewards of exactly 0. Which face prefers the token plays no part: the label alone gives the sign.
+
+    Raises ValueError for a log-probability inside the mask that is not finite, and for settings out of range.
+    """
+    if not (tau > 0 and eps > 0 and 0 <= theta < 1):
+        raise ValueError(f"tau and eps must be > 0 and theta in [0, 1): got tau {tau}, eps {eps}, theta {theta}")
+    broken = ~(positive.isfinite() & negative.isfinite()) & mask
+    if bool(broken.any()):
+        row, token = broken.nonzero()[0].tolist()
+        raise ValueError(
+            f"answer {row}, token {token}: log-probabilities {float(positive[row, token])} and "
+            f"{float(negative[row, token])} are not finite; a face that excludes the token has no importance to give"
+        )
+    importance = (_wide(positive) - _wide(negative)).abs().masked_fill(~mask, 0.0)
+    mean = importance.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
+    smoothed = torch.tanh(importance / (mean + eps) / tau)
+    signed = torch.where(chosen[:, None], smoothed, -smoothed)
+    return TokenRewards(importance, smoothed, torch.where(smoothed > theta, signed, torch.zeros_like(signed)))
+
+
+class RewardDiagnostics(NamedTuple):
+    """How much signal stage 1 found, answer by answer, each [N]; kept share = sum of `kept` / sum of `tokens`."""
+
+    tokens: Tensor
+    kept: Tensor
+    """Tokens with a non-zero reward. Theta 0.1 keeps most tokens (> 90 % of exponential importances), 0.9 keeps 23 %."""
+    importance: Tensor
+    """Mean Delta (nats a token)."""
+    agreement: Tensor
+    """Share of the summed Delta from tokens which the face that the label calls for prefers; 0.5 is chance, 0 if none."""
+    noise: Tensor | None
+    """Mean difference (nats a token) of one face scored twice: `importance` near it is noise that S would amplify."""
+
+
+def reward_diagnostics(
+    found: TokenRewards,
+    positive: Tensor,
+    negative: Tensor,
+    mask: Tensor,
+    chosen: Tensor,
+    positive_again: Tensor | None = None,
+) -> RewardDiagnostics:
+    """Diagnostics of `token_rewards`. positive_again [N, T]: the positive face scored a second time (B.10)."""
+    tokens = mask.sum(1)
+    right_face = torch.where(chosen[:, None], positive > negative, negative > positive)
+    total = found.importance.sum(1)
+    agreement = (found.importance * right_face).sum(1) / torch.where(total > 0, total, torch.ones_like(total))
+    noise = None
+    if positive_again is not None:
+        apart = (_wide(positive) - _wide(positive_again)).abs().masked_fill(~mask, 0.0)
+        noise = apart.sum(1) / tokens.clamp(min=1)
+    return RewardDiagnostics(tokens, (found.rewards != 0).sum(1), total / tokens.clamp(min=1), agreement, noise)
+
+
+# ---- stage 2: TFPO ----
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TfpoSettings:
+    """Numbers and switches of TFPO; the recipe holds the defaults."""
+
+    kappa: float
+    """Nats of log Q a unit of reward (B.9 6); > 0, a negative one would teach the reverse preference."""
+    length_normalize: bool
+    """Divide kappa by the answer's number of tokens (B.9 6)."""
+    reduction: Literal["pair_mean", "sum"]
+    """Over the sub-trajectories of one answer: (weighted) mean, or the paper's literal sum (B.9 9)."""
+    decay: float
+    """Weight decay^(n-m) of a sub-trajectory of n-m tokens; in (0, 1], 1 weighs all alike."""
+    anchor: Literal["none", "reference"]
+    value_weight: float
+    """The paper's lambda (B.9 13)."""
+    gamma: float
+    """Margin of the value hinge, in nats, or in units of V with `linear_margin` (B.9 12-13)."""
+    value_pairs: Literal["divergence", "position"]
+    """Compare where the answers part, or at every aligned position from there on whose rewards are > 0 > (B.9 11)."""
+    linear_margin: bool
+    """Hinge on V instead of log V (B.9 12); V overflows fp32 above 88 nats and is 0 below -103."""
+
+    def __post_init__(self) -> None:
+        if not (self.kappa > 0 and 0 < self.decay <= 1 and self.gamma >= 0 and self.value_weight >= 0):
+            raise ValueError(
+                "kappa must be > 0, decay in (0, 1], gamma and value_weight >= 0: got kappa "
+                f"{self.kappa}, decay {self.decay}, gamma {self.gamma}, value_weight {self.value_weight}"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """What the data alone decides about a batch. The fields [N, S] can be cut along S for context parallelism."""
+
+    edge: Tensor
+    """[N, S] bool: the token taken in this state belongs to the answer."""
+    step: Tensor
+    """[N, S] nats: growth of log Q by that token, 0 where there is none."""
+    state: Tensor
+    """[N, S] bool: the answer's L+1 states, from the prompt's end to the state after its last token."""
+    start: Tensor
+    """[N, S] bool: the first of them, s_0."""
+    pinned: Tensor
+    """[N, S] bool: the last of them, where the answer ended with EOS: log V is 0 there."""
+    comparison: Tensor
+    """[N, S] long: index into the flattened `comparison_weight` of the hinge that reads this state, or -1."""
+    comparison_weight: Tensor
+    """[P, 1] or [P, T]: weight of each hinge, summing to 1 a pair, or to 0 in a pair that has none."""
+    pairs: Tensor
+    """[P, 2] long: rows of the chosen and of the rejected answer."""
+    target: Tensor
+    """[N] nats: log Q of the whole answer."""
+
+    def columns(self, first: int, last: int) -> Layout:
+        """The piece of every row that holds states first..last-1; weights, pairs and target stay whole."""
+        whole = (self.edge, self.step, self.state, self.start, self.pinned, self.comparison)
+        edge, step, state, start, pinned, comparison = (x[:, first:last] for x in whole)
+        return replace(self, edge=edge, step=step, state=state, start=start, pinned=pinned, comparison=comparison)
+
+
+def log_q_steps(rewards: Tensor, mask: Tensor, kappa: float, length_normalize: bool) -> Tensor:
+    """Growth of log Q by each token [N, T], nats: log Q(s_t) = sum of the first t of them, log Q(s_0) = 0 (B.9 6)."""
+    steps = kappa * _wide(rewards).masked_fill(~mask, 0.0)
+    return steps / mask.sum(1, keepdim=True).clamp(min=1) if length_normalize else steps
+
+
+def plan(
+    token_ids: Tensor, rewards: Tensor, mask: Tensor, ended: Tensor, pairs: Tensor, settings: TfpoSettings
+) -> Layout:
+    """The layout of a batch of answers, before any sharding.
+
+    token_ids, rewards, mask (bool) [N, T]: column t is the token taken in state t, so a row that holds its prompt, too,
+    has the whole sequence's T = length - 1 predictions, prompt masked out. Padding may stand on either side, and masked
+    tokens may stand in between: they are not the doctor's, and the row counts as if they were cut out. ended [N] bool:
+    the last token is EOS (True) or the answer was truncated. pairs [P, 2]: rows of chosen and rejected answers to the
+    same prompt; a row belongs to one pair at most (ValueError), and counts only as a member of a pair.
+    """
+    if len(set(pairs.flatten().tolist())) != pairs.numel():
+        raise ValueError(f"a row is in more than one pair: {pairs.tolist()}; repeat the row instead")
+    rank = mask.cumsum(1)
+    last = mask & (rank == rank[:, -1:])
+    start = pad(mask & (rank == 1), (0, 1))
+    steps = log_q_steps(rewards, mask, settings.kappa, settings.length_normalize)
+    comparison, weight = _comparisons(token_ids, rewards, mask, pairs, settings.value_pairs)
+    return Layout(
+        edge=pad(mask, (0, 1)),
+        step=pad(steps, (0, 1)),
+        state=start | pad(mask, (1, 0)),
+        start=start,
+        pinned=pad(last, (1, 0)) & ended[:, None],
+        comparison=comparison,
+        comparison_weight=weight,
+        pairs=pairs,
+        target=steps.sum(1),
+    )
+
+
+def _comparisons(
+    token_ids: Tensor, rewards: Tensor, mask: Tensor, pairs: Tensor, kind: Literal["divergence", "position"]
+) -> tuple[Tensor, Tensor]:
+    """`comparison` and `comparison_weight` of a layout. Tokens align by their number in the answer, not by column."""
+    better, worse = pairs.unbind(1)
+    column = (~mask).to(torch.uint8).argsort(dim=1, stable=True)  # of the k-th answer token
+    ids, values = token_ids.gather(1, column), rewards.gather(1, column)
+    length = mask.sum(1)
+    both = torch.arange(mask.shape[1], device=mask.device) < torch.minimum(length[better], length[worse])[:, None]
+    differs = (ids[better] != ids[worse]) & both
+    parted = differs.cumsum(1)
+    if kind == "divergence":
+        used = differs & (parted == 1) & (values[better] > values[worse])
+    else:
+        used = both & (parted > 0) & (values[better] > 0) & (values[worse] < 0)
+    pair, token = used.nonzero(as_tuple=True)
+    width = used.shape[1] if kind == "position" else 1
+    number = pair * width + (token if kind == "position" else 0)
+    comparison = torch.full((mask.shape[0], mask.shape[1] + 1), -1, dtype=torch.long, device=mask.device)
+    for rows in (better, worse):
+        comparison[rows[pair], column[rows[pair], token] + 1] = number
+    weight = (used if kind == "position" else used.any(1, keepdim=True)).to(_wide(rewards).dtype)
+    return comparison, weight / weight.sum(1, keepdim=True).clamp(min=1)
+
+
+def unpack(stream: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """Rows [n, longest] of a packed stream [M] whose sequence i lies at cu_seqlens[i] .. cu_seqlens[i+1]-1, 0-filled.
+
+    Log V at every position gives [N, S] as it is. What belongs to tokens (ids, mask, rewards, log-probabilities of the
+    token at that position) gives [N, T] by dropping the first column; log-probabilities of the *next* token, as models
+    with shifted labels return them, by dropping the last one.
+    """
+    lengths = cu_seqlens[1:] - cu_seqlens[:-1]
+    place = torch.arange(int(lengths.max()) if len(lengths) else 0, device=stream.device)
+    outside = place >= lengths[:, None]
+    return stream[(cu_seqlens[:-1, None] + place).masked_fill(outside, 0)].masked_fill(outside, 0)
+
+
+class FlowStatistics(NamedTuple):
+    """All that SubTB needs of a run of states, each [N] (and `torch.stack`able for a collective).
+
+    c of a state is log V + log Q - sum log pi, the latter two counted from where the run begins. `left` moments
+    weigh a state by decay^(states of the run before it), `right` ones by decay^(states after it).
+    """
+
+    total: Tensor
+    """Growth of log Q - sum log pi over the run: what the next run's c must be raised by."""
+    states: Tensor
+    left_weight: Tensor
+    left_mean: Tensor
+    left_m2: Tensor
+    """Weighted sum of squared distances from the weighted mean."""
+    right_weight: Tensor
+    right_mean: Tensor
+    right_m2: Tensor
+    pair_weight: Tensor
+    """Sum of decay^(n-m) over the run's m < n: their number at decay 1."""
+    pair_sum: Tensor
+    """Sum of decay^(n-m) (c_n - c_m)^2 over the run's m < n."""
+
+
+def merge_flow(a: FlowStatistics, b: FlowStatistics, decay: float) -> FlowStatistics:
+    """Statistics of run a followed by run b. Associative; a run without states and edges is neutral.
+
+    Every term added to `pair_sum` is >= 0: nothing cancels, at any decay.
+    """
+    left_b, right_b = b.left_mean + a.total, b.right_mean + a.total
+    across = decay * a.right_weight * b.left_weight
+    spread = decay * (b.left_weight * a.right_m2 + a.right_weight * b.left_m2) + across * (left_b - a.right_mean) ** 2
+    pairs = (a.pair_weight + b.pair_weight + across, a.pair_sum + b.pair_sum + spread)
+    fade = decay**a.states
+    left = _merge_moments(a.left_weight, a.left_mean, a.left_m2, fade * b.left_weight, left_b, fade * b.left_m2)
+    fade = decay**b.states
+    right = _merge_moments(fade * a.right_weight, a.right_mean, fade * a.right_m2, b.right_weight, right_b, b.right_m2)
+    return FlowStatistics(a.total + b.total, a.states + b.states, *left, *right, *pairs)
+
+
+def _merge_moments(
+    weight_a: Tensor, mean_a: Tensor, m2_a: Tensor, weight_b: Tensor, mean_b: Tensor, m2_b: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    weight = weight_a + weight_b
+    share = weight_b / torch.where(weight > 0, weight, torch.ones_like(weight))
+    apart = mean_b - mean_a
+    return weight, mean_a + share * apart, m2_a + m2_b + weight_a * share * apart**2
+
+
+def flow_statistics(gain: Tensor, log_values: Tensor, state: Tensor, decay: float) -> FlowStatistics:
+    """Statistics of one run of states (`state` [N, S] bool; elsewhere log V is ignored, but has to be finite).
+
+    gain [N, S] nats: growth of log Q - log pi by the token taken in a state, 0 where that is none of the answer's.
+
+    c is summed from one-step residuals, which stay small when the doctor is nearly solved while log V and sum log pi
+    grow with the length. Decay 1 takes one cumulative sum; otherwise states are merged two by two, then the runs of
+    two, and so on: O(S) work and memory in log2(S) steps.
+    """
+    index = torch.arange(state.shape[1], device=state.device)
+    # elsewhere log V stays as it was in the last state, or before the first one as it will be: large jumps would cost
+    # the sum its last digits
+    seen = torch.where(state, index, -1).cummax(1).values
+    at = torch.maximum(seen, state.to(torch.uint8).argmax(1, keepdim=True))
+    values = log_values.gather(1, at)
+    residual = (values[:, 1:] - values[:, :-1]) + gain[:, :-1]
+    weight, zero = state.to(gain.dtype), torch.zeros_like(gain)
+    if decay == 1:
+        c, n = pad(residual.cumsum(1), (1, 0)), weight.sum(1)
+        mean = (c * weight).sum(1) / n.clamp(min=1)
+        m2 = ((c - mean[:, None]) ** 2 * weight).sum(1)
+        found = FlowStatistics(zero[:, 0], n, n, mean, m2, n, mean, m2, n * (n - 1) / 2, n * m2)
+    else:
+        runs = FlowStatistics(pad(residual, (0, 1)), weight, weight, zero, zero, weight, zero, zero, zero, zero)
+        while runs.states.shape[1] > 1:
+            if runs.states.shape[1] % 2:
+                runs = FlowStatistics(*(pad(field, (0, 1)) for field in runs))
+            even, odd = (FlowStatistics(*(field[:, i::2] for field in runs)) for i in (0, 1))
+            runs = merge_flow(even, odd, decay)
+        found = FlowStatistics(*(field[:, 0] for field in runs))
+    base = values[:, 0]
+    return found._replace(total=gain.sum(1), left_mean=found.left_mean + base, right_mean=found.right_mean + base)
+
+
+def subtb(flow: FlowStatistics, reduction: Literal["pair_mean", "sum"]) -> Tensor:
+    """Squared SubTB residuals (nats^2) of each answer [N], averaged or summed over its sub-trajectories (B.9 9)."""
+    if reduction == "sum":
+        return flow.pair_sum
+    return flow.pair_sum / torch.where(flow.pair_weight > 0, flow.pair_weight, torch.ones_like(flow.pair_weight))
+
+
+def boundary_values(log_values: Tensor, layout: Layout) -> Tensor:
+    """Log V [N, S] with its boundary conditions: 0 after EOS, at s_0 the mean of the pair's two, 0 outside the mask.
+
+    The two are the same number for a causal model without noise; where a shard holds only one of them, it stays.
+    """
+    values = _wide(log_values).masked_fill(~layout.state | layout.pinned, 0.0)
+    first, held = (values * layout.start).sum(1), layout.start.any(1)
+    partner = torch.arange(len(first), device=first.device)
+    partner[layout.pairs] = layout.pairs.flip(1)
+    shared = torch.where(held & held[partner], (first + first[partner]) / 2, first)
+    return torch.where(layout.start, shared[:, None], values)
+
+
+class TfpoStatistics(NamedTuple):
+    """What one shard of a batch adds to the loss: `flow` merges in the order of states, the other fields add up."""
+
+    flow: FlowStatistics
+    value_margin: Tensor
+    """[P, 1] or [P, T]: V (or log V) after the chosen answer's token minus that after the rejected one's."""
+    log_prob: Tensor
+    """[N] nats: log pi of the answer."""
+    drift: Tensor
+    """[N] nats: log pi - log pi of the reference; 0 without one."""
+
+
+def tfpo_statistics(
+    log_probs: Tensor,
+    log_values: Tensor,
+    layout: Layout,
+    settings: TfpoSettings,
+    reference_log_probs: Tensor | None = None,
+) -> TfpoStatistics:
+    """Statistics of the states that `layout` (or a piece of it, `Layout.columns`) holds; all tensors [N, S].
+
+    log_probs: of the token taken in each state, as models with shifted labels return them. Needs nothing from
+    neighbouring shards. Anything may stand in masked places, even NaN.
+    """
+    if settings.anchor == "reference" and reference_log_probs is None:
+        raise ValueError("anchor: reference needs reference_log_probs of the doctor before training")
+    taken = _wide(log_probs).masked_fill(~layout.edge, 0.0)
+    drift = torch.zeros_like(taken)
+    if reference_log_probs is not None:
+        drift = taken - _wide(reference_log_probs).masked_fill(~layout.edge, 0.0)
+    values = boundary_values(log_values, layout)
+    gain = layout.step - (drift if settings.anchor == "reference" else taken)
+    sign = torch.zeros_like(values[:, 0])
+    sign[layout.pairs[:, 0]], sign[layout.pairs[:, 1]] = 1.0, -1.0
+    compared = layout.comparison >= 0
+    worth = values.masked_fill(~compared, 0.0)  # before exp: what is not compared must not overflow
+    worth = sign[:, None] * compared * (worth.exp() if settings.linear_margin else worth)
+    margin = torch.zeros_like(layout.comparison_weight, dtype=values.dtype).flatten()
+    if len(margin):
+        margin = margin.index_add(0, layout.comparison.clamp(min=0).flatten(), worth.flatten())
+    flow = flow_statistics(gain, values, layout.state, settings.decay)
+    return TfpoStatistics(flow, margin.view_as(layout.comparison_weight), taken.sum(1), drift.sum(1))
+
+
+def merge_shards(shards: Sequence[TfpoStatistics], decay: float) -> TfpoStatistics:
+    """Statistics of whole answers from those of their pieces, given in the order of states (not of ranks).
+
+    On each rank the other ranks' pieces may come without a gradient: it then gets the loss of the whole and exactly
+    its own tensors' share of the gradient.
+    """
+    flow = functools.reduce(lambda a, b: merge_flow(a, b, decay), (shard.flow for shard in shards))
+    margins, log_probs, drifts = zip(*(shard[1:] for shard in shards), strict=True)
+    return TfpoStatistics(flow, *(torch.stack(parts).sum(0) for parts in (margins, log_probs, drifts)))
+
+
+def tfpo_loss_of(
+    found: TfpoStatistics, layout: Layout, normaliser: float, settings: TfpoSettings
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """TFPO loss of (merged) statistics and its metrics, as sums already divided by the global number of pairs.
+
+    `normaliser` counts the pairs of all micro-batches and data-parallel ranks: SubTB is then the mean over answers,
+    chosen and rejected alike (B.9 9), the hinge the mean over pairs, where a pair without a comparison adds 0.
+    Micro-batches add up to the batch; one with everything masked gives a connected zero.
+    """
+    better, worse = layout.pairs.unbind(1)
+    balance = subtb(found.flow, settings.reduction)[layout.pairs].sum() / (2 * normaliser)
+    short = (settings.gamma - found.value_margin).clamp(min=0)
+    hinge = (short * layout.comparison_weight).sum() / normaliser
+    # the total of the last shard enters no residual: without this term its rank could have log pi outside its graph
+    loss = balance + settings.value_weight * hinge + 0.0 * found.flow.total.sum()
+    with torch.no_grad():
+        margin, drift = (x[better] - x[worse] for x in (found.log_prob, found.drift))
+        metrics = {
+            "loss": loss,
+            "subtb": balance,
+            "hinge": hinge,
+            "compared": layout.comparison_weight.sum() / normaliser,
+            "margin": margin.sum() / normaliser,
+            "target_margin": (layout.target[better] - layout.target[worse]).sum() / normaliser,
+            "ordered": (margin > 0).sum() / normaliser,
+            "chosen_drift": found.drift[better].sum() / normaliser,
+            "rejected_drift": found.drift[worse].sum() / normaliser,
+            "ordered_drift": (drift > 0).sum() / normaliser,
+        }
+    return loss, {name: value.detach() for name, value in metrics.items()}
+
+
+def tfpo_loss(
+    log_probs: Tensor,
+    log_values: Tensor,
+    layout: Layout,
+    normaliser: float,
+    settings: TfpoSettings,
+    reference_log_probs: Tensor | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """SubTB over all sub-trajectories plus the value hinge (B.4), and metrics; see `tfpo_loss_of` for the normaliser.
+
+    log_probs, reference_log_probs [N, T], of the token taken in each state; log_values [N, T+1], log V of each state,
+    both from one forward pass. Packed batches go through `unpack` first. Metrics, a mean over pairs each: `subtb`,
+    `hinge`, `compared` (share of pairs with a hinge), `margin` (log pi of chosen minus rejected answer, nats),
+    `target_margin` (what it is when the loss is 0 and both answers ended; the anchored loss sets the drifts'
+    difference to it), `ordered` (margin > 0), and against the reference, 0 without one: `chosen_drift`,
+    `rejected_drift` (nats an answer; the latter rising is rejected text becoming likelier) and `ordered_drift`.
+    """
+    if reference_log_probs is not None:
+        reference_log_probs = pad(reference_log_probs, (0, 1))
+    found = tfpo_statistics(pad(log_probs, (0, 1)), log_values, layout, settings, reference_log_probs)
+    return tfpo_loss_of(found, layout, normaliser, settings)
+
+
+# ---- stage 3: guided decoding ----
+
+
+def mixture(
+    patient: Tensor,
+    doctors: Sequence[Tensor],
+    alpha: Tensor,
+    beta: Tensor,
+    vocab_size: int,
+    references: Sequence[Tensor | None] | None = None,
+) -> Tensor:
+    """Normalised log-probabilities [R, V] of patient^alpha * prod_i (doctor_i / reference_i)^beta_i (B.5, B.9 16).
+
+    patient [R, V], doctors [R, >= vocab_size] each: next-token logits or log-probabilities, each normalised over the
+    first `vocab_size` columns in fp32; columns beyond are padding (B.9 18) and come out as -inf. alpha [R], beta [R, D],
+    of any sign. references: for each doctor None (the paper's product) or the model that it was trained from (ratio).
+
+    A model with weight 0 in a row is not read there: it may hold anything, and beta 0 with alpha 1 gives the patient's
+    log-softmax to the bit. A token that a model with another weight excludes (-inf) is excluded. Raises ValueError for
+    a row in which that leaves no token.
+    """
+    logs = [_log_probs(model, vocab_size) for model in (patient, *doctors)]
+    weights = [alpha, *beta.unbind(1)]
+    if references is not None:
+        for weight, reference in zip(beta.unbind(1), references, strict=True):
+            if reference is not None:
+                logs.append(_log_probs(reference, vocab_size))
+                weights.append(-weight)
+    mixed = torch.zeros_like(logs[0])
+    excluded = torch.zeros_like(mixed, dtype=torch.bool)
+    for weight, log in zip(weights, logs, strict=True):
+        column = weight.to(mixed.dtype)[:, None]
+        mixed = torch.where(column == 0, mixed, mixed + column * log)
+        excluded |= (column != 0) & log.isneginf()
+    if bool(excluded.all(1).any()):
+        row = int(excluded.all(1).nonzero()[0])
+        raise ValueError(f"row {row}: the models exclude every token between them; do they share masks and vocabulary?")
+    mixed = torch.log_softmax(mixed.masked_fill(excluded, -torch.inf), 1)
+    mixed = torch.where(unguided(alpha, beta)[:, None], logs[0], mixed)
+    return pad(mixed, (0, patient.shape[1] - vocab_size), value=-torch.inf)
+
+
+def unguided(alpha: Tensor, beta: Tensor) -> Tensor:
+    """[R] bool: rows that decode from the patient alone, as it is."""
+    return (alpha == 1) & (beta == 0).all(1)
+
+
+def guided_logits(patient: Tensor, mixed: Tensor, alpha: Tensor, beta: Tensor) -> Tensor:
+    """What a server's or generate()'s sampler gets [R, V]: the mixture, or in unguided rows the patient's own logits.
+
+    These are the patient's to the bit, in at least fp32, padding columns included.
+    """
+    return torch.where(unguided(alpha, beta)[:, None], _wide(patient), mixed)
+
+
+def entropy_gate(patient: Tensor, beta: Tensor, minimum: Tensor, vocab_size: int) -> Tensor:
+    """beta [R, D], set to 0 in rows where the patient's next-token entropy (nats) is below `minimum` [R]."""
+    log = _log_probs(patient, vocab_size)
+    entropy = -(log.exp() * log.masked_fill(log.isneginf(), 0.0)).sum(1)
+    return beta.masked_fill((entropy < minimum)[:, None], 0.0)
+
+
+def truncate(log_probs: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
+    """Log-probabilities [R, V] to sample from: temperature, then top-k, then top-p of what top-k left (B.9 16).
+
+    Apply it to the mixture, not to the patient. All settings [R]: temperature 0 keeps the argmax alone, top_k 0 and
+    top_p 1 keep all. Top-p keeps the fewest likeliest tokens whose mass reaches it, one at least; lower ids win ties.
+    """
+    greedy = temperature == 0
+    ordered, token = log_probs.sort(dim=1, descending=True, stable=True)
+    ordered = ordered / temperature.to(ordered.dtype).masked_fill(greedy, 1.0)[:, None]
+    keep = top_k.masked_fill(top_k == 0, log_probs.shape[1]).masked_fill(greedy, 1)[:, None]
+    ordered = ordered.masked_fill(torch.arange(log_probs.shape[1], device=token.device) >= keep, -torch.inf)
+    before = pad(torch.softmax(ordered, 1).cumsum(1), (1, -1))
+    cut = (before >= top_p[:, None]) & (top_p < 1)[:, None]
+    cut[:, 0] = False
+    kept = torch.log_softmax(ordered.masked_fill(cut, -torch.inf), 1)
+    return torch.empty_like(kept).scatter(1, token, kept)
+
+
+def kl(log_probs: Tensor, other: Tensor) -> Tensor:
+    """KL (nats) [R] of normalised log-probabilities [R, V] from `other`: what guidance costs, or entropy it removes."""
+    reached = ~log_probs.isneginf()
+    apart = torch.where(reached, log_probs - other, torch.zeros_like(other))
+    return (log_probs.exp() * apart).sum(1)
+
+
+def _log_probs(logits: Tensor, vocab_size: int) -> Tensor:
+    if logits.shape[1] < vocab_size:
+        raise ValueError(f"logits have {logits.shape[1]} columns for {vocab_size} tokens: another tokenizer?")
+    return torch.log_softmax(_wide(logits[:, :vocab_size]), 1)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """At least fp32: differences of log-probabilities are lost in half precision."""
+    return x if x.dtype == torch.float64 else x.float()
