@@ -12,8 +12,10 @@ compared by the judge alone (`ask_judge: [message]`).
 from __future__ import annotations
 
 import difflib
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, ClassVar, Literal
 
 from nemo_pivotrl.config import Limits, ranged
@@ -23,7 +25,7 @@ from nemo_pivotrl.verifiers.arguments import Comparison, compare_objects, same_j
 from nemo_pivotrl.verifiers.bounds import LimitExceeded, decode_json
 from nemo_pivotrl.verifiers.edits import compare_edits, edit_of
 from nemo_pivotrl.verifiers.shell import same_command
-from nemo_pivotrl.verifiers.single_step import max_matching
+from nemo_pivotrl.verifiers.single_step import call_kinds, max_matching
 from nemo_pivotrl.verifiers.terminus import follows_schema, keystrokes, says_complete, text_of_action
 
 RULES: dict[str, tuple[bool, str]] = {
@@ -66,6 +68,9 @@ RULES: dict[str, tuple[bool, str]] = {
 }
 """Rule -> (on by default, what it takes for the same)."""
 
+PAIR_WORK = 2000
+"""Units of `Limits.max_work` that comparing one pair of calls costs besides what is in them."""
+
 KINDS = ("text", "prose", "query", "shell", "python", "path", "url", "date", "edit", "message")
 
 
@@ -106,6 +111,11 @@ class Functional:
                     problems.append(Problem("recipe", None, f"verifier.settings.{what}", name, hint))
         if problems:
             raise InputError(problems)
+
+    @cached_property
+    def switched_on(self) -> frozenset[str]:
+        """The rules that may accept."""
+        return frozenset(rule for rule, (default, _) in RULES.items() if self.rules.get(rule, default))
 
     @property
     def asks_judge(self) -> bool:
@@ -149,23 +159,29 @@ class Functional:
         return Verdict(float(ruling.same), category, ruling.detail, figures={"votes": ruling.votes})
 
     def _compare_calls(self, case: Case, actual: Action) -> Verdict:
-        wanted, found = case.expected.calls, actual.calls
-        results = {}
+        (wanted, kind_of_wanted), (found, kind_of_found) = call_kinds(case.expected.calls), call_kinds(actual.calls)
+        room = Counter(kind_of_found)
+        results: dict[tuple[int, int], Comparison] = {}
+        experts = [self._arguments(call, fault=True) for call in wanted]
+        theirs = [self._arguments(call, fault=False) for call in found]
+        left = self.limits.max_work
         for i, call in enumerate(wanted):
-            expert = self._arguments(call, fault=True)
             for j, other in enumerate(found):
                 if call.name == other.name:
-                    results[i, j] = self._compare_call(case, call, expert, other)
+                    results[i, j] = self._compare_call(case, other, experts[i], theirs[j], left)
+                    left -= results[i, j].spent
         edges = [
             [j for j in range(len(found)) if (i, j) in results and not results[i, j].differences]
             for i in range(len(wanted))
         ]
-        matched = max_matching(edges, range(len(wanted)), [1] * len(found))
-        if len(matched) == len(wanted):
+        matched = max_matching(edges, kind_of_wanted, [room[j] for j in range(len(found))])
+        if len(matched) == len(kind_of_wanted):
             rules = sorted({rule for i, row in enumerate(edges) for rule in results[i, row[0]].touched})
             return Verdict(1.0, "EQUIVALENT" if rules else "EQUAL", rules=tuple(rules))
-        i = next(i for i in range(len(wanted)) if i not in matched)
+        i = next(kind for call, kind in enumerate(kind_of_wanted) if call not in matched)
         tried = [result for (row, _), result in results.items() if row == i and result.differences]
+        if not tried and edges[i]:
+            return Verdict(0.0, "DIFFERENT_COUNT", f"{wanted[i].name} expected more often")
         if not tried:
             names = ", ".join(sorted({call.name for call in found}))
             return Verdict(0.0, "DIFFERENT_TOOL", f"{wanted[i].name} expected, found {short(names)}")
@@ -173,12 +189,11 @@ class Functional:
         undecodable = nearest.differences[0][0] == "json"
         if (
             not undecodable
-            and len(wanted) == len(found) == 1
+            and len(kind_of_wanted) == len(kind_of_found) == 1
             and {kind for kind, _ in nearest.differences} <= set(self.ask_judge)
         ):
-            return self._ruling(
-                case, "action", *(_call_text(c.calls[0]) for c in (case.expected, actual)), "DIFFERENT_ARGUMENTS"
-            )
+            ours, other_text = _call_text(wanted[0]), _call_text(found[0])
+            return self._ruling(case, "action", ours, other_text, "DIFFERENT_ARGUMENTS")
         detail = "; ".join(text for _, text in nearest.differences[:3])
         return Verdict(0.0, "UNDECODABLE" if undecodable else "DIFFERENT_ARGUMENTS", detail)
 
@@ -194,14 +209,15 @@ class Functional:
             raise VerifierFault("expected_arguments", f"{call.name}: {reason}")
         return None
 
-    def _compare_call(self, case: Case, expert: ToolCall, wanted: dict[str, Any] | None, call: ToolCall) -> Comparison:
+    def _compare_call(
+        self, case: Case, call: ToolCall, wanted: dict[str, Any] | None, found: dict[str, Any] | None, max_work: int
+    ) -> Comparison:
         schema = _schema(case, call.name)
-        on = frozenset(rule for rule, (default, _) in RULES.items() if self.rules.get(rule, default))
         overlap = {"search_tokens": self.search_overlap, "prose": self.prose_overlap}
-        c = Comparison(call.name, schema, on, self.kinds, overlap, self.limits.max_work)
+        c = Comparison(call.name, schema, self.switched_on, self.kinds, overlap, max_work)
+        c.spend(PAIR_WORK)
         if self.mode == "tool_name":
             return c
-        found = self._arguments(call, fault=False)
         if found is None or wanted is None:
             c.differ("json", "arguments", "a JSON object", call.arguments)
             return c
@@ -238,13 +254,12 @@ class Functional:
         if ours == theirs:
             return Verdict(1.0, "EQUAL")
         touched: set[str] = set()
-        on = frozenset(rule for rule, (default, _) in RULES.items() if self.rules.get(rule, default))
 
         def spend(units: int) -> None:
             if units > self.limits.max_work:
                 raise LimitExceeded(f"more than {self.limits.max_work} units of work")
 
-        if same_command(ours, theirs, on, touched, spend):
+        if same_command(ours, theirs, self.switched_on, touched, spend):
             return Verdict(1.0, "EQUIVALENT", rules=tuple(sorted(touched)))
         if "shell" in self.ask_judge:
             return self._ruling(case, "terminal", ours, theirs, "DIFFERENT_ARGUMENTS")
