@@ -283,7 +283,7 @@ def _same_text(c: Comparison, expected: str, actual: str, schema: Mapping[str, A
     if kind == "path":
         return c.allows("paths", clean_path(expected) == clean_path(actual))
     if kind == "python":
-        return c.allows("python_tokens", (found := _tokens(expected)) is not None and found == _tokens(actual))
+        return c.allows("python_tokens", (tokens := _tokens(expected)) is not None and tokens == _tokens(actual))
     if kind == "query":
         return c.allows("search_tokens", word_share(expected, actual) >= c.overlap["search_tokens"])
     if kind == "prose":

@@ -176,9 +176,8 @@ class Functional:
             and len(wanted) == len(found) == 1
             and {kind for kind, _ in nearest.differences} <= set(self.ask_judge)
         ):
-            return self._ruling(
-                case, "action", *(_call_text(c.calls[0]) for c in (case.expected, actual)), "DIFFERENT_ARGUMENTS"
-            )
+            ours, theirs = (_call_text(action.calls[0]) for action in (case.expected, actual))
+            return self._ruling(case, "action", ours, theirs, "DIFFERENT_ARGUMENTS")
         detail = "; ".join(text for _, text in nearest.differences[:3])
         return Verdict(0.0, "UNDECODABLE" if undecodable else "DIFFERENT_ARGUMENTS", detail)
 
