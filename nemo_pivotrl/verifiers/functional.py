@@ -12,6 +12,8 @@ compared by the judge alone (`ask_judge: [message]`).
 from __future__ import annotations
 
 import difflib
+import json
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
@@ -27,7 +29,7 @@ from nemo_pivotrl.verifiers.single_step import max_matching
 from nemo_pivotrl.verifiers.terminus import follows_schema, keystrokes, says_complete, text_of_action
 
 RULES: dict[str, tuple[bool, str]] = {
-    "number_type": (True, "1 is 1.0"),
+    "number_type": (True, "1 is 1.0; fractions up to their ninth digit"),
     "stringified": (
         True,
         'a number, truth value, list or object written as a string ("[1]") where the schema wants none',
@@ -66,6 +68,10 @@ RULES: dict[str, tuple[bool, str]] = {
 }
 """Rule -> (on by default, what it takes for the same)."""
 
+CALL_WORK = 1024
+"""Units of work that comparing two calls costs besides their arguments."""
+Read = tuple[ToolCall, dict[str, Any] | None]
+"""A call and its arguments; None where they are no JSON object."""
 KINDS = ("text", "prose", "query", "shell", "python", "path", "url", "date", "edit", "message")
 
 
@@ -149,26 +155,30 @@ class Functional:
         return Verdict(float(ruling.same), category, ruling.detail, figures={"votes": ruling.votes})
 
     def _compare_calls(self, case: Case, actual: Action) -> Verdict:
-        wanted, found = case.expected.calls, actual.calls
-        results = {}
-        for i, call in enumerate(wanted):
-            expert = self._arguments(call, fault=True)
-            for j, other in enumerate(found):
-                if call.name == other.name:
-                    results[i, j] = self._compare_call(case, call, expert, other)
+        wanted = [(call, self._arguments(call, fault=True)) for call in case.expected.calls]
+        found = [(call, self._arguments(call, fault=False)) for call in actual.calls]
+        if not Counter(map(_plain, wanted)) - Counter(map(_plain, found)):
+            return Verdict(1.0, "EQUAL")
+        results, left = {}, self.limits.max_work
+        for i, ours in enumerate(wanted):
+            for j, theirs in enumerate(found):
+                if ours[0].name == theirs[0].name:
+                    results[i, j] = self._compare_call(case, ours, theirs, left)
+                    left -= results[i, j].spent
         edges = [
             [j for j in range(len(found)) if (i, j) in results and not results[i, j].differences]
             for i in range(len(wanted))
         ]
         matched = max_matching(edges, range(len(wanted)), [1] * len(found))
         if len(matched) == len(wanted):
-            rules = sorted({rule for i, row in enumerate(edges) for rule in results[i, row[0]].touched})
+            easiest = (min((results[i, j].touched for j in row), key=len) for i, row in enumerate(edges))
+            rules = sorted(set().union(*easiest))
             return Verdict(1.0, "EQUIVALENT" if rules else "EQUAL", rules=tuple(rules))
         i = next(i for i in range(len(wanted)) if i not in matched)
         tried = [result for (row, _), result in results.items() if row == i and result.differences]
         if not tried:
-            names = ", ".join(sorted({call.name for call in found}))
-            return Verdict(0.0, "DIFFERENT_TOOL", f"{wanted[i].name} expected, found {short(names)}")
+            names = ", ".join(sorted({call.name for call in actual.calls}))
+            return Verdict(0.0, "DIFFERENT_TOOL", f"{wanted[i][0].name} expected, found {short(names)}")
         nearest = min(tried, key=lambda result: len(result.differences))
         undecodable = nearest.differences[0][0] == "json"
         if (
@@ -176,8 +186,8 @@ class Functional:
             and len(wanted) == len(found) == 1
             and {kind for kind, _ in nearest.differences} <= set(self.ask_judge)
         ):
-            ours, theirs = (_call_text(action.calls[0]) for action in (case.expected, actual))
-            return self._ruling(case, "action", ours, theirs, "DIFFERENT_ARGUMENTS")
+            text, other = (f"{call.name}({call.arguments})" for call, _ in (*wanted, *found))
+            return self._ruling(case, "action", text, other, "DIFFERENT_ARGUMENTS")
         detail = "; ".join(text for _, text in nearest.differences[:3])
         return Verdict(0.0, "UNDECODABLE" if undecodable else "DIFFERENT_ARGUMENTS", detail)
 
@@ -193,14 +203,15 @@ class Functional:
             raise VerifierFault("expected_arguments", f"{call.name}: {reason}")
         return None
 
-    def _compare_call(self, case: Case, expert: ToolCall, wanted: dict[str, Any] | None, call: ToolCall) -> Comparison:
+    def _compare_call(self, case: Case, ours: Read, theirs: Read, work: int) -> Comparison:
+        (_, wanted), (call, found) = ours, theirs
         schema = _schema(case, call.name)
         on = frozenset(rule for rule, (default, _) in RULES.items() if self.rules.get(rule, default))
         overlap = {"search_tokens": self.search_overlap, "prose": self.prose_overlap}
-        c = Comparison(call.name, schema, on, self.kinds, overlap, self.limits.max_work)
+        c = Comparison(call.name, schema, on, self.kinds, overlap, work)
+        c.spend(CALL_WORK)
         if self.mode == "tool_name":
             return c
-        found = self._arguments(call, fault=False)
         if found is None or wanted is None:
             c.differ("json", "arguments", "a JSON object", call.arguments)
             return c
@@ -209,12 +220,15 @@ class Functional:
         )
         if same_json(left, right):
             return c
-        ours, theirs = edit_of(call.name, left), edit_of(call.name, right)
-        if ours is not None and theirs is not None:
-            files = case.fields.get("files")
-            compare_edits(c, ours, theirs, files if isinstance(files, Mapping) else {})
-        else:
-            compare_objects(c, "", left, right, schema)
+        edit, other = edit_of(call.name, left), edit_of(call.name, right)
+        try:
+            if edit is not None and other is not None:
+                files = case.fields.get("files")
+                compare_edits(c, edit, other, files if isinstance(files, Mapping) else {})
+            else:
+                compare_objects(c, "", left, right, schema)
+        except RecursionError:  # values written as strings inside such values
+            raise LimitExceeded("nested too deeply") from None
         return c
 
     def _compare_turns(self, case: Case, harness: str, actual: Action) -> Verdict:
@@ -236,6 +250,8 @@ class Functional:
         ours, theirs = keystrokes(wanted), keystrokes(found)
         if ours == theirs:
             return Verdict(1.0, "EQUAL")
+        if ours.endswith("\n") != theirs.endswith("\n"):
+            return Verdict(0.0, "DIFFERENT_ARGUMENTS", "one side only ends its last line, which runs it")
         touched: set[str] = set()
         on = frozenset(rule for rule, (default, _) in RULES.items() if self.rules.get(rule, default))
 
@@ -257,12 +273,15 @@ def _harness(case: Case) -> str:
 
 def _schema(case: Case, name: str) -> Mapping[str, Any]:
     declared = case.fields.get("declared_tools")
-    for tool in case.tools if declared is None else declared:
-        function = tool.get("function", tool) if isinstance(tool, dict) else {}
-        if function.get("name") == name:
-            return function.get("parameters") or {}
+    for tool in declared if isinstance(declared, (list, tuple)) else case.tools:
+        function = tool.get("function", tool) if isinstance(tool, Mapping) else {}
+        if isinstance(function, Mapping) and function.get("name") == name:
+            parameters = function.get("parameters")
+            return parameters if isinstance(parameters, Mapping) else {}
     return {}
 
 
-def _call_text(call: ToolCall) -> str:
-    return f"{call.name}({call.arguments})"
+def _plain(read: Read) -> tuple[str, str]:
+    """Of a call: equal for what is equal as JSON."""
+    call, arguments = read
+    return call.name, call.arguments if arguments is None else json.dumps(arguments, sort_keys=True)
