@@ -43,6 +43,7 @@ setup(
             "tensorboard>=2.16",
             "types-PyYAML",
             "types-jsonschema",
+            "types-regex",
             "types-tqdm",
         ],
     },

@@ -316,9 +316,7 @@ def test_answers_are_remembered_by_content_across_processes_and_torn_lines(endpo
 
 
 def test_faults_are_not_remembered(endpoint: Any, tmp_path: Path) -> None:
-    server, asked = endpoint(
-        lambda body, n: (500, {}, b"") if n <= 3 else says("SAME")(body, n), cache=str(tmp_path / "c")
-    )
+    _, asked = endpoint(lambda body, n: (500, {}, b"") if n <= 3 else says("SAME")(body, n), cache=str(tmp_path / "c"))
     with pytest.raises(VerifierFault):
         asked.equivalent("terminal", CASE, "a", "b")
     assert asked.equivalent("terminal", CASE, "a", "b").same

@@ -12,6 +12,7 @@ compared by the judge alone (`ask_judge: [message]`).
 from __future__ import annotations
 
 import difflib
+import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -29,7 +30,7 @@ from nemo_pivotrl.verifiers.single_step import call_kinds, max_matching
 from nemo_pivotrl.verifiers.terminus import follows_schema, keystrokes, says_complete, text_of_action
 
 RULES: dict[str, tuple[bool, str]] = {
-    "number_type": (True, "1 is 1.0"),
+    "number_type": (True, "1 is 1.0; fractions up to their ninth digit"),
     "stringified": (
         True,
         'a number, truth value, list or object written as a string ("[1]") where the schema wants none',
@@ -164,6 +165,9 @@ class Functional:
         results: dict[tuple[int, int], Comparison] = {}
         experts = [self._arguments(call, fault=True) for call in wanted]
         theirs = [self._arguments(call, fault=False) for call in found]
+        ours, others = Counter(map(_plain, wanted, experts)), Counter(map(_plain, found, theirs))
+        if len(wanted) == len(kind_of_wanted) and not ours - others:
+            return Verdict(1.0, "EQUAL")
         left = self.limits.max_work
         for i, call in enumerate(wanted):
             for j, other in enumerate(found):
@@ -176,14 +180,15 @@ class Functional:
         ]
         matched = max_matching(edges, kind_of_wanted, [room[j] for j in range(len(found))])
         if len(matched) == len(kind_of_wanted):
-            rules = sorted({rule for i, row in enumerate(edges) for rule in results[i, row[0]].touched})
+            easiest = (min((results[i, j].touched for j in row), key=len) for i, row in enumerate(edges))
+            rules = sorted(set().union(*easiest))
             return Verdict(1.0, "EQUIVALENT" if rules else "EQUAL", rules=tuple(rules))
         i = next(kind for call, kind in enumerate(kind_of_wanted) if call not in matched)
         tried = [result for (row, _), result in results.items() if row == i and result.differences]
         if not tried and edges[i]:
             return Verdict(0.0, "DIFFERENT_COUNT", f"{wanted[i].name} expected more often")
         if not tried:
-            names = ", ".join(sorted({call.name for call in found}))
+            names = ", ".join(sorted({call.name for call in actual.calls}))
             return Verdict(0.0, "DIFFERENT_TOOL", f"{wanted[i].name} expected, found {short(names)}")
         nearest = min(tried, key=lambda result: len(result.differences))
         undecodable = nearest.differences[0][0] == "json"
@@ -192,8 +197,8 @@ class Functional:
             and len(kind_of_wanted) == len(kind_of_found) == 1
             and {kind for kind, _ in nearest.differences} <= set(self.ask_judge)
         ):
-            ours, other_text = _call_text(wanted[0]), _call_text(found[0])
-            return self._ruling(case, "action", ours, other_text, "DIFFERENT_ARGUMENTS")
+            text, other = (f"{call.name}({call.arguments})" for call in (wanted[0], found[0]))
+            return self._ruling(case, "action", text, other, "DIFFERENT_ARGUMENTS")
         detail = "; ".join(text for _, text in nearest.differences[:3])
         return Verdict(0.0, "UNDECODABLE" if undecodable else "DIFFERENT_ARGUMENTS", detail)
 
@@ -226,12 +231,15 @@ class Functional:
         )
         if same_json(left, right):
             return c
-        ours, theirs = edit_of(call.name, left), edit_of(call.name, right)
-        if ours is not None and theirs is not None:
-            files = case.fields.get("files")
-            compare_edits(c, ours, theirs, files if isinstance(files, Mapping) else {})
-        else:
-            compare_objects(c, "", left, right, schema)
+        edit, other = edit_of(call.name, left), edit_of(call.name, right)
+        try:
+            if edit is not None and other is not None:
+                files = case.fields.get("files")
+                compare_edits(c, edit, other, files if isinstance(files, Mapping) else {})
+            else:
+                compare_objects(c, "", left, right, schema)
+        except RecursionError:  # values written as strings inside such values
+            raise LimitExceeded("nested too deeply") from None
         return c
 
     def _compare_turns(self, case: Case, harness: str, actual: Action) -> Verdict:
@@ -253,6 +261,8 @@ class Functional:
         ours, theirs = keystrokes(wanted), keystrokes(found)
         if ours == theirs:
             return Verdict(1.0, "EQUAL")
+        if ours.endswith("\n") != theirs.endswith("\n"):
+            return Verdict(0.0, "DIFFERENT_ARGUMENTS", "one side only ends its last line, which runs it")
         touched: set[str] = set()
 
         def spend(units: int) -> None:
@@ -273,12 +283,14 @@ def _harness(case: Case) -> str:
 
 def _schema(case: Case, name: str) -> Mapping[str, Any]:
     declared = case.fields.get("declared_tools")
-    for tool in case.tools if declared is None else declared:
-        function = tool.get("function", tool) if isinstance(tool, dict) else {}
-        if function.get("name") == name:
-            return function.get("parameters") or {}
+    for tool in declared if isinstance(declared, (list, tuple)) else case.tools:
+        function = tool.get("function", tool) if isinstance(tool, Mapping) else {}
+        if isinstance(function, Mapping) and function.get("name") == name:
+            parameters = function.get("parameters")
+            return parameters if isinstance(parameters, Mapping) else {}
     return {}
 
 
-def _call_text(call: ToolCall) -> str:
-    return f"{call.name}({call.arguments})"
+def _plain(call: ToolCall, arguments: dict[str, Any] | None) -> tuple[str, str]:
+    """Equal for calls that are equal as JSON."""
+    return call.name, call.arguments if arguments is None else json.dumps(arguments, sort_keys=True)
