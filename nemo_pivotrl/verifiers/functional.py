@@ -197,8 +197,8 @@ class Functional:
             and len(kind_of_wanted) == len(kind_of_found) == 1
             and {kind for kind, _ in nearest.differences} <= set(self.ask_judge)
         ):
-            text, other = (f"{call.name}({call.arguments})" for call in (wanted[0], found[0]))
-            return self._ruling(case, "action", text, other, "DIFFERENT_ARGUMENTS")
+            ours_said, theirs_said = (f"{call.name}({call.arguments})" for call in (wanted[0], found[0]))
+            return self._ruling(case, "action", ours_said, theirs_said, "DIFFERENT_ARGUMENTS")
         detail = "; ".join(text for _, text in nearest.differences[:3])
         return Verdict(0.0, "UNDECODABLE" if undecodable else "DIFFERENT_ARGUMENTS", detail)
 
