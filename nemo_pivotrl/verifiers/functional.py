@@ -23,7 +23,7 @@ from nemo_pivotrl.records import Action, Case, InputError, Problem, ToolCall, Ve
 from nemo_pivotrl.verifiers import Judging, VerifierFault
 from nemo_pivotrl.verifiers.arguments import Comparison, compare_objects, same_json
 from nemo_pivotrl.verifiers.bounds import LimitExceeded, decode_json
-from nemo_pivotrl.verifiers.edits import compare_edits, edit_of
+from nemo_pivotrl.verifiers.edits import compare_edits, edit_of, other_arguments
 from nemo_pivotrl.verifiers.shell import same_command
 from nemo_pivotrl.verifiers.single_step import max_matching
 from nemo_pivotrl.verifiers.terminus import follows_schema, keystrokes, says_complete, text_of_action
@@ -225,6 +225,12 @@ class Functional:
             if edit is not None and other is not None:
                 files = case.fields.get("files")
                 compare_edits(c, edit, other, files if isinstance(files, Mapping) else {})
+                properties = schema.get("properties")
+                known = {*left, *(properties if isinstance(properties, Mapping) else ())}
+                unknown = {key: value for key, value in right.items() if key not in known}
+                compare_objects(
+                    c, "", other_arguments(edit, left), {**other_arguments(other, right), **unknown}, schema
+                )
             else:
                 compare_objects(c, "", left, right, schema)
         except RecursionError:  # values written as strings inside such values
