@@ -228,9 +228,9 @@ class Functional:
                 properties = schema.get("properties")
                 known = {*left, *(properties if isinstance(properties, Mapping) else ())}
                 unknown = {key: value for key, value in right.items() if key not in known}
-                compare_objects(
-                    c, "", other_arguments(edit, left), {**other_arguments(other, right), **unknown}, schema
-                )
+                missing = {key: left[key] for key in ("command",) if key in left and key not in right}
+                rest = other_arguments(edit, left) | missing, other_arguments(other, right) | unknown
+                compare_objects(c, "", *rest, schema)
             else:
                 compare_objects(c, "", left, right, schema)
         except RecursionError:  # values written as strings inside such values
