@@ -16,6 +16,7 @@ import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, ClassVar, Literal
 
 from nemo_pivotrl.config import Limits, ranged
@@ -25,7 +26,7 @@ from nemo_pivotrl.verifiers.arguments import Comparison, compare_objects, same_j
 from nemo_pivotrl.verifiers.bounds import LimitExceeded, decode_json
 from nemo_pivotrl.verifiers.edits import compare_edits, edit_of, other_arguments
 from nemo_pivotrl.verifiers.shell import same_command
-from nemo_pivotrl.verifiers.single_step import max_matching
+from nemo_pivotrl.verifiers.single_step import call_kinds, max_matching
 from nemo_pivotrl.verifiers.terminus import follows_schema, keystrokes, says_complete, text_of_action
 
 RULES: dict[str, tuple[bool, str]] = {
@@ -68,10 +69,9 @@ RULES: dict[str, tuple[bool, str]] = {
 }
 """Rule -> (on by default, what it takes for the same)."""
 
-CALL_WORK = 1024
-"""Units of work that comparing two calls costs besides their arguments."""
-Read = tuple[ToolCall, dict[str, Any] | None]
-"""A call and its arguments; None where they are no JSON object."""
+PAIR_WORK = 2000
+"""Units of `Limits.max_work` that comparing one pair of calls costs besides what is in them."""
+
 KINDS = ("text", "prose", "query", "shell", "python", "path", "url", "date", "edit", "message")
 
 
@@ -112,6 +112,11 @@ class Functional:
                     problems.append(Problem("recipe", None, f"verifier.settings.{what}", name, hint))
         if problems:
             raise InputError(problems)
+
+    @cached_property
+    def switched_on(self) -> frozenset[str]:
+        """The rules that may accept."""
+        return frozenset(rule for rule, (default, _) in RULES.items() if self.rules.get(rule, default))
 
     @property
     def asks_judge(self) -> bool:
@@ -155,39 +160,45 @@ class Functional:
         return Verdict(float(ruling.same), category, ruling.detail, figures={"votes": ruling.votes})
 
     def _compare_calls(self, case: Case, actual: Action) -> Verdict:
-        wanted = [(call, self._arguments(call, fault=True)) for call in case.expected.calls]
-        found = [(call, self._arguments(call, fault=False)) for call in actual.calls]
-        if not Counter(map(_plain, wanted)) - Counter(map(_plain, found)):
+        (wanted, kind_of_wanted), (found, kind_of_found) = call_kinds(case.expected.calls), call_kinds(actual.calls)
+        room = Counter(kind_of_found)
+        results: dict[tuple[int, int], Comparison] = {}
+        experts = [self._arguments(call, fault=True) for call in wanted]
+        theirs = [self._arguments(call, fault=False) for call in found]
+        ours, others = Counter(map(_plain, wanted, experts)), Counter(map(_plain, found, theirs))
+        if len(wanted) == len(kind_of_wanted) and not ours - others:
             return Verdict(1.0, "EQUAL")
-        results, left = {}, self.limits.max_work
-        for i, ours in enumerate(wanted):
-            for j, theirs in enumerate(found):
-                if ours[0].name == theirs[0].name:
-                    results[i, j] = self._compare_call(case, ours, theirs, left)
+        left = self.limits.max_work
+        for i, call in enumerate(wanted):
+            for j, other in enumerate(found):
+                if call.name == other.name:
+                    results[i, j] = self._compare_call(case, other, experts[i], theirs[j], left)
                     left -= results[i, j].spent
         edges = [
             [j for j in range(len(found)) if (i, j) in results and not results[i, j].differences]
             for i in range(len(wanted))
         ]
-        matched = max_matching(edges, range(len(wanted)), [1] * len(found))
-        if len(matched) == len(wanted):
+        matched = max_matching(edges, kind_of_wanted, [room[j] for j in range(len(found))])
+        if len(matched) == len(kind_of_wanted):
             easiest = (min((results[i, j].touched for j in row), key=len) for i, row in enumerate(edges))
             rules = sorted(set().union(*easiest))
             return Verdict(1.0, "EQUIVALENT" if rules else "EQUAL", rules=tuple(rules))
-        i = next(i for i in range(len(wanted)) if i not in matched)
+        i = next(kind for call, kind in enumerate(kind_of_wanted) if call not in matched)
         tried = [result for (row, _), result in results.items() if row == i and result.differences]
+        if not tried and edges[i]:
+            return Verdict(0.0, "DIFFERENT_COUNT", f"{wanted[i].name} expected more often")
         if not tried:
             names = ", ".join(sorted({call.name for call in actual.calls}))
-            return Verdict(0.0, "DIFFERENT_TOOL", f"{wanted[i][0].name} expected, found {short(names)}")
+            return Verdict(0.0, "DIFFERENT_TOOL", f"{wanted[i].name} expected, found {short(names)}")
         nearest = min(tried, key=lambda result: len(result.differences))
         undecodable = nearest.differences[0][0] == "json"
         if (
             not undecodable
-            and len(wanted) == len(found) == 1
+            and len(kind_of_wanted) == len(kind_of_found) == 1
             and {kind for kind, _ in nearest.differences} <= set(self.ask_judge)
         ):
-            text, other = (f"{call.name}({call.arguments})" for call, _ in (*wanted, *found))
-            return self._ruling(case, "action", text, other, "DIFFERENT_ARGUMENTS")
+            ours_said, theirs_said = (f"{call.name}({call.arguments})" for call in (wanted[0], found[0]))
+            return self._ruling(case, "action", ours_said, theirs_said, "DIFFERENT_ARGUMENTS")
         detail = "; ".join(text for _, text in nearest.differences[:3])
         return Verdict(0.0, "UNDECODABLE" if undecodable else "DIFFERENT_ARGUMENTS", detail)
 
@@ -203,13 +214,13 @@ class Functional:
             raise VerifierFault("expected_arguments", f"{call.name}: {reason}")
         return None
 
-    def _compare_call(self, case: Case, ours: Read, theirs: Read, work: int) -> Comparison:
-        (_, wanted), (call, found) = ours, theirs
+    def _compare_call(
+        self, case: Case, call: ToolCall, wanted: dict[str, Any] | None, found: dict[str, Any] | None, max_work: int
+    ) -> Comparison:
         schema = _schema(case, call.name)
-        on = frozenset(rule for rule, (default, _) in RULES.items() if self.rules.get(rule, default))
         overlap = {"search_tokens": self.search_overlap, "prose": self.prose_overlap}
-        c = Comparison(call.name, schema, on, self.kinds, overlap, work)
-        c.spend(CALL_WORK)
+        c = Comparison(call.name, schema, self.switched_on, self.kinds, overlap, max_work)
+        c.spend(PAIR_WORK)
         if self.mode == "tool_name":
             return c
         if found is None or wanted is None:
@@ -259,13 +270,12 @@ class Functional:
         if ours.endswith("\n") != theirs.endswith("\n"):
             return Verdict(0.0, "DIFFERENT_ARGUMENTS", "one side only ends its last line, which runs it")
         touched: set[str] = set()
-        on = frozenset(rule for rule, (default, _) in RULES.items() if self.rules.get(rule, default))
 
         def spend(units: int) -> None:
             if units > self.limits.max_work:
                 raise LimitExceeded(f"more than {self.limits.max_work} units of work")
 
-        if same_command(ours, theirs, on, touched, spend):
+        if same_command(ours, theirs, self.switched_on, touched, spend):
             return Verdict(1.0, "EQUIVALENT", rules=tuple(sorted(touched)))
         if "shell" in self.ask_judge:
             return self._ruling(case, "terminal", ours, theirs, "DIFFERENT_ARGUMENTS")
@@ -287,7 +297,6 @@ def _schema(case: Case, name: str) -> Mapping[str, Any]:
     return {}
 
 
-def _plain(read: Read) -> tuple[str, str]:
-    """Of a call: equal for what is equal as JSON."""
-    call, arguments = read
+def _plain(call: ToolCall, arguments: dict[str, Any] | None) -> tuple[str, str]:
+    """Equal for calls that are equal as JSON."""
     return call.name, call.arguments if arguments is None else json.dumps(arguments, sort_keys=True)
