@@ -293,7 +293,10 @@ class TerminalMultiHarness:
         schema = schemas.get(actual.name)
         if schema is None:
             return "TOOL_SCHEMA_NOT_FOUND", actual.name
-        unstring(found, schema)
+        try:
+            unstring(found, schema)
+        except (ValueError, RecursionError) as error:
+            return "ARGUMENTS_DECODE_ERROR", str(error)
         if not is_valid(found, schema):
             return "TOOL_SCHEMA_VALIDATION_FAILED", ""
         if expected.name != actual.name:
