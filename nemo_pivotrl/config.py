@@ -323,6 +323,26 @@ class Grpo:
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
+class Manners:
+    """The embedded world of LLMdoctor (`manners.py`): a tiny patient, a smaller doctor, preferences by an oracle."""
+
+    lessons: int = ranged(4000, 1)
+    vocab_size: int = ranged(400, 300)
+    hidden_size: int = ranged(96, 8)
+    layers: int = ranged(3, 1)
+    heads: int = ranged(4, 1)
+    doctor_hidden_size: int = ranged(48, 8)
+    doctor_layers: int = ranged(2, 1)
+    num_steps: int = ranged(300, 1)
+    batch_size: int = ranged(32, 1)
+    optimizer: Optimizer = field(default_factory=lambda: Optimizer(lr=4e-3, beta2=0.98, warmup_steps=20))
+    pairs: int = ranged(300, 1)
+    """Preferences of each objective."""
+    answers_per_prompt: int = ranged(4, 2)
+    """Answers that the patient samples to a prompt; the oracle's best and worst make the pair."""
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
 class Tfpo:
     """Stage 2 of LLMdoctor: flow-guided training of the doctor on token rewards."""
 
@@ -417,6 +437,7 @@ class Recipe:
     doctor: Policy = field(default_factory=lambda: Policy(lora=Lora(r=8, alpha=16), optimizer=Optimizer(lr=1e-4)))
     """LLMdoctor's start model and how it trains (B.9 14: LoRA r 8, alpha 16, or full)."""
     tfpo: Tfpo = field(default_factory=Tfpo)
+    manners: Manners = field(default_factory=Manners)
     checkpointing: Checkpointing = field(default_factory=Checkpointing)
     evaluate: Evaluate = field(default_factory=Evaluate)
     logger: Logger = field(default_factory=Logger)
