@@ -389,7 +389,9 @@ class Preferences:
 
     files: tuple[str, ...] = ()
     """`.json`, `.jsonl`, or either of them with `.gz`."""
-    format: Literal["hh_rlhf", "trl", "nemo_aligner", "ultrafeedback", "helpsteer2", "helpsteer3", "pku_saferlhf"] = "trl"
+    format: Literal["hh_rlhf", "trl", "nemo_aligner", "ultrafeedback", "helpsteer2", "helpsteer3", "pku_saferlhf"] = (
+        "trl"
+    )
     """`trl`: prompt, chosen, rejected, as text or as chat messages; the others are the data sets as they are published."""
     objective: str = "helpfulness"
     """What the files' preference is about; `reward.faces` has the prompts for it."""

@@ -86,7 +86,9 @@ class FacePrompts:
             ids = self.chat.action_ids(messages, (), message)
         except (InputError, TemplateError):
             return None
-        if text.strip() not in written:
+        _, found, after = written.rpartition(text.strip())
+        cut_off = self.chat.tokenizer.decode(self.chat.encode(written)[len(ids) :], skip_special_tokens=False)
+        if not found or len(cut_off) > len(after):  # a stop token that is plain text may stand inside an answer
             return None
         if ids[-1] not in self.chat.stop_ids:  # a template without an end of turn: the model would end the text
             ids.append(self.chat.tokenizer.eos_token_id)

@@ -210,7 +210,7 @@ def _hh_turns(text: str, field: str) -> tuple[Message, ...]:
 def read_hh_rlhf(record: dict[str, Any], settings: Preferences) -> Pair:
     """Transcripts `chosen` and `rejected` that share all turns but the last; `prompt` may hold the shared part."""
     prefix = _string(record, "prompt") if record.get("prompt") is not None else ""
-    sides = {}
+    sides: dict[str, tuple[Message, ...]] = {}
     for name in ("chosen", "rejected"):
         text = _string(record, name)
         sides[name] = _hh_turns(text if text.startswith(prefix) else prefix + text, name)
@@ -226,7 +226,7 @@ def read_hh_rlhf(record: dict[str, Any], settings: Preferences) -> Pair:
 
 def read_trl(record: dict[str, Any], settings: Preferences) -> Pair:
     """`prompt`, `chosen`, `rejected` as text or messages. Answers as messages may repeat the prompt or stand for it."""
-    sides = {}
+    sides: dict[str, tuple[Message, ...]] = {}
     for name in ("chosen", "rejected"):
         value = _field(record, name)[1]
         if isinstance(value, str):
@@ -245,7 +245,9 @@ def read_trl(record: dict[str, Any], settings: Preferences) -> Pair:
     if record.get("prompt") is None or any(m["role"] == "user" for m in shared):
         return Pair(_prompt(shared, "chosen"), *answers)
     if shared:
-        raise FieldError("chosen", shared[0], "turns before the answer either hold the whole prompt or stand in `prompt`")
+        raise FieldError(
+            "chosen", shared[0], "turns before the answer either hold the whole prompt or stand in `prompt`"
+        )
     return Pair(_prompt_field(record, "prompt"), *answers)
 
 
@@ -266,7 +268,9 @@ def _extra_id_turns(text: str, field: str) -> tuple[Message, ...]:
         name, _, content = body.partition("\n")
         role = {"0System": "system", "1User": "user", "1Assistant": "assistant"}.get(number + name.strip())
         if role is None:
-            remedy = "known are <extra_id_0>System, <extra_id_1>User and <extra_id_1>Assistant, each before a line break"
+            remedy = (
+                "known are <extra_id_0>System, <extra_id_1>User and <extra_id_1>Assistant, each before a line break"
+            )
             raise FieldError(field, f"<extra_id_{number}>{body}", remedy)
         turns.append({"role": role, "content": content.strip()})
     if turns and turns[-1] == {"role": "assistant", "content": ""}:
