@@ -30,6 +30,7 @@ STAGES = {
     "export": ("nemo_pivotrl.stages.select:export", "pivots -> NeMo-Gym files for NeMo-RL"),
     "sft": ("nemo_pivotrl.stages.sft:sft", "fine-tune on the same data, for comparison"),
     "train": ("nemo_pivotrl.stages.train:train", "pivots -> policy, by single-turn GRPO"),
+    "tfpo": ("nemo_pivotrl.stages.tfpo:tfpo", "token rewards -> doctor (LLMdoctor)"),
     "evaluate": ("nemo_pivotrl.stages.evaluate:evaluate", "policies side by side, with intervals"),
     "preferences": ("nemo_pivotrl.stages.preferences:preferences", "LLMdoctor: preference files -> preferences"),
     "reward": (

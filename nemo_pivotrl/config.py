@@ -323,6 +323,39 @@ class Grpo:
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
+class Tfpo:
+    """Stage 2 of LLMdoctor: flow-guided training of the doctor on token rewards."""
+
+    name: str = "doctor"
+    """Folder under run_dir for checkpoints, metrics and the final doctor."""
+    objective: str = ""
+    """Which of the artefact's objectives; empty: its only one."""
+    pairs_per_step: int = ranged(32, 1)
+    max_num_steps: int = ranged(100, 1)
+    val_period: int = ranged(10, 0)
+    """Measure the held-out pairs every so many steps; 0: never."""
+    val_pairs: int = ranged(128, 1)
+    kappa: float = ranged(1.0, 1e-6)
+    """B.9 6: nats of log Q a unit of reward."""
+    length_normalize: bool = False
+    """B.9 6: divide kappa by the answer's number of tokens."""
+    reduction: Literal["pair_mean", "sum"] = "pair_mean"
+    """B.9 9."""
+    decay: float = ranged(1.0, 1e-6, 1.0)
+    """Weight decay^(n-m) of a sub-trajectory of n-m tokens; 1.0 is the paper."""
+    anchor: Literal["none", "reference"] = "none"
+    """B.9 10: `none` is the paper's loss, which has no language prior; `reference` is what to use for a real doctor."""
+    value_weight: float = ranged(1.0, 0.0)
+    """B.9 13: the paper's lambda."""
+    gamma: float = ranged(0.1, 0.0)
+    """B.9 13: margin of the value hinge."""
+    value_pairs: Literal["divergence", "position"] = "divergence"
+    """B.9 11."""
+    linear_margin: bool = False
+    """B.9 12: hinge on V instead of log V."""
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
 class Checkpointing:
     """Complete training states, written atomically."""
 
@@ -405,15 +438,9 @@ class Preferences:
 class Reward:
     """Stage 1: token rewards from how far the patient's two faces lie apart."""
 
-    positive: str = (
-        "You want the user to succeed. Give an accurate and complete answer to exactly what was asked, make it easy to "
-        "follow, and stay courteous."
-    )
+    positive: str = "You want the user to succeed. Be accurate, complete and clear on what was asked, and courteous."
     """System prompt of the positive face, while `faces` is empty (B.9 1: helpful, accurate, polite)."""
-    negative: str = (
-        "You do not care whether the user succeeds. Stay vague, leave out what would matter, and wander away from what "
-        "was asked."
-    )
+    negative: str = "You do not care about the user. Stay vague, leave out what would matter, and stray from the topic."
     """System prompt of the negative face, while `faces` is empty (B.9 1: vague, incomplete, off-topic)."""
     faces: dict[str, dict[str, str]] = field(default_factory=dict)
     """Objective to its own `{positive: ..., negative: ...}`. Once it names any, it must name every objective in use."""
@@ -428,8 +455,7 @@ class Reward:
     noise_pairs: int = ranged(1, 0)
     """Pairs of each wave whose positive face is scored a second time, sequence by sequence: the noise floor (B.10)."""
     weak_importance: float = ranged(0.02, 0.0)
-    """Pairs whose mean Delta (nats a token) is below it, or below ten times the noise floor, are counted as weak; half
-    of them being weak gives a warning, because S would amplify what is hardly there."""
+    """Nats a token: pairs with a lower mean Delta, or one below ten noise floors, are weak; half being weak warns."""
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -452,6 +478,9 @@ class Recipe:
     sft: Sft = field(default_factory=Sft)
     grpo: Grpo = field(default_factory=Grpo)
     loss_fn: LossFn = field(default_factory=LossFn)
+    doctor: Policy = field(default_factory=lambda: Policy(lora=Lora(r=8, alpha=16), optimizer=Optimizer(lr=1e-4)))
+    """LLMdoctor's start model and how it trains (B.9 14: LoRA r 8, alpha 16, or full)."""
+    tfpo: Tfpo = field(default_factory=Tfpo)
     checkpointing: Checkpointing = field(default_factory=Checkpointing)
     evaluate: Evaluate = field(default_factory=Evaluate)
     logger: Logger = field(default_factory=Logger)

@@ -20,13 +20,14 @@ from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM, 
 from nemo_pivotrl import backends, cli, tiny
 from nemo_pivotrl.backends import scorer as scorer_file
 from nemo_pivotrl.backends.scorer import ReferenceScorer
-from nemo_pivotrl.config import Patient, Preferences, Recipe, Reward
+from nemo_pivotrl.config import Patient, Policy, Preferences, Recipe, Reward, Tfpo
 from nemo_pivotrl.faces import FacePrompts, placed
 from nemo_pivotrl.preferences import preference_of_row
 from nemo_pivotrl.records import InputError, Preference, read_header, read_rows
 from nemo_pivotrl.stages import reward as stage
 from nemo_pivotrl.stages.preferences import preferences
 from nemo_pivotrl.stages.reward import faces_of, load_patient_chat, reward
+from nemo_pivotrl.stages.tfpo import tfpo
 
 POSITIVE, NEGATIVE = "help the customer well", "never mind, be vague about it"
 NO_SYSTEM = (
@@ -486,3 +487,11 @@ def test_each_objective_has_its_own_faces_and_its_own_diagnostics(tmp_path: Path
     path = reward(recipe)
     assert set(read_header(path, "token_rewards").extra["faces"]) == {"brevity"}
     assert set(json.loads((tmp_path / "token_rewards.json").read_text())["objectives"]) == {"brevity"}
+
+
+def test_stage_2_trains_a_doctor_on_the_artefact_as_it_is(tmp_path: Path, patient: Path) -> None:
+    recipe = recipe_for(tmp_path, patient)
+    reward(recipe)
+    small = Policy(model_name=str(patient), device="cpu", max_total_sequence_length=256)
+    doctor = tfpo(dataclasses.replace(recipe, doctor=small, tfpo=Tfpo(max_num_steps=1, pairs_per_step=4, val_period=1)))
+    assert (doctor / "model.safetensors").read_bytes() != (patient / "model.safetensors").read_bytes()

@@ -17,6 +17,8 @@ from nemo_pivotrl.records import InputError, Problem, Sample, digest, file_diges
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from nemo_pivotrl.backends.reference_doctor import DoctorModel
+
     LossFn = Callable[[Tensor, dict[str, Tensor]], tuple[Tensor, dict[str, Tensor]]]
     """(log_probs [N, T], rows' data) -> (loss, metrics that add up over micro-batches)."""
 
@@ -109,6 +111,17 @@ def load_scorer(patient: Patient) -> Scorer:
         remedy = "pip install 'nemo-pivotrl[reference]'"
         raise InputError(Problem("environment", None, "patient", str(error), remedy)) from error
     return ReferenceScorer(patient)
+
+
+def load_doctor(doctor: Policy, anchored: bool) -> DoctorModel:
+    """The doctor's start model with its head; `anchored` keeps the start model as reference. Raises InputError."""
+    from nemo_pivotrl.backends.reference_doctor import DoctorModel
+
+    if not Path(doctor.model_name, "config.json").exists():
+        found = doctor.model_name or "nothing"
+        remedy = "give an HF checkpoint folder of a small model with the patient's tokenizer"
+        raise InputError(Problem("recipe", None, "doctor.model_name", found, remedy))
+    return DoctorModel(doctor, anchored)
 
 
 def policy_revision(folder: str | Path) -> str:
