@@ -381,7 +381,7 @@ def test_resuming_after_a_cut_at_any_byte_writes_the_same_bytes_and_diagnostics(
     scorer = ReferenceScorer(recipe.patient)
     monkeypatch.setattr(backends, "load_scorer", lambda patient: scorer)
     ends = [i + 1 for i, byte in enumerate(whole) if byte == 10]
-    cuts = {0, 1, 50, *ends[::2], *(end - 1 for end in ends[::4]), *range(77, len(whole), len(whole) // 12)}
+    cuts = {0, 1, 50, *ends[::3], *(end - 1 for end in ends[::4]), *range(77, len(whole), len(whole) // 8)}
     for cut in sorted(cuts):
         path.unlink()
         path.with_name("token_rewards.jsonl.part").write_bytes(whole[:cut])
@@ -394,7 +394,7 @@ def test_resuming_after_a_cut_at_any_byte_writes_the_same_bytes_and_diagnostics(
 
 
 def test_reward_killed_with_9_and_resumed_writes_the_same_bytes(tmp_path: Path, patient: Path) -> None:
-    rows = [{"prompt": f"question {i}", "chosen": "yes " * 20, "rejected": f"no {i}"} for i in range(400)]
+    rows = [{"prompt": f"question {i}", "chosen": "yes " * 20, "rejected": f"no {i}"} for i in range(160)]
     recipe = recipe_for(tmp_path, patient, rows)
     (tmp_path / "r.yaml").write_text(
         f"run_dir: {tmp_path}\npatient: {{model_name: {patient}, max_total_sequence_length: 256, batch_tokens: 600}}\n"
@@ -412,7 +412,7 @@ def test_reward_killed_with_9_and_resumed_writes_the_same_bytes(tmp_path: Path, 
     assert process.wait() == -signal.SIGKILL, log.read_text()
     assert cli.main(["reward", str(tmp_path / "r.yaml")]) == 0
     resumed = (tmp_path / "token_rewards.jsonl").read_bytes()
-    assert reward(recipe, fresh=True).read_bytes() == resumed and resumed.count(b"\n") == 401
+    assert reward(recipe, fresh=True).read_bytes() == resumed and resumed.count(b"\n") == 161
     assert [json.loads(line)["stage"] for line in (tmp_path / "ledger.jsonl").read_text().split("\n") if line] == [
         "reward"
     ] * 2
