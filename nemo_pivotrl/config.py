@@ -414,6 +414,70 @@ class Logger:
     project: str = "nemo_pivotrl"
 
 
+# ---- LLMdoctor; `B.9 n` is a row of Part B's table of choices ----
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Patient:
+    """The large frozen model that is aligned at test time, and how it is run. Both faces are this model."""
+
+    model_name: str = ""
+    """HF checkpoint folder with safetensors weights."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+    """Of the weights. Log-probabilities are float32 or better in any case; bfloat16 raises the noise floor of Delta."""
+    chat_template: str | None = None
+    """Jinja file that replaces the tokenizer's chat template."""
+    template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Passed to the chat template, e.g. `enable_thinking: false`."""
+    max_total_sequence_length: int = ranged(4096, 16)
+    """Prompt with a face, plus answer. A pair that does not fit is excluded and counted, never cut."""
+    batch_tokens: int = ranged(16384, 16)
+    """Padded tokens of one forward pass; a longer sequence runs alone. No row depends on it beyond rounding noise."""
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Preferences:
+    """Preference files to preferences."""
+
+    files: tuple[str, ...] = ()
+    """`.json`, `.jsonl`, or either of them with `.gz`."""
+    format: Literal["hh_rlhf", "trl", "nemo_aligner", "ultrafeedback", "helpsteer2", "helpsteer3", "pku_saferlhf"] = (
+        "trl"
+    )
+    """`trl`: prompt, chosen, rejected, as text or as chat messages; the others are the data sets as they are published."""
+    objective: str = "helpfulness"
+    """What the files' preference is about; `reward.faces` has the prompts for it."""
+    validation_share: float = ranged(0.1, 0.0, 0.9)
+    """Share of the prompts held out; all pairs of a prompt are on the same side."""
+    better_by: Literal["better_response_id", "safer_response_id"] = "better_response_id"
+    """`pku_saferlhf` only: the label that says which answer is chosen (helpfulness or harmlessness)."""
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Reward:
+    """Stage 1: token rewards from how far the patient's two faces lie apart."""
+
+    positive: str = "You want the user to succeed. Be accurate, complete and clear on what was asked, and courteous."
+    """System prompt of the positive face, while `faces` is empty (B.9 1: helpful, accurate, polite)."""
+    negative: str = "You do not care about the user. Stay vague, leave out what would matter, and stray from the topic."
+    """System prompt of the negative face, while `faces` is empty (B.9 1: vague, incomplete, off-topic)."""
+    faces: dict[str, dict[str, str]] = field(default_factory=dict)
+    """Objective to its own `{positive: ..., negative: ...}`. Once it names any, it must name every objective in use."""
+    tau: float = ranged(1.0, 1e-6)
+    """Temperature of the tanh (B.9 4)."""
+    theta: float = ranged(0.5, 0.0, 0.999999)
+    """Tokens with S <= theta get reward 0 (B.9 4). 0.1 keeps 80-90 % of the tokens, 0.76 those above the mean Delta."""
+    eps: float = ranged(1e-6, 1e-12, 1.0)
+    """Added to the mean Delta, in nats (B.9 4)."""
+    pairs_per_wave: int = ranged(64, 1)
+    """Scored and made durable together: kill -9 loses at most one wave."""
+    noise_pairs: int = ranged(1, 0)
+    """Pairs of each wave whose positive face is scored a second time, sequence by sequence: the noise floor (B.10)."""
+    weak_importance: float = ranged(0.02, 0.0)
+    """Nats a token: pairs with a lower mean Delta, or one below ten noise floors, are weak; half being weak warns."""
+
+
 @dataclass(kw_only=True, slots=True, frozen=True)
 class Recipe:
     """All of it."""
@@ -441,6 +505,9 @@ class Recipe:
     checkpointing: Checkpointing = field(default_factory=Checkpointing)
     evaluate: Evaluate = field(default_factory=Evaluate)
     logger: Logger = field(default_factory=Logger)
+    patient: Patient = field(default_factory=Patient)
+    preferences: Preferences = field(default_factory=Preferences)
+    reward: Reward = field(default_factory=Reward)
 
     def path(self, name: str) -> Path:
         """`name` inside the run directory."""
