@@ -23,8 +23,10 @@ MAX_TOKENS = 1500
 """A command of more words and operators is compared as text."""
 EXPLAINED_TOKENS = 500
 """For pairs longer than this together, which rules were needed is not worked out."""
-CHAR_WORK = 100
+CHAR_WORK = 150
 """Units of work that reading one character costs."""
+TOKEN_WORK = 200
+"""Units of work that comparing one word or operator costs."""
 OPERATOR = re.compile(r"&>>|<<<|<<-|&&|\|\||;;|\|&|&>|>>|<<|>&|<&|>\||<>|[;|&<>()\n]")
 PLAIN = re.compile(r"[^\s;|&<>()\\'\"$`*?\[{~]+")
 SIMPLE_EXPANSION = re.compile(r"\$(?:([A-Za-z_]\w*|[0-9?!#@*$-])|\{(\w+)\})", re.ASCII)
@@ -281,10 +283,13 @@ def same_command(
         tokens = _Lexer(expected).read(), _Lexer(actual).read()
     except ValueError:
         return False
+    count = sum(map(len, tokens))
+    spend(TOKEN_WORK * count)
     if not _same(*tokens, on):
         return False
     touched.add("shell_argv")
-    if sum(map(len, tokens)) <= EXPLAINED_TOKENS:
+    if count <= EXPLAINED_TOKENS:
+        spend(TOKEN_WORK * count * len(on))
         touched |= {rule for rule in on - {"shell_argv"} if not _same(*tokens, on - {rule})}
     return True
 
