@@ -460,9 +460,9 @@ def test_the_longest_command_that_is_read_costs_less_than_a_tenth_of_a_second(te
         times = []
         expected = text[:999] if actual.endswith("rules") else text[:MAX_CHARS]
         for _ in range(3):
-            begun = time.perf_counter()
+            begun = time.thread_time()
             same_command(expected, actual, ALL, set(), spend)
-            times.append(time.perf_counter() - begun)
+            times.append(time.thread_time() - begun)
         fastest.append(min(times))
     print(f"{1000 * max(fastest):.1f} ms")
     assert max(fastest) < 0.3  # 0.1 is the aim; a busy machine gets three times that
