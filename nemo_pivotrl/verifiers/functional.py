@@ -269,14 +269,9 @@ class Functional:
             return Verdict(1.0, "EQUAL")
         if ours.endswith("\n") != theirs.endswith("\n"):
             return Verdict(0.0, "DIFFERENT_ARGUMENTS", "one side only ends its last line, which runs it")
-        touched: set[str] = set()
-
-        def spend(units: int) -> None:
-            if units > self.limits.max_work:
-                raise LimitExceeded(f"more than {self.limits.max_work} units of work")
-
-        if same_command(ours, theirs, self.switched_on, touched, spend):
-            return Verdict(1.0, "EQUIVALENT", rules=tuple(sorted(touched)))
+        c = Comparison("", {}, self.switched_on, self.kinds, {}, self.limits.max_work)
+        if same_command(ours, theirs, c.rules, c.touched, c.spend):
+            return Verdict(1.0, "EQUIVALENT", rules=tuple(sorted(c.touched)))
         if "shell" in self.ask_judge:
             return self._ruling(case, "terminal", ours, theirs, "DIFFERENT_ARGUMENTS")
         return Verdict(0.0, "DIFFERENT_ARGUMENTS", f"{short(ours, 60)} is not {short(theirs, 60)}")

@@ -19,10 +19,14 @@ ACTIVE, BEGIN, END = "\ue000", "\ue001", "\ue002"
 """Marks in a word: the next character is not quoted and special; an expansion begins; it ends."""
 MAX_CHARS = 8192
 """A longer command is compared as text."""
-EXPLAINED_CHARS = 4096
+MAX_TOKENS = 1500
+"""A command of more words and operators is compared as text."""
+EXPLAINED_TOKENS = 500
 """For pairs longer than this together, which rules were needed is not worked out."""
-CHAR_WORK = 100
+CHAR_WORK = 150
 """Units of work that reading one character costs."""
+TOKEN_WORK = 200
+"""Units of work that comparing one word or operator costs."""
 OPERATOR = re.compile(r"&>>|<<<|<<-|&&|\|\||;;|\|&|&>|>>|<<|>&|<&|>\||<>|[;|&<>()\n]")
 PLAIN = re.compile(r"[^\s;|&<>()\\'\"$`*?\[{~]+")
 SIMPLE_EXPANSION = re.compile(r"\$(?:([A-Za-z_]\w*|[0-9?!#@*$-])|\{(\w+)\})", re.ASCII)
@@ -136,6 +140,8 @@ class _Lexer:
                     self._here_documents()
             else:
                 self._word()
+            if len(self.tokens) > MAX_TOKENS:
+                raise ValueError("too many words")
         if self.awaited:
             raise ValueError("a here-document without a body")
         return self.tokens
@@ -242,8 +248,15 @@ class _Lexer:
             body = "\n".join(lines)
             literal = delimiter.raw != delimiter.word  # a quoted delimiter: the body is not expanded
             mark = "'" if literal and any(c in body for c in "$`\\") else ""
-            self.tokens[index] = Token("", delimiter.raw, mark, body)
+            self.tokens[index - 1 : index + 1] = [Token("<<"), Token("", delimiter.raw, mark, body)]
         self.awaited = []
+
+
+def _stripped(text: str) -> str:
+    """`text` without the blanks around it, but with the last one where a backslash makes it part of a word."""
+    inner = text.strip()
+    escapes = len(inner) - len(inner.rstrip("\\"))
+    return inner + text.lstrip()[len(inner) :][:1].strip("\n") if escapes % 2 else inner
 
 
 def _single_blanks(command: str) -> str:
@@ -257,7 +270,7 @@ def same_command(
 
     `shell_argv` is the ground of all others: without it commands are compared as text. `spend` counts work.
     """
-    expected, actual = (text.replace("\r\n", "\n").strip() for text in (expected, actual))
+    expected, actual = (_stripped(text.replace("\r\n", "\n")) for text in (expected, actual))
     if expected == actual:
         touched.add("whitespace")
         return "whitespace" in rules
@@ -270,10 +283,13 @@ def same_command(
         tokens = _Lexer(expected).read(), _Lexer(actual).read()
     except ValueError:
         return False
+    count = sum(map(len, tokens))
+    spend(TOKEN_WORK * count)
     if not _same(*tokens, on):
         return False
     touched.add("shell_argv")
-    if size <= EXPLAINED_CHARS:
+    if count <= EXPLAINED_TOKENS:
+        spend(TOKEN_WORK * count * len(on))
         touched |= {rule for rule in on - {"shell_argv"} if not _same(*tokens, on - {rule})}
     return True
 
@@ -457,8 +473,8 @@ def _cluster(base: str, word: str, with_value: str, pending: Any, rules: frozens
     found = []
     letters = re.findall(r"\d+|\D", word[1:])
     for index, letter in enumerate(letters, start=1):
-        rest = "".join(letters[index:])
         if letter in with_value or (base == "sed" and letter == "i"):
+            rest = "".join(letters[index:])
             found.append(("-" + letter, rest if rest or letter not in with_value else next(pending, "")))
             break
         found.append(("-" + letter, ""))
