@@ -59,7 +59,9 @@ def _teach(recipe: Recipe, name: str, init: Path, lessons: Sequence[list[dict[st
     policy = Policy(model_name=str(init))
     chat = load_chat(policy)
     sequences = [conversation({"messages": lesson, "tools": ()}, chat) for lesson in lessons]
-    settings = Sft(name=name, num_steps=shape.num_steps, batch_size=shape.batch_size, optimizer=shape.optimizer, decay_from=0.6)
+    settings = Sft(
+        name=name, num_steps=shape.num_steps, batch_size=shape.batch_size, optimizer=shape.optimizer, decay_from=0.6
+    )
 
     def draw(step: int) -> list[list[Sequence_]]:
         return [epochs(sequences, shape.batch_size, step, recipe.seed)]
