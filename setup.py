@@ -10,7 +10,7 @@ setup(
     long_description_content_type="text/markdown",
     python_requires=">=3.11",
     packages=find_packages(include=["nemo_pivotrl", "nemo_pivotrl.*"]),
-    package_data={"nemo_pivotrl": ["*.jinja", "py.typed"]},
+    package_data={"nemo_pivotrl": ["*.jinja", "py.typed"], "nemo_pivotrl.verifiers": ["*.jsonl"]},
     install_requires=[
         "torch>=2.4",  # both algorithms
         "omegaconf>=2.3",  # recipes; it brings PyYAML
@@ -43,6 +43,7 @@ setup(
             "tensorboard>=2.16",
             "types-PyYAML",
             "types-jsonschema",
+            "types-regex",
             "types-tqdm",
         ],
     },

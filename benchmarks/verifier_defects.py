@@ -13,8 +13,8 @@ import sys
 from typing import Any
 
 from nemo_pivotrl import config
-from nemo_pivotrl.records import Action, Candidate, ToolCall
 from nemo_pivotrl.recipe import build
+from nemo_pivotrl.records import Action, Candidate, ToolCall
 from nemo_pivotrl.stages.audit import GOLD, RIGHT, WRONG, Audit, run_audit
 from nemo_pivotrl.verifiers import load_verifier
 

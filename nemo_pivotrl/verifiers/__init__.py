@@ -13,8 +13,8 @@ from importlib import import_module
 from typing import Any, Protocol
 
 from nemo_pivotrl import config
-from nemo_pivotrl.records import Action, Case, InputError, Problem, Verdict, digest
 from nemo_pivotrl.recipe import build
+from nemo_pivotrl.records import Action, Case, InputError, Problem, Verdict, digest
 from nemo_pivotrl.verifiers.bounds import LimitExceeded, check_size
 
 VERIFIERS = {

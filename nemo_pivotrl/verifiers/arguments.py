@@ -21,14 +21,25 @@ from datetime import UTC, date, datetime, time
 from typing import Any
 from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
 
+from nemo_pivotrl.config import Limits
 from nemo_pivotrl.records import short
-from nemo_pivotrl.verifiers.bounds import LimitExceeded
+from nemo_pivotrl.verifiers.bounds import LimitExceeded, decode_json
 from nemo_pivotrl.verifiers.shell import same_command
 from nemo_pivotrl.verifiers.swe import category_of
 
 MAX_DIFFERENCES = 16
 MAX_CODE_CHARS = 20_000
 """Longer Python code is compared as text."""
+MAX_URL_CHARS = 4096
+"""Longer URLs are compared as text."""
+MAX_MARKS = 30
+"""In a text with more combining marks on end characters are not composed: the cost is their square (UAX 15, stream-safe)."""
+WRITTEN = Limits(max_chars=1 << 16)
+"""Of a value that was written as a string."""
+VALUE_WORK = 256
+"""Units of work that comparing two values costs besides their characters."""
+NOTHING: Mapping[str, Any] = {"not": {}}
+"""The schema of no value at all."""
 DEFAULT_PORTS = {"http": 80, "https": 443}
 STOP_WORDS = frozenset(
     "a an and are at by for from how in is it of on or that the this to was what when where who with".split()
@@ -63,6 +74,8 @@ class Comparison:
     differences: list[tuple[str, str]] = field(default_factory=list)
     """(kind, what differs) of each argument that is not the same."""
     spent: int = 0
+    trial: bool = False
+    """Whether only the fact of a difference is of interest."""
 
     def allows(self, rule: str, holds: bool) -> bool:
         """Whether `rule` is on and its condition holds; remembers that it was of use."""
@@ -73,13 +86,14 @@ class Comparison:
 
     def differ(self, kind: str, where: str, expected: Any, actual: Any) -> None:
         if len(self.differences) < MAX_DIFFERENCES:
-            self.differences.append((kind, f"{where}: {short(expected, 60)} is not {short(actual, 60)}"))
+            shown = "" if self.trial else f"{where}: {short(expected, 60)} is not {short(actual, 60)}"
+            self.differences.append((kind, shown))
 
     def spend(self, units: int) -> None:
         """Count work. Raises LimitExceeded past the limit."""
         self.spent += units
         if self.spent > self.max_work:
-            raise LimitExceeded(f"more than {self.max_work} units of work")
+            raise LimitExceeded("more work than `limits.max_work` allows")
 
 
 def snake(name: str) -> str:
@@ -128,7 +142,7 @@ def resolve(schema: Any, root: Mapping[str, Any], value: Any) -> Mapping[str, An
                 found = found.get(part.replace("~1", "/").replace("~0", "~"), {}) if isinstance(found, Mapping) else {}
             schema = found
         elif isinstance(options, list):
-            schema = next((o for o in options if isinstance(o, Mapping) and _is_of_type(value, o)), {})
+            schema = next((o for o in options if isinstance(o, Mapping) and _is_of_type(value, o)), NOTHING)
         else:
             return schema
     return {}
@@ -147,7 +161,8 @@ JSON_TYPES: dict[str, tuple[type, ...]] = {
 
 def _types(schema: Mapping[str, Any]) -> tuple[str, ...]:
     declared = schema.get("type", ())
-    return (declared,) if isinstance(declared, str) else tuple(t for t in declared if isinstance(t, str))
+    listed = [declared] if isinstance(declared, str) else declared if isinstance(declared, (list, tuple)) else ()
+    return tuple(t for t in listed if isinstance(t, str))
 
 
 def _is_of_type(value: Any, schema: Mapping[str, Any]) -> bool:
@@ -170,11 +185,13 @@ def same_json(expected: Any, actual: Any) -> bool:
 
 def compare(c: Comparison, where: str, expected: Any, actual: Any, schema: Any, kind: str = "text") -> None:
     """Record in `c.differences` where two values are not the same."""
-    c.spend(64)
+    c.spend(VALUE_WORK)
     if same_json(expected, actual):
         return
+    takes_text = _takes_text(schema, c.root)
     schema = resolve(schema, c.root, expected)
-    expected, actual = (_unstring(c, value, schema) for value in (expected, actual))
+    if not takes_text:
+        expected, actual = (_unstring(c, value, schema) for value in (expected, actual))
     if isinstance(expected, dict) and isinstance(actual, dict):
         compare_objects(c, where, expected, actual, schema)
     elif isinstance(expected, list) and isinstance(actual, list):
@@ -202,16 +219,16 @@ def compare_objects(
         value = expected.get(name, actual.get(name))
         resolved = inner if isinstance(inner, Mapping) and "default" in inner else resolve(inner, c.root, value)
         optional = not (isinstance(required, list) and name in required)
-        if "default" in resolved and c.allows("omitted_default", _equals(c, value, resolved["default"], resolved)):
+        if "default" in resolved and c.allows("omitted_default", _equals(c, resolved["default"], value, resolved)):
             continue
         if name in properties and optional and c.allows("null_optional", value is None):
             continue
         c.differ("text", place, *(side.get(name, "(absent)") for side in (expected, actual)))
 
 
-def _equals(c: Comparison, value: Any, default: Any, schema: Any) -> bool:
-    trial = Comparison(c.tool, c.root, c.rules, c.kinds, c.overlap, c.max_work - c.spent)
-    compare(trial, "", default, value, schema)
+def _equals(c: Comparison, expected: Any, actual: Any, schema: Any, kind: str = "text") -> bool:
+    trial = Comparison(c.tool, c.root, c.rules, c.kinds, c.overlap, c.max_work - c.spent, trial=True)
+    compare(trial, "", expected, actual, schema, kind)
     c.spend(trial.spent)
     if trial.differences:
         return False
@@ -227,30 +244,50 @@ def _compare_lists(
         c.differ(kind, where, f"{len(expected)} items", f"{len(actual)} items")
         return
     if not (schema.get("uniqueItems") is True and "set_order" in c.rules):
+        # the words of one command, rather than a list of commands: no shell reads them, but what follows `sh -c`
+        words = kind == "shell" and not where.endswith("s")
         for index, pair in enumerate(zip(expected, actual, strict=True)):
-            compare(c, f"{where}[{index}]", *pair, inner, kind)
+            script = index and expected[index - 1] in ("-c", "-lc", "-ic")
+            compare(c, f"{where}[{index}]", *pair, inner, "text" if words and not script else kind)
         return
-    left = list(actual)  # equality under the rules is close enough to transitive for a greedy matching
-    for value in expected:
-        at = next((i for i, other in enumerate(left) if _equals(c, other, value, inner)), None)
-        c.spend(64 * len(left))
+    # equality under the rules is close enough to transitive for a greedy matching, equal values first
+    left: dict[str, list[int]] = {}
+    for index, value in enumerate(actual):
+        left.setdefault(json.dumps(value, sort_keys=True), []).append(index)
+    unmatched, moved = [], False
+    for index, value in enumerate(expected):
+        places = left.get(json.dumps(value, sort_keys=True))
+        if places:
+            moved |= places.pop(0) != index
+        else:
+            unmatched.append((index, value))
+    rest = sorted(index for places in left.values() for index in places)
+    for index, value in unmatched:
+        at = next((i for i in rest if _equals(c, value, actual[i], inner, kind)), None)
         if at is None:
             c.differ(kind, where, value, "(absent)")
             return
-        left.pop(at)
-    c.touched.add("set_order")
+        rest.remove(at)
+        moved |= at != index
+    if moved:
+        c.touched.add("set_order")
 
 
 def _unstring(c: Comparison, value: Any, schema: Mapping[str, Any]) -> Any:
     """A number, truth value, list or object that was written as a string, where the schema wants no string."""
-    types = _types(schema)
-    if not isinstance(value, str) or not types or "string" in types or len(value) > 65536:
+    if not isinstance(value, str):
         return value
+    text = value.strip()
     try:
-        read = json.loads(value.strip() if value.strip() not in ("True", "False") else value.strip().lower())
-    except (ValueError, RecursionError):
+        read = decode_json(text.lower() if text in ("True", "False") else text, WRITTEN)
+    except ValueError:
         return value
     return read if _is_of_type(read, schema) and c.allows("stringified", True) else value
+
+
+def _takes_text(schema: Any, root: Mapping[str, Any]) -> bool:
+    resolved = resolve(schema, root, "")
+    return resolved is not NOTHING and _is_of_type("", resolved)
 
 
 def _same_number(c: Comparison, expected: Any, actual: Any) -> bool:
@@ -258,11 +295,9 @@ def _same_number(c: Comparison, expected: Any, actual: Any) -> bool:
         return False
     if not isinstance(expected, (int, float)) or not isinstance(actual, (int, float)):
         return False
-    try:
-        close = expected == actual or math.isclose(expected, actual, rel_tol=1e-9)
-    except OverflowError:  # a whole number beyond the range of floats
-        close = False
-    return c.allows("number_type", close)
+    close = isinstance(expected, float) and isinstance(actual, float) and math.isclose(expected, actual, rel_tol=1e-9)
+    whole = isinstance(expected, float) and isinstance(actual, float) and expected.is_integer() and actual.is_integer()
+    return c.allows("number_type", expected == actual or (close and not whole))
 
 
 def _same_text(c: Comparison, expected: str, actual: str, schema: Mapping[str, Any], kind: str) -> bool:
@@ -272,9 +307,10 @@ def _same_text(c: Comparison, expected: str, actual: str, schema: Mapping[str, A
         return c.allows("enum_case", _enum(expected, options) == _enum(actual, options) != "")
     if kind == "shell":
         return same_command(expected, actual, c.rules, c.touched, c.spend)
-    if c.allows("whitespace", tidy(expected) == tidy(actual)) or c.allows(
-        "letter_case", _fold(expected) == _fold(actual)
-    ):
+    runs = kind not in ("path", "python")  # within these two blanks may count
+    if c.allows("whitespace", tidy(expected, runs) == tidy(actual, runs)):
+        return True
+    if "letter_case" in c.rules and c.allows("letter_case", _fold(expected) == _fold(actual)):
         return True
     if kind == "date":
         return c.allows("dates", (instant := _instant(expected)) is not None and instant == _instant(actual))
@@ -283,7 +319,7 @@ def _same_text(c: Comparison, expected: str, actual: str, schema: Mapping[str, A
     if kind == "path":
         return c.allows("paths", clean_path(expected) == clean_path(actual))
     if kind == "python":
-        return c.allows("python_tokens", (found := _tokens(expected)) is not None and found == _tokens(actual))
+        return c.allows("python_tokens", (tokens := _tokens(expected)) is not None and tokens == _tokens(actual))
     if kind == "query":
         return c.allows("search_tokens", word_share(expected, actual) >= c.overlap["search_tokens"])
     if kind == "prose":
@@ -297,12 +333,26 @@ def _same_text(c: Comparison, expected: str, actual: str, schema: Mapping[str, A
 ISO = re.compile(r"\d{4}-\d{2}-\d{2}(T|$)")
 
 
-def tidy(text: str) -> str:
-    """`text` with one form of line ends and of composed characters, no blanks at line ends, nor around the whole."""
-    lines = unicodedata.normalize("NFC", text).replace("\r\n", "\n").replace("\r", "\n").split("\n")
+def tidy(text: str, runs: bool = True) -> str:
+    """`text` with one form of line ends and of composed characters, no blanks at line ends, nor around the whole.
+
+    `runs`: in a single line, blanks on end are one.
+    """
+    lines = _compose(text).replace("\r\n", "\n").replace("\r", "\n").split("\n")
     if len(lines) == 1:
-        return " ".join(lines[0].split())
+        return " ".join(lines[0].split()) if runs else lines[0].strip()
     return "\n".join(line.rstrip() for line in lines).strip("\n")
+
+
+def _compose(text: str) -> str:
+    if text.isascii():
+        return text
+    marks = 0
+    for char in text:
+        marks = marks + 1 if unicodedata.combining(char) else 0
+        if marks > MAX_MARKS:
+            return text
+    return unicodedata.normalize("NFC", text)
 
 
 def _fold(text: str) -> str:
@@ -331,26 +381,34 @@ def _instant(text: str) -> tuple[str, Any] | None:
         except ValueError:
             continue
         if isinstance(read, datetime) and read.tzinfo is not None:
-            read = read.astimezone(UTC)
+            try:
+                read = read.astimezone(UTC)
+            except OverflowError:  # before the year 1 or after 9999, seen from Greenwich
+                return None
         return name, read.isoformat()
     return None
 
 
 def _url(text: str) -> tuple[Any, ...] | None:
+    if len(text) > MAX_URL_CHARS:
+        return None
+    odd = "surrogateescape"  # bytes that are no UTF-8 stay what they are
     try:
         parts = urlsplit(text.strip())
         port = parts.port
+        pairs = parse_qsl(parts.query, keep_blank_values=True, errors=odd)
+        query = urlencode(sorted(pairs, key=lambda pair: pair[0]), errors=odd)
+        segments = (quote(unquote(s, errors=odd), safe=":@!$&'()*+,;=~-._", errors=odd) for s in parts.path.split("/"))
+        path = "/".join(segments).rstrip("/") or "/"
     except ValueError:
         return None
     if not parts.scheme or not parts.hostname:
         return None
     scheme = parts.scheme.lower()
-    query = urlencode(sorted(parse_qsl(parts.query, keep_blank_values=True)))
-    path = quote(unquote(parts.path), safe="/:@!$&'()*+,;=~-._") or "/"
-    path = path.rstrip("/") or "/"
     return (
         scheme,
         parts.username,
+        parts.password,
         parts.hostname,
         None if port == DEFAULT_PORTS.get(scheme) else port,
         path,
@@ -366,17 +424,22 @@ def clean_path(text: str) -> str:
 
 
 def _tokens(code: str) -> list[tuple[int, str]] | None:
-    """Tokens of Python code without comments, blank lines and the choice of quotes; None for what is no Python."""
-    if len(code) > MAX_CODE_CHARS:
+    """Tokens of Python code without comments, blank lines and the choice of quotes; None for what is no Python.
+
+    A notebook's `!` and `%` lines are no Python: blanks mean something in them.
+    """
+    if len(code) > MAX_CODE_CHARS or re.search(r"^\s*[%!?]", code, re.MULTILINE):
         return None
     left_out = (tokenize.COMMENT, tokenize.NL, tokenize.ENCODING)
     found = []
     try:
-        for token in tokenize.generate_tokens(io.StringIO(code.strip() + "\n").readline):
+        for token in tokenize.generate_tokens(io.StringIO(code.rstrip() + "\n").readline):
             if token.type == tokenize.INDENT:
                 found.append((token.type, ""))
             elif token.type == tokenize.STRING:
                 found.append((token.type, re.sub(r"^(\w*)'([^'\"\\\n]*)'$", r'\1"\2"', token.string)))
+            elif token.type == tokenize.ERRORTOKEN:
+                return None
             elif token.type not in left_out:
                 found.append((token.type, token.string))
     except (tokenize.TokenError, SyntaxError, UnicodeError):

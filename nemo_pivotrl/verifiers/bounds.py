@@ -82,7 +82,8 @@ def ratio(first: str, second: str, max_work: int, at_least: float = 0.0) -> Rati
     matcher = SequenceMatcher(None, first, second)
     places: dict[str, list[int]] = matcher.b2j  # type: ignore[attr-defined]
     # what difflib's search visits for first[i]: every place of that character in `second` that it has indexed
-    visits = [0, *accumulate(len(places.get(c, ())) + 1 for c in first)]
+    cost = {c: len(found) + 1 for c, found in places.items()}
+    visits = [0, *accumulate(cost.get(c, 1) for c in first)]
     matched = work = 0
     pending = [(0, len(first), 0, len(second))]
     while pending:

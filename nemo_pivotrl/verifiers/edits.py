@@ -7,7 +7,6 @@ is known (`files` of the row), both are applied to it and the results are compar
 
 from __future__ import annotations
 
-import os.path
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -106,9 +105,14 @@ def read_patch(text: str, path: str) -> tuple[Step, ...] | None:
 def core(step: Step) -> tuple[str, str, str, str]:
     """(quoted before, taken away, put in, quoted after), the common ends of old and new being surroundings."""
     old, new = (_lines(text) for text in (step.old or "", step.new))
-    before = len(os.path.commonprefix([old, new]))
-    after = len(os.path.commonprefix([old[before:][::-1], new[before:][::-1]]))
+    before = _shared(old, new)
+    after = _shared(old[before:][::-1], new[before:][::-1])
     return old[:before], old[before : len(old) - after], new[before : len(new) - after], old[len(old) - after :]
+
+
+def _shared(left: str, right: str) -> int:
+    """How many characters two texts begin with in common."""
+    return next((i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right)))
 
 
 def _lines(text: str) -> str:

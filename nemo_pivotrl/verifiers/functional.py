@@ -12,8 +12,11 @@ compared by the judge alone (`ask_judge: [message]`).
 from __future__ import annotations
 
 import difflib
+import json
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, ClassVar, Literal
 
 from nemo_pivotrl.config import Limits, ranged
@@ -23,11 +26,11 @@ from nemo_pivotrl.verifiers.arguments import Comparison, compare_objects, same_j
 from nemo_pivotrl.verifiers.bounds import LimitExceeded, decode_json
 from nemo_pivotrl.verifiers.edits import compare_edits, edit_of
 from nemo_pivotrl.verifiers.shell import same_command
-from nemo_pivotrl.verifiers.single_step import max_matching
+from nemo_pivotrl.verifiers.single_step import call_kinds, max_matching
 from nemo_pivotrl.verifiers.terminus import follows_schema, keystrokes, says_complete, text_of_action
 
 RULES: dict[str, tuple[bool, str]] = {
-    "number_type": (True, "1 is 1.0"),
+    "number_type": (True, "1 is 1.0; fractions up to their ninth digit"),
     "stringified": (
         True,
         'a number, truth value, list or object written as a string ("[1]") where the schema wants none',
@@ -65,6 +68,9 @@ RULES: dict[str, tuple[bool, str]] = {
     "shell_separators": (True, "a newline is a `;`"),
 }
 """Rule -> (on by default, what it takes for the same)."""
+
+PAIR_WORK = 2000
+"""Units of `Limits.max_work` that comparing one pair of calls costs besides what is in them."""
 
 KINDS = ("text", "prose", "query", "shell", "python", "path", "url", "date", "edit", "message")
 
@@ -106,6 +112,11 @@ class Functional:
                     problems.append(Problem("recipe", None, f"verifier.settings.{what}", name, hint))
         if problems:
             raise InputError(problems)
+
+    @cached_property
+    def switched_on(self) -> frozenset[str]:
+        """The rules that may accept."""
+        return frozenset(rule for rule, (default, _) in RULES.items() if self.rules.get(rule, default))
 
     @property
     def asks_judge(self) -> bool:
@@ -149,36 +160,45 @@ class Functional:
         return Verdict(float(ruling.same), category, ruling.detail, figures={"votes": ruling.votes})
 
     def _compare_calls(self, case: Case, actual: Action) -> Verdict:
-        wanted, found = case.expected.calls, actual.calls
-        results = {}
+        (wanted, kind_of_wanted), (found, kind_of_found) = call_kinds(case.expected.calls), call_kinds(actual.calls)
+        room = Counter(kind_of_found)
+        results: dict[tuple[int, int], Comparison] = {}
+        experts = [self._arguments(call, fault=True) for call in wanted]
+        theirs = [self._arguments(call, fault=False) for call in found]
+        ours, others = Counter(map(_plain, wanted, experts)), Counter(map(_plain, found, theirs))
+        if len(wanted) == len(kind_of_wanted) and not ours - others:
+            return Verdict(1.0, "EQUAL")
+        left = self.limits.max_work
         for i, call in enumerate(wanted):
-            expert = self._arguments(call, fault=True)
             for j, other in enumerate(found):
                 if call.name == other.name:
-                    results[i, j] = self._compare_call(case, call, expert, other)
+                    results[i, j] = self._compare_call(case, other, experts[i], theirs[j], left)
+                    left -= results[i, j].spent
         edges = [
             [j for j in range(len(found)) if (i, j) in results and not results[i, j].differences]
             for i in range(len(wanted))
         ]
-        matched = max_matching(edges, range(len(wanted)), [1] * len(found))
-        if len(matched) == len(wanted):
-            rules = sorted({rule for i, row in enumerate(edges) for rule in results[i, row[0]].touched})
+        matched = max_matching(edges, kind_of_wanted, [room[j] for j in range(len(found))])
+        if len(matched) == len(kind_of_wanted):
+            easiest = (min((results[i, j].touched for j in row), key=len) for i, row in enumerate(edges))
+            rules = sorted(set().union(*easiest))
             return Verdict(1.0, "EQUIVALENT" if rules else "EQUAL", rules=tuple(rules))
-        i = next(i for i in range(len(wanted)) if i not in matched)
+        i = next(kind for call, kind in enumerate(kind_of_wanted) if call not in matched)
         tried = [result for (row, _), result in results.items() if row == i and result.differences]
+        if not tried and edges[i]:
+            return Verdict(0.0, "DIFFERENT_COUNT", f"{wanted[i].name} expected more often")
         if not tried:
-            names = ", ".join(sorted({call.name for call in found}))
+            names = ", ".join(sorted({call.name for call in actual.calls}))
             return Verdict(0.0, "DIFFERENT_TOOL", f"{wanted[i].name} expected, found {short(names)}")
         nearest = min(tried, key=lambda result: len(result.differences))
         undecodable = nearest.differences[0][0] == "json"
         if (
             not undecodable
-            and len(wanted) == len(found) == 1
+            and len(kind_of_wanted) == len(kind_of_found) == 1
             and {kind for kind, _ in nearest.differences} <= set(self.ask_judge)
         ):
-            return self._ruling(
-                case, "action", *(_call_text(c.calls[0]) for c in (case.expected, actual)), "DIFFERENT_ARGUMENTS"
-            )
+            ours_said, theirs_said = (f"{call.name}({call.arguments})" for call in (wanted[0], found[0]))
+            return self._ruling(case, "action", ours_said, theirs_said, "DIFFERENT_ARGUMENTS")
         detail = "; ".join(text for _, text in nearest.differences[:3])
         return Verdict(0.0, "UNDECODABLE" if undecodable else "DIFFERENT_ARGUMENTS", detail)
 
@@ -194,14 +214,15 @@ class Functional:
             raise VerifierFault("expected_arguments", f"{call.name}: {reason}")
         return None
 
-    def _compare_call(self, case: Case, expert: ToolCall, wanted: dict[str, Any] | None, call: ToolCall) -> Comparison:
+    def _compare_call(
+        self, case: Case, call: ToolCall, wanted: dict[str, Any] | None, found: dict[str, Any] | None, max_work: int
+    ) -> Comparison:
         schema = _schema(case, call.name)
-        on = frozenset(rule for rule, (default, _) in RULES.items() if self.rules.get(rule, default))
         overlap = {"search_tokens": self.search_overlap, "prose": self.prose_overlap}
-        c = Comparison(call.name, schema, on, self.kinds, overlap, self.limits.max_work)
+        c = Comparison(call.name, schema, self.switched_on, self.kinds, overlap, max_work)
+        c.spend(PAIR_WORK)
         if self.mode == "tool_name":
             return c
-        found = self._arguments(call, fault=False)
         if found is None or wanted is None:
             c.differ("json", "arguments", "a JSON object", call.arguments)
             return c
@@ -210,12 +231,15 @@ class Functional:
         )
         if same_json(left, right):
             return c
-        ours, theirs = edit_of(call.name, left), edit_of(call.name, right)
-        if ours is not None and theirs is not None:
-            files = case.fields.get("files")
-            compare_edits(c, ours, theirs, files if isinstance(files, Mapping) else {})
-        else:
-            compare_objects(c, "", left, right, schema)
+        edit, other = edit_of(call.name, left), edit_of(call.name, right)
+        try:
+            if edit is not None and other is not None:
+                files = case.fields.get("files")
+                compare_edits(c, edit, other, files if isinstance(files, Mapping) else {})
+            else:
+                compare_objects(c, "", left, right, schema)
+        except RecursionError:  # values written as strings inside such values
+            raise LimitExceeded("nested too deeply") from None
         return c
 
     def _compare_turns(self, case: Case, harness: str, actual: Action) -> Verdict:
@@ -237,14 +261,15 @@ class Functional:
         ours, theirs = keystrokes(wanted), keystrokes(found)
         if ours == theirs:
             return Verdict(1.0, "EQUAL")
+        if ours.endswith("\n") != theirs.endswith("\n"):
+            return Verdict(0.0, "DIFFERENT_ARGUMENTS", "one side only ends its last line, which runs it")
         touched: set[str] = set()
-        on = frozenset(rule for rule, (default, _) in RULES.items() if self.rules.get(rule, default))
 
         def spend(units: int) -> None:
             if units > self.limits.max_work:
                 raise LimitExceeded(f"more than {self.limits.max_work} units of work")
 
-        if same_command(ours, theirs, on, touched, spend):
+        if same_command(ours, theirs, self.switched_on, touched, spend):
             return Verdict(1.0, "EQUIVALENT", rules=tuple(sorted(touched)))
         if "shell" in self.ask_judge:
             return self._ruling(case, "terminal", ours, theirs, "DIFFERENT_ARGUMENTS")
@@ -258,12 +283,14 @@ def _harness(case: Case) -> str:
 
 def _schema(case: Case, name: str) -> Mapping[str, Any]:
     declared = case.fields.get("declared_tools")
-    for tool in case.tools if declared is None else declared:
-        function = tool.get("function", tool) if isinstance(tool, dict) else {}
-        if function.get("name") == name:
-            return function.get("parameters") or {}
+    for tool in declared if isinstance(declared, (list, tuple)) else case.tools:
+        function = tool.get("function", tool) if isinstance(tool, Mapping) else {}
+        if isinstance(function, Mapping) and function.get("name") == name:
+            parameters = function.get("parameters")
+            return parameters if isinstance(parameters, Mapping) else {}
     return {}
 
 
-def _call_text(call: ToolCall) -> str:
-    return f"{call.name}({call.arguments})"
+def _plain(call: ToolCall, arguments: dict[str, Any] | None) -> tuple[str, str]:
+    """Equal for calls that are equal as JSON."""
+    return call.name, call.arguments if arguments is None else json.dumps(arguments, sort_keys=True)

@@ -137,7 +137,7 @@ def _changed(arguments: dict[str, Any], properties: Mapping[str, Any]) -> Iterat
             yield "flipped", {**arguments, key: not value}
         elif isinstance(value, int):
             yield "another_number", {**arguments, key: value + 1}
-        if fixed:
+        if isinstance(declared, Mapping) and "enum" in declared:
             other = next((option for option in declared["enum"] if option != value), None)
             if other is not None:
                 yield "another_option", {**arguments, key: other}

@@ -38,7 +38,7 @@ def case_of(row: Mapping[str, Any], with_messages: bool = False) -> Case:
     threshold = fields.get("threshold")
     if threshold is not None and (isinstance(threshold, bool) or not isinstance(threshold, (int, float))):
         raise RowError("threshold", threshold, "a number")
-    messages = ()
+    messages: tuple[dict[str, Any], ...] = ()
     if with_messages and isinstance(params.get("input"), list):
         try:
             messages = tuple(to_messages(params["input"]))

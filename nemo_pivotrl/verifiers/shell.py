@@ -305,7 +305,9 @@ def _flat_words(tokens: Sequence[Token], said: str) -> list[Any]:
 
 
 def _command(tokens: Sequence[Token], said: str) -> Command:
-    assignments, words, redirects = [], [], []
+    assignments: list[tuple[str, str]] = []
+    words: list[str] = []
+    redirects: list[tuple[str, ...]] = []
     pending = iter(tokens)
     descriptor = ""
     for token in pending:

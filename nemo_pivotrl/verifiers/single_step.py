@@ -169,8 +169,8 @@ class SingleStep:
             (too_few and not self.allow_subset) or (too_many and not self.allow_superset)
         ):
             return Verdict(0.0, "FUNCTION_CALL_BATCH_LENGTH_DIFFERENT")
-        wanted, wanted_kind = _kinds(expected)
-        found, found_kind = _kinds(actual)
+        wanted, wanted_kind = call_kinds(expected)
+        found, found_kind = call_kinds(actual)
         _check_pairs(wanted, found, self.limits)
         room = [0] * len(found)
         for kind in found_kind:
@@ -205,7 +205,7 @@ class SingleStep:
 _UNDECODABLE = object()
 
 
-def _kinds(calls: Sequence[ToolCall]) -> tuple[list[ToolCall], list[int]]:
+def call_kinds(calls: Sequence[ToolCall]) -> tuple[list[ToolCall], list[int]]:
     """Different calls in order of appearance, and for every call which of them it is."""
     index: dict[tuple[str, str], int] = {}
     kinds = [index.setdefault((c.name, c.arguments), len(index)) for c in calls]
