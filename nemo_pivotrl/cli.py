@@ -31,6 +31,7 @@ STAGES = {
     "sft": ("nemo_pivotrl.stages.sft:sft", "fine-tune on the same data, for comparison"),
     "train": ("nemo_pivotrl.stages.train:train", "pivots -> policy, by single-turn GRPO"),
     "evaluate": ("nemo_pivotrl.stages.evaluate:evaluate", "policies side by side, with intervals"),
+    "decode": ("nemo_pivotrl.stages.decode:decode", "prompts -> answers of the policy steered by doctors"),
     "report": ("nemo_pivotrl.report:report", "one HTML page and its numbers as JSON"),
     "run": ("nemo_pivotrl.stages.quickstart:run", "all stages of the recipe, one after another"),
 }

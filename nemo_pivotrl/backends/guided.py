@@ -223,7 +223,9 @@ class Decoding:
         )
         most = max(self.requests[r].top for r in self.alive)
         top = mixed.log_probs.topk(min(most, self.generator.vocab_size), 1)
-        likeliest = [list(zip(*pair, strict=True)) for pair in zip(top.indices.tolist(), top.values.tolist(), strict=True)]
+        likeliest = [
+            list(zip(*pair, strict=True)) for pair in zip(top.indices.tolist(), top.values.tolist(), strict=True)
+        ]
         steps = []
         for row, values, listed in zip(
             self.alive, zip(*(c.tolist() for c in columns), strict=True), likeliest, strict=True
@@ -387,41 +389,45 @@ def load_guided(
     mode: str = "product",
     dtype: str = "float32",
     device: str = "auto",
+    where: str = "guided",
     **settings: Any,
 ) -> GuidedGenerator:
     """A generator from HF folders (safetensors only), every doctor's contract checked.
 
     mode `ratio` wants a reference for each doctor, `product` uses none. settings go to GuidedGenerator. A folder named
-    twice is loaded once: the patient is often the reference.
+    twice is loaded once: the patient is often the reference. where: the recipe's section, for errors.
     """
-    where = torch.device(device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
     lacking = [name for name, doctor in doctors.items() if mode == "ratio" and not doctor.reference]
     if lacking:
         remedy = "mode: ratio divides each doctor by the model it was trained from; name its folder"
-        raise InputError([Problem("recipe", None, f"doctors.{n}.reference", "nothing", remedy) for n in lacking])
-    folders = {"patient": patient, **{f"doctors.{name}.path": doctor.path for name, doctor in doctors.items()}}
+        raise InputError(
+            [Problem("recipe", None, f"{where}.doctors.{n}.reference", "nothing", remedy) for n in lacking]
+        )
+    folders = {"": patient} | {f"{name}.path": doctor.path for name, doctor in doctors.items()}
     if mode == "ratio":
-        folders |= {f"doctors.{name}.reference": doctor.reference for name, doctor in doctors.items()}
-    problems = [p for field_name, folder in folders.items() if (p := _unloadable(field_name, folder))]
+        folders |= {f"{name}.reference": doctor.reference for name, doctor in doctors.items()}
+    named = {key: f"{where}.doctors.{key}" if key else "policy.model_name" for key in folders}
+    problems = [p for key, folder in folders.items() if (p := _unloadable(named[key], folder))]
     if problems:
         raise InputError(problems)
+    place = torch.device(device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
     loaded: dict[Path, Any] = {}
     for folder in folders.values():
         if Path(folder).resolve() not in loaded:
             model = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=DTYPES[dtype], use_safetensors=True, local_files_only=True
             )
-            loaded[Path(folder).resolve()] = model.to(where).eval().requires_grad_(False)
-    models = {field_name: loaded[Path(folder).resolve()] for field_name, folder in folders.items()}
+            loaded[Path(folder).resolve()] = model.to(place).eval().requires_grad_(False)
+    models = {key: loaded[Path(folder).resolve()] for key, folder in folders.items()}
     tokenizer = settings.pop("tokenizer", None) or AutoTokenizer.from_pretrained(patient, local_files_only=True)
     tokenizers = {n: AutoTokenizer.from_pretrained(d.path, local_files_only=True) for n, d in doctors.items()}
-    references = {name: models[f"doctors.{name}.reference"] for name in doctors} if mode == "ratio" else {}
+    references = {name: models[f"{name}.reference"] for name in doctors} if mode == "ratio" else {}
     for name, model in references.items():
         own = AutoTokenizer.from_pretrained(doctors[name].reference, local_files_only=True)
-        check_contract(models["patient"], model, (tokenizer, own), f"{name}.reference")
+        check_contract(models[""], model, (tokenizer, own), f"{name}.reference")
     return GuidedGenerator(
-        models["patient"],
-        {name: models[f"doctors.{name}.path"] for name in doctors},
+        models[""],
+        {name: models[f"{name}.path"] for name in doctors},
         tokenizer,
         references,
         doctor_tokenizers=tokenizers,
@@ -435,10 +441,12 @@ def _unloadable(field_name: str, folder: str) -> Problem | None:
     if not folder or not (where / "config.json").exists():
         found = folder or "nothing"
         if folder and (where / "adapter_config.json").exists():
-            return Problem("recipe", None, field_name, f"{found}: an adapter", "merge it into its model and export that")
+            return Problem(
+                "recipe", None, field_name, f"{found}: an adapter", "merge it into its model and export that"
+            )
         return Problem("recipe", None, field_name, found, "give an HF checkpoint folder")
     if not list(where.glob("*.safetensors")):
-        return Problem("recipe", None, field_name, f"{found_weights(where)}", "save it as safetensors: pickles run code")
+        return Problem("recipe", None, field_name, found_weights(where), "save it as safetensors: pickles run code")
     return None
 
 
