@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -647,10 +648,27 @@ def test_loaded_folders_decode_as_the_models_do_and_pickles_are_refused(models: 
     (pickled / "pytorch_model.bin").write_bytes(b"x")
     with pytest.raises(InputError, match=r"pytorch_model.bin[\s\S]*pickles run code"):
         load_guided(str(folders / "patient"), {"kind": Doctor(path=str(pickled))})
-    with pytest.raises(InputError, match="doctors.kind.reference"):
+    with pytest.raises(InputError, match=r"doctors\.kind\.reference"):
         load_guided(str(folders / "patient"), {"kind": Doctor(path=str(folders / "kind"))}, "ratio")
-    with pytest.raises(InputError, match="doctors.kind.path"):
+    with pytest.raises(InputError, match=r"doctors\.kind\.path"):
         load_guided(str(folders / "patient"), {"kind": Doctor()})
+
+
+def test_a_doctor_with_a_template_of_its_own_reads_its_own_prompt(folders: Path, tmp_path: Path) -> None:
+    from nemo_pivotrl.stages.decode import load, prompt_ids
+
+    other = tiny.make_tokenizer(TEXTS, 320)
+    other.chat_template = tiny.CHAT_TEMPLATE.replace("<|{{ m.role }}|>", "<|{{ m.role }}|> ")
+    shutil.copytree(folders / "kind", tmp_path / "kind")
+    other.save_pretrained(tmp_path / "kind")
+    recipe = load_recipe(decode_recipe(folders, tmp_path), [f"decode.doctors.kind.path={tmp_path}/kind"])
+    chat, _, own = load(recipe)
+    messages = [{"role": "user", "content": "fox"}]
+    assert set(own) == {"kind"} and prompt_ids("fox", [], chat, own)[1] == {}
+    ids, others = prompt_ids(messages, [], chat, own)
+    assert TOKENIZER.decode(ids).startswith("<|user|>fox") and TOKENIZER.decode(others["kind"]).startswith(
+        "<|user|> fox"
+    )
 
 
 def decode_recipe(folders: Path, where: Path, **decode: Any) -> str:
@@ -733,6 +751,12 @@ def test_bad_prompts_and_doctors_of_the_stage_are_named(
     shown = capsys.readouterr().err
     for line, said in ((1, "prompt"), (2, "messages"), (3, "kin"), (4, "line"), (5, "alpha"), (6, "prompt")):
         assert f"prompts.jsonl:{line}: " in shown and said in shown
+    (tmp_path / "prompts.jsonl").write_text(
+        json.dumps("fox " * 100) + '\n"fox"\n[{"role": "user", "tool_calls": [{}]}]\n'
+    )
+    assert cli.main(["decode", recipe]) == 2
+    assert "prompts.jsonl:1: prompt: found" in (shown := capsys.readouterr().err) and "the models read 96" in shown
+    assert "prompts.jsonl:3: messages" in shown and not (tmp_path / "run/decoded.jsonl.part").exists()
     assert cli.main(["decode", recipe, "decode.doctors={kind: {path: nowhere}}"]) == 2
     assert "decode.doctors.kind.path" in capsys.readouterr().err
     assert cli.main(["decode", recipe, "decode.prompts=''"]) == 2

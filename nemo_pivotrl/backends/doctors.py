@@ -292,10 +292,7 @@ class Guide:
         none = beta[:, :0]
         alone = mixture(known, [], torch.ones_like(alpha), none, size)
         guided = (alpha != 1) | (beta != 0).any(1)
-        if not bool(guided.any()):
-            mixed = alone
-        else:
-            mixed = mixture(known, first, alpha, beta[:, used], size, second)
+        mixed = mixture(known, first, alpha, beta[:, used], size, second) if bool(guided.any()) else alone
         scores = guided_logits(known, mixed, alpha, beta)
         scores = torch.cat([scores[:, :size], torch.full_like(scores[:, size:], -torch.inf)], 1)
         return Mixed(mixed, alone, scores, guided)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -47,6 +47,11 @@ class Prompt:
     tools: tuple[dict[str, Any], ...]
     alpha: float
     beta: Mapping[str, float]
+    line: int
+
+
+Rendered = tuple[list[int], dict[str, list[int]]]
+"""A prompt's token ids, and those of doctors that read another prompt."""
 
 
 def decode(recipe: Recipe, fresh: bool = False) -> Path:
@@ -57,13 +62,14 @@ def decode(recipe: Recipe, fresh: bool = False) -> Path:
         raise InputError(problem)
     prompts = read_prompts(Path(settings.prompts), recipe)
     chat, generator, own_chats = load(recipe)
+    rendered = _render_all(recipe, prompts, chat, generator, own_chats)
     header = _header(recipe, chat)
     path = recipe.path(settings.output)
     if is_complete(path, header, fresh):
         print(f"{path} is complete; fresh=true makes it anew")
         return path
     with ArtefactWriter(path, header, fresh) as writer, spend(Path(recipe.run_dir), "decode") as cost:
-        _decode_rest(recipe, prompts, writer, chat, generator, own_chats)
+        _decode_rest(recipe, prompts, rendered, writer, chat, generator)
         path = writer.finish()
         rows = list(read_rows(path))
         cost.update(answers=len(rows), tokens_generated=sum(len(r["token_ids"]) for r in rows))
@@ -93,9 +99,8 @@ def load(recipe: Recipe) -> tuple[Chat, GuidedGenerator, dict[str, Chat]]:
     )
     own = {}
     for name, doctor in settings.doctors.items():
-        if template := _template(doctor.path):
-            if template != chat.tokenizer.chat_template:
-                own[name] = Chat(load_tokenizer(doctor.path), recipe.policy.tool_parser, recipe.policy.template_kwargs)
+        if _template(doctor.path) not in (None, chat.tokenizer.chat_template):
+            own[name] = Chat(load_tokenizer(doctor.path), recipe.policy.tool_parser, recipe.policy.template_kwargs)
     return chat, generator, own
 
 
@@ -107,12 +112,18 @@ def _template(folder: str) -> str | None:
 
 def prompt_ids(
     content: str | Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]], chat: Chat, own_chats: Mapping[str, Chat]
-) -> tuple[list[int], dict[str, list[int]]]:
-    """Token ids for the patient, and for each doctor whose prompt is another one."""
+) -> Rendered:
+    """Token ids for the patient, and for each doctor whose prompt is another one. InputError: no template renders it."""
+    from jinja2 import TemplateError
+
     if isinstance(content, str):
-        return chat.encode(content), {}
-    own = {name: other.prompt_ids(content, tools) for name, other in own_chats.items()}
-    return chat.prompt_ids(content, tools), own
+        return chat.tokenizer.encode(content), {}
+    try:
+        own = {name: other.prompt_ids(content, tools) for name, other in own_chats.items()}
+        return chat.prompt_ids(content, tools), own
+    except (TemplateError, TypeError, KeyError, AttributeError) as error:
+        problem = Problem("chat template", None, "messages", short(str(error)), "the template cannot render them")
+        raise InputError(problem) from None
 
 
 def _header(recipe: Recipe, chat: Chat) -> Header:
@@ -136,10 +147,10 @@ def _header(recipe: Recipe, chat: Chat) -> Header:
 def _decode_rest(
     recipe: Recipe,
     prompts: Sequence[Prompt],
+    rendered: Sequence[Rendered],
     writer: ArtefactWriter,
     chat: Chat,
     generator: GuidedGenerator,
-    own_chats: Mapping[str, Chat],
 ) -> None:
     """Decode what is not written yet. Waves begin at fixed places, so a resumed one repeats exactly."""
     each = recipe.decode.num_samples
@@ -149,40 +160,57 @@ def _decode_rest(
     skip = writer.rows_done - first * each
     with progress(total, writer.rows_done, "decode", "answer") as bar:
         for start in range(first, len(prompts), size):
-            rows = _decode_wave(recipe, prompts[start : start + size], chat, generator, own_chats)
+            wave = list(zip(prompts[start : start + size], rendered[start : start + size], strict=True))
+            rows = _decode_wave(recipe, wave, chat, generator)
             writer.write(rows[skip:])
             bar.update(len(rows) - skip)
             skip = 0
 
 
 def _decode_wave(
+    recipe: Recipe, wave: Sequence[tuple[Prompt, Rendered]], chat: Chat, generator: GuidedGenerator
+) -> list[dict[str, Any]]:
+    samples = [(prompt, k, text) for prompt, text in wave for k in range(recipe.decode.num_samples)]
+    requests = [_steering(recipe, prompt, k) for prompt, k, _ in samples]
+    answers = generator.generate([text[0] for *_, text in samples], requests, [text[1] for *_, text in samples])
+    return [
+        _row(prompt, k, request, answer, chat, recipe.decode.token_records)
+        for (prompt, k, _), request, answer in zip(samples, requests, answers, strict=True)
+    ]
+
+
+def _steering(recipe: Recipe, prompt: Prompt, sample: int) -> Steering:
+    s = recipe.decode
+    return Steering(
+        alpha=prompt.alpha,
+        beta=prompt.beta,
+        temperature=s.temperature,
+        top_k=s.top_k,
+        top_p=s.top_p,
+        max_new_tokens=s.max_new_tokens,
+        seed=sample_seed("decode", recipe.seed, prompt.prompt_id, sample),
+    )
+
+
+def _render_all(
     recipe: Recipe,
-    wave: Sequence[Prompt],
+    prompts: Sequence[Prompt],
     chat: Chat,
     generator: GuidedGenerator,
     own_chats: Mapping[str, Chat],
-) -> list[dict[str, Any]]:
-    s = recipe.decode
-    samples = [(prompt, k) for prompt in wave for k in range(s.num_samples)]
-    rendered = {id(p): prompt_ids(p.content, p.tools, chat, own_chats) for p in wave}
-    requests = [
-        Steering(
-            alpha=prompt.alpha,
-            beta=prompt.beta,
-            temperature=s.temperature,
-            top_k=s.top_k,
-            top_p=s.top_p,
-            max_new_tokens=s.max_new_tokens,
-            seed=sample_seed("decode", recipe.seed, prompt.prompt_id, k),
-        )
-        for prompt, k in samples
-    ]
-    texts = [rendered[id(prompt)] for prompt, _ in samples]
-    answers = generator.generate([t[0] for t in texts], requests, [t[1] for t in texts])
-    return [
-        _row(prompt, k, request, answer, chat, s.token_records)
-        for (prompt, k), request, answer in zip(samples, requests, answers, strict=True)
-    ]
+) -> list[Rendered]:
+    """Every prompt's token ids. Raises InputError naming every line that no model can read, before anything is decoded."""
+    rendered, problems = [], []
+    for prompt in prompts:
+        try:
+            text = prompt_ids(prompt.content, prompt.tools, chat, own_chats)
+            generator.check([text[0]], [_steering(recipe, prompt, 0)], [text[1]])
+            rendered.append(text)
+        except InputError as error:
+            problems += [replace(p, file=recipe.decode.prompts, line=prompt.line) for p in error.problems]
+    if problems:
+        raise InputError(problems)
+    return rendered
 
 
 def _row(
@@ -222,7 +250,7 @@ def read_prompts(path: Path, recipe: Recipe) -> list[Prompt]:
         if not line.strip():
             continue
         try:
-            prompts.append(_prompt(json.loads(line), str(number), recipe))
+            prompts.append(_prompt(json.loads(line), number, recipe))
         except _LineError as error:
             problems.append(Problem(str(path), number, *error.args))
         except (ValueError, RecursionError) as error:
@@ -240,7 +268,7 @@ class _LineError(Exception):
     """Field, what stands there, remedy."""
 
 
-def _prompt(value: Any, number: str, recipe: Recipe) -> Prompt:
+def _prompt(value: Any, number: int, recipe: Recipe) -> Prompt:
     row = {"prompt": value} if isinstance(value, str) else {"messages": value} if isinstance(value, list) else value
     if not isinstance(row, dict):
         raise _LineError("line", short(value), "a text, a list of messages, or an object")
@@ -262,7 +290,7 @@ def _prompt(value: Any, number: str, recipe: Recipe) -> Prompt:
         raise _LineError("beta", ", ".join(strangers), f"the recipe's doctors are {known}")
     weights = {name: _number(f"beta.{name}", beta.get(name, d.beta)) for name, d in recipe.decode.doctors.items()}
     alpha = _number("alpha", row.get("alpha", recipe.decode.alpha))
-    return Prompt(str(row.get("id", number)), content, tuple(row.get("tools") or ()), alpha, weights)
+    return Prompt(str(row.get("id", number)), content, tuple(row.get("tools") or ()), alpha, weights, number)
 
 
 def _number(field: str, value: Any) -> float:
