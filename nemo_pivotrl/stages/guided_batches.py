@@ -143,7 +143,9 @@ class Batches:
         decoding = self.generator.start(
             [job.prompt for job in batch], [job.request for job in batch], [job.own_prompts for job in batch]
         )
-        while not decoding.done and not self.closing:
+        while not decoding.done:
+            if self.closing:
+                raise RuntimeError("the server is closing")
             for row, job in enumerate(batch):
                 if job.gone:
                     decoding.stop(row)

@@ -316,7 +316,8 @@ class Server:
         return {
             "tokens": words,
             "token_logprobs": [t.mixed_log_prob for t in tokens],
-            "top_logprobs": [{self._word(i): lp for i, lp in t.top} for t in tokens],
+            # tokens of the same text (bytes of a character) share an entry: the likelier one's
+            "top_logprobs": [{self._word(i): lp for i, lp in reversed(t.top)} for t in tokens],
             "text_offset": offsets,
         }
 
