@@ -745,11 +745,19 @@ def test_bad_prompts_and_doctors_of_the_stage_are_named(
 ) -> None:
     recipe = decode_recipe(folders, tmp_path)
     (tmp_path / "prompts.jsonl").write_text(
-        '{"text": "x"}\n[1]\n{"prompt": "a", "beta": {"kin": 1}}\n{broken\n{"prompt": "a", "alpha": "b"}\n{"prompt": ""}\n'
+        '{"text": "x"}\n[1]\n{"prompt": "a", "beta": {"kin": 1}}\n{broken\n{"prompt": "a", "alpha": "b"}\n{"prompt": ""}\n{"prompt": "a", "tools": "b"}\n'
     )
     assert cli.main(["decode", recipe]) == 2
     shown = capsys.readouterr().err
-    for line, said in ((1, "prompt"), (2, "messages"), (3, "kin"), (4, "line"), (5, "alpha"), (6, "prompt")):
+    for line, said in (
+        (1, "prompt"),
+        (2, "messages"),
+        (3, "kin"),
+        (4, "line"),
+        (5, "alpha"),
+        (6, "prompt"),
+        (7, "tools"),
+    ):
         assert f"prompts.jsonl:{line}: " in shown and said in shown
     (tmp_path / "prompts.jsonl").write_text(
         json.dumps("fox " * 100) + '\n"fox"\n[{"role": "user", "tool_calls": [{}]}]\n'

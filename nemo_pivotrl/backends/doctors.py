@@ -381,7 +381,7 @@ class GuidedLogitsProcessor(LogitsProcessor):
             )
         self.each = rows // prompts  # generate() repeats a prompt in place, for samples or beams
         of = [i // self.each for i in range(rows)]
-        self.mask = self.mask[of]
+        self.mask = self.mask[of].to(input_ids.device)
         if not bool(self.mask[:, -1].all()):
             raise ValueError("a prompt ends with padding: pad on the left (tokenizer.padding_side)")
         texts = [ids[mask].tolist() for ids, mask in zip(input_ids, self.mask, strict=True)]

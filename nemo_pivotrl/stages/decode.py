@@ -290,7 +290,10 @@ def _prompt(value: Any, number: int, recipe: Recipe) -> Prompt:
         raise _LineError("beta", ", ".join(strangers), f"the recipe's doctors are {known}")
     weights = {name: _number(f"beta.{name}", beta.get(name, d.beta)) for name, d in recipe.decode.doctors.items()}
     alpha = _number("alpha", row.get("alpha", recipe.decode.alpha))
-    return Prompt(str(row.get("id", number)), content, tuple(row.get("tools") or ()), alpha, weights, number)
+    tools = row.get("tools") or []
+    if not (isinstance(tools, list) and all(isinstance(t, dict) for t in tools)):
+        raise _LineError("tools", short(tools), "a list of tool definitions")
+    return Prompt(str(row.get("id", number)), content, tuple(tools), alpha, weights, number)
 
 
 def _number(field: str, value: Any) -> float:
