@@ -297,7 +297,7 @@ def test_every_model_may_read_its_own_prompt(models: dict[str, Any]) -> None:
 def test_float64_models_agree_with_the_slow_truth_to_1e_6(models: dict[str, Any]) -> None:
     exact = {name: model(*made) for name, made in {"patient": (1, 2, 8), "kind": (2, 1, 3), "brief": (3,)}.items()}
     exact = {name: made.double() for name, made in exact.items()}
-    request = Steering(alpha=0.5, beta={"kind": 1.5, "brief": 0.25}, seed=9, max_new_tokens=12)
+    request = Steering(alpha=0.5, beta={"kind": 1.5, "brief": 0.25}, temperature=0.7, seed=9, max_new_tokens=12)
     for answer, prompt in zip(generator(exact).generate(PROMPTS, request), PROMPTS, strict=True):
         expected = slow(exact, prompt, request)
         assert answer.token_ids == tuple(e[0] for e in expected)
@@ -391,6 +391,15 @@ def test_guidance_is_off_between_the_markers_and_on_again_after_them(models: dic
     assert not kinds[0] and kinds[6] and kinds[11] and len(set(kinds[12:])) >= 1
     assert alone.token_ids != tuple(free)
     assert Span.of_ids(TOKENIZER, free[4:6], [1, 2]).start == start
+
+
+def test_a_row_keeps_its_own_span_when_others_leave_the_batch(models: dict[str, Any]) -> None:
+    inside = [*PROMPTS[3], *TOKENIZER.encode("<tool_call>")]
+    prompts, steps = [PROMPTS[0], PROMPTS[1], inside, PROMPTS[2]], [2, 3, 14, 14]
+    requests = [Steering(beta={"kind": 1.0}, temperature=0, max_new_tokens=n) for n in steps]
+    found = generator(models, spans=[Span("<tool_call>", "</tool_call>")]).generate(prompts, requests)
+    agrees(found[2], slow(models, inside, requests[2], off=lambda *_: True))
+    agrees(found[3], slow(models, PROMPTS[2], requests[3]))
 
 
 def test_a_doctor_that_nobody_needs_waits_and_reads_what_it_missed_in_one_piece(
@@ -745,7 +754,8 @@ def test_bad_prompts_and_doctors_of_the_stage_are_named(
 ) -> None:
     recipe = decode_recipe(folders, tmp_path)
     (tmp_path / "prompts.jsonl").write_text(
-        '{"text": "x"}\n[1]\n{"prompt": "a", "beta": {"kin": 1}}\n{broken\n{"prompt": "a", "alpha": "b"}\n{"prompt": ""}\n{"prompt": "a", "tools": "b"}\n'
+        '{"text": "x"}\n[1]\n{"prompt": "a", "beta": {"kin": 1}}\n{broken\n{"prompt": "a", "alpha": "b"}\n{"prompt": ""}\n'
+        '{"prompt": "a", "tools": "b"}\n'
     )
     assert cli.main(["decode", recipe]) == 2
     shown = capsys.readouterr().err
