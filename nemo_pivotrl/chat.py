@@ -29,8 +29,9 @@ _PROBE_TOOL = {
 _PROBE_ARGUMENTS = {"key": "two words", "number": 7}
 
 
-def load_tokenizer(path: str, chat_template: str | None = None) -> PreTrainedTokenizerBase:
+def load_tokenizer(path: str, chat_template: str | None = None, section: str = "policy") -> PreTrainedTokenizerBase:
     """The tokenizer at `path` (an HF folder); `chat_template` is a Jinja file that replaces its template.
+    `section` is the recipe's section that names both, for errors.
 
     Raises InputError when there is no tokenizer or it has no chat template.
     """
@@ -41,9 +42,9 @@ def load_tokenizer(path: str, chat_template: str | None = None) -> PreTrainedTok
             Problem(
                 path,
                 None,
-                "policy.model_name",
+                f"{section}.model_name",
                 "no tokenizer there",
-                "give an HF checkpoint folder, or run the warmup stage first",
+                "give an HF checkpoint folder" + (", or run the warmup stage first" if section == "policy" else ""),
             )
         )
     tokenizer = AutoTokenizer.from_pretrained(path)
@@ -54,9 +55,9 @@ def load_tokenizer(path: str, chat_template: str | None = None) -> PreTrainedTok
             Problem(
                 path,
                 None,
-                "policy.chat_template",
+                f"{section}.chat_template",
                 "a tokenizer without a chat template",
-                "set policy.chat_template to a Jinja file",
+                f"set {section}.chat_template to a Jinja file",
             )
         )
     return tokenizer

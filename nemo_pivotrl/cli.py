@@ -30,8 +30,15 @@ STAGES = {
     "export": ("nemo_pivotrl.stages.select:export", "pivots -> NeMo-Gym files for NeMo-RL"),
     "sft": ("nemo_pivotrl.stages.sft:sft", "fine-tune on the same data, for comparison"),
     "train": ("nemo_pivotrl.stages.train:train", "pivots -> policy, by single-turn GRPO"),
+    "manners": ("nemo_pivotrl.stages.manners:make_manners", "write the embedded patient, doctor and preferences"),
+    "tfpo": ("nemo_pivotrl.stages.tfpo:tfpo", "token rewards -> doctor (LLMdoctor)"),
     "evaluate": ("nemo_pivotrl.stages.evaluate:evaluate", "policies side by side, with intervals"),
-    "decode": ("nemo_pivotrl.stages.decode:decode", "prompts -> answers of the policy steered by doctors"),
+    "preferences": ("nemo_pivotrl.stages.preferences:preferences", "LLMdoctor: preference files -> preferences"),
+    "reward": (
+        "nemo_pivotrl.stages.reward:reward",
+        "LLMdoctor: preferences -> token rewards, by the patient's two faces",
+    ),
+    "decode": ("nemo_pivotrl.stages.decode:decode", "LLMdoctor: prompts -> answers of the policy steered by doctors"),
     "report": ("nemo_pivotrl.report:report", "one HTML page and its numbers as JSON"),
     "run": ("nemo_pivotrl.stages.quickstart:run", "all stages of the recipe, one after another"),
 }
@@ -50,7 +57,8 @@ def parser() -> argparse.ArgumentParser:
     tools = "\n".join(f"  {name:<14} {text}" for name, text in TOOLS.items())
     made = argparse.ArgumentParser(
         prog="nemo-pivotrl",
-        description=f"PivotRL, stage by stage.\n\nstages:\n{stages}\n\nother commands (--help shows their options):\n{tools}",
+        description=f"PivotRL and LLMdoctor, stage by stage.\n\nstages:\n{stages}\n\n"
+        f"other commands (--help shows their options):\n{tools}",
         epilog="Settings: `nemo-pivotrl select RECIPE.yaml --print-config` shows all of them with their values; override any "
         "as section.key=value. fresh=true drops a stage's unfinished work instead of resuming it.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -183,7 +191,8 @@ def missing_module(command: str, extras: Mapping[str, str], default: str) -> Ite
 
 def run_stage(stage: str, recipe: Recipe, fresh: bool) -> None:
     """Import a stage's function and call it."""
-    if stage not in ("world", "extract", "audit", "rescore", "select", "export", "report") and recipe.num_threads:
+    light = ("world", "extract", "audit", "rescore", "select", "export", "report", "preferences")
+    if stage not in light and recipe.num_threads:
         os.environ.setdefault("OMP_NUM_THREADS", str(recipe.num_threads))
         import torch
 

@@ -7,6 +7,7 @@ is known (`files` of the row), both are applied to it and the results are compar
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +20,12 @@ NEW = ("new_str", "new_string", "new_text", "new", "replace")
 PATCH = ("patch", "diff", "input")
 WHOLE = ("file_text", "content", "contents", "text")
 INSERT_AT = ("insert_line", "line", "line_number")
+FORMS = {"create": WHOLE, "str_replace": OLD, "insert": INSERT_AT}
+"""Sub-command of an editor -> arguments of which it needs one."""
 MAX_PATCH_LINES = 4000
+STARRED = ("*** Update File: ", "*** Add File: ", "*** Delete File: ", "*** Move to: ")
+UNIFIED = ("--- ", "+++ ", "rename to ")
+HUNK = re.compile(r"@@ -\d{1,9}(?:,(\d{1,9}))? \+\d{1,9}(?:,(\d{1,9}))? @@")
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,11 +34,16 @@ class Edit:
 
     path: str
     steps: tuple[Step, ...]
+    read: frozenset[str] = frozenset()
+    """Names of the arguments that were read; what the others say is not in `steps`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One change: `old` becomes `new` (everywhere, if `every`); `old` None: `new` is the whole file, or goes after `line`."""
+    """One change: `old` becomes `new` (everywhere, if `every`); `old` None: `new` is the whole file, or goes after `line`.
+
+    The path of a file that the change adds, deletes or moves says so.
+    """
 
     path: str
     old: str | None
@@ -44,24 +55,37 @@ class Step:
 def edit_of(tool: str, arguments: Mapping[str, Any]) -> Edit | None:
     """The edit of a call, or None where it is no edit that can be read (a view, an undo, an unknown form)."""
     named = {snake(key): value for key, value in arguments.items()}
-    texts = {key: value for key, value in named.items() if isinstance(value, str)}
-    path = clean_path(next((texts[key] for key in PATH_KEYS if key in texts), ""))
-    if category_of(tool) != "edit" or named.get("command") in ("view", "undo_edit"):
+    command, read = named.get("command"), {"command"}
+    form = FORMS.get(command, ()) if isinstance(command, str) else ()
+    if category_of(tool) != "edit" or command in ("view", "undo_edit") or (form and not named.keys() & set(form)):
         return None
-    old = next((texts[key] for key in OLD if key in texts), None)
-    new = next((texts[key] for key in NEW if key in texts), None)
-    at = next((named[key] for key in INSERT_AT if isinstance(named.get(key), int)), None)
-    if at is not None and old is None:
-        inserted = new if new is not None else next((texts[key] for key in WHOLE if key in texts), None)
-        return None if inserted is None else Edit(path, (Step(path, None, inserted, line=at),))
+
+    def first(keys: tuple[str, ...], kind: type = str) -> Any:
+        found = next((key for key in keys if type(named.get(key)) is kind), None)
+        read.update({found} if found else ())
+        return named.get(found) if found else None
+
+    def edit(*steps: Step) -> Edit:
+        return Edit(path, steps, frozenset(key for key in arguments if snake(key) in read))
+
+    path = clean_path(first(PATH_KEYS) or "")
+    old = first(OLD)
+    at = first(INSERT_AT, int) if old is None else None
     if old is not None:
-        return Edit(path, (Step(path, old, new or "", every=named.get("replace_all") is True),))
-    patch = next((texts[key] for key in PATCH if key in texts), None)
+        return edit(Step(path, old, first(NEW) or "", every=first(("replace_all",), bool) is True))
+    patch = first(PATCH) if at is None else None
     if patch is not None:
         steps = read_patch(patch, path)
-        return None if steps is None else Edit(path, steps)
-    whole = next((texts[key] for key in WHOLE if key in texts), None)
-    return None if whole is None else Edit(path, (Step(path, None, whole),))
+        if steps is not None and all(step.path != path for step in steps):
+            read -= set(PATH_KEYS)  # the patch names its files itself
+        return None if steps is None else edit(*steps)
+    whole = first(NEW + WHOLE if at is not None else WHOLE)
+    return None if whole is None else edit(Step(path, None, whole, line=at))
+
+
+def other_arguments(edit: Edit, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of `arguments` that `edit` does not say."""
+    return {key: value for key, value in arguments.items() if key not in edit.read}
 
 
 def read_patch(text: str, path: str) -> tuple[Step, ...] | None:
@@ -79,27 +103,46 @@ def read_patch(text: str, path: str) -> tuple[Step, ...] | None:
         old.clear()
         new.clear()
 
-    inside = False
+    headers = STARRED if text.lstrip().startswith("*** ") else UNIFIED
+    inside, source, promised = False, "", [0, 0]  # lines that the hunk is still to have, of old and of new
     for line in lines:
-        header = next(
-            (h for h in ("*** Update File: ", "*** Add File: ", "*** Delete File: ", "+++ ") if line.startswith(h)), ""
-        )
-        if header:
+        header = next((h for h in headers if line.startswith(h)), "") if not any(promised) else ""
+        name = line[len(header) :].split("\t")[0].strip()
+        if header == "--- ":
             close()
-            name = line[len(header) :].split("\t")[0].strip()
-            path, inside = clean_path(name.removeprefix("b/") if header == "+++ " else name), header != "+++ "
-        elif line.startswith("@@"):
+            source, inside = name.removeprefix("a/"), False
+        elif header == "+++ ":
             close()
-            inside = True
-        elif line.startswith(("--- ", "diff --git", "index ", "*** ")) or not inside:
+            path, inside = _changed_path(source, name.removeprefix("b/")), False
+        elif header:
+            close()
+            path = f"{path} -> {clean_path(name)}" if header == "*** Move to: " else clean_path(name)
+            path += {"*** Delete File: ": " (deleted)", "*** Add File: ": " (added)"}.get(header, "")
+            inside = headers is STARRED
+            if header not in ("*** Update File: ", "*** Add File: "):
+                steps.append(Step(path, None, ""))
+        elif line.startswith(("@@", "diff --git")):
+            close()
+            counts = HUNK.match(line)
+            promised = [int(count or 1) for count in counts.groups()] if counts else [0, 0]
+            inside = line.startswith("@@")
+        elif not inside:
             continue
         elif line.startswith(("-", "+", " ")) or line == "":
-            if line[:1] != "+":
-                old.append(line[1:])
-            if line[:1] != "-":
-                new.append(line[1:])
+            for index, (side, mark) in enumerate(((old, "+"), (new, "-"))):
+                if line[:1] != mark:
+                    side.append(line[1:])
+                    promised[index] = max(0, promised[index] - 1)
     close()
     return tuple(steps) if steps else None
+
+
+def _changed_path(source: str, target: str) -> str:
+    if target == "/dev/null":
+        return clean_path(source) + " (deleted)"
+    if source == "/dev/null":
+        return clean_path(target) + " (added)"
+    return clean_path(target) if source in ("", target) else f"{clean_path(source)} -> {clean_path(target)}"
 
 
 def core(step: Step) -> tuple[str, str, str, str]:
@@ -147,7 +190,7 @@ def apply(edit: Edit, text: str) -> str | None:
             lines = text.split("\n")
             if not 0 <= step.line <= len(lines):
                 return None
-            text = "\n".join([*lines[: step.line], *step.new.rstrip("\n").split("\n"), *lines[step.line :]])
+            text = "\n".join([*lines[: step.line], *step.new.removesuffix("\n").split("\n"), *lines[step.line :]])
         elif not step.old or text.count(step.old) != 1:
             if not (step.every and step.old and step.old in text):
                 return None

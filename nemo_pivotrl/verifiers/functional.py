@@ -24,7 +24,7 @@ from nemo_pivotrl.records import Action, Case, InputError, Problem, ToolCall, Ve
 from nemo_pivotrl.verifiers import Judging, VerifierFault
 from nemo_pivotrl.verifiers.arguments import Comparison, compare_objects, same_json
 from nemo_pivotrl.verifiers.bounds import LimitExceeded, decode_json
-from nemo_pivotrl.verifiers.edits import compare_edits, edit_of
+from nemo_pivotrl.verifiers.edits import compare_edits, edit_of, other_arguments
 from nemo_pivotrl.verifiers.shell import same_command
 from nemo_pivotrl.verifiers.single_step import call_kinds, max_matching
 from nemo_pivotrl.verifiers.terminus import follows_schema, keystrokes, says_complete, text_of_action
@@ -236,6 +236,12 @@ class Functional:
             if edit is not None and other is not None:
                 files = case.fields.get("files")
                 compare_edits(c, edit, other, files if isinstance(files, Mapping) else {})
+                properties = schema.get("properties")
+                known = {*left, *(properties if isinstance(properties, Mapping) else ())}
+                unknown = {key: value for key, value in right.items() if key not in known}
+                missing = {key: left[key] for key in ("command",) if key in left and key not in right}
+                rest = other_arguments(edit, left) | missing, other_arguments(other, right) | unknown
+                compare_objects(c, "", *rest, schema)
             else:
                 compare_objects(c, "", left, right, schema)
         except RecursionError:  # values written as strings inside such values

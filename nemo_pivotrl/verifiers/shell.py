@@ -25,8 +25,8 @@ CHAR_WORK = 100
 """Units of work that reading one character costs."""
 OPERATOR = re.compile(r"&>>|<<<|<<-|&&|\|\||;;|\|&|&>|>>|<<|>&|<&|>\||<>|[;|&<>()\n]")
 PLAIN = re.compile(r"[^\s;|&<>()\\'\"$`*?\[{~]+")
-SIMPLE_EXPANSION = re.compile(r"\$(?:(\w+|[?!#@*$-])|\{(\w+)\})")
-OPENERS = frozenset("do then else { ( && || | ; ;;".split())
+SIMPLE_EXPANSION = re.compile(r"\$(?:([A-Za-z_]\w*|[0-9?!#@*$-])|\{(\w+)\})", re.ASCII)
+OPENERS = frozenset("do then else { ( ) && || | ; ;;".split())
 """After these a further `;` or newline says nothing."""
 REDIRECTS = frozenset(("&>>", "<<<", "<<-", "&>", ">>", "<<", ">&", "<&", ">|", "<>", "<", ">"))
 RESERVED = frozenset(
@@ -42,33 +42,59 @@ OPTIONS: dict[str, tuple[str, frozenset[str]]] = {
     name: (short, frozenset(long.split()))
     for names, short, long in (
         ("ls", "ITw", "block-size color format hide ignore sort time width"),
-        ("rm mkdir touch cp mv ln rmdir chmod chown stat", "mtSdr", "mode target-directory suffix reference date"),
-        ("cat tac nl pwd whoami hostname which tree wc uniq sync realpath dirname", "LPInbwsv", "files0-from"),
+        ("rm rmdir chmod chown whoami which pwd sync dirname cat", "", "reference"),
+        ("mkdir", "m", "mode"),
+        ("touch", "dtr", "date reference time"),
+        ("cp mv ln", "tS", "target-directory suffix"),
+        ("stat", "c", "format printf"),
+        ("hostname", "F", "file"),
+        ("realpath", "", "relative-to relative-base"),
+        ("tac", "s", "separator"),
+        ("nl", "bdfhilnsvw", "body-numbering number-format number-separator number-width"),
+        ("tree", "LPIo", "filelimit"),
+        ("wc", "", "files0-from"),
+        ("uniq", "fsw", "skip-fields skip-chars check-chars"),
         (
             "grep egrep fgrep",
-            "ABCDefm",
+            "ABCDdefm",
             "after-context before-context context file regexp max-count include exclude exclude-dir color",
         ),
-        ("rg", "ABCegmtTjMf", "after-context before-context context glob regexp max-count type type-not file threads"),
+        (
+            "rg",
+            "ABCdeEgmrtTjMf",
+            "after-context before-context context glob regexp max-count type type-not file threads",
+        ),
         ("head tail", "nc", "lines bytes pid sleep-interval"),
         ("sort", "kotTS", "key output field-separator buffer-size"),
         ("cut", "bcdf", "bytes characters delimiter fields output-delimiter"),
         ("sed", "efl", "expression file line-length"),
-        ("diff", "UCIxXW", "unified context exclude label"),
+        ("diff", "UCIxXWFLSD", "unified context exclude label"),
         ("tar", "fCTX", "file directory exclude files-from"),
-        ("du df", "dBt", "max-depth block-size exclude type"),
+        ("du df", "dBtX", "max-depth block-size exclude type"),
         ("pytest py.test", "kmcpnrWo", "maxfail tb durations rootdir ignore deselect cov cov-report timeout junitxml"),
-        ("curl", "HXdoFuAebmTwx", "header request data data-raw output form user user-agent max-time url"),
-        ("wget", "OPoUtTiQ", "output-document directory-prefix timeout tries header"),
-        ("ps pgrep pkill kill", "pouCs", "pid user signal sort"),
-        ("mypy flake8 black isort ruff", "cmpl", "config config-file line-length select ignore"),
+        ("curl", "HXdoFuAebmTwxcCDEKPQrtUyYz", "header request data data-raw output form user user-agent max-time url"),
+        ("wget", "OPoUtTiQaeARDIXlwB", "output-document directory-prefix timeout tries header"),
+        ("ps pgrep pkill", "pouCsPgGtU", "pid user signal sort"),
+        ("mypy flake8 black isort ruff", "cmplt", "config config-file line-length select ignore"),
     )
     for name in names.split()
 }
 IN_ORDER = frozenset(
-    "find sed awk test [ echo printf xargs env sudo python python3 node ssh bash sh git docker".split()
+    (
+        "find awk test [ echo printf xargs env sudo python python3 node ssh bash sh git docker timeout nohup nice ionice "
+        "stdbuf strace watch exec eval command builtin parallel su doas chroot perl ruby php java ffmpeg convert magick gcc "
+        "g++ cc clang clang++ ld rsync jq kubectl npx uv poetry conda kill set trap expr let tmux screen"
+    ).split()
 )
 """Commands in which the place of an option means something, or whose words are another command's."""
+NAMES_FILES = frozenset("find python node bash sh git docker test [".split())
+"""Of IN_ORDER, those whose words are paths where they look like one."""
+TEXT_AFTER = frozenset("-c -e -m -regex -iregex -path -ipath -name -iname -wholename -printf --grep --message".split())
+"""Options of those, after which no path stands."""
+PATTERN_FIRST = frozenset("grep egrep fgrep rg sed".split())
+"""Commands whose first operand is a pattern or a script, unless an option gives one."""
+PATTERN_OPTIONS = ("-e", "-f", "--regexp", "--file", "--expression")
+PATH_LIKE = re.compile(rf"[\w.@+,:%=~*?\[\]{{}}/{ACTIVE}{BEGIN}{END}-]+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +161,8 @@ class _Lexer:
             elif char in "$`":
                 parts.append(self._expansion())
             else:
-                active = char in "*?[{" or (char == "~" and not parts)
+                home = char == "~" and (not parts or parts[-1].endswith(("=", ":")))
+                active = char in "*?[{" or home
                 parts.append(ACTIVE + char if active else char)
                 self.at += 1
         raw, word = text[begin : self.at], "".join(parts)
@@ -174,7 +201,10 @@ class _Lexer:
         """`$x` and `${x}` alike; anything else as it is written, up to where its bracket closes."""
         text = self.text
         if text[self.at] == "`":
-            return f"{BEGIN}({self._until('`', self.at + 1).strip()}){END}"
+            command = self._until("`", self.at + 1).strip()
+            if any(char in command for char in "'\"\\"):
+                raise ValueError("quotes inside an expansion")
+            return f"{BEGIN}({_single_blanks(command)}){END}"
         if simple := SIMPLE_EXPANSION.match(text, self.at):
             self.at = simple.end()
             return f"{BEGIN}{simple[1] or simple[2]}{END}"
@@ -189,7 +219,10 @@ class _Lexer:
                 raise ValueError("quotes inside an expansion")
             if depth == 0:
                 self.at += 1
-                return f"{BEGIN}{' '.join(text[begin : self.at].split())}{END}"
+                inner = text[begin : self.at]
+                if opening == "(" and not inner.startswith("(("):
+                    inner = f"({_single_blanks(inner[1:-1].strip())})"
+                return f"{BEGIN}{inner}{END}"
         raise ValueError(f"no closing {closing}")
 
     def _here_documents(self) -> None:
@@ -211,6 +244,10 @@ class _Lexer:
             mark = "'" if literal and any(c in body for c in "$`\\") else ""
             self.tokens[index] = Token("", delimiter.raw, mark, body)
         self.awaited = []
+
+
+def _single_blanks(command: str) -> str:
+    return re.sub(r"[ \t]+", " ", command)
 
 
 def same_command(
@@ -286,18 +323,19 @@ def _program(tokens: Sequence[Token], rules: frozenset[str]) -> Program:
     while flat and flat[-1] == ";":
         flat.pop()
     if compound:
-        return ("compound", *_flat_words(tokens, said))
+        return ("compound", *_flat_words(tokens, said, "shell_separators" in rules))
     return tuple(flat)
 
 
-def _flat_words(tokens: Sequence[Token], said: str) -> list[Any]:
+def _flat_words(tokens: Sequence[Token], said: str, separators: bool) -> list[Any]:
     """Words and operators of a compound program, without separators that say nothing."""
     words: list[Any] = []
+    opened = True  # whether a command would begin here
     for token in tokens:
-        operator = ";" if token.op == "\n" else token.op
-        last = words[-1] if words else ";"
-        if operator == ";" and (last if isinstance(last, str) else last[0]) in OPENERS:
+        operator = ";" if token.op == "\n" and separators else token.op
+        if operator in (";", "\n") and opened and separators:
             continue
+        opened = operator in OPENERS if operator else opened and token.raw in OPENERS
         words.append(operator or (getattr(token, said), token.body))
     while words and words[-1] == ";":
         words.pop()
@@ -320,7 +358,7 @@ def _command(tokens: Sequence[Token], said: str) -> Command:
             descriptor = ""
         elif token.op:  # digits that name the descriptor of the redirection after them
             descriptor = token.op
-        elif not words and (found := ASSIGNMENT.fullmatch(getattr(token, said))):
+        elif not words and ASSIGNMENT.match(token.raw) and (found := ASSIGNMENT.fullmatch(getattr(token, said))):
             assignments.append((found[1] + found[2], found[3]))
         else:
             words.append(getattr(token, said))
@@ -350,9 +388,12 @@ def _canonical(program: Program, rules: frozenset[str], dropped: Iterable[str]) 
 
 def _simple(command: Command, rules: frozenset[str], dropped: set[str]) -> tuple[Any, ...]:
     kept = command.assignments if not command.words else tuple(a for a in command.assignments if a[0] not in dropped)
-    redirects = tuple((d, op, name if body else _path(name, rules), body) for d, op, name, body in command.redirects)
-    if not any(op in (">&", "<&") for _, op, _, _ in redirects):
-        redirects = tuple(sorted(redirects))  # in any order, unless one of them copies a descriptor
+    redirects = tuple(
+        (d or "01"[op[0] != "<"], op, name if op.startswith("<<") else _path(name, rules), mark)
+        for d, op, name, mark in command.redirects
+    )
+    if not any("&" in op for _, op, _, _ in redirects):  # those of one descriptor in order, or where one copies another
+        redirects = tuple(sorted(redirects, key=lambda redirect: redirect[0]))
     if not command.words:
         return ("assign", kept, redirects)
     name, words = command.words[0], command.words[1:]
@@ -360,17 +401,24 @@ def _simple(command: Command, rules: frozenset[str], dropped: set[str]) -> tuple
 
 
 def _path(word: str, rules: frozenset[str]) -> str:
-    if "shell_paths" not in rules or not word or word.startswith("-") or "/" not in word or "://" in word:
+    if "shell_paths" not in rules or word.startswith("-") or "/" not in word or "://" in word:
         return word
-    return posixpath.normpath(word).replace("//", "/", 1)
+    active = ACTIVE in word or BEGIN in word
+    if not PATH_LIKE.fullmatch(word) or (active and (".." in word or word.endswith("/"))):
+        return word  # `*/` are directories alone, and `$x/..` is not nothing
+    path = posixpath.normpath(word).replace("//", "/", 1)
+    return word if path.startswith("-") else path
 
 
 def _arguments(name: str, words: Sequence[str], rules: frozenset[str]) -> tuple[tuple[Any, ...], tuple[str, ...]]:
     """(options in canonical order, operands in theirs)."""
-    base = name.rpartition("/")[2]
+    base = re.sub(r"^python[\d.]+$", "python", name.rpartition("/")[2])
     known = OPTIONS.get(base)
-    if base in IN_ORDER and base != "sed":
-        return (), tuple(_path(w, rules) for w in words)
+    if base in IN_ORDER:
+        if base not in NAMES_FILES:
+            return (), tuple(words)
+        pairs = zip(("", *words), words, strict=False)
+        return (), tuple(word if before in TEXT_AFTER else _path(word, rules) for before, word in pairs)
     if known is None:
         return _unknown_options(words, rules)
     with_value, long_with_value = known
@@ -381,13 +429,18 @@ def _arguments(name: str, words: Sequence[str], rules: frozenset[str]) -> tuple[
             read += [("", operand) for operand in pending]
         elif word.startswith("--"):
             option, equals, value = word.partition("=")
-            if not equals and option[2:] in long_with_value and "shell_long_options" in rules:
-                value, equals = next(pending, ""), "="
+            if not equals and option[2:] in long_with_value:
+                value, equals = next(pending, ""), "=" if "shell_long_options" in rules else " "
             read.append((option, equals + value))
         elif len(word) > 1 and word[0] == "-":
             read += _cluster(base, word, with_value, pending, rules)
         else:
-            read.append(("", _path(word, rules)))
+            read.append(("", word))
+    pattern = base in PATTERN_FIRST and not any(option in PATTERN_OPTIONS for option, _ in read)
+    for index, (option, operand) in enumerate(read):
+        if not option and not pattern:
+            read[index] = ("", _path(operand, rules))
+        pattern = pattern and bool(option)
     if "shell_flag_order" not in rules:
         return tuple(read), ()
     # stable: the order of equal options may mean something
@@ -402,9 +455,11 @@ def _cluster(base: str, word: str, with_value: str, pending: Any, rules: frozens
     if "shell_flag_clusters" not in rules and len(word) > 2:
         return [(word, next(pending, "") if word[-1] in with_value else "")]
     found = []
-    for index, letter in enumerate(word[1:], start=1):
-        if letter in with_value:
-            found.append(("-" + letter, word[index + 1 :] or next(pending, "")))
+    letters = re.findall(r"\d+|\D", word[1:])
+    for index, letter in enumerate(letters, start=1):
+        rest = "".join(letters[index:])
+        if letter in with_value or (base == "sed" and letter == "i"):
+            found.append(("-" + letter, rest if rest or letter not in with_value else next(pending, "")))
             break
         found.append(("-" + letter, ""))
     return found
@@ -414,7 +469,8 @@ def _unknown_options(words: Sequence[str], rules: frozenset[str]) -> tuple[tuple
     """Each option with all that follows it up to the next one, since which of it is the option's value is not known."""
     leading: list[str] = []
     groups: list[list[str]] = []
-    for word in words:
+    end = words.index("--") if "--" in words else len(words)
+    for word in words[:end]:
         option, equals, value = word.partition("=")
         if word.startswith("--") and equals and "shell_long_options" in rules:
             groups.append([option, value])
@@ -424,7 +480,8 @@ def _unknown_options(words: Sequence[str], rules: frozenset[str]) -> tuple[tuple
             (groups[-1] if groups else leading).append(_path(word, rules))
     if "shell_flag_order" in rules:
         groups.sort(key=lambda group: group[0])
-    return tuple(map(tuple, groups)), tuple(leading)
+    rest = [_path(word, rules) for word in words[end:]]
+    return tuple(map(tuple, [*groups, rest] if rest else groups)), tuple(leading)
 
 
 def _same_programs(ours: tuple[str | None, Program], theirs: tuple[str | None, Program], rules: frozenset[str]) -> bool:
