@@ -2,7 +2,7 @@
 
 A verifier's own settings stand in its own file, as the fields of its class; `recipe.build` checks them in the same way.
 Names follow NeMo-RL where it has one. `A.15 n` in a docstring is the row of the algorithm specification's table of
-choices that a default follows.
+choices that a default follows, `B.9 n` a row of LLMdoctor's.
 """
 
 from __future__ import annotations
@@ -405,6 +405,69 @@ class Evaluate:
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
+class Doctor:
+    """One trained doctor and its weight."""
+
+    path: str = ""
+    """HF checkpoint folder (safetensors) with the patient's tokenizer."""
+    beta: float = ranged(1.0)
+    """Its exponent (B.9 16: 1); any sign, 0 switches it off. A prompt's row or a request may give another."""
+    reference: str = ""
+    """`mode: ratio` only: HF checkpoint folder of the model that the doctor was trained from."""
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Decode:
+    """The patient (policy.model_name) steered by doctors, for the `decode` stage and `serve-guided` (B.5)."""
+
+    prompts: str = ""
+    """JSONL file, one prompt a line: a text, a list of messages, or an object with `prompt` or `messages`."""
+    output: str = "decoded.jsonl"
+    doctors: dict[str, Doctor] = field(default_factory=dict)
+    """Name to doctor; none decodes from the patient alone."""
+    mode: Literal["product", "ratio"] = "product"
+    """B.9 16: the paper's product, or each doctor divided by its reference: a clean tilt of an anchored doctor."""
+    alpha: float = ranged(1.0)
+    """The patient's exponent (B.9 16: 1)."""
+    temperature: float = ranged(1.0, 0.0, 10.0)
+    """Of the mixture (B.9 16: 1), as top_k and top_p are; 0 takes the likeliest token."""
+    top_k: int = ranged(0, 0)
+    """0: off."""
+    top_p: float = ranged(1.0, 0.01, 1.0)
+    max_new_tokens: int = ranged(128, 1)
+    """Of a request to the server: the most it may ask for."""
+    num_samples: int = ranged(1, 1)
+    """Answers to each prompt."""
+    guidance_off: tuple[Literal["reasoning", "tool_calls"], ...] = ()
+    """Pieces of the answer in which the patient decodes alone; their markers are found in the chat template."""
+    off_markers: dict[str, str] = field(default_factory=dict)
+    """More such pieces: text that begins one, to text that ends it ("": the answer's end)."""
+    min_entropy: float = ranged(0.0, 0.0)
+    """Nats; where the patient's next-token entropy is lower, it decodes alone. 0: off."""
+    batch_tokens: int = ranged(16384, 16)
+    """Prompt plus new tokens of all rows that are decoded together; bounds the KV caches."""
+    prompts_per_wave: int = ranged(64, 1)
+    """Decoded together and made durable together: kill -9 loses at most one wave."""
+    token_records: bool = True
+    """Write every token's log-probabilities, KL and changes, not only the answer's means."""
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class ServeGuided:
+    """Bounds of the OpenAI-compatible server."""
+
+    model: str = "guided"
+    """The model's name in requests and answers."""
+    max_body_bytes: int = ranged(8 << 20, 1024, 1 << 28)
+    max_batch: int = ranged(16, 1)
+    """Answers that are decoded together; those that wait make the next batch."""
+    max_waiting: int = ranged(256, 1)
+    """Answers that may wait; beyond it requests are refused with 429."""
+    max_choices: int = ranged(16, 1)
+    """Answers that one request may ask for: its prompts times `n`."""
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
 class Logger:
     """Metrics always go to metrics.jsonl; these are copies for the dashboards people use."""
 
@@ -504,6 +567,8 @@ class Recipe:
     manners: Manners = field(default_factory=Manners)
     checkpointing: Checkpointing = field(default_factory=Checkpointing)
     evaluate: Evaluate = field(default_factory=Evaluate)
+    decode: Decode = field(default_factory=Decode)
+    serve_guided: ServeGuided = field(default_factory=ServeGuided)
     logger: Logger = field(default_factory=Logger)
     patient: Patient = field(default_factory=Patient)
     preferences: Preferences = field(default_factory=Preferences)
