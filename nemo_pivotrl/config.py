@@ -418,7 +418,7 @@ class Doctor:
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class Decode:
-    """The patient (policy.model_name) steered by doctors, for the `decode` stage and `serve-guided` (B.5)."""
+    """The patient steered by doctors, for the `decode` stage and `serve-guided` (B.5)."""
 
     prompts: str = ""
     """JSONL file, one prompt a line: a text, a list of messages, or an object with `prompt` or `messages`."""

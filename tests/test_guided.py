@@ -705,7 +705,7 @@ def decode_recipe(folders: Path, where: Path, **decode: Any) -> str:
     }
     content = {
         "run_dir": f"{where}/run",
-        "policy": {"model_name": f"{folders}/patient", "device": "cpu"},
+        "patient": {"model_name": f"{folders}/patient", "device": "cpu"},
         "decode": settings,
     }
     (where / "r.yaml").write_text(json.dumps(content))

@@ -32,7 +32,8 @@ from nemo_pivotrl.records import (
 )
 from nemo_pivotrl.stages.ledger import spend
 from nemo_pivotrl.stages.progress import progress
-from nemo_pivotrl.stages.rollout import load_chat, sample_seed
+from nemo_pivotrl.stages.reward import load_patient_chat
+from nemo_pivotrl.stages.rollout import sample_seed
 
 FIGURES = ("log_prob", "patient_log_prob", "mixed_log_prob", "kl")
 
@@ -82,13 +83,13 @@ def decode(recipe: Recipe, fresh: bool = False) -> Path:
 
 def load(recipe: Recipe) -> tuple[Chat, GuidedGenerator, dict[str, Chat]]:
     """The patient's template, the generator, and the templates of doctors whose own is another."""
-    chat, settings = load_chat(recipe.policy), recipe.decode
+    chat, settings = load_patient_chat(recipe.patient), recipe.decode
     generator = load_guided(
-        recipe.policy.model_name,
+        recipe.patient.model_name,
         settings.doctors,
         settings.mode,
-        recipe.policy.dtype,
-        recipe.policy.device,
+        recipe.patient.dtype,
+        recipe.patient.device,
         tokenizer=chat.tokenizer,
         stop_ids=chat.stop_ids,
         spans=[Span(*chat.markers(piece)) for piece in settings.guidance_off]
@@ -100,7 +101,7 @@ def load(recipe: Recipe) -> tuple[Chat, GuidedGenerator, dict[str, Chat]]:
     own = {}
     for name, doctor in settings.doctors.items():
         if _template(doctor.path) not in (None, chat.tokenizer.chat_template):
-            own[name] = Chat(load_tokenizer(doctor.path), recipe.policy.tool_parser, recipe.policy.template_kwargs)
+            own[name] = Chat(load_tokenizer(doctor.path), "hermes", recipe.patient.template_kwargs)
     return chat, generator, own
 
 
@@ -135,11 +136,11 @@ def _header(recipe: Recipe, chat: Chat) -> Header:
         doctors[name] = {"beta": doctor.beta, "revision": policy_revision(doctor.path), "reference": reference}
     return Header(
         stage="decoded",
-        config_hash=digest([recipe.seed, recipe.policy.dtype, kept]),
+        config_hash=digest([recipe.seed, recipe.patient.dtype, kept]),
         parent=file_digest(Path(recipe.decode.prompts)),
         tokenizer=chat.fingerprint,
         chat_template=chat.template_digest,
-        policy=policy_revision(recipe.policy.model_name),
+        policy=policy_revision(recipe.patient.model_name),
         extra={"doctors": doctors},
     )
 
