@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from random import Random
 from typing import Any
 
 PACKAGE = "atheris==3.0.0"
@@ -40,32 +41,46 @@ with atheris.instrument_imports(include=["nemo_pivotrl.verifiers"]):
 SECONDS = 1.0
 """Of processor time. Ten times the aim: counting coverage slows the code down."""
 EXPERTS_FAULT = ("expected_arguments", "expected_answer", "expected_action", "row_threshold")
-NAMES = sorted(VERIFIER_OF)
+SEEDS = 300
+"""Random inputs to start from: an empty one decides everything by zeros, and the search is long in leaving it."""
+NAMES = [*sorted(VERIFIER_OF), *["functional"] * 5]
 TOOLS = "exec_command bash edit str_replace_editor apply_patch python web_search finish return_result todowrite think f".split()
-KEYS = "x cmd command path url code query old_str new_str patch file_text insert_line replace_all view_range thought todos".split()
+SHELL = (
+    "ls -la src",
+    "cd a && cat ./b/",
+    "A=1 make; ls",
+    "cat <<E\na\nE",
+    "$(a b)",
+    "for i in 1; do a; done",
+    "x 2>&1 >y",
+)
+PYTHON = ("if x:\n  y = 'a'  # b\n", "!rm -rf / x", "print(f'{x}')", "x = (1,\n 2)")
+PATCHES = (
+    "--- a/f\n+++ b/f\n@@ -1,2 +1,2 @@\n-a\n+b\n",
+    "*** Begin Patch\n*** Update File: a\n@@\n-a\n+b\n*** Delete File: c\n*** End Patch",
+)
+SUITED: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(("cmd", "command"), SHELL),
+    **dict.fromkeys(("path", "file_path"), ("./a//../b/", "/a/b", "a b")),
+    **dict.fromkeys(("url", "link"), ("http://a.com:80/b?c=1&d=2", "https://u:p@[::1]/%2F%ff/")),
+    **dict.fromkeys(("date", "x"), ("2024-01-01T00:00:00+02:00", "2024-01-01", "9999-12-31T23:59:59-02:00", "10:00")),
+    "code": PYTHON,
+    **dict.fromkeys(("patch", "input"), PATCHES),
+    **dict.fromkeys(("query", "thought"), ("the last line is lost", "lost lines 1 2")),
+    **dict.fromkeys(("old_str", "new_str", "file_text"), ("a\nb\n", "a\nc\n", "a")),
+    **dict.fromkeys(("insert_line", "n"), (1, 2, 1.0, True, "1", 10**18)),
+    **dict.fromkeys(("replace_all", "flag"), (True, False, "true", None)),
+    **dict.fromkeys(("view_range", "todos", "paths"), ([1, 2], [2, 1], "[1, 2]", [5, -1], ["a ", "a"])),
+}
+"""Argument -> values that a verifier looks into."""
+KEYS = sorted(SUITED)
 KINDS = ("calls", "message", "malformed", "none")
 HARNESSES = ("", "codex", "opencode", "agent006", "stirrup", "terminus_1", "terminus_2")
 WORDS = (
-    *(
-        "ls -la src",
-        "cd a && cat ./b/",
-        "A=1 make; ls",
-        "cat <<E\na\nE",
-        "$(a b)",
-        "for i in 1; do a; done",
-        "x 2>&1 >y",
-    ),
-    *("--- a/f\n+++ b/f\n@@ -1,2 +1,2 @@\n-a\n+b\n", "*** Begin Patch\n*** Update File: a\n@@\n-a\n+b\n*** End Patch"),
-    *(
-        "http://a.com:80/b?c=1&d=2",
-        "2024-01-01T00:00:00+02:00",
-        "./a//../b/",
-        "if x:\n  y = 'a'  # b\n",
-        "[1, 2]",
-        "true",
-    ),
-    *("the last line is lost", "\ue000*\ue001", "\ud800", "\0", "9" * 400, "e\u0301\u0315", "!rm -rf / x", "NaN"),
+    *(*SHELL, *PATCHES, *PYTHON, "[1, 2]", "true", "\ue000*\ue001", "\ud800", "\0", "9" * 400, "e\u0301\u0315", "NaN"),
+    "0001-01-01T00:00:00+02:00",
 )
+SPLICES = (" ", "  ", "./", "/", "'", '"', "1", ".0", "\n", "-", "a", "\u0301", "\ud800", "", "9")
 SCHEMAS: tuple[Any, ...] = (
     *(
         {},
@@ -101,13 +116,11 @@ class Bytes:
 
     def text(self) -> str:
         """A known text, a new one, or a known one with something put into it."""
-        form = self.below(4)
-        known = str(self.pick(WORDS))
+        form = self.below(3)
         if form == 0:
-            return known
-        new = str(self.data.ConsumeUnicode(self.below(40)))
-        at = self.below(len(known) + 1)
-        return new if form == 1 else known[:at] + new + known[at if form == 2 else at + len(new) :]
+            return str(self.data.ConsumeUnicode(self.below(40)))
+        known = str(self.pick(WORDS))
+        return known if form == 1 else self.spliced(known)
 
     def value(self, depth: int = 0) -> Any:
         form = self.below(9 if depth < 4 else 6)
@@ -121,11 +134,18 @@ class Bytes:
             return json.dumps(self.value(depth + 1))
         return {self.key(): self.value(depth + 1) for _ in range(self.below(4))}
 
+    def argument(self, key: str) -> Any:
+        """A value for an argument: mostly one that suits its name, as it is or changed."""
+        form = self.below(4)
+        value = self.pick(SUITED[key]) if form and key in SUITED else self.value()
+        return self.spliced(value) if form == 3 and isinstance(value, str) else value
+
     def key(self) -> str:
         return str(self.pick(KEYS)) if self.below(8) else self.text()
 
     def arguments(self) -> dict[str, Any]:
-        return {self.key(): self.value() for _ in range(self.below(5))}
+        keys = [self.key() for _ in range(self.below(5))]
+        return {key: self.argument(key) for key in keys}
 
     def call(self) -> ToolCall:
         raw = self.text() if self.below(8) == 0 else json.dumps(self.arguments())
@@ -147,19 +167,28 @@ class Bytes:
         return Action("calls", calls=(self.call(), *self.many(2, self.call)))
 
     def nearly(self, expert: Action) -> Action:
-        """The expert's action with one part of a call's text, or of the message, written differently."""
+        """The expert's action with one argument, or one part of its text, written differently."""
         if expert.kind == "message":
             return Action("message", self.spliced(expert.content))
         at = self.below(len(expert.calls))
         call = expert.calls[at]
-        changed = ToolCall(call.name, self.spliced(call.arguments))
+        try:
+            arguments = json.loads(call.arguments)
+        except ValueError:
+            arguments = None
+        if isinstance(arguments, dict) and arguments and self.below(4):
+            key = self.pick(list(arguments))
+            old = arguments[key]
+            arguments[key] = self.spliced(old) if isinstance(old, str) and self.below(2) else self.argument(key)
+            text = json.dumps(arguments)
+        else:
+            text = self.spliced(call.arguments)
+        changed = ToolCall(call.name, text)
         return Action("calls", calls=(*expert.calls[:at], changed, *expert.calls[at + 1 :]))
 
     def spliced(self, text: str) -> str:
         at = self.below(len(text) + 1)
-        new = self.pick(
-            (" ", "  ", "./", "/", "'", '\\"', "1", ".0", "\\n", "-", "a", "\\u0301", "\\ud800", "", "null")
-        )
+        new = str(self.pick(SPLICES)) if self.below(4) else str(self.data.ConsumeUnicode(self.below(9)))
         return text[:at] + new + text[at + self.below(3) :]
 
     def tools(self) -> tuple[dict[str, Any], ...]:
@@ -207,7 +236,17 @@ def main() -> None:
     options = parser.parse_args()
     corpus = options.corpus or tempfile.mkdtemp(prefix="fuzz-corpus-")
     os.makedirs(corpus, exist_ok=True)
-    flags = [f"-max_total_time={options.seconds}", f"-seed={options.seed}", "-max_len=2048", "-rss_limit_mb=2048"]
+    if not os.listdir(corpus):
+        random = Random(options.seed)
+        for number in range(SEEDS):
+            Path(corpus, f"seed-{number}").write_bytes(random.randbytes(1024))
+    flags = [
+        f"-max_total_time={options.seconds}",
+        f"-seed={options.seed}",
+        "-max_len=2048",
+        "-len_control=0",
+        "-rss_limit_mb=2048",
+    ]
     flags += ["-timeout=20", "-print_final_stats=1", f"-artifact_prefix={corpus}/failed-", corpus]
     atheris.Setup([sys.argv[0], *flags], one_input)
     atheris.Fuzz()
