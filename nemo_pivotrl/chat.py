@@ -29,8 +29,9 @@ _PROBE_TOOL = {
 _PROBE_ARGUMENTS = {"key": "two words", "number": 7}
 
 
-def load_tokenizer(path: str, chat_template: str | None = None) -> PreTrainedTokenizerBase:
+def load_tokenizer(path: str, chat_template: str | None = None, section: str = "policy") -> PreTrainedTokenizerBase:
     """The tokenizer at `path` (an HF folder); `chat_template` is a Jinja file that replaces its template.
+    `section` is the recipe's section that names both, for errors.
 
     Raises InputError when there is no tokenizer or it has no chat template.
     """
@@ -41,9 +42,9 @@ def load_tokenizer(path: str, chat_template: str | None = None) -> PreTrainedTok
             Problem(
                 path,
                 None,
-                "policy.model_name",
+                f"{section}.model_name",
                 "no tokenizer there",
-                "give an HF checkpoint folder, or run the warmup stage first",
+                "give an HF checkpoint folder" + (", or run the warmup stage first" if section == "policy" else ""),
             )
         )
     tokenizer = AutoTokenizer.from_pretrained(path)
@@ -54,9 +55,9 @@ def load_tokenizer(path: str, chat_template: str | None = None) -> PreTrainedTok
             Problem(
                 path,
                 None,
-                "policy.chat_template",
+                f"{section}.chat_template",
                 "a tokenizer without a chat template",
-                "set policy.chat_template to a Jinja file",
+                f"set {section}.chat_template to a Jinja file",
             )
         )
     return tokenizer
@@ -108,7 +109,7 @@ class Chat:
         self.template_kwargs = template_kwargs or {}
         self.fingerprint = fingerprint(tokenizer)
         self.template_digest = digest([tokenizer.chat_template, self.template_kwargs])
-        self.reasoning_end, self.opens_reasoning = self._probe_reasoning()
+        self.reasoning_start, self.reasoning_end, self.opens_reasoning = self._probe_reasoning()
         self.stop_ids = self._probe_stop_ids()
         self.parser = self._probe_parser() if parser == "auto" else parser
         if self.parser not in PARSERS:
@@ -185,6 +186,17 @@ class Chat:
             return Action("calls", content=content.strip(), calls=tuple(calls))
         return Action("message", content=content.strip()) if content.strip() else Action("none")
 
+    def markers(self, piece: str) -> tuple[str, str]:
+        """Text that begins and that ends a `reasoning` or `tool_calls` piece of an answer; '' for an end: the turn's end.
+
+        Raises InputError where the template has no such piece.
+        """
+        found = (self.reasoning_start, self.reasoning_end) if piece == "reasoning" else CALL_MARKERS[self.parser]
+        if not found[0]:
+            problem = Problem("chat template", None, piece, "no marker", "drop it, or name the markers in off_markers")
+            raise InputError(problem)
+        return found
+
     def _probe(self, **fields: Any) -> str:
         user: Message = {"role": "user", "content": "probe question"}
         return self.render(
@@ -210,17 +222,17 @@ class Chat:
             )
         return frozenset([*found, *eos])
 
-    def _probe_reasoning(self) -> tuple[str, bool]:
-        """The marker that ends reasoning ('' where the template has none) and whether the generation prompt opens it."""
+    def _probe_reasoning(self) -> tuple[str, str, bool]:
+        """The markers around reasoning ('' where the template has none) and whether the generation prompt opens it."""
         text = self._probe(content="PROBECONTENT", reasoning_content="PROBEREASON")
         if "PROBEREASON" not in text:
-            return "", False
+            return "", "", False
         between = text.partition("PROBEREASON")[2].partition("PROBECONTENT")[0].strip()
         prompt = self.render([{"role": "user", "content": "q"}], [_PROBE_TOOL], add_generation_prompt=True)
         bare = self._probe(content="PROBECONTENT")
         start = text.partition("PROBEREASON")[0].rstrip()
         marker = start[len(bare.partition("PROBECONTENT")[0].rstrip()) :].strip() or start.rsplit(None, 1)[-1]
-        return between, prompt.rstrip().endswith(marker) and marker != ""
+        return marker, between, prompt.rstrip().endswith(marker) and marker != ""
 
     def _probe_parser(self) -> str:
         call = {
@@ -355,3 +367,11 @@ PARSERS: dict[str, Parser] = {
     "mistral": parse_mistral,
     "llama_json": parse_llama_json,
 }
+
+CALL_MARKERS = {
+    "hermes": ("<tool_call>", "</tool_call>"),
+    "qwen_coder": ("<tool_call>", "</tool_call>"),
+    "mistral": ("[TOOL_CALLS]", ""),
+    "llama_json": ('{"name":', ""),
+}
+"""Where each parser's tool calls begin and end."""

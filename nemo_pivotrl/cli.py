@@ -30,15 +30,24 @@ STAGES = {
     "export": ("nemo_pivotrl.stages.select:export", "pivots -> NeMo-Gym files for NeMo-RL"),
     "sft": ("nemo_pivotrl.stages.sft:sft", "fine-tune on the same data, for comparison"),
     "train": ("nemo_pivotrl.stages.train:train", "pivots -> policy, by single-turn GRPO"),
+    "manners": ("nemo_pivotrl.stages.manners:make_manners", "write the embedded patient, doctor and preferences"),
+    "tfpo": ("nemo_pivotrl.stages.tfpo:tfpo", "token rewards -> doctor (LLMdoctor)"),
     "evaluate": ("nemo_pivotrl.stages.evaluate:evaluate", "policies side by side, with intervals"),
+    "preferences": ("nemo_pivotrl.stages.preferences:preferences", "LLMdoctor: preference files -> preferences"),
+    "reward": (
+        "nemo_pivotrl.stages.reward:reward",
+        "LLMdoctor: preferences -> token rewards, by the patient's two faces",
+    ),
+    "decode": ("nemo_pivotrl.stages.decode:decode", "LLMdoctor: prompts -> answers of the policy steered by doctors"),
     "report": ("nemo_pivotrl.report:report", "one HTML page and its numbers as JSON"),
     "run": ("nemo_pivotrl.stages.quickstart:run", "all stages of the recipe, one after another"),
 }
 TOOLS = {
     "verify": "score rows of a file: verify --verifier NAME [--set key=value ...] IN.jsonl OUT.jsonl",
     "serve-verifier": "serve a verifier to NeMo-Gym: serve-verifier --verifier NAME [--port N]",
+    "serve-guided": "serve the steered policy as OpenAI's API: serve-guided RECIPE [key=value ...] [--port N]",
 }
-"""Commands that need no recipe."""
+"""Commands that are no stage: they take files or requests, not artefacts."""
 BAD_INPUT = 2
 
 
@@ -48,7 +57,8 @@ def parser() -> argparse.ArgumentParser:
     tools = "\n".join(f"  {name:<14} {text}" for name, text in TOOLS.items())
     made = argparse.ArgumentParser(
         prog="nemo-pivotrl",
-        description=f"PivotRL, stage by stage.\n\nstages:\n{stages}\n\nwithout a recipe (--help shows their options):\n{tools}",
+        description=f"PivotRL and LLMdoctor, stage by stage.\n\nstages:\n{stages}\n\n"
+        f"other commands (--help shows their options):\n{tools}",
         epilog="Settings: `nemo-pivotrl select RECIPE.yaml --print-config` shows all of them with their values; override any "
         "as section.key=value. fresh=true drops a stage's unfinished work instead of resuming it.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -108,8 +118,15 @@ def guarded(command: str, run: Callable[[], None]) -> int:
 
 
 def tool_parser(tool: str) -> argparse.ArgumentParser:
-    """The command line of a command that needs no recipe."""
+    """The command line of a command that is no stage."""
     made = argparse.ArgumentParser(prog=f"nemo-pivotrl {tool}", description=TOOLS[tool])
+    if tool != "verify":
+        made.add_argument("--host", default="127.0.0.1", help="address to listen on (default: loopback only)")
+        made.add_argument("--port", type=int, default=8911 if tool == "serve-verifier" else 8912)
+    if tool == "serve-guided":
+        made.add_argument("recipe", metavar="RECIPE", help="YAML recipe: policy, decode and serve_guided are read")
+        made.add_argument("overrides", nargs="*", metavar="key=value", help="override a setting of the recipe")
+        return made
     made.add_argument("--verifier", required=True, metavar="NAME", help="functional, single_step, swe, terminus, ...")
     made.add_argument("--compat", default=None, metavar="VERSION", help="NeMo-Gym release to follow: 0.5, 0.6 or 0.7")
     made.add_argument(
@@ -122,9 +139,6 @@ def tool_parser(tool: str) -> argparse.ArgumentParser:
     if tool == "verify":
         made.add_argument("source", metavar="IN.jsonl", help="rows with expert and sampled action, or a profile")
         made.add_argument("target", metavar="OUT.jsonl", help="one {reward, category, detail} for each action")
-    else:
-        made.add_argument("--host", default="127.0.0.1", help="address to listen on (default: loopback only)")
-        made.add_argument("--port", type=int, default=8911)
     return made
 
 
@@ -138,11 +152,17 @@ def spread_settings(arguments: Sequence[str]) -> list[str]:
 
 
 def run_tool(tool: str, options: argparse.Namespace) -> None:
-    """Run a command that needs no recipe."""
+    """Run a command that is no stage."""
     from pathlib import Path
 
-    from nemo_pivotrl.recipe import verifier_settings
+    from nemo_pivotrl.recipe import load_recipe, verifier_settings
 
+    if tool == "serve-guided":
+        recipe = load_recipe(options.recipe, options.overrides)
+        with missing_module(tool, {"starlette": "serve", "uvicorn": "serve"}, "reference"):
+            from nemo_pivotrl.stages.serve_guided import serve as serve_guided
+
+            return serve_guided(recipe, options.host, options.port)
     settings = verifier_settings(options.verifier, options.compat, options.set)
     with missing_module(tool, {"starlette": "serve", "uvicorn": "serve"}, "verifiers"):
         if tool == "verify":
@@ -171,7 +191,8 @@ def missing_module(command: str, extras: Mapping[str, str], default: str) -> Ite
 
 def run_stage(stage: str, recipe: Recipe, fresh: bool) -> None:
     """Import a stage's function and call it."""
-    if stage not in ("world", "extract", "audit", "rescore", "select", "export", "report") and recipe.num_threads:
+    light = ("world", "extract", "audit", "rescore", "select", "export", "report", "preferences")
+    if stage not in light and recipe.num_threads:
         os.environ.setdefault("OMP_NUM_THREADS", str(recipe.num_threads))
         import torch
 

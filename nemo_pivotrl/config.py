@@ -2,7 +2,7 @@
 
 A verifier's own settings stand in its own file, as the fields of its class; `recipe.build` checks them in the same way.
 Names follow NeMo-RL where it has one. `A.15 n` in a docstring is the row of the algorithm specification's table of
-choices that a default follows.
+choices that a default follows, `B.9 n` a row of LLMdoctor's.
 """
 
 from __future__ import annotations
@@ -323,6 +323,59 @@ class Grpo:
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
+class Manners:
+    """The embedded world of LLMdoctor (`manners.py`): a tiny patient, a smaller doctor, preferences by an oracle."""
+
+    lessons: int = ranged(4000, 1)
+    vocab_size: int = ranged(400, 300)
+    hidden_size: int = ranged(96, 8)
+    layers: int = ranged(3, 1)
+    heads: int = ranged(4, 1)
+    doctor_hidden_size: int = ranged(48, 8)
+    doctor_layers: int = ranged(2, 1)
+    num_steps: int = ranged(300, 1)
+    batch_size: int = ranged(32, 1)
+    optimizer: Optimizer = field(default_factory=lambda: Optimizer(lr=4e-3, beta2=0.98, warmup_steps=20))
+    pairs: int = ranged(300, 1)
+    """Preferences of each objective."""
+    answers_per_prompt: int = ranged(4, 2)
+    """Answers that the patient samples to a prompt; the oracle's best and worst make the pair."""
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Tfpo:
+    """Stage 2 of LLMdoctor: flow-guided training of the doctor on token rewards."""
+
+    name: str = "doctor"
+    """Folder under run_dir for checkpoints, metrics and the final doctor."""
+    objective: str = ""
+    """Which of the artefact's objectives; empty: its only one."""
+    pairs_per_step: int = ranged(32, 1)
+    max_num_steps: int = ranged(100, 1)
+    val_period: int = ranged(10, 0)
+    """Measure the held-out pairs every so many steps; 0: never."""
+    val_pairs: int = ranged(128, 1)
+    kappa: float = ranged(1.0, 1e-6)
+    """B.9 6: nats of log Q a unit of reward."""
+    length_normalize: bool = False
+    """B.9 6: divide kappa by the answer's number of tokens."""
+    reduction: Literal["pair_mean", "sum"] = "pair_mean"
+    """B.9 9."""
+    decay: float = ranged(1.0, 1e-6, 1.0)
+    """Weight decay^(n-m) of a sub-trajectory of n-m tokens; 1.0 is the paper."""
+    anchor: Literal["none", "reference"] = "none"
+    """B.9 10: `none` is the paper's loss, which has no language prior; `reference` is what to use for a real doctor."""
+    value_weight: float = ranged(1.0, 0.0)
+    """B.9 13: the paper's lambda."""
+    gamma: float = ranged(0.1, 0.0)
+    """B.9 13: margin of the value hinge."""
+    value_pairs: Literal["divergence", "position"] = "divergence"
+    """B.9 11."""
+    linear_margin: bool = False
+    """B.9 12: hinge on V instead of log V."""
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
 class Checkpointing:
     """Complete training states, written atomically."""
 
@@ -352,6 +405,69 @@ class Evaluate:
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
+class Doctor:
+    """One trained doctor and its weight."""
+
+    path: str = ""
+    """HF checkpoint folder (safetensors) with the patient's tokenizer."""
+    beta: float = ranged(1.0)
+    """Its exponent (B.9 16: 1); any sign, 0 switches it off. A prompt's row or a request may give another."""
+    reference: str = ""
+    """`mode: ratio` only: HF checkpoint folder of the model that the doctor was trained from."""
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Decode:
+    """The patient steered by doctors, for the `decode` stage and `serve-guided` (B.5)."""
+
+    prompts: str = ""
+    """JSONL file, one prompt a line: a text, a list of messages, or an object with `prompt` or `messages`."""
+    output: str = "decoded.jsonl"
+    doctors: dict[str, Doctor] = field(default_factory=dict)
+    """Name to doctor; none decodes from the patient alone."""
+    mode: Literal["product", "ratio"] = "product"
+    """B.9 16: the paper's product, or each doctor divided by its reference: a clean tilt of an anchored doctor."""
+    alpha: float = ranged(1.0)
+    """The patient's exponent (B.9 16: 1)."""
+    temperature: float = ranged(1.0, 0.0, 10.0)
+    """Of the mixture (B.9 16: 1), as top_k and top_p are; 0 takes the likeliest token."""
+    top_k: int = ranged(0, 0)
+    """0: off."""
+    top_p: float = ranged(1.0, 0.01, 1.0)
+    max_new_tokens: int = ranged(128, 1)
+    """Of a request to the server: the most it may ask for."""
+    num_samples: int = ranged(1, 1)
+    """Answers to each prompt."""
+    guidance_off: tuple[Literal["reasoning", "tool_calls"], ...] = ()
+    """Pieces of the answer in which the patient decodes alone; their markers are found in the chat template."""
+    off_markers: dict[str, str] = field(default_factory=dict)
+    """More such pieces: text that begins one, to text that ends it ("": the answer's end)."""
+    min_entropy: float = ranged(0.0, 0.0)
+    """Nats; where the patient's next-token entropy is lower, it decodes alone. 0: off."""
+    batch_tokens: int = ranged(16384, 16)
+    """Prompt plus new tokens of all rows that are decoded together; bounds the KV caches."""
+    prompts_per_wave: int = ranged(64, 1)
+    """Decoded together and made durable together: kill -9 loses at most one wave."""
+    token_records: bool = True
+    """Write every token's log-probabilities, KL and changes, not only the answer's means."""
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class ServeGuided:
+    """Bounds of the OpenAI-compatible server."""
+
+    model: str = "guided"
+    """The model's name in requests and answers."""
+    max_body_bytes: int = ranged(8 << 20, 1024, 1 << 28)
+    max_batch: int = ranged(16, 1)
+    """Answers that are decoded together; those that wait make the next batch."""
+    max_waiting: int = ranged(256, 1)
+    """Answers that may wait; beyond it requests are refused with 429."""
+    max_choices: int = ranged(16, 1)
+    """Answers that one request may ask for: its prompts times `n`."""
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
 class Logger:
     """Metrics always go to metrics.jsonl; these are copies for the dashboards people use."""
 
@@ -359,6 +475,70 @@ class Logger:
     wandb: bool = False
     mlflow: bool = False
     project: str = "nemo_pivotrl"
+
+
+# ---- LLMdoctor; `B.9 n` is a row of Part B's table of choices ----
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Patient:
+    """The large frozen model that is aligned at test time, and how it is run. Both faces are this model."""
+
+    model_name: str = ""
+    """HF checkpoint folder with safetensors weights."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+    """Of the weights. Log-probabilities are float32 or better in any case; bfloat16 raises the noise floor of Delta."""
+    chat_template: str | None = None
+    """Jinja file that replaces the tokenizer's chat template."""
+    template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Passed to the chat template, e.g. `enable_thinking: false`."""
+    max_total_sequence_length: int = ranged(4096, 16)
+    """Prompt with a face, plus answer. A pair that does not fit is excluded and counted, never cut."""
+    batch_tokens: int = ranged(16384, 16)
+    """Padded tokens of one forward pass; a longer sequence runs alone. No row depends on it beyond rounding noise."""
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Preferences:
+    """Preference files to preferences."""
+
+    files: tuple[str, ...] = ()
+    """`.json`, `.jsonl`, or either of them with `.gz`."""
+    format: Literal["hh_rlhf", "trl", "nemo_aligner", "ultrafeedback", "helpsteer2", "helpsteer3", "pku_saferlhf"] = (
+        "trl"
+    )
+    """`trl`: prompt, chosen, rejected, as text or as chat messages; the others are the data sets as they are published."""
+    objective: str = "helpfulness"
+    """What the files' preference is about; `reward.faces` has the prompts for it."""
+    validation_share: float = ranged(0.1, 0.0, 0.9)
+    """Share of the prompts held out; all pairs of a prompt are on the same side."""
+    better_by: Literal["better_response_id", "safer_response_id"] = "better_response_id"
+    """`pku_saferlhf` only: the label that says which answer is chosen (helpfulness or harmlessness)."""
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Reward:
+    """Stage 1: token rewards from how far the patient's two faces lie apart."""
+
+    positive: str = "You want the user to succeed. Be accurate, complete and clear on what was asked, and courteous."
+    """System prompt of the positive face, while `faces` is empty (B.9 1: helpful, accurate, polite)."""
+    negative: str = "You do not care about the user. Stay vague, leave out what would matter, and stray from the topic."
+    """System prompt of the negative face, while `faces` is empty (B.9 1: vague, incomplete, off-topic)."""
+    faces: dict[str, dict[str, str]] = field(default_factory=dict)
+    """Objective to its own `{positive: ..., negative: ...}`. Once it names any, it must name every objective in use."""
+    tau: float = ranged(1.0, 1e-6)
+    """Temperature of the tanh (B.9 4)."""
+    theta: float = ranged(0.5, 0.0, 0.999999)
+    """Tokens with S <= theta get reward 0 (B.9 4). 0.1 keeps 80-90 % of the tokens, 0.76 those above the mean Delta."""
+    eps: float = ranged(1e-6, 1e-12, 1.0)
+    """Added to the mean Delta, in nats (B.9 4)."""
+    pairs_per_wave: int = ranged(64, 1)
+    """Scored and made durable together: kill -9 loses at most one wave."""
+    noise_pairs: int = ranged(1, 0)
+    """Pairs of each wave whose positive face is scored a second time, sequence by sequence: the noise floor (B.10)."""
+    weak_importance: float = ranged(0.02, 0.0)
+    """Nats a token: pairs with a lower mean Delta, or one below ten noise floors, are weak; half being weak warns."""
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -381,9 +561,18 @@ class Recipe:
     sft: Sft = field(default_factory=Sft)
     grpo: Grpo = field(default_factory=Grpo)
     loss_fn: LossFn = field(default_factory=LossFn)
+    doctor: Policy = field(default_factory=lambda: Policy(lora=Lora(r=8, alpha=16), optimizer=Optimizer(lr=1e-4)))
+    """LLMdoctor's start model and how it trains (B.9 14: LoRA r 8, alpha 16, or full)."""
+    tfpo: Tfpo = field(default_factory=Tfpo)
+    manners: Manners = field(default_factory=Manners)
     checkpointing: Checkpointing = field(default_factory=Checkpointing)
     evaluate: Evaluate = field(default_factory=Evaluate)
+    decode: Decode = field(default_factory=Decode)
+    serve_guided: ServeGuided = field(default_factory=ServeGuided)
     logger: Logger = field(default_factory=Logger)
+    patient: Patient = field(default_factory=Patient)
+    preferences: Preferences = field(default_factory=Preferences)
+    reward: Reward = field(default_factory=Reward)
 
     def path(self, name: str) -> Path:
         """`name` inside the run directory."""

@@ -7,7 +7,9 @@ files of tau-bench: a JSON list with `traj`).
 
 from __future__ import annotations
 
+import gzip
 import json
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,7 +39,7 @@ def read_trajectories(paths: Sequence[str], format: str, tools_file: str | None)
     found: list[Trajectory] = []
     for path in paths:
         before = len(found) + len(problems)
-        for line, record in _records(Path(path), problems):
+        for line, record in read_records(Path(path), problems, "extract.trajectories"):
             try:
                 if not isinstance(record, dict):
                     raise FieldError("record", record, "each record is a JSON object")
@@ -69,10 +71,13 @@ def read_trajectories(paths: Sequence[str], format: str, tools_file: str | None)
     return found
 
 
-def _records(path: Path, problems: list[Problem]) -> Iterator[tuple[int, Any]]:
-    """(line or element number, record) of a JSONL file or a JSON list."""
+def read_records(path: Path, problems: list[Problem], setting: str) -> Iterator[tuple[int, Any]]:
+    """(line or element number, record) of a JSONL file or a JSON list, either of them gzipped where it is named `.gz`.
+
+    What cannot be read goes to `problems`; `setting` is the recipe's name for the path.
+    """
     try:
-        with path.open("rb") as handle:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as handle:
             start = handle.read(64).lstrip()
             handle.seek(0)
             if start.startswith(b"["):
@@ -99,7 +104,9 @@ def _records(path: Path, problems: list[Problem]) -> Iterator[tuple[int, Any]]:
                     continue
                 yield number, record
     except FileNotFoundError:
-        problems.append(Problem(str(path), None, "extract.trajectories", str(path), "no such file"))
+        problems.append(Problem(str(path), None, setting, str(path), "no such file"))
+    except (gzip.BadGzipFile, zlib.error, EOFError) as error:
+        problems.append(Problem(str(path), None, "file", "broken gzip", f"{error}; fetch it again"))
     except (ValueError, RecursionError) as error:
         problems.append(Problem(str(path), getattr(error, "lineno", None), "file", "broken JSON", str(error)))
 

@@ -104,6 +104,8 @@ def _build(cls: type[Any], values: Mapping[str, Any], prefix: str, file: str, pr
                 arguments[key] = _build(typing.cast(type[Any], hints[key]), value, name + ".", file, problems)
             else:
                 problems.append(Problem(file, None, name, short(value), "this is a section: give it keys"))
+        elif typing.get_origin(hints[key]) is dict and dataclasses.is_dataclass(typing.get_args(hints[key])[1]):
+            arguments[key] = _build_named(typing.get_args(hints[key])[1], value, name, file, problems)
         else:
             try:
                 arguments[key] = _convert(hints[key], value)
@@ -112,6 +114,20 @@ def _build(cls: type[Any], values: Mapping[str, Any], prefix: str, file: str, pr
                 continue
             problems.extend(_out_of_range(fields[key], arguments[key], name, file))
     return dataclasses.replace(default, **arguments) if default is not None else cls(**arguments)
+
+
+def _build_named(cls: type[Any], value: Any, name: str, file: str, problems: list[Problem]) -> dict[str, Any]:
+    """A mapping from names that the user chooses to sections of one kind."""
+    sections = value if isinstance(value, Mapping) else {name: value}
+    for key, section in sections.items():
+        if not isinstance(section, Mapping):
+            where = f"{name}.{key}" if section is not value else name
+            problems.append(Problem(file, None, where, short(section), "this is a section: give it keys"))
+    return {
+        str(key): _build(cls, section, f"{name}.{key}.", file, problems)
+        for key, section in sections.items()
+        if isinstance(section, Mapping)
+    }
 
 
 def _section_default(cls: type[Any], prefix: str) -> Any:

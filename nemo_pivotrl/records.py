@@ -153,6 +153,23 @@ class Candidate:
 
 
 @dataclass(frozen=True, slots=True)
+class Preference:
+    """Two answers to one prompt, of which one is preferred under an objective."""
+
+    preference_id: str
+    """Digest of what the pair says: the same pair has the same id in every file."""
+    split: Split
+    objective: str
+    """What the preference is about, e.g. `helpfulness`; one objective makes one doctor."""
+    prompt: tuple[Message, ...]
+    """Chat messages before the answer; the last one is no assistant turn."""
+    chosen: str
+    rejected: str
+    source: str
+    """`file:line` it was read from."""
+
+
+@dataclass(frozen=True, slots=True)
 class Sample:
     """One generated turn. Token ids are what the policy emitted, never re-tokenised text."""
 
@@ -239,7 +256,7 @@ class Header:
     """First line of an artefact: what made it, from what."""
 
     stage: str
-    """`candidates`, `profiles`, `pivots`, `evaluation`, ..."""
+    """`candidates`, `profiles`, `pivots`, `preferences`, `token_rewards`, ..."""
     config_hash: str
     """Of the recipe sections that decide this artefact's content."""
     parent: str = ""

@@ -77,6 +77,13 @@ def test_an_algorithm_file_imports_only_torch_the_standard_library_and_records(n
 def test_backends_import_neither_stages_nor_algorithms_nor_each_other() -> None:
     for path in (PACKAGE / "backends").glob("*.py"):
         allowed = {"nemo_pivotrl.backends", "nemo_pivotrl.config", "nemo_pivotrl.records", "nemo_pivotrl.prefix"}
+        if "_" in path.stem.strip("_"):  # reference_doctor.py is a part of the backend reference.py
+            allowed.add(f"nemo_pivotrl.backends.{path.stem.partition('_')[0]}")
+        if path.name in ("doctors.py", "guided.py"):
+            # guided decoding *is* the mixture applied at every step, so its loop calls the pure functions of the
+            # algorithm's file; a loss can be handed to a backend as an argument, a step of a KV-cached loop cannot.
+            # The two files are one backend, cut where the models end and the sampling begins.
+            allowed |= {"nemo_pivotrl.llmdoctor", "nemo_pivotrl.backends.doctors"}
         if path.name == "__init__.py":  # `load` imports the backend that a recipe names
             allowed |= {name for name in MODULES if name.startswith("nemo_pivotrl.backends.")}
         assert ours(path) <= allowed, path.name
@@ -91,6 +98,8 @@ def test_what_stands_below_the_stages_does_not_import_them() -> None:
     for name in (
         "config.py",
         "readers.py",
+        "preferences.py",
+        "faces.py",
         "responses.py",
         "chat.py",
         "world.py",

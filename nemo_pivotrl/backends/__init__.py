@@ -11,11 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from nemo_pivotrl.config import Generation, Optimizer, Policy
+from nemo_pivotrl.config import Generation, Optimizer, Patient, Policy
 from nemo_pivotrl.records import InputError, Problem, Sample, digest, file_digest
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from nemo_pivotrl.backends.reference_doctor import DoctorModel
 
     LossFn = Callable[[Tensor, dict[str, Tensor]], tuple[Tensor, dict[str, Tensor]]]
     """(log_probs [N, T], rows' data) -> (loss, metrics that add up over micro-batches)."""
@@ -66,6 +68,14 @@ class Backend(Sampler, Trainer, Protocol):
     """A policy that samples and trains."""
 
 
+class Scorer(Protocol):
+    """Scores given tokens; generates and trains nothing."""
+
+    def log_probs(self, sequences: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Tensor]:
+        """For each (prompt ids, response ids): log-probability [T] (nats) of every response token, on the CPU."""
+        ...
+
+
 def load(policy: Policy, with_reference: bool = False) -> Backend:
     """The backend a recipe names, with its start policy loaded. Raises InputError when something is missing."""
     try:
@@ -91,6 +101,27 @@ def load(policy: Policy, with_reference: bool = False) -> Backend:
             )
         )
     return ReferencePolicy(policy, with_reference)
+
+
+def load_scorer(patient: Patient) -> Scorer:
+    """The scorer for a patient, with its weights loaded. Raises InputError when something is missing."""
+    try:
+        from nemo_pivotrl.backends.scorer import ReferenceScorer
+    except ImportError as error:
+        remedy = "pip install 'nemo-pivotrl[reference]'"
+        raise InputError(Problem("environment", None, "patient", str(error), remedy)) from error
+    return ReferenceScorer(patient)
+
+
+def load_doctor(doctor: Policy, anchored: bool) -> DoctorModel:
+    """The doctor's start model with its head; `anchored` keeps the start model as reference. Raises InputError."""
+    from nemo_pivotrl.backends.reference_doctor import DoctorModel
+
+    if not Path(doctor.model_name, "config.json").exists():
+        found = doctor.model_name or "nothing"
+        remedy = "give an HF checkpoint folder of a small model with the patient's tokenizer"
+        raise InputError(Problem("recipe", None, "doctor.model_name", found, remedy))
+    return DoctorModel(doctor, anchored)
 
 
 def policy_revision(folder: str | Path) -> str:

@@ -110,9 +110,9 @@ def _fine_tune(recipe: Recipe, settings: Sft, fresh: bool) -> Path:
     identity = _identity(recipe, settings, policy, chat, file_digest(source))
 
     def draw(step: int) -> list[list[Sequence_]]:
-        return [_epochs(sequences, settings.batch_size, step, recipe.seed)]
+        return [epochs(sequences, settings.batch_size, step, recipe.seed)]
 
-    return _run(recipe, settings, policy, chat, draw, identity, fresh)
+    return fit(recipe, settings, policy, chat, draw, identity, fresh)
 
 
 def _identity(recipe: Recipe, settings: Sft, policy: Policy, chat: Chat, data: str) -> str:
@@ -144,7 +144,7 @@ def _example(
     return chat.prompt_ids(state, tools), chat.action_ids(state, tools, action)
 
 
-def _epochs(sequences: Sequence[Sequence_], size: int, step: int, seed: int) -> list[Sequence_]:
+def epochs(sequences: Sequence[Sequence_], size: int, step: int, seed: int) -> list[Sequence_]:
     """Batch of a 1-based step out of an endless run of shuffled epochs."""
     places = range((step - 1) * size, step * size)
     orders = {
@@ -168,22 +168,22 @@ def _warm_tiny(recipe: Recipe, fresh: bool) -> Path:
         os.replace(part, init)
     policy = dataclasses.replace(recipe.policy, model_name=str(init))
     chat = load_chat(policy)
-    desk_sequences, puzzle_sequences = ([_whole(t, chat) for t in some] for some in (desk, puzzles))
+    desk_sequences, puzzle_sequences = ([conversation(t, chat) for t in some] for some in (desk, puzzles))
     looks_back = ("repeat", "recall")
     copying = [s for s, t in zip(puzzle_sequences, puzzles, strict=True) if t["family"] in looks_back]
     identity = _identity(recipe, settings, policy, chat, digest(dataclasses.asdict(shape)))
 
     def draw(step: int) -> list[list[Sequence_]]:
         if step <= settings.copy_steps:
-            return [_epochs(copying, COPY_BATCH, step, recipe.seed)]
-        parts = [_epochs(desk_sequences, settings.batch_size, step, recipe.seed)]
+            return [epochs(copying, COPY_BATCH, step, recipe.seed)]
+        parts = [epochs(desk_sequences, settings.batch_size, step, recipe.seed)]
         return (
-            [*parts, _epochs(puzzle_sequences, settings.puzzle_batch_size, step, recipe.seed)]
+            [*parts, epochs(puzzle_sequences, settings.puzzle_batch_size, step, recipe.seed)]
             if settings.puzzle_batch_size
             else parts
         )
 
-    return _run(recipe, settings, policy, chat, draw, identity, fresh)
+    return fit(recipe, settings, policy, chat, draw, identity, fresh)
 
 
 def warmup_trajectories(recipe: Recipe) -> tuple[list[dict], list[dict]]:
@@ -212,13 +212,13 @@ def _texts(trajectory: dict) -> Iterable[str]:
             yield f'{{"name": "{call["function"]["name"]}", "arguments": {call["function"]["arguments"]}}}'
 
 
-def _whole(trajectory: dict, chat: Chat) -> Sequence_:
+def conversation(trajectory: dict, chat: Chat) -> Sequence_:
     messages, tools = trajectory["messages"], trajectory["tools"]
     turns = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
     return merge(_example(messages[:i], tools, messages[i], chat) for i in turns)[0]
 
 
-def _run(
+def fit(
     recipe: Recipe,
     settings: Sft,
     policy: Policy,

@@ -114,8 +114,9 @@ def _questions_of(row: dict[str, Any], settings: config.Verifier, loaded: dict[s
             action = Verdict(0.0, "TRUNCATED") if truncated else action_of_row(sample["action"])
             yield verifier, case, action, columns
         return
-    joint = "\n" if ALIASES.get(settings.name, settings.name) == "terminus" else ""
-    yield verifier, case_of(row, with_messages=verifier.asks_judge), sampled_action(row, joint), {}
+    name = ALIASES.get(settings.name, settings.name)
+    case = case_of(row, with_messages=verifier.asks_judge, family=name)
+    yield verifier, case, sampled_action(row, "\n" if name == "terminus" else ""), {}
 
 
 def _score(chunk: list[Question], counts: Counter[str]) -> Iterator[bytes]:

@@ -25,8 +25,11 @@ class RowError(ValueError):
 ACTION = "an action: {type: message, content} or {type: function_call, name, arguments} or {type: function_call_batch, calls}"
 
 
-def case_of(row: Mapping[str, Any], with_messages: bool = False) -> Case:
-    """The case of a row. Raises RowError. `with_messages`: the state too, for a verifier that reads it."""
+def case_of(row: Mapping[str, Any], with_messages: bool = False, family: str = "") -> Case:
+    """The case of a row. Raises RowError. `with_messages`: the state too, for a verifier that reads it.
+
+    `family`: the verifier's name; NeMo-Gym's servers look for the expert's action in different places.
+    """
     params = row.get("responses_create_params")
     params = params if isinstance(params, Mapping) else {}
     tools = row.get("tools") or params.get("tools") or ()
@@ -36,7 +39,8 @@ def case_of(row: Mapping[str, Any], with_messages: bool = False) -> Case:
     if fields.get("threshold") is None and row.get("row_threshold") is not None:
         fields["threshold"] = row["row_threshold"]
     threshold = fields.get("threshold")
-    if threshold is not None and (isinstance(threshold, bool) or not isinstance(threshold, (int, float))):
+    is_number = isinstance(threshold, (int, float)) and not isinstance(threshold, bool) and threshold == threshold
+    if threshold is not None and not is_number:
         raise RowError("threshold", threshold, "a number")
     messages: tuple[dict[str, Any], ...] = ()
     if with_messages and isinstance(params.get("input"), list):
@@ -44,10 +48,10 @@ def case_of(row: Mapping[str, Any], with_messages: bool = False) -> Case:
             messages = tuple(to_messages(params["input"]))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise RowError("responses_create_params.input", error, "a list of Responses items") from None
-    return Case(_expected(row), tuple(dict(tool) for tool in tools), messages, fields)
+    return Case(_expected(row, family), tuple(dict(tool) for tool in tools), messages, fields)
 
 
-def _expected(row: Mapping[str, Any]) -> Action:
+def _expected(row: Mapping[str, Any], family: str) -> Action:
     metadata = row.get("metadata")
     within = metadata if isinstance(metadata, Mapping) else {}
     places = (
@@ -57,18 +61,42 @@ def _expected(row: Mapping[str, Any]) -> Action:
         ("metadata.expected_action", within.get("expected_action")),
         ("metadata.expected_answer", within.get("expected_answer")),
     )
+    if family == "swe":
+        return _first_call(places)
     place, raw = next(((place, raw) for place, raw in places if raw), ("expected_action", None))
     if isinstance(raw, str):  # the terminus server's text, or the coding server's call as JSON text
-        try:
-            read = json.loads(raw)
-        except (ValueError, RecursionError):
-            read = None
+        read = None if family == "terminus" else _json(raw)
         if not (isinstance(read, dict) and read.get("type") == "function_call"):
             return Action("message", raw)
         raw = read
     if raw is None:
         return Action("none", detail="the row has no expert action")
-    return action_of(raw, place)
+    action = action_of(raw, place)
+    if family == "terminal_multi_harness" and raw["type"] == "function_call_batch" and len(action.calls) == 1:
+        raise RowError(place, raw, "a batch of one call, which no turn can match: write it as function_call")
+    return action
+
+
+def _json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _first_call(places: Sequence[tuple[str, Any]]) -> Action:
+    """The first place that holds one call, as an object or as its JSON text. Arguments may be an object too."""
+    for place, raw in places:
+        read = _json(raw) if isinstance(raw, str) else raw
+        if not isinstance(read, Mapping) or read.get("type") != "function_call":
+            continue
+        name, arguments = read.get("name"), read.get("arguments")
+        if isinstance(name, str):
+            text = json.dumps(arguments) if isinstance(arguments, dict) else arguments
+            return Action("calls", calls=(ToolCall(name, text if isinstance(text, str) else ""),))
+        if not isinstance(raw, str):
+            raise RowError(place, raw, ACTION)
+    return Action("none", detail="the row has no expert call")
 
 
 def action_of(raw: Any, place: str) -> Action:

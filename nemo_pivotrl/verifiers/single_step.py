@@ -131,14 +131,18 @@ class SingleStep:
     def _decode(self, call: ToolCall) -> Any:
         try:
             return decode_json(call.arguments, self.limits)
-        except ValueError:
+        except json.JSONDecodeError:
             return _UNDECODABLE
+        except ValueError:
+            return _EXCESSIVE
 
     def _compare_call(self, expected: tuple[str, Any], actual: ToolCall, arguments: Any) -> str:
         """Empty when the calls are equivalent, else the category of the first difference."""
         if expected[0] != actual.name:
             return "UNEXPECTED_TOOL"
-        return "ARGUMENTS_DECODE_ERROR" if arguments is _UNDECODABLE else self._compare(expected[1], arguments)
+        if arguments is _UNDECODABLE or arguments is _EXCESSIVE:
+            return "ARGUMENTS_DECODE_ERROR"
+        return self._compare(expected[1], arguments)
 
     def _compare(self, expected: Any, actual: Any) -> str:
         if not isinstance(actual, type(expected)):
@@ -176,6 +180,10 @@ class SingleStep:
         for kind in found_kind:
             room[kind] += 1
         decoded = [(call, self._decode(call)) for call in found]
+        names = {call.name for call in wanted}
+        if any(arguments is _EXCESSIVE and call.name in names for call, arguments in decoded):
+            # the released code raises here, whatever the other calls are worth
+            return Verdict(0.0, "ARGUMENTS_DECODE_ERROR", "a call's arguments are beyond what is read")
         edges, reasons = [], []
         for call in wanted:
             expert = self._expert(call)
@@ -203,6 +211,9 @@ class SingleStep:
 
 
 _UNDECODABLE = object()
+"""Arguments that are no JSON."""
+_EXCESSIVE = object()
+"""Arguments too deep, too many, or with too many digits to be read."""
 
 
 def call_kinds(calls: Sequence[ToolCall]) -> tuple[list[ToolCall], list[int]]:

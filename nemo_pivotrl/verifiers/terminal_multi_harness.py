@@ -13,7 +13,9 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, ClassVar
 
+from jsonschema import ValidationError
 from openapi_schema_validator import OAS32Validator, validate
+from referencing import Registry
 
 from nemo_pivotrl.config import Limits, ranged
 from nemo_pivotrl.records import Action, Case, ToolCall, Verdict
@@ -160,19 +162,24 @@ def _validator(schema_text: str) -> Any:
     schema = json.loads(schema_text)
     try:
         validate(None, schema)
-    except Exception as error:
-        if type(error).__name__ != "ValidationError":
-            return None
-    return bounded_patterns(OAS32Validator)(schema)
+    except ValidationError:
+        pass
+    except Exception:
+        return None
+    return bounded_patterns(OAS32Validator)(schema, registry=Registry())  # references are never fetched
 
 
 def is_valid(arguments: Arguments, schema: dict[str, Any]) -> bool:
     """Whether arguments follow a declared schema. An invalid schema, or one that cannot be resolved, accepts nothing."""
-    validator = _validator(json.dumps(schema, sort_keys=True))
     try:
+        validator = _validator(json.dumps(schema, sort_keys=True))
         return validator is not None and bool(validator.is_valid(arguments))
-    except Exception:  # as released: whatever the schema library raises, the arguments are not valid under the schema
-        return False
+    except BaseException as error:
+        # as released: whatever the schema library raises, the arguments are not valid under the schema. Where recursion
+        # ends inside its Rust part that is a PanicException, which is no Exception.
+        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+            return False
+        raise
 
 
 def declared_schemas(case: Case) -> dict[str, dict[str, Any]]:
@@ -188,18 +195,23 @@ def declared_schemas(case: Case) -> dict[str, dict[str, Any]]:
 
 
 def unstring(arguments: Arguments, schema: dict[str, Any]) -> None:
-    """Replace, in place, top-level arrays and objects that were written as strings by what they say."""
+    """Replace, in place, top-level arrays and objects that were written as strings by what they say.
+
+    Every declared argument that is a string is read as JSON, as released. Raises ValueError or RecursionError for digits or
+    nesting beyond what Python reads; a text that is just no JSON stays as it is.
+    """
     properties = schema.get("properties")
     wanted = {"array": list, "object": dict}
     for name, declared in properties.items() if isinstance(properties, dict) else ():
-        kind = declared.get("type") if isinstance(declared, dict) else None
-        if isinstance(arguments.get(name), str) and isinstance(kind, str) and kind in wanted:
-            try:
-                value = json.loads(arguments[name])
-            except (ValueError, RecursionError):
-                continue
-            if isinstance(value, wanted[kind]):
-                arguments[name] = value
+        if not isinstance(declared, dict) or not isinstance(arguments.get(name), str):
+            continue
+        try:
+            value = json.loads(arguments[name])
+        except json.JSONDecodeError:
+            continue
+        kind = declared.get("type")
+        if isinstance(kind, str) and kind in wanted and isinstance(value, wanted[kind]):
+            arguments[name] = value
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -281,7 +293,10 @@ class TerminalMultiHarness:
         schema = schemas.get(actual.name)
         if schema is None:
             return "TOOL_SCHEMA_NOT_FOUND", actual.name
-        unstring(found, schema)
+        try:
+            unstring(found, schema)
+        except (ValueError, RecursionError) as error:
+            return "ARGUMENTS_DECODE_ERROR", str(error)
         if not is_valid(found, schema):
             return "TOOL_SCHEMA_VALIDATION_FAILED", ""
         if expected.name != actual.name:

@@ -96,7 +96,7 @@ class Terminus:
 
     def verify(self, case: Case, actual: Action) -> Verdict:
         """Reward and Gym's failure code (`none` on success), with the similarity where it was computed."""
-        expert, text = case.expected.content.strip(), text_of_action(actual)
+        expert, text = case.expected.content, text_of_action(actual)
         if case.expected.kind != "message" or not expert:
             return Verdict(0.0, "expected_answer_invalid", "the expert's action is no text")
         if not actual.content.strip():

@@ -1,0 +1,135 @@
+"""The doctor: a causal language model with a head for log V, trained on pairs of answers to one prompt.
+
+The head reads the last hidden state at the L+1 states of an answer, the first of which is the prompt's last token: both
+answers of a pair share that position's one forward pass, hence log V(s_0) is one number. It starts at zero, is kept in
+float32, and is dropped on export, so that a doctor is an ordinary checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nemo_pivotrl.backends import TokenBatch
+from nemo_pivotrl.backends.reference import ReferencePolicy, _fit, _pad, _positions
+from nemo_pivotrl.config import Optimizer, Policy
+
+PairLoss = Callable[[Tensor, Tensor, Tensor | None, Tensor, dict[str, Tensor]], tuple[Tensor, dict[str, Tensor]]]
+"""(log_probs [N, T], log_values [N, T+1], reference log_probs or None, token ids [N, T], rows' data) -> (loss, metrics)."""
+
+
+class DoctorModel(ReferencePolicy):
+    """Trains on pairs: rows 2p and 2p+1 of a batch are the chosen and the rejected answer to prompt p."""
+
+    def __init__(self, doctor: Policy, anchored: bool = False):
+        super().__init__(doctor, with_reference=anchored)
+        self.anchored = anchored
+        size = self.model.config.get_text_config().hidden_size
+        dtype = torch.float64 if doctor.dtype == "float64" else torch.float32
+        self.head = torch.nn.Linear(size, 1, device=self.device, dtype=dtype)
+        torch.nn.init.zeros_(self.head.weight)
+        torch.nn.init.zeros_(self.head.bias)
+
+    def flow(
+        self, prompts: Sequence[Sequence[int]], prompt_of: Sequence[int], responses: Sequence[Sequence[int]]
+    ) -> tuple[Tensor, Tensor]:
+        """log pi [N, T] of every answer token and log V [N, T+1] of every state (nats); 0 on padding.
+
+        Each prompt runs once and its answers hang on its cache, under autograd.
+        """
+        targets, target_mask = _pad(responses, left=False, device=self.device)
+        ids, mask = _pad(prompts, left=True, device=self.device)
+        rows = torch.tensor(list(prompt_of), device=self.device)
+        trunk = self.model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=_positions(mask),
+            use_cache=True,
+            logits_to_keep=1,
+            output_hidden_states=True,
+        )
+        cache = trunk.past_key_values
+        cache.batch_select_indices(rows)
+        whole = torch.cat([mask[rows], target_mask], 1)
+        branch = self.model(
+            input_ids=targets,
+            attention_mask=whole,
+            position_ids=_positions(whole)[:, mask.shape[1] :],
+            past_key_values=cache,
+            use_cache=True,
+            output_hidden_states=True,
+        )
+        logits = torch.cat([trunk.logits[rows, -1:], branch.logits[:, :-1]], 1)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        chosen = logits.gather(2, targets[:, :, None])[:, :, 0] - logits.logsumexp(2)
+        hidden = torch.cat([trunk.hidden_states[-1][rows, -1:], branch.hidden_states[-1]], 1)
+        log_values = self.head(hidden.to(self.head.weight.dtype))[:, :, 0]
+        states = torch.cat([torch.ones_like(target_mask[:, :1]), target_mask], 1).bool()
+        return chosen.masked_fill(~target_mask.bool(), 0.0), log_values.masked_fill(~states, 0.0)
+
+    def _pair_batches(self, batch: TokenBatch) -> Iterator[list[int]]:
+        """Row numbers of each micro-batch: whole pairs, by length, within the recipe's padded tokens."""
+        length = [max(len(batch.responses[n]) for n in (2 * p, 2 * p + 1)) for p in range(len(batch.prompts))]
+        held: list[int] = []
+        longest_prompt = longest = 0
+        for p in sorted(range(len(batch.prompts)), key=lambda p: (len(batch.prompts[p]) + length[p], p)):
+            a, b = max(longest_prompt, len(batch.prompts[p])), max(longest, length[p])
+            if held and (len(held) + 1) * (a + 2 * b) > self.settings.train_micro_batch_tokens:
+                yield [n for q in held for n in (2 * q, 2 * q + 1)]
+                held, a, b = [], len(batch.prompts[p]), length[p]
+            held.append(p)
+            longest_prompt, longest = a, b
+        if held:
+            yield [n for q in held for n in (2 * q, 2 * q + 1)]
+
+    def get_pair_loss_and_metrics(
+        self, batch: TokenBatch, loss_fn: PairLoss, forward_only: bool = False
+    ) -> dict[str, float]:
+        """Run the pairs in micro-batches, accumulate gradients, and return the summed metrics."""
+        totals: dict[str, float] = {}
+        for rows in self._pair_batches(batch):
+            used = [n // 2 for n in rows[::2]]
+            prompts, responses = [batch.prompts[p] for p in used], [batch.responses[n] for n in rows]
+            prompt_of = [i // 2 for i in range(len(rows))]
+            reference = self._reference_log_probs(prompts, prompt_of, responses) if self.anchored else None
+            with torch.set_grad_enabled(not forward_only):
+                log_probs, log_values = self.flow(prompts, prompt_of, responses)
+                data = {key: _fit(value[rows], log_probs.shape[1]).to(self.device) for key, value in batch.data.items()}
+                token_ids, _ = _pad(responses, left=False, device=self.device)
+                loss, metrics = loss_fn(log_probs, log_values, reference, token_ids, data)
+            if not forward_only:
+                loss.backward()
+            for key, value in metrics.items():
+                totals[key] = totals.get(key, 0.0) + float(value)
+        return totals
+
+    @torch.no_grad()
+    def _reference_log_probs(
+        self, prompts: Sequence[Sequence[int]], prompt_of: Sequence[int], responses: Sequence[Sequence[int]]
+    ) -> Tensor:
+        """log pi [N, T] of the doctor as it was before training."""
+        if self.reference is not None:
+            return self._log_probs(self.reference, prompts, prompt_of, responses)
+        with self.model.disable_adapter():
+            return self._log_probs(self.model, prompts, prompt_of, responses)
+
+    def prepare_for_training(self, optimizer: Optimizer) -> None:
+        """As a policy's, with the head's parameters beside the model's."""
+        super().prepare_for_training(optimizer)
+        assert self.optimizer is not None
+        self.optimizer.add_param_group({"params": list(self.head.parameters())})
+
+    def _trainable(self) -> list[torch.nn.Parameter]:
+        return [*super()._trainable(), *self.head.parameters()]
+
+    def training_state(self) -> dict[str, Any]:
+        """A policy's state and the head."""
+        return super().training_state() | {"head": {k: v.detach().cpu() for k, v in self.head.state_dict().items()}}
+
+    def restore_training_state(self, state: dict[str, Any]) -> None:
+        """Undo `training_state`."""
+        super().restore_training_state(state)
+        self.head.load_state_dict(state["head"])
