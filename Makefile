@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: quickstart smollm2 test check lint format clean
+.PHONY: quickstart smollm2 test check lint format fuzz clean
 
 quickstart: $(STAMP)
 	$(BIN)/nemo-pivotrl run recipes/pivotrl/tiny.yaml fresh=true
@@ -31,6 +31,10 @@ smollm2: $(STAMP)
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[reference,verifiers,serve,report,dev,gguf]'
 	test -e runs/smollm2/base/config.json || $(BIN)/python benchmarks/convert_smollm2.py runs/smollm2/base recipes/pivotrl/templates/chatml-tools.jinja
 	$(BIN)/nemo-pivotrl run recipes/pivotrl/smollm2-135m-cpu.yaml
+
+fuzz: $(STAMP)
+	$(BIN)/python -m pip install -q atheris==3.0.0
+	$(BIN)/python benchmarks/fuzz_verifiers.py --seconds $(or $(SECONDS),60)
 
 clean:
 	rm -rf $(VENV) runs
