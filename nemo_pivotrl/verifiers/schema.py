@@ -14,11 +14,20 @@ PATTERN_SECONDS = 0.02
 """Of one match. A pattern that backtracks longer on what the policy wrote has not matched."""
 
 
+PLAIN_BRACE = re.compile(r"(\\.)|\{(?!\d*,?\d*\})", re.DOTALL)
+"""An escape, or a brace that begins no repetition: a character to `re`, fuzzy matching to `regex`."""
+
+
+@lru_cache(maxsize=512)
+def _compiled(pattern: str) -> Any:
+    re.compile(pattern)  # what `re` takes for no pattern is none
+    return regex.compile(PLAIN_BRACE.sub(lambda found: found[1] or r"\{", pattern))
+
+
 def matches(pattern: str, text: str) -> bool:
     """Whether `pattern` is found in `text`; False where that takes too long. Raises re.error for no pattern."""
-    re.compile(pattern)
     try:
-        return regex.search(pattern, text, timeout=PATTERN_SECONDS) is not None
+        return _compiled(pattern).search(text, timeout=PATTERN_SECONDS) is not None
     except TimeoutError:
         return False
 

@@ -242,8 +242,15 @@ class TerminalMultiHarness:
             return Verdict(0.0, "FUNCTION_CALL_BATCH_LENGTH_DIFFERENT")
         schemas = declared_schemas(case)
         batch = len(expected.calls) > 1
-        pairs = zip(self._sorted(expected.calls), self._sorted(actual.calls), strict=True)
-        for wanted, found in pairs:
+        try:
+            ours = self._sorted(expected.calls)
+        except ValueError as error:
+            raise VerifierFault("expected_arguments", str(error)) from None
+        try:
+            theirs = self._sorted(actual.calls)
+        except ValueError as error:
+            return Verdict(0.0, "ARGUMENTS_DECODE_ERROR", str(error))
+        for wanted, found in zip(ours, theirs, strict=True):
             figures: dict[str, Any] = {}
             category, detail = self._compare(case, schemas, wanted, found, figures)
             if category:
@@ -253,13 +260,14 @@ class TerminalMultiHarness:
         )
 
     def _sorted(self, calls: tuple[ToolCall, ...]) -> list[ToolCall]:
+        """By name and canonical arguments. Raises ValueError for arguments beyond what is read; no JSON sorts as text."""
         if len(calls) == 1:
             return list(calls)
 
         def key(call: ToolCall) -> tuple[str, str]:
             try:
                 value = decode_json(call.arguments, self.limits)
-            except ValueError:
+            except json.JSONDecodeError:
                 value = None
             as_object = isinstance(value, dict)
             return call.name, json.dumps(value, sort_keys=True, separators=(",", ":")) if as_object else call.arguments
