@@ -465,6 +465,8 @@ def test_the_longest_command_that_is_read_costs_less_than_a_tenth_of_a_second(te
             begun = time.thread_time()
             same_command(expected, actual, ALL, set(), spend)
             times.append(time.thread_time() - begun)
+            if times[-1] < 0.05:
+                break
         fastest.append(min(times))
     print(f"{1000 * max(fastest):.1f} ms")
     assert max(fastest) < 0.3  # 0.1 is the aim; a busy machine gets three times that
