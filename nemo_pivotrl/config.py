@@ -176,14 +176,14 @@ class Judge:
     temperature: float = ranged(0.0, 0.0, 2.0)
     max_tokens: int = ranged(1024, 16)
     extra_body: dict[str, Any] = field(default_factory=dict)
-    """Added to every request, e.g. `chat_template_kwargs: {enable_thinking: false}`."""
+    """Added to every request, e.g. `chat_template_kwargs: {enable_thinking: false}`; null drops a field."""
     max_action_chars: int = ranged(8192, 64)
     """A longer action is cut in the middle before it is shown; the cut is marked."""
     max_context_chars: int = ranged(8192, 0)
     """End of the state that is shown to the judge; 0: none."""
     timeout_s: float = ranged(120.0, 0.1)
     max_retries: int = ranged(4, 0)
-    """Of a request: connection, time-out, 408, 409, 429, 5xx, and an answer without a verdict."""
+    """Of a request: connection, time-out, 408, 409, 425, 429, 5xx, and an answer without a verdict."""
     backoff_s: float = ranged(0.5, 0.0)
     """First pause; doubled up to 30 s, with jitter."""
     concurrency: int = ranged(32, 1)

@@ -36,6 +36,8 @@ from nemo_pivotrl.verifiers import Bounded, Verifier, VerifierFault, probes, ver
 
 GOLD, RIGHT, WRONG = "gold", "right", "wrong"
 SHOWN = 12
+MAX_JUDGE_FAULTS = 0.1
+"""More of the calibration pairs without a verdict than this stop the audit."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +145,10 @@ def judge_agreement(recipe: Recipe, verifier: Bounded) -> dict[str, Any]:
     settings = recipe.verifier.judge
     assert verifier.judge is not None, "load_verifier connects the judge"
     found = calibrate(verifier.judge, settings.calibration)
+    if found.faults > MAX_JUDGE_FAULTS * (found.n + found.faults):
+        remedy = "see that the endpoint is up and that the model ends its answers as it is told to"
+        asked = f"no verdict on {found.faults} of {found.n + found.faults} calibration pairs"
+        raise InputError(Problem("recipe", None, "verifier.judge", asked, remedy))
     if found.agreement < settings.min_agreement:
         raise InputError(
             Problem(

@@ -186,6 +186,10 @@ def identity(verifier: Verifier, settings: config.Verifier) -> str:
     judge = dataclasses.asdict(settings.judge) if verifier.asks_judge else {}
     for transport in ("base_url", "api_key_env", "timeout_s", "max_retries", "backoff_s", "concurrency", "cache"):
         judge.pop(transport, None)
+    if judge:
+        from nemo_pivotrl.verifiers.judge_prompt import RUBRIC_VERSION
+
+        judge["rubric"] = RUBRIC_VERSION
     decides = [settings.compat, dict(settings.settings), dataclasses.asdict(settings.limits), judge]
     return f"{verifier.name} {verifier.version} {digest(decides, 8)}"
 
