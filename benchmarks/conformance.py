@@ -18,7 +18,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import conformance_cases as cases
@@ -58,7 +58,7 @@ UNREACHABLE = {
 SHOWN = 3
 
 
-@lru_cache(maxsize=None)
+@cache
 def verifier(family: str, compat: str, settings: str) -> Bounded:
     """Our verifier of a family under settings given as JSON."""
     return load_verifier(config.Verifier(name=family, compat=compat, settings=json.loads(settings)))  # type: ignore[arg-type]

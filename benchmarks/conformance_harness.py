@@ -6,7 +6,20 @@ import json
 from typing import Any
 
 from conformance_cases import (
-    COMMANDS, HUGE_INTEGER, NAN, TOO_DEEP, Item, Pen, Sample, answered, call, code, expected_action, path, rearranged, sent,
+    COMMANDS,
+    HUGE_INTEGER,
+    NAN,
+    TOO_DEEP,
+    Item,
+    Pen,
+    Sample,
+    answered,
+    call,
+    code,
+    expected_action,
+    path,
+    rearranged,
+    sent,
 )  # fmt: skip
 
 TEXT, LIST, OBJECT = {"type": "string"}, {"type": "array"}, {"type": "object"}

@@ -509,9 +509,10 @@ def _same_programs(ours: tuple[str | None, Program], theirs: tuple[str | None, P
     (our_place, left), (their_place, right) = ours, theirs
     if our_place is not None and their_place is not None:
         return our_place == their_place and left == right
-    if left == right:
-        return True
-    if our_place is None and their_place is None:
+    place = our_place if our_place is not None else their_place
+    if left == right and (place is None or (place.startswith("/") and place.strip("/"))):
+        return True  # an absolute directory may be the one the agent is in; `..`, `src`, `~` and `/` are another
+    if place is None:
         return False
     return _inside(left, our_place, rules) == _inside(right, their_place, rules)
 

@@ -233,6 +233,8 @@ class TerminalMultiHarness:
             return Verdict(0.0, "NO_ACTION_FOUND", actual.detail)
         if actual.kind == "malformed":
             return Verdict(0.0, "ARGUMENTS_DECODE_ERROR", actual.detail)
+        if expected.kind == "calls" and not expected.calls:
+            raise VerifierFault("expected_action", "an expert action of no calls")
         if expected.kind != actual.kind or min(len(expected.calls), 2) != min(len(actual.calls), 2):
             return Verdict(0.0, "ACTION_TYPE_MISMATCH")
         if expected.kind == "message":
