@@ -510,8 +510,9 @@ def _same_programs(ours: tuple[str | None, Program], theirs: tuple[str | None, P
     if our_place is not None and their_place is not None:
         return our_place == their_place and left == right
     place = our_place if our_place is not None else their_place
-    if left == right and (place is None or (place.startswith("/") and place.strip("/"))):
-        return True  # an absolute directory may be the one the agent is in; `..`, `src`, `~` and `/` are another
+    if left == right:
+        # an absolute directory may be the one the agent is in; `..`, `src`, `~` and `/` are another
+        return place is None or (place.startswith("/") and place.strip("/") != "")
     if place is None:
         return False
     return _inside(left, our_place, rules) == _inside(right, their_place, rules)
