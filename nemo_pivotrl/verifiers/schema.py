@@ -1,8 +1,10 @@
-"""JSON schemas against hostile values: patterns are matched with a time limit, unique items found in one pass."""
+"""JSON schemas against hostile values: patterns are matched with a time limit, checks counted, unique items found in one pass."""
 
 from __future__ import annotations
 
 import re
+import threading
+import time
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from typing import Any
@@ -10,8 +12,24 @@ from typing import Any
 import regex
 from jsonschema import ValidationError, validators
 
+from nemo_pivotrl.verifiers.bounds import LimitExceeded
+
 PATTERN_SECONDS = 0.02
 """Of one match. A pattern that backtracks longer on what the policy wrote has not matched."""
+MATCHING_SECONDS = 0.04
+"""Of all matches of one validation; what comes after has not matched."""
+MAX_CHECKS = 6000
+"""Keywords that one validation may look at, 4 microseconds each or so."""
+
+
+class _Spent(threading.local):
+    """What the validation that runs in this thread has cost so far."""
+
+    checks = 0
+    seconds = 0.0
+
+
+_spent = _Spent()
 
 
 PLAIN_BRACE = re.compile(r"(\\.)|\{(?!\d*,?\d*\})", re.DOTALL)
@@ -26,10 +44,15 @@ def _compiled(pattern: str) -> Any:
 
 def matches(pattern: str, text: str) -> bool:
     """Whether `pattern` is found in `text`; False where that takes too long. Raises re.error for no pattern."""
+    if _spent.seconds > MATCHING_SECONDS:
+        return False
+    begun = time.perf_counter()
     try:
         return _compiled(pattern).search(text, timeout=PATTERN_SECONDS) is not None
     except TimeoutError:
         return False
+    finally:
+        _spent.seconds += time.perf_counter() - begun
 
 
 def _pattern(validator: Any, pattern: str, instance: Any, schema: Any) -> Iterator[ValidationError]:
@@ -77,16 +100,32 @@ def _hashable(value: Any) -> Any:
     return ("boolean" if isinstance(value, bool) else ""), value
 
 
+def _counted(check: Any) -> Any:
+    """`check`, one keyword's, against the number of checks that a validation may take."""
+
+    def counted(validator: Any, value: Any, instance: Any, schema: Any) -> Any:
+        _spent.checks += 1 + (len(value) // 7 if isinstance(value, list) else 0)  # an enum looks at all its values
+        if _spent.checks > MAX_CHECKS:
+            raise LimitExceeded(f"more than {MAX_CHECKS} schema checks")
+        return check(validator, value, instance, schema)
+
+    return counted
+
+
 @lru_cache(maxsize=8)
-def bounded_patterns(cls: Any) -> Any:
+def bounded(cls: Any) -> Any:
     """`cls`, a jsonschema validator class, at a cost that what the policy wrote cannot drive up."""
     extend: Any = validators.extend
-    return extend(
-        cls,
-        {
-            "pattern": _pattern,
-            "patternProperties": _pattern_properties,
-            "additionalProperties": _additional_properties,
-            "uniqueItems": _unique_items,
-        },
-    )
+    own = {
+        "pattern": _pattern,
+        "patternProperties": _pattern_properties,
+        "additionalProperties": _additional_properties,
+        "uniqueItems": _unique_items,
+    }
+    return extend(cls, {keyword: _counted(check) for keyword, check in {**cls.VALIDATORS, **own}.items()})
+
+
+def is_valid(validator: Any, instance: Any) -> bool:
+    """Whether `instance` follows the schema of a `bounded` validator. Raises LimitExceeded where that takes too much."""
+    _spent.checks, _spent.seconds = 0, 0.0
+    return bool(validator.is_valid(instance))

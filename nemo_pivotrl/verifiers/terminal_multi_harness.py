@@ -20,8 +20,9 @@ from referencing import Registry
 from nemo_pivotrl.config import Limits, ranged
 from nemo_pivotrl.records import Action, Case, ToolCall, Verdict
 from nemo_pivotrl.verifiers import VerifierFault
-from nemo_pivotrl.verifiers.bounds import decode_json, ratio
-from nemo_pivotrl.verifiers.schema import bounded_patterns
+from nemo_pivotrl.verifiers.bounds import LimitExceeded, decode_json, ratio
+from nemo_pivotrl.verifiers.schema import bounded
+from nemo_pivotrl.verifiers.schema import is_valid as follows
 
 VALUE = "ARGUMENT_VALUE_MISMATCH"
 Arguments = dict[str, Any]
@@ -166,14 +167,16 @@ def _validator(schema_text: str) -> Any:
         pass
     except Exception:
         return None
-    return bounded_patterns(OAS32Validator)(schema, registry=Registry())  # references are never fetched
+    return bounded(OAS32Validator)(schema, registry=Registry())  # references are never fetched
 
 
 def is_valid(arguments: Arguments, schema: dict[str, Any]) -> bool:
     """Whether arguments follow a declared schema. An invalid schema, or one that cannot be resolved, accepts nothing."""
     try:
         validator = _validator(json.dumps(schema, sort_keys=True))
-        return validator is not None and bool(validator.is_valid(arguments))
+        return validator is not None and follows(validator, arguments)
+    except LimitExceeded:
+        raise
     except BaseException as error:
         # as released: whatever the schema library raises, the arguments are not valid under the schema. Where recursion
         # ends inside its Rust part that is a PanicException, which is no Exception.
