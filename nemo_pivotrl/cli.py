@@ -32,6 +32,7 @@ STAGES = {
     "train": ("nemo_pivotrl.stages.train:train", "pivots -> policy, by single-turn GRPO"),
     "manners": ("nemo_pivotrl.stages.manners:make_manners", "write the embedded patient, doctor and preferences"),
     "tfpo": ("nemo_pivotrl.stages.tfpo:tfpo", "token rewards -> doctor (LLMdoctor)"),
+    "assess": ("nemo_pivotrl.stages.assess:assess", "steered answers against others, with intervals (LLMdoctor)"),
     "evaluate": ("nemo_pivotrl.stages.evaluate:evaluate", "policies side by side, with intervals"),
     "preferences": ("nemo_pivotrl.stages.preferences:preferences", "LLMdoctor: preference files -> preferences"),
     "reward": (

@@ -453,6 +453,32 @@ class Decode:
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
+class Arm:
+    """One way of answering, to be compared with the others."""
+
+    alpha: float = ranged(1.0)
+    beta: dict[str, float] = field(default_factory=dict)
+    """Doctor to exponent; a doctor that is not named is off."""
+    temperature: float = ranged(1.0, 0.0, 10.0)
+    top_p: float = ranged(1.0, 0.01, 1.0)
+    best_of: int = ranged(1, 1)
+    """Sample so many and keep the one that the first objective's oracle likes best."""
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Assess:
+    """Steered answers against others, by oracles."""
+
+    arms: dict[str, Arm] = field(default_factory=dict)
+    """The first is what the others are compared with. Doctors are those of `decode.doctors`."""
+    objectives: tuple[str, ...] = ("kindness",)
+    prompts: int = ranged(100, 2)
+    samples: int = ranged(2, 1)
+    """Answers to each prompt by each arm."""
+    confidence: float = ranged(0.95, 0.5, 0.999)
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
 class ServeGuided:
     """Bounds of the OpenAI-compatible server."""
 
@@ -545,6 +571,8 @@ class Reward:
 class Recipe:
     """All of it."""
 
+    algorithm: Literal["pivotrl", "llmdoctor"] = "pivotrl"
+    """Whose stages `run` goes through."""
     run_dir: str = "runs/default"
     seed: int = ranged(0, 0)
     num_threads: int = ranged(0, 0)
@@ -568,6 +596,7 @@ class Recipe:
     checkpointing: Checkpointing = field(default_factory=Checkpointing)
     evaluate: Evaluate = field(default_factory=Evaluate)
     decode: Decode = field(default_factory=Decode)
+    assess: Assess = field(default_factory=Assess)
     serve_guided: ServeGuided = field(default_factory=ServeGuided)
     logger: Logger = field(default_factory=Logger)
     patient: Patient = field(default_factory=Patient)

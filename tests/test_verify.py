@@ -96,6 +96,18 @@ def test_rows_of_every_shape_are_read(tmp_path: Path) -> None:
     ]
 
 
+def test_a_recorded_config_is_for_the_verifier_it_names(tmp_path: Path) -> None:
+    row = {
+        "expected": call("f", x="a b"),
+        "actual": call("f", x="c d"),
+        "config": {"word_count_similarity_threshold": 0.0},
+    }
+    assert verified(tmp_path, "single_step", row) == [(1.0, "EXPECTED_TOOL_CALL")]
+    named = row | {"verifier": "single_step_tool_use_with_argument_comparison"}
+    assert verified(tmp_path, "tool_call", named) == [(1.0, "EXPECTED_TOOL_CALL")]
+    assert verified(tmp_path, "functional", named) == [(0.0, "DIFFERENT_ARGUMENTS")]
+
+
 def test_compat_and_settings_of_the_command_line_reach_the_verifier(tmp_path: Path) -> None:
     lost = {"expected": call("execute_bash", command="pytest tests"), "output": [call("execute_bash")]}
     assert verified(tmp_path, "swe", lost) == [(0.0, "target_mismatch")]

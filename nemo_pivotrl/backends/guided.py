@@ -406,7 +406,7 @@ def load_guided(
     folders = {"": patient} | {f"{name}.path": doctor.path for name, doctor in doctors.items()}
     if mode == "ratio":
         folders |= {f"{name}.reference": doctor.reference for name, doctor in doctors.items()}
-    named = {key: f"{where}.doctors.{key}" if key else "policy.model_name" for key in folders}
+    named = {key: f"{where}.doctors.{key}" if key else "patient.model_name" for key in folders}
     problems = [p for key, folder in folders.items() if (p := _unloadable(named[key], folder))]
     if problems:
         raise InputError(problems)

@@ -37,6 +37,8 @@ def run(recipe: Recipe, fresh: bool = False) -> Path:
     A `random` arm (same number of candidates, no profiling) trains beside the pivots when evaluate.policies names one.
     """
     start = time.perf_counter()
+    if recipe.algorithm == "llmdoctor":
+        return _run_llmdoctor(recipe, fresh)
     if fresh:
         recipe.path("ledger.jsonl").unlink(missing_ok=True)
     if recipe.path("world/trajectories.jsonl") in map(Path, recipe.extract.trajectories):
@@ -49,6 +51,28 @@ def run(recipe: Recipe, fresh: bool = False) -> Path:
         print(f"\n== {stage.__name__.strip('_')}")
         path = stage(recipe, fresh)
     print(f"\nreport: {path} ({time.perf_counter() - start:.0f} s)")
+    return path
+
+
+def _run_llmdoctor(recipe: Recipe, fresh: bool) -> Path:
+    """Preferences in, a doctor out, a patient steered. The embedded world is made where the recipe's patient is in it."""
+    from nemo_pivotrl.stages.assess import assess
+    from nemo_pivotrl.stages.manners import make_manners
+    from nemo_pivotrl.stages.preferences import preferences
+    from nemo_pivotrl.stages.reward import reward
+    from nemo_pivotrl.stages.tfpo import tfpo
+
+    embedded = Path(recipe.patient.model_name).resolve() == recipe.path("patient/policy").resolve()
+    path = Path(recipe.run_dir)
+    for stage in [
+        *([make_manners] if embedded else []),
+        preferences,
+        reward,
+        tfpo,
+        *([assess] if recipe.assess.arms else []),
+    ]:
+        print(f"\n== {stage.__name__.removeprefix('make_')}")
+        path = stage(recipe, fresh)
     return path
 
 

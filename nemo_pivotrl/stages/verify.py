@@ -96,7 +96,10 @@ def questions(
 
 
 def _questions_of(row: dict[str, Any], settings: config.Verifier, loaded: dict[str, Verifier]) -> Iterator[Question]:
-    own = row.get("config")
+    name = ALIASES.get(settings.name, settings.name)
+    # a recorded verdict's config is that of the verifier it is of; another one is not asked to understand it
+    of = row.get("verifier", name)
+    own = row.get("config") if isinstance(of, str) and ALIASES.get(of, of) == name else None
     chosen = settings_with(settings, own) if isinstance(own, dict) else settings
     key = canonical_json(own)
     if key not in loaded:
@@ -114,7 +117,6 @@ def _questions_of(row: dict[str, Any], settings: config.Verifier, loaded: dict[s
             action = Verdict(0.0, "TRUNCATED") if truncated else action_of_row(sample["action"])
             yield verifier, case, action, columns
         return
-    name = ALIASES.get(settings.name, settings.name)
     case = case_of(row, with_messages=verifier.asks_judge, family=name)
     yield verifier, case, sampled_action(row, "\n" if name == "terminus" else ""), {}
 
