@@ -20,8 +20,8 @@ from referencing import Registry
 from nemo_pivotrl.config import Limits, ranged
 from nemo_pivotrl.records import Action, Case, ToolCall, Verdict
 from nemo_pivotrl.verifiers import VerifierFault
-from nemo_pivotrl.verifiers.bounds import decode_json, ratio
-from nemo_pivotrl.verifiers.schema import bounded_patterns
+from nemo_pivotrl.verifiers.bounds import LimitExceeded, decode_json, ratio
+from nemo_pivotrl.verifiers.schema import bounded, follows
 
 VALUE = "ARGUMENT_VALUE_MISMATCH"
 Arguments = dict[str, Any]
@@ -166,14 +166,19 @@ def _validator(schema_text: str) -> Any:
         pass
     except Exception:
         return None
-    return bounded_patterns(OAS32Validator)(schema, registry=Registry())  # references are never fetched
+    return bounded(OAS32Validator)(schema, registry=Registry())  # references are never fetched
 
 
-def is_valid(arguments: Arguments, schema: dict[str, Any]) -> bool:
-    """Whether arguments follow a declared schema. An invalid schema, or one that cannot be resolved, accepts nothing."""
+def is_valid(arguments: Arguments, schema: dict[str, Any], max_work: int) -> bool:
+    """Whether arguments follow a declared schema. An invalid schema, or one that cannot be resolved, accepts nothing.
+
+    Raises LimitExceeded where it would cost more than `max_work` to know.
+    """
     try:
         validator = _validator(json.dumps(schema, sort_keys=True))
-        return validator is not None and bool(validator.is_valid(arguments))
+        return validator is not None and follows(validator, arguments, max_work)
+    except LimitExceeded:
+        raise
     except BaseException as error:
         # as released: whatever the schema library raises, the arguments are not valid under the schema. Where recursion
         # ends inside its Rust part that is a PanicException, which is no Exception.
@@ -194,11 +199,11 @@ def declared_schemas(case: Case) -> dict[str, dict[str, Any]]:
     return found
 
 
-def unstring(arguments: Arguments, schema: dict[str, Any]) -> None:
+def unstring(arguments: Arguments, schema: dict[str, Any], limits: Limits) -> None:
     """Replace, in place, top-level arrays and objects that were written as strings by what they say.
 
     Every declared argument that is a string is read as JSON, as released. Raises ValueError or RecursionError for digits or
-    nesting beyond what Python reads; a text that is just no JSON stays as it is.
+    nesting beyond what Python reads, and for a replacement beyond the limits; a text that is just no JSON stays as it is.
     """
     properties = schema.get("properties")
     wanted = {"array": list, "object": dict}
@@ -211,7 +216,7 @@ def unstring(arguments: Arguments, schema: dict[str, Any]) -> None:
             continue
         kind = declared.get("type")
         if isinstance(kind, str) and kind in wanted and isinstance(value, wanted[kind]):
-            arguments[name] = value
+            arguments[name] = decode_json(arguments[name], limits)
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -294,10 +299,10 @@ class TerminalMultiHarness:
         if schema is None:
             return "TOOL_SCHEMA_NOT_FOUND", actual.name
         try:
-            unstring(found, schema)
+            unstring(found, schema, self.limits)
         except (ValueError, RecursionError) as error:
             return "ARGUMENTS_DECODE_ERROR", str(error)
-        if not is_valid(found, schema):
+        if not is_valid(found, schema, self.limits.max_work):
             return "TOOL_SCHEMA_VALIDATION_FAILED", ""
         if expected.name != actual.name:
             return "UNEXPECTED_TOOL", actual.name
