@@ -247,8 +247,15 @@ class TerminalMultiHarness:
             return Verdict(0.0, "FUNCTION_CALL_BATCH_LENGTH_DIFFERENT")
         schemas = declared_schemas(case)
         batch = len(expected.calls) > 1
-        pairs = zip(self._sorted(expected.calls), self._sorted(actual.calls), strict=True)
-        for wanted, found in pairs:
+        try:
+            wanted_calls = self._sorted(expected.calls)
+        except ValueError as error:
+            raise VerifierFault("expected_arguments", str(error)) from None
+        try:
+            found_calls = self._sorted(actual.calls)
+        except ValueError as error:
+            return Verdict(0.0, "ARGUMENTS_DECODE_ERROR", str(error))
+        for wanted, found in dict.fromkeys(zip(wanted_calls, found_calls, strict=True)):  # equal pairs once
             figures: dict[str, Any] = {}
             category, detail = self._compare(case, schemas, wanted, found, figures)
             if category:
@@ -258,18 +265,19 @@ class TerminalMultiHarness:
         )
 
     def _sorted(self, calls: tuple[ToolCall, ...]) -> list[ToolCall]:
-        if len(calls) == 1:
-            return list(calls)
-
-        def key(call: ToolCall) -> tuple[str, str]:
+        """The calls in the order of their names and arguments. Raises ValueError for what is JSON but beyond what is read."""
+        bare = [ToolCall(call.name, call.arguments) for call in calls]
+        if len(bare) == 1:
+            return bare
+        keys = {}
+        for text in {call.arguments for call in bare}:
             try:
-                value = decode_json(call.arguments, self.limits)
-            except ValueError:
+                value = decode_json(text, self.limits)
+            except json.JSONDecodeError:
                 value = None
             as_object = isinstance(value, dict)
-            return call.name, json.dumps(value, sort_keys=True, separators=(",", ":")) if as_object else call.arguments
-
-        return sorted(calls, key=key)
+            keys[text] = json.dumps(value, sort_keys=True, separators=(",", ":")) if as_object else text
+        return sorted(bare, key=lambda call: (call.name, keys[call.arguments]))
 
     def _decode(self, call: ToolCall) -> Arguments:
         """Raises ValueError for arguments that are no JSON object."""
