@@ -4,7 +4,8 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: quickstart smollm2 test check lint format fuzz clean
+# all of these are commands, not files
+.PHONY: conformance verifier-speed quickstart smollm2 test check lint format fuzz clean
 
 quickstart: $(STAMP)
 	$(BIN)/nemo-pivotrl run recipes/pivotrl/tiny.yaml fresh=true
@@ -36,5 +37,18 @@ fuzz: $(STAMP)
 	$(BIN)/python -m pip install -q atheris==3.0.0
 	$(BIN)/python benchmarks/fuzz_verifiers.py --seconds $(or $(SECONDS),60)
 
+CONFORMANCE := .venv-conformance
+$(CONFORMANCE)/.installed: benchmarks/conformance-requirements.txt constraints.txt
+	$(PYTHON) -m venv $(CONFORMANCE)
+	$(CONFORMANCE)/bin/python -m pip install -q -r benchmarks/conformance-requirements.txt
+	touch $@
+
+# NeMo-Gym's own verifiers (public wheels) and ours on the same random cases; not part of `make test`
+conformance: $(CONFORMANCE)/.installed
+	PYTHONPATH=. $(CONFORMANCE)/bin/python benchmarks/conformance.py $(ARGS)
+
+verifier-speed: $(CONFORMANCE)/.installed
+	PYTHONPATH=. $(CONFORMANCE)/bin/python benchmarks/verifier_speed.py $(ARGS)
+
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) $(CONFORMANCE) build runs

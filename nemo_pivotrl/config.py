@@ -147,7 +147,7 @@ class Extract:
 class Limits:
     """What of a sampled action is looked at at all. Beyond a limit the action scores 0 as `LIMIT_EXCEEDED`, at once."""
 
-    max_chars: int = ranged(1 << 18, 256, 1 << 24)
+    max_chars: int = ranged(1 << 17, 256, 1 << 24)
     """Characters of an action: its text, or the names and arguments of its calls."""
     max_calls: int = ranged(4096, 1, 1 << 16)
     """Parallel calls of one turn."""
@@ -155,7 +155,7 @@ class Limits:
     """Nesting of JSON arguments; deeper ones are a decode error. Python's own limit depends on who calls."""
     max_values: int = ranged(4096, 16, 1 << 20)
     """JSON values in one call's arguments; more are a decode error."""
-    max_work: int = ranged(4_000_000, 10_000)
+    max_work: int = ranged(3_000_000, 10_000)
     """Character comparisons of one verdict, in units of roughly 20 ns. Counted, not timed: a verdict never depends on
     how busy the machine is."""
 

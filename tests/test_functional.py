@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from nemo_pivotrl import config
 from nemo_pivotrl.records import Action, Case, InputError, ToolCall, Verdict
 from nemo_pivotrl.verifiers import Bounded, Ruling, VerifierFault, load_verifier
+from nemo_pivotrl.verifiers.edits import read_patch
 from nemo_pivotrl.verifiers.functional import RULES, Functional
 
 Made = tuple[str, dict[str, Any]]
@@ -190,6 +191,12 @@ WHOLE_CALLS: list[tuple[str, str, dict[str, Any], dict[str, Any]]] = [
         {"patch": "--- a/f.py\n+++ b/f.py\n@@ -1,3 +1,3 @@\n a\n-b\n+c\n d\n"},
         {"patch": "--- a/f.py\n+++ b/f.py\n@@ -2,1 +2,1 @@\n-b\n+c\n"},
     ),
+    (
+        "edit_effect",
+        "apply_patch",
+        {"input": "*** Begin Patch\n*** Update File: a.py\n@@ class A\n@@ f()\n-x\n+y\n*** End Patch\n"},
+        {"input": "*** Begin Patch\n*** Update File: a.py\n@@ f()\n-x\n+y\n*** End Patch\n"},
+    ),
 ]
 TABLE = [(rule, p.tool, {p.key: p.expected}, {p.key: p.actual}, {p.key: p.schema}) for rule in SAME for p in SAME[rule]]
 TABLE += [(rule, name, expected, actual, DEFAULTED) for rule, name, expected, actual in WHOLE_CALLS]
@@ -337,6 +344,7 @@ def test_an_argument_of_one_side_alone_counts_unless_it_is_the_default_or_an_opt
 
 REPLACE = {"command": "str_replace", "path": "/r/a.py"}
 UNIFIED = "--- a/f.sql\n+++ b/f.sql\n@@ -1,2 +1,1 @@\n-{}\n keep\n"
+PLACED = "*** Begin Patch\n*** Update File: a.py\n@@ {}\n-pass\n+return 1\n*** End Patch\n"
 STARRED = "*** Begin Patch\n*** Update File: a.py\n@@\n-x\n+y\n{}*** End Patch\n"
 
 
@@ -401,6 +409,8 @@ STARRED = "*** Begin Patch\n*** Update File: a.py\n@@\n-x\n+y\n{}*** End Patch\n
         ),
         ("apply_patch", {"input": STARRED.format("")}, {"input": STARRED.format("*** Delete File: b.py\n")}),
         ("apply_patch", {"input": STARRED.format("--- x\n")}, {"input": STARRED.format("--- z\n")}),
+        ("apply_patch", {"input": PLACED.format("class A")}, {"input": PLACED.format("class B")}),
+        ("apply_patch", {"input": PLACED.format("A\n@@ f()")}, {"input": PLACED.format("B\n@@ f()")}),
         (
             "apply_patch",
             {"input": STARRED.format("")},
@@ -419,6 +429,12 @@ def test_other_edits_stay_different(name: str, expected: dict[str, Any], actual:
     assert judged(name, expected, expected).category == "EQUAL"
     assert judged(name, expected, actual).category == "DIFFERENT_ARGUMENTS"
     assert judged(name, actual, expected).category == "DIFFERENT_ARGUMENTS"
+
+
+def test_the_place_of_a_hunk_is_its_own_and_not_the_file_befores() -> None:
+    patch = "*** Begin Patch\n*** Update File: {}\n@@ {}\n-x\n+y\n*** Update File: {}\n@@ f()\n-x\n+y\n*** End Patch\n"
+    first, second = read_patch(patch.format("a", "g()", "b"), "") or ()
+    assert (first.path, first.place, second.path, second.place) == ("a", "g()", "b", "f()")
 
 
 FILE = "a = 1\nb = 1\nc = 3\n"

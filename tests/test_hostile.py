@@ -152,7 +152,7 @@ def measured(verifier: Bounded, case: Case, actual: Action) -> float:
         verdict = verifier.verify(case, actual)
         fastest = min(fastest, time.thread_time() - begun)
         assert 0.0 <= verdict.reward <= 1.0 and verdict.category
-        if fastest < 0.01:
+        if fastest < SECONDS / 6:
             break
     return fastest
 

@@ -14,9 +14,8 @@ from nemo_pivotrl import config
 from nemo_pivotrl.records import Action, Case, ToolCall
 from nemo_pivotrl.verifiers import load_verifier
 from nemo_pivotrl.verifiers.bounds import LimitExceeded
-from nemo_pivotrl.verifiers.schema import bounded, follows, matches
+from nemo_pivotrl.verifiers.schema import bounded, is_valid, matches
 
-WORK = config.Limits().max_work
 SECONDS = 0.3  # three times the aim: the machine may be busy
 NODE = {"$ref": "#/$defs/node"}
 BRANCHING = {
@@ -52,12 +51,13 @@ def nested(depth: int, key: str) -> dict[str, Any]:
 
 
 def accepts(schema: dict[str, Any], value: Any) -> bool:
-    return follows(bounded(OAS32Validator)(schema), value, WORK)
+    return is_valid(bounded(OAS32Validator)(schema), value)
 
 
 @settings(max_examples=300, deadline=None)
 @given(st.sampled_from(PATTERNS), st.text(st.sampled_from("abxé\u0301²\x1c \n.@1{e}_ſK"), max_size=6))
 def test_a_pattern_means_what_it_means_to_re(pattern: str, text: str) -> None:
+    accepts({}, {})  # the time of earlier matches does not count
     assert matches(pattern, text) == bool(re.search(pattern, text))
 
 
@@ -66,6 +66,7 @@ def test_a_pattern_means_what_it_means_to_re(pattern: str, text: str) -> None:
     [("^(a|a)*$", "a" * 40 + "!"), ("(x+x+)+y", "x" * 40), (r"^(\w+\s?)*$", "a" * 40 + "!"), (r"(a*)*\1b", "a" * 40)],
 )
 def test_a_pattern_that_backtracks_for_ever_has_not_matched(pattern: str, text: str) -> None:
+    accepts({}, {})
     begun = time.thread_time()
     assert not matches(pattern, text)
     assert time.thread_time() - begun < SECONDS
@@ -104,9 +105,8 @@ def test_validity_is_jsonschemas(schema: dict[str, Any], value: Any, valid: Any)
         (BRANCHING, {"x": nested(90, "of")}),
         ({"items": {"enum": list(range(1000))}}, [999] * 4000),
         ({"items": {"anyOf": [{"type": "string"}, {"type": "null"}, {"type": "integer"}]}}, [1] * 4000),
-        ({"items": {"anyOf": [{"pattern": "^(a|a)*$"}, {}]}}, ["a" * 40 + f"!{i}" for i in range(1000)]),
     ],
-    ids=["alternatives that refer to themselves", "enum", "anyOf", "patterns"],
+    ids=["alternatives that refer to themselves", "enum", "anyOf"],
 )
 def test_a_validation_that_is_too_dear_is_given_up(schema: dict[str, Any], value: Any) -> None:
     begun = time.thread_time()
@@ -139,3 +139,10 @@ def test_a_reference_is_not_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case(Action("calls", calls=(call,)), ({"name": "t", "parameters": schema},))
     assert verifier.verify(case, Action("calls", calls=(call,))).category == "TOOL_SCHEMA_VALIDATION_FAILED"
     assert fetched == []
+
+
+def test_a_thousand_patterns_share_their_time() -> None:
+    schema = {"items": {"anyOf": [{"pattern": "^(a|a)*$"}, {}]}}
+    begun = time.thread_time()
+    assert accepts(schema, ["a" * 40 + f"!{i}" for i in range(1000)])
+    assert time.thread_time() - begun < SECONDS

@@ -121,6 +121,7 @@ def test_words_that_shlex_quotes_are_read_back(given_words: list[str]) -> None:
         ("grep --include='*.py' -r foo .", "grep -r foo --include '*.py' ."),
         ("grep -A3 foo f", "grep -A 3 foo f"),
         ("sort -k2 -n f", "sort -n -k 2 f"),
+        ("tar -xzf a -C d", "tar -C d -xzf a"),
         ("sed -n 5,10p f", "sed -n '5,10p' f"),
         ("find . -name '*.py'", 'find ./ -name "*.py"'),
         ("python -m pytest -q", "python  -m  pytest  -q"),
@@ -213,6 +214,7 @@ def test_these_commands_are_the_same(left: str, right: str) -> None:
         ("sudo find . -name a -delete", "sudo find . -delete -name a"),
         ("rsync -a --include=a --exclude=* s d", "rsync -a --exclude=* --include=a s d"),
         ("rsync a/ b", "rsync a b"),
+        ("tar -cf a -C d x -C e y", "tar -cf a -C d -C e x y"),
         ("gcc a.o -lx -ly", "gcc a.o -ly -lx"),
         ("git commit -m a -m b", "git commit -m b -m a"),
         ("foo -- -x", "foo -x --"),
@@ -230,6 +232,9 @@ def test_these_commands_are_the_same(left: str, right: str) -> None:
         ("FOO=1", "FOO=2"),
         ("A=1 x; y", "x; A=1 y"),
         ("cd /a && ls", "cd /b && ls"),
+        ("cd / && rm -rf *", "rm -rf *"),
+        ("cd .. && ls", "ls"),
+        ("cd src && ls", "ls"),
         ("cd /a && cat f", "cat /b/f"),
         ("cd /a", "ls"),
         ("cd /a || ls", "ls"),
@@ -463,6 +468,8 @@ def test_the_longest_command_that_is_read_costs_less_than_a_tenth_of_a_second(te
             begun = time.thread_time()
             same_command(expected, actual, ALL, set(), spend)
             times.append(time.thread_time() - begun)
+            if times[-1] < 0.05:
+                break
         fastest.append(min(times))
     print(f"{1000 * max(fastest):.1f} ms")
     assert max(fastest) < 0.3  # 0.1 is the aim; a busy machine gets three times that

@@ -15,8 +15,8 @@ from typing import Any
 from nemo_pivotrl.config import Limits
 from nemo_pivotrl.records import Action
 
-STEP = 6
-"""Units of `Limits.max_work` that one inner step of difflib's search costs (measured: 80 to 130 ns)."""
+STEP = 8
+"""Units of `Limits.max_work` that one inner step of difflib's search costs (measured: 80 to 150 ns)."""
 SETUP = 15
 """Units that one character of either text costs before the search begins."""
 LONG = 20_000

@@ -50,6 +50,8 @@ class Step:
     new: str
     every: bool = False
     line: int | None = None
+    place: str = ""
+    """Where a patch says that it is, as after `@@ def f():`; empty where it does not."""
 
 
 def edit_of(tool: str, arguments: Mapping[str, Any]) -> Edit | None:
@@ -99,10 +101,11 @@ def read_patch(text: str, path: str) -> tuple[Step, ...] | None:
 
     def close() -> None:
         if old or new:
-            steps.append(Step(path, "\n".join(old), "\n".join(new)))
+            steps.append(Step(path, "\n".join(old), "\n".join(new), place=place))
         old.clear()
         new.clear()
 
+    place = ""
     headers = STARRED if text.lstrip().startswith("*** ") else UNIFIED
     inside, source, promised = False, "", [0, 0]  # lines that the hunk is still to have, of old and of new
     for line in lines:
@@ -116,13 +119,17 @@ def read_patch(text: str, path: str) -> tuple[Step, ...] | None:
             path, inside = _changed_path(source, name.removeprefix("b/")), False
         elif header:
             close()
+            place = ""
             path = f"{path} -> {clean_path(name)}" if header == "*** Move to: " else clean_path(name)
             path += {"*** Delete File: ": " (deleted)", "*** Add File: ": " (added)"}.get(header, "")
             inside = headers is STARRED
             if header not in ("*** Update File: ", "*** Add File: "):
                 steps.append(Step(path, None, ""))
         elif line.startswith(("@@", "diff --git")):
+            place = place if inside and not (old or new) else ""
             close()
+            if headers is STARRED:  # several lines name a place from the outside in; a unified diff has line numbers
+                place = f"{place} {line[2:].strip()}".strip()
             counts = HUNK.match(line)
             promised = [int(count or 1) for count in counts.groups()] if counts else [0, 0]
             inside = line.startswith("@@")
@@ -164,7 +171,8 @@ def _lines(text: str) -> str:
 
 def same_change(expected: Step, actual: Step) -> bool:
     """Whether two replacements take away and put in the same at what may be the same place."""
-    if expected.every != actual.every:
+    ours, theirs = expected.place, actual.place
+    if expected.every != actual.every or not (ours.endswith(theirs) or theirs.endswith(ours)):
         return False
     (before, gone, put, after), (their_before, their_gone, their_put, their_after) = core(expected), core(actual)
     if (gone, put) != (their_gone, their_put):
@@ -225,9 +233,12 @@ def compare_edits(c: Comparison, expected: Edit, actual: Edit, files: Mapping[st
             c.differ("edit", place, _form(step), _form(other))
         elif step.old is None:
             compare(c, place, step.new, other.new, {}, "python" if step.path.endswith(".py") else "text")
-        elif (step.old, step.new, step.every) != (other.old, other.new, other.every) and not c.allows(
-            "edit_effect", same_change(step, other)
-        ):
+        elif (step.old, step.new, step.every, step.place) != (
+            other.old,
+            other.new,
+            other.every,
+            other.place,
+        ) and not c.allows("edit_effect", same_change(step, other)):
             c.differ("edit", place, step.new, other.new)
 
 

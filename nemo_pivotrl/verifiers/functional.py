@@ -63,7 +63,10 @@ RULES: dict[str, tuple[bool, str]] = {
         True,
         "assignments before a command that only one side has, unless they change what commands mean",
     ),
-    "shell_cd_prefix": (True, "`cd DIR &&` that only one side has, with relative operands seen from DIR"),
+    "shell_cd_prefix": (
+        True,
+        "`cd /DIR &&` on one side only: the agent may be there already, or name its operands from there",
+    ),
     "shell_paths": (True, "operands up to `.`, `..`, doubled and last slashes"),
     "shell_separators": (True, "a newline is a `;`"),
 }

@@ -1,16 +1,11 @@
-"""JSON schemas against hostile values: the work of a validation is limited, and the time of a pattern within it.
-
-A schema is the row's, so it may be assumed sane, but a sane one can be dear on what a policy writes: alternatives that refer
-to themselves double with every level, `enum` and `uniqueItems` compare pairs, a pattern may backtrack for ever.
-"""
+"""JSON schemas against hostile values: patterns are matched with a time limit, checks counted, unique items found in one pass."""
 
 from __future__ import annotations
 
-import math
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -19,64 +14,61 @@ from jsonschema import ValidationError, validators
 
 from nemo_pivotrl.verifiers.bounds import LimitExceeded
 
-KEYWORD_WORK = 600
-"""Units of `Limits.max_work` that one keyword of a schema costs on one value (measured: 6 to 12 us)."""
-OPTION_WORK = 100
-"""Units for each entry of a keyword that is a list, an `enum` above all."""
-UNIT_SECONDS = 20e-9
+RE_STEPS = 100_000
+"""Up to this many steps at worst Python's `re` does the matching: it knows no time limit, but it is what released code uses."""
 PATTERN_SECONDS = 0.02
 """Of one match. A pattern that backtracks longer on what the policy wrote has not matched."""
-RE_STEPS = 100_000
-"""Up to this many steps at worst Python's `re` does the matching, which has no time limit but the exact meaning."""
+MATCHING_SECONDS = 0.04
+"""Of all matches of one validation; what comes after has not matched."""
+MAX_CHECKS = 6000
+"""Keywords that one validation may look at, 4 microseconds each or so."""
 
 
-class _Left(threading.local):
-    units: float = math.inf
+class _Spent(threading.local):
+    """What the validation that runs in this thread has cost so far."""
+
+    checks = 0
+    seconds = 0.0
 
 
-_left = _Left()
+_spent = _Spent()
 
 
-def _spend(units: float) -> None:
-    _left.units -= units
-    if _left.units < 0:
-        raise LimitExceeded("the arguments take too much work to validate")
+PLAIN_BRACE = re.compile(r"(\\.)|\{(?!\d*,?\d*\})", re.DOTALL)
+"""An escape, or a brace that begins no repetition: a character to `re`, fuzzy matching to `regex`."""
 
 
-def follows(validator: Any, value: Any, max_work: int) -> bool:
-    """Whether `value` is valid under a `bounded` validator. Raises LimitExceeded, and what the schema library raises."""
-    _left.units = max_work
-    try:
-        return bool(validator.is_valid(value))
-    finally:
-        _left.units = math.inf
+@lru_cache(maxsize=512)
+def _compiled(pattern: str) -> Any:
+    return regex.compile(PLAIN_BRACE.sub(lambda found: found[1] or r"\{", pattern))
 
 
-def _steps(pattern: str, length: int) -> float:
-    """An upper bound on the steps of a backtracking search, infinite where the pattern is no simple one."""
+@lru_cache(maxsize=512)
+def _growth(pattern: str) -> tuple[float, int] | None:
+    """(a, b): a backtracking search of n characters takes at most a * (n + 1) ** b steps. None for a pattern that is not simple."""
     plain = re.sub(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]", "x", pattern, flags=re.DOTALL)
-    if re.search(r"\)[*+{]|\(\?(?!:)", plain) or re.search(r"\\[1-9]", pattern):
-        return math.inf
-    choices = plain.count("|") + plain.count("?")
-    repeats = len(re.findall(r"[*+]|\{\d*,\d*\}", plain)) + (not plain.startswith("^") or "|" in plain)
-    return 2.0 ** min(choices, 100) * (length + 1.0) ** min(repeats, 20)
+    if re.search(r"\)[*+{]|\(\?(?!:)", plain) or re.search(r"\\[1-9]", pattern):  # repeated groups, look-around, references
+        return None
+    anchored = plain.startswith("^") and "|" not in plain
+    choices, repeats = plain.count("|") + plain.count("?"), len(re.findall(r"[*+]|\{\d*,\d*\}", plain)) + (not anchored)
+    return (2.0**choices, repeats) if choices < 20 and repeats < 20 else None
 
 
 def matches(pattern: str, text: str) -> bool:
     """Whether `pattern` is found in `text`; False where that takes too long. Raises re.error for no pattern."""
-    compiled = re.compile(pattern)
-    begun = time.thread_time()
-    if _steps(pattern, len(text)) <= RE_STEPS:
-        found = compiled.search(text) is not None
-    else:
-        # a brace that is no repetition is a letter to re, and a fuzzy match to regex
-        pattern = re.sub(r"(?<!\\)\{(?!\d*,?\d*\})", r"\\{", pattern)
-        try:
-            found = regex.search(pattern, text, timeout=PATTERN_SECONDS) is not None
-        except TimeoutError:
-            found = False
-    _spend((time.thread_time() - begun) / UNIT_SECONDS)
-    return found
+    if _spent.seconds > MATCHING_SECONDS:
+        return False
+    begun = time.perf_counter()
+    plain, growth = re.compile(pattern), _growth(pattern)
+    try:
+        if growth and growth[0] * (len(text) + 1.0) ** growth[1] <= RE_STEPS:
+            return plain.search(text) is not None
+        # what \w, \s and \b mean differs for some characters beyond ASCII
+        return _compiled(pattern).search(text, timeout=PATTERN_SECONDS) is not None
+    except TimeoutError:
+        return False
+    finally:
+        _spent.seconds += time.perf_counter() - begun
 
 
 def _pattern(validator: Any, pattern: str, instance: Any, schema: Any) -> Iterator[ValidationError]:
@@ -124,22 +116,32 @@ def _hashable(value: Any) -> Any:
     return ("boolean" if isinstance(value, bool) else ""), value
 
 
-def _counted(keyword: Callable[..., Any]) -> Callable[..., Any]:
+def _counted(check: Any) -> Any:
+    """`check`, one keyword's, against the number of checks that a validation may take."""
+
     def counted(validator: Any, value: Any, instance: Any, schema: Any) -> Any:
-        _spend(KEYWORD_WORK + (OPTION_WORK * len(value) if isinstance(value, list) else 0))
-        return keyword(validator, value, instance, schema)
+        _spent.checks += 1 + (len(value) // 7 if isinstance(value, list) else 0)  # an enum looks at all its values
+        if _spent.checks > MAX_CHECKS:
+            raise LimitExceeded(f"more than {MAX_CHECKS} schema checks")
+        return check(validator, value, instance, schema)
 
     return counted
 
 
 @lru_cache(maxsize=8)
 def bounded(cls: Any) -> Any:
-    """`cls`, a jsonschema validator class, at a cost that what the policy wrote cannot drive up; for `follows`."""
+    """`cls`, a jsonschema validator class, at a cost that what the policy wrote cannot drive up."""
+    extend: Any = validators.extend
     own = {
         "pattern": _pattern,
         "patternProperties": _pattern_properties,
         "additionalProperties": _additional_properties,
         "uniqueItems": _unique_items,
     }
-    extend: Any = validators.extend
-    return extend(cls, {name: _counted(keyword) for name, keyword in {**cls.VALIDATORS, **own}.items()})
+    return extend(cls, {keyword: _counted(check) for keyword, check in {**cls.VALIDATORS, **own}.items()})
+
+
+def is_valid(validator: Any, instance: Any) -> bool:
+    """Whether `instance` follows the schema of a `bounded` validator. Raises LimitExceeded where that takes too much."""
+    _spent.checks, _spent.seconds = 0, 0.0
+    return bool(validator.is_valid(instance))

@@ -459,9 +459,14 @@ def _arguments(name: str, words: Sequence[str], rules: frozenset[str]) -> tuple[
         pattern = pattern and bool(option)
     if "shell_flag_order" not in rules:
         return tuple(read), ()
+    # tar's -C holds for the operands after it
+    placed = [pair for pair in read if base == "tar" and pair[0] in ("-C", "--directory")]
     # stable: the order of equal options may mean something
-    options = sorted((pair for pair in read if pair[0]), key=lambda pair: pair[0])
-    return tuple(options), tuple(value for option, value in read if not option)
+    options = sorted((pair for pair in read if pair[0] and pair not in placed), key=lambda pair: pair[0])
+    operands = (
+        f"{option} {value}" if option else value for option, value in read if not option or (option, value) in placed
+    )
+    return tuple(options), tuple(operands)
 
 
 def _cluster(base: str, word: str, with_value: str, pending: Any, rules: frozenset[str]) -> list[tuple[str, str]]:
@@ -504,9 +509,11 @@ def _same_programs(ours: tuple[str | None, Program], theirs: tuple[str | None, P
     (our_place, left), (their_place, right) = ours, theirs
     if our_place is not None and their_place is not None:
         return our_place == their_place and left == right
+    place = our_place if our_place is not None else their_place
     if left == right:
-        return True
-    if our_place is None and their_place is None:
+        # an absolute directory may be the one the agent is in; `..`, `src`, `~` and `/` are another
+        return place is None or (place.startswith("/") and place.strip("/") != "")
+    if place is None:
         return False
     return _inside(left, our_place, rules) == _inside(right, their_place, rules)
 

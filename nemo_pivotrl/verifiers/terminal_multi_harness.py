@@ -21,7 +21,8 @@ from nemo_pivotrl.config import Limits, ranged
 from nemo_pivotrl.records import Action, Case, ToolCall, Verdict
 from nemo_pivotrl.verifiers import VerifierFault
 from nemo_pivotrl.verifiers.bounds import LimitExceeded, decode_json, ratio
-from nemo_pivotrl.verifiers.schema import bounded, follows
+from nemo_pivotrl.verifiers.schema import bounded
+from nemo_pivotrl.verifiers.schema import is_valid as follows
 
 VALUE = "ARGUMENT_VALUE_MISMATCH"
 Arguments = dict[str, Any]
@@ -169,14 +170,11 @@ def _validator(schema_text: str) -> Any:
     return bounded(OAS32Validator)(schema, registry=Registry())  # references are never fetched
 
 
-def is_valid(arguments: Arguments, schema: dict[str, Any], max_work: int) -> bool:
-    """Whether arguments follow a declared schema. An invalid schema, or one that cannot be resolved, accepts nothing.
-
-    Raises LimitExceeded where it would cost more than `max_work` to know.
-    """
+def is_valid(arguments: Arguments, schema: dict[str, Any]) -> bool:
+    """Whether arguments follow a declared schema. An invalid schema, or one that cannot be resolved, accepts nothing."""
     try:
         validator = _validator(json.dumps(schema, sort_keys=True))
-        return validator is not None and follows(validator, arguments, max_work)
+        return validator is not None and follows(validator, arguments)
     except LimitExceeded:
         raise
     except BaseException as error:
@@ -238,6 +236,8 @@ class TerminalMultiHarness:
             return Verdict(0.0, "NO_ACTION_FOUND", actual.detail)
         if actual.kind == "malformed":
             return Verdict(0.0, "ARGUMENTS_DECODE_ERROR", actual.detail)
+        if expected.kind == "calls" and not expected.calls:
+            raise VerifierFault("expected_action", "an expert action of no calls")
         if expected.kind != actual.kind or min(len(expected.calls), 2) != min(len(actual.calls), 2):
             return Verdict(0.0, "ACTION_TYPE_MISMATCH")
         if expected.kind == "message":
@@ -248,14 +248,14 @@ class TerminalMultiHarness:
         schemas = declared_schemas(case)
         batch = len(expected.calls) > 1
         try:
-            wanted_calls = self._sorted(expected.calls)
+            ours = self._sorted(expected.calls)
         except ValueError as error:
             raise VerifierFault("expected_arguments", str(error)) from None
         try:
-            found_calls = self._sorted(actual.calls)
+            theirs = self._sorted(actual.calls)
         except ValueError as error:
             return Verdict(0.0, "ARGUMENTS_DECODE_ERROR", str(error))
-        for wanted, found in dict.fromkeys(zip(wanted_calls, found_calls, strict=True)):  # equal pairs once
+        for wanted, found in dict.fromkeys(zip(ours, theirs, strict=True)):  # equal pairs once
             figures: dict[str, Any] = {}
             category, detail = self._compare(case, schemas, wanted, found, figures)
             if category:
@@ -265,7 +265,7 @@ class TerminalMultiHarness:
         )
 
     def _sorted(self, calls: tuple[ToolCall, ...]) -> list[ToolCall]:
-        """The calls in the order of their names and arguments. Raises ValueError for what is JSON but beyond what is read."""
+        """By name and canonical arguments. Raises ValueError for arguments beyond what is read; no JSON sorts as text."""
         bare = [ToolCall(call.name, call.arguments) for call in calls]
         if len(bare) == 1:
             return bare
@@ -310,7 +310,7 @@ class TerminalMultiHarness:
             unstring(found, schema, self.limits)
         except (ValueError, RecursionError) as error:
             return "ARGUMENTS_DECODE_ERROR", str(error)
-        if not is_valid(found, schema, self.limits.max_work):
+        if not is_valid(found, schema):
             return "TOOL_SCHEMA_VALIDATION_FAILED", ""
         if expected.name != actual.name:
             return "UNEXPECTED_TOOL", actual.name
