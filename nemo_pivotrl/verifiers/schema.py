@@ -47,7 +47,9 @@ def _compiled(pattern: str) -> Any:
 def _growth(pattern: str) -> tuple[float, int] | None:
     """(a, b): a backtracking search of n characters takes at most a * (n + 1) ** b steps. None for a pattern that is not simple."""
     plain = re.sub(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]", "x", pattern, flags=re.DOTALL)
-    if re.search(r"\)[*+{]|\(\?(?!:)", plain) or re.search(r"\\[1-9]", pattern):  # repeated groups, look-around, references
+    if re.search(r"\)[*+{]|\(\?(?!:)", plain) or re.search(
+        r"\\[1-9]", pattern
+    ):  # repeated groups, look-around, references
         return None
     anchored = plain.startswith("^") and "|" not in plain
     choices, repeats = plain.count("|") + plain.count("?"), len(re.findall(r"[*+]|\{\d*,\d*\}", plain)) + (not anchored)
