@@ -22,6 +22,7 @@ from functools import cache
 from typing import Any
 
 import conformance_cases as cases
+from conformance_agents import swe, terminus
 from conformance_harness import terminal_multi_harness
 from gym_release import BUILD, Outcome, Release, fetch
 
@@ -32,8 +33,8 @@ from nemo_pivotrl.verifiers.rows import RowError, case_of, sampled_action
 
 GENERATORS = {
     "single_step": cases.single_step,
-    "swe": cases.swe,
-    "terminus": cases.terminus,
+    "swe": swe,
+    "terminus": terminus,
     "terminal_multi_harness": terminal_multi_harness,
 }
 RELEASES = ("0.7.0", "0.6.0", "0.5.0")

@@ -5,9 +5,20 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from conformance_agents import COMMANDS, code, path, recoded
 from conformance_cases import (
-    COMMANDS, HUGE_INTEGER, NAN, TOO_DEEP, Item, Pen, Sample, answered, call, code, expected_action, path, rearranged, recoded, sent,
-)  # fmt: skip
+    HUGE_INTEGER,
+    NAN,
+    TOO_DEEP,
+    Item,
+    Pen,
+    Sample,
+    answered,
+    call,
+    expected_action,
+    rearranged,
+    sent,
+)
 
 TEXT, LIST, OBJECT = {"type": "string"}, {"type": "array"}, {"type": "object"}
 HARNESSES: dict[str, dict[str, dict[str, Any]]] = {  # tools of a harness, with their arguments' schemas
@@ -40,8 +51,21 @@ HARNESSES: dict[str, dict[str, dict[str, Any]]] = {  # tools of a harness, with 
     "generic": {"exec_command": {"cmd": TEXT}, "bash": {"command": TEXT, "options": OBJECT}},
 }
 PATTERNS = [
-    "^ls", "^[a-z ]+$", r"\.py$", r"^\w+$", r"^\S+$", "[", r"^\s", "(?i)LS", r"^\d{1,3}$", "x{e}", r"^[^\x00]*$", r"\p{L}", "^(a+)+$", "",
-]  # fmt: skip
+    "^ls",
+    "^[a-z ]+$",
+    r"\.py$",
+    r"^\w+$",
+    r"^\S+$",
+    "[",
+    r"^\s",
+    "(?i)LS",
+    r"^\d{1,3}$",
+    "x{e}",
+    r"^[^\x00]*$",
+    r"\p{L}",
+    "^(a+)+$",
+    "",
+]
 OF_ANY = [
     {"const": 1},
     {"not": {}},
@@ -66,16 +90,41 @@ OF_LIST = [
     {"type": "array", "items": TEXT},
 ]
 INVALID = [
-    {"type": "strng"}, {"type": 3}, {"properties": []}, {"required": "cmd"}, {"required": {}}, {"minProperties": "x"}, {"minProperties": True},
-    {"properties": {"cmd": 3}}, {"$ref": "#/$defs/none"}, {"$ref": "http://127.0.0.1:9/none.json"}, {"$ref": "#"}, {"allOf": []},
-    {"patternProperties": {"[": {}}}, {"$schema": "http://127.0.0.1:9/"}, {"$id": "urn:x"}, {"$dynamicRef": "#none"},
-]  # fmt: skip
+    {"type": "strng"},
+    {"type": 3},
+    {"properties": []},
+    {"required": "cmd"},
+    {"required": {}},
+    {"minProperties": "x"},
+    {"minProperties": True},
+    {"properties": {"cmd": 3}},
+    {"$ref": "#/$defs/none"},
+    {"$ref": "http://127.0.0.1:9/none.json"},
+    {"$ref": "#"},
+    {"allOf": []},
+    {"patternProperties": {"[": {}}},
+    {"$schema": "http://127.0.0.1:9/"},
+    {"$id": "urn:x"},
+    {"$dynamicRef": "#none"},
+]
 OF_OBJECT = [
-    {"additionalProperties": False}, {"additionalProperties": TEXT}, {"minProperties": 2}, {"maxProperties": 1}, {"propertyNames": {"pattern": "^[a-z]"}},
-    {"unevaluatedProperties": False}, {"patternProperties": {"^c": TEXT}}, {"anyOf": [{"required": ["cmd"]}, {"required": ["command"]}]},
-    {"oneOf": [TEXT, OBJECT]}, {"not": OBJECT}, {"if": {"required": ["cmd"]}, "then": {"required": ["workdir"]}}, {"dependentRequired": {"cmd": ["timeout"]}},
-    {"type": ["object", "null"]}, {"discriminator": {"propertyName": "cmd"}}, {"discriminator": {"propertyName": "cmd"}, "oneOf": [OBJECT]}, {"required": []},
-]  # fmt: skip
+    {"additionalProperties": False},
+    {"additionalProperties": TEXT},
+    {"minProperties": 2},
+    {"maxProperties": 1},
+    {"propertyNames": {"pattern": "^[a-z]"}},
+    {"unevaluatedProperties": False},
+    {"patternProperties": {"^c": TEXT}},
+    {"anyOf": [{"required": ["cmd"]}, {"required": ["command"]}]},
+    {"oneOf": [TEXT, OBJECT]},
+    {"not": OBJECT},
+    {"if": {"required": ["cmd"]}, "then": {"required": ["workdir"]}},
+    {"dependentRequired": {"cmd": ["timeout"]}},
+    {"type": ["object", "null"]},
+    {"discriminator": {"propertyName": "cmd"}},
+    {"discriminator": {"propertyName": "cmd"}, "oneOf": [OBJECT]},
+    {"required": []},
+]
 
 
 def schema(pen: Pen, properties: dict[str, Any]) -> Any:
