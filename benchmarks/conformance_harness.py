@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from conformance_agents import COMMANDS, code, path, recoded
 from conformance_cases import (
-    COMMANDS,
     HUGE_INTEGER,
     NAN,
     TOO_DEEP,
@@ -15,12 +15,10 @@ from conformance_cases import (
     Sample,
     answered,
     call,
-    code,
     expected_action,
-    path,
     rearranged,
     sent,
-)  # fmt: skip
+)
 
 TEXT, LIST, OBJECT = {"type": "string"}, {"type": "array"}, {"type": "object"}
 HARNESSES: dict[str, dict[str, dict[str, Any]]] = {  # tools of a harness, with their arguments' schemas
@@ -31,7 +29,7 @@ HARNESSES: dict[str, dict[str, dict[str, Any]]] = {  # tools of a harness, with 
     },
     "opencode": {
         "bash": {"command": TEXT, "description": TEXT},
-        "todowrite": {"todos": {"type": "array", "items": OBJECT}},
+        "todowrite": {"todos": LIST},
         "read": {"filePath": TEXT, "limit": {"type": "number"}},
         "write": {"filePath": TEXT, "content": TEXT},
         "edit": {"filePath": TEXT, "oldString": TEXT, "newString": TEXT, "replaceAll": {"type": "boolean"}},
@@ -53,8 +51,21 @@ HARNESSES: dict[str, dict[str, dict[str, Any]]] = {  # tools of a harness, with 
     "generic": {"exec_command": {"cmd": TEXT}, "bash": {"command": TEXT, "options": OBJECT}},
 }
 PATTERNS = [
-    "^ls", "^[a-z ]+$", r"\.py$", r"^\w+$", r"^\S+$", "[", r"^\s", "(?i)LS", r"^\d{1,3}$", "x{e}", r"^[^\x00]*$", r"\p{L}", "^(a+)+$", "",
-]  # fmt: skip
+    "^ls",
+    "^[a-z ]+$",
+    r"\.py$",
+    r"^\w+$",
+    r"^\S+$",
+    "[",
+    r"^\s",
+    "(?i)LS",
+    r"^\d{1,3}$",
+    "x{e}",
+    r"^[^\x00]*$",
+    r"\p{L}",
+    "^(a+)+$",
+    "",
+]
 OF_ANY = [
     {"const": 1},
     {"not": {}},
@@ -79,16 +90,41 @@ OF_LIST = [
     {"type": "array", "items": TEXT},
 ]
 INVALID = [
-    {"type": "strng"}, {"type": 3}, {"properties": []}, {"required": "cmd"}, {"required": {}}, {"minProperties": "x"}, {"minProperties": True},
-    {"properties": {"cmd": 3}}, {"$ref": "#/$defs/none"}, {"$ref": "http://127.0.0.1:9/none.json"}, {"$ref": "#"}, {"allOf": []},
-    {"patternProperties": {"[": {}}}, {"$schema": "http://127.0.0.1:9/"}, {"$id": "urn:x"}, {"$dynamicRef": "#none"},
-]  # fmt: skip
+    {"type": "strng"},
+    {"type": 3},
+    {"properties": []},
+    {"required": "cmd"},
+    {"required": {}},
+    {"minProperties": "x"},
+    {"minProperties": True},
+    {"properties": {"cmd": 3}},
+    {"$ref": "#/$defs/none"},
+    {"$ref": "http://127.0.0.1:9/none.json"},
+    {"$ref": "#"},
+    {"allOf": []},
+    {"patternProperties": {"[": {}}},
+    {"$schema": "http://127.0.0.1:9/"},
+    {"$id": "urn:x"},
+    {"$dynamicRef": "#none"},
+]
 OF_OBJECT = [
-    {"additionalProperties": False}, {"additionalProperties": TEXT}, {"minProperties": 2}, {"maxProperties": 1}, {"propertyNames": {"pattern": "^[a-z]"}},
-    {"unevaluatedProperties": False}, {"patternProperties": {"^c": TEXT}}, {"anyOf": [{"required": ["cmd"]}, {"required": ["command"]}]},
-    {"oneOf": [TEXT, OBJECT]}, {"not": OBJECT}, {"if": {"required": ["cmd"]}, "then": {"required": ["workdir"]}}, {"dependentRequired": {"cmd": ["timeout"]}},
-    {"type": ["object", "null"]}, {"discriminator": {"propertyName": "cmd"}}, {"discriminator": {"propertyName": "cmd"}, "oneOf": [OBJECT]}, {"required": []},
-]  # fmt: skip
+    {"additionalProperties": False},
+    {"additionalProperties": TEXT},
+    {"minProperties": 2},
+    {"maxProperties": 1},
+    {"propertyNames": {"pattern": "^[a-z]"}},
+    {"unevaluatedProperties": False},
+    {"patternProperties": {"^c": TEXT}},
+    {"anyOf": [{"required": ["cmd"]}, {"required": ["command"]}]},
+    {"oneOf": [TEXT, OBJECT]},
+    {"not": OBJECT},
+    {"if": {"required": ["cmd"]}, "then": {"required": ["workdir"]}},
+    {"dependentRequired": {"cmd": ["timeout"]}},
+    {"type": ["object", "null"]},
+    {"discriminator": {"propertyName": "cmd"}},
+    {"discriminator": {"propertyName": "cmd"}, "oneOf": [OBJECT]},
+    {"required": []},
+]
 
 
 def schema(pen: Pen, properties: dict[str, Any]) -> Any:
@@ -100,11 +136,13 @@ def schema(pen: Pen, properties: dict[str, Any]) -> Any:
         )
     if pen.often(0.3):
         made["additionalProperties"] = False
-    if pen.often(0.25):
+    if pen.often(0.2):
         key = pen.choice(list(properties))
         declared = made["properties"][key]
         kind = declared.get("type")
-        if kind == "string":
+        if pen.often(0.2):
+            declared.clear()
+        elif kind == "string":
             declared |= pen.pick(
                 {"pattern": pen.choice(PATTERNS)}, {"pattern": pen.choice(PATTERNS)}, {"enum": ["ls", "text"]}, *OF_TEXT
             )
@@ -145,29 +183,42 @@ def argument(pen: Pen, key: str) -> Any:
             if key == "url"
             else pen.pick("text", "html", "pdf")
         )
-    return pen.value() if key in ("result", "x", "options") else pen.words()
+    return pen.value() if key in ("result", "x", "options") else pen.words(1, pen.pick(1, 7))
 
 
 def near(pen: Pen, name: str, value: Any) -> Any:
     """The expert's value again, edited, confused, or written as a string although it is a list or an object."""
     if pen.often(0.65):
         return value
+    if name == "todos" and isinstance(value, list) and value:
+        change = pen.pick(
+            {"status": "open"}, {"priority": 1.0}, {"content": "text"}, {"status": "pending", "priority": 1}
+        )
+        return pen.pick(
+            [{**value[0], **change} if isinstance(value[0], dict) else change, *value[1:]],
+            [None, *value[1:]],
+            value[:-1],
+        )
     if isinstance(value, (list, dict)) and pen.often(0.5):
         return pen.pick(
             json.dumps(value), json.dumps(value)[:-1], json.dumps(json.dumps(value)), f" {json.dumps(value)}\n"
         )
     if pen.often(0.01):
         return pen.pick(HUGE_INTEGER, TOO_DEEP)  # texts that are read as JSON wherever the schema knows the argument
+    if isinstance(value, str) and len(value) > 198:
+        return recoded(pen, value)
     return argument(pen, name) if pen.often(0.25) else pen.edited(value)
 
 
 def tool_call(pen: Pen, name: str, properties: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     keys = [key for key in properties if pen.often(0.88)]
-    return name, {key: pen.value(1) if pen.often(0.02) else argument(pen, key) for key in keys}
+    return name, {key: pen.value(1) if pen.often(0.05) else argument(pen, key) for key in keys}
 
 
 def sampled(pen: Pen, name: str, wanted: dict[str, Any]) -> Item:
     found = {key: near(pen, key, value) for key, value in wanted.items() if pen.often(0.97)}
+    if "newString" in found and pen.often(0.1):
+        found["oldString"] = found["newString"]
     if pen.often(0.04):
         found[pen.pick("extra", "timeout", "cmd")] = pen.value(1)
     return call(pen.pick(name, name.upper(), "bash", "read") if pen.often(0.06) else name, pen.arguments(found, 0.03))
@@ -201,8 +252,8 @@ def terminal_multi_harness(pen: Pen, release: str) -> Sample:
 
     wanted = [made() for _ in range(pen.pick(1, 1, 1, 1, 1, 1, 0, 2, 2, 3))]
     experts = [call(name, pen.dumps(arguments)) for name, arguments in wanted]
-    found = [sampled(pen, name, pen.variant(args, 0.8)) for name, args in wanted]
-    if len(wanted) > 1 or pen.often(0.05):
+    found = [sampled(pen, name, pen.variant(args, 0.9)) for name, args in wanted]
+    if pen.often(0.5 if len(wanted) > 1 else 0.05):
         found = rearranged(pen, found, lambda: sampled(pen, *made()))
     if pen.often(0.05):
         found = [] if found else [sampled(pen, *made())]

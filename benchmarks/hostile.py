@@ -48,7 +48,10 @@ def texts() -> dict[str, tuple[str, str]]:
         "difflib, 198 characters": (repeated, shuffled(repeated)),
         "difflib, 20,000 dear characters": (dear(20_000), shuffled(dear(20_000))),
         "difflib, 200,000 dear characters": (dear(200_000), shuffled(dear(200_000))),
-        "difflib, 200,000 characters, nearly equal": (dear(200_000), dear(200_000)[7:100_000] + "x" + dear(200_000)[100_000:]),
+        "difflib, 200,000 characters, nearly equal": (
+            dear(200_000),
+            dear(200_000)[7:100_000] + "x" + dear(200_000)[100_000:],
+        ),
         "difflib, 200,000 characters, periodic": ("abcdefghij" * 20_000, "jihgfedcba" * 20_000),
         "NUL, lone surrogates, controls": ("\x00\ud800\udfff\x1b[2J\r\x0b" * 20_000, "\ud800 \x00"),
         "100,000 lines": ("x\n" * 100_000, "y\n" * 100_000),
@@ -59,7 +62,7 @@ def texts() -> dict[str, tuple[str, str]]:
         "60,000 path components": ("cat " + "a/../" * 40_000 + "b", "cat b"),
         "a patch of 20,000 hunks": ("@@ -1 +1 @@\n-a\n+b\n" * 12_000, "@@ -1 +1 @@\n-b\n+a\n" * 12_000),
         "digits": ("9" * FULL, "1"),
-    }  # fmt: skip
+    }
 
 
 def raw_arguments() -> dict[str, str]:
@@ -81,17 +84,21 @@ def raw_arguments() -> dict[str, str]:
         "lone surrogates": '{"command": "' + "\\ud800" * 40_000 + '"}',
         "NUL": '{"command": "' + "\\u0000" * 40_000 + '"}',
         "escapes": '{"command": "' + "\\\\" * 100_000 + '"}',
-    }  # fmt: skip
+    }
 
 
 STRING, NODE = {"type": "string"}, {"$ref": "#/$defs/node"}
 BRANCHING = {
     "type": "object",
     "properties": {"x": NODE},
-    "$defs": {"node": {"anyOf": [
-        {"type": "object", "properties": {"op": {"const": op}, "of": NODE}, "required": ["op"]} for op in "+-"
-    ]}},
-}  # fmt: skip
+    "$defs": {
+        "node": {
+            "anyOf": [
+                {"type": "object", "properties": {"op": {"const": op}, "of": NODE}, "required": ["op"]} for op in "+-"
+            ]
+        }
+    },
+}
 
 
 def _nested(depth: int, key: str) -> dict[str, Any]:
@@ -115,31 +122,50 @@ def schemas() -> dict[str, tuple[Any, Any]]:
         made[f"pattern {pattern}"] = ({"properties": {"x": bounded}}, {"x": text})
         made[f"pattern {pattern}, 1,000 strings"] = ({"properties": {"x": {"items": bounded}}}, {"x": [text] * 1_000})
         made[f"pattern {pattern}, anyOf, 1,000 strings"] = (
-            {"properties": {"x": {"items": {"anyOf": [bounded, {}]}}}}, {"x": [text + str(i) for i in range(1_000)]},
-        )  # fmt: skip
+            {"properties": {"x": {"items": {"anyOf": [bounded, {}]}}}},
+            {"x": [text + str(i) for i in range(1_000)]},
+        )
         made[f"patternProperties {pattern}"] = ({"patternProperties": {pattern: {}}}, {text: 1})
         made[f"additionalProperties beside {pattern}"] = (
-            {"patternProperties": {pattern: {}}, "additionalProperties": False}, {text: 1},
-        )  # fmt: skip
+            {"patternProperties": {pattern: {}}, "additionalProperties": False},
+            {text: 1},
+        )
         made[f"propertyNames {pattern}"] = ({"propertyNames": bounded}, {f"{text}{i}": 1 for i in range(100)})
     made |= {
         "pattern x*y, 200,000 x": ({"properties": {"x": {"pattern": "x*y"}}}, {"x": "x" * 200_000}),
-        "uniqueItems, 1,300 objects": ({"properties": {"x": {"uniqueItems": True}}}, {"x": [{"k": i} for i in range(1_300)]}),
-        "uniqueItems, 4,000 of two types": (
-            {"properties": {"x": {"uniqueItems": True}}}, {"x": [i if i % 2 else str(i) for i in range(4_000)]},
+        "uniqueItems, 1,300 objects": (
+            {"properties": {"x": {"uniqueItems": True}}},
+            {"x": [{"k": i} for i in range(1_300)]},
         ),
-        "enum of 1,000, 4,000 values": ({"properties": {"x": {"items": {"enum": list(range(1_000))}}}}, {"x": [999] * 4_000}),
-        "anyOf, 4,000 values": ({"properties": {"x": {"items": {"anyOf": [STRING, {"type": "null"}, {"type": "integer"}]}}}}, {"x": [1] * 4_000}),
+        "uniqueItems, 4,000 of two types": (
+            {"properties": {"x": {"uniqueItems": True}}},
+            {"x": [i if i % 2 else str(i) for i in range(4_000)]},
+        ),
+        "enum of 1,000, 4,000 values": (
+            {"properties": {"x": {"items": {"enum": list(range(1_000))}}}},
+            {"x": [999] * 4_000},
+        ),
+        "anyOf, 4,000 values": (
+            {"properties": {"x": {"items": {"anyOf": [STRING, {"type": "null"}, {"type": "integer"}]}}}},
+            {"x": [1] * 4_000},
+        ),
         "recursive schema, 95 deep": ({"properties": {"of": {"$ref": "#"}}}, _nested(95, "of")),
         "branching recursive schema, 90 deep": (BRANCHING, {"x": _nested(90, "of")}),
         "schema that refers to itself": ({"$ref": "#"}, {"x": 1}),
-        "unevaluatedProperties, 4,000 keys": ({"allOf": [{}], "unevaluatedProperties": False}, {f"k{i}": 1 for i in range(4_000)}),
+        "unevaluatedProperties, 4,000 keys": (
+            {"allOf": [{}], "unevaluatedProperties": False},
+            {f"k{i}": 1 for i in range(4_000)},
+        ),
         "array of 80,000 as a string": ({"properties": {"x": {"type": "array"}}}, {"x": "[" + "1," * 80_000 + "1]"}),
         "20,000 objects as a string, uniqueItems": (
-            {"properties": {"x": {"type": "array", "uniqueItems": True}}}, {"x": json.dumps([{"k": i} for i in range(20_000)])},
+            {"properties": {"x": {"type": "array", "uniqueItems": True}}},
+            {"x": json.dumps([{"k": i} for i in range(20_000)])},
         ),
-        "900 deep as a string": ({"properties": {"x": {"type": "array", "items": {"$ref": "#/properties/x"}}}}, {"x": "[" * 900 + "]" * 900}),
-    }  # fmt: skip
+        "900 deep as a string": (
+            {"properties": {"x": {"type": "array", "items": {"$ref": "#/properties/x"}}}},
+            {"x": "[" * 900 + "]" * 900},
+        ),
+    }
     return made
 
 
@@ -198,9 +224,17 @@ def questions(family: str) -> Iterator[tuple[str, Callable[[], Question]]]:
         ("100,000 identical calls", [gold] * 100_000, [gold]),
         ("4,000 identical calls", [gold] * 4_000, [gold] * 4_000),
         ("4,000 distinct calls against 3", [f'{{"{key}": "a {i}"}}' for i in range(4_000)], [gold] * 3),
-        ("200 x 200 distinct calls", [f'{{"{key}": "a b {i}"}}' for i in range(200)], [f'{{"{key}": "b a {i}"}}' for i in range(200)]),
-        ("2,000 x 2,000 distinct calls", [f'{{"{key}": "a {i}"}}' for i in range(2_000)], [f'{{"{key}": "b {i}"}}' for i in range(2_000)]),
-    ):  # fmt: skip
+        (
+            "200 x 200 distinct calls",
+            [f'{{"{key}": "a b {i}"}}' for i in range(200)],
+            [f'{{"{key}": "b a {i}"}}' for i in range(200)],
+        ),
+        (
+            "2,000 x 2,000 distinct calls",
+            [f'{{"{key}": "a {i}"}}' for i in range(2_000)],
+            [f'{{"{key}": "b {i}"}}' for i in range(2_000)],
+        ),
+    ):
         yield (
             label,
             lambda m=made, w=wanted: (_case(calls(*((tool, x) for x in w)), fields), calls(*((tool, x) for x in m))),

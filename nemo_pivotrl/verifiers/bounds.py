@@ -9,7 +9,7 @@ import json
 from collections import Counter
 from dataclasses import dataclass
 from difflib import SequenceMatcher
-from itertools import accumulate
+from itertools import accumulate, repeat
 from typing import Any
 
 from nemo_pivotrl.config import Limits
@@ -17,6 +17,10 @@ from nemo_pivotrl.records import Action
 
 STEP = 8
 """Units of `Limits.max_work` that one inner step of difflib's search costs (measured: 80 to 150 ns)."""
+SETUP = 15
+"""Units that one character of either text costs before the search begins."""
+LONG = 20_000
+"""Characters of both texts from which their letters alone are compared first."""
 
 
 class LimitExceeded(ValueError):
@@ -79,12 +83,18 @@ def ratio(first: str, second: str, max_work: int, at_least: float = 0.0) -> Rati
     if first == second:
         return Ratio(1.0)
     total = len(first) + len(second)
+    common = _common(first, second) if total > LONG else None
+    if common is not None:
+        if 2.0 * common / total < at_least:
+            return Ratio(2.0 * common / total, exact=False)
+        if SETUP * total > max_work:
+            raise LimitExceeded(f"{len(first)} and {len(second)} characters to compare")
     matcher = SequenceMatcher(None, first, second)
     places: dict[str, list[int]] = matcher.b2j  # type: ignore[attr-defined]
     # what difflib's search visits for first[i]: every place of that character in `second` that it has indexed
     cost = {c: len(found) + 1 for c, found in places.items()}
-    visits = [0, *accumulate(cost.get(c, 1) for c in first)]
-    matched = work = 0
+    visits = [0, *accumulate(map(cost.get, first, repeat(1)))]
+    matched, work = 0, SETUP * total
     pending = [(0, len(first), 0, len(second))]
     while pending:
         alo, ahi, blo, bhi = pending[-1]
@@ -100,8 +110,13 @@ def ratio(first: str, second: str, max_work: int, at_least: float = 0.0) -> Rati
     if not pending:
         return Ratio(2.0 * matched / total)
     sure = 2.0 * matched / total
-    common = (Counter(first) & Counter(second)).total()
+    common = _common(first, second) if common is None else common
     possible = 2.0 * min(common, matched + sum(min(b - a, d - c) for a, b, c, d in pending)) / total
     if possible < at_least or (sure >= at_least and at_least > 0.0):
         return Ratio(possible if possible < at_least else sure, exact=False)
     raise LimitExceeded(f"more than {max_work} units of work to compare {len(first)} and {len(second)} characters")
+
+
+def _common(first: str, second: str) -> int:
+    """How many characters two texts share, wherever they stand."""
+    return (Counter(first) & Counter(second)).total()

@@ -14,6 +14,8 @@ from jsonschema import ValidationError, validators
 
 from nemo_pivotrl.verifiers.bounds import LimitExceeded
 
+RE_STEPS = 100_000
+"""Up to this many steps at worst Python's `re` does the matching: it knows no time limit, but it is what released code uses."""
 PATTERN_SECONDS = 0.02
 """Of one match. A pattern that backtracks longer on what the policy wrote has not matched."""
 MATCHING_SECONDS = 0.04
@@ -38,8 +40,20 @@ PLAIN_BRACE = re.compile(r"(\\.)|\{(?!\d*,?\d*\})", re.DOTALL)
 
 @lru_cache(maxsize=512)
 def _compiled(pattern: str) -> Any:
-    re.compile(pattern)  # what `re` takes for no pattern is none
     return regex.compile(PLAIN_BRACE.sub(lambda found: found[1] or r"\{", pattern))
+
+
+@lru_cache(maxsize=512)
+def _growth(pattern: str) -> tuple[float, int] | None:
+    """(a, b): a backtracking search of n characters takes at most a * (n + 1) ** b steps. None for a pattern that is not simple."""
+    plain = re.sub(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]", "x", pattern, flags=re.DOTALL)
+    if re.search(r"\)[*+{]|\(\?(?!:)", plain) or re.search(
+        r"\\[1-9]", pattern
+    ):  # repeated groups, look-around, references
+        return None
+    anchored = plain.startswith("^") and "|" not in plain
+    choices, repeats = plain.count("|") + plain.count("?"), len(re.findall(r"[*+]|\{\d*,\d*\}", plain)) + (not anchored)
+    return (2.0**choices, repeats) if choices < 20 and repeats < 20 else None
 
 
 def matches(pattern: str, text: str) -> bool:
@@ -47,7 +61,11 @@ def matches(pattern: str, text: str) -> bool:
     if _spent.seconds > MATCHING_SECONDS:
         return False
     begun = time.perf_counter()
+    plain, growth = re.compile(pattern), _growth(pattern)
     try:
+        if growth and growth[0] * (len(text) + 1.0) ** growth[1] <= RE_STEPS:
+            return plain.search(text) is not None
+        # what \w, \s and \b mean differs for some characters beyond ASCII
         return _compiled(pattern).search(text, timeout=PATTERN_SECONDS) is not None
     except TimeoutError:
         return False

@@ -118,11 +118,13 @@ class Swe:
         """Reward and Gym's failure code (`none` on success), with target_match, similarity and diff_penalty."""
         if not case.expected.calls:
             return Verdict(0.0, "expected_action_invalid", "the expert's action is no tool call")
-        if not actual.calls:
-            return Verdict(0.0, "model_output_invalid", actual.detail)
+        expert = case.expected.calls[0]
         figures: dict[str, Any] = {"target_match": None, "similarity": None, "diff_penalty": None}
         try:
-            reward, code = self._judge(case.expected.calls[0], actual.calls[0], figures)
+            wanted = self._arguments(expert)
+            if not actual.calls:
+                return Verdict(0.0, "model_output_invalid", actual.detail)
+            reward, code = self._judge(expert.name, wanted, actual.calls[0], figures)
         except LimitExceeded:
             raise
         except (AttributeError, TypeError, ValueError, OverflowError, RecursionError) as error:
@@ -135,10 +137,10 @@ class Swe:
         except json.JSONDecodeError:
             return {}
 
-    def _judge(self, expected: ToolCall, actual: ToolCall, figures: dict[str, Any]) -> tuple[float, str]:
-        wanted, found = self._arguments(expected), self._arguments(actual)
-        wanted_kind, found_kind = category_of(expected.name), category_of(actual.name)
-        if expected.name.lower() != actual.name.lower() and (found_kind != wanted_kind or found_kind == "unknown"):
+    def _judge(self, tool: str, wanted: Any, actual: ToolCall, figures: dict[str, Any]) -> tuple[float, str]:
+        found = self._arguments(actual)
+        wanted_kind, found_kind = category_of(tool), category_of(actual.name)
+        if tool.lower() != actual.name.lower() and (found_kind != wanted_kind or found_kind == "unknown"):
             return 0.0, "tool_name_mismatch"
         if self.mode == "tool_name":
             return 1.0, "none"

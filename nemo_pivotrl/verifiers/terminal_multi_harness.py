@@ -197,11 +197,11 @@ def declared_schemas(case: Case) -> dict[str, dict[str, Any]]:
     return found
 
 
-def unstring(arguments: Arguments, schema: dict[str, Any]) -> None:
+def unstring(arguments: Arguments, schema: dict[str, Any], limits: Limits) -> None:
     """Replace, in place, top-level arrays and objects that were written as strings by what they say.
 
     Every declared argument that is a string is read as JSON, as released. Raises ValueError or RecursionError for digits or
-    nesting beyond what Python reads; a text that is just no JSON stays as it is.
+    nesting beyond what Python reads, and for a replacement beyond the limits; a text that is just no JSON stays as it is.
     """
     properties = schema.get("properties")
     wanted = {"array": list, "object": dict}
@@ -214,7 +214,7 @@ def unstring(arguments: Arguments, schema: dict[str, Any]) -> None:
             continue
         kind = declared.get("type")
         if isinstance(kind, str) and kind in wanted and isinstance(value, wanted[kind]):
-            arguments[name] = value
+            arguments[name] = decode_json(arguments[name], limits)
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -255,7 +255,7 @@ class TerminalMultiHarness:
             theirs = self._sorted(actual.calls)
         except ValueError as error:
             return Verdict(0.0, "ARGUMENTS_DECODE_ERROR", str(error))
-        for wanted, found in zip(ours, theirs, strict=True):
+        for wanted, found in dict.fromkeys(zip(ours, theirs, strict=True)):  # equal pairs once
             figures: dict[str, Any] = {}
             category, detail = self._compare(case, schemas, wanted, found, figures)
             if category:
@@ -266,18 +266,18 @@ class TerminalMultiHarness:
 
     def _sorted(self, calls: tuple[ToolCall, ...]) -> list[ToolCall]:
         """By name and canonical arguments. Raises ValueError for arguments beyond what is read; no JSON sorts as text."""
-        if len(calls) == 1:
-            return list(calls)
-
-        def key(call: ToolCall) -> tuple[str, str]:
+        bare = [ToolCall(call.name, call.arguments) for call in calls]
+        if len(bare) == 1:
+            return bare
+        keys = {}
+        for text in {call.arguments for call in bare}:
             try:
-                value = decode_json(call.arguments, self.limits)
+                value = decode_json(text, self.limits)
             except json.JSONDecodeError:
                 value = None
             as_object = isinstance(value, dict)
-            return call.name, json.dumps(value, sort_keys=True, separators=(",", ":")) if as_object else call.arguments
-
-        return sorted(calls, key=key)
+            keys[text] = json.dumps(value, sort_keys=True, separators=(",", ":")) if as_object else text
+        return sorted(bare, key=lambda call: (call.name, keys[call.arguments]))
 
     def _decode(self, call: ToolCall) -> Arguments:
         """Raises ValueError for arguments that are no JSON object."""
@@ -307,7 +307,7 @@ class TerminalMultiHarness:
         if schema is None:
             return "TOOL_SCHEMA_NOT_FOUND", actual.name
         try:
-            unstring(found, schema)
+            unstring(found, schema, self.limits)
         except (ValueError, RecursionError) as error:
             return "ARGUMENTS_DECODE_ERROR", str(error)
         if not is_valid(found, schema):
