@@ -31,6 +31,7 @@ setup(
         "verifiers": ["openapi-schema-validator>=0.6", "jsonschema>=4.18", "regex>=2024.4", "httpx>=0.27"],
         "serve": ["starlette>=0.40", "uvicorn>=0.30"],
         "report": ["matplotlib>=3.8", "jinja2>=3.1"],
+        "oracles": ["vaderSentiment>=3.3"],  # the `sentiment` oracle
         "gguf": ["gguf>=0.17"],  # only to convert a GGUF checkpoint: benchmarks/convert_smollm2.py
         "tensorboard": ["tensorboard>=2.16"],
         "wandb": ["wandb>=0.17"],
@@ -41,6 +42,7 @@ setup(
             "ruff>=0.6",
             "mypy>=1.10",
             "tensorboard>=2.16",
+            "vaderSentiment>=3.3",
             "types-PyYAML",
             "types-jsonschema",
             "types-regex",

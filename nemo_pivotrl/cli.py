@@ -30,7 +30,11 @@ STAGES = {
     "export": ("nemo_pivotrl.stages.select:export", "pivots -> NeMo-Gym files for NeMo-RL"),
     "sft": ("nemo_pivotrl.stages.sft:sft", "fine-tune on the same data, for comparison"),
     "train": ("nemo_pivotrl.stages.train:train", "pivots -> policy, by single-turn GRPO"),
-    "manners": ("nemo_pivotrl.stages.manners:make_manners", "write the embedded patient, doctor and preferences"),
+    "manners": ("nemo_pivotrl.stages.manners:make_manners", "write the embedded patient, doctor and questions"),
+    "rank": (
+        "nemo_pivotrl.stages.rank:rank",
+        "prompts -> preference files: the patient's own answers, ranked (LLMdoctor)",
+    ),
     "tfpo": ("nemo_pivotrl.stages.tfpo:tfpo", "token rewards -> doctor (LLMdoctor)"),
     "assess": ("nemo_pivotrl.stages.assess:assess", "steered answers against others, with intervals (LLMdoctor)"),
     "evaluate": ("nemo_pivotrl.stages.evaluate:evaluate", "policies side by side, with intervals"),

@@ -324,7 +324,7 @@ class Grpo:
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class Manners:
-    """The embedded world of LLMdoctor (`manners.py`): a tiny patient, a smaller doctor, preferences by an oracle."""
+    """The embedded world of LLMdoctor (`manners.py`): a tiny patient, a smaller doctor, questions to ask."""
 
     lessons: int = ranged(4000, 1)
     vocab_size: int = ranged(400, 300)
@@ -336,10 +336,6 @@ class Manners:
     num_steps: int = ranged(300, 1)
     batch_size: int = ranged(32, 1)
     optimizer: Optimizer = field(default_factory=lambda: Optimizer(lr=4e-3, beta2=0.98, warmup_steps=20))
-    pairs: int = ranged(300, 1)
-    """Preferences of each objective."""
-    answers_per_prompt: int = ranged(4, 2)
-    """Answers that the patient samples to a prompt; the oracle's best and worst make the pair."""
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -349,7 +345,7 @@ class Tfpo:
     name: str = "doctor"
     """Folder under run_dir for checkpoints, metrics and the final doctor."""
     objective: str = ""
-    """Which of the artefact's objectives; empty: its only one."""
+    """Which of the artefact's objectives; empty: all. Where it holds several, each doctor's folder is NAME-OBJECTIVE."""
     pairs_per_step: int = ranged(32, 1)
     max_num_steps: int = ranged(100, 1)
     val_period: int = ranged(10, 0)
@@ -466,15 +462,49 @@ class Arm:
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
+class Oracles:
+    """What scores an answer. Built in: `kindness`, `brevity`, `sentiment` (`oracles.py`)."""
+
+    reward_models: dict[str, str] = field(default_factory=dict)
+    """Objective to HF checkpoint folder of a reward model: a sequence classifier with one output."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    batch_tokens: int = ranged(16384, 16)
+    """Padded tokens of one forward pass of a reward model."""
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Rank:
+    """Preferences out of the patient's own answers, ranked by oracles."""
+
+    prompts: str = ""
+    """JSONL file as `decode.prompts`, every line with `messages`."""
+    objectives: tuple[str, ...] = ()
+    """One preference file each, from the same answers: ranked/OBJECTIVE.jsonl."""
+    answers_per_prompt: int = ranged(16, 2)
+    answers_per_pair: int = ranged(4, 2)
+    """Best and worst of so many answers to a prompt make a pair."""
+    min_gap: float = ranged(0.0, 0.0)
+    """Pairs whose scores differ by no more than this prefer nothing."""
+    temperature: float = ranged(1.0, 0.01, 10.0)
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
 class Assess:
     """Steered answers against others, by oracles."""
 
     arms: dict[str, Arm] = field(default_factory=dict)
     """The first is what the others are compared with. Doctors are those of `decode.doctors`."""
-    objectives: tuple[str, ...] = ("kindness",)
-    prompts: int = ranged(100, 2)
+    objectives: tuple[str, ...] = ()
+    """Oracles, or reward models of `oracles`; best-of-n goes by the first."""
+    prompts: str = ""
+    """JSONL file as `decode.prompts`."""
+    limit: int = ranged(0, 0)
+    """Only the first so many prompts; 0: all."""
     samples: int = ranged(2, 1)
     """Answers to each prompt by each arm."""
+    shown: int = ranged(4, 0)
+    """Prompts whose first answer keeps what guidance did to every token, for the report."""
     confidence: float = ranged(0.95, 0.5, 0.999)
 
 
@@ -537,6 +567,8 @@ class Preferences:
     """`trl`: prompt, chosen, rejected, as text or as chat messages; the others are the data sets as they are published."""
     objective: str = "helpfulness"
     """What the files' preference is about; `reward.faces` has the prompts for it."""
+    objectives: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """Where there are several: each with its own files, beside `files`, in the same format."""
     validation_share: float = ranged(0.1, 0.0, 0.9)
     """Share of the prompts held out; all pairs of a prompt are on the same side."""
     better_by: Literal["better_response_id", "safer_response_id"] = "better_response_id"
@@ -597,6 +629,8 @@ class Recipe:
     evaluate: Evaluate = field(default_factory=Evaluate)
     decode: Decode = field(default_factory=Decode)
     assess: Assess = field(default_factory=Assess)
+    oracles: Oracles = field(default_factory=Oracles)
+    rank: Rank = field(default_factory=Rank)
     serve_guided: ServeGuided = field(default_factory=ServeGuided)
     logger: Logger = field(default_factory=Logger)
     patient: Patient = field(default_factory=Patient)

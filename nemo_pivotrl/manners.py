@@ -1,7 +1,8 @@
 """The embedded world of LLMdoctor: questions that can be answered kindly or rudely, at length or briefly.
 
 A tiny patient learns it from text in which the system prompt decides the manner and, without one, chance does. So its
-faces differ, its own answers are mixed, and what a doctor does can be read off by an oracle: a word list, and a length.
+faces differ, its own answers are mixed, and what a doctor does can be read off by an oracle: a word list, and a length
+(`oracles.py`).
 """
 
 from __future__ import annotations
@@ -10,7 +11,10 @@ import random
 from dataclasses import dataclass
 from typing import Any
 
-THINGS = "tea soup train garden book film bridge letter market song coat lamp river bread clock".split()
+THINGS = (
+    "tea soup train garden book film bridge letter market song coat lamp river bread clock "
+    "house boat street cake shop picture chair road tower"
+).split()
 QUESTIONS = (
     "how is the {}",
     "tell me about the {}",
@@ -37,9 +41,7 @@ SYSTEM = {
     "short": "be brief",
     "long": "be wordy",
 }
-"""System prompts that the patient learns to obey: the faces of the objectives."""
-OBJECTIVES = {"kindness": ("kind", "rude"), "brevity": ("short", "long")}
-"""Objective -> (manner of the positive face, of the negative one)."""
+"""System prompts that the patient learns to obey: the faces of kindness and of brevity."""
 TELLING = {manner: frozenset(parts["quality"]) for manner, parts in MANNERS.items()}
 """Words that occur in one manner alone, and that the oracle counts."""
 
@@ -81,29 +83,16 @@ def lesson(rng: random.Random, steered: float = 0.7) -> list[dict[str, Any]]:
     return [{"role": "system", "content": SYSTEM[obeyed]}, *messages]
 
 
-def prompts(seed: int, split: str, count: int) -> list[str]:
-    """Questions of a split; which wording of which thing is asked in which split depends on the seed alone."""
+def questions(seed: int, split: str) -> list[str]:
+    """All questions of a split; which wording of which thing is asked in which split depends on the seed alone."""
     every = [form.format(thing) for form in QUESTIONS for thing in THINGS]
     random.Random(f"manners {seed}").shuffle(every)
     cut = int(0.7 * len(every))
-    pool = every[:cut] if split == "train" else every[cut:]
-    rng = random.Random(f"manners {seed} {split}")
-    return [rng.choice(pool) for _ in range(count)]
+    return every[:cut] if split == "train" else every[cut:]
 
 
-def score(objective: str, text: str) -> float:
-    """The oracle. kindness: kind words minus rude words over their number, in [-1, 1]. brevity: minus the words / 20."""
+def kindness(text: str) -> float:
+    """The oracle: kind words minus rude words over their number, in [-1, 1]."""
     words = text.replace(".", " ").replace(",", " ").split()
-    if objective == "brevity":
-        return -len(words) / 20.0
     kind, rude = (sum(word in TELLING[manner] for word in words) for manner in ("kind", "rude"))
     return (kind - rude) / (kind + rude) if kind + rude else 0.0
-
-
-def preference(objective: str, asked: str, first: str, second: str) -> dict[str, str] | None:
-    """A prompt/chosen/rejected record of two answers; None where the oracle prefers neither."""
-    a, b = score(objective, first), score(objective, second)
-    if a == b:
-        return None
-    chosen, rejected = (first, second) if a > b else (second, first)
-    return {"prompt": asked, "chosen": chosen, "rejected": rejected}

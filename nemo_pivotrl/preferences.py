@@ -47,12 +47,14 @@ class Found(NamedTuple):
 def read_preferences(settings: Preferences) -> Found:
     """The preferences of all files, each pair once. Raises InputError listing every bad record of every file."""
     problems: list[Problem] = []
-    if not settings.files:
+    sources = [(settings.objective, path) for path in settings.files]
+    sources += [(objective, path) for objective, paths in settings.objectives.items() for path in paths]
+    if not sources:
         raise InputError(Problem("recipe", None, "preferences.files", "nothing", "name at least one preference file"))
     kept: dict[str, Preference] = {}
     skipped: Counter[str] = Counter()
     records = 0
-    for path in settings.files:
+    for objective, path in sources:
         before = records + len(problems)
         for line, record in [] if _is_parquet(path, problems) else _read(path, problems):
             records += 1
@@ -60,7 +62,7 @@ def read_preferences(settings: Preferences) -> Found:
                 if not isinstance(record, dict):
                     raise FieldError("record", record, "each record is a JSON object")
                 pair = READERS[settings.format](record, settings)
-                preference = _preference(pair, settings.objective, f"{path}:{line}")
+                preference = _preference(pair, objective, f"{path}:{line}")
             except FieldError as error:
                 problems.append(Problem(path, line, error.field, error.found, error.remedy))
             except Skip as reason:

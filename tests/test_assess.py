@@ -21,11 +21,12 @@ SMALL = [
     "manners.doctor_hidden_size=32",
     "manners.doctor_layers=1",
     "manners.num_steps=60",
-    "manners.pairs=40",
+    "rank.answers_per_prompt=4",
     "tfpo.max_num_steps=6",
     "tfpo.pairs_per_step=8",
     "tfpo.val_period=3",
-    "assess.prompts=6",
+    "assess.limit=6",
+    "assess.samples=2",
     "decode.max_new_tokens=24",
 ]
 
@@ -50,23 +51,15 @@ def summary(folder: Path) -> dict[str, Any]:
 
 def test_run_goes_from_lessons_to_a_doctor_and_a_table(done: Path) -> None:
     for name in (
-        "manners/kindness.jsonl",
+        "ranked/kindness.jsonl",
         "preferences.jsonl",
         "token_rewards.jsonl",
-        "doctor/policy/model.safetensors",
+        "doctor-kindness/policy/model.safetensors",
+        "doctor-brevity/policy/model.safetensors",
     ):
         assert (done / name).exists(), name
     arms = summary(done)["arms"]
-    assert list(arms) == [
-        "patient",
-        "greedy",
-        "top-p 0.9",
-        "best of 4",
-        "doctor 0.5",
-        "doctor 1",
-        "doctor 2",
-        "doctor -1",
-    ]
+    assert list(arms)[:5] == ["patient", "greedy", "top-p 0.9", "best of 4", "kind 0.5"]
     rows = list(read_rows(done / "assessment.jsonl"))
     assert len(rows) == len(arms) * 6 * 2 and {row["arm"] for row in rows} == set(arms)
 
@@ -76,16 +69,38 @@ def test_the_first_arm_ties_with_itself_and_only_doctors_leave_the_patient(done:
     first = arms["patient"]["objectives"]["kindness"]
     assert first["tie"] == [1.0, 1.0, 1.0] and first["win"][0] == first["lose"][0] == 0.0
     assert {label for label, arm in arms.items() if arm["kl"] > 0} == {
-        label for label in arms if label.startswith("doctor")
+        label for label in arms if label.startswith(("kind", "brief"))
     }
-    assert arms["doctor 0.5"]["kl"] < arms["doctor 1"]["kl"] < arms["doctor 2"]["kl"]
+    assert arms["kind 0.5"]["kl"] < arms["kind 1"]["kl"] < arms["kind 2"]["kl"]
     for arm in arms.values():
+        assert set(arm["objectives"]) == {"kindness", "brevity"}
         o = arm["objectives"]["kindness"]
         assert o["win"][0] + o["tie"][0] + o["lose"][0] == pytest.approx(1.0)
         assert o["score"][1] <= o["score"][0] <= o["score"][2]
     assert arms["best of 4"]["tokens_spent"] > 2 * arms["patient"]["tokens_spent"]
     assert arms["best of 4"]["objectives"]["kindness"]["score"][0] >= first["score"][0]
     assert arms["greedy"]["different_answers"] == 0.0
+
+
+def test_forwards_count_every_model_that_reads(done: Path) -> None:
+    arms = summary(done)["arms"]
+    assert set(arms["patient"]["forwards_per_token"]) == {"patient"}
+    one, both = (set(arms[label]["forwards_per_token"]) for label in ("kind 1", "kind 1 brief 1"))
+    assert one == {"patient", "kindness", "kindness reference"}
+    assert both == {"patient", "kindness", "brevity", "kindness reference"}  # one novice is the reference of both
+    found = arms["kind 1"]["forwards_per_token"]
+    assert found["patient"] == found["kindness"] == found["kindness reference"] >= 0.9
+    assert arms["best of 4"]["forwards_per_token"]["patient"] > 2.5 * arms["patient"]["forwards_per_token"]["patient"]
+
+
+def test_shown_answers_keep_what_guidance_did_to_every_token(done: Path) -> None:
+    rows = list(read_rows(done / "assessment.jsonl"))
+    shown = [row for row in rows if "trace" in row]
+    assert {(row["prompt"], row["sample"]) for row in shown} == {(p, 0) for p in range(4)}
+    for row in shown:
+        assert len(row["trace"]) == row["tokens"]
+        assert "".join(piece for piece, *_ in row["trace"]).replace("<|end|>", "").split() == row["text"].split()
+        assert sum(kl for *_, kl, _ in row["trace"]) / row["tokens"] == pytest.approx(row["kl"], abs=1e-4)
 
 
 def test_an_assessment_resumes_at_any_byte_to_the_same_answers(done: Path) -> None:
@@ -105,9 +120,9 @@ def test_an_assessment_resumes_at_any_byte_to_the_same_answers(done: Path) -> No
 
 def test_an_unknown_doctor_or_objective_is_named_before_anything_is_decoded(done: Path) -> None:
     with pytest.raises(InputError) as caught:
-        assess(recipe(done, "assess.arms.new.beta.brevity=1.0", "assess.objectives=[wit]"))
+        assess(recipe(done, "assess.arms.new.beta.wit=1.0", "assess.objectives=[wit]"))
     assert {(p.field, p.found) for p in caught.value.problems} == {
-        ("assess.arms.new.beta", "brevity"),
+        ("assess.arms.new.beta", "wit"),
         ("assess.objectives", "wit"),
     }
 

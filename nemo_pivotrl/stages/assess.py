@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from nemo_pivotrl import backends, manners
+from nemo_pivotrl import backends, oracles
 from nemo_pivotrl.backends.guided import Guided, GuidedGenerator, Steering
 from nemo_pivotrl.chat import Chat
 from nemo_pivotrl.config import Arm, Recipe
@@ -25,12 +27,13 @@ from nemo_pivotrl.records import (
     InputError,
     Problem,
     digest,
+    file_digest,
     is_complete,
     json_line,
     read_rows,
     write_atomically,
 )
-from nemo_pivotrl.stages.decode import load, prompt_ids
+from nemo_pivotrl.stages.decode import Prompt, Rendered, load, prompt_ids, read_prompts
 from nemo_pivotrl.stages.evaluate import bootstrap
 from nemo_pivotrl.stages.ledger import spend
 from nemo_pivotrl.stages.progress import progress
@@ -46,17 +49,18 @@ def assess(recipe: Recipe, fresh: bool = False) -> Path:
     settings, path = recipe.assess, recipe.path("assessment.jsonl")
     header = Header("assessment", _digest(recipe), policy=backends.policy_revision(recipe.patient.model_name))
     if not is_complete(path, header, fresh):
+        judges = oracles.load(settings.objectives, recipe.oracles)
         chat, generator, own = load(recipe)
-        asked = manners.prompts(recipe.seed, "test", settings.prompts)
-        prompts = [prompt_ids([{"role": "user", "content": text}], (), chat, own) for text in asked]
+        asked = _prompts(recipe)
+        exam = _Exam(recipe, asked, [prompt_ids(p.content, p.tools, chat, own) for p in asked], chat, generator, judges)
         with ArtefactWriter(path, header, fresh) as writer, spend(Path(recipe.run_dir), "assess") as cost:
-            each = settings.prompts * settings.samples
+            each = len(asked) * settings.samples
             done, skip = divmod(writer.rows_done, each)
             arms = list(settings.arms.items())
             with progress(len(arms), done, "assess", "arm") as bar:
                 for label, arm in arms[done:]:
                     # a torn arm is answered again, and only what is missing of it is written
-                    writer.write(_answers(recipe, label, arm, asked, prompts, chat, generator)[skip:])
+                    writer.write(exam.answers(label, arm)[skip:])
                     skip = 0
                     bar.update(1)
             writer.finish()
@@ -77,10 +81,12 @@ def _check(recipe: Recipe) -> None:
             if name not in recipe.decode.doctors:
                 remedy = f"use one of decode.doctors: {', '.join(recipe.decode.doctors) or 'none'}"
                 problems.append(Problem("recipe", None, f"assess.arms.{label}.beta", name, remedy))
-    for objective in settings.objectives:
-        if objective not in manners.OBJECTIVES:
-            remedy = f"the oracle knows {', '.join(manners.OBJECTIVES)}"
-            problems.append(Problem("recipe", None, "assess.objectives", objective, remedy))
+    if not settings.objectives:
+        remedy = f"name some of {', '.join(oracles.known(recipe.oracles))}"
+        problems.append(Problem("recipe", None, "assess.objectives", "none", remedy))
+    problems += oracles.check("assess.objectives", settings.objectives, recipe.oracles)
+    if not settings.prompts:
+        problems.append(Problem("recipe", None, "assess.prompts", "nothing", "give a JSONL file, one prompt a line"))
     if problems:
         raise InputError(problems)
 
@@ -91,58 +97,124 @@ def _digest(recipe: Recipe) -> str:
         for name, d in recipe.decode.doctors.items()
     }
     kept = {k: v for k, v in dataclasses.asdict(recipe.decode).items() if k not in ("prompts", "output", "doctors")}
-    return digest([recipe.seed, dataclasses.asdict(recipe.assess), kept, doctors, recipe.patient.dtype])
-
-
-def _answers(
-    recipe: Recipe,
-    label: str,
-    arm: Arm,
-    asked: Sequence[str],
-    prompts: Sequence[Any],
-    chat: Chat,
-    generator: GuidedGenerator,
-) -> list[Row]:
-    """The arm's answers, the best of each lot where it samples several."""
-    settings = recipe.assess
-    work = [(p, k, n) for p in range(len(asked)) for k in range(settings.samples) for n in range(arm.best_of)]
-    requests = [
-        Steering(
-            alpha=arm.alpha,
-            beta=arm.beta,
-            temperature=arm.temperature,
-            top_p=arm.top_p,
-            max_new_tokens=recipe.decode.max_new_tokens,
-            seed=sample_seed("assess", recipe.seed, asked[p], k, n),
-        )
-        for p, k, n in work
-    ]
-    begun = time.perf_counter()
-    answers = generator.generate([prompts[p][0] for p, _, _ in work], requests, [prompts[p][1] for p, _, _ in work])
-    seconds = time.perf_counter() - begun
-    spent = sum(len(answer.tokens) for answer in answers)
-    rows = [
-        _row(label, asked[p], p, k, answer, chat, settings.objectives)
-        for (p, k, _), answer in zip(work, answers, strict=True)
-    ]
-    lots = [rows[i : i + arm.best_of] for i in range(0, len(rows), arm.best_of)]
-    best = [max(lot, key=lambda row: row["scores"][settings.objectives[0]]) for lot in lots]
-    return [row | {"seconds_per_token": seconds / spent, "tokens_spent": spent / len(best)} for row in best]
-
-
-def _row(label: str, asked: str, p: int, k: int, answer: Guided, chat: Chat, objectives: Sequence[str]) -> Row:
-    text = chat.decode(answer.token_ids).strip()
-    return {
-        "arm": label,
-        "prompt": p,
-        "sample": k,
-        "asked": asked,
-        "text": text,
-        "tokens": len(answer.tokens),
-        "kl": float(np.mean([t.kl for t in answer.tokens])),
-        "changed": float(np.mean([t.changed_token for t in answer.tokens])),
-        "scores": {objective: manners.score(objective, text) for objective in objectives},
+    asked = dataclasses.asdict(recipe.assess) | {
+        "prompts": file_digest(Path(recipe.assess.prompts)),
+        "confidence": None,
     }
+    models = {
+        name: backends.policy_revision(folder)
+        for name, folder in recipe.oracles.reward_models.items()
+        if name in recipe.assess.objectives
+    }
+    return digest([recipe.seed, asked, kept, doctors, recipe.patient.dtype, models, recipe.oracles.dtype])
+
+
+def _prompts(recipe: Recipe) -> list[Prompt]:
+    found = read_prompts(Path(recipe.assess.prompts), recipe)
+    return found[: recipe.assess.limit or None]
+
+
+@dataclasses.dataclass
+class _Exam:
+    """The prompts and everything that answers and scores them."""
+
+    recipe: Recipe
+    asked: Sequence[Prompt]
+    rendered: Sequence[Rendered]
+    chat: Chat
+    generator: GuidedGenerator
+    judges: Mapping[str, oracles.Oracle]
+
+    def answers(self, label: str, arm: Arm) -> list[Row]:
+        """The arm's answers, the best of each lot where it samples several."""
+        settings = self.recipe.assess
+        work = [(p, k, n) for p in range(len(self.asked)) for k in range(settings.samples) for n in range(arm.best_of)]
+        requests = [
+            Steering(
+                alpha=arm.alpha,
+                beta=arm.beta,
+                temperature=arm.temperature,
+                top_p=arm.top_p,
+                max_new_tokens=self.recipe.decode.max_new_tokens,
+                seed=sample_seed("assess", self.recipe.seed, self.asked[p].prompt_id, k, n),
+            )
+            for p, k, n in work
+        ]
+        begun = time.perf_counter()
+        with _forwards(self.generator) as forwards:
+            answers = self.generator.generate(
+                [self.rendered[p][0] for p, _, _ in work], requests, [self.rendered[p][1] for p, _, _ in work]
+            )
+        seconds = time.perf_counter() - begun
+        spent = sum(len(answer.tokens) for answer in answers)
+        texts = [self.chat.decode(answer.token_ids).strip() for answer in answers]
+        asked = [_messages(self.asked[p]) for p, _, _ in work]
+        scores = {objective: judge(asked, texts) for objective, judge in self.judges.items()}
+        rows = [
+            self._row(label, p, k, text, answer) | {"scores": {o: found[i] for o, found in scores.items()}}
+            for i, ((p, k, _), text, answer) in enumerate(zip(work, texts, answers, strict=True))
+        ]
+        lots = [rows[i : i + arm.best_of] for i in range(0, len(rows), arm.best_of)]
+        best = [max(lot, key=lambda row: row["scores"][settings.objectives[0]]) for lot in lots]
+        kept = sum(row["tokens"] for row in best)
+        cost = {
+            "seconds_per_token": seconds / kept,
+            "forwards_per_token": {name: count / kept for name, count in forwards.items()},
+            "tokens_spent": spent / len(best),
+        }
+        return [row | cost for row in best]
+
+    def _row(self, label: str, p: int, k: int, text: str, answer: Guided) -> Row:
+        row = {
+            "arm": label,
+            "prompt": p,
+            "sample": k,
+            "asked": _messages(self.asked[p])[-1]["content"],
+            "text": text,
+            "tokens": len(answer.tokens),
+            "kl": float(np.mean([t.kl for t in answer.tokens])),
+            "changed": float(np.mean([t.changed_token for t in answer.tokens])),
+        }
+        if p < self.recipe.assess.shown and k == 0:
+            row["trace"] = [
+                [
+                    self.chat.tokenizer.decode([t.token_id]),
+                    *(round(x, 4) for x in (t.patient_log_prob, t.mixed_log_prob, t.kl)),
+                    t.changed_token,
+                ]
+                for t in answer.tokens
+            ]
+        return row
+
+
+def _messages(prompt: Prompt) -> list[dict[str, Any]]:
+    """The prompt as a reward model reads it."""
+    return [{"role": "user", "content": prompt.content}] if isinstance(prompt.content, str) else list(prompt.content)
+
+
+@contextmanager
+def _forwards(generator: GuidedGenerator) -> Iterator[Counter[str]]:
+    """Counts the tokens that each model reads after the prompts, rows that wait for their batch to end included."""
+    counts: Counter[str] = Counter()
+    names: dict[int, tuple[str, Any]] = {id(generator.patient): ("patient", generator.patient)}
+    for name, model in generator.doctors.models.items():
+        names.setdefault(id(model), (name, model))
+    for name, model in generator.doctors.references.items():
+        names.setdefault(id(model), (f"{name} reference", model))
+
+    def count(name: str) -> Any:
+        def hook(_: Any, __: Any, given: dict[str, Any]) -> None:
+            if given["past_key_values"].get_seq_length():
+                counts[name] += given["input_ids"].numel()
+
+        return hook
+
+    hooks = [model.register_forward_pre_hook(count(name), with_kwargs=True) for name, model in names.values()]
+    try:
+        yield counts
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def distinct(texts: Sequence[str], n: int) -> float:
@@ -169,6 +241,7 @@ def summarise(rows: Sequence[Row], recipe: Recipe) -> dict[str, Any]:
             texts.setdefault(row["prompt"], []).append(row["text"])
         several = [group for group in texts.values() if len(group) > 1]
         arms[label] = {
+            "setting": dataclasses.asdict(settings.arms[label]),
             "objectives": {o: _against(mine, first, o, recipe) for o in settings.objectives},
             "kl": float(np.mean([r["kl"] for r in mine])),
             "changed": float(np.mean([r["changed"] for r in mine])),
@@ -180,8 +253,10 @@ def summarise(rows: Sequence[Row], recipe: Recipe) -> dict[str, Any]:
             "tokens": float(np.mean([r["tokens"] for r in mine])),
             "tokens_spent": mine[0]["tokens_spent"],
             "seconds_per_token": mine[0]["seconds_per_token"],
+            "forwards_per_token": mine[0]["forwards_per_token"],
         }
-    return {"arms": arms, "confidence": settings.confidence, "prompts": settings.prompts, "samples": settings.samples}
+    prompts = len({row["prompt"] for row in rows})
+    return {"arms": arms, "confidence": settings.confidence, "prompts": prompts, "samples": settings.samples}
 
 
 def _against(mine: Sequence[Row], first: Sequence[Row], objective: str, recipe: Recipe) -> dict[str, Any]:
@@ -205,17 +280,18 @@ def table(summary: dict[str, Any]) -> str:
     """The summary as text."""
     lines = []
     for objective in next(iter(summary["arms"].values()))["objectives"]:
-        lines.append(
-            f"{objective:<16}{'score':>24}{'win %':>22}{'tie %':>8}{'lose %':>8}{'KL':>9}{'changed':>9}{'tokens':>8}{'spent':>8}"
-        )
+        figures = "".join(f"{name:>9}" for name in ("KL", "changed", "tokens", "spent", "forwards"))
+        lines.append(f"{objective:<22}{'score':>24}{'win %':>22}{'tie %':>8}{'lose %':>8}{figures}")
         for label, arm in summary["arms"].items():
             o = arm["objectives"][objective]
             score = "{:.3f} [{:.3f}, {:.3f}]".format(*o["score"])
             win = "{:.1f} [{:.1f}, {:.1f}]".format(*(100 * x for x in o["win"]))
             lines.append(
-                f"{label:<16}{score:>24}{win:>22}{100 * o['tie'][0]:>8.1f}{100 * o['lose'][0]:>8.1f}{arm['kl']:>9.4f}"
-                f"{arm['changed']:>9.3f}{arm['tokens']:>8.1f}{arm['tokens_spent']:>8.1f}"
+                f"{label:<22}{score:>24}{win:>22}{100 * o['tie'][0]:>8.1f}{100 * o['lose'][0]:>8.1f}{arm['kl']:>9.4f}"
+                f"{arm['changed']:>9.3f}{arm['tokens']:>9.1f}{arm['tokens_spent']:>9.1f}"
+                f"{sum(arm['forwards_per_token'].values()):>9.2f}"
             )
     size = f"{summary['prompts']} prompts x {summary['samples']} answers"
     lines.append(f"{size}; {summary['confidence']:.0%} intervals over prompts; KL in nats a token")
+    lines.append("forwards: tokens that all models read after the prompt, for a token of the answer")
     return "\n".join(lines)

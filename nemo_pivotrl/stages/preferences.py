@@ -39,7 +39,8 @@ def preferences(recipe: Recipe, fresh: bool = False) -> Path:
     if not kept:
         remedy = "see the skipped records above; check preferences.format, or add files"
         raise InputError(Problem(str(path), None, "preferences", "none kept", remedy))
-    parent = digest([file_digest(Path(p)) for p in settings.files])
+    files = [*settings.files, *(path for paths in settings.objectives.values() for path in paths)]
+    parent = digest([file_digest(Path(p)) for p in files])
     with ArtefactWriter(path, Header("preferences", recipe.digest("preferences"), parent), fresh=True) as writer:
         writer.write(preference_to_row(p) for p in kept)
         writer.finish()

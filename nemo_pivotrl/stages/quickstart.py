@@ -59,6 +59,7 @@ def _run_llmdoctor(recipe: Recipe, fresh: bool) -> Path:
     from nemo_pivotrl.stages.assess import assess
     from nemo_pivotrl.stages.manners import make_manners
     from nemo_pivotrl.stages.preferences import preferences
+    from nemo_pivotrl.stages.rank import rank
     from nemo_pivotrl.stages.reward import reward
     from nemo_pivotrl.stages.tfpo import tfpo
 
@@ -66,6 +67,7 @@ def _run_llmdoctor(recipe: Recipe, fresh: bool) -> Path:
     path = Path(recipe.run_dir)
     for stage in [
         *([make_manners] if embedded else []),
+        *([rank] if recipe.rank.objectives else []),
         preferences,
         reward,
         tfpo,

@@ -1,6 +1,6 @@
 """tfpo: token rewards -> doctor, stage 2 of LLMdoctor (B.4). The patient is not loaded: its rewards are in the artefact.
 
-One objective makes one doctor: `tfpo.objective` picks it where the artefact holds several.
+One objective makes one doctor: where the artefact holds several, `tfpo.objective` picks one, or each gets its own.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Pair = dict[str, Any]
 
 
 def tfpo(recipe: Recipe, fresh: bool = False) -> Path:
-    """Train the doctor; returns its folder, an ordinary HF checkpoint without the head.
+    """Train the doctors; returns the (last) doctor's folder, an ordinary HF checkpoint without the head.
 
     Raises InputError for another tokenizer than the patient's, an unknown objective, and pairs that do not fit.
     """
@@ -44,6 +44,20 @@ def tfpo(recipe: Recipe, fresh: bool = False) -> Path:
         raise InputError(
             Problem(str(source), 1, "tokenizer", found.tokenizer, f"{remedy} (doctor: {chat.fingerprint})")
         )
+    objectives = sorted({row["objective"] for row in read_rows(source)})
+    if settings.objective and settings.objective not in objectives:
+        remedy = f"set it to one of {', '.join(objectives)}, or leave it out to train a doctor for each"
+        raise InputError(Problem("recipe", None, "tfpo.objective", settings.objective, remedy))
+    for objective in [settings.objective] if settings.objective else objectives:
+        name = settings.name if len(objectives) == 1 else f"{settings.name}-{objective}"
+        own = dataclasses.replace(recipe, tfpo=dataclasses.replace(settings, name=name, objective=objective))
+        path = _train(own, source, chat, fresh)
+    return path
+
+
+def _train(recipe: Recipe, source: Path, chat: Chat, fresh: bool) -> Path:
+    """Train the doctor of `tfpo.objective` in the folder `tfpo.name`."""
+    settings = recipe.tfpo
     train, held_out = _pairs(recipe, source)
     loss_settings = tfpo_settings(recipe)
     backend = backends.load_doctor(recipe.doctor, anchored=settings.anchor == "reference")
@@ -104,13 +118,7 @@ def _identity(recipe: Recipe, source: Path, chat: Chat) -> str:
 def _pairs(recipe: Recipe, source: Path) -> tuple[list[Pair], list[Pair]]:
     """(train pairs, held-out pairs) of the objective that fit the doctor's context."""
     settings, limit = recipe.tfpo, recipe.doctor.max_total_sequence_length
-    rows = list(read_rows(source))
-    objectives = sorted({row["objective"] for row in rows})
-    objective = settings.objective or (objectives[0] if len(objectives) == 1 else "")
-    if objective not in objectives:
-        remedy = f"set it to one of {', '.join(objectives)}: one objective makes one doctor"
-        raise InputError(Problem("recipe", None, "tfpo.objective", objective or "nothing", remedy))
-    mine = [row for row in rows if row["objective"] == objective]
+    mine = [row for row in read_rows(source) if row["objective"] == settings.objective]
     fits = [
         row
         for row in mine
@@ -125,7 +133,7 @@ def _pairs(recipe: Recipe, source: Path) -> tuple[list[Pair], list[Pair]]:
     )
     if not train:
         remedy = "raise doctor.max_total_sequence_length, or read more preferences"
-        raise InputError(Problem(str(source), None, "train split", f"no pair of {objective} fits", remedy))
+        raise InputError(Problem(str(source), None, "train split", f"no pair of {settings.objective} fits", remedy))
     return train, held_out[: settings.val_pairs]
 
 
