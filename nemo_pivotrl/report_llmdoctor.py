@@ -140,7 +140,7 @@ def reward_pairs(recipe: Recipe) -> Row:
         objective = row["objective"]
         place = seen[objective] = seen.get(objective, -1) + 1
         if place in wanted[objective]:
-            prompt = "".join(pieces_of(row["prompt_ids"]))
+            prompt = "".join(pieces_of(row["prompt_ids"][-SHOWN_TOKENS:]))
             shown = {"preference_id": row["preference_id"], "place": place, "prompt": prompt[-SHOWN_PROMPT:]}
             for side in ("chosen", "rejected"):
                 shown[side] = _shown_answer(row[side], pieces_of)
@@ -149,9 +149,9 @@ def reward_pairs(recipe: Recipe) -> Row:
 
 
 def _shown_answer(answer: Row, pieces_of: Callable[[Sequence[int]], list[str]]) -> Row:
-    pieces = pieces_of(answer["ids"][:SHOWN_TOKENS])
-    tokens = [list(token) for token in zip(pieces, answer["rewards"], answer["importance"], strict=False)]
-    return {"tokens": tokens, "more": len(answer["ids"]) - len(tokens)}
+    ids, rewards, importance = (answer[key][:SHOWN_TOKENS] for key in ("ids", "rewards", "importance"))
+    tokens = [list(token) for token in zip(pieces_of(ids), rewards, importance, strict=True)]
+    return {"tokens": tokens, "more": len(answer["ids"]) - len(ids)}
 
 
 def _decoder(recipe: Recipe, fingerprint: str) -> tuple[Callable[[Sequence[int]], list[str]], str | None]:
@@ -187,14 +187,11 @@ def _ends(rows: Sequence[Row]) -> Row:
     """The held-out metrics before and after training, or the train metrics where nothing was held out."""
     kind = "val/" if any("val/subtb" in row for row in rows) else ""
     measured = [row for row in rows if f"{kind}subtb" in row]
-    return {
-        "split": "held out" if kind else "train",
-        "ends": [
-            {"step": row["step"]} | {k.removeprefix(kind): v for k, v in row.items() if k.startswith(kind)}
-            for row in dict.fromkeys((0, len(measured) - 1))
-            for row in [measured[row]]
-        ],
-    }
+    ends = [
+        {"step": row["step"]} | {key.removeprefix(kind): value for key, value in row.items() if key.startswith(kind)}
+        for row in measured[:1] + measured[1:][-1:]
+    ]
+    return {"split": "held out" if kind else "train", "ends": ends}
 
 
 def _doctors_plot(doctors: dict[str, list[Row]]) -> str:
