@@ -1,26 +1,21 @@
 """report: one self-contained HTML page, and the same numbers as JSON, from the artefacts of a run.
 
 Plots are SVG inside the page; it works offline and shows what is there: a run without an evaluation or without a second
-training arm simply lacks those sections.
+training arm simply lacks those sections. LLMdoctor's sections are in `report_llmdoctor`.
 """
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("svg")
 from jinja2 import Environment, PackageLoader, select_autoescape
-from matplotlib import pyplot as plt
-from matplotlib.figure import Figure
 
-from nemo_pivotrl import pivotrl
+from nemo_pivotrl import pivotrl, report_llmdoctor
 from nemo_pivotrl.config import Recipe
+from nemo_pivotrl.plots import curve, plt, svg
 from nemo_pivotrl.records import (
     Header,
     InputError,
@@ -40,27 +35,23 @@ from nemo_pivotrl.stages.select import FATES, depth_band, survival
 
 COLOURS = dict(zip(FATES, ("#2a7f3b", "#b3423a", "#4a78b5", "#8a8a8a", "#c9a227", "#b9b9b9", "#000000"), strict=True))
 SHOWN_SAMPLES = 12
-plt.rcParams.update(
-    {
-        "svg.hashsalt": "nemo_pivotrl",
-        "font.size": 9,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "svg.fonttype": "none",
-    }
-)
 
 
 def report(recipe: Recipe, fresh: bool = False) -> Path:
     """Write `report.html` and `report.json`. Raises InputError when there is nothing to report yet."""
     numbers, plots = gather(recipe)
     if len(numbers) == 1:
-        raise InputError(
-            Problem(recipe.run_dir, None, "run_dir", "no artefacts", "run extract, profile and select first")
-        )
+        first = "preferences, reward and tfpo" if recipe.algorithm == "llmdoctor" else "extract, profile and select"
+        raise InputError(Problem(recipe.run_dir, None, "run_dir", "no artefacts", f"run {first} first"))
     write_atomically(recipe.path("report.json"), json.dumps(numbers, indent=2, sort_keys=True) + "\n")
     pages = Environment(loader=PackageLoader("nemo_pivotrl", "."), autoescape=select_autoescape(default=True))
-    page = pages.get_template("report.html.jinja").render(titles=TITLES, plots=plots, **numbers)
+    page = pages.get_template("report.html.jinja").render(
+        title="LLMdoctor" if recipe.algorithm == "llmdoctor" else "PivotRL",
+        titles=TITLES,
+        plots=plots,
+        llmdoctor=report_llmdoctor.view(numbers),
+        **numbers,
+    )
     path = recipe.path("report.html")
     write_atomically(path, page)
     return path
@@ -77,8 +68,8 @@ def gather(recipe: Recipe) -> tuple[dict[str, Any], dict[str, str]]:
     if recipe.path("profiles.jsonl").exists():
         read_header(recipe.path("profiles.jsonl"), "profiles")
         _profiles(recipe, numbers, plots)
-    arms = {path.parent.name: read_metrics(path) for path in sorted(Path(recipe.run_dir).glob("*/metrics.jsonl"))}
-    arms = {name: rows for name, rows in arms.items() if any("reward" in row for row in rows)}
+    metrics = {path.parent.name: read_metrics(path) for path in sorted(Path(recipe.run_dir).glob("*/metrics.jsonl"))}
+    arms = {name: rows for name, rows in metrics.items() if any("reward" in row for row in rows)}
     if arms:
         numbers["training"] = arms
         plots["training"] = _training_plot(arms)
@@ -86,6 +77,7 @@ def gather(recipe: Recipe) -> tuple[dict[str, Any], dict[str, str]]:
         numbers["evaluation"] = json.loads(recipe.path("evaluation.json").read_text(encoding="utf-8"))
         numbers["samples"] = _samples(recipe)
         plots["evaluation"] = _evaluation_plot(numbers["evaluation"])
+    report_llmdoctor.gather(recipe, metrics, numbers, plots)
     ledger = read_ledger(Path(recipe.run_dir))
     if ledger:
         numbers["ledger"] = _ledger(ledger, numbers.get("pivots", {}).get("count", 0))
@@ -133,13 +125,6 @@ def _counts(train: Sequence[Profile]) -> dict[str, int]:
     return dict(sorted(counts.items()))
 
 
-def _svg(figure: Figure) -> str:
-    out = io.StringIO()
-    figure.savefig(out, format="svg", metadata={"Date": None}, bbox_inches="tight")
-    plt.close(figure)
-    return out.getvalue()[out.getvalue().index("<svg") :]
-
-
 def _hit_rate_plot(counts: dict[str, int], lambda_diff: float) -> str:
     figure, axes = plt.subplots(figsize=(5.2, 2.6))
     rates = [float(rate) for rate in counts]
@@ -156,7 +141,7 @@ def _hit_rate_plot(counts: dict[str, int], lambda_diff: float) -> str:
     axes.bar(rates, list(counts.values()), width=0.8 / max(8, len(rates)), color=colours)
     axes.axvline(lambda_diff, color="#444", linewidth=0.8, linestyle="--")
     axes.set(xlabel="hit rate of the start policy", ylabel="candidates")
-    return _svg(figure)
+    return svg(figure)
 
 
 def _survival_plot(table: dict[str, dict[str, int]], order: Sequence[str], label: str) -> str:
@@ -171,7 +156,7 @@ def _survival_plot(table: dict[str, dict[str, int]], order: Sequence[str], label
     axes.invert_yaxis()
     axes.set(xlabel="candidates", ylabel=label)
     axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    return _svg(figure)
+    return svg(figure)
 
 
 def _training_plot(arms: dict[str, list[dict[str, Any]]]) -> str:
@@ -183,12 +168,11 @@ def _training_plot(arms: dict[str, list[dict[str, Any]]]) -> str:
     figure, all_axes = plt.subplots(1, 3, figsize=(11, 2.6))
     for axes, (key, label) in zip(all_axes, panels, strict=True):
         for name, rows in arms.items():
-            points = [(row["step"], row[key]) for row in rows if key in row]
-            axes.plot(*zip(*points, strict=True), label=name, linewidth=1.2) if points else None
+            curve(axes, rows, key, label=name)
         axes.set(xlabel="step", title=label)
         axes.set_ylim(bottom=0)
     all_axes[0].legend(frameon=False)
-    return _svg(figure)
+    return svg(figure)
 
 
 def _evaluation_plot(summary: dict[str, Any]) -> str:
@@ -205,7 +189,7 @@ def _evaluation_plot(summary: dict[str, Any]) -> str:
         axes.bar(range(len(entries)), means, yerr=spread, color="#4a78b5", capsize=3)
         axes.set_xticks(range(len(entries)), [label for label, _ in entries])
         axes.set(title=TITLES[name], ylabel="%")
-    return _svg(figure)
+    return svg(figure)
 
 
 def _samples(recipe: Recipe) -> list[dict[str, Any]]:
