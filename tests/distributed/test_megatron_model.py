@@ -25,10 +25,15 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tp2 x ep2": (4, {TP: 2, EP: 2, "sequence_parallel": True}),
 }
 DENSE = ["w1", "tp2", "tp2+sp", "pp2", "cp2", "tp2 x pp2"]
+SPARSE = ["w1", "tp2+sp", "pp2", "cp2", "ep2 allgather", "ep2 alltoall", "tp2 x pp2", "pp2 x ep2", "tp2 x ep2"]
 CASES = [
     *((name, layout) for name in ("llama", "llama_tied", "qwen3") for layout in DENSE),
     ("llama", "tp2 x cp2"),
     ("qwen2", "tp2"),
+    *(("qwen3_moe", layout) for layout in SPARSE),
+    ("qwen3_moe_unnormalised", "ep2 alltoall"),
+    *(("nemotron_h", layout) for layout in SPARSE if "cp2" not in layout),
+    ("nemotron_h_groups", "tp2 x ep2"),
 ]
 
 
