@@ -111,8 +111,8 @@ class Megatron:
     """Weights and matrix products in bfloat16, with the optimiser's own copy in float32; false: all in float32."""
     fp8: Literal["none", "hybrid", "e4m3"] = "none"
     """Matrix products in FP8: e4m3 throughout, or e5m2 for output gradients (`hybrid`). Needs Transformer Engine."""
-    fp8_recipe: Literal["delayed", "tensorwise", "blockwise"] = "tensorwise"
-    """How FP8 tensors are scaled. On Hopper `blockwise` needs CUDA 12.9."""
+    fp8_recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] = "tensorwise"
+    """How FP8 tensors are scaled. `blockwise` needs CUDA 12.9, `mxfp8` Blackwell."""
     fp8_param: bool = False
     """Keep the weights themselves in FP8."""
     first_last_layers_bf16: bool = True

@@ -56,7 +56,12 @@ REFUSED = {
     "Ada": (FP8, replace(HOPPER, capability=(8, 9)), "8.9", "Hopper"),
     "old CUDA": (replace(FP8, fp8_recipe="blockwise"), replace(HOPPER, cuda=(12, 8)), "CUDA 12.8", "12.9"),
     "mxfp8 on Hopper": (replace(FP8, fp8_recipe="mxfp8"), HOPPER, "9.0", "tensorwise"),
-    "mxfp8 on consumer Blackwell": (replace(FP8, fp8_recipe="mxfp8"), replace(HOPPER, capability=(12, 0)), "12.0", "mxfp8"),
+    "mxfp8 on consumer Blackwell": (
+        replace(FP8, fp8_recipe="mxfp8"),
+        replace(HOPPER, capability=(12, 0)),
+        "12.0",
+        "mxfp8",
+    ),
     "param without fp8": (Megatron(fp8_param=True), HOPPER, "true", "set megatron.fp8"),
     "param without its optimizer": (
         replace(FP8, fp8_param=True, use_distributed_optimizer=False),
@@ -96,6 +101,7 @@ def test_everything_wrong_is_said_at_once() -> None:
     assert len(problems) == 4
 
 
+@pytest.mark.filterwarnings("ignore:full scope is deprecated")
 def test_fields_are_fields_of_transformer_config() -> None:
     transformer_config = pytest.importorskip("megatron.core.transformer.transformer_config")
     names = set(transformer_config.TransformerConfig.__dataclass_fields__)

@@ -50,7 +50,7 @@ def probe() -> Probe:
     if importlib.util.find_spec("transformer_engine") is not None:
         try:
             import transformer_engine
-            import transformer_engine.pytorch  # noqa: F401
+            import transformer_engine.pytorch
 
             engine = str(transformer_engine.__version__)
         except Exception as raised:  # the bare PyPI package raises RuntimeError, one without cuDNN OSError
@@ -87,7 +87,9 @@ def check_fp8(megatron: Megatron, found: Probe, dimensions: Mapping[str, int] | 
     dimensions: name -> size on one rank, of the matrices that are multiplied in FP8 (`mamba_projection` makes one).
     """
     if megatron.fp8 == "none":
-        return [_problem("fp8_param", "true", "weights in FP8 need FP8: set megatron.fp8")] if megatron.fp8_param else []
+        return (
+            [_problem("fp8_param", "true", "weights in FP8 need FP8: set megatron.fp8")] if megatron.fp8_param else []
+        )
     return [*_machine(megatron, found), *_settings(megatron, dimensions or {})]
 
 
@@ -129,7 +131,9 @@ def _settings(megatron: Megatron, dimensions: Mapping[str, int]) -> list[Problem
     """What in the recipe or the model contradicts FP8."""
     problems = []
     if megatron.cpu:
-        problems.append(_problem("fp8", f"{megatron.fp8}, with megatron.cpu", "CPUs have no FP8: set megatron.fp8=none"))
+        problems.append(
+            _problem("fp8", f"{megatron.fp8}, with megatron.cpu", "CPUs have no FP8: set megatron.fp8=none")
+        )
     if not megatron.bf16:
         problems.append(_problem("bf16", "false", "FP8 matrix products take bf16 inputs: set megatron.bf16"))
     if megatron.fp8_recipe == "delayed" and megatron.first_last_layers_bf16:
