@@ -119,6 +119,8 @@ class Megatron:
     """With `tensorwise` or `blockwise`: leave the outermost layers in bfloat16."""
     num_layers_at_start_in_bf16: int = ranged(2, 0)
     num_layers_at_end_in_bf16: int = ranged(2, 0)
+    logprob_chunk_tokens: int = ranged(1024, 1)
+    """Response tokens whose logits exist at the same time, in float32; fewer take less memory and more launches."""
     cpu: bool = False
     """Run on CPUs over gloo: for tests and for trying a recipe out. It replaces parts of torch.cuda and of megatron-core in
     this process by CPU twins (`backends/megatron/cpu.py`) and refuses to where there is a CUDA device."""
