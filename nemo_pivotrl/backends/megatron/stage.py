@@ -38,8 +38,8 @@ class Stage(MegatronModule):
             nn.init.zeros_(self.head.weight)
             nn.init.zeros_(self.head.bias)
 
-    def forward(self, rows: Rows) -> Tensor | tuple[Tensor, Tensor | None]:
-        """Hidden states for the next stage; on the last one `(log_probs [B * S], log_values [B * S] or None)`.
+    def forward(self, rows: Rows) -> Tensor:
+        """Hidden states for the next stage; on the last one log-probabilities, and with a head log V, [1 or 2, B * S].
 
         They stand at the position that predicts the token, and at the state; 0 elsewhere. Each is the same number on every
         tensor- and context-parallel rank of the stage; gradients reach what this rank itself computed.
@@ -69,13 +69,13 @@ class Stage(MegatronModule):
         )
         log_probs = self._whole(found, place[wanted], batch * length)
         if self.head is None:
-            return log_probs, None
+            return log_probs[None]
         is_state = torch.zeros(batch * length, dtype=torch.bool, device=place.device)
         states = torch.cat([torch.ones_like(rows.mask[:, :1]), rows.mask], 1)
         is_state[rows.states[states]] = True
         wanted = is_state[place].nonzero()[:, 0]
         values = self.head(flat[wanted].float())[:, 0]
-        return log_probs, self._whole(values, place[wanted], batch * length)
+        return torch.stack([log_probs, self._whole(values, place[wanted], batch * length)])
 
     def _hidden(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """Hidden states [S / cp (/ tp), B, H] after the stage's layers and, on the last one, the final norm."""

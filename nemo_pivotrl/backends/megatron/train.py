@@ -94,20 +94,19 @@ class MegatronPolicy:
         rows and their log-probabilities."""
         layouts = self._layouts(batch)
 
-        def finish(rows: Rows, output: Any, non_loss_data: bool = False) -> Any:
-            stream, states = output
-            log_probs = _pick(stream, rows.predicts, rows.mask)
+        def finish(rows: Rows, output: Tensor, non_loss_data: bool = False) -> Any:
+            log_probs = _pick(output[0], rows.predicts, rows.mask)
             if non_loss_data or work is None:
                 return rows.rows, log_probs.detach()
             values = None
-            if states is not None:
+            if len(output) > 1:
                 seen = torch.cat([torch.ones_like(rows.mask[:, :1]), rows.mask], 1)
-                values = _pick(states, rows.states, seen)
-            idle = sum(x.sum() for x in output if x is not None) * 0.0  # a filler's loss hangs on its graph, too
+                values = _pick(output[1], rows.states, seen)
+            idle = output.sum() * 0.0  # a filler's loss hangs on its graph, too
             loss, metrics = work(rows, log_probs, values) if rows.rows else (idle, {})
             return loss + idle, torch.tensor(0, dtype=torch.int, device=loss.device), metrics
 
-        def step(data: Iterator[Rows], model: Any) -> tuple[Any, Any]:
+        def step(data: Iterator[Rows], model: Any) -> tuple[Tensor, Any]:
             rows = next(data)
             return model(rows), partial(finish, rows)
 
