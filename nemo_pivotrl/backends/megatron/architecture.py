@@ -196,6 +196,13 @@ def _hybrid(config: Any, need: Any) -> Architecture:
     if "M" in layers:  # the gated norm inside megatron-core's MambaMixer knows no other
         need("layer_norm_epsilon", config.layer_norm_epsilon, 1e-5)
     grouped = config.n_group > 1
+    if "E" in layers:
+        need("norm_topk_prob", config.norm_topk_prob, True)
+        need("n_shared_experts", config.n_shared_experts, 1)
+        if config.num_experts_per_tok < 2:  # Megatron does not normalise the score of a lone expert
+            need("num_experts_per_tok", config.num_experts_per_tok, "2 or more")
+        if grouped:  # transformers ranks groups by their best two experts, Megatron by as many as may be chosen in one
+            need("num_experts_per_tok / topk_group", config.num_experts_per_tok // config.topk_group, 2)
     return Architecture(
         model_type=config.model_type,
         layers=layers,

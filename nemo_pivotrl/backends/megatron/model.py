@@ -25,13 +25,11 @@ from torch.nn import functional
 
 from nemo_pivotrl.backends.megatron.architecture import Architecture, read_architecture
 from nemo_pivotrl.backends.megatron.local_layers import AllGatherAttention, Norm
+from nemo_pivotrl.backends.megatron.mapping import padded_vocab_size
 from nemo_pivotrl.backends.megatron.parallel import Groups
 from nemo_pivotrl.backends.megatron.weights import load_hf
 from nemo_pivotrl.config import Megatron
 from nemo_pivotrl.records import InputError, Problem
-
-VOCAB_MULTIPLE = 128
-"""The padded vocabulary is a multiple of this on every tensor-parallel rank, as in Megatron's own trainers."""
 
 
 def build_model(policy_folder: str | Path, megatron: Megatron, groups: Groups) -> list[nn.Module]:
@@ -106,12 +104,6 @@ def sequence_multiple(megatron: Megatron) -> int:
     if not megatron.sequence_parallel:
         return pieces
     return math.lcm(pieces, megatron.context_parallel_size * megatron.tensor_model_parallel_size)
-
-
-def padded_vocab_size(vocab_size: int, tp: int) -> int:
-    """The vocabulary size with padding at its end, so that `tp` ranks get equal and well-shaped parts of it."""
-    multiple = VOCAB_MULTIPLE * tp
-    return -(-vocab_size // multiple) * multiple
 
 
 def has_transformer_engine() -> bool:
