@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -132,11 +131,16 @@ def reference(folder: str, kind: str) -> dict[str, Any]:
         metrics = backend.get_pair_loss_and_metrics(batch, losses.tfpo)
     else:
         metrics = backend.get_loss_and_metrics(batch, losses.grpo)
-    gradients = {
-        name: p.grad.clone()
-        for name, p in backend.model.named_parameters()
-        if not name.endswith(("mlp.gate.weight", "router.weight"))
-    }
+    gradients: dict[str, Tensor] = {}
+    for name, p in backend.model.named_parameters():
+        if name.endswith(("gate_up_proj", "down_proj")) and p.dim() == 3:  # all experts in one; checkpoints have each
+            for expert, grad in enumerate(p.grad):
+                stem = f"{name.rpartition('.')[0]}.{expert}"
+                parts = {"gate_proj": grad.chunk(2)[0], "up_proj": grad.chunk(2)[1]}
+                parts = parts if name.endswith("gate_up_proj") else {"down_proj": grad}
+                gradients |= {f"{stem}.{part}.weight": value.clone() for part, value in parts.items()}
+        elif not name.endswith("mlp.gate.weight"):  # routers are frozen
+            gradients[name] = p.grad.clone()
     if kind == "tfpo":
         gradients |= {"head.weight": backend.head.weight.grad.clone(), "head.bias": backend.head.bias.grad.clone()}
     log_probs = backend.get_inference_log_probs(batch)
@@ -168,8 +172,7 @@ def train(folder: str, kind: str, layout: dict[str, Any], budget: int = 80) -> d
     else:
         metrics = backend.get_loss_and_metrics(batch, losses.grpo)
     gradients = gradients_of(backend, read_architecture(folder))
-    again = dict(metrics)
-    ratio = None
+    seen, ratio = list(losses.seen), None
     if kind == "grpo":
         batch.data["old"] = log_probs
         backend.get_loss_and_metrics(batch, losses.grpo, forward_only=True)
@@ -178,7 +181,7 @@ def train(folder: str, kind: str, layout: dict[str, Any], budget: int = 80) -> d
     after = backend.get_inference_log_probs(batch)
     start = backend.get_inference_log_probs(batch, reference=True)
     return {
-        "metrics": again,
+        "metrics": metrics,
         "gradients": gradients if groups.world.rank() == 0 else None,
         "head": head_gradients(backend),
         "log_probs": log_probs,
@@ -186,8 +189,7 @@ def train(folder: str, kind: str, layout: dict[str, Any], budget: int = 80) -> d
         "start": start,
         "ratio": ratio,
         "taken": taken,
-        "seen": losses.seen[: len(batch.responses)],
-        "dp_rank": groups.dp.rank(),
+        "seen": seen,
         "last_stage": groups.last_stage,
         "first_of_replicas": groups.tp.rank() == 0 and groups.cp.rank() == 0 and groups.last_stage,
     }
@@ -225,7 +227,3 @@ def gradients_of(backend: Any, architecture: Any) -> dict[str, Tensor]:
 
 def head_gradients(backend: Any) -> dict[str, Tensor]:
     return backend.head_gradients
-
-
-def scratch(folder: str) -> Path:
-    return Path(folder)
