@@ -111,14 +111,16 @@ class Megatron:
     """Weights and matrix products in bfloat16, with the optimiser's own copy in float32; false: all in float32."""
     fp8: Literal["none", "hybrid", "e4m3"] = "none"
     """Matrix products in FP8: e4m3 throughout, or e5m2 for output gradients (`hybrid`). Needs Transformer Engine."""
-    fp8_recipe: Literal["delayed", "tensorwise", "blockwise"] = "tensorwise"
-    """How FP8 tensors are scaled. On Hopper `blockwise` needs CUDA 12.9."""
+    fp8_recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] = "tensorwise"
+    """How FP8 tensors are scaled. `blockwise` needs CUDA 12.9, `mxfp8` Blackwell."""
     fp8_param: bool = False
     """Keep the weights themselves in FP8."""
     first_last_layers_bf16: bool = True
     """With `tensorwise` or `blockwise`: leave the outermost layers in bfloat16."""
     num_layers_at_start_in_bf16: int = ranged(2, 0)
     num_layers_at_end_in_bf16: int = ranged(2, 0)
+    logprob_chunk_tokens: int = ranged(1024, 1)
+    """Response tokens whose logits exist at the same time, in float32; fewer take less memory and more launches."""
     cpu: bool = False
     """Run on CPUs over gloo: for tests and for trying a recipe out. It replaces parts of torch.cuda and of megatron-core in
     this process by CPU twins (`backends/megatron/cpu.py`) and refuses to where there is a CUDA device."""
