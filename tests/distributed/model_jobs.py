@@ -114,3 +114,31 @@ def routers(folder: str, layout: dict[str, Any]) -> list[bool]:
     megatron = settings(**layout)
     (chunk,) = model.build_model(folder, megatron, initialize(megatron, seed=1))
     return [p.requires_grad for name, p in chunk.named_parameters() if name.endswith("router.weight")]
+
+
+def gradients(folder: str, layout: dict[str, Any]) -> dict[str, float]:
+    """On one rank: HF tensor to the largest difference of its gradient from transformers', relative to the largest
+    gradient in that tensor."""
+    import tiny_hf
+
+    from nemo_pivotrl.backends.megatron import model, weights
+
+    megatron = settings(moe_freeze_router=False, **layout)
+    groups = initialize(megatron, seed=1)
+    chunks = model.build_model(folder, megatron, groups)
+    architecture = read_architecture(folder)
+    tokens = torch.load(Path(folder, "tokens.pt"))
+    logits = model.forward(chunks[0], tokens, torch.arange(tokens.shape[1]).expand_as(tokens))
+    tiny_hf.score(logits[..., : architecture.vocab_size], tokens).backward()
+    for parameter in chunks[0].parameters():
+        assert parameter.grad is not None
+        parameter.data = parameter.grad
+    exported = dict(weights.export_hf(chunks, architecture, groups))
+    expected = load_file(str(Path(folder, "gradients", "model.safetensors")))
+    differences = {}
+    for name, gradient in expected.items():
+        found = exported[name]
+        assert found is not None and found.shape == gradient.shape
+        if not name.endswith("e_score_correction_bias"):  # it has none
+            differences[name] = float((found - gradient).abs().max() / gradient.abs().max())
+    return differences

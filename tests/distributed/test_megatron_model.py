@@ -66,6 +66,17 @@ def test_logits_are_those_of_transformers_and_every_tensor_comes_back(
     print(f"\n{name:24}{layout:16}{max(differences):.1e}")
 
 
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+@pytest.mark.parametrize("name", ["llama_tied", "qwen3_moe", "nemotron_h"])
+def test_gradients_are_those_of_transformers(
+    workers: Workers, checkpoints: dict[str, Path], name: str, recompute: str
+) -> None:
+    layout = {"recompute": recompute}
+    (found,) = workers.run(1, "model_jobs:gradients", folder=str(checkpoints[name]), layout=layout)
+    assert len(found) > 10 and max(found.values()) <= 1e-5
+    print(f"\n{name:24}{recompute:16}{max(found.items(), key=lambda f: f[1])}")
+
+
 def test_a_saved_folder_is_an_hf_checkpoint_with_what_is_not_the_policys_carried_over(
     workers: Workers, checkpoints: dict[str, Path], tmp_path: Path
 ) -> None:

@@ -62,7 +62,8 @@ BATCH, LENGTH = 2, 16
 
 
 def make(name: str, folder: Path) -> None:
-    """Write the checkpoint `name` into `folder`, with `tokens.pt` [B, T] and transformers' own `logits.pt` [B, T, V]."""
+    """Write the checkpoint `name` into `folder`, with `tokens.pt` [B, T] and transformers' own `logits.pt` [B, T, V], and
+    a checkpoint `gradients` that has the gradient of `score` where the weights stand."""
     import transformers
 
     kind, settings = MODELS[name]
@@ -75,8 +76,19 @@ def make(name: str, folder: Path) -> None:
         for key, tensor in [*model.named_parameters(), *model.named_buffers()]:
             if tensor.is_floating_point() and "inv_freq" not in key:
                 tensor.add_(0.1 * torch.randn_like(tensor))
-        tokens = torch.randint(0, config.vocab_size, (BATCH, LENGTH))
-        logits = model(tokens, use_cache=False).logits
+    tokens = torch.randint(0, config.vocab_size, (BATCH, LENGTH))
+    logits = model(tokens, use_cache=False).logits
     model.save_pretrained(folder)
     torch.save(tokens, folder / "tokens.pt")
-    torch.save(logits, folder / "logits.pt")
+    torch.save(logits.detach(), folder / "logits.pt")
+    score(logits, tokens).backward()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
+    model.save_pretrained(folder / "gradients")
+
+
+def score(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Mean log-probability (nats) of the next tokens: logits [B, T, V], tokens [B, T] to []."""
+    log_probs = logits[:, :-1].log_softmax(-1)
+    return log_probs.gather(2, tokens[:, 1:, None]).mean()
