@@ -48,6 +48,7 @@ STAGES = {
     "run": ("nemo_pivotrl.stages.quickstart:run", "all stages of the recipe, one after another"),
 }
 TOOLS = {
+    "env": "what is installed here, and which recipes could run: env [--json] [FOLDER]",
     "verify": "score rows of a file: verify --verifier NAME [--set key=value ...] IN.jsonl OUT.jsonl",
     "serve-verifier": "serve a verifier to NeMo-Gym: serve-verifier --verifier NAME [--port N]",
     "serve-guided": "serve the steered policy as OpenAI's API: serve-guided RECIPE [key=value ...] [--port N]",
@@ -125,6 +126,11 @@ def guarded(command: str, run: Callable[[], None]) -> int:
 def tool_parser(tool: str) -> argparse.ArgumentParser:
     """The command line of a command that is no stage."""
     made = argparse.ArgumentParser(prog=f"nemo-pivotrl {tool}", description=TOOLS[tool])
+    if tool == "env":
+        made.add_argument("folder", nargs="?", default="recipes", metavar="FOLDER", help="recipes (default: recipes)")
+        made.add_argument("--json", action="store_true", help="print JSON")
+        made.add_argument("--no-imports", action="store_true", help="take packages for working; quicker")
+        return made
     if tool != "verify":
         made.add_argument("--host", default="127.0.0.1", help="address to listen on (default: loopback only)")
         made.add_argument("--port", type=int, default=8911 if tool == "serve-verifier" else 8912)
@@ -162,6 +168,15 @@ def run_tool(tool: str, options: argparse.Namespace) -> None:
 
     from nemo_pivotrl.recipe import load_recipe, verifier_settings
 
+    if tool == "env":
+        import json
+
+        from nemo_pivotrl.stages.env import as_json, as_text, look, survey
+
+        machine = look(not options.no_imports)
+        recipes = survey(Path(options.folder), machine)
+        print(json.dumps(as_json(machine, recipes), indent=1) if options.json else as_text(machine, recipes))
+        return
     if tool == "serve-guided":
         recipe = load_recipe(options.recipe, options.overrides)
         with missing_module(tool, {"starlette": "serve", "uvicorn": "serve"}, "reference"):

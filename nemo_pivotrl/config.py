@@ -60,7 +60,8 @@ class Policy:
 
     model_name: str = ""
     """HF checkpoint folder of the start policy; the profiling policy and the KL reference are this one."""
-    backend: Literal["reference"] = "reference"
+    backend: Literal["reference", "megatron"] = "reference"
+    """`reference`: transformers on one device. `megatron`: megatron-core over torch.distributed, as `megatron` says."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     chat_template: str | None = None
@@ -77,6 +78,54 @@ class Policy:
     lora: Lora = field(default_factory=Lora)
     generation: Generation = field(default_factory=Generation)
     optimizer: Optimizer = field(default_factory=Optimizer)
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Megatron:
+    """How the `megatron` backend spreads a model and in which precision it computes. Names are Megatron's own."""
+
+    tensor_model_parallel_size: int = ranged(1, 1)
+    """Ranks that share each layer's matrices. At most the model's key-value heads and, in a hybrid, its Mamba groups."""
+    pipeline_model_parallel_size: int = ranged(1, 1)
+    """Ranks that hold consecutive layers; must divide the number of layers."""
+    context_parallel_size: int = ranged(1, 1)
+    """Ranks that share a sequence's tokens; sequences are padded to a multiple of twice this."""
+    expert_model_parallel_size: int = ranged(1, 1)
+    """Ranks that share a layer's experts; must divide their number. Taken out of the data-parallel ranks."""
+    expert_tensor_parallel_size: int = ranged(1, 1)
+    """Ranks that share each expert's matrices."""
+    sequence_parallel: bool = False
+    """Also split norms and residuals along the sequence, over the tensor-parallel ranks. A mixture of experts with
+    `tensor_model_parallel_size` above 1 needs it."""
+    use_distributed_optimizer: bool = True
+    """Spread the optimiser's state over the data-parallel ranks."""
+    moe_token_dispatcher_type: Literal["allgather", "alltoall", "flex"] = "alltoall"
+    """How tokens reach their experts; `flex` needs DeepEP."""
+    moe_grouped_gemm: bool = True
+    """One kernel for all of a rank's experts; needs Transformer Engine, so `cpu` ignores it."""
+    moe_freeze_router: bool = True
+    """Leave routers as they are: the experts that profiled are the experts that train."""
+    recompute: Literal["none", "selective", "full"] = "selective"
+    """Activations that are computed again in the backward pass: none, the attention scores, or all of every layer."""
+    bf16: bool = True
+    """Weights and matrix products in bfloat16, with the optimiser's own copy in float32; false: all in float32."""
+    fp8: Literal["none", "hybrid", "e4m3"] = "none"
+    """Matrix products in FP8: e4m3 throughout, or e5m2 for output gradients (`hybrid`). Needs Transformer Engine."""
+    fp8_recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] = "tensorwise"
+    """How FP8 tensors are scaled. `blockwise` needs CUDA 12.9, `mxfp8` Blackwell."""
+    fp8_param: bool = False
+    """Keep the weights themselves in FP8."""
+    first_last_layers_bf16: bool = True
+    """With `tensorwise` or `blockwise`: leave the outermost layers in bfloat16."""
+    num_layers_at_start_in_bf16: int = ranged(2, 0)
+    num_layers_at_end_in_bf16: int = ranged(2, 0)
+    logprob_chunk_tokens: int = ranged(1024, 1)
+    """Response tokens whose logits exist at the same time, in float32; fewer take less memory and more launches."""
+    cpu: bool = False
+    """Run on CPUs over gloo: for tests and for trying a recipe out. It replaces parts of torch.cuda and of megatron-core in
+    this process by CPU twins (`backends/megatron/cpu.py`) and refuses to where there is a CUDA device."""
+    distributed_timeout_minutes: int = ranged(30, 1)
+    """A collective that waits longer ends the job."""
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -610,6 +659,8 @@ class Recipe:
     num_threads: int = ranged(0, 0)
     """CPU threads for torch; 0: torch's own choice. Bit-exact resume needs the same number."""
     policy: Policy = field(default_factory=Policy)
+    megatron: Megatron = field(default_factory=Megatron)
+    """For `policy.backend: megatron` and `doctor.backend: megatron`."""
     world: World = field(default_factory=World)
     warmup: Sft = field(default_factory=lambda: Sft(name="start", source="candidates"))
     extract: Extract = field(default_factory=Extract)

@@ -90,8 +90,15 @@ def test_backends_import_neither_stages_nor_algorithms_nor_each_other() -> None:
 
 
 def test_only_backends_import_the_accelerator_stacks() -> None:
-    offenders = {module_of(p): tops(p) & ACCELERATOR_STACKS for p in FILES if p.parent != PACKAGE / "backends"}
+    offenders = {module_of(p): tops(p) & ACCELERATOR_STACKS for p in FILES if PACKAGE / "backends" not in p.parents}
     assert {name: found for name, found in offenders.items() if found} == {}
+
+
+def test_the_megatron_backend_imports_no_stage_no_algorithm_and_no_other_backend() -> None:
+    for path in (PACKAGE / "backends/megatron").glob("*.py"):
+        allowed = {"nemo_pivotrl.backends", "nemo_pivotrl.config", "nemo_pivotrl.records"}
+        others = {name for name in ours(path) if not name.startswith("nemo_pivotrl.backends.megatron")}
+        assert others <= allowed, path.name
 
 
 def test_what_stands_below_the_stages_does_not_import_them() -> None:

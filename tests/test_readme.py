@@ -40,6 +40,7 @@ def test_the_readme_shows_the_commands_this_file_runs() -> None:
     assert [c for c in COMMANDS if "STAGE" not in c] == [
         "make quickstart",
         "make test",
+        "nemo-pivotrl env",
         "nemo-pivotrl select recipes/pivotrl/tiny.yaml --print-config",
         "nemo-pivotrl select recipes/pivotrl/tiny.yaml select.lambda_diff=0.6",
         "nemo-pivotrl export recipes/pivotrl/tiny.yaml",
@@ -57,6 +58,8 @@ def test_every_stage_command_of_the_readme_runs(trained: Path, tmp_path: Path) -
         if words[0] == "verify":
             files = [str(tmp_path / "run/profiles.jsonl"), str(tmp_path / "verdicts.jsonl")]
             assert cli.main([*words[:-2], *files]) == 0 and (tmp_path / "verdicts.jsonl").read_text()
+        elif words[0] == "env":
+            assert cli.main([*words, "--no-imports", str(ROOT / "recipes")]) == 0
         elif command.startswith("nemo-pivotrl") and "STAGE" not in command and words[0] != "serve-verifier":
             assert run(*words, folder=tmp_path / "run")
     rows = (tmp_path / "run/gym/train.jsonl").read_text().splitlines()

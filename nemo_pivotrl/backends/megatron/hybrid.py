@@ -1,0 +1,97 @@
+"""NemotronH: megatron-core's MambaModel. Imported only for such models: it needs mamba_ssm, or `cpu_mamba` in its place."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
+from megatron.core.models.mamba import MambaModel
+from megatron.core.models.mamba.mamba_layer_specs import mamba_stack_spec
+from megatron.core.ssm.mamba_block import MambaStack, MambaStackSubmodules
+from megatron.core.ssm.mamba_layer import MambaLayer, MambaLayerSubmodules
+from megatron.core.ssm.mamba_mixer import MambaMixer, MambaMixerSubmodules
+from megatron.core.ssm.mlp_layer import MLPLayer
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import (
+    MoETransformerLayer,
+    TransformerLayer,
+    TransformerLayerSubmodules,
+)
+from torch import nn
+
+from nemo_pivotrl.backends.megatron.architecture import Architecture
+from nemo_pivotrl.backends.megatron.local_layers import AllGatherAttention, Norm
+
+
+def build_hybrid(architecture: Architecture, te: bool, common: dict[str, Any]) -> nn.Module:
+    """This rank's stage of a hybrid; `common` are the arguments that it shares with a GPT."""
+    config: TransformerConfig = common["config"]
+    stack = copy.deepcopy(mamba_stack_spec) if te else local_stack(config)
+    if te and architecture.moe is not None and not config.moe_grouped_gemm:
+        stack.submodules.moe_layer.submodules.mlp = get_moe_module_spec(
+            use_te=True, num_experts=architecture.moe.num_experts, moe_grouped_gemm=False
+        )
+    if architecture.mamba is not None:
+        mixer = stack.submodules.mamba_layer.submodules.mixer
+        mixer.params = {
+            **(mixer.params or {}),
+            "d_conv": architecture.mamba.conv_kernel,
+            "chunk_size": architecture.mamba.chunk_size,
+        }
+    model: nn.Module = MambaModel(
+        mamba_stack_spec=stack,
+        hybrid_override_pattern=architecture.layers,
+        position_embedding_type="none",
+        **common,
+    )
+    return model
+
+
+def local_stack(config: TransformerConfig) -> ModuleSpec:
+    """The hybrid's layers without Transformer Engine, which megatron-core does not offer itself."""
+    attention = AllGatherAttention if config.context_parallel_size > 1 else DotProductAttention
+    mixer = ModuleSpec(
+        module=MambaMixer, submodules=MambaMixerSubmodules(in_proj=ColumnParallelLinear, out_proj=RowParallelLinear)
+    )
+    self_attention = ModuleSpec(
+        module=SelfAttention,
+        params={"attn_mask_type": AttnMaskType.causal},
+        submodules=SelfAttentionSubmodules(
+            linear_qkv=ColumnParallelLinear, core_attention=attention, linear_proj=RowParallelLinear
+        ),
+    )
+    mlp = ModuleSpec(
+        module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    )
+    experts = get_moe_module_spec(use_te=False, num_experts=config.num_moe_experts or 1, moe_grouped_gemm=False)
+
+    def transformer(module: type, **slots: Any) -> ModuleSpec:
+        return ModuleSpec(module=module, submodules=TransformerLayerSubmodules(**slots))
+
+    return ModuleSpec(
+        module=MambaStack,
+        submodules=MambaStackSubmodules(
+            mamba_layer=ModuleSpec(
+                module=MambaLayer,
+                submodules=MambaLayerSubmodules(norm=Norm, mixer=mixer, mamba_bda=get_bias_dropout_add),
+            ),
+            attention_layer=transformer(
+                TransformerLayer,
+                input_layernorm=Norm,
+                self_attention=self_attention,
+                self_attn_bda=get_bias_dropout_add,
+            ),
+            mlp_layer=transformer(MLPLayer, pre_mlp_layernorm=Norm, mlp=mlp, mlp_bda=get_bias_dropout_add),
+            moe_layer=transformer(
+                MoETransformerLayer, pre_mlp_layernorm=Norm, mlp=experts, mlp_bda=get_bias_dropout_add
+            ),
+        ),
+    )

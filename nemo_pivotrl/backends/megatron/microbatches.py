@@ -1,0 +1,179 @@
+"""Rows of a batch -> micro-batches of each data-parallel rank, and their tensors.
+
+Every rank is handed the same batch and finds the same plan, so nothing is sent to agree on it. All ranks run equally many
+micro-batches, since a mixture of experts and the gradients' reduction are in step over data-parallel ranks; where the rows
+do not suffice, a rank runs a filler without rows, whose loss is a connected zero. Micro-batches that run at the same
+time on different ranks are of about the same size.
+
+Two forms with the same numbers: rows padded on the right to the widest, or packed one after another into one stream
+(Transformer Engine's THD), each padded to `multiple` alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Tensors of one micro-batch of n rows. B is n padded rows of S tokens, or 1 stream of S tokens when packed."""
+
+    rows: tuple[int, ...]
+    """Numbers of the rows in the batch; empty in a filler."""
+    tokens: Tensor
+    """[B, S] long."""
+    positions: Tensor
+    """[B, S] long: place of each token in its own sequence."""
+    targets: Tensor
+    """[B, S] long: the next token where that is a response's, else -1."""
+    predicts: Tensor
+    """[n, T] long: index in the flattened [B * S] of the position that predicts each response token; 0 on padding."""
+    states: Tensor
+    """[n, T+1] long: index of the position of each state, the prompt's last token first; 0 on padding."""
+    mask: Tensor
+    """[n, T] bool: response tokens."""
+    starts: Tensor | None = None
+    """Packed: [n+1] int32, where each sequence begins with its padding (Transformer Engine's cu_seqlens_padded)."""
+    lengths: Tensor | None = None
+    """Packed: [n+1] int32, cumulative real lengths (cu_seqlens)."""
+
+
+def multiple_of(tp: int, cp: int, sequence_parallel: bool, precision: int = 1) -> int:
+    """What a sequence's padded length must be a multiple of.
+
+    Context parallelism cuts it into 2 * cp pieces, sequence parallelism each rank's part over tp, and one rank's part of
+    that must be a multiple of `precision` tokens (`precision.token_multiple`).
+    """
+    pieces = 2 * cp if cp > 1 else 1
+    ranks = cp * (tp if sequence_parallel else 1)
+    return math.lcm(pieces, ranks * precision)
+
+
+def round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
+
+
+def schedule(
+    groups: Sequence[Sequence[int]],
+    lengths: Sequence[int],
+    budget: int,
+    ranks: int,
+    multiple: int = 1,
+    packed: bool = False,
+) -> list[list[list[int]]]:
+    """[rank][micro-batch] -> rows, every row exactly once.
+
+    groups: rows that must stay together (one row each, or the two answers of a pair). lengths: tokens of each row. budget:
+    tokens of a micro-batch, padding included; a group that exceeds it alone makes a micro-batch of its own. Depends on
+    nothing but its arguments. Raises ValueError when a row is in no group or in several.
+    """
+    if sorted(row for group in groups for row in group) != list(range(len(lengths))):
+        raise ValueError(f"{len(lengths)} rows must each be in exactly one group, got {groups}")
+    width = [max((round_up(lengths[row], multiple) for row in group), default=0) for group in groups]
+    cost = [sum(round_up(lengths[row], multiple) for row in group) for group in groups]
+    order = sorted(range(len(groups)), key=lambda g: (-width[g], groups[g]))
+    held: list[list[int]] = []
+    used: list[int] = []
+    for g in order:  # from the widest on, so that a padded micro-batch's width is that of its first group
+        place = None
+        if packed:
+            place = next((i for i, full in enumerate(used) if full + cost[g] <= budget), None)
+        elif held:
+            rows = sum(len(groups[h]) for h in held[-1]) + len(groups[g])
+            place = len(held) - 1 if rows * width[held[-1][0]] <= budget else None
+        if place is None:
+            held.append([])
+            used.append(0)
+            place = len(held) - 1
+        held[place].append(g)
+        used[place] += cost[g]
+    held = _even(held, ranks)
+    held.sort(key=lambda members: (-_tokens(members, groups, width, cost, packed), members))
+    plan: list[list[list[int]]] = [[] for _ in range(ranks)]
+    for start in range(0, len(held), ranks):
+        turn = held[start : start + ranks]
+        for rank, members in enumerate(turn if start // ranks % 2 == 0 else reversed(turn)):
+            plan[rank].append([row for g in sorted(members) for row in groups[g]])
+    return plan
+
+
+def _even(held: list[list[int]], ranks: int) -> list[list[int]]:
+    """As many micro-batches as a multiple of `ranks`, at least one each: those of most groups are halved, then fillers."""
+    held = [list(members) for members in held]
+    while not held or len(held) % ranks:
+        longest = max(range(len(held)), key=lambda i: (len(held[i]), -i), default=None)
+        if longest is None or len(held[longest]) < 2:
+            held.append([])
+            continue
+        half = len(held[longest]) // 2
+        held[longest : longest + 1] = [held[longest][:half], held[longest][half:]]
+    return held
+
+
+def _tokens(
+    members: list[int], groups: Sequence[Sequence[int]], width: list[int], cost: list[int], packed: bool
+) -> int:
+    if packed:
+        return sum(cost[g] for g in members)
+    return sum(len(groups[g]) for g in members) * max((width[g] for g in members), default=0)
+
+
+def lay_out(
+    rows: Sequence[int],
+    prompts: Sequence[Sequence[int]],
+    responses: Sequence[Sequence[int]],
+    multiple: int = 1,
+    packed: bool = False,
+) -> Rows:
+    """Tensors of a micro-batch; prompts and responses are those of `rows`, in their order. No rows give a filler.
+
+    Raises ValueError for an empty prompt or response: nothing would predict the first token, or there is none.
+    """
+    if any(not p for p in prompts) or any(not r for r in responses):
+        raise ValueError("every row needs a prompt and a response of at least one token")
+    n, real = len(rows), [len(p) + len(r) for p, r in zip(prompts, responses, strict=True)]
+    longest = max((len(r) for r in responses), default=1)
+    padded = [round_up(length, multiple) for length in real]
+    if packed:
+        starts = [0, *torch.tensor(padded, dtype=torch.long).cumsum(0).tolist()]
+        shape = (1, starts[-1] or multiple)
+    else:
+        size = max(padded, default=multiple)
+        starts, shape = [i * size for i in range(n + 1)], (max(n, 1), size)
+    tokens, positions = (torch.zeros(shape[0] * shape[1], dtype=torch.long) for _ in range(2))
+    targets = torch.full_like(tokens, -1)
+    predicts, states = torch.zeros(n, longest, dtype=torch.long), torch.zeros(n, longest + 1, dtype=torch.long)
+    mask = torch.zeros(n, longest, dtype=torch.bool)
+    for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+        first, end, count = starts[i], starts[i + 1], len(response)
+        tokens[first : first + real[i]] = torch.tensor([*prompt, *response], dtype=torch.long)
+        positions[first:end] = torch.arange(end - first)
+        last = first + len(prompt) - 1
+        targets[last : last + count] = torch.tensor(list(response), dtype=torch.long)
+        states[i, : count + 1] = torch.arange(last, last + count + 1)
+        predicts[i, :count] = states[i, :count]
+        mask[i, :count] = True
+    if packed and n:
+        cumulative = [0, *torch.tensor(real, dtype=torch.long).cumsum(0).tolist()]
+        extra = (torch.tensor(starts, dtype=torch.int32), torch.tensor(cumulative, dtype=torch.int32))
+    else:
+        extra = (None, None)
+    flat = (t.view(shape) for t in (tokens, positions, targets))
+    return Rows(tuple(rows), *flat, predicts, states, mask, *extra)
+
+
+def context_part(length: int, rank: int, ranks: int) -> Tensor:
+    """Places [length / ranks] of a sequence that a context-parallel rank holds: piece `rank` and its mirror of 2 * ranks.
+
+    The early piece sees little and the late one much, so every rank does the same work in causal attention.
+    """
+    places = torch.arange(length)
+    if ranks == 1:
+        return places
+    pieces = places.chunk(2 * ranks)
+    return torch.cat([pieces[rank], pieces[2 * ranks - 1 - rank]])

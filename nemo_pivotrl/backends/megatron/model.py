@@ -1,0 +1,287 @@
+"""This rank's part of a model: TransformerConfig and layer specs from an HF config, and the chunks they build.
+
+On a machine with Transformer Engine every layer is Transformer Engine's; without it, megatron-core's own plain-torch
+layers, which know no FP8. Dropout is off throughout: the policy that trains is the policy that sampled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.activations import squared_relu
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.torch_norm import WrappedTorchNorm
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+from torch.nn import functional
+
+from nemo_pivotrl.backends.megatron.architecture import Architecture, read_architecture
+from nemo_pivotrl.backends.megatron.local_layers import AllGatherAttention, Norm
+from nemo_pivotrl.backends.megatron.mapping import padded_vocab_size
+from nemo_pivotrl.backends.megatron.parallel import Groups
+from nemo_pivotrl.backends.megatron.precision import CONTAINER, fp8_fields, mamba_projection, probe, require_fp8
+from nemo_pivotrl.backends.megatron.weights import load_hf
+from nemo_pivotrl.config import Megatron
+from nemo_pivotrl.records import InputError, Problem
+
+
+def build_model(policy_folder: str | Path, megatron: Megatron, groups: Groups) -> list[nn.Module]:
+    """This rank's model chunks, with the weights of an HF checkpoint folder, in training mode.
+
+    Raises InputError for what the recipe, the model and this machine do not have in common, and for missing,
+    unexpected or misshapen tensors.
+    """
+    architecture = read_architecture(policy_folder)
+    chunks = build_chunks(architecture, megatron, groups)
+    load_hf(chunks, policy_folder, architecture, groups)
+    if megatron.moe_freeze_router:
+        for chunk in chunks:
+            for name, parameter in chunk.named_parameters():
+                if name.endswith("router.weight"):
+                    parameter.requires_grad_(False)
+    return chunks
+
+
+def build_chunks(architecture: Architecture, megatron: Megatron, groups: Groups) -> list[nn.Module]:
+    """This rank's model chunks with weights that hold nothing yet. There is one chunk: pipelines do not interleave."""
+    check_model(architecture, megatron)
+    found = probe()
+    require_fp8(megatron, found, fp8_dimensions(architecture, megatron))
+    te = found.transformer_engine is not None and not megatron.cpu
+    if architecture.hybrid and not te and not megatron.cpu:
+        remedy = f"megatron-core builds such models on GPUs only with it: {CONTAINER}"
+        raise InputError(
+            Problem("environment", None, "policy.model_name", "a hybrid, without Transformer Engine", remedy)
+        )
+    config = transformer_config(architecture, megatron, te)
+    common: dict[str, Any] = {
+        "config": config,
+        "vocab_size": padded_vocab_size(architecture.vocab_size, groups.tp.size()),
+        "max_sequence_length": architecture.max_position_embeddings,
+        "pre_process": groups.first_stage,
+        "post_process": groups.last_stage,
+        "parallel_output": True,
+        "share_embeddings_and_output_weights": architecture.tied,
+        "pg_collection": groups.collection,
+    }
+    if architecture.hybrid:
+        from nemo_pivotrl.backends.megatron.hybrid import build_hybrid
+
+        model = build_hybrid(architecture, te, common)
+    else:
+        model = GPTModel(
+            transformer_layer_spec=gpt_spec(config, te, groups),
+            position_embedding_type="rope",
+            rotary_base=architecture.rope_theta,
+            rope_scaling=architecture.rope_factor is not None,
+            rope_scaling_factor=architecture.rope_factor or 1.0,
+            **common,
+        )
+    return [model.to(groups.device)]
+
+
+def forward(chunk: nn.Module, tokens: Tensor, position_ids: Tensor) -> Tensor:
+    """One pipeline stage's forward pass; what the schedule's forward step calls.
+
+    tokens and position_ids [B, T] hold this context-parallel rank's part of the sequences. Sequences are padded on the
+    right only: attention is causal and Mamba runs left to right, so no mask is needed, and padding's own outputs mean
+    nothing. Their whole length is a multiple of `microbatches.multiple_of`.
+
+    Returns logits [B, T, V_padded / tp] on the last stage, and hidden states [T / (tp if sequence_parallel), B, hidden] on the
+    others. Columns at or beyond the model's own vocabulary size are padding: leave them out of every normaliser.
+    """
+    logits: Tensor = chunk(input_ids=tokens, position_ids=position_ids, attention_mask=None)
+    return logits
+
+
+def check_model(architecture: Architecture, megatron: Megatron) -> None:
+    """Raise InputError with everything in which the recipe's layout does not fit the model."""
+    problems: list[Problem] = []
+
+    def divides(field: str, what: str, number: int) -> None:
+        size = getattr(megatron, field)
+        if number % size:
+            remedy = f"it must divide the model's {what}, {number}"
+            problems.append(Problem("recipe", None, f"megatron.{field}", str(size), remedy))
+
+    tp, etp = "tensor_model_parallel_size", "expert_tensor_parallel_size"
+    divides("pipeline_model_parallel_size", "layers", len(architecture.layers))
+    divides(tp, "attention heads", architecture.num_attention_heads)
+    divides(tp, "key-value heads", architecture.num_key_value_heads)
+    divides(tp, "MLP width", architecture.intermediate_size)
+    if architecture.mamba is not None:
+        divides(tp, "Mamba groups", architecture.mamba.num_groups)
+        divides(tp, "Mamba heads", architecture.mamba.num_heads)
+        if megatron.context_parallel_size > 1 and megatron.cpu:
+            remedy = "Mamba layers with context parallelism need a GPU"
+            found = str(megatron.context_parallel_size)
+            problems.append(Problem("recipe", None, "megatron.context_parallel_size", found, remedy))
+    if architecture.moe is not None:
+        divides("expert_model_parallel_size", "experts", architecture.moe.num_experts)
+        divides(etp, "expert width", architecture.moe.intermediate_size)
+        divides(tp, "shared expert's width", architecture.moe.shared_intermediate_size or 0)
+        if megatron.tensor_model_parallel_size > 1 and not megatron.sequence_parallel:
+            remedy = "set it: Megatron trains experts under tensor parallelism only with it"
+            problems.append(Problem("recipe", None, "megatron.sequence_parallel", "false", remedy))
+        if megatron.cpu and megatron.expert_tensor_parallel_size > 1:
+            remedy = "gloo has no uneven collectives: use 1 on CPUs"
+            found = str(megatron.expert_tensor_parallel_size)
+            problems.append(Problem("recipe", None, f"megatron.{etp}", found, remedy))
+        if megatron.cpu and megatron.moe_token_dispatcher_type == "flex":
+            remedy = "it needs DeepEP: use alltoall or allgather on CPUs"
+            problems.append(Problem("recipe", None, "megatron.moe_token_dispatcher_type", "flex", remedy))
+    elif megatron.expert_model_parallel_size > 1:
+        found = str(megatron.expert_model_parallel_size)
+        remedy = f"a {architecture.model_type} of this shape has no experts: use 1"
+        problems.append(Problem("recipe", None, "megatron.expert_model_parallel_size", found, remedy))
+    if problems:
+        raise InputError(problems)
+
+
+def transformer_config(architecture: Architecture, megatron: Megatron, te: bool) -> TransformerConfig:
+    """Megatron's configuration of a model. Every field that is set here is set on purpose; the rest are its defaults."""
+    dtype = torch.bfloat16 if megatron.bf16 else torch.float32
+    # stages exchange shapes first, so that micro-batches may differ in length; Megatron refuses it with `allgather`
+    dispatcher = megatron.moe_token_dispatcher_type if architecture.moe else "alltoall"
+    return TransformerConfig(
+        num_layers=len(architecture.layers),
+        hidden_size=architecture.hidden_size,
+        ffn_hidden_size=architecture.intermediate_size,
+        num_attention_heads=architecture.num_attention_heads,
+        num_query_groups=architecture.num_key_value_heads,
+        kv_channels=architecture.head_dim,
+        normalization="RMSNorm",
+        layernorm_epsilon=architecture.norm_epsilon,
+        qk_layernorm=architecture.qk_norm,
+        add_bias_linear=False,
+        add_qkv_bias=architecture.qkv_bias,
+        gated_linear_unit=architecture.gated,
+        activation_func=functional.silu if architecture.gated else squared_relu,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=megatron.bf16,
+        attention_softmax_in_fp32=True,
+        tensor_model_parallel_size=megatron.tensor_model_parallel_size,
+        pipeline_model_parallel_size=megatron.pipeline_model_parallel_size,
+        context_parallel_size=megatron.context_parallel_size,
+        expert_model_parallel_size=megatron.expert_model_parallel_size,
+        expert_tensor_parallel_size=megatron.expert_tensor_parallel_size,
+        sequence_parallel=megatron.sequence_parallel,
+        variable_seq_lengths=dispatcher == "alltoall",
+        moe_token_dispatcher_type=dispatcher,
+        use_cpu_initialization=megatron.cpu,
+        perform_initialization=False,  # every weight is read from the checkpoint, and checked to have been
+        **_recompute(megatron),
+        **fp8_fields(megatron),
+        **_moe(architecture, megatron, te),
+        **_mamba(architecture),
+    )
+
+
+def _recompute(megatron: Megatron) -> dict[str, Any]:
+    if megatron.recompute == "full":
+        return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    return {"recompute_granularity": None if megatron.recompute == "none" else "selective"}
+
+
+def fp8_dimensions(architecture: Architecture, megatron: Megatron) -> dict[str, int]:
+    """Name to size, on one rank, of the dimensions that FP8 needs to be multiples of 16."""
+    tp, a = megatron.tensor_model_parallel_size, architecture
+    found = {
+        "hidden_size": a.hidden_size,
+        "queries": a.num_attention_heads * a.head_dim // tp,
+        "keys": a.num_key_value_heads * a.head_dim // tp,
+        "intermediate_size": a.intermediate_size // tp,
+    }
+    if a.mamba is not None:
+        m = a.mamba
+        whole = mamba_projection(m.num_heads, m.head_dim, m.num_groups, m.state_dim)
+        found |= {"Mamba projection": whole // tp, "Mamba width": m.num_heads * m.head_dim // tp}
+    if a.moe is not None:
+        found["moe_intermediate_size"] = a.moe.intermediate_size // megatron.expert_tensor_parallel_size
+        found["moe_latent_size"] = a.moe.latent_size or 0
+        found["moe_shared_expert_intermediate_size"] = (a.moe.shared_intermediate_size or 0) // tp
+    return found
+
+
+def _moe(architecture: Architecture, megatron: Megatron, te: bool) -> dict[str, Any]:
+    moe = architecture.moe
+    if moe is None:
+        return {}
+    hybrid = {} if architecture.hybrid else {"moe_layer_freq": [int(layer == "E") for layer in architecture.layers]}
+    return {
+        "num_moe_experts": moe.num_experts,
+        "moe_ffn_hidden_size": moe.intermediate_size,
+        "moe_shared_expert_intermediate_size": moe.shared_intermediate_size,
+        "moe_latent_size": moe.latent_size,
+        "moe_router_topk": moe.top_k,
+        "moe_router_score_function": moe.score_function,
+        "moe_router_pre_softmax": moe.score_function == "softmax" and not moe.normalise_top_k,
+        "moe_router_topk_scaling_factor": moe.scaling_factor,
+        "moe_router_num_groups": moe.num_groups,
+        "moe_router_group_topk": moe.group_topk,
+        "moe_router_enable_expert_bias": moe.expert_bias,
+        "moe_router_bias_update_rate": 0.0,  # the loss alone moves the policy
+        "moe_router_load_balancing_type": "none",
+        "moe_aux_loss_coeff": 0.0,
+        "moe_router_dtype": "fp32",
+        "moe_grouped_gemm": megatron.moe_grouped_gemm and te,
+        **hybrid,
+    }
+
+
+def _mamba(architecture: Architecture) -> dict[str, Any]:
+    mamba = architecture.mamba
+    if mamba is None:
+        return {"is_hybrid_model": True} if architecture.hybrid else {}
+    return {
+        "is_hybrid_model": True,
+        "mamba_num_heads": mamba.num_heads,
+        "mamba_head_dim": mamba.head_dim,
+        "mamba_num_groups": mamba.num_groups,
+        "mamba_state_dim": mamba.state_dim,
+    }
+
+
+def gpt_spec(config: TransformerConfig, te: bool, groups: Groups) -> TransformerBlockSubmodules:
+    """The layers of this rank's stage of a GPT."""
+    rank = groups.pp.rank()
+    block = get_gpt_decoder_block_spec(config, use_transformer_engine=te, normalization="RMSNorm", pp_rank=rank)
+    if not te:
+        swap(block, local_twins(config))
+        block.layer_norm = Norm
+    return block
+
+
+def local_twins(config: TransformerConfig) -> dict[type, type]:
+    """megatron-core's plain-torch layers that refuse a layout, and what stands in for them."""
+    twins: dict[type, type] = {WrappedTorchNorm: Norm}
+    if config.context_parallel_size > 1:
+        twins[DotProductAttention] = AllGatherAttention
+    return twins
+
+
+def swap(spec: Any, twins: dict[type, type]) -> None:
+    """Put `twins` into every slot of a layer spec that names their keys."""
+    if isinstance(spec, Sequence) and not isinstance(spec, str):
+        for part in spec:
+            swap(part, twins)
+    elif isinstance(spec, ModuleSpec):
+        spec.module = twins.get(spec.module, spec.module)
+        swap(spec.submodules, twins)
+    elif hasattr(spec, "__dataclass_fields__"):
+        for name in spec.__dataclass_fields__:
+            part = getattr(spec, name)
+            if isinstance(part, type):
+                setattr(spec, name, twins.get(part, part))
+            else:
+                swap(part, twins)

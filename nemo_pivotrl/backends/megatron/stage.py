@@ -1,0 +1,114 @@
+"""One pipeline stage as it is trained: Megatron's model, and on the last stage log-probabilities instead of logits.
+
+The LM head runs only where a response token is predicted, which on long prompts is a small part of the sequence, and a
+chunk of those positions at a time. What leaves the last stage is one number a position, put together over the
+context-parallel ranks, so that a loss sees whole rows whatever the layout.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor, nn
+
+from nemo_pivotrl.backends.megatron.logprobs import chunked_log_probs
+from nemo_pivotrl.backends.megatron.microbatches import Rows, context_part
+from nemo_pivotrl.backends.megatron.parallel import Groups
+
+
+class Stage(MegatronModule):
+    """A GPT or hybrid model chunk and, on a doctor's last stage, the head for log V.
+
+    The chunk stands in `module`, through which Megatron's schedules reach what they ask a model for.
+    """
+
+    def __init__(self, chunk: Any, groups: Groups, vocab_size: int, chunk_tokens: int, with_head: bool = False):
+        super().__init__(config=chunk.config)
+        self.module = chunk
+        self.groups, self.vocab_size, self.chunk_tokens = groups, vocab_size, chunk_tokens
+        self.temperature = 1.0
+        self.head: nn.Linear | None = None
+        if with_head and groups.last_stage:
+            # float32 whatever the model's precision, and outside FP8: a plain torch module
+            self.head = nn.Linear(chunk.config.hidden_size, 1, device=groups.device, dtype=torch.float32)
+            nn.init.zeros_(self.head.weight)
+            nn.init.zeros_(self.head.bias)
+
+    def forward(self, rows: Rows) -> Tensor:
+        """Hidden states for the next stage; on the last one log-probabilities, and with a head log V, [1 or 2, B * S].
+
+        They stand at the position that predicts the token, and at the state; 0 elsewhere. Each is the same number on every
+        tensor- and context-parallel rank of the stage; gradients reach what this rank itself computed.
+        """
+        batch, length = rows.tokens.shape
+        here = context_part(length, self.groups.cp.rank(), self.groups.cp.size()).to(rows.tokens.device)
+        hidden = self._hidden(rows.tokens[:, here], rows.positions[:, here])
+        if not self.groups.last_stage:
+            return hidden
+        if self.config.sequence_parallel:
+            # every tensor-parallel rank works on the same gathered tokens, so each has the whole gradient of its part
+            hidden = gather_from_sequence_parallel_region(
+                hidden, tensor_parallel_output_grad=False, group=self.groups.tp
+            )
+        flat = hidden.transpose(0, 1).reshape(batch * len(here), -1)
+        place = (torch.arange(batch, device=here.device)[:, None] * length + here).flatten()  # in the whole [B * S]
+        targets = rows.targets.flatten()[place]
+        wanted = (targets >= 0).nonzero()[:, 0]
+        found, _ = chunked_log_probs(
+            flat[wanted],
+            self._lm_head(),
+            targets[wanted],
+            self.groups.tp,
+            self.chunk_tokens,
+            self.vocab_size,
+            self.temperature,
+        )
+        log_probs = self._whole(found, place[wanted], batch * length)
+        if self.head is None:
+            return log_probs[None]
+        is_state = torch.zeros(batch * length, dtype=torch.bool, device=place.device)
+        states = torch.cat([torch.ones_like(rows.mask[:, :1]), rows.mask], 1)
+        is_state[rows.states[states]] = True
+        wanted = is_state[place].nonzero()[:, 0]
+        values = self.head(flat[wanted].float())[:, 0]
+        return torch.stack([log_probs, self._whole(values, place[wanted], batch * length)])
+
+    def _hidden(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """Hidden states [S / cp (/ tp), B, H] after the stage's layers and, on the last one, the final norm."""
+        chunk, last = self.module, self.module.post_process
+        chunk.post_process = False  # the model's own head would make logits of every position
+        try:
+            return chunk(input_ids=tokens, position_ids=positions, attention_mask=None)
+        finally:
+            chunk.post_process = last
+
+    def _lm_head(self) -> Tensor:
+        """This rank's shard [V / tp, H]."""
+        chunk = self.module
+        if chunk.share_embeddings_and_output_weights:
+            return chunk.shared_embedding_or_output_weight()
+        return chunk.output_layer.weight
+
+    def _whole(self, found: Tensor, place: Tensor, size: int) -> Tensor:
+        """Numbers [m] at `place` of [size], with those of the other context-parallel ranks."""
+        return _Collect.apply(found.new_zeros(size).index_put((place,), found), self.groups.cp)
+
+
+class _Collect(torch.autograd.Function):
+    """Sum over a group forward. Backward each rank keeps the gradient of its own part: all of them compute the same
+    loss, and the parts' gradients are summed where all gradients are."""
+
+    @staticmethod
+    def forward(ctx: Any, part: Tensor, group: dist.ProcessGroup) -> Tensor:
+        whole = part.clone()
+        if group.size() > 1:
+            dist.all_reduce(whole, group=group)
+        return whole
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None

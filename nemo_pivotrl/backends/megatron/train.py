@@ -1,0 +1,333 @@
+"""Training over megatron-core: the verbs of `backends.Trainer` on any layout of ranks.
+
+Every rank is given the same batch and calls the same verbs; each data-parallel rank takes its share of the rows.
+
+Losses arrive already divided by a global count, so gradients are summed over data-parallel ranks, context-parallel
+ranks and micro-batches, and never averaged: `calculate_per_token_loss` makes Megatron do so, in dense and expert weights
+alike, and gradients are finalised once a step, without its division by a number of tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from nemo_pivotrl.backends import TokenBatch
+from nemo_pivotrl.backends.megatron.architecture import read_architecture
+from nemo_pivotrl.backends.megatron.microbatches import Rows, lay_out, multiple_of, schedule
+from nemo_pivotrl.backends.megatron.model import build_model
+from nemo_pivotrl.backends.megatron.parallel import Groups
+from nemo_pivotrl.backends.megatron.precision import token_multiple
+from nemo_pivotrl.backends.megatron.stage import Stage
+from nemo_pivotrl.backends.megatron.weights import save_hf
+from nemo_pivotrl.config import Megatron, Optimizer, Policy
+from nemo_pivotrl.records import InputError, Problem
+
+if TYPE_CHECKING:
+    from nemo_pivotrl.backends import LossFn
+
+Work = Callable[[Rows, Tensor, Tensor | None], tuple[Tensor, dict[str, Tensor]]]
+"""(rows, log-probs [n, T], log V [n, T+1] or None) of one micro-batch -> (loss, metrics)."""
+
+
+class MegatronPolicy:
+    """A causal language model that scores and trains; `infer` is a rollout engine's. See `backends.Trainer`.
+
+    Raises InputError for what it cannot do: LoRA, a reference beside FP8 weights, `allgather` between unequal ranks.
+    """
+
+    with_head = False
+
+    def __init__(self, policy: Policy, megatron: Megatron, groups: Groups, with_reference: bool = False):
+        _check(policy, megatron, groups, with_reference)
+        self.settings, self.megatron, self.groups = policy, megatron, groups
+        (chunk,) = build_model(policy.model_name, megatron, groups)
+        chunk.config.calculate_per_token_loss = True
+        vocab_size = read_architecture(policy.model_name).vocab_size
+        self.stage = Stage(chunk, groups, vocab_size, megatron.logprob_chunk_tokens, self.with_head)
+        self.stage.temperature = policy.generation.temperature or 1.0
+        self.model: Any = self.stage
+        self.start = [p.detach().cpu().clone() for p in chunk.parameters()] if with_reference else None
+        self.optimizer: Any = None
+        self.steps = 0
+
+    # ---- micro-batches ----
+
+    def _groups_of_rows(self, batch: TokenBatch) -> list[tuple[int, ...]]:
+        """Rows that must share a micro-batch."""
+        return [(row,) for row in range(len(batch.responses))]
+
+    def _layouts(self, batch: TokenBatch) -> list[Rows]:
+        """This data-parallel rank's micro-batches, on its device."""
+        m, groups = self.megatron, self.groups
+        multiple = multiple_of(groups.tp.size(), groups.cp.size(), m.sequence_parallel, token_multiple(m))
+        lengths = [len(batch.prompts[p]) + len(r) for p, r in zip(batch.prompt_of, batch.responses, strict=True)]
+        plan = schedule(
+            self._groups_of_rows(batch), lengths, self.settings.train_micro_batch_tokens, groups.dp.size(), multiple
+        )
+        return [
+            _to(
+                lay_out(
+                    rows,
+                    [batch.prompts[batch.prompt_of[n]] for n in rows],
+                    [batch.responses[n] for n in rows],
+                    multiple,
+                ),
+                groups.device,
+            )
+            for rows in plan[groups.dp.rank()]
+        ]
+
+    def _run(self, batch: TokenBatch, work: Work | None, forward_only: bool) -> list[Any]:
+        """All micro-batches through the pipeline. What the last stage found for each: metrics, or without `work` the
+        rows and their log-probabilities."""
+        layouts = self._layouts(batch)
+
+        def finish(rows: Rows, output: Tensor, non_loss_data: bool = False) -> Any:
+            log_probs = _pick(output[0], rows.predicts, rows.mask)
+            if non_loss_data or work is None:
+                return rows.rows, log_probs.detach()
+            values = None
+            if len(output) > 1:
+                seen = torch.cat([torch.ones_like(rows.mask[:, :1]), rows.mask], 1)
+                values = _pick(output[1], rows.states, seen)
+            idle = output.sum() * 0.0  # a filler's loss hangs on its graph, too
+            loss, metrics = work(rows, log_probs, values) if rows.rows else (idle, {})
+            return loss + idle, torch.tensor(0, dtype=torch.int, device=loss.device), metrics
+
+        def step(data: Iterator[Rows], model: Any) -> tuple[Tensor, Any]:
+            rows = next(data)
+            return model(rows), partial(finish, rows)
+
+        with torch.set_grad_enabled(not forward_only):
+            return get_forward_backward_func()(
+                forward_step_func=step,
+                data_iterator=iter(layouts),
+                model=[self.model],
+                num_microbatches=len(layouts),
+                seq_length=layouts[0].tokens.shape[1],
+                micro_batch_size=layouts[0].tokens.shape[0],
+                forward_only=forward_only,
+                collect_non_loss_data=work is None,
+            )
+
+    # ---- log-probabilities ----
+
+    @torch.no_grad()
+    def get_inference_log_probs(self, batch: TokenBatch, reference: bool = False) -> Tensor:
+        """[N, T] log-probabilities (nats) under the current policy, or under the start policy; on every rank's CPU."""
+        whole = torch.zeros(len(batch.responses), max(len(r) for r in batch.responses), device=self.groups.device)
+        with self._start_weights() if reference else _nothing():
+            found = self._run(batch, None, forward_only=True)
+        if self.groups.last_stage:
+            for rows, log_probs in found:
+                if rows:
+                    whole[list(rows), : log_probs.shape[1]] = log_probs
+        for group in (self.groups.dp, self.groups.pp):
+            if group.size() > 1:
+                dist.all_reduce(whole, group=group)
+        return whole.cpu()
+
+    @contextmanager
+    def _start_weights(self) -> Iterator[None]:
+        """The start policy's weights in place of the trained ones, which come back to the bit."""
+        if self.start is None:
+            raise ValueError("the reference was not kept: ask for it with with_reference")
+        parameters = list(self.stage.module.parameters())
+        held = [p.detach().clone() for p in parameters]
+        _copy(self.start, parameters)
+        try:
+            yield
+        finally:
+            _copy(held, parameters)
+
+    # ---- training ----
+
+    def prepare_for_training(self, optimizer: Optimizer) -> None:
+        """Wrap the stage for data parallelism and make the optimiser. Dropout is off throughout."""
+        m, distributed = self.megatron, self.megatron.use_distributed_optimizer
+        self.optimizer_settings = optimizer
+        self.model = DistributedDataParallel(
+            config=self.stage.config,
+            ddp_config=DistributedDataParallelConfig(
+                grad_reduce_in_fp32=True,
+                use_distributed_optimizer=distributed,
+                fp8_param_gather=m.fp8 != "none" and m.fp8_param,
+            ),
+            module=self.stage,
+            pg_collection=self.groups.collection,
+        )
+        self.optimizer = get_megatron_optimizer(
+            OptimizerConfig(
+                optimizer="adam",
+                lr=optimizer.lr,
+                min_lr=0.0,
+                weight_decay=optimizer.weight_decay,
+                adam_beta1=optimizer.beta1,
+                adam_beta2=optimizer.beta2,
+                adam_eps=optimizer.eps,
+                clip_grad=optimizer.max_grad_norm,
+                bf16=m.bf16,
+                params_dtype=torch.bfloat16 if m.bf16 else torch.float32,
+                use_distributed_optimizer=distributed,
+            ),
+            [self.model],
+            use_gloo_process_groups=not m.cpu,
+        )
+
+    def prepare_for_training_step(self) -> None:
+        """Zero gradients."""
+        self.model.zero_grad_buffer()
+        self.optimizer.zero_grad()
+
+    def get_loss_and_metrics(self, batch: TokenBatch, loss_fn: LossFn, forward_only: bool = False) -> dict[str, float]:
+        """Run the batch, accumulate gradients, and return the summed metrics, the same on every rank."""
+        if not batch.responses:
+            return {}
+
+        def work(rows: Rows, log_probs: Tensor, _: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+            return loss_fn(log_probs, _data_of(batch, rows, log_probs))
+
+        return self._totals(self._run(batch, work, forward_only))
+
+    def _totals(self, found: Sequence[dict[str, Tensor]]) -> dict[str, float]:
+        """Metrics summed over micro-batches and data-parallel ranks, in an order that is the same everywhere."""
+        own = [{key: float(value) for key, value in metrics.items()} for metrics in found]
+        totals: dict[str, float] = {}
+        if self.groups.last_stage:
+            shares: list[Any] = [None] * self.groups.dp.size()
+            dist.all_gather_object(shares, own, group=self.groups.dp)
+            for metrics in (metrics for share in shares for metrics in share):
+                for key, value in metrics.items():
+                    totals[key] = totals.get(key, 0.0) + value
+        if self.groups.pp.size() > 1:
+            box = [totals]
+            last = dist.get_global_rank(self.groups.pp, self.groups.pp.size() - 1)
+            dist.broadcast_object_list(box, last, group=self.groups.pp, device=self.groups.device)
+            totals = box[0]
+        return totals
+
+    decay: float = 1.0
+    """Factor on the learning rate, set by a stage that decays it."""
+
+    def finish_training_step(self) -> dict[str, float]:
+        """Sum gradients over ranks, clip, step, and return gradient norm and learning rate.
+
+        Raises FloatingPointError on a non-finite gradient, before any weight has moved.
+        """
+        assert self.optimizer is not None, "prepare_for_training first"
+        settings, self.steps = self.optimizer_settings, self.steps + 1
+        finalize_model_grads([self.model], None, self.groups.collection)
+        self.optimizer.prepare_grads()
+        norm = float(self.optimizer.get_grad_norm())
+        if not math.isfinite(norm):
+            raise FloatingPointError(
+                f"gradient norm {norm} at step {self.steps}: lower policy.optimizer.lr or check the data"
+            )
+        scale = min(1.0, self.steps / settings.warmup_steps) if settings.warmup_steps else 1.0
+        rate = settings.lr * scale * self.decay
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        return {"grad_norm": norm, "lr": rate}
+
+    # ---- state ----
+
+    def training_state(self) -> dict[str, Any]:
+        """Everything that a bit-exact resume of this rank needs, in the same layout of ranks."""
+        return {
+            "layout": self._layout(),
+            "weights": [p.detach().cpu().clone() for p in self.stage.parameters()],
+            "masters": [[p.detach().cpu().clone() for p in _masters(part)] for part in self._parts()],
+            "optimizer": [part.optimizer.state_dict() for part in self._parts()],
+            "rng": torch.get_rng_state(),
+            "steps": self.steps,
+        }
+
+    def restore_training_state(self, state: dict[str, Any]) -> None:
+        """Undo `training_state`. Raises InputError for another rank's state or another layout's."""
+        if list(state["layout"]) != self._layout():
+            remedy = "resume with the layout and the number of processes that wrote the checkpoint"
+            raise InputError(Problem("checkpoint", None, "layout", str(state["layout"]), f"{remedy}: {self._layout()}"))
+        _copy(state["weights"], list(self.stage.parameters()))
+        for part, masters, inner in zip(self._parts(), state["masters"], state["optimizer"], strict=True):
+            part.optimizer.load_state_dict(inner)
+            _copy(masters, _masters(part))
+        torch.set_rng_state(state["rng"])
+        self.steps = state["steps"]
+
+    def _layout(self) -> list[int]:
+        groups = self.groups
+        sizes = (groups.tp, groups.pp, groups.cp, groups.ep, groups.dp, groups.expt_tp)
+        return [groups.world.rank(), *(group.size() for group in sizes), int(self.megatron.use_distributed_optimizer)]
+
+    def _parts(self) -> list[Any]:
+        """The optimisers of dense and of expert weights, where this rank has any."""
+        parts = getattr(self.optimizer, "chained_optimizers", [self.optimizer])
+        return [part for part in parts if part.optimizer is not None]
+
+    def export(self, folder: Path) -> None:
+        """Write an ordinary HF checkpoint; every rank takes part, rank 0 writes."""
+        save_hf([self.stage.module], folder, self.settings.model_name, self.groups)
+
+
+def _check(policy: Policy, megatron: Megatron, groups: Groups, with_reference: bool) -> None:
+    problems = []
+    if policy.lora.enabled:
+        remedy = "the megatron backend trains all weights: switch it off, or use the reference backend"
+        problems.append(Problem("recipe", None, "policy.lora.enabled", "true", remedy))
+    if with_reference and megatron.fp8 != "none" and megatron.fp8_param:
+        remedy = "weights in FP8 cannot be swapped for the start policy's and come back unrounded: unset it"
+        problems.append(Problem("recipe", None, "megatron.fp8_param", "true, with a KL reference", remedy))
+    unequal = groups.pp.size() > 1 or groups.ep.size() > 1
+    if megatron.moe_token_dispatcher_type == "allgather" and unequal:
+        remedy = "micro-batches differ in length between ranks, which only alltoall allows"
+        problems.append(Problem("recipe", None, "megatron.moe_token_dispatcher_type", "allgather", remedy))
+    if problems:
+        raise InputError(problems)
+
+
+def _data_of(batch: TokenBatch, rows: Rows, like: Tensor) -> dict[str, Tensor]:
+    """The rows' data; token-wise tensors are cut to the micro-batch's width."""
+    at = list(rows.rows)
+    return {
+        key: (value[at][:, : like.shape[1]] if value.dim() > 1 else value[at]).to(like.device)
+        for key, value in batch.data.items()
+    }
+
+
+def _pick(stream: Tensor, index: Tensor, mask: Tensor) -> Tensor:
+    """[n, T] of a stream, 0 outside the mask."""
+    return stream[index].masked_fill(~mask, 0.0)
+
+
+def _to(rows: Rows, device: torch.device) -> Rows:
+    moved = {name: getattr(rows, name) for name in Rows.__dataclass_fields__}
+    return Rows(**{name: x.to(device) if isinstance(x, Tensor) else x for name, x in moved.items()})
+
+
+def _masters(part: Any) -> list[Tensor]:
+    """The tensors that a Megatron optimiser steps: float32 copies of this rank's shard, or the weights themselves."""
+    return [p for group in part.optimizer.param_groups for p in group["params"]]
+
+
+@torch.no_grad()
+def _copy(source: Sequence[Tensor], target: Sequence[Tensor]) -> None:
+    for here, there in zip(source, target, strict=True):
+        there.copy_(here)
+
+
+@contextmanager
+def _nothing() -> Iterator[None]:
+    yield

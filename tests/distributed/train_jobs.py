@@ -1,0 +1,229 @@
+"""What the ranks run in test_megatron_train.py, and the reference backend's answers to the same questions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nemo_pivotrl import llmdoctor, pivotrl
+from nemo_pivotrl.backends import TokenBatch
+from nemo_pivotrl.config import Generation, Megatron, Optimizer, Policy
+
+VOCABULARY = 131
+OPTIMIZER = Optimizer(lr=1e-3, max_grad_norm=1.0)
+GRPO = pivotrl.LossSettings(
+    clip_low=0.2,
+    clip_high=0.2,
+    clip_dual=None,
+    sequence_ratio=False,
+    token_mean=True,
+    kl_beta=0.1,
+    tis_cap=None,
+    tis_floor=0.0,
+)
+TFPO = llmdoctor.TfpoSettings(
+    kappa=2.0,
+    length_normalize=False,
+    reduction="pair_mean",
+    decay=0.9,
+    anchor="reference",
+    value_weight=0.5,
+    gamma=0.3,
+    value_pairs="divergence",
+    linear_margin=False,
+)
+
+
+def policy_of(folder: str, budget: int = 80) -> Policy:
+    return Policy(
+        model_name=folder,
+        backend="megatron",
+        train_micro_batch_tokens=budget,
+        share_prompt=False,
+        device="cpu",
+        generation=Generation(temperature=0.8),
+    )
+
+
+def megatron_of(layout: dict[str, Any]) -> Megatron:
+    return Megatron(**{"cpu": True, "bf16": False, "recompute": "none", "logprob_chunk_tokens": 7, **layout})
+
+
+def grpo_batch(rows: int = 7) -> TokenBatch:
+    """Rows of unequal length over three prompts."""
+    maker = torch.Generator().manual_seed(3)
+
+    def ids(length: int) -> list[int]:
+        return torch.randint(1, VOCABULARY, (length,), generator=maker).tolist()
+
+    responses = [ids(2 + 3 * i % 8) for i in range(rows)]
+    batch = TokenBatch([ids(5), ids(9), ids(14)], [i % 3 for i in range(rows)], responses, {})
+    width = max(map(len, responses))
+    batch.data["mask"] = torch.tensor([[1.0] * len(r) + [0.0] * (width - len(r)) for r in responses])
+    batch.data["advantages"] = torch.randn(rows, generator=maker)
+    return batch
+
+
+def pair_batch(pairs: int = 3) -> TokenBatch:
+    """Pairs of answers with token rewards."""
+    plain = grpo_batch(2 * pairs)
+    maker = torch.Generator().manual_seed(4)
+    data = {
+        "rewards": torch.randn(plain.data["mask"].shape, generator=maker) * plain.data["mask"],
+        "length": torch.tensor([len(r) for r in plain.responses]),
+        "ended": torch.tensor([i % 3 > 0 for i in range(2 * pairs)]),
+    }
+    return TokenBatch(plain.prompts[:pairs], [i // 2 for i in range(2 * pairs)], plain.responses, data)
+
+
+@dataclass
+class Losses:
+    """The two algorithms' losses, which note what they see."""
+
+    tokens: float
+    pairs: int
+    ratios: list[float] = field(default_factory=list)
+    seen: list[int] = field(default_factory=list)
+
+    def grpo(self, log_probs: Tensor, data: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        advantages = data["advantages"].to(log_probs.dtype)
+        old = data["old"] if "old" in data else log_probs.detach()
+        self.ratios.append(float(((log_probs.detach() - old).abs() * data["mask"]).max()))
+        self.seen += [round(float(a), 6) for a in data["advantages"]]
+        start = data.get("start", old - 0.1)
+        return pivotrl.grpo_loss(log_probs, old, advantages, data["mask"], self.tokens, GRPO, ref_log_probs=start)
+
+    def tfpo(
+        self, log_probs: Tensor, values: Tensor, start: Tensor | None, ids: Tensor, data: dict[str, Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        mask = torch.arange(log_probs.shape[1]) < data["length"][:, None]
+        rows = torch.arange(len(mask)).view(-1, 2)
+        layout = llmdoctor.plan(ids, data["rewards"], mask, data["ended"], rows, TFPO)
+        return llmdoctor.tfpo_loss(log_probs, values, layout, float(self.pairs), TFPO, start)
+
+
+def bend(head: torch.nn.Linear | None) -> None:
+    """A head that says something: at zero, half of its gradient's errors could not show."""
+    if head is not None:
+        with torch.no_grad():
+            head.weight.copy_(torch.linspace(-0.5, 0.5, head.weight.numel())[None])
+            head.bias.fill_(0.2)
+
+
+def reference(folder: str, kind: str) -> dict[str, Any]:
+    """Metrics, gradients by HF name and gradient norm from the reference backend, on one device."""
+    from nemo_pivotrl.backends.reference import ReferencePolicy
+    from nemo_pivotrl.backends.reference_doctor import DoctorModel
+
+    settings = policy_of(folder, 10**6)
+    if kind == "tfpo":
+        settings = replace(settings, generation=Generation(temperature=1.0))
+    backend = DoctorModel(settings, True) if kind == "tfpo" else ReferencePolicy(settings)
+    batch = pair_batch() if kind == "tfpo" else grpo_batch()
+    losses = Losses(float(grpo_batch().data["mask"].sum()), len(batch.prompts))
+    backend.prepare_for_training(OPTIMIZER)
+    backend.prepare_for_training_step()
+    if kind == "tfpo":
+        bend(backend.head)
+        metrics = backend.get_pair_loss_and_metrics(batch, losses.tfpo)
+    else:
+        metrics = backend.get_loss_and_metrics(batch, losses.grpo)
+    gradients: dict[str, Tensor] = {}
+    for name, p in backend.model.named_parameters():
+        if name.endswith(("gate_up_proj", "down_proj")) and p.dim() == 3:  # all experts in one; checkpoints have each
+            for expert, grad in enumerate(p.grad):
+                stem = f"{name.rpartition('.')[0]}.{expert}"
+                parts = {"gate_proj": grad.chunk(2)[0], "up_proj": grad.chunk(2)[1]}
+                parts = parts if name.endswith("gate_up_proj") else {"down_proj": grad}
+                gradients |= {f"{stem}.{part}.weight": value.clone() for part, value in parts.items()}
+        elif not name.endswith("mlp.gate.weight"):  # routers are frozen
+            gradients[name] = p.grad.clone()
+    if kind == "tfpo":
+        gradients |= {"head.weight": backend.head.weight.grad.clone(), "head.bias": backend.head.bias.grad.clone()}
+    log_probs = backend.get_inference_log_probs(batch)
+    return {"metrics": metrics, "gradients": gradients, "log_probs": log_probs}
+
+
+def train(folder: str, kind: str, layout: dict[str, Any], budget: int = 80) -> dict[str, Any]:
+    """On one rank: the same from Megatron, the step taken twice, and what this rank saw."""
+    from nemo_pivotrl.backends.megatron.architecture import read_architecture
+    from nemo_pivotrl.backends.megatron.doctor import MegatronDoctor
+    from nemo_pivotrl.backends.megatron.parallel import initialize
+    from nemo_pivotrl.backends.megatron.train import MegatronPolicy
+
+    megatron = megatron_of(layout)
+    groups = initialize(megatron, seed=1)
+    settings = policy_of(folder, budget)
+    if kind == "tfpo":
+        backend: Any = MegatronDoctor(settings, megatron, groups, anchored=True)
+        bend(backend.stage.head)
+    else:
+        backend = MegatronPolicy(settings, megatron, groups, with_reference=True)
+    batch = pair_batch() if kind == "tfpo" else grpo_batch()
+    losses = Losses(float(grpo_batch().data["mask"].sum()), len(batch.prompts))
+    backend.prepare_for_training(OPTIMIZER)
+    log_probs = backend.get_inference_log_probs(batch)
+    backend.prepare_for_training_step()
+    if kind == "tfpo":
+        metrics = backend.get_pair_loss_and_metrics(batch, losses.tfpo)
+    else:
+        metrics = backend.get_loss_and_metrics(batch, losses.grpo)
+    gradients = gradients_of(backend, read_architecture(folder))
+    seen, ratio = list(losses.seen), None
+    if kind == "grpo":
+        batch.data["old"] = log_probs
+        backend.get_loss_and_metrics(batch, losses.grpo, forward_only=True)
+        ratio = losses.ratios[-1] if losses.ratios else 0.0
+    taken = backend.finish_training_step()
+    after = backend.get_inference_log_probs(batch)
+    start = backend.get_inference_log_probs(batch, reference=True)
+    return {
+        "metrics": metrics,
+        "gradients": gradients if groups.world.rank() == 0 else None,
+        "head": head_gradients(backend),
+        "log_probs": log_probs,
+        "after": after,
+        "start": start,
+        "ratio": ratio,
+        "taken": taken,
+        "seen": seen,
+        "last_stage": groups.last_stage,
+        "first_of_replicas": groups.tp.rank() == 0 and groups.cp.rank() == 0 and groups.last_stage,
+    }
+
+
+def gradients_of(backend: Any, architecture: Any) -> dict[str, Tensor]:
+    """Summed gradients under their HF names: the export of a model whose weights are its gradients."""
+    from megatron.core.distributed import finalize_model_grads
+
+    from nemo_pivotrl.backends.megatron.weights import export_hf
+
+    held = {name: p.main_grad.clone() for name, p in backend.stage.named_parameters() if p.requires_grad}
+    finalize_model_grads([backend.model], None, backend.groups.collection, force_all_reduce=True)
+    parameters = list(backend.stage.module.parameters())
+    weights = [p.data.clone() for p in parameters]
+    with torch.no_grad():
+        for p in parameters:
+            p.copy_(p.main_grad if p.requires_grad else torch.zeros_like(p))
+    found = {
+        name: tensor.clone() for name, tensor in export_hf([backend.stage.module], architecture, backend.groups, True)
+    }
+    backend.head_gradients = (
+        {}
+        if backend.stage.head is None
+        else {f"head.{name}": p.main_grad.clone() for name, p in backend.stage.head.named_parameters()}
+    )
+    with torch.no_grad():
+        for p, value in zip(parameters, weights, strict=True):
+            p.copy_(value)
+        for name, p in backend.stage.named_parameters():
+            if p.requires_grad:
+                p.main_grad.copy_(held[name])
+    return found
+
+
+def head_gradients(backend: Any) -> dict[str, Tensor]:
+    return backend.head_gradients

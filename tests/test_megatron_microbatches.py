@@ -1,0 +1,105 @@
+"""Which rank trains which rows, and what the tensors of a micro-batch say."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nemo_pivotrl.backends.megatron.microbatches import context_part, lay_out, multiple_of, round_up, schedule
+
+
+@given(
+    st.lists(st.integers(2, 60), max_size=30),
+    st.integers(1, 200),
+    st.integers(1, 5),
+    st.sampled_from([1, 4, 16]),
+    st.booleans(),
+    st.booleans(),
+)
+def test_every_row_once_equal_counts_and_the_budget_holds(
+    lengths: list[int], budget: int, ranks: int, multiple: int, packed: bool, pairs: bool
+) -> None:
+    if pairs:
+        lengths = lengths[: len(lengths) // 2 * 2]
+    size = 2 if pairs else 1
+    groups = [tuple(range(i, i + size)) for i in range(0, len(lengths), size)]
+    plan = schedule(groups, lengths, budget, ranks, multiple, packed)
+    assert plan == schedule(groups, lengths, budget, ranks, multiple, packed)
+    assert sorted(row for rank in plan for rows in rank for row in rows) == list(range(len(lengths)))
+    assert len(plan) == ranks and len({len(rank) for rank in plan}) == 1 and plan[0]
+    for rows in (rows for rank in plan for rows in rank):
+        assert len(rows) % size == 0 and all(rows[i] % size == i % size for i in range(len(rows)))
+        widths = [round_up(lengths[row], multiple) for row in rows]
+        tokens = sum(widths) if packed else len(rows) * max(widths, default=0)
+        assert tokens <= budget or len(rows) == size
+
+
+def test_work_of_the_same_turn_is_of_about_the_same_size() -> None:
+    lengths = [10, 100, 20, 90, 30, 80, 40, 70]
+    plan = schedule([(i,) for i in range(8)], lengths, 100, 2)
+    padded = [[len(rows) * max(lengths[i] for i in rows) for rows in rank] for rank in plan]
+    assert padded == [[100, 80, 70], [90, 80, 40]]
+
+
+def test_a_row_in_no_group_or_in_two_is_refused() -> None:
+    for groups in ([(0,)], [(0, 1), (1,)]):
+        with pytest.raises(ValueError, match="exactly one group"):
+            schedule(groups, [3, 3], 100, 1)
+
+
+PROMPTS, RESPONSES = [[1, 2, 3], [4]], [[5, 6], [7, 8, 9]]
+
+
+def test_a_padded_micro_batch_by_hand() -> None:
+    made = lay_out([4, 7], PROMPTS, RESPONSES, multiple=8)
+    assert made.tokens.tolist() == [[1, 2, 3, 5, 6, 0, 0, 0], [4, 7, 8, 9, 0, 0, 0, 0]]
+    assert made.targets.tolist() == [[-1, -1, 5, 6, -1, -1, -1, -1], [7, 8, 9, -1, -1, -1, -1, -1]]
+    assert made.positions[1].tolist() == list(range(8)) and made.rows == (4, 7)
+    assert made.predicts.tolist() == [[2, 3, 0], [8, 9, 10]] and made.states.tolist() == [[2, 3, 4, 0], [8, 9, 10, 11]]
+    assert made.mask.tolist() == [[True, True, False], [True, True, True]] and made.starts is None
+
+
+def test_a_packed_micro_batch_by_hand() -> None:
+    made = lay_out([4, 7], PROMPTS, RESPONSES, multiple=2, packed=True)
+    assert made.tokens.tolist() == [[1, 2, 3, 5, 6, 0, 4, 7, 8, 9]]
+    assert made.positions.tolist() == [[0, 1, 2, 3, 4, 5, 0, 1, 2, 3]]
+    assert made.targets.tolist() == [[-1, -1, 5, 6, -1, -1, 7, 8, 9, -1]]
+    assert made.starts.tolist() == [0, 6, 10] and made.lengths.tolist() == [0, 5, 9]
+    assert made.predicts.tolist() == [[2, 3, 0], [6, 7, 8]] and made.states.tolist() == [[2, 3, 4, 0], [6, 7, 8, 9]]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_both_forms_point_at_the_tokens_they_predict(packed: bool) -> None:
+    made = lay_out([0, 1], PROMPTS, RESPONSES, multiple=4, packed=packed)
+    for row, response in enumerate(RESPONSES):
+        at = made.predicts[row][made.mask[row]]
+        assert made.targets.flatten()[at].tolist() == made.tokens.flatten()[at + 1].tolist() == response
+    assert int((made.targets >= 0).sum()) == 5
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_filler_has_tokens_and_no_rows(packed: bool) -> None:
+    made = lay_out([], [], [], multiple=8, packed=packed)
+    assert made.tokens.shape == (1, 8) and made.mask.shape == (0, 1) and made.states.shape == (0, 2)
+    assert bool((made.targets == -1).all())
+
+
+def test_empty_prompts_and_responses_are_refused() -> None:
+    for prompts, responses in (([[]], [[1]]), ([[1]], [[]])):
+        with pytest.raises(ValueError):
+            lay_out([0], prompts, responses)
+
+
+def test_multiples() -> None:
+    assert multiple_of(1, 1, False) == 1 and multiple_of(2, 1, True) == 2 and multiple_of(2, 1, False) == 1
+    assert multiple_of(1, 2, False) == 4 and multiple_of(2, 2, True) == 4 and multiple_of(8, 2, True) == 16
+    assert multiple_of(8, 2, True, 16) == 256 and multiple_of(1, 1, False, 128) == 128
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_context_parts_are_all_of_the_sequence_with_equal_causal_work(ranks: int) -> None:
+    parts = [context_part(12, rank, ranks) for rank in range(ranks)]
+    assert sorted(torch.cat(parts).tolist()) == list(range(12))
+    assert len({int((part + 1).sum()) for part in parts}) == 1
