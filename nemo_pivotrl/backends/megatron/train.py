@@ -127,9 +127,7 @@ class MegatronPolicy:
     @torch.no_grad()
     def get_inference_log_probs(self, batch: TokenBatch, reference: bool = False) -> Tensor:
         """[N, T] log-probabilities (nats) under the current policy, or under the start policy; on every rank's CPU."""
-        whole = torch.zeros(
-            len(batch.responses), max(len(r) for r in batch.responses), device=self.groups.device
-        )
+        whole = torch.zeros(len(batch.responses), max(len(r) for r in batch.responses), device=self.groups.device)
         with self._start_weights() if reference else _nothing():
             found = self._run(batch, None, forward_only=True)
         if self.groups.last_stage:
