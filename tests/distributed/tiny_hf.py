@@ -30,6 +30,9 @@ HYBRID = COMMON | {
     "moe_intermediate_size": 24,
     "moe_shared_expert_intermediate_size": 40,
     "routed_scaling_factor": 2.5,
+    # transformers 5.19 clamps Mamba's time step at `time_step_min`; megatron-core, which trained these models, and
+    # mamba_ssm do not
+    "time_step_min": 1e-12,
 }
 LATENT = {"moe_latent_size": 16, "hybrid_override_pattern": "MEM*EM-E"}
 LLAMA3 = {
