@@ -23,13 +23,15 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "dp2 distributed optimizer": (2, {}),
     "cp2": (2, {CP: 2}),
     "ep2": (2, {EP: 2}),
+    "tp2 x ep2": (4, {TP: 2, EP: 2, "sequence_parallel": True}),
     "tp2 x pp2": (4, {TP: 2, PP: 2, "sequence_parallel": True}),
 }
 CASES = [
-    *((kind, "qwen3", layout) for kind in ("grpo", "tfpo") for layout in LAYOUTS if layout != "ep2"),
+    *((kind, "qwen3", layout) for kind in ("grpo", "tfpo") for layout in LAYOUTS if "ep2" not in layout),
     ("grpo", "llama_tied", "pp2"),
     ("grpo", "qwen3_moe", "ep2"),
     ("tfpo", "qwen3_moe", "ep2"),
+    *(("grpo", "nemotron_h", layout) for layout in ("w1", "tp2+sp", "pp2", "ep2", "tp2 x ep2")),
 ]
 
 

@@ -133,14 +133,16 @@ def reference(folder: str, kind: str) -> dict[str, Any]:
     else:
         metrics = backend.get_loss_and_metrics(batch, losses.grpo)
     gradients: dict[str, Tensor] = {}
-    for name, p in backend.model.named_parameters():
-        if name.endswith(("gate_up_proj", "down_proj")) and p.dim() == 3:  # all experts in one; checkpoints have each
+    hybrid = backend.model.config.model_type == "nemotron_h"
+    for key, p in backend.model.named_parameters():
+        name = key.replace("model.", "backbone.", 1) if hybrid else key  # as its checkpoints have it
+        if p.dim() == 3 and name.endswith("_proj"):  # all experts in one; checkpoints have each
             for expert, grad in enumerate(p.grad):
                 stem = f"{name.rpartition('.')[0]}.{expert}"
                 parts = {"gate_proj": grad.chunk(2)[0], "up_proj": grad.chunk(2)[1]}
-                parts = parts if name.endswith("gate_up_proj") else {"down_proj": grad}
+                parts = parts if name.endswith("gate_up_proj") else {name.rpartition(".")[2]: grad}
                 gradients |= {f"{stem}.{part}.weight": value.clone() for part, value in parts.items()}
-        elif not name.endswith("mlp.gate.weight"):  # routers are frozen
+        elif not name.endswith(("mlp.gate.weight", "mixer.gate.weight")):  # routers are frozen
             gradients[name] = p.grad.clone()
     if kind == "tfpo":
         gradients |= {"head.weight": backend.head.weight.grad.clone(), "head.bias": backend.head.bias.grad.clone()}
