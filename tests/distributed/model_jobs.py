@@ -84,3 +84,33 @@ def gather(tensor: Tensor, group: Any) -> list[Tensor]:
     parts = [torch.empty_like(tensor) for _ in range(group.size())]
     dist.all_gather(parts, tensor.contiguous(), group=group)
     return parts
+
+
+def refusal(folder: str, layout: dict[str, Any]) -> dict[str, str]:
+    """Field to "found -> remedy" of everything for which a model is not built."""
+    from nemo_pivotrl.backends.megatron import model
+    from nemo_pivotrl.records import InputError
+
+    try:
+        megatron = settings(**layout)
+        model.build_model(folder, megatron, initialize(megatron, seed=1))
+    except InputError as error:
+        return {p.field: f"{p.found} -> {p.remedy}" for p in error.problems}
+    return {}
+
+
+def save(folder: str, layout: dict[str, Any], target: str, max_shard_bytes: int) -> None:
+    from nemo_pivotrl.backends.megatron import model, weights
+
+    megatron = settings(**layout)
+    groups = initialize(megatron, seed=1)
+    weights.save_hf(model.build_model(folder, megatron, groups), target, folder, groups, max_shard_bytes)
+
+
+def routers(folder: str, layout: dict[str, Any]) -> list[bool]:
+    """Whether each router trains."""
+    from nemo_pivotrl.backends.megatron import model
+
+    megatron = settings(**layout)
+    (chunk,) = model.build_model(folder, megatron, initialize(megatron, seed=1))
+    return [p.requires_grad for name, p in chunk.named_parameters() if name.endswith("router.weight")]

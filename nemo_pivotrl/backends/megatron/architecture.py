@@ -1,6 +1,9 @@
 """What an HF config says about a model, as plain numbers.
 
-Everything megatron-core would silently compute differently is refused here, by name, before any weight is read.
+Everything megatron-core would silently compute differently is refused here, by name, before any weight is read. One
+difference stays: transformers (seen in 5.19) clamps the time steps of NemotronH's Mamba layers at `time_step_min`, which
+is 0.001 by default; megatron-core, which trained these models, and mamba_ssm's kernels do not. Log-probabilities of a
+transformers sampler differ by so much.
 """
 
 from __future__ import annotations

@@ -24,7 +24,9 @@ def install() -> None:
     except ImportError:
         pass
     else:
-        raise RuntimeError("mamba_ssm is installed, whose kernels do not run on a CPU: uninstall it to use megatron.cpu")
+        raise RuntimeError(
+            "mamba_ssm is installed, whose kernels do not run on a CPU: uninstall it to use megatron.cpu"
+        )
     contents: dict[str, dict[str, Any]] = {
         "mamba_ssm": {},
         "mamba_ssm.ops": {},

@@ -92,9 +92,7 @@ def _hybrid_layer(a: Architecture, kind: str, mega: str, hf: str) -> Iterator[En
             yield _whole(f"{mega}mlp.fc1_latent_proj.weight", f"{hf}fc1_latent_proj.weight", moe.latent_size)
             yield _whole(f"{mega}mlp.fc2_latent_proj.weight", f"{hf}fc2_latent_proj.weight", a.hidden_size)
         if moe.shared_intermediate_size is not None:
-            yield from _mlp(
-                f"{mega}mlp.shared_experts.", f"{hf}shared_experts.", moe.shared_intermediate_size, a.gated
-            )
+            yield from _mlp(f"{mega}mlp.shared_experts.", f"{hf}shared_experts.", moe.shared_intermediate_size, a.gated)
 
 
 def _attention(a: Architecture, mega: str, hf: str) -> Iterator[Entry]:

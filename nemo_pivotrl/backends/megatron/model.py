@@ -6,7 +6,6 @@ layers, which know no FP8. Dropout is off throughout: the policy that trains is 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from nemo_pivotrl.backends.megatron.architecture import Architecture, read_archi
 from nemo_pivotrl.backends.megatron.local_layers import AllGatherAttention, Norm
 from nemo_pivotrl.backends.megatron.mapping import padded_vocab_size
 from nemo_pivotrl.backends.megatron.parallel import Groups
+from nemo_pivotrl.backends.megatron.precision import CONTAINER, fp8_fields, mamba_projection, probe, require_fp8
 from nemo_pivotrl.backends.megatron.weights import load_hf
 from nemo_pivotrl.config import Megatron
 from nemo_pivotrl.records import InputError, Problem
@@ -52,11 +52,14 @@ def build_model(policy_folder: str | Path, megatron: Megatron, groups: Groups) -
 def build_chunks(architecture: Architecture, megatron: Megatron, groups: Groups) -> list[nn.Module]:
     """This rank's model chunks with weights that hold nothing yet. There is one chunk: pipelines do not interleave."""
     check_model(architecture, megatron)
-    te = has_transformer_engine() and not megatron.cpu
-    if not te and (megatron.fp8 != "none" or (architecture.hybrid and not megatron.cpu)):
-        wanted = "megatron.fp8" if megatron.fp8 != "none" else "policy.model_name"
-        remedy = "it cannot be imported here, and without it Megatron would silently not do this: use NVIDIA's container"
-        raise InputError(Problem("recipe", None, wanted, "a need for Transformer Engine", remedy))
+    found = probe()
+    require_fp8(megatron, found, fp8_dimensions(architecture, megatron))
+    te = found.transformer_engine is not None and not megatron.cpu
+    if architecture.hybrid and not te and not megatron.cpu:
+        remedy = f"megatron-core builds such models on GPUs only with it: {CONTAINER}"
+        raise InputError(
+            Problem("environment", None, "policy.model_name", "a hybrid, without Transformer Engine", remedy)
+        )
     config = transformer_config(architecture, megatron, te)
     common: dict[str, Any] = {
         "config": config,
@@ -89,30 +92,13 @@ def forward(chunk: nn.Module, tokens: Tensor, position_ids: Tensor) -> Tensor:
 
     tokens and position_ids [B, T] hold this context-parallel rank's part of the sequences. Sequences are padded on the
     right only: attention is causal and Mamba runs left to right, so no mask is needed, and padding's own outputs mean
-    nothing. Their whole length is a multiple of `sequence_multiple`.
+    nothing. Their whole length is a multiple of `microbatches.multiple_of`.
 
     Returns logits [B, T, V_padded / tp] on the last stage, and hidden states [T / (tp if sequence_parallel), B, hidden] on the
     others. Columns at or beyond the model's own vocabulary size are padding: leave them out of every normaliser.
     """
     logits: Tensor = chunk(input_ids=tokens, position_ids=position_ids, attention_mask=None)
     return logits
-
-
-def sequence_multiple(megatron: Megatron) -> int:
-    """What the whole length of a batch's sequences must be a multiple of."""
-    pieces = 2 * megatron.context_parallel_size if megatron.context_parallel_size > 1 else 1
-    if not megatron.sequence_parallel:
-        return pieces
-    return math.lcm(pieces, megatron.context_parallel_size * megatron.tensor_model_parallel_size)
-
-
-def has_transformer_engine() -> bool:
-    """Transformer Engine can be imported. Its package without its libraries raises other errors than ImportError."""
-    try:
-        import transformer_engine.pytorch  # noqa: F401
-    except Exception:
-        return False
-    return True
 
 
 def check_model(architecture: Architecture, megatron: Megatron) -> None:
@@ -195,7 +181,7 @@ def transformer_config(architecture: Architecture, megatron: Megatron, te: bool)
         use_cpu_initialization=megatron.cpu,
         perform_initialization=False,  # every weight is read from the checkpoint, and checked to have been
         **_recompute(megatron),
-        **_fp8(megatron),
+        **fp8_fields(megatron),
         **_moe(architecture, megatron, te),
         **_mamba(architecture),
     )
@@ -207,18 +193,24 @@ def _recompute(megatron: Megatron) -> dict[str, Any]:
     return {"recompute_granularity": None if megatron.recompute == "none" else "selective"}
 
 
-def _fp8(megatron: Megatron) -> dict[str, Any]:
-    if megatron.fp8 == "none":
-        return {}
-    return {
-        "fp8": megatron.fp8,
-        "fp8_recipe": megatron.fp8_recipe,
-        "fp8_param": megatron.fp8_param,
-        # Megatron refuses to mix precisions with `delayed`
-        "first_last_layers_bf16": megatron.first_last_layers_bf16 and megatron.fp8_recipe != "delayed",
-        "num_layers_at_start_in_bf16": megatron.num_layers_at_start_in_bf16,
-        "num_layers_at_end_in_bf16": megatron.num_layers_at_end_in_bf16,
+def fp8_dimensions(architecture: Architecture, megatron: Megatron) -> dict[str, int]:
+    """Name to size, on one rank, of the dimensions that FP8 needs to be multiples of 16."""
+    tp, a = megatron.tensor_model_parallel_size, architecture
+    found = {
+        "hidden_size": a.hidden_size,
+        "queries": a.num_attention_heads * a.head_dim // tp,
+        "keys": a.num_key_value_heads * a.head_dim // tp,
+        "intermediate_size": a.intermediate_size // tp,
     }
+    if a.mamba is not None:
+        m = a.mamba
+        whole = mamba_projection(m.num_heads, m.head_dim, m.num_groups, m.state_dim)
+        found |= {"Mamba projection": whole // tp, "Mamba width": m.num_heads * m.head_dim // tp}
+    if a.moe is not None:
+        found["moe_intermediate_size"] = a.moe.intermediate_size // megatron.expert_tensor_parallel_size
+        found["moe_latent_size"] = a.moe.latent_size or 0
+        found["moe_shared_expert_intermediate_size"] = (a.moe.shared_intermediate_size or 0) // tp
+    return found
 
 
 def _moe(architecture: Architecture, megatron: Megatron, te: bool) -> dict[str, Any]:

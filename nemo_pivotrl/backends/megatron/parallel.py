@@ -62,9 +62,7 @@ class Groups:
 def check_layout(megatron: Megatron, world_size: int) -> None:
     """Raise InputError unless `world_size` ranks can be laid out as the recipe says."""
     problems = []
-    dense = (
-        megatron.tensor_model_parallel_size * megatron.pipeline_model_parallel_size * megatron.context_parallel_size
-    )
+    dense = megatron.tensor_model_parallel_size * megatron.pipeline_model_parallel_size * megatron.context_parallel_size
     sparse = (
         megatron.expert_tensor_parallel_size
         * megatron.expert_model_parallel_size

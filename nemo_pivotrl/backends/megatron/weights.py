@@ -182,7 +182,9 @@ def _misshapen(checkpoint: Checkpoint, entry: Entry, target: Tensor, ranks: Proc
             problems.append(Problem(str(checkpoint.folder), None, name, str(checkpoint.shape(name)), remedy))
     length = sum(stop - start for _, start, stop in entry.cut(ranks.rank(), ranks.size()))
     if length != target.shape[entry.dim] and not (entry.padded and length < target.shape[entry.dim]):
-        raise RuntimeError(f"{entry.name} is {tuple(target.shape)} here, but its pieces make {length} of dim {entry.dim}")
+        raise RuntimeError(
+            f"{entry.name} is {tuple(target.shape)} here, but its pieces make {length} of dim {entry.dim}"
+        )
     return problems
 
 
@@ -221,9 +223,7 @@ def export_hf(
             yield name, tensor if wanted else None
 
 
-def _owners(
-    tensors: dict[str, Tensor], groups: Groups
-) -> dict[str, tuple[int, int, tuple[int, ...], torch.dtype]]:
+def _owners(tensors: dict[str, Tensor], groups: Groups) -> dict[str, tuple[int, int, tuple[int, ...], torch.dtype]]:
     """Parameter to the stage and the expert-parallel rank that hold it, and its shard's shape and dtype there."""
     own = {n: (groups.pp.rank(), groups.ep.rank(), tuple(t.shape), t.dtype) for n, t in tensors.items()}
     for group in (groups.ep, groups.pp):
@@ -326,7 +326,11 @@ class _Writer:
             text = json.dumps(index, indent=2, sort_keys=True)
             (self.folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
         for path in self.source.folder.iterdir():
-            if path.is_file() and path.suffix in (".json", ".jinja", ".txt", ".model", ".py") and "index" not in path.name:
+            if (
+                path.is_file()
+                and path.suffix in (".json", ".jinja", ".txt", ".model", ".py")
+                and "index" not in path.name
+            ):
                 shutil.copyfile(path, self.folder / path.name)
         self._write_config()
 
