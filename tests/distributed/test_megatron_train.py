@@ -23,13 +23,15 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "dp2 distributed optimizer": (2, {}),
     "cp2": (2, {CP: 2}),
     "ep2": (2, {EP: 2}),
+    "tp2 x ep2": (4, {TP: 2, EP: 2, "sequence_parallel": True}),
     "tp2 x pp2": (4, {TP: 2, PP: 2, "sequence_parallel": True}),
 }
 CASES = [
-    *((kind, "qwen3", layout) for kind in ("grpo", "tfpo") for layout in LAYOUTS if layout != "ep2"),
+    *((kind, "qwen3", layout) for kind in ("grpo", "tfpo") for layout in LAYOUTS if "ep2" not in layout),
     ("grpo", "llama_tied", "pp2"),
     ("grpo", "qwen3_moe", "ep2"),
     ("tfpo", "qwen3_moe", "ep2"),
+    *(("grpo", "nemotron_h", layout) for layout in ("w1", "tp2+sp", "pp2", "ep2", "tp2 x ep2")),
 ]
 
 
@@ -77,3 +79,47 @@ def test_a_step_is_that_of_the_reference_backend(
     worst = max(errors, key=errors.__getitem__)
     print(f"\n{kind:6}{name:12}{layout:28}{errors[worst]:.1e}  {worst}")
     assert errors[worst] < 1e-4, worst
+    norm = sum(float(g.double().square().sum()) for g in want["gradients"].values()) ** 0.5
+    assert answers[0]["taken"]["grad_norm"] == pytest.approx(norm, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [
+        ("qwen3", {TP: 2, "sequence_parallel": True}),
+        ("qwen3", {}),
+        ("qwen3", {"bf16": True}),
+        ("qwen3", {"bf16": True, **PLAIN}),
+        ("qwen3", {PP: 2}),
+        ("qwen3_moe", {EP: 2}),
+    ],
+)
+def test_a_resumed_run_is_the_same_to_the_bit_and_its_export_is_the_policy(
+    workers: Workers, expected: Any, tmp_path: Path, name: str, layout: dict[str, Any]
+) -> None:
+    folder, _ = expected(name, "grpo")
+    answers = workers.run(2, "train_jobs:resume", folder=str(folder), target=str(tmp_path / "policy"), layout=layout)
+    assert [(a["equal"], a["refused"]) for a in answers] == [(True, True)] * 2
+    from nemo_pivotrl.backends.reference import ReferencePolicy
+
+    exported = ReferencePolicy(train_jobs.policy_of(str(tmp_path / "policy"), 10**6))
+    found = exported.get_inference_log_probs(train_jobs.grpo_batch())
+    tolerance = 0.2 if layout.get("bf16") else 2e-4
+    torch.testing.assert_close(found, answers[0]["found"], rtol=0, atol=tolerance)
+
+
+def test_ranks_without_rows_and_batches_in_parts_change_nothing(workers: Workers, expected: Any) -> None:
+    folder, _ = expected("qwen3", "grpo")
+    one = workers.run(1, "train_jobs:few_rows", folder=str(folder), layout={}, rows=2, calls=1)[0]
+    for ranks, rows_layout, calls in ((4, {}, 1), (2, {}, 2), (4, {PP: 2}, 2)):
+        for answer in workers.run(
+            ranks, "train_jobs:few_rows", folder=str(folder), layout=rows_layout, rows=2, calls=calls
+        ):
+            assert answer["loss"] == pytest.approx(one["loss"], abs=1e-5)
+            assert answer["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-4)
+
+
+def test_a_gradient_that_is_not_finite_moves_no_weight(workers: Workers, expected: Any) -> None:
+    folder, _ = expected("qwen3", "grpo")
+    for answer in workers.run(2, "train_jobs:explode", folder=str(folder), layout={}):
+        assert "gradient norm" in answer["raised"] and answer["same"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -132,14 +133,16 @@ def reference(folder: str, kind: str) -> dict[str, Any]:
     else:
         metrics = backend.get_loss_and_metrics(batch, losses.grpo)
     gradients: dict[str, Tensor] = {}
-    for name, p in backend.model.named_parameters():
-        if name.endswith(("gate_up_proj", "down_proj")) and p.dim() == 3:  # all experts in one; checkpoints have each
+    hybrid = backend.model.config.model_type == "nemotron_h"
+    for key, p in backend.model.named_parameters():
+        name = key.replace("model.", "backbone.", 1) if hybrid else key  # as its checkpoints have it
+        if p.dim() == 3 and name.endswith("_proj"):  # all experts in one; checkpoints have each
             for expert, grad in enumerate(p.grad):
                 stem = f"{name.rpartition('.')[0]}.{expert}"
                 parts = {"gate_proj": grad.chunk(2)[0], "up_proj": grad.chunk(2)[1]}
-                parts = parts if name.endswith("gate_up_proj") else {"down_proj": grad}
+                parts = parts if name.endswith("gate_up_proj") else {name.rpartition(".")[2]: grad}
                 gradients |= {f"{stem}.{part}.weight": value.clone() for part, value in parts.items()}
-        elif not name.endswith("mlp.gate.weight"):  # routers are frozen
+        elif not name.endswith(("mlp.gate.weight", "mixer.gate.weight")):  # routers are frozen
             gradients[name] = p.grad.clone()
     if kind == "tfpo":
         gradients |= {"head.weight": backend.head.weight.grad.clone(), "head.bias": backend.head.bias.grad.clone()}
@@ -227,3 +230,88 @@ def gradients_of(backend: Any, architecture: Any) -> dict[str, Tensor]:
 
 def head_gradients(backend: Any) -> dict[str, Tensor]:
     return backend.head_gradients
+
+
+def resume(folder: str, target: str, layout: dict[str, Any]) -> dict[str, Any]:
+    """Two steps in one go and with a stop between them; an export of what came of them."""
+    import io
+
+    from nemo_pivotrl.backends.megatron.parallel import initialize
+    from nemo_pivotrl.backends.megatron.train import MegatronPolicy
+
+    megatron = megatron_of(layout)
+    groups = initialize(megatron, seed=1)
+    batch = grpo_batch()
+    losses = Losses(float(batch.data["mask"].sum()), len(batch.prompts))
+
+    def start() -> Any:
+        made = MegatronPolicy(policy_of(folder), megatron, groups)
+        made.prepare_for_training(replace(OPTIMIZER, warmup_steps=4))
+        return made
+
+    def step(backend: Any) -> None:
+        backend.prepare_for_training_step()
+        backend.get_loss_and_metrics(batch, losses.grpo)
+        backend.finish_training_step()
+
+    straight, first, second = start(), start(), start()
+    step(straight)
+    step(straight)
+    step(first)
+    file = io.BytesIO()
+    torch.save(first.training_state(), file)
+    file.seek(0)
+    second.restore_training_state(torch.load(file, weights_only=True))
+    step(second)
+    second.export(Path(target))
+    wrong = second.training_state() | {"layout": [0] * 8}
+    try:
+        second.restore_training_state(wrong)
+        refused = False
+    except ValueError:
+        refused = True
+    found = second.get_inference_log_probs(batch)
+    return {"equal": torch.equal(found, straight.get_inference_log_probs(batch)), "found": found, "refused": refused}
+
+
+def few_rows(folder: str, layout: dict[str, Any], rows: int, calls: int) -> dict[str, Any]:
+    """Gradient norm of a batch with fewer rows than ranks, handed over in `calls` parts."""
+    from nemo_pivotrl.backends.megatron.parallel import initialize
+    from nemo_pivotrl.backends.megatron.train import MegatronPolicy
+
+    megatron = megatron_of(layout)
+    groups = initialize(megatron, seed=1)
+    backend = MegatronPolicy(policy_of(folder), megatron, groups)
+    backend.prepare_for_training(OPTIMIZER)
+    backend.prepare_for_training_step()
+    batch = grpo_batch(rows)
+    losses = Losses(float(batch.data["mask"].sum()), rows)
+    total = 0.0
+    for part in torch.arange(rows).chunk(calls):
+        at = part.tolist()
+        data = {key: value[at] for key, value in batch.data.items()}
+        piece = TokenBatch(batch.prompts, [batch.prompt_of[i] for i in at], [batch.responses[i] for i in at], data)
+        total += backend.get_loss_and_metrics(piece, losses.grpo)["loss"]
+    return {"loss": total, **backend.finish_training_step()}
+
+
+def explode(folder: str, layout: dict[str, Any]) -> dict[str, Any]:
+    """What a loss that is not finite does."""
+    from nemo_pivotrl.backends.megatron.parallel import initialize
+    from nemo_pivotrl.backends.megatron.train import MegatronPolicy
+
+    megatron = megatron_of(layout)
+    groups = initialize(megatron, seed=1)
+    backend = MegatronPolicy(policy_of(folder), megatron, groups)
+    backend.prepare_for_training(OPTIMIZER)
+    backend.prepare_for_training_step()
+    before = [p.detach().clone() for p in backend.stage.parameters()]
+    batch = grpo_batch()
+    backend.get_loss_and_metrics(batch, lambda log_probs, data: ((log_probs * float("inf")).sum(), {}))
+    try:
+        backend.finish_training_step()
+        raised = ""
+    except FloatingPointError as error:
+        raised = str(error)
+    same = all(torch.equal(a, b) for a, b in zip(before, backend.stage.parameters(), strict=True))
+    return {"raised": raised, "same": same}

@@ -139,6 +139,20 @@ def load_hf(chunks: Sequence[nn.Module], folder: str | Path, architecture: Archi
             target.narrow(entry.dim, 0, shard.shape[entry.dim]).copy_(shard)
         else:
             target.copy_(shard)
+        _mark(entry, target, shard.shape[entry.dim] < sum(entry.sizes) or entry.padded, groups)
+
+
+def _mark(entry: Entry, target: Tensor, sharded: bool, groups: Groups) -> None:
+    """Tell Megatron what it notes down where it initialises weights, which is switched off, and what it overlooks."""
+    if entry.expert is not None or sharded:
+        # the gradient norm leaves what is not marked out on every tensor-parallel rank but the first, which for experts
+        # may be other experts
+        for name, value in (("tensor_model_parallel", True), ("partition_dim", entry.dim), ("partition_stride", 1)):
+            setattr(target, name, value)
+    if entry.expert is not None and groups.expt_dp.size() != groups.dp_cp.size():
+        # experts whole on several tensor-parallel ranks, each of which sends them its own tokens: without expert
+        # parallelism Megatron takes them for dense weights and does not sum their gradients over those ranks
+        target.allreduce = False  # type: ignore[attr-defined]
 
 
 def check_names(checkpoint: Checkpoint, table: Sequence[Entry], architecture: Architecture) -> list[Problem]:
