@@ -2,6 +2,7 @@
 
     nemo-pivotrl run recipes/llmdoctor/tiny.yaml run_dir=runs/llmdoctor
     python benchmarks/llmdoctor_baselines.py --run-dir runs/llmdoctor --out runs/llmdoctor-baselines
+    python benchmarks/llmdoctor_baselines.py --pool OUT OUT ...    # the tables over several runs, made with other seeds
 
 Every contestant reads the same preference pairs in the same batches for the same number of steps, with the recipe's
 optimiser; its last step counts. Its learning rate is the one of the grid that does best, with weight 1, on the prompts of
@@ -179,7 +180,7 @@ def answers(recipe: Recipe, label: str, asked: Sequence[str], folder: Path | Non
 def _answers(
     recipe: Recipe, label: str, asked: Sequence[str], doctors: dict[str, Doctor], mode: str, arm: Arm
 ) -> list[assess.Row]:
-    decode = dataclasses.replace(recipe.decode, doctors=doctors, mode=mode)  # type: ignore[arg-type]
+    decode = dataclasses.replace(recipe.decode, doctors=doctors, mode=mode)
     recipe = dataclasses.replace(recipe, decode=decode)
     chat, generator, own = load(recipe)
     prompts = [prompt_ids([{"role": "user", "content": text}], (), chat, own) for text in asked]
@@ -229,7 +230,7 @@ def show(summary: dict[str, Any], rows: Sequence[assess.Row], objective: str) ->
             fmean(row["tokens"] == max(r["tokens"] for r in rows) for row in mine),
             arm["distinct_2"],
             arm["different_answers"],
-            1000 * arm["seconds_per_token"],
+            1000 * fmean(row["seconds_per_token"] for row in mine),
         )
         lines.append(f"{label:<20}" + "".join(f"{x:>12.3f}" for x in figures))
     lines.append("worth: the score with ill-formed answers at -1; cut off: ended by the limit of new tokens")
@@ -237,31 +238,50 @@ def show(summary: dict[str, Any], rows: Sequence[assess.Row], objective: str) ->
     return "\n".join(lines)
 
 
+def tables(rows: Sequence[assess.Row], recipe: Recipe) -> tuple[dict[str, Any], str]:
+    """Summary of the answers, and its text; the first row's arm is what the others are compared with."""
+    arms = {row["arm"]: Arm() for row in rows}
+    asked = len({row["prompt"] for row in rows})
+    settings = dataclasses.replace(recipe.assess, arms=arms, prompts=asked)
+    summary = assess.summarise(rows, dataclasses.replace(recipe, assess=settings))
+    return summary, show(summary, rows, recipe.assess.objectives[0])
+
+
+def pool(folders: Sequence[Path], recipe: Recipe) -> str:
+    """Tables over the answers of several runs, whose prompts count as different ones."""
+    rows = []
+    for number, folder in enumerate(folders):
+        lines = (folder / "answers.jsonl").read_text(encoding="utf-8").splitlines()
+        rows += [row | {"prompt": (number, row["prompt"])} for row in map(json.loads, lines)]
+    return tables(rows, recipe)[1]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run-dir", required=True, help="where the recipe was run")
-    parser.add_argument("--out", required=True, type=Path, help="folder for checkpoints, answers and figures")
+    parser.add_argument("--run-dir", default="runs/llmdoctor", help="where the recipe was run")
+    parser.add_argument("--out", type=Path, default="runs/llmdoctor-baselines", help="folder for all that this makes")
     parser.add_argument("--grid", type=float, nargs="+", default=[1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3])
+    parser.add_argument("--pool", type=Path, nargs="+", help="print the tables over these finished --out folders")
     parser.add_argument("override", nargs="*", help="key=value, as for nemo-pivotrl; those the recipe was run with")
     args = parser.parse_args()
     torch.set_num_threads(1)
     recipe = load_recipe(str(RECIPE), [f"run_dir={args.run_dir}", *args.override])
+    if args.pool:
+        print(pool(args.pool, recipe))
+        return
     args.out.mkdir(parents=True, exist_ok=True)
     begun = time.perf_counter()
     folders = choose(recipe, args.out, args.grid)
     asked = manners.prompts(recipe.seed, "test", recipe.assess.prompts)
     rows = answers(recipe, "patient", asked, None, ALONE)
-    labels = ["patient"]
     for name, ways in WAYS.items():
         for way in ways:
             label = " ".join([name, way.mode, *([] if way == ALONE else [f"{way.weight:g}"])])
-            labels.append(label)
             rows += answers(recipe, label, asked, folders[name], way)
-    every = dataclasses.replace(recipe.assess, arms={label: Arm() for label in labels})
-    summary = assess.summarise(rows, dataclasses.replace(recipe, assess=every))
+    summary, text = tables(rows, recipe)
     (args.out / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     (args.out / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
-    print(f"\n{show(summary, rows, recipe.assess.objectives[0])}\n\n{time.perf_counter() - begun:.0f} s")
+    print(f"\n{text}\n\n{time.perf_counter() - begun:.0f} s")
 
 
 if __name__ == "__main__":
