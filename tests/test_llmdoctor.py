@@ -737,6 +737,17 @@ def test_fp32_keeps_a_nearly_solved_long_answer(decay: float, prompt: int) -> No
     assert fast == pytest.approx(exact, rel=3e-6)
 
 
+def test_fp32_keeps_a_long_answer_whose_first_state_lies_far_from_the_others() -> None:
+    gain, values, state = nearly_solved(8192)
+    values[:, 0] += 300.0  # c is summed from here, hence all other states lie 300 nats from where it starts
+    exact = float(subtb(flow_statistics(gain.double(), values.double(), state, 1.0), "pair_mean"))
+    c = (values.double() + pad(gain.double().cumsum(1), (1, -1))).float()
+    c, n = c - c[:, :1], 8193
+    not_centred = 2 / (n - 1) * ((c**2).sum() - n * c.mean() ** 2)  # the wrong variant
+    assert float(not_centred) != pytest.approx(exact, rel=3e-6)
+    assert float(subtb(flow_statistics(gain, values, state, 1.0), "pair_mean")) == pytest.approx(exact, rel=3e-6)
+
+
 def test_the_plain_forms_lose_a_nearly_solved_long_answer() -> None:
     gain, values, state = nearly_solved(8192)
     exact = float(subtb(flow_statistics(gain.double(), values.double(), state, 1.0), "pair_mean"))

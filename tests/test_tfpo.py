@@ -110,6 +110,17 @@ def test_micro_batches_give_the_loss_and_the_gradient_of_the_whole_batch(start: 
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
+def test_the_stage_counts_every_token_of_an_answer_and_none_of_its_padding(start: str) -> None:
+    settings = tfpo_settings(build(Recipe, {"tfpo": {"anchor": "reference", "kappa": 2.0}}, "test"))
+    metrics = _run(doctor(start), pairs_of((1.0, -1.0)), settings, forward_only=True)
+    # untrained and anchored: twice the variance of log Q, which runs from 0 to +-2 L in equal steps (B.11 5)
+    states = [len(answer) + 1 for answer in RESPONSES]
+    assert metrics["subtb"] == pytest.approx(sum(4 * n * (n + 1) / 6 for n in states) / 4, abs=1e-5)
+    lengths = [n - 1 for n in states]
+    assert metrics["target_margin"] == pytest.approx(2 * sum(lengths) / 2)
+    assert metrics["chosen_drift"] == pytest.approx(0.0, abs=1e-5)
+
+
 def test_the_reference_is_the_start_model_whatever_has_been_trained(start: str) -> None:
     for lora in (False, True):
         made = doctor(start, dtype="float32", lora=lora)
