@@ -62,8 +62,10 @@ def test_fp8_is_checked_with_its_reasons() -> None:
 def test_a_recipe_that_cannot_be_read_says_why(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("polcy: {}\n")
     (tmp_path / "b.yaml").write_text("seed: 1\n")
+    (tmp_path / "c.yaml").write_text("policy: {backend: megatron}\n")
     found = survey(tmp_path, CPU)
     assert "polcy" in found[str(tmp_path / "a.yaml")][0] and found[str(tmp_path / "b.yaml")] == []
+    assert "stages run backend reference only" in survey(tmp_path, HOPPER)[str(tmp_path / "c.yaml")][0]
     text = as_text(CPU, found)
     assert f"no   {tmp_path}/a.yaml" in text and f"yes  {tmp_path}/b.yaml" in text
 

@@ -5,5 +5,11 @@ architecture.py  what an HF config says, as plain numbers; refuses what megatron
 model.py         TransformerConfig, layer specs and this rank's model chunks
 mapping.py       which HF tensors make up which Megatron parameter, and how they are split over ranks
 weights.py       HF safetensors into a model and back, along that mapping
+precision.py     FP8: from the recipe to Megatron's fields, or a refusal with its reason
+logprobs.py      log-probabilities over a vocabulary that is cut over ranks, whole or in chunks
+microbatches.py  rows to the micro-batches of each data-parallel rank
+stage.py         a pipeline stage that ends in log-probabilities and, for a doctor, log V
+train.py         the verbs of `backends.Trainer` (doctor.py: the same on pairs of answers)
+launch.py        torchrun's and srun's variables, and a watch that ends all ranks with one error
 cpu.py           stand-ins for a machine without CUDA; loaded only when `megatron.cpu` asks for it
 """
