@@ -38,8 +38,8 @@ from torch.nn.functional import logsigmoid
 from nemo_pivotrl import backends, manners
 from nemo_pivotrl.backends.reference_doctor import DoctorModel
 from nemo_pivotrl.config import Arm, Doctor, Recipe
-from nemo_pivotrl.recipe import load_recipe
 from nemo_pivotrl.oracles import load as load_oracles
+from nemo_pivotrl.recipe import load_recipe
 from nemo_pivotrl.records import read_rows
 from nemo_pivotrl.stages import assess, tfpo
 from nemo_pivotrl.stages.decode import Prompt, load, prompt_ids, read_prompts
@@ -205,7 +205,9 @@ def choose(recipe: Recipe, out: Path, grid: Sequence[float]) -> dict[str, Path]:
         for row in pairs
         if row["split"] == "validation" and row["objective"] == recipe.tfpo.objective
     }
-    asked = [Prompt(str(i), ({"role": "user", "content": text},), (), 1.0, {}, i) for i, text in enumerate(sorted(held_out))]
+    asked = [
+        Prompt(str(i), ({"role": "user", "content": text},), (), 1.0, {}, i) for i, text in enumerate(sorted(held_out))
+    ]
     several = dataclasses.replace(recipe, assess=dataclasses.replace(recipe.assess, samples=-(-200 // len(asked))))
     objective = recipe.assess.objectives[0]
     print(f"score with ill-formed answers at -1 (KL a token), weight 1, {len(asked)} validation prompts, ", end="")

@@ -1,6 +1,6 @@
 """Make a smaller start model out of the first layers of a checkpoint: same tokenizer, embeddings, final norm and head.
 
-    python benchmarks/truncate_model.py runs/smollm2/base runs/smollm2/first-10 --layers 10
+python benchmarks/truncate_model.py runs/smollm2/base runs/smollm2/first-10 --layers 10
 """
 
 import argparse

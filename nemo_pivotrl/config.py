@@ -491,8 +491,8 @@ class Decode:
     """Nats; where the patient's next-token entropy is lower, it decodes alone. 0: off."""
     batch_tokens: int = ranged(16384, 16)
     """Prompt plus new tokens of all rows that are decoded together; bounds the KV caches."""
-    prompts_per_wave: int = ranged(64, 1)
-    """Decoded together and made durable together: kill -9 loses at most one wave."""
+    answers_per_wave: int = ranged(256, 1)
+    """Made durable together, all of a prompt in one wave: kill -9 loses at most one."""
     token_records: bool = True
     """Write every token's log-probabilities, KL and changes, not only the answer's means."""
 

@@ -54,7 +54,9 @@ def _pivotrl(recipe: Recipe, fresh: bool) -> list[Stage]:
     if recipe.path("world/trajectories.jsonl") in map(Path, recipe.extract.trajectories):
         make_world(recipe, fresh)
     policies = recipe.evaluate.policies
-    steps: list[Stage] = [extract, warmup, profile, select] if makes_start_policy(recipe) else [extract, profile, select]
+    steps: list[Stage] = (
+        [extract, warmup, profile, select] if makes_start_policy(recipe) else [extract, profile, select]
+    )
     steps += [sft] if recipe.sft.name in policies else []
     steps += [train, _random_arm] if "random" in policies else [train]
     return [*steps, evaluate]
