@@ -99,6 +99,9 @@ class Megatron:
     `tensor_model_parallel_size` above 1 needs it."""
     use_distributed_optimizer: bool = True
     """Spread the optimiser's state over the data-parallel ranks."""
+    sequence_packing: bool = False
+    """Lay the rows of a micro-batch one after another into one stream instead of padding them to the longest. Not for models
+    with Mamba layers."""
     moe_token_dispatcher_type: Literal["allgather", "alltoall", "flex"] = "alltoall"
     """How tokens reach their experts; `flex` needs DeepEP."""
     moe_grouped_gemm: bool = True
