@@ -2,7 +2,7 @@
 
     nemo-pivotrl run recipes/llmdoctor/tiny.yaml run_dir=runs/llmdoctor
     python benchmarks/llmdoctor_baselines.py --run-dir runs/llmdoctor --out runs/llmdoctor-baselines
-    python benchmarks/llmdoctor_baselines.py --pool OUT OUT ...    # the tables over several runs, made with other seeds
+    python benchmarks/llmdoctor_baselines.py --pool OUT OUT ...    # one table over several runs, made with other seeds
 
 Every contestant reads the same preference pairs in the same batches for the same number of steps, with the recipe's
 optimiser; its last step counts. Its learning rate is the one of the grid that does best, with weight 1, on the prompts of
@@ -258,12 +258,34 @@ def tables(rows: Sequence[assess.Row], recipe: Recipe) -> tuple[dict[str, Any], 
 
 
 def pool(folders: Sequence[Path], recipe: Recipe) -> str:
-    """Tables over the answers of several runs, whose prompts count as different ones."""
+    """A Markdown table over the answers of several runs, whose prompts count as different ones."""
     rows = []
     for number, folder in enumerate(folders):
         lines = (folder / "answers.jsonl").read_text(encoding="utf-8").splitlines()
-        rows += [row | {"prompt": (number, row["prompt"])} for row in map(json.loads, lines)]
-    return tables(rows, recipe)[1]
+        rows += [row | {"run": number, "prompt": (number, row["prompt"])} for row in map(json.loads, lines)]
+    summary, objective = tables(rows, recipe)[0], recipe.assess.objectives[0]
+    heads = ("arm", f"{objective} score", "win / tie / lose %", "KL a token", "well formed", "worth", "worth by seed")
+    heads += ("distinct-2", "tokens", "ms a token")
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for label, arm in summary["arms"].items():
+        mine = [row for row in rows if row["arm"] == label]
+        found = arm["objectives"][objective]
+        by_run = [fmean(worth(r, objective) for r in mine if r["run"] == n) for n in range(len(folders))]
+        cells = (
+            label,
+            "{:.3f} [{:.3f}, {:.3f}]".format(*found["score"]),
+            "{:.1f} [{:.1f}, {:.1f}]".format(*(100 * x for x in found["win"]))
+            + f" / {100 * found['tie'][0]:.1f} / {100 * found['lose'][0]:.1f}",
+            f"{arm['kl']:.3f}",
+            f"{fmean(well_formed(r['asked'], r['text']) for r in mine):.2f}",
+            f"{fmean(by_run):.2f}",
+            ", ".join(f"{x:.2f}" for x in by_run),
+            f"{arm['distinct_2']:.2f}",
+            f"{arm['tokens']:.1f}",
+            f"{1000 * fmean(r['seconds_per_token'] for r in mine):.2f}",
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def main() -> None:
