@@ -15,6 +15,7 @@ from megatron.core.activations import squared_relu
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
@@ -259,6 +260,10 @@ def gpt_spec(config: TransformerConfig, te: bool, groups: Groups) -> Transformer
     if not te:
         swap(block, local_twins(config))
         block.layer_norm = Norm
+        for layer in block.layer_specs:
+            if layer.submodules.mlp.module is not MLP:
+                # as Transformer Engine's layers name it in checkpoints, where only a dense MLP has its norm inside
+                layer.submodules.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.", None)
     return block
 
 
