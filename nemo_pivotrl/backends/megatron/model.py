@@ -28,20 +28,25 @@ from nemo_pivotrl.backends.megatron.local_layers import AllGatherAttention, Norm
 from nemo_pivotrl.backends.megatron.mapping import padded_vocab_size
 from nemo_pivotrl.backends.megatron.parallel import Groups
 from nemo_pivotrl.backends.megatron.precision import CONTAINER, fp8_fields, mamba_projection, probe, require_fp8
-from nemo_pivotrl.backends.megatron.weights import load_hf
+from nemo_pivotrl.backends.megatron.pretrained import load_pretrained
+from nemo_pivotrl.backends.megatron.weights import load_hf, mark
 from nemo_pivotrl.config import Megatron
 from nemo_pivotrl.records import InputError, Problem
 
 
 def build_model(policy_folder: str | Path, megatron: Megatron, groups: Groups) -> list[nn.Module]:
-    """This rank's model chunks, with the weights of an HF checkpoint folder, in training mode.
+    """This rank's model chunks, with the weights of an HF checkpoint folder or of `megatron.load`, in training mode.
 
     Raises InputError for what the recipe, the model and this machine do not have in common, and for missing,
     unexpected or misshapen tensors.
     """
     architecture = read_architecture(policy_folder)
     chunks = build_chunks(architecture, megatron, groups)
-    load_hf(chunks, policy_folder, architecture, groups)
+    if megatron.load:
+        load_pretrained(chunks, megatron.load, architecture, groups)
+    else:
+        load_hf(chunks, policy_folder, architecture, groups)
+    mark(chunks, architecture, groups)
     if megatron.moe_freeze_router:
         for chunk in chunks:
             for name, parameter in chunk.named_parameters():
@@ -218,7 +223,9 @@ def _moe(architecture: Architecture, megatron: Megatron, te: bool) -> dict[str, 
     moe = architecture.moe
     if moe is None:
         return {}
-    hybrid = {} if architecture.hybrid else {"moe_layer_freq": [int(layer == "E") for layer in architecture.layers]}
+    mixed = not architecture.hybrid and "D" in architecture.layers
+    # left out where every layer has experts: a list makes Megatron name each layer's tensors, which it would stack
+    frequency = {"moe_layer_freq": [int(layer == "E") for layer in architecture.layers]} if mixed else {}
     return {
         "num_moe_experts": moe.num_experts,
         "moe_ffn_hidden_size": moe.intermediate_size,
@@ -236,7 +243,7 @@ def _moe(architecture: Architecture, megatron: Megatron, te: bool) -> dict[str, 
         "moe_aux_loss_coeff": 0.0,
         "moe_router_dtype": "fp32",
         "moe_grouped_gemm": megatron.moe_grouped_gemm and te,
-        **hybrid,
+        **frequency,
     }
 
 
