@@ -75,3 +75,32 @@ def resume(folder: str, kind: str, layout: dict[str, Any], source: str, export: 
     if export:
         run.backend.export(Path(export))
     return found
+
+
+def refusal(folder: str, kind: str, layout: dict[str, Any], source: str) -> dict[str, Any]:
+    """Why a checkpoint is not loaded, and whether the weights were left as they were."""
+    from nemo_pivotrl.records import InputError
+
+    run = Run(folder, kind, layout)
+    before = [p.detach().clone() for p in run.backend.stage.parameters()]
+    try:
+        run.backend.load_training_state(Path(source))
+        reason = "none"
+    except InputError as error:
+        reason = str(error)
+    same = all(torch.equal(a, b) for a, b in zip(before, run.backend.stage.parameters(), strict=True))
+    return {"reason": reason, "same": same}
+
+
+def unwritable(folder: str, layout: dict[str, Any], target: str) -> str:
+    """What every rank says when one of them cannot write."""
+    run = Run(folder, "grpo", layout)
+    if run.groups.world.rank() == 1:
+        Path(target).mkdir(parents=True)
+        Path(target, "__1_0.distcp").mkdir()  # a folder where its file should be
+    torch.distributed.barrier()
+    try:
+        run.backend.save_training_state(Path(target))
+    except OSError as error:
+        return str(error)
+    return "none"

@@ -1,9 +1,9 @@
-"""megatron-core's `torch_dist` checkpoint format: written by threads, and read without running what stands in it.
+"""megatron-core's `torch_dist` checkpoint format: written by the ranks themselves, and read without running what stands in it.
 
 What is done otherwise than by `megatron.core.dist_checkpointing.save` and `load` (0.16), whose files these are:
 
 - Its writer forks processes, which a process with threads and open sockets should not, and which waits for ever when one
-  of them dies. torch's own writer makes the same files in threads, and syncs them to disk.
+  of them dies. torch's own writer makes the same files in this process, and syncs them to disk.
 - Reading, torch unpickles `.metadata` whatever it contains; here an unpickler that knows only what an index is made of
   goes first. Shards hold tensors, read with `weights_only`; objects in shards (Transformer Engine's `_extra_state`, which is
   the history of FP8's delayed scaling) would be unpickled unchecked, and are neither written nor read. `common.pt`,
@@ -39,8 +39,6 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 
 from nemo_pivotrl.records import InputError, Problem, short
 
-WRITER_THREADS = 2
-"""Files that each rank writes."""
 OLDER = "it was cut off or damaged: remove the folder to go on from the checkpoint before it"
 INDEX_CLASSES = {
     "torch": {"Size", "strided", "contiguous_format"},
@@ -63,14 +61,15 @@ INDEX_CLASSES = {
 """Module to the names that `.metadata` may refer to, beside torch's dtypes. None of them does anything but hold data."""
 
 
-class _Threads(TorchDistSaveShardedStrategy):
-    """Writes shards in threads of this process."""
+class _InProcess(TorchDistSaveShardedStrategy):
+    """Writes this rank's shards, one file."""
 
     def save(self, sharded_state_dict: Any, checkpoint_dir: str | Path) -> None:
         tensors, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, keep_only_main_replica=True)
         checkpoint.save(
             mcore_to_pyt_state_dict(tensors, False),
-            storage_writer=checkpoint.FileSystemWriter(checkpoint_dir, thread_count=WRITER_THREADS),
+            # one thread: what others raise is lost, and a save without their files succeeds (torch 2.13)
+            storage_writer=checkpoint.FileSystemWriter(checkpoint_dir, thread_count=1),
             planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
         )
 
@@ -90,7 +89,7 @@ def write(tensors: dict[str, Any], folder: Path, common: dict[str, Any]) -> None
     folder.mkdir(parents=True, exist_ok=True)
     try:
         state = {"tensors": tensors, "common": common}
-        dist_checkpointing.save(state, str(folder), _Threads("torch_dist", 1))
+        dist_checkpointing.save(state, str(folder), _InProcess("torch_dist", 1))
     except CheckpointException as error:
         reasons = {rank: short(str(failure[0])) for rank, failure in error.failures.items()}
         raise OSError(0, f"the checkpoint could not be written, by rank: {reasons}", str(folder)) from error
