@@ -32,8 +32,19 @@ def _whole(final: Path) -> Iterator[Path]:
         yield part
     except (RuntimeError, SafetensorError) as error:
         raise OSError(0, f"the checkpoint could not be written ({error})", str(part)) from error
+    _sync(part)
     _remove(final)
     os.replace(part, final)
+
+
+def _sync(folder: Path) -> None:
+    """Force a folder to disk: a rename may be kept by a power cut that the files' contents do not survive."""
+    for path in [*folder.rglob("*"), folder]:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def _remove(folder: Path) -> None:

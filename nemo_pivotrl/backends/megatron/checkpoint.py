@@ -87,6 +87,7 @@ def load(policy: MegatronPolicy, folder: Path) -> None:
     common = torch_dist.read_common(folder)
     architecture = read_architecture(policy.settings.model_name)
     _check(folder, common, architecture, policy.megatron.bf16)
+    torch_dist.check_sums(folder)
     tensors = weights(policy.stage.module, policy.groups)
     tensors |= _head(policy.stage.head, policy.groups)
     targets = {name: t.data for name, t in tensors.items()}

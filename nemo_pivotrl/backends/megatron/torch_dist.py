@@ -8,13 +8,16 @@ What is done otherwise than by `megatron.core.dist_checkpointing.save` and `load
   goes first. Shards hold tensors, read with `weights_only`; objects in shards (Transformer Engine's `_extra_state`, which is
   the history of FP8's delayed scaling) would be unpickled unchecked, and are neither written nor read. `common.pt`,
   which in Megatron-LM's checkpoints holds its arguments, is left alone but in our own checkpoints.
-- Names, shapes and the sizes of files are compared before any weight moves.
+- Names, shapes, the sizes of files and, in our own checkpoints, their CRC-32 are compared before any weight moves: torch
+  reads a flipped bit as another number.
 """
 
 from __future__ import annotations
 
+import json
 import pickle
 import re
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -39,6 +42,8 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 
 from nemo_pivotrl.records import InputError, Problem, short
 
+SUMS = "crc32.json"
+"""File name to CRC-32, beside the shards."""
 OLDER = "it was cut off or damaged: remove the folder to go on from the checkpoint before it"
 INDEX_CLASSES = {
     "torch": {"Size", "strided", "contiguous_format"},
@@ -93,6 +98,41 @@ def write(tensors: dict[str, Any], folder: Path, common: dict[str, Any]) -> None
     except CheckpointException as error:
         reasons = {rank: short(str(failure[0])) for rank, failure in error.failures.items()}
         raise OSError(0, f"the checkpoint could not be written, by rank: {reasons}", str(folder)) from error
+    rank = dist.get_rank()
+    sums = _gather({path.name: _sum(path) for path in folder.glob(f"__{rank}_*.distcp")})
+    if rank == 0:
+        text = json.dumps({name: number for share in sums for name, number in share.items()}, indent=0)
+        (folder / SUMS).write_text(text, encoding="utf-8")
+    dist.barrier()
+
+
+def _sum(path: Path) -> int:
+    number = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 24):
+            number = zlib.crc32(block, number)
+    return number
+
+
+def _gather(own: Any) -> list[Any]:
+    """Every rank's."""
+    shares: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(shares, own)
+    return shares
+
+
+def check_sums(folder: Path) -> None:
+    """Read every file of a checkpoint that `write` made once, each by one rank. Raises InputError on every rank."""
+    path = folder / SUMS
+    if not path.exists():
+        raise InputError(Problem(str(path), None, "checkpoint", "nothing", OLDER))
+    sums = json.loads(path.read_text(encoding="utf-8"))
+    mine = sorted(sums)[dist.get_rank() :: dist.get_world_size()]
+    bad = [name for share in _gather([n for n in mine if _sum(folder / n) != sums[n]]) for name in share]
+    if bad:
+        raise InputError(
+            [Problem(str(folder / n), None, "checkpoint", "other bytes than were written", OLDER) for n in sorted(bad)]
+        )
 
 
 def read_common(folder: Path) -> dict[str, Any]:
@@ -132,9 +172,9 @@ def _differences(
 ) -> list[Problem]:
     sharded, _, _ = load_preprocess({"tensors": tensors})
     own = {t.key: (tuple(t.global_shape), t.allow_shape_mismatch) for t in nested_values(sharded)}
-    shares: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(shares, own)  # so that all ranks find, and raise, the same
-    wanted = {key: shape for share in shares for key, shape in share.items()}
+    wanted = {
+        key: shape for share in _gather(own) for key, shape in share.items()
+    }  # all ranks find, and raise, the same
     there = {k: tuple(t.size) for k, t in index.state_dict_metadata.items() if isinstance(t, TensorStorageMetadata)}
     remedy = "the model, or what of it is trained, differs from what wrote the checkpoint: use that recipe again"
     problems = [Problem(str(folder), None, key, "nothing", remedy) for key in sorted(wanted.keys() - there.keys())]
