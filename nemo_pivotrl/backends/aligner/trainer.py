@@ -81,7 +81,7 @@ class PivotRLTrainer(ReinforceTrainer):  # type: ignore[misc]
             remedy = "use at most as many a step as there are"
             raise InputError(Problem("NeMo-Aligner config", None, "model.pivotrl.num_rollout_samples", found, remedy))
         self.pivots_per_step: int = sampler.global_batch_size
-        self.pivots_per_epoch: int = sampler.total_samples - sampler.last_batch_size
+        self.pivots_per_epoch: int = sampler.total_samples - sampler.total_samples % sampler.micro_batch_times_data_parallel_size
 
     # ---- rollouts ----
 

@@ -1,0 +1,75 @@
+"""The reference backend's numbers that NeMo-Aligner's environment is compared with (`tests/aligner/golden.json`)."""
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nemo_pivotrl.backends import TokenBatch
+from nemo_pivotrl.backends.reference import ReferencePolicy
+from nemo_pivotrl.config import Optimizer, Policy
+from nemo_pivotrl.pivotrl import LossSettings, grpo_loss
+
+FOLDER = Path(__file__).parent / "aligner"
+
+
+def tiny_policy() -> Any:
+    spec = importlib.util.spec_from_file_location("tiny_policy", FOLDER / "tiny_policy.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def measure(folder: Path) -> dict[str, Any]:
+    """Log-probabilities, losses with and without a KL term, and gradient norms, of the reference backend."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tiny = tiny_policy()
+    model = LlamaForCausalLM(LlamaConfig(**tiny.SHAPE))
+    model.load_state_dict(tiny.weights(), strict=True)
+    model.save_pretrained(folder)
+    policy = ReferencePolicy(Policy(model_name=str(folder), device="cpu", dtype="float64"))
+    policy.prepare_for_training(Optimizer(lr=0.0, max_grad_norm=0.0))
+    batch = TokenBatch(tiny.PROMPTS, tiny.PROMPT_OF, tiny.RESPONSES, {})
+    log_probs = policy.get_inference_log_probs(batch)
+    mask = torch.tensor([[float(t < len(r)) for t in range(log_probs.shape[1])] for r in tiny.RESPONSES])
+    found: dict[str, Any] = {
+        "log_probs": [row[: len(r)].tolist() for row, r in zip(log_probs, tiny.RESPONSES, strict=True)]
+    }
+    for name, beta in (("clip", 0.0), ("kl", tiny.KL_BETA)):
+        settings = LossSettings(**tiny.SETTINGS, kl_beta=beta, tis_cap=None, tis_floor=0.0)
+        batch.data.update(
+            old=log_probs + torch.tensor(tiny.OLD_SHIFT)[:, None],
+            ref=log_probs + tiny.REF_SHIFT,
+            advantages=torch.tensor(tiny.ADVANTAGES),
+            mask=mask,
+        )
+
+        def loss_fn(log_probs: torch.Tensor, data: dict[str, torch.Tensor], settings: LossSettings = settings) -> Any:
+            return grpo_loss(
+                log_probs, data["old"], data["advantages"], data["mask"], float(mask.sum()), settings, data["ref"]
+            )
+
+        policy.prepare_for_training_step()
+        metrics = policy.get_loss_and_metrics(batch, loss_fn)
+        found[name] = {**metrics, **policy.finish_training_step()}
+    return found
+
+
+def test_the_golden_file_is_what_the_reference_backend_computes(tmp_path: Path) -> None:
+    golden, found = json.loads((FOLDER / "golden.json").read_text()), measure(tmp_path)
+    assert golden["log_probs"] == [pytest.approx(row, abs=2e-6) for row in found["log_probs"]]
+    for name in ("clip", "kl"):
+        assert golden[name] == pytest.approx(found[name], rel=1e-5, abs=1e-7)
+
+
+if __name__ == "__main__":  # writes the file anew
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        text = json.dumps(measure(Path(folder)), indent=1)
+    (FOLDER / "golden.json").write_text(text + "\n")
