@@ -60,6 +60,7 @@ def _cuda() -> None:
     here.set_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
     for name in ("Long", "Float", "Byte", "Int", "Half", "BFloat16"):
         setattr(here, f"{name}Tensor", getattr(torch, f"{name}Tensor"))
+    here.Stream = lambda *args, **kwargs: None
     torch.Tensor.cuda = lambda self, *args, **kwargs: self
     torch.nn.Module.cuda = lambda self, *args, **kwargs: self
 

@@ -156,11 +156,9 @@ def read_block(cls: type[Any], block: Any, name: str) -> Any:
 
 
 def _plain(block: Any) -> Mapping[str, Any]:
-    if isinstance(block, Mapping):
-        return block
     from omegaconf import OmegaConf
 
-    plain: Any = OmegaConf.to_container(block, resolve=True)
+    plain: Any = OmegaConf.to_container(block, resolve=True) if OmegaConf.is_config(block) else block
     return plain  # type: ignore[no-any-return]
 
 

@@ -1,0 +1,171 @@
+"""What a rank of a test does: `python jobs.py JOB FOLDER ARGUMENTS_JSON`, in as many processes as the test asks for.
+
+A rank writes what it found to FOLDER/out-RANK.json.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":
+    import shims
+
+    shims.install()
+
+import tiny_aligner
+import tiny_policy
+import torch
+
+
+def pivotrl_model(folder: Path, overrides: dict[str, Any]) -> tuple[Any, Any, Any, Any]:
+    """(config, Lightning trainer, state, model) of a tiny policy, in its distributed place but not yet set up."""
+    from nemo_pivotrl.backends.aligner import launch
+    from nemo_pivotrl.backends.aligner.actor import MegatronGPTPivotRLActorModel
+
+    cfg = tiny_aligner.config("pivotrl", folder, PIVOTRL | overrides)
+    lightning, state = launch.lightning(cfg, "pivotrl")
+    model = MegatronGPTPivotRLActorModel(cfg.model, lightning)
+    launch.join(cfg, lightning, model)
+    tiny_aligner.load_weights(model)
+    return cfg, lightning, state, model
+
+
+PIVOTRL: dict[str, Any] = {
+    "trainer.pivotrl.max_steps": 2,
+    "trainer.pivotrl.max_epochs": 4,
+    "trainer.pivotrl.val_check_interval": 0,
+    "trainer.pivotrl.save_interval": 0,
+    "trainer.pivotrl.num_rollouts_per_prompt": 4,
+    "trainer.pivotrl.gradient_clip_val": 10.0,
+    "model.pivotrl.rollout_micro_batch_size": 2,
+    "model.pivotrl.num_rollout_samples": 4,
+    "model.pivotrl.num_val_samples": 4,
+    "model.pivotrl.length_params.max_length": tiny_aligner.MAX_LENGTH,
+    "model.pivotrl.offload_adam_states": False,
+    "model.micro_batch_size": 4,
+    "model.global_batch_size": 16,
+}
+
+
+class FirstLetter:
+    """Reward 1 for a turn that begins with one of half the letters: even a random policy has some of it."""
+
+    name, version, concurrency, asks_judge = "first_letter", "1", 1, False
+
+    def __init__(self, fails_on: str = "") -> None:
+        self.fails_on = fails_on
+
+    def verify(self, case: Any, actual: Any) -> Any:
+        from nemo_pivotrl.records import Verdict
+        from nemo_pivotrl.verifiers import VerifierFault
+
+        text = actual.content.strip().lower()
+        if self.fails_on and text[:1] in self.fails_on:
+            raise VerifierFault("test", "no verdict")
+        return Verdict(float(text[:1] in "abcdefghijklm"), "letter")
+
+
+def make_trainer(cfg: Any, lightning: Any, state: Any, model: Any, verifier: Any = None) -> tuple[Any, Any]:
+    """Our trainer with a verifier that has signal, and the logger it writes to."""
+    from nemo_pivotrl.backends.aligner import train_gpt_pivotrl
+
+    trainer = train_gpt_pivotrl.make_trainer(cfg, lightning, model, state)
+    trainer.rm.verifier = verifier or FirstLetter()
+    trainer.logger = tiny_aligner.JsonLines()
+    return trainer, trainer.logger
+
+
+def golden_batch(model: Any, kl: bool) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """`tiny_policy`'s batch in NeMo-Aligner's keys, and the log-probabilities of its response tokens."""
+    rows = [
+        tiny_policy.PROMPTS[p] + response
+        for p, response in zip(tiny_policy.PROMPT_OF, tiny_policy.RESPONSES, strict=True)
+    ]
+    width = max(map(len, rows))
+    tokens = torch.tensor([row + [0] * (width - len(row)) for row in rows])
+    mask = torch.zeros(len(rows), width - 1)
+    for i, (p, response) in enumerate(zip(tiny_policy.PROMPT_OF, tiny_policy.RESPONSES, strict=True)):
+        start = len(tiny_policy.PROMPTS[p]) - 1
+        mask[i, start : start + len(response)] = 1.0
+    log_probs = model.get_inference_log_probs(tokens, forward_micro_batch_size=2)
+    batch = {
+        "response_tokens": tokens,
+        "prev_logprobs": log_probs + torch.tensor(tiny_policy.OLD_SHIFT)[:, None],
+        "advantages": torch.tensor(tiny_policy.ADVANTAGES),
+        "mask": mask,
+        "valid": torch.ones(len(rows)),
+    }
+    if kl:
+        batch["init_logprobs"] = log_probs + tiny_policy.REF_SHIFT
+    return batch, log_probs
+
+
+def loss(folder: Path, tp: int, pp: int, dp: int, mbs: int, kl: bool = False) -> dict[str, Any]:
+    """Log-probabilities, loss and gradient norm of the golden batch."""
+    from nemo_aligner.utils import parallel_state
+    from nemo_aligner.utils.train_utils import clip_gradients
+    from nemo_pivotrl.backends.aligner import launch
+
+    rows = len(tiny_policy.RESPONSES)
+    settings = {
+        "model.micro_batch_size": mbs,
+        "model.global_batch_size": rows,
+        "model.pivotrl.loss_fn.ratio_clip_max": tiny_policy.SETTINGS["clip_high"],
+        "model.pivotrl.loss_fn.ratio_clip_c": tiny_policy.SETTINGS["clip_dual"],
+        "trainer.pivotrl.initial_policy_kl_penalty": tiny_policy.KL_BETA if kl else 0.0,
+    }
+    cfg, lightning, _, model = pivotrl_model(folder, tiny_aligner.layout(tp, pp, dp) | settings)
+    parts = launch.set_up(cfg, lightning, model, list(range(64)))
+    model.prepare_for_training()
+    whole, log_probs = golden_batch(model, kl)
+    rank = parallel_state.get_data_parallel_rank()
+    local = {key: value[rank * rows // dp : (rank + 1) * rows // dp] for key, value in whole.items()}
+    parts["optimizer"].zero_grad()
+    model.prepare_for_training_step()
+    loss, metrics = model.get_loss_and_metrics(local, forward_only=False)
+    model.finish_training_step()
+    norm = float(clip_gradients(model, 1e9))
+    found = [
+        row[mask.bool()].tolist() for row, mask in zip(log_probs, whole["mask"], strict=True)
+    ]
+    return {"log_probs": found, "loss": loss, "metrics": metrics, "grad_norm": norm}
+
+
+def train(folder: Path, tp: int = 1, pp: int = 1, dp: int = 1, **overrides: Any) -> dict[str, Any]:
+    """A few steps of PivotRL, with what each rank saw."""
+    cfg, lightning, state, model = pivotrl_model(folder, tiny_aligner.layout(tp, pp, dp) | overrides)
+    trainer, logger = make_trainer(cfg, lightning, state, model)
+    drawn: list[str] = []
+    tokens: list[Any] = []
+    collate, infer = trainer.collate_fn, model.infer
+
+    def watched_collate(batch: Any) -> Any:
+        drawn.extend(item["pivot"].candidate_id for item in batch)
+        return collate(batch)
+
+    def watched_infer(batch: Any) -> Any:
+        found = infer(batch)
+        tokens.append(found["response_tokens"].tolist())
+        return found
+
+    trainer.collate_fn, model.infer = watched_collate, watched_infer
+    trainer.fit()
+    trainer.rm.close()
+    return {"rows": logger.rows, "drawn": drawn, "tokens": tokens, "state": trainer.state_dict()}
+
+
+def main() -> None:
+    """One rank of one job."""
+    job, folder, arguments = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])
+    torch.set_num_threads(1)
+    found = globals()[job](folder, **arguments)
+    rank = int(os.environ["RANK"])
+    (folder / f"out-{rank}.json").write_text(json.dumps(found, default=float))
+
+
+if __name__ == "__main__":
+    main()
