@@ -30,10 +30,10 @@ def spawn(folder: Path, job: str, ranks: int, arguments: dict[str, Any]) -> list
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "GROUP_RANK": 0}
         place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test", "OMP_NUM_THREADS": 1}
         (folder / f"out-{rank}.json").unlink(missing_ok=True)
-        log = (folder / f"log-{rank}.txt").open("w")
         command = [sys.executable, str(HERE / "jobs.py"), job, str(folder), json.dumps(arguments)]
         environment = {**os.environ, **{key: str(value) for key, value in place.items()}}
-        processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT, cwd=folder))
+        with (folder / f"log-{rank}.txt").open("w") as log:
+            processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log, cwd=folder))
     try:
         codes = [process.wait(TIMEOUT_S) for process in processes]
     except subprocess.TimeoutExpired:

@@ -21,7 +21,9 @@ import tiny_policy
 import torch
 
 
-def pivotrl_model(folder: Path, overrides: dict[str, Any]) -> tuple[Any, Any, Any, Any]:
+def pivotrl_model(
+    folder: Path, overrides: dict[str, Any], weights: dict[str, torch.Tensor] | None = None
+) -> tuple[Any, Any, Any, Any]:
     """(config, Lightning trainer, state, model) of a tiny policy, in its distributed place but not yet set up."""
     from nemo_pivotrl.backends.aligner import launch
     from nemo_pivotrl.backends.aligner.actor import MegatronGPTPivotRLActorModel
@@ -30,7 +32,7 @@ def pivotrl_model(folder: Path, overrides: dict[str, Any]) -> tuple[Any, Any, An
     lightning, state = launch.lightning(cfg, "pivotrl")
     model = MegatronGPTPivotRLActorModel(cfg.model, lightning)
     launch.join(cfg, lightning, model)
-    tiny_aligner.load_weights(model)
+    tiny_aligner.load_weights(model, weights)
     return cfg, lightning, state, model
 
 
@@ -135,10 +137,11 @@ def loss(folder: Path, tp: int, pp: int, dp: int, mbs: int, kl: bool = False) ->
     return {"log_probs": found, "loss": loss, "metrics": metrics, "grad_norm": norm}
 
 
-def train(folder: Path, tp: int = 1, pp: int = 1, dp: int = 1, **overrides: Any) -> dict[str, Any]:
+def train(folder: Path, tp: int = 1, pp: int = 1, dp: int = 1, fails_on: str = "", **overrides: Any) -> dict[str, Any]:
     """A few steps of PivotRL, with what each rank saw."""
-    cfg, lightning, state, model = pivotrl_model(folder, tiny_aligner.layout(tp, pp, dp) | overrides)
-    trainer, logger = make_trainer(cfg, lightning, state, model)
+    weights = tiny_aligner.talkative_weights(folder)
+    cfg, lightning, state, model = pivotrl_model(folder, tiny_aligner.layout(tp, pp, dp) | overrides, weights)
+    trainer, logger = make_trainer(cfg, lightning, state, model, FirstLetter(fails_on))
     drawn: list[str] = []
     tokens: list[Any] = []
     collate, infer = trainer.collate_fn, model.infer

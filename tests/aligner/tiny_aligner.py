@@ -68,6 +68,10 @@ MODEL: dict[str, Any] = {
     "pipeline_model_parallel_size": 1,
     "virtual_pipeline_model_parallel_size": None,
     "sequence_parallel": False,
+    "activations_checkpoint_granularity": None,
+    "activations_checkpoint_method": None,
+    "activations_checkpoint_num_layers": None,
+    "activations_checkpoint_layers_per_pipeline": None,
     "nsys_profile": {"enabled": False},
     "dist_ckpt_format": "zarr",
 }
@@ -182,6 +186,16 @@ def load_weights(model: Any, weights: dict[str, torch.Tensor] | None = None) -> 
         filled.add(name)
     missing = set(parameters) - filled - {"doctor_head.weight", "doctor_head.bias"}
     assert not missing, f"no weights for {sorted(missing)}"
+
+
+def talkative_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """The tiny weights, changed so that a turn is some of twelve letters and then its end, in any context."""
+    vocabulary = json.loads((folder / "tokenizer/tokenizer.json").read_text())["model"]["vocab"]
+    found = tiny_policy.weights()
+    favoured = [0, *(vocabulary[letter] for letter in "abcdefnopqrs")]
+    found["model.embed_tokens.weight"] += 0.5
+    found["lm_head.weight"][favoured] += 0.2
+    return found
 
 
 def layout(tp: int = 1, pp: int = 1, dp: int = 1) -> dict[str, Any]:
