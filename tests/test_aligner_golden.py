@@ -10,8 +10,11 @@ import torch
 
 from nemo_pivotrl.backends import TokenBatch
 from nemo_pivotrl.backends.reference import ReferencePolicy
+from nemo_pivotrl.backends.reference_doctor import DoctorModel
 from nemo_pivotrl.config import Optimizer, Policy
+from nemo_pivotrl.llmdoctor import TfpoSettings
 from nemo_pivotrl.pivotrl import LossSettings, grpo_loss
+from nemo_pivotrl.stages.tfpo import _run
 
 FOLDER = Path(__file__).parent / "aligner"
 
@@ -57,13 +60,28 @@ def measure(folder: Path) -> dict[str, Any]:
         policy.prepare_for_training_step()
         metrics = policy.get_loss_and_metrics(batch, loss_fn)
         found[name] = {**metrics, **policy.finish_training_step()}
+    for anchor in ("none", "reference"):
+        found[f"tfpo_{anchor}"] = measure_tfpo(tiny, folder, anchor)
     return found
+
+
+def measure_tfpo(tiny: Any, folder: Path, anchor: Any) -> dict[str, float]:
+    """Metrics and gradient norm of TFPO on the pairs, with the head away from zero."""
+    doctor = DoctorModel(Policy(model_name=str(folder), device="cpu", dtype="float64"), anchored=anchor == "reference")
+    weight, bias = tiny.head()
+    with torch.no_grad():
+        doctor.head.weight.copy_(weight)
+        doctor.head.bias.copy_(bias)
+    doctor.prepare_for_training(Optimizer(lr=0.0, max_grad_norm=0.0))
+    doctor.prepare_for_training_step()
+    metrics = _run(doctor, tiny.PAIRS, TfpoSettings(**tiny.TFPO, anchor=anchor))
+    return {**metrics, **doctor.finish_training_step()}
 
 
 def test_the_golden_file_is_what_the_reference_backend_computes(tmp_path: Path) -> None:
     golden, found = json.loads((FOLDER / "golden.json").read_text()), measure(tmp_path)
     assert golden["log_probs"] == [pytest.approx(row, abs=2e-6) for row in found["log_probs"]]
-    for name in ("clip", "kl"):
+    for name in ("clip", "kl", "tfpo_none", "tfpo_reference"):
         assert golden[name] == pytest.approx(found[name], rel=1e-5, abs=1e-7)
 
 

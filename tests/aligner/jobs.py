@@ -161,6 +161,79 @@ def train(folder: Path, tp: int = 1, pp: int = 1, dp: int = 1, fails_on: str = "
     return {"rows": logger.rows, "drawn": drawn, "tokens": tokens, "state": trainer.state_dict()}
 
 
+DOCTOR: dict[str, Any] = {
+    "trainer.llmdoctor.max_steps": 4,
+    "trainer.llmdoctor.max_epochs": 9,
+    "trainer.llmdoctor.val_check_interval": 2,
+    "trainer.llmdoctor.save_interval": 2,
+    "trainer.llmdoctor.gradient_clip_val": 10.0,
+    "model.micro_batch_size": 2,
+    "model.global_batch_size": 4,
+    "model.optim": {"name": "sgd", "lr": 0.02, "weight_decay": 0.0},
+} | {f"model.llmdoctor.{key}": value for key, value in tiny_policy.TFPO.items()}
+
+
+def doctor_model(folder: Path, overrides: dict[str, Any], head: bool) -> tuple[Any, Any, Any, Any]:
+    """(config, Lightning trainer, state, model) of a tiny doctor; its head at zero, or at `tiny_policy.head`."""
+    from nemo_pivotrl.backends.aligner import launch
+    from nemo_pivotrl.backends.aligner.doctor_model import MegatronGPTLLMDoctorModel
+
+    cfg = tiny_aligner.config("llmdoctor", folder, DOCTOR | overrides)
+    lightning, state = launch.lightning(cfg, "llmdoctor")
+    model = MegatronGPTLLMDoctorModel(cfg.model, lightning)
+    launch.join(cfg, lightning, model)
+    tiny_aligner.load_weights(model)
+    parameters = dict(model.model.named_parameters())
+    if head and "doctor_head.weight" in parameters:
+        with torch.no_grad():
+            for name, value in zip(("weight", "bias"), tiny_policy.head(), strict=True):
+                parameters[f"doctor_head.{name}"].copy_(value)
+    return cfg, lightning, state, model
+
+
+def doctor_loss(folder: Path, tp: int, pp: int, dp: int, mbs: int, anchor: str) -> dict[str, Any]:
+    """TFPO's metrics and gradient norm on the pairs of `tiny_policy`."""
+    from nemo_aligner.utils import parallel_state
+    from nemo_aligner.utils.train_utils import clip_gradients
+    from nemo_aligner.utils.utils import retrieve_model_state_dict_in_cpu
+    from nemo_pivotrl.backends.aligner import launch
+    from nemo_pivotrl.backends.aligner.doctor_data import collate_pairs
+
+    settings = {"model.micro_batch_size": mbs, "model.llmdoctor.anchor": anchor}
+    cfg, lightning, _, model = doctor_model(folder, tiny_aligner.layout(tp, pp, dp) | settings, head=True)
+    parts = launch.set_up(cfg, lightning, model, list(range(64)))
+    model.ref_policy_state_dict = retrieve_model_state_dict_in_cpu(model, megatron_amp_O2=False)
+    rank, count = parallel_state.get_data_parallel_rank(), len(tiny_policy.PAIRS) // dp
+    batch = collate_pairs(tiny_policy.PAIRS[rank * count : (rank + 1) * count], 0, 16)
+    if anchor == "reference":
+        chosen, rejected = model.get_ref_policy_logprobs(batch).chunk(2)
+        batch |= {"ref_policy_log_probs_chosen": chosen, "ref_policy_log_probs_rejected": rejected}
+    parts["optimizer"].zero_grad()
+    model.prepare_for_training_step()
+    _, metrics = model.get_loss_and_metrics(batch, forward_only=False)
+    model.finish_training_step()
+    return {"metrics": metrics, "grad_norm": float(clip_gradients(model, 1e9))}
+
+
+def train_doctor(folder: Path, tp: int = 1, pp: int = 1, dp: int = 1, **overrides: Any) -> dict[str, Any]:
+    """A few steps of LLMdoctor's second stage."""
+    from nemo_pivotrl.backends.aligner import train_gpt_llmdoctor
+
+    cfg, lightning, state, model = doctor_model(folder, tiny_aligner.layout(tp, pp, dp) | overrides, head=False)
+    trainer = train_gpt_llmdoctor.make_trainer(cfg, lightning, model, state)
+    trainer.logger = tiny_aligner.JsonLines()
+    drawn: list[str] = []
+    collate = trainer.collate_fn
+
+    def watched(batch: Any, **kwargs: Any) -> Any:
+        drawn.extend(f"{row['split']} {row['preference_id']}" for row in batch)
+        return collate(batch, **kwargs)
+
+    trainer.collate_fn = watched
+    trainer.fit()
+    return {"rows": trainer.logger.rows, "drawn": drawn, "state": trainer.state_dict()}
+
+
 def main() -> None:
     """One rank of one job."""
     job, folder, arguments = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])

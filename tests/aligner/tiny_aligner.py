@@ -128,6 +128,14 @@ def write_inputs(folder: Path, train: int = 12, validation: int = 4) -> None:
         )
         rows.append(canonical_json(candidate_to_row(candidate, "agent")))
     (folder / "pivots.jsonl").write_text(header.to_line() + "\n".join(rows) + "\n")
+    header = Header(stage="token_rewards", config_hash="", tokenizer=chat.fingerprint)
+    pairs = [
+        {"preference_id": f"p{i}", "split": split, "objective": "kindness", **tiny_policy.PAIRS[i % 4]}
+        for split, count in (("train", 10), ("validation", 4))
+        for i in range(count)
+    ]
+    text = "\n".join(canonical_json(pair) for pair in pairs)
+    (folder / "token_rewards.jsonl").write_text(header.to_line() + text + "\n")
 
 
 def config(algorithm: str, folder: Path, overrides: dict[str, Any]) -> Any:
@@ -161,7 +169,7 @@ def config(algorithm: str, folder: Path, overrides: dict[str, Any]) -> Any:
 
 @torch.no_grad()
 def load_weights(model: Any, weights: dict[str, torch.Tensor] | None = None) -> None:
-    """Fill this rank's part of a NeMo model from HF tensors."""
+    """Fill this rank's part of a NeMo model from HF tensors. A doctor's head stays as it is."""
     from megatron.core import parallel_state
 
     weights = weights or tiny_policy.weights()

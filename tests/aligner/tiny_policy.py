@@ -38,6 +38,44 @@ REF_SHIFT = 0.3
 SETTINGS = {"clip_low": 0.2, "clip_high": 0.28, "clip_dual": 3.0, "sequence_ratio": False, "token_mean": True}
 KL_BETA = 0.05
 
+PAIRS: list[dict[str, Any]] = [
+    {
+        "prompt_ids": [13, 55, 28, 131],
+        "chosen": {"ids": [59, 99, 21, 0], "rewards": [0.9, 0.0, 0.7, 0.6], "ended": True},
+        "rejected": {"ids": [59, 44, 0], "rewards": [-0.8, -0.6, 0.0], "ended": True},
+    },
+    {
+        "prompt_ids": [44, 144, 101, 9, 87],
+        "chosen": {"ids": [7, 0], "rewards": [0.8, 0.0], "ended": True},
+        "rejected": {"ids": [200, 83, 31, 12, 250], "rewards": [-0.7, 0.0, -0.9, -0.6, 0.0], "ended": False},
+    },
+    {
+        "prompt_ids": [211, 76],
+        "chosen": {"ids": [219, 17, 0], "rewards": [0.0, 0.9, 0.6], "ended": True},
+        "rejected": {"ids": [18, 17, 0], "rewards": [-0.9, 0.0, -0.7], "ended": True},
+    },
+    {
+        "prompt_ids": [5, 6, 7],
+        "chosen": {"ids": [8, 9, 10, 11, 0], "rewards": [0.6, 0.6, 0.0, 0.9, 0.0], "ended": True},
+        "rejected": {"ids": [8, 9, 77, 0], "rewards": [-0.6, 0.0, -0.9, 0.0], "ended": True},
+    },
+]
+TFPO: dict[str, Any] = {
+    "kappa": 1.3,
+    "length_normalize": False,
+    "reduction": "pair_mean",
+    "decay": 0.9,
+    "value_weight": 0.8,
+    "gamma": 0.4,
+    "value_pairs": "position",
+    "linear_margin": False,
+}
+
+
+def head() -> tuple[torch.Tensor, torch.Tensor]:
+    """Weight and bias of the log-V head, not at zero."""
+    return 0.1 * torch.randn(1, SHAPE["hidden_size"], generator=torch.Generator().manual_seed(5)), torch.tensor([0.25])
+
 
 def shapes() -> dict[str, tuple[int, ...]]:
     """HF names of the parameters, with their shapes."""

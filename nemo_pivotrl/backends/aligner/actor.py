@@ -128,6 +128,8 @@ class MegatronGPTPivotRLActorModel(MegatronGPTActorModel):  # type: ignore[misc]
         def forward_step(data_iterator: Iterator[dict[str, Tensor]], model: Any) -> tuple[Tensor, Callable[..., Any]]:
             batch = needed_here(next(data_iterator))
             logits = model(batch["response_tokens"], batch["position_ids"], batch["attention_mask"], labels=None)
+            if not parallel_state.is_pipeline_last_stage():
+                logits = logits.to(dtype=self.autocast_dtype)  # what the next stage expects to receive
 
             def loss_func(logits: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
                 log_probs = self._log_probs(logits, batch["response_tokens"], inference=False)

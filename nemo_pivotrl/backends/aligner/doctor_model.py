@@ -124,6 +124,8 @@ class MegatronGPTLLMDoctorModel(  # type: ignore[misc]
             tokens = torch.cat([batch["chosen"], batch["rejected"]])
             mask, position_ids = self._masks(tokens)
             output = model(input_ids=tokens, position_ids=position_ids, attention_mask=mask, labels=None)
+            if not parallel_state.is_pipeline_last_stage():
+                output = output.to(dtype=self.autocast_dtype)  # what the next stage expects to receive
 
             def log_probs_of(output: Any, non_loss_data: bool = True) -> Tensor:
                 return policy_log_probs(output[0], tokens, self.tokenizer.vocab_size, 1.0, inference=True)
