@@ -5,14 +5,26 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 # all of these are commands, not files
-.PHONY: conformance verifier-speed quickstart smollm2 smollm2-doctor test check lint format fuzz clean
+.PHONY: conformance verifier-speed quickstart smollm2 smollm2-doctor test test-aligner check lint format fuzz clean
 
 quickstart: $(STAMP)
 	$(BIN)/nemo-pivotrl run recipes/pivotrl/tiny.yaml fresh=true
 	$(BIN)/nemo-pivotrl run recipes/llmdoctor/tiny.yaml fresh=true
 
-test: $(STAMP)
+test: $(STAMP) test-aligner
 	$(BIN)/python -m pytest
+
+# NeMo-Aligner and what it needs contradict the rest of the project's packages, so they have an environment of their own
+VENV_ALIGNER ?= .venv-aligner
+ALIGNER := tests/aligner
+$(VENV_ALIGNER)/.installed: $(ALIGNER)/requirements.txt $(ALIGNER)/packages.txt $(ALIGNER)/constraints.txt
+	$(PYTHON) -m venv $(VENV_ALIGNER)
+	$(VENV_ALIGNER)/bin/python -m pip install -q -c $(ALIGNER)/constraints.txt -r $(ALIGNER)/requirements.txt
+	$(VENV_ALIGNER)/bin/python -m pip install -q --no-deps -r $(ALIGNER)/packages.txt
+	touch $@
+
+test-aligner: $(VENV_ALIGNER)/.installed
+	PYTHONPATH=. $(VENV_ALIGNER)/bin/python -m pytest -c $(ALIGNER)/pytest.ini --rootdir $(ALIGNER) $(ALIGNER)
 
 check: lint test
 
@@ -59,4 +71,4 @@ verifier-speed: $(CONFORMANCE)/.installed
 	PYTHONPATH=. $(CONFORMANCE)/bin/python benchmarks/verifier_speed.py $(ARGS)
 
 clean:
-	rm -rf $(VENV) $(CONFORMANCE) build runs
+	rm -rf $(VENV) $(VENV_ALIGNER) $(CONFORMANCE) build runs

@@ -10,7 +10,11 @@ setup(
     long_description_content_type="text/markdown",
     python_requires=">=3.11",
     packages=find_packages(include=["nemo_pivotrl", "nemo_pivotrl.*"]),
-    package_data={"nemo_pivotrl": ["*.jinja", "py.typed"], "nemo_pivotrl.verifiers": ["*.jsonl"]},
+    package_data={
+        "nemo_pivotrl": ["*.jinja", "py.typed"],
+        "nemo_pivotrl.verifiers": ["*.jsonl"],
+        "nemo_pivotrl.backends.aligner": ["conf/*.yaml"],
+    },
     install_requires=[
         "torch>=2.4",  # both algorithms
         "omegaconf>=2.3",  # recipes; it brings PyYAML
@@ -38,6 +42,14 @@ setup(
             "safetensors>=0.4.5",
             "psutil>=5.9",  # megatron-core does not declare it, and without it saving a checkpoint hangs
             "einops>=0.8",  # likewise, for Mamba layers
+        ],
+        # NeMo-Aligner's classes; the rest of its set is tests/aligner/requirements.txt, in an environment of its own: its
+        # transformers and megatron-core are older than every other extra's, and NVIDIA's container 25.02 has all of it
+        "aligner": [
+            "nemo-aligner==0.7.0",
+            "nemo-toolkit>=2.1,<2.5",
+            "megatron-core>=0.9,<0.13",
+            "jsonschema>=4.18",
         ],
         "report": ["matplotlib>=3.8", "jinja2>=3.1"],
         "oracles": ["vaderSentiment>=3.3"],  # the `sentiment` oracle

@@ -81,6 +81,57 @@ def make_trainer(cfg: Any, lightning: Any, state: Any, model: Any, verifier: Any
     return trainer, trainer.logger
 
 
+SAVING: dict[str, Any] = {
+    "exp_manager.create_checkpoint_callback": True,
+    "exp_manager.resume_if_exists": True,
+    "exp_manager.checkpoint_callback_params.save_nemo_on_train_end": False,
+}
+
+
+def die_after_saving(trainer: Any, report: Any) -> None:
+    """End the process, with no farewell to anybody, as soon as the first checkpoint is written."""
+    save = trainer.save
+
+    def save_and_die(*args: Any, **kwargs: Any) -> None:
+        save(*args, **kwargs)
+        report()
+        os._exit(0)
+
+    trainer.save = save_and_die
+
+
+def write(folder: Path, found: dict[str, Any]) -> None:
+    """What this rank found, for the test."""
+    (folder / f"out-{os.environ['RANK']}.json").write_text(json.dumps(found, default=float))
+
+
+def resumable(folder: Path, die: bool, **overrides: Any) -> dict[str, Any]:
+    """PivotRL with checkpoints in FOLDER/logs, from the last of them if there is one."""
+    weights = tiny_aligner.talkative_weights(folder)
+    cfg, lightning, state, model = pivotrl_model(folder, SAVING | overrides, weights)
+    trainer, logger = make_trainer(cfg, lightning, state, model)
+    first = trainer.step
+    if die:
+        die_after_saving(trainer, lambda: write(folder, {"first": first, "rows": logger.rows}))
+    trainer.fit()
+    trainer.rm.close()
+    return {"first": first, "rows": logger.rows, "state": trainer.state_dict()}
+
+
+def resumable_doctor(folder: Path, die: bool, **overrides: Any) -> dict[str, Any]:
+    """LLMdoctor with checkpoints in FOLDER/logs, from the last of them if there is one."""
+    from nemo_pivotrl.backends.aligner import train_gpt_llmdoctor
+
+    cfg, lightning, state, model = doctor_model(folder, SAVING | overrides, head=False)
+    trainer = train_gpt_llmdoctor.make_trainer(cfg, lightning, model, state)
+    trainer.logger = logger = tiny_aligner.JsonLines()
+    first = trainer.step
+    if die:
+        die_after_saving(trainer, lambda: write(folder, {"first": first, "rows": logger.rows}))
+    trainer.fit()
+    return {"first": first, "rows": logger.rows, "state": trainer.state_dict()}
+
+
 def golden_batch(model: Any, kl: bool) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """`tiny_policy`'s batch in NeMo-Aligner's keys, and the log-probabilities of its response tokens."""
     rows = [
@@ -110,6 +161,7 @@ def loss(folder: Path, tp: int, pp: int, dp: int, mbs: int, kl: bool = False) ->
     """Log-probabilities, loss and gradient norm of the golden batch."""
     from nemo_aligner.utils import parallel_state
     from nemo_aligner.utils.train_utils import clip_gradients
+
     from nemo_pivotrl.backends.aligner import launch
 
     rows = len(tiny_policy.RESPONSES)
@@ -131,9 +183,7 @@ def loss(folder: Path, tp: int, pp: int, dp: int, mbs: int, kl: bool = False) ->
     loss, metrics = model.get_loss_and_metrics(local, forward_only=False)
     model.finish_training_step()
     norm = float(clip_gradients(model, 1e9))
-    found = [
-        row[mask.bool()].tolist() for row, mask in zip(log_probs, whole["mask"], strict=True)
-    ]
+    found = [row[mask.bool()].tolist() for row, mask in zip(log_probs, whole["mask"], strict=True)]
     return {"log_probs": found, "loss": loss, "metrics": metrics, "grad_norm": norm}
 
 
@@ -196,6 +246,7 @@ def doctor_loss(folder: Path, tp: int, pp: int, dp: int, mbs: int, anchor: str) 
     from nemo_aligner.utils import parallel_state
     from nemo_aligner.utils.train_utils import clip_gradients
     from nemo_aligner.utils.utils import retrieve_model_state_dict_in_cpu
+
     from nemo_pivotrl.backends.aligner import launch
     from nemo_pivotrl.backends.aligner.doctor_data import collate_pairs
 
@@ -238,9 +289,7 @@ def main() -> None:
     """One rank of one job."""
     job, folder, arguments = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])
     torch.set_num_threads(1)
-    found = globals()[job](folder, **arguments)
-    rank = int(os.environ["RANK"])
-    (folder / f"out-{rank}.json").write_text(json.dumps(found, default=float))
+    write(folder, globals()[job](folder, **arguments))
 
 
 if __name__ == "__main__":

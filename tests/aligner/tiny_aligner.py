@@ -20,7 +20,9 @@ from nemo_pivotrl.tiny import make_tokenizer
 from nemo_pivotrl.verifiers import identity, load_verifier
 
 CONF = Path(__file__).resolve().parents[2] / "nemo_pivotrl/backends/aligner/conf"
-WORDS = "alpha bravo charlie delta echo foxtrot golf hotel india juliet kilo lima mike november oscar papa quebec".split()
+WORDS = (
+    "alpha bravo charlie delta echo foxtrot golf hotel india juliet kilo lima mike november oscar papa quebec".split()
+)
 MAX_LENGTH = 8
 
 MODEL: dict[str, Any] = {
@@ -186,7 +188,8 @@ def load_weights(model: Any, weights: dict[str, torch.Tensor] | None = None) -> 
         if name not in parameters:
             continue
         pieces = [
-            weights[entry.hf[source]].narrow(entry.dim, start, stop - start) for source, start, stop in entry.cut(rank, size)
+            weights[entry.hf[source]].narrow(entry.dim, start, stop - start)
+            for source, start, stop in entry.cut(rank, size)
         ]
         shard, parameter = torch.cat(pieces, entry.dim), parameters[name]
         parameter.zero_()

@@ -80,7 +80,10 @@ def head() -> tuple[torch.Tensor, torch.Tensor]:
 def shapes() -> dict[str, tuple[int, ...]]:
     """HF names of the parameters, with their shapes."""
     hidden, inner, keys = SHAPE["hidden_size"], SHAPE["intermediate_size"], SHAPE["num_key_value_heads"] * HEAD
-    found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (VOCAB, hidden), "lm_head.weight": (VOCAB, hidden)}
+    found: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (VOCAB, hidden),
+        "lm_head.weight": (VOCAB, hidden),
+    }
     for i in range(SHAPE["num_hidden_layers"]):
         layer = f"model.layers.{i}."
         found |= {

@@ -83,7 +83,9 @@ def reduced_metrics(parts: list[dict[str, Tensor]], names: tuple[str, ...]) -> d
     """
     totals = torch.zeros(len(names), dtype=torch.float64, device=torch.cuda.current_device())
     for part in parts:
-        totals += torch.stack([part[n].double() if n in part else totals.new_zeros(()) for n in names]).to(totals.device)
+        totals += torch.stack([part[n].double() if n in part else totals.new_zeros(()) for n in names]).to(
+            totals.device
+        )
     totals = data_parallel_sum(totals)
     torch.distributed.broadcast(totals, get_last_rank())
     return dict(zip(names, totals.tolist(), strict=True))

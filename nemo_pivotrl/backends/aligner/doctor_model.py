@@ -133,7 +133,9 @@ class MegatronGPTLLMDoctorModel(  # type: ignore[misc]
             def loss_func(output: tuple[Tensor, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
                 logits, log_values = output
                 log_probs = policy_log_probs(logits, tokens, self.tokenizer.vocab_size, 1.0, inference=False)
-                both = {k: torch.cat([batch[f"chosen_{k}"], batch[f"rejected_{k}"]]) for k in ("rewards", "mask", "ended")}
+                both = {
+                    k: torch.cat([batch[f"chosen_{k}"], batch[f"rejected_{k}"]]) for k in ("rewards", "mask", "ended")
+                }
                 rows = torch.arange(len(tokens), device=tokens.device).view(2, -1).T
                 layout = plan(tokens[:, 1:], both["rewards"], both["mask"], both["ended"], rows, self.settings)
                 reference = None

@@ -37,7 +37,13 @@ def chat_of(tokenizer: Any, block: PivotRLModelBlock) -> Chat:
     if getattr(inner, "chat_template", None) is None:
         remedy = "PivotRL renders turns with the model's own template: set model.tokenizer.library to huggingface"
         raise InputError(
-            Problem("NeMo-Aligner config", None, "model.tokenizer", type(tokenizer).__name__, f"{remedy}, and type to its folder")
+            Problem(
+                "NeMo-Aligner config",
+                None,
+                "model.tokenizer",
+                type(tokenizer).__name__,
+                f"{remedy}, and type to its folder",
+            )
         )
     return Chat(inner, block.chat.tool_parser, block.chat.template_kwargs, block.verifier.limits)
 
@@ -77,7 +83,9 @@ class PivotDataset(torch.utils.data.Dataset[dict[str, Any]]):
             logging.warning(f"{name}: {self.excluded} of {len(rendered)} states left out, longer than {room} tokens")
         if not self.states:
             remedy = "raise model.data.seq_length, or lower model.pivotrl.length_params.max_length"
-            raise InputError(Problem(str(data_prefix), None, f"{split} split", f"no state of {room} tokens or less", remedy))
+            raise InputError(
+                Problem(str(data_prefix), None, f"{split} split", f"no state of {room} tokens or less", remedy)
+            )
 
     def __len__(self) -> int:
         return len(self.states)

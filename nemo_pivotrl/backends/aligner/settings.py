@@ -181,13 +181,23 @@ def check_pivotrl(trainer: PivotRLTrainerBlock, model: PivotRLModelBlock, gbs: i
     rows = model.num_rollout_samples * trainer.num_rollouts_per_prompt
     sampling, generated = model.sampling_params, "training samples from the whole distribution, as the ratio assumes"
     wrong = [
-        ("trainer.pivotrl.batch_iterator.use_flask", trainer.batch_iterator.use_flask, False, "a group stays on its rank"),
+        (
+            "trainer.pivotrl.batch_iterator.use_flask",
+            trainer.batch_iterator.use_flask,
+            False,
+            "a group stays on its rank",
+        ),
         ("model.pivotrl.sampling_params.use_greedy", sampling.use_greedy, False, "equal samples have no advantage"),
         ("model.pivotrl.sampling_params.top_k", sampling.top_k, 0, generated),
         ("model.pivotrl.sampling_params.top_p", sampling.top_p, 1.0, generated),
         ("model.pivotrl.sampling_params.repetition_penalty", sampling.repetition_penalty, 1.0, generated),
         ("model.pivotrl.sampling_params.add_BOS", sampling.add_BOS, False, "the chat template writes its own"),
-        ("model.pivotrl.sampling_params.end_strings", sampling.end_strings, (), "the chat template says how a turn ends"),
+        (
+            "model.pivotrl.sampling_params.end_strings",
+            sampling.end_strings,
+            (),
+            "the chat template says how a turn ends",
+        ),
         (
             "model.pivotrl.loss_fn.reference_policy_kl_penalty",
             model.loss_fn.reference_policy_kl_penalty,
@@ -200,7 +210,12 @@ def check_pivotrl(trainer: PivotRLTrainerBlock, model: PivotRLModelBlock, gbs: i
             False,
             "NeMo's generate gives no log-probabilities to correct by",
         ),
-        ("model.global_batch_size", rows % gbs, 0, f"it must divide num_rollout_samples * num_rollouts_per_prompt = {rows}"),
+        (
+            "model.global_batch_size",
+            rows % gbs,
+            0,
+            f"it must divide num_rollout_samples * num_rollouts_per_prompt = {rows}",
+        ),
     ]
     problems = [
         Problem(FILE, None, name, str(found), f"set it to {wanted}: {why}" if name[-4:] != "size" else why)

@@ -81,7 +81,9 @@ class PivotRLTrainer(ReinforceTrainer):  # type: ignore[misc]
             remedy = "use at most as many a step as there are"
             raise InputError(Problem("NeMo-Aligner config", None, "model.pivotrl.num_rollout_samples", found, remedy))
         self.pivots_per_step: int = sampler.global_batch_size
-        self.pivots_per_epoch: int = sampler.total_samples - sampler.total_samples % sampler.micro_batch_times_data_parallel_size
+        self.pivots_per_epoch: int = (
+            sampler.total_samples - sampler.total_samples % sampler.micro_batch_times_data_parallel_size
+        )
 
     # ---- rollouts ----
 
@@ -144,7 +146,9 @@ class PivotRLTrainer(ReinforceTrainer):  # type: ignore[misc]
     def _stacked(self, turns: Sequence[Batch], group: int) -> Batch:
         """The turns as rows, padded to one width; a pivot's `group` turns follow each other."""
         if not turns:
-            problem = "no batch of states for this rank: fewer held-out states than val_rollout_micro_batch_size * ranks"
+            problem = (
+                "no batch of states for this rank: fewer held-out states than val_rollout_micro_batch_size * ranks"
+            )
             raise InputError(Problem("NeMo-Aligner config", None, "model.pivotrl.num_val_samples", "0 states", problem))
         width = self.block.rollout_batch_seq_length
         data = ReinforceRolloutBatch.from_rollout_batches(turns, self.model.tokenizer.eos_id, width).data
@@ -160,7 +164,8 @@ class PivotRLTrainer(ReinforceTrainer):  # type: ignore[misc]
         rewards = rollouts["rewards"].view(-1, group)
         valid = ~rewards.isnan()
         failed = all_reduce_dict(
-            {"failed": float((~valid).sum()), "turns": float(valid.numel())}, group=parallel_state.get_data_parallel_group()
+            {"failed": float((~valid).sum()), "turns": float(valid.numel())},
+            group=parallel_state.get_data_parallel_group(),
         )
         if failed["failed"] > block.max_failure_share * failed["turns"]:
             found = f"{failed['failed']:.0f} of {failed['turns']:.0f} turns of step {self.step} could not be judged"
@@ -200,8 +205,12 @@ class PivotRLTrainer(ReinforceTrainer):  # type: ignore[misc]
         """Means over all ranks' turns; those without a verdict count in `failed` alone. `table` is this rank's first turn."""
         rewards, lengths = rollout_batch["rewards"], rollout_batch["response_lengths"] - rollout_batch["prompt_lengths"]
         judged = ~rewards.isnan()
-        by_pivot = rewards.view(-1, self.block.num_rollouts_per_prompt) if "logprobs" in rollout_batch else rewards[:, None]
-        signal = by_pivot.nan_to_num(-1.0).amax(1) - by_pivot.nan_to_num(2.0).amin(1) > self.block.zero_variance_tolerance
+        by_pivot = (
+            rewards.view(-1, self.block.num_rollouts_per_prompt) if "logprobs" in rollout_batch else rewards[:, None]
+        )
+        signal = (
+            by_pivot.nan_to_num(-1.0).amax(1) - by_pivot.nan_to_num(2.0).amin(1) > self.block.zero_variance_tolerance
+        )
         sums = {
             "rollout_size": float(len(rewards)),
             "judged": float(judged.sum()),
@@ -216,7 +225,14 @@ class PivotRLTrainer(ReinforceTrainer):  # type: ignore[misc]
             "generation_length": float(lengths.float().sum()),
         }
         whole = all_reduce_dict(sums, dtype=torch.float64, group=parallel_state.get_data_parallel_group())
-        over = {"rewards": "judged", "mixed_group_share": "pivots", "rollout_size": "", "failed": "", "judged": "", "pivots": ""}
+        over = {
+            "rewards": "judged",
+            "mixed_group_share": "pivots",
+            "rollout_size": "",
+            "failed": "",
+            "judged": "",
+            "pivots": "",
+        }
         metrics: dict[str, Any] = {
             name: value / max(1.0, whole[over.get(name, "rollout_size")]) if over.get(name, "_") else value
             for name, value in whole.items()
