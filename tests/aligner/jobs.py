@@ -132,6 +132,40 @@ def resumable_doctor(folder: Path, die: bool, **overrides: Any) -> dict[str, Any
     return {"first": first, "rows": logger.rows, "state": trainer.state_dict()}
 
 
+def save_nemo(folder: Path, **layout: int) -> dict[str, Any]:
+    """Write the tiny policy as FOLDER/start.nemo."""
+    from nemo_pivotrl.backends.aligner import launch
+
+    cfg, lightning, _, model = pivotrl_model(
+        folder, tiny_aligner.layout(**layout), tiny_aligner.talkative_weights(folder)
+    )
+    launch.set_up(cfg, lightning, model, list(range(64)))
+    model.save_to(str(folder / "start.nemo"))
+    return {}
+
+
+def script(folder: Path, name: str, arguments: list[str]) -> dict[str, Any]:
+    """A launch script with a command line, and what its trainer logged."""
+    import importlib
+
+    module = importlib.import_module(f"nemo_pivotrl.backends.aligner.{name}")
+    logger, made = tiny_aligner.JsonLines(), module.make_trainer
+    trainers: list[Any] = []
+
+    def watched(*args: Any) -> Any:
+        trainers.append(made(*args))
+        trainers[0].logger = logger
+        if hasattr(trainers[0], "rm"):
+            trainers[0].rm.verifier = FirstLetter()
+        return trainers[0]
+
+    module.make_trainer = watched
+    sys.argv = [f"{name}.py", *arguments]
+    module.main()
+    first = next(p for n, p in trainers[0].model.model.named_parameters() if n == "decoder.final_layernorm.weight")
+    return {"rows": logger.rows, "state": trainers[0].state_dict(), "norm": first.tolist()}
+
+
 def golden_batch(model: Any, kl: bool) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """`tiny_policy`'s batch in NeMo-Aligner's keys, and the log-probabilities of its response tokens."""
     rows = [
