@@ -109,6 +109,22 @@ def chunks(rows: Sequence[Row], cost: Callable[[Row], int], budget: int, equal: 
         yield held
 
 
+def shares(
+    prompts: Sequence[Sequence[int]], seeds: Sequence[Sequence[int]], generation: Generation, ranks: int, equal: bool
+) -> list[list[list[Row]]]:
+    """[rank][batch] -> rows, every row exactly once: whole prompts in turn, or single rows where prompts are few."""
+    order = sorted(range(len(prompts)), key=lambda p: (len(prompts[p]), p))
+    groups = [[(p, k) for k in range(len(seeds[p]))] for p in order]
+    if len(groups) < ranks:
+        groups = [[row] for group in groups for row in group]
+    dealt = [[row for group in groups[rank::ranks] for row in group] for rank in range(ranks)]
+
+    def cost(row: Row) -> int:
+        return len(prompts[row[0]]) + generation.max_new_tokens
+
+    return [list(chunks(share, cost, generation.batch_tokens, equal)) for share in dealt]
+
+
 def pad(rows: Sequence[Sequence[int]], left: bool, device: torch.device) -> tuple[Tensor, Tensor]:
     """Token ids [B, L] padded with 0, and their mask."""
     width = max(len(r) for r in rows)
