@@ -94,7 +94,8 @@ def evaluate(recipe: Recipe, fresh: bool = False) -> Path:
 
 def _settings_digest(recipe: Recipe) -> str:
     policy, source = recipe.policy, Path(recipe.evaluate.retention)
-    kept = [dataclasses.asdict(policy.generation), policy.max_total_sequence_length, policy.dtype, policy.chat_template]
+    computed = backends.identity_of(policy, recipe.megatron) or policy.dtype
+    kept = [dataclasses.asdict(policy.generation), policy.max_total_sequence_length, computed, policy.chat_template]
     questions = file_digest(source) if source.is_file() else ""
     return digest([recipe.digest("evaluate", "verifier", "world"), kept, policy.template_kwargs, questions])
 
@@ -119,7 +120,7 @@ def _evaluate_policy(
         generation=generation,
         lora=dataclasses.replace(recipe.policy.lora, enabled=False),
     )
-    backend, chat = backends.load(policy), load_chat(policy, recipe.verifier.limits)
+    backend, chat = backends.load(policy, recipe.megatron), load_chat(policy, recipe.verifier.limits)
     for name, run in sets.items():
         if (label, name) not in done:
             # one row for a whole set: after a crash it is there with all its items or not at all
