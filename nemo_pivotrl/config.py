@@ -120,6 +120,10 @@ class Megatron:
     """With `tensorwise` or `blockwise`: leave the outermost layers in bfloat16."""
     num_layers_at_start_in_bf16: int = ranged(2, 0)
     num_layers_at_end_in_bf16: int = ranged(2, 0)
+    load: str = ""
+    """A torch_dist checkpoint of Megatron-LM (the folder with `latest_checkpointed_iteration.txt`, or one `iter_*` in it) or of
+    NeMo (the folder with `weights`), to start from in place of the weights in `policy.model_name`, which then needs to
+    hold no more than config.json and the tokenizer. Any layout of ranks may have written it."""
     logprob_chunk_tokens: int = ranged(1024, 1)
     """Response tokens whose logits exist at the same time, in float32; fewer take less memory and more launches."""
     cpu: bool = False

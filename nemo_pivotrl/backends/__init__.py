@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
     LossFn = Callable[[Tensor, dict[str, Tensor]], tuple[Tensor, dict[str, Tensor]]]
     """(log_probs [N, T], rows' data) -> (loss, metrics that add up over micro-batches)."""
+
+
+DEFAULT = Megatron()
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +63,14 @@ class Trainer(Protocol):
     ) -> dict[str, float]: ...
     def finish_training_step(self) -> dict[str, float]: ...
     def get_inference_log_probs(self, batch: TokenBatch, reference: bool = False) -> Tensor: ...
-    def training_state(self) -> dict[str, Any]: ...
-    def restore_training_state(self, state: dict[str, Any]) -> None: ...
+    def save_training_state(self, folder: Path) -> None:
+        """Write what a bit-exact resume needs into a new folder. All of it is on disk on return. Raises OSError."""
+        ...
+
+    def load_training_state(self, folder: Path) -> None:
+        """Undo `save_training_state`. Raises InputError for a damaged folder and for another model's."""
+        ...
+
     def export(self, folder: Path) -> None: ...
 
 
@@ -77,7 +86,7 @@ class Scorer(Protocol):
         ...
 
 
-def load(policy: Policy, megatron: Megatron = Megatron(), with_reference: bool = False) -> Backend:
+def load(policy: Policy, megatron: Megatron = DEFAULT, with_reference: bool = False) -> Backend:
     """The backend a recipe names, with its start policy loaded. Raises InputError when something is missing."""
     if not Path(policy.model_name, "config.json").exists():
         raise InputError(
@@ -96,7 +105,7 @@ def load(policy: Policy, megatron: Megatron = Megatron(), with_reference: bool =
     return ReferencePolicy(policy, with_reference)
 
 
-def load_scorer(patient: Patient, megatron: Megatron = Megatron()) -> Scorer:
+def load_scorer(patient: Patient, megatron: Megatron = DEFAULT) -> Scorer:
     """The scorer for a patient, with its weights loaded. Raises InputError when something is missing."""
     if patient.backend == "megatron":
         if not Path(patient.model_name, "config.json").exists():
@@ -108,7 +117,7 @@ def load_scorer(patient: Patient, megatron: Megatron = Megatron()) -> Scorer:
     return ReferenceScorer(patient)
 
 
-def load_doctor(doctor: Policy, anchored: bool, megatron: Megatron = Megatron()) -> DoctorModel:
+def load_doctor(doctor: Policy, anchored: bool, megatron: Megatron = DEFAULT) -> DoctorModel:
     """The doctor's start model with its head; `anchored` keeps the start model as reference. Raises InputError."""
     if not Path(doctor.model_name, "config.json").exists():
         found = doctor.model_name or "nothing"
@@ -137,6 +146,11 @@ def _installed(field: str, extra: str) -> Iterator[None]:
     except ImportError as error:
         remedy = f"pip install 'nemo-pivotrl[{extra}]'"
         raise InputError(Problem("environment", None, field, f"{extra}: {error}", remedy)) from error
+
+
+def without_start(megatron: Megatron) -> Megatron:
+    """The section for a model that is not the start policy: `megatron.load` holds the start policy's weights alone."""
+    return replace(megatron, load="")
 
 
 def identity_of(model: Policy, megatron: Megatron) -> dict[str, Any]:

@@ -8,6 +8,8 @@ alike, which gives the same log-probabilities and the same gradient as running i
 from __future__ import annotations
 
 import math
+import os
+import pickle
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,13 +22,15 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from nemo_pivotrl.backends import TokenBatch
 from nemo_pivotrl.backends.sampling import Turns, chunks, pad, positions
 from nemo_pivotrl.config import Generation, Optimizer, Policy
-from nemo_pivotrl.records import InputError, Problem, Sample
+from nemo_pivotrl.records import InputError, Problem, Sample, short
 
 if TYPE_CHECKING:
     from nemo_pivotrl.backends import LossFn
 
 transformers.utils.logging.disable_progress_bar()  # loading and saving are seconds; the stages have bars of their own
 
+STATE = "state.pt"
+"""Name of the file in a training state's folder."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
@@ -283,8 +287,25 @@ class ReferencePolicy:
     def _trainable(self) -> list[torch.nn.Parameter]:
         return [p for p in self.model.parameters() if p.requires_grad]
 
-    def training_state(self) -> dict[str, Any]:
-        """Everything a bit-exact resume needs: trained weights, optimiser, torch's random state, step."""
+    def save_training_state(self, folder: Path) -> None:
+        """Write everything a bit-exact resume needs as `FOLDER/state.pt`. Raises OSError."""
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / STATE).open("wb") as file:
+            torch.save(self._state(), file)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def load_training_state(self, folder: Path) -> None:
+        """Undo `save_training_state`. Raises InputError for a damaged file and for another model's."""
+        path = folder / STATE
+        try:
+            self._restore(torch.load(path, weights_only=True))
+        except (OSError, EOFError, RuntimeError, LookupError, ValueError, pickle.UnpicklingError) as error:
+            remedy = "damaged, or of another model: use the recipe that wrote it, or remove the checkpoint's folder"
+            raise InputError(Problem(str(path), None, "checkpoint", short(f"{error!r}"), remedy)) from error
+
+    def _state(self) -> dict[str, Any]:
+        """Trained weights, optimiser, torch's random state, step."""
         assert self.optimizer is not None, "prepare_for_training first"
         weights = {name: p.detach().cpu() for name, p in self.model.named_parameters() if p.requires_grad}
         return {
@@ -294,8 +315,7 @@ class ReferencePolicy:
             "steps": self.steps,
         }
 
-    def restore_training_state(self, state: dict[str, Any]) -> None:
-        """Undo `training_state`."""
+    def _restore(self, state: dict[str, Any]) -> None:
         assert self.optimizer is not None, "prepare_for_training first"
         with torch.no_grad():
             for name, parameter in self.model.named_parameters():

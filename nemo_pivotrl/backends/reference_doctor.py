@@ -126,11 +126,10 @@ class DoctorModel(ReferencePolicy):
     def _trainable(self) -> list[torch.nn.Parameter]:
         return [*super()._trainable(), *self.head.parameters()]
 
-    def training_state(self) -> dict[str, Any]:
+    def _state(self) -> dict[str, Any]:
         """A policy's state and the head."""
-        return super().training_state() | {"head": {k: v.detach().cpu() for k, v in self.head.state_dict().items()}}
+        return super()._state() | {"head": {k: v.detach().cpu() for k, v in self.head.state_dict().items()}}
 
-    def restore_training_state(self, state: dict[str, Any]) -> None:
-        """Undo `training_state`."""
-        super().restore_training_state(state)
+    def _restore(self, state: dict[str, Any]) -> None:
+        super()._restore(state)
         self.head.load_state_dict(state["head"])

@@ -1,7 +1,7 @@
 """Complete training states on disk: written atomically, resumed exactly, the best few kept.
 
-`FOLDER/step_00010/` holds `policy/` (an ordinary HF checkpoint), `state.pt` (weights in training, optimiser, random
-state) and `meta.json`. A folder appears by rename, so what is there is whole.
+`FOLDER/step_00010/` holds `policy/` (an ordinary HF checkpoint), `state/` (weights in training, optimiser, random state, in
+the backend's own form) and `meta.json`. A folder appears by rename, when all of it is on disk, so what is there is whole.
 """
 
 from __future__ import annotations
@@ -32,8 +32,19 @@ def _whole(final: Path) -> Iterator[Path]:
         yield part
     except (RuntimeError, SafetensorError) as error:
         raise OSError(0, f"the checkpoint could not be written ({error})", str(part)) from error
+    _sync(part)
     _remove(final)
     os.replace(part, final)
+
+
+def _sync(folder: Path) -> None:
+    """Force a folder to disk: a rename may be kept by a power cut that the files' contents do not survive."""
+    for path in [*folder.rglob("*"), folder]:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def _remove(folder: Path) -> None:
@@ -55,12 +66,10 @@ def save(
     settings: Checkpointing,
 ) -> None:
     """Write the state after `step` steps, then drop checkpoints that are neither the latest nor among the best."""
-    import torch
-
     with _whole(folder / f"step_{step:05d}") as part:
         trainer.export(part / "policy")
         chat.tokenizer.save_pretrained(part / "policy")
-        torch.save(trainer.training_state(), part / "state.pt")
+        trainer.save_training_state(part / "state")
         meta = json.dumps({"step": step, "identity": identity, "metrics": metrics})
         (part / "meta.json").write_text(meta, encoding="utf-8")
     prune(folder, settings)
@@ -96,8 +105,6 @@ def resume(folder: Path, identity: str, trainer: Trainer, fresh: bool) -> int:
 
     Raises InputError when the state belongs to another recipe or other data.
     """
-    import torch
-
     if fresh:
         shutil.rmtree(folder, ignore_errors=True)
     found = steps(folder)
@@ -114,7 +121,7 @@ def resume(folder: Path, identity: str, trainer: Trainer, fresh: bool) -> int:
                 f"this recipe and its data give {identity}; use another name for the new run, or add fresh=true to drop the old one",
             )
         )
-    trainer.restore_training_state(torch.load(found[-1] / "state.pt", weights_only=True))
+    trainer.load_training_state(found[-1] / "state")
     return int(meta["step"])
 
 

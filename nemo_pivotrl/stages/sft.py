@@ -229,7 +229,9 @@ def fit(
 ) -> Path:
     """The loop: each part of a step's draw has its own token mean. Resumes from its last checkpoint."""
     plain = dataclasses.replace(policy.generation, temperature=1.0)  # the likelihood itself, not a tempered one
-    backend = backends.load(dataclasses.replace(policy, share_prompt=False, generation=plain), recipe.megatron)
+    own = policy.model_name == recipe.policy.model_name
+    megatron = recipe.megatron if own else backends.without_start(recipe.megatron)
+    backend = backends.load(dataclasses.replace(policy, share_prompt=False, generation=plain), megatron)
     backend.prepare_for_training(settings.optimizer)
     folder = recipe.path(settings.name)
     first = checkpoint.resume(folder, identity, backend, fresh)

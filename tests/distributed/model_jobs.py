@@ -20,14 +20,14 @@ def settings(**layout: Any) -> Megatron:
     return Megatron(**{"cpu": True, "bf16": False, "recompute": "none", **layout})
 
 
-def compare(folder: str, layout: dict[str, Any]) -> dict[str, Any]:
+def compare(folder: str, layout: dict[str, Any], config: str = "", target: str = "") -> dict[str, Any]:
     """Largest difference from transformers' logits, relative to their largest value, and the names of tensors that an
-    export does not give back bit for bit."""
+    export does not give back bit for bit. The model is built from `config`, if given, and saved as `target`, if given."""
     from nemo_pivotrl.backends.megatron import model, weights
 
     megatron = settings(**layout)
     groups = initialize(megatron, seed=1)
-    chunks = model.build_model(folder, megatron, groups)
+    chunks = model.build_model(config or folder, megatron, groups)
     expected, tokens = (torch.load(Path(folder, f"{name}.pt")) for name in ("logits", "tokens"))
     for chunk in chunks:
         chunk.eval()
@@ -37,6 +37,8 @@ def compare(folder: str, layout: dict[str, Any]) -> dict[str, Any]:
     original = load_file(str(Path(folder, "model.safetensors")))
     wrong = sorted(exported.keys() ^ original.keys())
     wrong += [name for name, tensor in original.items() if name not in wrong and not same(exported[name], tensor)]
+    if target:
+        weights.save_hf(chunks, target, config or folder, groups)
     return {"difference": difference, "wrong": wrong, "tensors": len(original)}
 
 

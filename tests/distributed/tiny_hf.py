@@ -50,6 +50,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("Qwen3Config", GPT),
     "qwen3_moe": ("Qwen3MoeConfig", GPT | EXPERTS | {"norm_topk_prob": True, "mlp_only_layers": [1]}),
     "qwen3_moe_unnormalised": ("Qwen3MoeConfig", GPT | EXPERTS | {"norm_topk_prob": False}),
+    # padded to 384 rows on one tensor-parallel rank and to 512 on two
+    "qwen3_padded": ("Qwen3Config", GPT | {"vocab_size": 300, "num_hidden_layers": 2}),
     "nemotron_h": ("NemotronHConfig", HYBRID | LATENT),
     "nemotron_h_groups": (
         "NemotronHConfig",

@@ -55,6 +55,10 @@ def build_hybrid(architecture: Architecture, te: bool, common: dict[str, Any]) -
     return model
 
 
+LINEAR_NORM = "layer_norm_"
+"""Prefix of a norm inside Transformer Engine's linear layers. Checkpoints have it whichever layers wrote them."""
+
+
 def local_stack(config: TransformerConfig) -> ModuleSpec:
     """The hybrid's layers without Transformer Engine, which megatron-core does not offer itself."""
     attention = AllGatherAttention if config.context_parallel_size > 1 else DotProductAttention
@@ -81,15 +85,27 @@ def local_stack(config: TransformerConfig) -> ModuleSpec:
         submodules=MambaStackSubmodules(
             mamba_layer=ModuleSpec(
                 module=MambaLayer,
-                submodules=MambaLayerSubmodules(norm=Norm, mixer=mixer, mamba_bda=get_bias_dropout_add),
+                submodules=MambaLayerSubmodules(
+                    norm=Norm,
+                    mixer=mixer,
+                    mamba_bda=get_bias_dropout_add,
+                    sharded_state_dict_keys_map={"norm.": f"mixer.in_proj.{LINEAR_NORM}"},
+                ),
             ),
             attention_layer=transformer(
                 TransformerLayer,
                 input_layernorm=Norm,
                 self_attention=self_attention,
                 self_attn_bda=get_bias_dropout_add,
+                sharded_state_dict_keys_map={"input_layernorm.": f"self_attention.linear_qkv.{LINEAR_NORM}"},
             ),
-            mlp_layer=transformer(MLPLayer, pre_mlp_layernorm=Norm, mlp=mlp, mlp_bda=get_bias_dropout_add),
+            mlp_layer=transformer(
+                MLPLayer,
+                pre_mlp_layernorm=Norm,
+                mlp=mlp,
+                mlp_bda=get_bias_dropout_add,
+                sharded_state_dict_keys_map={"pre_mlp_layernorm.": f"mlp.linear_fc1.{LINEAR_NORM}"},
+            ),
             moe_layer=transformer(
                 MoETransformerLayer, pre_mlp_layernorm=Norm, mlp=experts, mlp_bda=get_bias_dropout_add
             ),

@@ -15,6 +15,7 @@ from megatron.core.activations import squared_relu
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
@@ -27,20 +28,25 @@ from nemo_pivotrl.backends.megatron.local_layers import AllGatherAttention, Norm
 from nemo_pivotrl.backends.megatron.mapping import padded_vocab_size
 from nemo_pivotrl.backends.megatron.parallel import Groups
 from nemo_pivotrl.backends.megatron.precision import CONTAINER, fp8_fields, mamba_projection, probe, require_fp8
-from nemo_pivotrl.backends.megatron.weights import load_hf
+from nemo_pivotrl.backends.megatron.pretrained import load_pretrained
+from nemo_pivotrl.backends.megatron.weights import load_hf, mark
 from nemo_pivotrl.config import Megatron
 from nemo_pivotrl.records import InputError, Problem
 
 
 def build_model(policy_folder: str | Path, megatron: Megatron, groups: Groups) -> list[nn.Module]:
-    """This rank's model chunks, with the weights of an HF checkpoint folder, in training mode.
+    """This rank's model chunks, with the weights of an HF checkpoint folder or of `megatron.load`, in training mode.
 
     Raises InputError for what the recipe, the model and this machine do not have in common, and for missing,
     unexpected or misshapen tensors.
     """
     architecture = read_architecture(policy_folder)
     chunks = build_chunks(architecture, megatron, groups)
-    load_hf(chunks, policy_folder, architecture, groups)
+    if megatron.load:
+        load_pretrained(chunks, megatron.load, architecture, groups)
+    else:
+        load_hf(chunks, policy_folder, architecture, groups)
+    mark(chunks, architecture, groups)
     if megatron.moe_freeze_router:
         for chunk in chunks:
             for name, parameter in chunk.named_parameters():
@@ -217,7 +223,9 @@ def _moe(architecture: Architecture, megatron: Megatron, te: bool) -> dict[str, 
     moe = architecture.moe
     if moe is None:
         return {}
-    hybrid = {} if architecture.hybrid else {"moe_layer_freq": [int(layer == "E") for layer in architecture.layers]}
+    mixed = not architecture.hybrid and "D" in architecture.layers
+    # left out where every layer has experts: a list makes Megatron name each layer's tensors, which it would stack
+    frequency = {"moe_layer_freq": [int(layer == "E") for layer in architecture.layers]} if mixed else {}
     return {
         "num_moe_experts": moe.num_experts,
         "moe_ffn_hidden_size": moe.intermediate_size,
@@ -235,7 +243,7 @@ def _moe(architecture: Architecture, megatron: Megatron, te: bool) -> dict[str, 
         "moe_aux_loss_coeff": 0.0,
         "moe_router_dtype": "fp32",
         "moe_grouped_gemm": megatron.moe_grouped_gemm and te,
-        **hybrid,
+        **frequency,
     }
 
 
@@ -259,6 +267,10 @@ def gpt_spec(config: TransformerConfig, te: bool, groups: Groups) -> Transformer
     if not te:
         swap(block, local_twins(config))
         block.layer_norm = Norm
+        for layer in block.layer_specs:
+            if layer.submodules.mlp.module is not MLP:
+                # as Transformer Engine's layers name it in checkpoints, where only a dense MLP has its norm inside
+                layer.submodules.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.", None)
     return block
 
 

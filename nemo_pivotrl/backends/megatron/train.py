@@ -24,6 +24,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from nemo_pivotrl.backends import TokenBatch
+from nemo_pivotrl.backends.megatron import checkpoint
 from nemo_pivotrl.backends.megatron.architecture import read_architecture
 from nemo_pivotrl.backends.megatron.microbatches import Rows, lay_out, multiple_of, schedule
 from nemo_pivotrl.backends.megatron.model import build_model
@@ -262,38 +263,13 @@ class MegatronPolicy:
 
     # ---- state ----
 
-    def training_state(self) -> dict[str, Any]:
-        """Everything that a bit-exact resume of this rank needs, in the same layout of ranks."""
-        return {
-            "layout": self._layout(),
-            "weights": [p.detach().cpu().clone() for p in self.stage.parameters()],
-            "masters": [[p.detach().cpu().clone() for p in _masters(part)] for part in self._parts()],
-            "optimizer": [part.optimizer.state_dict() for part in self._parts()],
-            "rng": torch.get_rng_state(),
-            "steps": self.steps,
-        }
+    def save_training_state(self, folder: Path) -> None:
+        """Write everything that a resume needs; every rank takes part. Raises OSError on every rank."""
+        checkpoint.save(self, folder)
 
-    def restore_training_state(self, state: dict[str, Any]) -> None:
-        """Undo `training_state`. Raises InputError for another rank's state or another layout's."""
-        if list(state["layout"]) != self._layout():
-            remedy = "resume with the layout and the number of processes that wrote the checkpoint"
-            raise InputError(Problem("checkpoint", None, "layout", str(state["layout"]), f"{remedy}: {self._layout()}"))
-        _copy(state["weights"], list(self.stage.parameters()))
-        for part, masters, inner in zip(self._parts(), state["masters"], state["optimizer"], strict=True):
-            part.optimizer.load_state_dict(inner)
-            _copy(masters, _masters(part))
-        torch.set_rng_state(state["rng"])
-        self.steps = state["steps"]
-
-    def _layout(self) -> list[int]:
-        groups = self.groups
-        sizes = (groups.tp, groups.pp, groups.cp, groups.ep, groups.dp, groups.expt_tp)
-        return [groups.world.rank(), *(group.size() for group in sizes), int(self.megatron.use_distributed_optimizer)]
-
-    def _parts(self) -> list[Any]:
-        """The optimisers of dense and of expert weights, where this rank has any."""
-        parts = getattr(self.optimizer, "chained_optimizers", [self.optimizer])
-        return [part for part in parts if part.optimizer is not None]
+    def load_training_state(self, folder: Path) -> None:
+        """Undo `save_training_state`, in this layout or another. Raises InputError on every rank."""
+        checkpoint.load(self, folder)
 
     def export(self, folder: Path) -> None:
         """Write an ordinary HF checkpoint; every rank takes part, rank 0 writes."""
@@ -333,11 +309,6 @@ def _pick(stream: Tensor, index: Tensor, mask: Tensor) -> Tensor:
 def _to(rows: Rows, device: torch.device) -> Rows:
     moved = {name: getattr(rows, name) for name in Rows.__dataclass_fields__}
     return Rows(**{name: x.to(device) if isinstance(x, Tensor) else x for name, x in moved.items()})
-
-
-def _masters(part: Any) -> list[Tensor]:
-    """The tensors that a Megatron optimiser steps: float32 copies of this rank's shard, or the weights themselves."""
-    return [p for group in part.optimizer.param_groups for p in group["params"]]
 
 
 @torch.no_grad()

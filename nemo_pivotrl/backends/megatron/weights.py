@@ -139,12 +139,20 @@ def load_hf(chunks: Sequence[nn.Module], folder: str | Path, architecture: Archi
             target.narrow(entry.dim, 0, shard.shape[entry.dim]).copy_(shard)
         else:
             target.copy_(shard)
-        _mark(entry, target, shard.shape[entry.dim] < sum(entry.sizes) or entry.padded, groups)
 
 
-def _mark(entry: Entry, target: Tensor, sharded: bool, groups: Groups) -> None:
+def mark(chunks: Sequence[nn.Module], architecture: Architecture, groups: Groups) -> None:
     """Tell Megatron what it notes down where it initialises weights, which is switched off, and what it overlooks."""
-    if entry.expert is not None or sharded:
+    tensors = local_tensors(chunks, architecture, groups)
+    for entry in entries(architecture):
+        if entry.name in tensors:
+            _mark(entry, tensors[entry.name], groups)
+
+
+def _mark(entry: Entry, target: Tensor, groups: Groups) -> None:
+    ranks = _ranks_of(entry, groups)
+    length = sum(stop - start for _, start, stop in entry.cut(ranks.rank(), ranks.size()))
+    if entry.expert is not None or entry.padded or length < sum(entry.sizes):
         # the gradient norm leaves what is not marked out on every tensor-parallel rank but the first, which for experts
         # may be other experts
         for name, value in (("tensor_model_parallel", True), ("partition_dim", entry.dim), ("partition_stride", 1)):
@@ -261,12 +269,13 @@ def save_hf(
     groups: Groups,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """Write the model as an HF checkpoint folder; tokenizer and config come from `source`, which it was read from.
+    """Write the model as an HF checkpoint folder; tokenizer and config come from `source`, the folder it began as.
 
-    All ranks call it; rank 0 writes. Raises OSError on every rank when that fails.
+    All ranks call it; rank 0 writes. Raises OSError on every rank when that fails, or when what was written is not a
+    checkpoint of this architecture, with every tensor that `source` has, in its shape.
     """
     architecture = read_architecture(source)
-    writer = _Writer(Path(folder), Checkpoint(source), max_shard_bytes) if groups.world.rank() == 0 else None
+    writer = _Writer(Path(folder), Path(source), max_shard_bytes) if groups.world.rank() == 0 else None
     error: list[str | None] = [None]
     for name, tensor in export_hf(chunks, architecture, groups):
         if writer is not None and error[0] is None:
@@ -278,17 +287,38 @@ def save_hf(
     if writer is not None and error[0] is None:
         try:
             writer.finish()
-        except OSError as caught:
+            check_export(folder, source, architecture)
+        except (OSError, InputError) as caught:
             error[0] = str(caught)
     dist.broadcast_object_list(error, 0, group=groups.world, device=groups.device)
     if error[0] is not None:
         raise OSError(f"could not write {folder}: {error[0]}")
 
 
+def has_weights(folder: str | Path) -> bool:
+    """Whether an HF folder is more than a config and a tokenizer, which is enough where `megatron.load` names weights."""
+    return any(Path(folder, f"model.safetensors{end}").exists() for end in ("", ".index.json"))
+
+
+def check_export(folder: str | Path, source: str | Path, architecture: Architecture) -> None:
+    """Raise InputError unless a folder has every tensor of the architecture, and in the shapes that the start policy's
+    folder has them in. Files are opened, values not compared."""
+    written = Checkpoint(folder)
+    problems = check_names(written, entries(architecture), architecture)
+    if has_weights(source):
+        start = Checkpoint(source)
+        for name in sorted(written.file_of.keys() & start.file_of.keys()):
+            if written.shape(name) != start.shape(name):
+                remedy = f"the start policy's is {start.shape(name)}"
+                problems.append(Problem(str(folder), None, name, str(written.shape(name)), remedy))
+    if problems:
+        raise InputError(problems)
+
+
 class _Writer:
     """HF's own layout: shards of bounded size, an index, and everything beside the weights from the source folder."""
 
-    def __init__(self, folder: Path, source: Checkpoint, max_shard_bytes: int):
+    def __init__(self, folder: Path, source: Path, max_shard_bytes: int):
         self.folder, self.source, self.max_shard_bytes = folder, source, max_shard_bytes
         self.held: dict[str, Tensor] = {}
         self.bytes = 0
@@ -312,9 +342,11 @@ class _Writer:
         self.held, self.bytes = {}, 0
 
     def finish(self) -> None:
-        for name in self.source.file_of:
-            if name.startswith(CARRIED):
-                self.add(name, self.source.whole(name))
+        if has_weights(self.source):
+            start = Checkpoint(self.source)
+            for name in start.file_of:
+                if name.startswith(CARRIED):
+                    self.add(name, start.whole(name))
         self._flush()
         count, weight_map = len(self.shards), {}
         for i, names in enumerate(self.shards):
@@ -325,7 +357,7 @@ class _Writer:
             index = {"metadata": {"total_size": self.total}, "weight_map": weight_map}
             text = json.dumps(index, indent=2, sort_keys=True)
             (self.folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
-        for path in self.source.folder.iterdir():
+        for path in self.source.iterdir():
             if (
                 path.is_file()
                 and path.suffix in (".json", ".jinja", ".txt", ".model", ".py")

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from nemo_pivotrl import backends
 from nemo_pivotrl.backends.megatron import launch
 from nemo_pivotrl.backends.megatron.launch import Patience, Place, Watch, place_of
 from nemo_pivotrl.config import Megatron, Patient, Policy
@@ -184,6 +185,7 @@ class Crew:
 
     def _join(self, megatron: Megatron) -> Any:
         """The process groups of a recipe's layout, made once."""
+        megatron = backends.without_start(megatron)  # whose weights they are is no matter of process groups
         if self.layout is None:
             from nemo_pivotrl.backends.megatron import parallel
 
