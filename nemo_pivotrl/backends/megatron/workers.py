@@ -109,11 +109,12 @@ class Crew:
 
     def order(self, verb: str, model: int, arguments: tuple[Any, ...]) -> Any:
         """Have all ranks do something; this rank's result. Raises TypeError for arguments that cannot be sent."""
-        self.number += 1
-        doomed, self.let_go[:] = list(self.let_go), []
+        doomed = list(self.let_go)
         command = (verb, model, arguments, doomed)
+        box = [None if self.watch is None else _sendable(verb, command)]  # before the others expect anything
+        self.number += 1
+        del self.let_go[: len(doomed)]
         if self.watch is not None:
-            box = [_sendable(verb, command)]
             self.watch.store.set(f"order/{self.number}", verb)
             dist.broadcast_object_list(box, 0, device=self._device())
         return self._do(*command)
