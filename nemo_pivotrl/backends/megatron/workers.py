@@ -17,6 +17,7 @@ import os
 import pickle
 import sys
 import time
+import warnings
 import weakref
 from collections.abc import Callable
 from datetime import timedelta
@@ -49,6 +50,7 @@ def run_together(stage: Callable[[], None], megatron: Megatron, place: Place, pa
         torch.cuda.set_device(place.local_rank % torch.cuda.device_count())
     if place.rank > 0:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+        warnings.simplefilter("ignore")  # rank 0 has the same ones
     outcome: list[Any] = [None, 0]
 
     def program(watch: Watch | None) -> None:
