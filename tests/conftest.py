@@ -43,6 +43,23 @@ SMALL = [
     "evaluate.num_generations=2",
 ]
 
+SMALL_LLMDOCTOR = [
+    "num_threads=1",
+    "manners.lessons=400",
+    "manners.hidden_size=48",
+    "manners.layers=2",
+    "manners.doctor_hidden_size=32",
+    "manners.doctor_layers=1",
+    "manners.num_steps=60",
+    "rank.answers_per_prompt=4",
+    "tfpo.max_num_steps=6",
+    "tfpo.pairs_per_step=8",
+    "tfpo.val_period=3",
+    "assess.limit=6",
+    "assess.samples=2",
+    "decode.max_new_tokens=24",
+]
+
 
 def recipe_at(folder: Path, *overrides: str) -> Recipe:
     """The tiny recipe, smaller still, with its run directory at `folder`."""
@@ -52,6 +69,17 @@ def recipe_at(folder: Path, *overrides: str) -> Recipe:
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def steered(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole small LLMdoctor run. Tests that change what is in it put it back."""
+    from nemo_pivotrl.recipe import load_recipe
+    from nemo_pivotrl.stages.quickstart import run
+
+    folder = tmp_path_factory.mktemp("llmdoctor") / "run"
+    run(load_recipe(str(ROOT / "recipes/llmdoctor/tiny.yaml"), [f"run_dir={folder}", *SMALL_LLMDOCTOR]))
+    return folder
 
 
 @pytest.fixture(scope="session")

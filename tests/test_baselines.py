@@ -100,7 +100,7 @@ def test_learning_rates_are_chosen_with_ill_formed_answers_at_the_bottom() -> No
 
 
 def test_validation_and_test_prompts_do_not_meet() -> None:
-    assert not {*manners.prompts(0, "train", 1000)} & {*manners.prompts(0, "test", 1000)}
+    assert not {*manners.questions(0, "train")} & {*manners.questions(0, "test")}
 
 
 def test_all_forms_of_the_speed_benchmark_are_the_same_loss() -> None:

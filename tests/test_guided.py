@@ -699,7 +699,7 @@ def decode_recipe(folders: Path, where: Path, **decode: Any) -> str:
         },
         "max_new_tokens": 8,
         "num_samples": 2,
-        "prompts_per_wave": 2,
+        "answers_per_wave": 4,
         "guidance_off": ["tool_calls"],
         **decode,
     }

@@ -66,7 +66,7 @@ def test_a_packed_micro_batch_by_hand() -> None:
     assert made.tokens.tolist() == [[1, 2, 3, 5, 6, 0, 4, 7, 8, 9]]
     assert made.positions.tolist() == [[0, 1, 2, 3, 4, 5, 0, 1, 2, 3]]
     assert made.targets.tolist() == [[-1, -1, 5, 6, -1, -1, 7, 8, 9, -1]]
-    assert made.starts.tolist() == [0, 6, 10] and made.lengths.tolist() == [0, 5, 9]
+    assert made.starts.tolist() == [0, 6, 10]
     assert made.predicts.tolist() == [[2, 3, 0], [6, 7, 8]] and made.states.tolist() == [[2, 3, 4, 0], [6, 7, 8, 9]]
 
 
@@ -100,6 +100,11 @@ def test_multiples() -> None:
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_context_parts_are_all_of_the_sequence_with_equal_causal_work(ranks: int) -> None:
-    parts = [context_part(12, rank, ranks) for rank in range(ranks)]
+    parts = [context_part([0, 12], rank, ranks) for rank in range(ranks)]
     assert sorted(torch.cat(parts).tolist()) == list(range(12))
     assert len({int((part + 1).sum()) for part in parts}) == 1
+
+
+def test_a_packed_stream_is_dealt_out_sequence_by_sequence() -> None:
+    parts = [context_part([0, 4, 12], rank, 2).tolist() for rank in range(2)]
+    assert parts == [[0, 3, 4, 5, 10, 11], [1, 2, 6, 7, 8, 9]]

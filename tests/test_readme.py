@@ -6,9 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-from conftest import ROOT, SMALL
+from conftest import ROOT, SMALL, SMALL_LLMDOCTOR
 
 from nemo_pivotrl import cli
+from nemo_pivotrl.records import read_rows
 from nemo_pivotrl.verifiers import VERIFIERS
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -44,6 +45,8 @@ def test_the_readme_shows_the_commands_this_file_runs() -> None:
         "nemo-pivotrl select recipes/pivotrl/tiny.yaml --print-config",
         "nemo-pivotrl select recipes/pivotrl/tiny.yaml select.lambda_diff=0.6",
         "nemo-pivotrl export recipes/pivotrl/tiny.yaml",
+        "nemo-pivotrl decode recipes/llmdoctor/tiny.yaml decode.prompts=runs/llmdoctor/manners/test.jsonl",
+        "nemo-pivotrl serve-guided recipes/llmdoctor/tiny.yaml --port 8912",  # served in test_serve_guided
         "nemo-pivotrl audit recipes/pivotrl/tiny.yaml verifier.name=functional",
         "nemo-pivotrl verify --verifier functional runs/quickstart/profiles.jsonl verdicts.jsonl",
         "nemo-pivotrl rescore recipes/pivotrl/tiny.yaml verifier.name=functional",
@@ -60,10 +63,30 @@ def test_every_stage_command_of_the_readme_runs(trained: Path, tmp_path: Path) -
             assert cli.main([*words[:-2], *files]) == 0 and (tmp_path / "verdicts.jsonl").read_text()
         elif words[0] == "env":
             assert cli.main([*words, "--no-imports", str(ROOT / "recipes")]) == 0
-        elif command.startswith("nemo-pivotrl") and "STAGE" not in command and words[0] != "serve-verifier":
+        elif "recipes/pivotrl" in command and "STAGE" not in command and words[0] != "serve-verifier":
             assert run(*words, folder=tmp_path / "run")
     rows = (tmp_path / "run/gym/train.jsonl").read_text().splitlines()
     assert rows and "nemo_pivotrl" not in rows[0] and '"expected_action"' in rows[0]
+
+
+def test_the_readmes_steering_runs(steered: Path) -> None:
+    (command,) = [c for c in COMMANDS if c.startswith("nemo-pivotrl decode")]
+    folder = str(steered)
+    words = command.replace("runs/llmdoctor", folder).split()[1:]
+    assert cli.main([*words, f"run_dir={folder}", *SMALL_LLMDOCTOR, "decode.num_samples=1"]) == 0
+    asked = (steered / "manners/test.jsonl").read_text().splitlines()
+    assert len(list(read_rows(steered / "decoded.jsonl"))) == len(asked) > 10
+    (code,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    done = subprocess.run(
+        [sys.executable, "-W", "error::UserWarning", "-c", code.replace("runs/llmdoctor", folder)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert [line.split(" ")[0] for line in lines] == ["-1.0", "0.0", "1.0"] and all(len(line) > 8 for line in lines)
 
 
 def test_every_stage_of_the_readmes_table_exists_and_no_other() -> None:
@@ -84,7 +107,8 @@ def test_make_quickstart_is_the_run_command_and_the_run_command_works(tmp_path: 
     shown = subprocess.run(
         ["make", "-n", "quickstart", "VENV=/nowhere"], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout
-    assert "nemo-pivotrl run recipes/pivotrl/tiny.yaml fresh=true" in shown
+    for algorithm in ("pivotrl", "llmdoctor"):  # the second is run in test_assess
+        assert f"nemo-pivotrl run recipes/{algorithm}/tiny.yaml fresh=true" in shown
     output = run("run", "recipes/pivotrl/tiny.yaml", "fresh=true", folder=tmp_path / "run")
     assert re.search(r"^pivotrl +\d", output, flags=re.MULTILINE) and (tmp_path / "run/report.html").exists()
     assert (tmp_path / "run/report.json").exists()

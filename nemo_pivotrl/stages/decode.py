@@ -155,7 +155,7 @@ def _decode_rest(
 ) -> None:
     """Decode what is not written yet. Waves begin at fixed places, so a resumed one repeats exactly."""
     each = recipe.decode.num_samples
-    size = recipe.decode.prompts_per_wave
+    size = max(1, recipe.decode.answers_per_wave // each)  # prompts in a wave
     total = len(prompts) * each
     first = writer.rows_done // (size * each) * size if writer.rows_done < total else len(prompts)
     skip = writer.rows_done - first * each

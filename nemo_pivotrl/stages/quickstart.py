@@ -6,6 +6,7 @@ import dataclasses
 import json
 import random
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from nemo_pivotrl import report, world
@@ -17,6 +18,8 @@ from nemo_pivotrl.stages.profile import profile
 from nemo_pivotrl.stages.select import select
 from nemo_pivotrl.stages.sft import makes_start_policy, sft, warmup, world_sizes
 from nemo_pivotrl.stages.train import train
+
+Stage = Callable[[Recipe, bool], Path]
 
 
 def make_world(recipe: Recipe, fresh: bool = False) -> Path:
@@ -37,24 +40,29 @@ def run(recipe: Recipe, fresh: bool = False) -> Path:
     A `random` arm (same number of candidates, no profiling) trains beside the pivots when evaluate.policies names one.
     """
     start = time.perf_counter()
-    if recipe.algorithm == "llmdoctor":
-        return _run_llmdoctor(recipe, fresh)
     if fresh:
         recipe.path("ledger.jsonl").unlink(missing_ok=True)
-    if recipe.path("world/trajectories.jsonl") in map(Path, recipe.extract.trajectories):
-        make_world(recipe, fresh)
-    policies = recipe.evaluate.policies
-    steps = [extract, warmup, profile, select] if makes_start_policy(recipe) else [extract, profile, select]
-    steps += [sft] if recipe.sft.name in policies else []
-    steps += [train, _random_arm] if "random" in policies else [train]
-    for stage in [*steps, evaluate, report.report]:
-        print(f"\n== {stage.__name__.strip('_')}")
+    stages = _llmdoctor(recipe) if recipe.algorithm == "llmdoctor" else _pivotrl(recipe, fresh)
+    for stage in [*stages, report.report]:
+        print(f"\n== {stage.__name__.strip('_').removeprefix('make_')}")
         path = stage(recipe, fresh)
     print(f"\nreport: {path} ({time.perf_counter() - start:.0f} s)")
     return path
 
 
-def _run_llmdoctor(recipe: Recipe, fresh: bool) -> Path:
+def _pivotrl(recipe: Recipe, fresh: bool) -> list[Stage]:
+    if recipe.path("world/trajectories.jsonl") in map(Path, recipe.extract.trajectories):
+        make_world(recipe, fresh)
+    policies = recipe.evaluate.policies
+    steps: list[Stage] = (
+        [extract, warmup, profile, select] if makes_start_policy(recipe) else [extract, profile, select]
+    )
+    steps += [sft] if recipe.sft.name in policies else []
+    steps += [train, _random_arm] if "random" in policies else [train]
+    return [*steps, evaluate]
+
+
+def _llmdoctor(recipe: Recipe) -> list[Stage]:
     """Preferences in, a doctor out, a patient steered. The embedded world is made where the recipe's patient is in it."""
     from nemo_pivotrl.stages.assess import assess
     from nemo_pivotrl.stages.manners import make_manners
@@ -64,18 +72,10 @@ def _run_llmdoctor(recipe: Recipe, fresh: bool) -> Path:
     from nemo_pivotrl.stages.tfpo import tfpo
 
     embedded = Path(recipe.patient.model_name).resolve() == recipe.path("patient/policy").resolve()
-    path = Path(recipe.run_dir)
-    for stage in [
-        *([make_manners] if embedded else []),
-        *([rank] if recipe.rank.objectives else []),
-        preferences,
-        reward,
-        tfpo,
-        *([assess] if recipe.assess.arms else []),
-    ]:
-        print(f"\n== {stage.__name__.removeprefix('make_')}")
-        path = stage(recipe, fresh)
-    return path
+    steps = [make_manners] if embedded else []
+    steps += [rank] if recipe.rank.objectives else []
+    steps += [preferences, reward, tfpo]
+    return [*steps, assess] if recipe.assess.arms else steps
 
 
 def _random_arm(recipe: Recipe, fresh: bool = False) -> Path:

@@ -56,11 +56,11 @@ class Run:
         }
 
 
-def begin(folder: str, kind: str, layout: dict[str, Any], target: str) -> dict[str, Any]:
+def begin(folder: str, kind: str, layout: dict[str, Any], target: str, steps: int = STEPS) -> dict[str, Any]:
     """A few steps, a checkpoint, and how it goes on without a stop."""
     run = Run(folder, kind, layout)
     bend(run.backend.stage.head)
-    for _ in range(STEPS):
+    for _ in range(steps):
         run.step()
     torch.rand(3)  # the generator is not as seeded
     run.backend.save_training_state(Path(target))

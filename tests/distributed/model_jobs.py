@@ -51,11 +51,11 @@ def run(chunks: list[nn.Module], tokens: Tensor, groups: Groups, vocab_size: int
     """Logits [B, T, V] of whole sequences by Megatron's own pipeline schedule; None where this rank has no last stage."""
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
-    from nemo_pivotrl.backends.megatron.local_layers import zigzag_positions
+    from nemo_pivotrl.backends.megatron.microbatches import context_part
     from nemo_pivotrl.backends.megatron.model import forward
 
     length, cp = tokens.shape[1], groups.cp
-    here = zigzag_positions(cp.rank(), cp.size(), length) if cp.size() > 1 else torch.arange(length)
+    here = context_part([0, length], cp.rank(), cp.size())
     positions = here.expand(tokens.shape[0], -1)
 
     def step(data: Iterator[Tensor], chunk: nn.Module) -> tuple[Tensor, Any]:
@@ -78,7 +78,7 @@ def run(chunks: list[nn.Module], tokens: Tensor, groups: Groups, vocab_size: int
     logits = torch.cat(parts, -1)[..., :vocab_size]
     whole = torch.empty(tokens.shape[0], length, vocab_size)
     for rank, part in enumerate(gather(logits, cp)):
-        whole[:, zigzag_positions(rank, cp.size(), length) if cp.size() > 1 else here] = part
+        whole[:, context_part([0, length], rank, cp.size())] = part
     return whole
 
 

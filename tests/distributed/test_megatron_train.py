@@ -14,6 +14,7 @@ from distributed_harness import Workers
 TP, PP, EP = (f"{axis}_model_parallel_size" for axis in ("tensor", "pipeline", "expert"))
 CP = "context_parallel_size"
 PLAIN = {"use_distributed_optimizer": False}
+PACKED = {"sequence_packing": True}
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "w1": (1, PLAIN),
     "tp2": (2, {TP: 2}),
@@ -24,6 +25,11 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "cp2": (2, {CP: 2}),
     "ep2": (2, {EP: 2}),
     "tp2 x ep2": (4, {TP: 2, EP: 2, "sequence_parallel": True}),
+    "packed": (1, PLAIN | PACKED),
+    "packed tp2+sp": (2, {TP: 2, "sequence_parallel": True} | PACKED),
+    "packed pp2": (2, {PP: 2} | PACKED),
+    "packed cp2": (2, {CP: 2} | PACKED),
+    "packed ep2": (2, {EP: 2} | PACKED),
     "tp2 x pp2": (4, {TP: 2, PP: 2, "sequence_parallel": True}),
 }
 CASES = [
@@ -31,6 +37,7 @@ CASES = [
     ("grpo", "llama_tied", "pp2"),
     ("grpo", "qwen3_moe", "ep2"),
     ("tfpo", "qwen3_moe", "ep2"),
+    ("grpo", "qwen3_moe", "packed ep2"),
     *(("grpo", "nemotron_h", layout) for layout in ("w1", "tp2+sp", "pp2", "ep2", "tp2 x ep2")),
 ]
 

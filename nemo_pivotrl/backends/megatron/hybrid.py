@@ -15,7 +15,6 @@ from megatron.core.ssm.mamba_mixer import MambaMixer, MambaMixerSubmodules
 from megatron.core.ssm.mlp_layer import MLPLayer
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
-from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -28,7 +27,7 @@ from megatron.core.transformer.transformer_layer import (
 from torch import nn
 
 from nemo_pivotrl.backends.megatron.architecture import Architecture
-from nemo_pivotrl.backends.megatron.local_layers import AllGatherAttention, Norm
+from nemo_pivotrl.backends.megatron.local_layers import Norm, StreamAttention
 
 
 def build_hybrid(architecture: Architecture, te: bool, common: dict[str, Any]) -> nn.Module:
@@ -61,7 +60,6 @@ LINEAR_NORM = "layer_norm_"
 
 def local_stack(config: TransformerConfig) -> ModuleSpec:
     """The hybrid's layers without Transformer Engine, which megatron-core does not offer itself."""
-    attention = AllGatherAttention if config.context_parallel_size > 1 else DotProductAttention
     mixer = ModuleSpec(
         module=MambaMixer, submodules=MambaMixerSubmodules(in_proj=ColumnParallelLinear, out_proj=RowParallelLinear)
     )
@@ -69,7 +67,7 @@ def local_stack(config: TransformerConfig) -> ModuleSpec:
         module=SelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=SelfAttentionSubmodules(
-            linear_qkv=ColumnParallelLinear, core_attention=attention, linear_proj=RowParallelLinear
+            linear_qkv=ColumnParallelLinear, core_attention=StreamAttention, linear_proj=RowParallelLinear
         ),
     )
     mlp = ModuleSpec(

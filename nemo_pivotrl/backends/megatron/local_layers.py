@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from torch import Tensor, nn
+
+from nemo_pivotrl.backends.megatron.microbatches import context_part
 
 
 class Norm:
@@ -36,11 +40,11 @@ class DuplicatedLinear(nn.Linear):
         return super().forward(hidden), None
 
 
-class AllGatherAttention(DotProductAttention):
-    """Causal attention with context parallelism: every rank gathers all keys and values and answers its own queries.
+class StreamAttention(DotProductAttention):
+    """Causal attention over packed streams and over context-parallel ranks, which megatron-core's plain one refuses.
 
-    Megatron deals a sequence out in a zigzag: with C ranks it is cut into 2C pieces, and rank r holds the r-th and the
-    (2C-1-r)-th, so that all have the same work under a causal mask.
+    Every rank gathers all keys and values and answers its own queries, with a mask of all pairs: for CPUs and small
+    sequences.
     """
 
     def __init__(self, config: Any, *args: Any, pg_collection: Any, **kwargs: Any) -> None:
@@ -50,21 +54,34 @@ class AllGatherAttention(DotProductAttention):
         self.cp_group = pg_collection.cp
 
     def forward(  # type: ignore[override]
-        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *args: Any, **kwargs: Any
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        *args: Any,
+        packed_seq_params: PackedSeqParams | None = None,
+        **kwargs: Any,
     ) -> Tensor:
-        """query, key, value [S/C, B, heads, head_dim] to [S/C, B, heads * head_dim]."""
-        assert attention_mask is None, "the mask is causal and made here"
+        """query, key, value [S/C, B, heads, head_dim] to [S/C, B, heads * head_dim]; packed, they come without B."""
         size, rank = self.cp_group.size(), self.cp_group.rank()
-        key = gather_from_sequence_parallel_region(key, group=self.cp_group)
-        value = gather_from_sequence_parallel_region(value, group=self.cp_group)
-        of_keys = torch.cat([zigzag_positions(r, size, key.shape[0]) for r in range(size)]).to(key.device)
-        of_queries = zigzag_positions(rank, size, key.shape[0]).to(key.device)
-        mask = (of_keys[None, :] > of_queries[:, None])[None, None]
-        return super().forward(query, key, value, mask, *args, **kwargs)
+        if packed_seq_params is None and size == 1:
+            return super().forward(query, key, value, attention_mask, *args, **kwargs)
+        assert attention_mask is None, "the mask is causal and made here"
+        if packed_seq_params is not None:
+            query, key, value = (x[:, None] for x in (query, key, value))
+        if size > 1:
+            key, value = (gather_from_sequence_parallel_region(x, group=self.cp_group) for x in (key, value))
+        starts = [0, key.shape[0]] if packed_seq_params is None else packed_seq_params.cu_seqlens_q.tolist()
+        mask = stream_mask(starts, rank, size).to(key.device)
+        return super().forward(query, key, value, mask[None, None], *args, **kwargs)
 
 
-def zigzag_positions(rank: int, size: int, length: int) -> Tensor:
-    """Positions [length / size] in a sequence of the tokens that context-parallel rank `rank` of `size` holds."""
-    piece = length // (2 * size)
-    pieces = torch.arange(length).reshape(2 * size, piece)
-    return pieces[[rank, 2 * size - 1 - rank]].reshape(-1)
+def stream_mask(starts: Sequence[int], rank: int, size: int) -> Tensor:
+    """[S/C, S] bool, True where a query of context-parallel rank `rank` of `size` must not look: at later tokens, and at
+    those of other sequences. Keys are in the order in which the ranks hold them."""
+    keys = torch.cat([context_part(starts, r, size) for r in range(size)])
+    queries = context_part(starts, rank, size)[:, None]
+    bounds = torch.tensor(starts)
+    of_keys, of_queries = (torch.searchsorted(bounds, places, right=True) for places in (keys, queries))
+    return (keys > queries) | (of_keys != of_queries)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -38,9 +39,8 @@ class Rows:
     mask: Tensor
     """[n, T] bool: response tokens."""
     starts: Tensor | None = None
-    """Packed: [n+1] int32, where each sequence begins with its padding (Transformer Engine's cu_seqlens_padded)."""
-    lengths: Tensor | None = None
-    """Packed: [n+1] int32, cumulative real lengths (cu_seqlens)."""
+    """Packed: [n+1] int32, where each sequence begins and the stream ends (Transformer Engine's cu_seqlens). Padding is the
+    tail of its own sequence, which nothing before it sees."""
 
 
 def multiple_of(tp: int, cp: int, sequence_parallel: bool, precision: int = 1) -> int:
@@ -158,22 +158,21 @@ def lay_out(
         states[i, : count + 1] = torch.arange(last, last + count + 1)
         predicts[i, :count] = states[i, :count]
         mask[i, :count] = True
-    if packed and n:
-        cumulative = [0, *torch.tensor(real, dtype=torch.long).cumsum(0).tolist()]
-        extra = (torch.tensor(starts, dtype=torch.int32), torch.tensor(cumulative, dtype=torch.int32))
-    else:
-        extra = (None, None)
     flat = (t.view(shape) for t in (tokens, positions, targets))
-    return Rows(tuple(rows), *flat, predicts, states, mask, *extra)
+    bounds = torch.tensor(starts, dtype=torch.int32) if packed and n else None
+    return Rows(tuple(rows), *flat, predicts, states, mask, bounds)
 
 
-def context_part(length: int, rank: int, ranks: int) -> Tensor:
-    """Places [length / ranks] of a sequence that a context-parallel rank holds: piece `rank` and its mirror of 2 * ranks.
+def context_part(starts: Sequence[int], rank: int, ranks: int) -> Tensor:
+    """Places [S / ranks] of a stream that a context-parallel rank holds: of each sequence piece `rank` and its mirror of
+    2 * ranks. Sequence i is starts[i] to starts[i+1]; a padded row is a stream of one.
 
     The early piece sees little and the late one much, so every rank does the same work in causal attention.
     """
-    places = torch.arange(length)
     if ranks == 1:
-        return places
-    pieces = places.chunk(2 * ranks)
-    return torch.cat([pieces[rank], pieces[2 * ranks - 1 - rank]])
+        return torch.arange(starts[0], starts[-1])
+    parts = []
+    for begin, end in pairwise(starts):
+        pieces = torch.arange(begin, end).chunk(2 * ranks)
+        parts += [pieces[rank], pieces[2 * ranks - 1 - rank]]
+    return torch.cat(parts)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from nemo_pivotrl.backends.megatron.architecture import Architecture, read_architecture
-from nemo_pivotrl.backends.megatron.local_layers import AllGatherAttention, Norm
+from nemo_pivotrl.backends.megatron.local_layers import Norm, StreamAttention
 from nemo_pivotrl.backends.megatron.mapping import padded_vocab_size
 from nemo_pivotrl.backends.megatron.parallel import Groups
 from nemo_pivotrl.backends.megatron.precision import CONTAINER, fp8_fields, mamba_projection, probe, require_fp8
@@ -125,6 +125,9 @@ def check_model(architecture: Architecture, megatron: Megatron) -> None:
     if architecture.mamba is not None:
         divides(tp, "Mamba groups", architecture.mamba.num_groups)
         divides(tp, "Mamba heads", architecture.mamba.num_heads)
+        if megatron.sequence_packing:
+            remedy = "megatron-core 0.16 would carry a Mamba state from one sequence into the next: leave it off"
+            problems.append(Problem("recipe", None, "megatron.sequence_packing", "true, with Mamba layers", remedy))
         if megatron.context_parallel_size > 1 and megatron.cpu:
             remedy = "Mamba layers with context parallelism need a GPU"
             found = str(megatron.context_parallel_size)
@@ -265,7 +268,7 @@ def gpt_spec(config: TransformerConfig, te: bool, groups: Groups) -> Transformer
     rank = groups.pp.rank()
     block = get_gpt_decoder_block_spec(config, use_transformer_engine=te, normalization="RMSNorm", pp_rank=rank)
     if not te:
-        swap(block, local_twins(config))
+        swap(block, LOCAL_TWINS)
         block.layer_norm = Norm
         for layer in block.layer_specs:
             if layer.submodules.mlp.module is not MLP:
@@ -274,12 +277,8 @@ def gpt_spec(config: TransformerConfig, te: bool, groups: Groups) -> Transformer
     return block
 
 
-def local_twins(config: TransformerConfig) -> dict[type, type]:
-    """megatron-core's plain-torch layers that refuse a layout, and what stands in for them."""
-    twins: dict[type, type] = {WrappedTorchNorm: Norm}
-    if config.context_parallel_size > 1:
-        twins[DotProductAttention] = AllGatherAttention
-    return twins
+LOCAL_TWINS: dict[type, type] = {WrappedTorchNorm: Norm, DotProductAttention: StreamAttention}
+"""megatron-core's plain-torch layers that refuse a layout, and what stands in for them."""
 
 
 def swap(spec: Any, twins: dict[type, type]) -> None:

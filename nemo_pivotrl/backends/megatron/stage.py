@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
@@ -45,8 +46,9 @@ class Stage(MegatronModule):
         tensor- and context-parallel rank of the stage; gradients reach what this rank itself computed.
         """
         batch, length = rows.tokens.shape
-        here = context_part(length, self.groups.cp.rank(), self.groups.cp.size()).to(rows.tokens.device)
-        hidden = self._hidden(rows.tokens[:, here], rows.positions[:, here])
+        starts = [0, length] if rows.starts is None else rows.starts.tolist()
+        here = context_part(starts, self.groups.cp.rank(), self.groups.cp.size()).to(rows.tokens.device)
+        hidden = self._hidden(rows.tokens[:, here], rows.positions[:, here], rows.starts)
         if not self.groups.last_stage:
             return hidden
         if self.config.sequence_parallel:
@@ -77,12 +79,16 @@ class Stage(MegatronModule):
         values = self.head(flat[wanted].float())[:, 0]
         return torch.stack([log_probs, self._whole(values, place[wanted], batch * length)])
 
-    def _hidden(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        """Hidden states [S / cp (/ tp), B, H] after the stage's layers and, on the last one, the final norm."""
+    def _hidden(self, tokens: Tensor, positions: Tensor, starts: Tensor | None = None) -> Tensor:
+        """Hidden states [S / cp (/ tp), B, H] after the stage's layers and, on the last one, the final norm.
+
+        starts: where the sequences of a packed stream begin and the last one ends; None where rows are padded.
+        """
         chunk, last = self.module, self.module.post_process
+        packed = {} if starts is None else {"packed_seq_params": _packed(starts)}
         chunk.post_process = False  # the model's own head would make logits of every position
         try:
-            return chunk(input_ids=tokens, position_ids=positions, attention_mask=None)
+            return chunk(input_ids=tokens, position_ids=positions, attention_mask=None, **packed)
         finally:
             chunk.post_process = last
 
@@ -96,6 +102,14 @@ class Stage(MegatronModule):
     def _whole(self, found: Tensor, place: Tensor, size: int) -> Tensor:
         """Numbers [m] at `place` of [size], with those of the other context-parallel ranks."""
         return _Collect.apply(found.new_zeros(size).index_put((place,), found), self.groups.cp)
+
+
+def _packed(starts: Tensor) -> PackedSeqParams:
+    """What attention and rotary embeddings must know of a stream; padding counts as a part of its own sequence."""
+    longest = int((starts[1:] - starts[:-1]).max())
+    names = ("cu_seqlens_q", "cu_seqlens_kv", "cu_seqlens_q_padded", "cu_seqlens_kv_padded")
+    bounds = dict.fromkeys(names, starts)
+    return PackedSeqParams(qkv_format="thd", max_seqlen_q=longest, max_seqlen_kv=longest, **bounds)
 
 
 class _Collect(torch.autograd.Function):

@@ -44,7 +44,7 @@ from nemo_pivotrl.records import InputError, Problem, short
 
 SUMS = "crc32.json"
 """File name to CRC-32, beside the shards."""
-OLDER = "it was cut off or damaged: remove the folder to go on from the checkpoint before it"
+OLDER = "it was cut off or damaged: use another, or remove its folder to go on from the one before it"
 INDEX_CLASSES = {
     "torch": {"Size", "strided", "contiguous_format"},
     "torch.serialization": {"_get_layout"},
@@ -124,9 +124,10 @@ def _gather(own: Any) -> list[Any]:
 def check_sums(folder: Path) -> None:
     """Read every file of a checkpoint that `write` made once, each by one rank. Raises InputError on every rank."""
     path = folder / SUMS
-    if not path.exists():
-        raise InputError(Problem(str(path), None, "checkpoint", "nothing", OLDER))
-    sums = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        sums = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(Problem(str(path), None, "checkpoint", short(str(error)), OLDER)) from error
     mine = sorted(sums)[dist.get_rank() :: dist.get_world_size()]
     bad = [name for share in _gather([n for n in mine if _sum(folder / n) != sums[n]]) for name in share]
     if bad:

@@ -92,7 +92,12 @@ class MegatronPolicy:
         multiple = multiple_of(groups.tp.size(), groups.cp.size(), m.sequence_parallel, token_multiple(m))
         lengths = [len(batch.prompts[p]) + len(r) for p, r in zip(batch.prompt_of, batch.responses, strict=True)]
         plan = schedule(
-            self._groups_of_rows(batch), lengths, self.settings.train_micro_batch_tokens, groups.dp.size(), multiple
+            self._groups_of_rows(batch),
+            lengths,
+            self.settings.train_micro_batch_tokens,
+            groups.dp.size(),
+            multiple,
+            m.sequence_packing,
         )
         return [
             _to(
@@ -101,6 +106,7 @@ class MegatronPolicy:
                     [batch.prompts[batch.prompt_of[n]] for n in rows],
                     [batch.responses[n] for n in rows],
                     multiple,
+                    m.sequence_packing,
                 ),
                 groups.device,
             )
