@@ -129,7 +129,8 @@ def test_the_scorer_is_the_reference_scorer(tmp_path: Path, workers: Workers) ->
     tiny_hf.make("qwen3", tmp_path / "hf")
     maker = torch.Generator().manual_seed(1)
     sequences = [
-        tuple(torch.randint(1, 131, (length,), generator=maker).tolist() for length in (3 + 2 * n, 1 + n)) for n in range(7)
+        tuple(torch.randint(1, 131, (length,), generator=maker).tolist() for length in (3 + 2 * n, 1 + n))
+        for n in range(7)
     ]
     want = ReferenceScorer(Patient(model_name=str(tmp_path / "hf"))).log_probs(sequences)
     for layout in ({"tensor_model_parallel_size": 2}, {}):
@@ -163,7 +164,12 @@ def processes(kind: str, arguments: list[str]) -> tuple[list[int], list[str]]:
         for process in started:
             process.kill()
     # a progress bar may stand before it on the same line
-    lines = ["nemo-pivotrl" + line.split("nemo-pivotrl")[1] for e in errors for line in e.splitlines() if "nemo-pivotrl:" in line]
+    lines = [
+        "nemo-pivotrl" + line.split("nemo-pivotrl")[1]
+        for e in errors
+        for line in e.splitlines()
+        if "nemo-pivotrl:" in line
+    ]
     return [process.returncode for process in started], lines
 
 
