@@ -61,8 +61,10 @@ def slowly(folder: str, kind: str, number: int = 5) -> list[list[Sample]]:
     return found
 
 
-def sample(folder: str, layout: dict[str, Any], kinds: list[str], number: int = 5, steps: int = 0) -> dict[str, Any]:
-    """Samples of each kind, after so many training steps; the training forward's log-probabilities of the first kind's."""
+def sample(
+    folder: str, layout: dict[str, Any], kinds: list[str], number: int = 5, steps: int = 0, between: bool = True
+) -> dict[str, Any]:
+    """Samples of each kind, after so many training steps with samples `between`; the training forward's log-probabilities of the first kind's."""
     from nemo_pivotrl.backends.megatron.parallel import initialize
     from nemo_pivotrl.backends.megatron.train import MegatronPolicy
 
@@ -76,7 +78,8 @@ def sample(folder: str, layout: dict[str, Any], kinds: list[str], number: int = 
         backend.prepare_for_training(train_jobs.OPTIMIZER)
     batch = train_jobs.grpo_batch()
     for _ in range(steps):
-        backend.infer(prompts(number), seeds(number), STOP, GENERATIONS[kinds[0]])  # leaves nothing behind
+        if between:
+            backend.infer(prompts(number), seeds(number), STOP, GENERATIONS[kinds[0]])
         backend.prepare_for_training_step()
         backend.get_loss_and_metrics(batch, train_jobs.Losses(10.0, 3).grpo)
         backend.finish_training_step()

@@ -80,11 +80,14 @@ def test_sampling_leaves_training_as_it_was_and_sees_what_training_did(workers: 
     """Sampled, stepped, sampled again: the samples are those of the exported policy."""
     for layout in ({TP: 2, **SP}, {}):
         folder, before = expected("qwen3", "plain")
-        answers = workers.run(2, "sample_jobs:sample", folder=str(folder), layout=layout, kinds=["plain"], steps=2)
+        given = {"folder": str(folder), "layout": layout, "kinds": ["plain"], "steps": 2}
+        (unsampled, _) = workers.run(2, "sample_jobs:sample", between=False, **given)
+        answers = workers.run(2, "sample_jobs:sample", **given)
         after = sample_jobs.reference(str(folder / "stepped"), "plain")
         assert [s.log_probs for g in after for s in g] != [s.log_probs for g in before for s in g]
         for answer in answers:
             same(answer["found"]["plain"], after)
+            assert answer["found"] == unsampled["found"]  # to the bit: sampling left nothing behind
 
 
 def test_few_prompts_are_shared_out_by_row_and_ranks_may_stay_without(workers: Workers, expected: Any) -> None:
