@@ -61,10 +61,20 @@ def slowly(folder: str, kind: str, number: int = 5) -> list[list[Sample]]:
     return found
 
 
+def outside(backend: Any) -> list[Any]:
+    """What sampling could leave behind in a model."""
+    return [
+        (name, m.training, type(m).__name__, "forward" in vars(m), getattr(m, "sequence_parallel", None), cut)
+        for name, m in backend.stage.named_modules()
+        for cut in [getattr(getattr(m, "config", None), "sequence_parallel", None)]
+    ]
+
+
 def sample(
     folder: str, layout: dict[str, Any], kinds: list[str], number: int = 5, steps: int = 0, between: bool = True
 ) -> dict[str, Any]:
-    """Samples of each kind, after so many training steps with samples `between`; the training forward's log-probabilities of the first kind's."""
+    """Samples of each kind, after so many training steps with samples `between`; the training forward's log-probabilities
+    of the first kind's."""
     from nemo_pivotrl.backends.megatron.parallel import initialize
     from nemo_pivotrl.backends.megatron.train import MegatronPolicy
 
@@ -73,6 +83,7 @@ def sample(
     backend = MegatronPolicy(train_jobs.policy_of(folder), megatron, groups)
     backend.stage.temperature = GENERATIONS[kinds[0]].temperature or 1.0
     ticks: list[str] = []
+    before = outside(backend)
     backend.tick = ticks.append  # type: ignore[method-assign]
     if steps:
         backend.prepare_for_training(train_jobs.OPTIMIZER)
@@ -89,4 +100,10 @@ def sample(
     log_probs = backend.get_inference_log_probs(taken)
     if steps:
         backend.export(Path(folder) / "stepped")
-    return {"found": found, "log_probs": log_probs, "flat": [s for _, s in flat], "ticks": len(ticks)}
+    return {
+        "found": found,
+        "log_probs": log_probs,
+        "flat": [s for _, s in flat],
+        "ticks": len(ticks),
+        "left": outside(backend) != before,
+    }
