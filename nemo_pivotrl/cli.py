@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING
@@ -250,6 +251,9 @@ def one_too_many(place: Place) -> int:
     from nemo_pivotrl.records import Problem
 
     if place.rank > 0:
+        from nemo_pivotrl.backends.megatron.launch import SPEAK_S
+
+        time.sleep(SPEAK_S)
         return BAD_INPUT
     remedy = "start one process, or set policy.backend, doctor.backend or patient.backend to megatron"
     raise InputError(Problem("recipe", None, "backend", f"reference, in {place.world} processes", remedy))

@@ -25,6 +25,9 @@ from nemo_pivotrl.records import InputError, Problem
 BAD_INPUT, FAILED = 2, 1
 SYMPTOM = re.compile(r"gloo|nccl|connection|timed out|socket|peer|store", re.IGNORECASE)
 """What a rank's error says when it is most likely another rank that failed."""
+SPEAK_S = 2.0
+"""How much longer than rank 0 the other ranks stay, when all end with an error that rank 0 tells: torchrun ends every rank as
+soon as one has failed."""
 RESTING = ""
 """What a rank does that cannot hang the others."""
 

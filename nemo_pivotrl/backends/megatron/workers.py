@@ -45,8 +45,7 @@ def run_together(stage: Callable[[], None], megatron: Megatron, place: Place, pa
     Raises on rank 0 what the stage raised as InputError or OSError, after all others have left. All else ends the process.
     """
     limit = 60.0 * megatron.distributed_timeout_minutes
-    cuda = torch.cuda.is_available() and not megatron.cpu
-    if cuda:
+    if _backend(megatron) == "nccl":
         torch.cuda.set_device(place.local_rank % torch.cuda.device_count())
     if place.rank > 0:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
@@ -66,9 +65,11 @@ def run_together(stage: Callable[[], None], megatron: Megatron, place: Place, pa
             outcome[:] = [error, launch.BAD_INPUT]
         crew.order("stop", 0, (outcome[1],))
 
-    launch.run(program, "nccl" if cuda else "gloo", place, patience or Patience(collective=limit, stuck=limit))
+    launch.run(program, _backend(megatron), place, patience or Patience(collective=limit, stuck=limit))
     if outcome[0] is not None:
         raise outcome[0]
+    if outcome[1]:
+        time.sleep(launch.SPEAK_S)
     return int(outcome[1])
 
 
@@ -168,9 +169,8 @@ class Crew:
             return getattr(self.models[model], name)(*positional, **named)
         if verb == "set":
             return setattr(self.models[model], *arguments)
-        self.models.clear()  # stop
-        gc.collect()
-        return arguments[0]
+        self.models.clear()
+        return arguments[0]  # of stop: the exit code
 
     def _made(self, kind: str, settings: Any, megatron: Megatron, extra: bool) -> Any:
         groups = self._join(megatron)
@@ -193,8 +193,7 @@ class Crew:
             from nemo_pivotrl.backends.megatron import parallel
 
             if self.watch is None and not dist.is_initialized():
-                cuda = torch.cuda.is_available() and not megatron.cpu
-                dist.init_process_group("nccl" if cuda else "gloo", store=dist.HashStore(), rank=0, world_size=1)
+                dist.init_process_group(_backend(megatron), store=dist.HashStore(), rank=0, world_size=1)
                 atexit.register(parallel.leave)
             self.groups, self.layout = parallel.initialize(megatron, seed=0), megatron
         if megatron != self.layout:
@@ -243,6 +242,10 @@ class Spread:
 def _call(model: Spread, name: str, *positional: Any, **named: Any) -> Any:
     """A verb of a model. It holds the model, which must not be let go of while the verb is called."""
     return model._crew.order("call", model._number, (name, positional, named))
+
+
+def _backend(megatron: Megatron) -> str:
+    return "nccl" if torch.cuda.is_available() and not megatron.cpu else "gloo"
 
 
 def _sendable(verb: str, command: Any) -> bytes:
