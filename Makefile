@@ -20,7 +20,7 @@ quickstart: $(STAMP)
 	$(START) run recipes/llmdoctor/tiny.yaml fresh=true $(LLMDOCTOR)
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: lint test
 
