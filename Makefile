@@ -7,12 +7,20 @@ STAMP := $(VENV)/.installed
 # all of these are commands, not files
 .PHONY: conformance verifier-speed quickstart smollm2 smollm2-doctor test test-aligner check lint format fuzz clean
 
+# BACKEND=megatron: the same recipes over megatron-core in two data-parallel processes, on CPUs over gloo
+quickstart: START := $(BIN)/nemo-pivotrl
+ifeq ($(BACKEND),megatron)
+quickstart: START := $(BIN)/python -m torch.distributed.run --standalone --nproc-per-node 2 -m nemo_pivotrl.cli
+quickstart: ON_CPUS := num_threads=1 megatron.cpu=true megatron.bf16=false
+quickstart: PIVOTRL := $(ON_CPUS) policy.backend=megatron
+quickstart: LLMDOCTOR := $(ON_CPUS) doctor.backend=megatron patient.backend=megatron
+endif
 quickstart: $(STAMP)
-	$(BIN)/nemo-pivotrl run recipes/pivotrl/tiny.yaml fresh=true
-	$(BIN)/nemo-pivotrl run recipes/llmdoctor/tiny.yaml fresh=true
+	$(START) run recipes/pivotrl/tiny.yaml fresh=true $(PIVOTRL)
+	$(START) run recipes/llmdoctor/tiny.yaml fresh=true $(LLMDOCTOR)
 
 test: $(STAMP) test-aligner
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # NeMo-Aligner and what it needs contradict the rest of the project's packages, so they have an environment of their own
 VENV_ALIGNER ?= .venv-aligner

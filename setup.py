@@ -59,6 +59,7 @@ setup(
         "mlflow": ["mlflow>=2.14"],
         "dev": [
             "pytest>=8",
+            "pytest-xdist>=3.6",  # make test on two cores
             "hypothesis>=6.100",
             "ruff>=0.6",
             "mypy>=1.10",

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING
@@ -14,6 +15,7 @@ from nemo_pivotrl import __version__
 from nemo_pivotrl.records import InputError
 
 if TYPE_CHECKING:
+    from nemo_pivotrl.backends.megatron.launch import Place
     from nemo_pivotrl.config import Recipe
 
 STAGES = {
@@ -90,22 +92,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     fresh = "fresh=true" in options.overrides
     overrides = [o for o in options.overrides if o not in ("fresh=true", "fresh=false")]
 
-    def run() -> None:
+    def run() -> int | None:
         from nemo_pivotrl.recipe import load_recipe, to_yaml
 
         recipe = load_recipe(options.recipe, overrides)
-        if options.print_config:
-            print(to_yaml(recipe), end="")
-        else:
-            run_stage(options.stage, recipe, fresh)
+        if not options.print_config:
+            return run_stage(options.stage, recipe, fresh)
+        print(to_yaml(recipe), end="")
+        return None
 
     return guarded(options.stage, run)
 
 
-def guarded(command: str, run: Callable[[], None]) -> int:
-    """Call `run`; what a user can mend becomes one screen on stderr and an exit code."""
+def guarded(command: str, run: Callable[[], int | None]) -> int:
+    """Call `run`, which may return an exit code; what a user can mend becomes one screen on stderr and an exit code."""
     try:
-        run()
+        return run() or 0
     except InputError as error:
         print(f"nemo-pivotrl {command}: {error}", file=sys.stderr)
         return BAD_INPUT
@@ -120,7 +122,6 @@ def guarded(command: str, run: Callable[[], None]) -> int:
     except KeyboardInterrupt:
         print(f"\nnemo-pivotrl {command}: interrupted; the same command resumes", file=sys.stderr)
         return 130
-    return 0
 
 
 def tool_parser(tool: str) -> argparse.ArgumentParser:
@@ -209,8 +210,11 @@ def missing_module(command: str, extras: Mapping[str, str], default: str) -> Ite
         raise InputError(Problem("environment", None, command, f"no module {error.name}", remedy)) from error
 
 
-def run_stage(stage: str, recipe: Recipe, fresh: bool) -> None:
-    """Import a stage's function and call it."""
+def run_stage(stage: str, recipe: Recipe, fresh: bool) -> int:
+    """Import a stage's function and call it: here, or on the first of many processes that torchrun or srun started.
+
+    Returns this process's exit code; every process but the first is silent.
+    """
     light = ("world", "extract", "audit", "rescore", "select", "export", "report", "preferences")
     if stage not in light and recipe.num_threads:
         os.environ.setdefault("OMP_NUM_THREADS", str(recipe.num_threads))
@@ -219,8 +223,40 @@ def run_stage(stage: str, recipe: Recipe, fresh: bool) -> None:
         torch.set_num_threads(recipe.num_threads)
     module, _, function = STAGES[stage][0].partition(":")
     extras = {"matplotlib": "report", "jinja2": "report", "httpx": "verifiers", "openapi_schema_validator": "verifiers"}
-    with missing_module(f"stage {stage}", extras, "reference"):
-        getattr(import_module(module), function)(recipe, fresh)
+
+    def call() -> None:
+        with missing_module(f"stage {stage}", extras, "reference"):
+            getattr(import_module(module), function)(recipe, fresh)
+
+    started = os.environ.keys() & {"RANK", "WORLD_SIZE", "SLURM_STEP_ID"}  # launch.py takes a second to import
+    if started and (place := here()).world > 1:
+        if "megatron" not in (recipe.policy.backend, recipe.doctor.backend, recipe.patient.backend):
+            return one_too_many(place)
+        with missing_module(f"stage {stage}", {}, "megatron"):
+            from nemo_pivotrl.backends.megatron.workers import run_together
+        return run_together(call, recipe.megatron, place)
+    call()
+    return 0
+
+
+def here() -> Place:
+    """Which process of how many this is."""
+    with missing_module("many processes", {}, "reference"):
+        from nemo_pivotrl.backends.megatron.launch import place_of
+    return place_of(os.environ)
+
+
+def one_too_many(place: Place) -> int:
+    """Refuse processes that would all run the same stage; the first says so."""
+    from nemo_pivotrl.records import Problem
+
+    if place.rank > 0:
+        from nemo_pivotrl.backends.megatron.launch import SPEAK_S
+
+        time.sleep(SPEAK_S)
+        return BAD_INPUT
+    remedy = "start one process, or set policy.backend, doctor.backend or patient.backend to megatron"
+    raise InputError(Problem("recipe", None, "backend", f"reference, in {place.world} processes", remedy))
 
 
 if __name__ == "__main__":

@@ -61,7 +61,8 @@ class Policy:
     model_name: str = ""
     """HF checkpoint folder of the start policy; the profiling policy and the KL reference are this one."""
     backend: Literal["reference", "megatron"] = "reference"
-    """`reference`: transformers on one device. `megatron`: megatron-core over torch.distributed, as `megatron` says."""
+    """`reference`: transformers on one device. `megatron`: megatron-core over torch.distributed, as `megatron` says; of a
+    doctor, what trains it (`tfpo`), for guided decoding runs `reference`."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     chat_template: str | None = None
@@ -598,6 +599,9 @@ class Patient:
 
     model_name: str = ""
     """HF checkpoint folder with safetensors weights."""
+    backend: Literal["reference", "megatron"] = "reference"
+    """What scores the two faces in the `reward` stage. Whatever samples from the patient (`rank`, `decode`, `assess`,
+    `serve-guided`) runs `reference`."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     """Of the weights. Log-probabilities are float32 or better in any case; bfloat16 raises the noise floor of Delta."""

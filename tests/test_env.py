@@ -11,7 +11,7 @@ from conftest import ROOT
 
 from nemo_pivotrl import cli
 from nemo_pivotrl.backends.megatron.precision import Probe
-from nemo_pivotrl.config import Lora, Megatron, Policy, Recipe
+from nemo_pivotrl.config import Lora, Megatron, Patient, Policy, Recipe
 from nemo_pivotrl.stages import env
 from nemo_pivotrl.stages.env import MODULES, Machine, Package, as_text, find, obstacles, survey, why_not_importable
 
@@ -52,6 +52,11 @@ def test_megatron_needs_gpus_or_cpu_and_a_layout_that_fits() -> None:
     assert "cannot be imported: RuntimeError" in line
 
 
+def test_a_patient_over_megatron_is_looked_at_where_there_is_one() -> None:
+    patient = replace(Recipe(), patient=Patient(backend="megatron"))
+    assert obstacles(patient, CPU) == [] and obstacles(replace(patient, algorithm="llmdoctor"), CPU) != []
+
+
 def test_fp8_is_checked_with_its_reasons() -> None:
     recipe = replace(MEGATRON, megatron=Megatron(fp8="hybrid"))
     assert obstacles(recipe, HOPPER) == []
@@ -65,7 +70,7 @@ def test_a_recipe_that_cannot_be_read_says_why(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text("policy: {backend: megatron}\n")
     found = survey(tmp_path, CPU)
     assert "polcy" in found[str(tmp_path / "a.yaml")][0] and found[str(tmp_path / "b.yaml")] == []
-    assert "stages run backend reference only" in survey(tmp_path, HOPPER)[str(tmp_path / "c.yaml")][0]
+    assert survey(tmp_path, HOPPER)[str(tmp_path / "c.yaml")] == []
     text = as_text(CPU, found)
     assert f"no   {tmp_path}/a.yaml" in text and f"yes  {tmp_path}/b.yaml" in text
 

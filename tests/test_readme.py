@@ -9,6 +9,7 @@ from pathlib import Path
 from conftest import ROOT, SMALL, SMALL_LLMDOCTOR
 
 from nemo_pivotrl import cli
+from nemo_pivotrl.recipe import load_recipe
 from nemo_pivotrl.records import read_rows
 from nemo_pivotrl.verifiers import VERIFIERS
 
@@ -45,6 +46,7 @@ def test_the_readme_shows_the_commands_this_file_runs() -> None:
         "nemo-pivotrl select recipes/pivotrl/tiny.yaml --print-config",
         "nemo-pivotrl select recipes/pivotrl/tiny.yaml select.lambda_diff=0.6",
         "nemo-pivotrl export recipes/pivotrl/tiny.yaml",
+        "make quickstart BACKEND=megatron",
         "nemo-pivotrl decode recipes/llmdoctor/tiny.yaml decode.prompts=runs/llmdoctor/manners/test.jsonl",
         "nemo-pivotrl serve-guided recipes/llmdoctor/tiny.yaml --port 8912",  # served in test_serve_guided
         "nemo-pivotrl audit recipes/pivotrl/tiny.yaml verifier.name=functional",
@@ -112,6 +114,25 @@ def test_make_quickstart_is_the_run_command_and_the_run_command_works(tmp_path: 
     output = run("run", "recipes/pivotrl/tiny.yaml", "fresh=true", folder=tmp_path / "run")
     assert re.search(r"^pivotrl +\d", output, flags=re.MULTILINE) and (tmp_path / "run/report.html").exists()
     assert (tmp_path / "run/report.json").exists()
+
+
+def test_make_quickstart_over_megatron_is_the_same_runs_in_two_processes() -> None:
+    shown = subprocess.run(
+        ["make", "-n", "quickstart", "BACKEND=megatron", "VENV=/nowhere"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    lines = [line.split() for line in shown.splitlines() if "torch.distributed.run" in line]
+    assert len(lines) == 2 and "nemo-pivotrl run" not in shown
+    for words, algorithm in zip(lines, ("pivotrl", "llmdoctor"), strict=True):
+        at = words.index("run", words.index("nemo_pivotrl.cli"))
+        recipe, *overrides = words[at + 1 :]
+        loaded = load_recipe(str(ROOT / recipe), [o for o in overrides if o != "fresh=true"])
+        assert loaded.algorithm == algorithm and loaded.megatron.cpu and not loaded.megatron.bf16
+        models = [loaded.policy] if algorithm == "pivotrl" else [loaded.doctor, loaded.patient]
+        assert {model.backend for model in models} == {"megatron"}
 
 
 def test_the_readmes_links_lead_somewhere() -> None:

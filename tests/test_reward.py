@@ -240,7 +240,7 @@ class Recording:
 def recorded(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> list[list[tuple[list[int], list[int]]]]:
     spy = Recording(ReferenceScorer(recipe.patient))
     with monkeypatch.context() as patched:
-        patched.setattr(backends, "load_scorer", lambda patient: spy)
+        patched.setattr(backends, "load_scorer", lambda *_: spy)
         reward(recipe, fresh=True)
     return spy.calls
 
@@ -379,7 +379,7 @@ def test_resuming_after_a_cut_at_any_byte_writes_the_same_bytes_and_diagnostics(
     path = reward(recipe)
     whole, summary = path.read_bytes(), (tmp_path / "token_rewards.json").read_bytes()
     scorer = ReferenceScorer(recipe.patient)
-    monkeypatch.setattr(backends, "load_scorer", lambda patient: scorer)
+    monkeypatch.setattr(backends, "load_scorer", lambda *_: scorer)
     ends = [i + 1 for i, byte in enumerate(whole) if byte == 10]
     cuts = {0, 1, 50, *ends[::3], *(end - 1 for end in ends[::4]), *range(77, len(whole), len(whole) // 8)}
     for cut in sorted(cuts):
@@ -388,7 +388,7 @@ def test_resuming_after_a_cut_at_any_byte_writes_the_same_bytes_and_diagnostics(
         assert reward(recipe).read_bytes() == whole, cut
         assert (tmp_path / "token_rewards.json").read_bytes() == summary, cut
     calls = Recording(scorer)
-    monkeypatch.setattr(backends, "load_scorer", lambda patient: calls)
+    monkeypatch.setattr(backends, "load_scorer", lambda *_: calls)
     reward(recipe)
     assert calls.calls == []  # complete: nothing is scored again
 

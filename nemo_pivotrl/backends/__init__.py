@@ -6,12 +6,13 @@ argument: a pure function of tensors, already normalised by a global count.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
-from nemo_pivotrl.config import Generation, Optimizer, Patient, Policy
+from nemo_pivotrl.config import Generation, Megatron, Optimizer, Patient, Policy
 from nemo_pivotrl.records import InputError, Problem, Sample, digest, file_digest
 
 if TYPE_CHECKING:
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
 
     LossFn = Callable[[Tensor, dict[str, Tensor]], tuple[Tensor, dict[str, Tensor]]]
     """(log_probs [N, T], rows' data) -> (loss, metrics that add up over micro-batches)."""
+
+
+DEFAULT = Megatron()
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,21 +86,8 @@ class Scorer(Protocol):
         ...
 
 
-def load(policy: Policy, with_reference: bool = False) -> Backend:
+def load(policy: Policy, megatron: Megatron = DEFAULT, with_reference: bool = False) -> Backend:
     """The backend a recipe names, with its start policy loaded. Raises InputError when something is missing."""
-    _only_reference("policy", policy)
-    try:
-        from nemo_pivotrl.backends.reference import ReferencePolicy
-    except ImportError as error:
-        raise InputError(
-            Problem(
-                "environment",
-                None,
-                "policy.backend",
-                f"{policy.backend}: {error}",
-                "pip install 'nemo-pivotrl[reference]'",
-            )
-        ) from error
     if not Path(policy.model_name, "config.json").exists():
         raise InputError(
             Problem(
@@ -107,36 +98,67 @@ def load(policy: Policy, with_reference: bool = False) -> Backend:
                 "give an HF checkpoint folder, or run the warmup stage first",
             )
         )
+    if policy.backend == "megatron":
+        return cast("Backend", _spread("policy", policy, megatron, with_reference))
+    with _installed("policy.backend", "reference"):
+        from nemo_pivotrl.backends.reference import ReferencePolicy
     return ReferencePolicy(policy, with_reference)
 
 
-def load_scorer(patient: Patient) -> Scorer:
+def load_scorer(patient: Patient, megatron: Megatron = DEFAULT) -> Scorer:
     """The scorer for a patient, with its weights loaded. Raises InputError when something is missing."""
-    try:
+    if patient.backend == "megatron":
+        if not Path(patient.model_name, "config.json").exists():
+            found = patient.model_name or "nothing"
+            raise InputError(Problem("recipe", None, "patient.model_name", found, "give an HF checkpoint folder"))
+        return cast("Scorer", _spread("scorer", patient, megatron))
+    with _installed("patient.backend", "reference"):
         from nemo_pivotrl.backends.scorer import ReferenceScorer
-    except ImportError as error:
-        remedy = "pip install 'nemo-pivotrl[reference]'"
-        raise InputError(Problem("environment", None, "patient", str(error), remedy)) from error
     return ReferenceScorer(patient)
 
 
-def load_doctor(doctor: Policy, anchored: bool) -> DoctorModel:
+def load_doctor(doctor: Policy, anchored: bool, megatron: Megatron = DEFAULT) -> DoctorModel:
     """The doctor's start model with its head; `anchored` keeps the start model as reference. Raises InputError."""
-    from nemo_pivotrl.backends.reference_doctor import DoctorModel
-
-    _only_reference("doctor", doctor)
     if not Path(doctor.model_name, "config.json").exists():
         found = doctor.model_name or "nothing"
         remedy = "give an HF checkpoint folder of a small model with the patient's tokenizer"
         raise InputError(Problem("recipe", None, "doctor.model_name", found, remedy))
+    if doctor.backend == "megatron":
+        return cast("DoctorModel", _spread("doctor", doctor, megatron, anchored))
+    from nemo_pivotrl.backends.reference_doctor import DoctorModel
+
     return DoctorModel(doctor, anchored)
 
 
-def _only_reference(section: str, policy: Policy) -> None:
-    """The stages run one process. What runs many is not put in their place unnoticed."""
-    if policy.backend != "reference":
-        remedy = "the stages run `reference` only; backends/megatron/train.py trains under torchrun"
-        raise InputError(Problem("recipe", None, f"{section}.backend", policy.backend, remedy))
+def _spread(kind: str, settings: Policy | Patient, megatron: Megatron, extra: bool = False) -> object:
+    """A model over all ranks of the job, which rank 0 speaks to (`megatron/workers.py`)."""
+    with _installed("backend", "megatron"):
+        from nemo_pivotrl.backends.megatron import workers
+
+        return workers.load(kind, settings, megatron, extra)
+
+
+@contextmanager
+def _installed(field: str, extra: str) -> Iterator[None]:
+    """Turn a module that is not installed into the name of the extra that brings it."""
+    try:
+        yield
+    except ImportError as error:
+        remedy = f"pip install 'nemo-pivotrl[{extra}]'"
+        raise InputError(Problem("environment", None, field, f"{extra}: {error}", remedy)) from error
+
+
+def without_start(megatron: Megatron) -> Megatron:
+    """The section for a model that is not the start policy: `megatron.load` holds the start policy's weights alone."""
+    return replace(megatron, load="")
+
+
+def identity_of(model: Policy, megatron: Megatron) -> dict[str, Any]:
+    """Settings of the `megatron` section that change what a model computes beyond rounding; its layout does not."""
+    if model.backend != "megatron":
+        return {}
+    layout = ("_parallel", "use_distributed", "dispatcher", "grouped", "recompute", "chunk", "cpu", "timeout")
+    return {name: value for name, value in asdict(megatron).items() if not any(part in name for part in layout)}
 
 
 def policy_revision(folder: str | Path) -> str:

@@ -14,13 +14,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 import transformers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from nemo_pivotrl.backends import TokenBatch
+from nemo_pivotrl.backends.sampling import Turns, chunks, pad, positions
 from nemo_pivotrl.config import Generation, Optimizer, Policy
 from nemo_pivotrl.records import InputError, Problem, Sample, short
 
@@ -76,7 +76,7 @@ class ReferencePolicy:
             for p in sorted(range(len(prompts)), key=lambda p: (len(prompts[p]), p))
             for k in range(len(seeds[p]))
         ]
-        for chunk in _chunks(
+        for chunk in chunks(
             rows, lambda row: len(prompts[row[0]]) + generation.max_new_tokens, generation.batch_tokens
         ):
             samples = self._sample_rows(prompts, seeds, chunk, stop_ids, generation)
@@ -95,30 +95,18 @@ class ReferencePolicy:
         unique = list(dict.fromkeys(p for p, _ in rows))
         place = {p: i for i, p in enumerate(unique)}
         cache, logits, mask = self._prefill(self.model, [prompts[p] for p in unique], [place[p] for p, _ in rows])
-        noise = np.stack(
-            [np.random.Generator(np.random.Philox(seeds[p][k])).random(generation.max_new_tokens) for p, k in rows]
-        )
-        tokens: list[list[int]] = [[] for _ in rows]
-        log_probs: list[list[float]] = [[] for _ in rows]
-        alive = list(range(len(rows)))  # row number of each line of the running batch
-        finished = set()
-        for step in range(generation.max_new_tokens):
-            token, log_prob = _draw(logits, torch.from_numpy(noise[alive, step]).to(self.device), generation)
-            for row, t, lp in zip(alive, token.tolist(), log_prob.tolist(), strict=True):
-                if row not in finished:
-                    tokens[row].append(t)
-                    log_probs[row].append(lp)
-                    if t in stop_ids:
-                        finished.add(row)
-            if len(finished) == len(rows) or step + 1 == generation.max_new_tokens:
-                break
-            running = [i for i, row in enumerate(alive) if row not in finished]
-            if len(running) <= len(alive) // 2:  # shrinking copies the cache, so only when it halves
-                index = torch.tensor(running, device=self.device)
+        turns = Turns([seeds[p][k] for p, k in rows], stop_ids, generation)
+        while True:
+            token, log_prob = turns.draw(logits)
+            turns.note(token.tolist(), log_prob.tolist())
+            if turns.done:
+                return turns.samples()
+            staying = turns.leave()
+            if staying is not None:
+                index = torch.tensor(staying, device=self.device)
                 cache.batch_select_indices(index)
                 mask, token = mask[index], token[index]
-                alive = [alive[i] for i in running]
-            mask = torch.cat([mask, mask.new_ones(len(alive), 1)], 1)
+            mask = torch.cat([mask, mask.new_ones(len(token), 1)], 1)
             output = self.model(
                 input_ids=token[:, None],
                 attention_mask=mask,
@@ -127,21 +115,17 @@ class ReferencePolicy:
                 use_cache=True,
             )
             logits = output.logits[:, -1]
-        return [
-            Sample(tuple(tokens[i]), tuple(log_probs[i]), "stop" if tokens[i][-1] in stop_ids else "length")
-            for i in range(len(rows))
-        ]
 
     def _prefill(
         self, model: Any, prompts: Sequence[Sequence[int]], prompt_of: Sequence[int]
     ) -> tuple[DynamicCache, Tensor, Tensor]:
         """Run each prompt once and hand it to its N rows: cache, next-token logits [N, V], attention mask [N, P]."""
-        ids, mask = _pad(prompts, left=True, device=self.device)
+        ids, mask = pad(prompts, left=True, device=self.device)
         cache = DynamicCache()
         output = model(
             input_ids=ids,
             attention_mask=mask,
-            position_ids=_positions(mask),
+            position_ids=positions(mask),
             past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
@@ -156,14 +140,14 @@ class ReferencePolicy:
         self, model: Any, prompts: Sequence[Sequence[int]], prompt_of: Sequence[int], responses: Sequence[Sequence[int]]
     ) -> Tensor:
         """Log-probability [N, T] (nats, float32 or better) of every response token, 0 on padding."""
-        targets, target_mask = _pad(responses, left=False, device=self.device)
+        targets, target_mask = pad(responses, left=False, device=self.device)
         if self.settings.share_prompt:
             logits = self._shared_logits(model, prompts, prompt_of, targets, target_mask)
         else:
-            ids, mask = _pad([prompts[p] for p in prompt_of], left=True, device=self.device)
+            ids, mask = pad([prompts[p] for p in prompt_of], left=True, device=self.device)
             ids, mask = torch.cat([ids, targets], 1), torch.cat([mask, target_mask], 1)
             output = model(
-                input_ids=ids, attention_mask=mask, position_ids=_positions(mask), logits_to_keep=targets.shape[1] + 1
+                input_ids=ids, attention_mask=mask, position_ids=positions(mask), logits_to_keep=targets.shape[1] + 1
             )
             logits = output.logits[:, :-1]
         temperature = self.settings.generation.temperature or 1.0
@@ -185,11 +169,10 @@ class ReferencePolicy:
             return first[:, None]
         width = mask.shape[1]
         mask = torch.cat([mask, target_mask[:, :-1]], 1)
-        positions = _positions(mask)[:, width:]
         rest = model(
             input_ids=targets[:, :-1],
             attention_mask=mask,
-            position_ids=positions,
+            position_ids=positions(mask)[:, width:],
             past_key_values=cache,
             use_cache=True,
         )
@@ -366,56 +349,6 @@ def _with_lora(model: Any, policy: Policy) -> Any:
     return get_peft_model(model, config)
 
 
-def _draw(logits: Tensor, uniform: Tensor, generation: Generation) -> tuple[Tensor, Tensor]:
-    """Token [N] and its log-probability [N] by inverse CDF of `uniform` [N]; float64, so that seeds decide, not rounding.
-
-    Temperature 0 takes the likeliest token and reports its log-probability at temperature 1.
-    """
-    log_p = torch.log_softmax(logits.double() / (generation.temperature or 1.0), -1)
-    if generation.temperature == 0.0:
-        token = log_p.argmax(-1)
-        return token, log_p.gather(1, token[:, None])[:, 0]
-    if generation.top_p < 1.0:
-        ordered, index = log_p.exp().sort(-1, descending=True)
-        outside = ordered.cumsum(-1) - ordered >= generation.top_p
-        log_p = log_p.masked_fill(torch.zeros_like(outside).scatter(1, index, outside), -math.inf).log_softmax(-1)
-    cumulative = log_p.exp().cumsum(-1)
-    token = torch.searchsorted(cumulative, (uniform * cumulative[:, -1])[:, None], right=True)[:, 0].clamp(
-        max=log_p.shape[1] - 1
-    )
-    return token, log_p.gather(1, token[:, None])[:, 0]
-
-
-def _pad(rows: Sequence[Sequence[int]], left: bool, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Token ids [B, L] padded with 0, and their mask."""
-    width = max(len(r) for r in rows)
-    ids, mask = torch.zeros(len(rows), width, dtype=torch.long), torch.zeros(len(rows), width, dtype=torch.long)
-    for i, row in enumerate(rows):
-        where = slice(width - len(row), width) if left else slice(0, len(row))
-        ids[i, where] = torch.tensor(row, dtype=torch.long)
-        mask[i, where] = 1
-    return ids.to(device), mask.to(device)
-
-
-def _positions(mask: Tensor) -> Tensor:
-    return (mask.cumsum(1) - 1).clamp(min=0)
-
-
 def _fit(value: Tensor, width: int) -> Tensor:
     """Token-wise data [n, T] cut to a micro-batch's width; row-wise data as it is."""
     return value[:, :width] if value.dim() > 1 else value
-
-
-def _chunks(rows: Sequence[tuple[int, int]], cost: Any, budget: int) -> Iterator[list[tuple[int, int]]]:
-    """Consecutive rows whose padded cost (rows times the dearest) stays within `budget`."""
-    held: list[tuple[int, int]] = []
-    dearest = 0
-    for row in rows:
-        worst = max(dearest, cost(row))
-        if held and worst * (len(held) + 1) > budget:
-            yield held
-            held, worst = [], cost(row)
-        held.append(row)
-        dearest = worst
-    if held:
-        yield held

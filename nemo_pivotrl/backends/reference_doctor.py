@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from nemo_pivotrl.backends import TokenBatch
-from nemo_pivotrl.backends.reference import ReferencePolicy, _fit, _pad, _positions
+from nemo_pivotrl.backends.reference import ReferencePolicy, _fit
+from nemo_pivotrl.backends.sampling import pad, positions
 from nemo_pivotrl.config import Optimizer, Policy
 
 PairLoss = Callable[[Tensor, Tensor, Tensor | None, Tensor, dict[str, Tensor]], tuple[Tensor, dict[str, Tensor]]]
@@ -40,13 +41,13 @@ class DoctorModel(ReferencePolicy):
 
         Each prompt runs once and its answers hang on its cache, under autograd.
         """
-        targets, target_mask = _pad(responses, left=False, device=self.device)
-        ids, mask = _pad(prompts, left=True, device=self.device)
+        targets, target_mask = pad(responses, left=False, device=self.device)
+        ids, mask = pad(prompts, left=True, device=self.device)
         rows = torch.tensor(list(prompt_of), device=self.device)
         trunk = self.model(
             input_ids=ids,
             attention_mask=mask,
-            position_ids=_positions(mask),
+            position_ids=positions(mask),
             use_cache=True,
             logits_to_keep=1,
             output_hidden_states=True,
@@ -57,7 +58,7 @@ class DoctorModel(ReferencePolicy):
         branch = self.model(
             input_ids=targets,
             attention_mask=whole,
-            position_ids=_positions(whole)[:, mask.shape[1] :],
+            position_ids=positions(whole)[:, mask.shape[1] :],
             past_key_values=cache,
             use_cache=True,
             output_hidden_states=True,
@@ -98,7 +99,7 @@ class DoctorModel(ReferencePolicy):
             with torch.set_grad_enabled(not forward_only):
                 log_probs, log_values = self.flow(prompts, prompt_of, responses)
                 data = {key: _fit(value[rows], log_probs.shape[1]).to(self.device) for key, value in batch.data.items()}
-                token_ids, _ = _pad(responses, left=False, device=self.device)
+                token_ids, _ = pad(responses, left=False, device=self.device)
                 loss, metrics = loss_fn(log_probs, log_values, reference, token_ids, data)
             if not forward_only:
                 loss.backward()

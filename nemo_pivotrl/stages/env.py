@@ -144,7 +144,8 @@ def obstacles(recipe: Recipe, machine: Machine) -> list[str]:
         found += _missing(machine, "peft", "pip install 'nemo-pivotrl[reference]'")
     for model in models:
         found += _device(model, recipe, machine)
-    if any(model.backend == "megatron" for model in models):
+    scorer = recipe.patient.backend if recipe.algorithm == "llmdoctor" else "reference"
+    if "megatron" in (scorer, *(model.backend for model in models)):
         found += _megatron(recipe, machine)
     return found
 
@@ -181,21 +182,13 @@ def _megatron(recipe: Recipe, machine: Machine) -> list[str]:
     return found + [f"{problem.field}: {problem.found} -> {problem.remedy}" for problem in problems]
 
 
-def _stages(recipe: Recipe) -> list[str]:
-    """What no machine can help: the stages themselves run one process."""
-    model = recipe.policy if recipe.algorithm == "pivotrl" else recipe.doctor
-    if model.backend == "reference":
-        return []
-    return [f"the stages run backend reference only, not {model.backend} -> call backends/megatron/train.py's class"]
-
-
 def survey(folder: Path, machine: Machine) -> dict[str, list[str]]:
     """Each recipe under `folder` with its obstacles. One that cannot be read has its errors for obstacles."""
     found: dict[str, list[str]] = {}
     for path in sorted(folder.rglob("*.yaml")):
         try:
             recipe = load_recipe(str(path))
-            found[str(path)] = obstacles(recipe, machine) + _stages(recipe)
+            found[str(path)] = obstacles(recipe, machine)
         except InputError as error:
             found[str(path)] = [f"{p.field}: {p.found} -> {p.remedy}" for p in error.problems]
     return found

@@ -19,7 +19,7 @@ import numpy as np
 from nemo_pivotrl import backends, pivotrl, world
 from nemo_pivotrl.backends import Sampler
 from nemo_pivotrl.chat import Chat
-from nemo_pivotrl.config import Policy, Recipe
+from nemo_pivotrl.config import Megatron, Policy, Recipe
 from nemo_pivotrl.records import (
     Action,
     ArtefactWriter,
@@ -94,7 +94,8 @@ def evaluate(recipe: Recipe, fresh: bool = False) -> Path:
 
 def _settings_digest(recipe: Recipe) -> str:
     policy, source = recipe.policy, Path(recipe.evaluate.retention)
-    kept = [dataclasses.asdict(policy.generation), policy.max_total_sequence_length, policy.dtype, policy.chat_template]
+    computed = backends.identity_of(policy, recipe.megatron) or policy.dtype
+    kept = [dataclasses.asdict(policy.generation), policy.max_total_sequence_length, computed, policy.chat_template]
     questions = file_digest(source) if source.is_file() else ""
     return digest([recipe.digest("evaluate", "verifier", "world"), kept, policy.template_kwargs, questions])
 
@@ -119,11 +120,16 @@ def _evaluate_policy(
         generation=generation,
         lora=dataclasses.replace(recipe.policy.lora, enabled=False),
     )
-    backend, chat = backends.load(policy), load_chat(policy, recipe.verifier.limits)
+    backend, chat = backends.load(policy, _megatron(recipe, folder)), load_chat(policy, recipe.verifier.limits)
     for name, run in sets.items():
         if (label, name) not in done:
             # one row for a whole set: after a crash it is there with all its items or not at all
             writer.write([{"policy": label, "set": name, "items": run(recipe, policy, backend, chat)}])
+
+
+def _megatron(recipe: Recipe, folder: str) -> Megatron:
+    start = Path(folder).resolve() == Path(recipe.policy.model_name).resolve()
+    return recipe.megatron if start else backends.without_start(recipe.megatron)
 
 
 def _wanted(recipe: Recipe, name: str) -> bool:

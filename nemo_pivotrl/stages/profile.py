@@ -68,7 +68,7 @@ def profile(recipe: Recipe, fresh: bool = False) -> Path:
         return path
     if recipe.audit.before_profile:
         audit_first(recipe, candidates, verifier, verifier_id)
-    backend = backends.load(recipe.policy)
+    backend = backends.load(recipe.policy, recipe.megatron)
     with ArtefactWriter(path, header, fresh) as writer, spend(Path(recipe.run_dir), "profile") as cost:
         _profile_rest(recipe, candidates, writer, backend, chat, verifier)
         path = writer.finish()
@@ -87,7 +87,8 @@ def profile_digest(recipe: Recipe) -> str:
     """Hash of every setting that decides a profile's content; cost settings that cannot change it are left out."""
     kept = dataclasses.asdict(recipe.profile) | {"max_failure_share": None}
     policy = recipe.policy
-    return digest([recipe.seed, kept, policy.max_total_sequence_length, policy.dtype])
+    computed = backends.identity_of(policy, recipe.megatron) or policy.dtype
+    return digest([recipe.seed, kept, policy.max_total_sequence_length, computed])
 
 
 def _limited(candidates: list[Candidate], recipe: Recipe) -> list[Candidate]:

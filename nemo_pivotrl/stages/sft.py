@@ -118,7 +118,7 @@ def _fine_tune(recipe: Recipe, settings: Sft, fresh: bool) -> Path:
 def _identity(recipe: Recipe, settings: Sft, policy: Policy, chat: Chat, data: str) -> str:
     """What a checkpoint belongs to: start weights, data and every setting that changes fine-tuning."""
     kept = [
-        policy.dtype,
+        backends.identity_of(policy, recipe.megatron) or policy.dtype,
         policy.max_total_sequence_length,
         policy.train_micro_batch_tokens,
         dataclasses.asdict(policy.lora),
@@ -229,7 +229,9 @@ def fit(
 ) -> Path:
     """The loop: each part of a step's draw has its own token mean. Resumes from its last checkpoint."""
     plain = dataclasses.replace(policy.generation, temperature=1.0)  # the likelihood itself, not a tempered one
-    backend = backends.load(dataclasses.replace(policy, share_prompt=False, generation=plain))
+    own = policy.model_name == recipe.policy.model_name
+    megatron = recipe.megatron if own else backends.without_start(recipe.megatron)
+    backend = backends.load(dataclasses.replace(policy, share_prompt=False, generation=plain), megatron)
     backend.prepare_for_training(settings.optimizer)
     folder = recipe.path(settings.name)
     first = checkpoint.resume(folder, identity, backend, fresh)

@@ -8,15 +8,15 @@ from __future__ import annotations
 import dataclasses
 import random
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from nemo_pivotrl import backends, pivotrl
 from nemo_pivotrl.backends import TokenBatch
-from nemo_pivotrl.backends.reference_doctor import DoctorModel
 from nemo_pivotrl.chat import Chat
 from nemo_pivotrl.config import Recipe
 from nemo_pivotrl.llmdoctor import TfpoSettings, plan, tfpo_loss
@@ -26,6 +26,9 @@ from nemo_pivotrl.stages.ledger import spend
 from nemo_pivotrl.stages.metrics import MetricsLog
 from nemo_pivotrl.stages.progress import progress
 from nemo_pivotrl.stages.rollout import load_chat
+
+if TYPE_CHECKING:
+    from nemo_pivotrl.backends.reference_doctor import DoctorModel
 
 Pair = dict[str, Any]
 """A row of the artefact: prompt_ids, and for chosen and rejected their ids, rewards and whether the answer ended."""
@@ -60,7 +63,7 @@ def _train(recipe: Recipe, source: Path, chat: Chat, fresh: bool) -> Path:
     settings = recipe.tfpo
     train, held_out = _pairs(recipe, source)
     loss_settings = tfpo_settings(recipe)
-    backend = backends.load_doctor(recipe.doctor, anchored=settings.anchor == "reference")
+    backend = backends.load_doctor(recipe.doctor, anchored=settings.anchor == "reference", megatron=recipe.megatron)
     backend.prepare_for_training(recipe.doctor.optimizer)
     folder, identity = recipe.path(settings.name), _identity(recipe, source, chat)
     first = checkpoint.resume(folder, identity, backend, fresh)
@@ -111,6 +114,7 @@ def _identity(recipe: Recipe, source: Path, chat: Chat) -> str:
     """What a checkpoint belongs to: data, start weights and every setting that changes training, not its length."""
     kept = dataclasses.asdict(recipe.tfpo) | {"max_num_steps": None, "val_period": None, "val_pairs": None}
     doctor = dataclasses.asdict(recipe.doctor) | {"model_name": None, "device": None, "generation": None}
+    doctor |= backends.identity_of(recipe.doctor, recipe.megatron)
     start = backends.policy_revision(recipe.doctor.model_name)
     return digest([recipe.seed, kept, doctor, start, chat.fingerprint, file_digest(source)])
 
@@ -168,16 +172,24 @@ def _run(
     backend: DoctorModel, pairs: Sequence[Pair], settings: TfpoSettings, forward_only: bool = False
 ) -> dict[str, float]:
     """Loss and metrics over the pairs, each normalised by their number however they are cut into micro-batches."""
-
-    def loss_fn(
-        log_probs: Tensor, log_values: Tensor, reference: Tensor | None, token_ids: Tensor, data: dict[str, Tensor]
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        mask = torch.arange(log_probs.shape[1], device=log_probs.device) < data["length"][:, None]
-        rows = torch.arange(len(mask), device=log_probs.device).view(-1, 2)
-        layout = plan(token_ids, data["rewards"], mask, data["ended"], rows, settings)
-        return tfpo_loss(log_probs, log_values, layout, float(len(pairs)), settings, reference)
-
+    loss_fn = partial(_loss, settings=settings, pairs=float(len(pairs)))
     return backend.get_pair_loss_and_metrics(batch_of(pairs), loss_fn, forward_only)
+
+
+def _loss(
+    log_probs: Tensor,
+    log_values: Tensor,
+    reference: Tensor | None,
+    token_ids: Tensor,
+    data: dict[str, Tensor],
+    settings: TfpoSettings,
+    pairs: float,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Hand a micro-batch to the paper's objective."""
+    mask = torch.arange(log_probs.shape[1], device=log_probs.device) < data["length"][:, None]
+    rows = torch.arange(len(mask), device=log_probs.device).view(-1, 2)
+    layout = plan(token_ids, data["rewards"], mask, data["ended"], rows, settings)
+    return tfpo_loss(log_probs, log_values, layout, pairs, settings, reference)
 
 
 def validate(backend: DoctorModel, held_out: Sequence[Pair], settings: TfpoSettings) -> dict[str, float]:

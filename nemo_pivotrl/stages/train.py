@@ -65,7 +65,7 @@ def train(recipe: Recipe, fresh: bool = False) -> Path:
         : settings.val_candidates
     ]
     backend = backends.load(
-        recipe.policy, with_reference=recipe.loss_fn.reference_policy_kl_penalty > 0 or settings.val_kl
+        recipe.policy, recipe.megatron, with_reference=recipe.loss_fn.reference_policy_kl_penalty > 0 or settings.val_kl
     )
     backend.prepare_for_training(recipe.policy.optimizer)
     folder, identity = recipe.path(settings.name), _identity(recipe, source)
@@ -150,6 +150,8 @@ def _identity(recipe: Recipe, source: Path) -> str:
     """What a checkpoint belongs to: pivots and every setting that changes training, but not how long it runs."""
     grpo = dataclasses.asdict(recipe.grpo) | {"max_num_steps": None}
     parts = [dataclasses.asdict(x) for x in (recipe.policy, recipe.loss_fn, recipe.verifier)]
+    computed = backends.identity_of(recipe.policy, recipe.megatron)
+    parts += [computed] if computed else []
     return digest([recipe.seed, grpo, parts, recipe.checkpointing.save_period, file_digest(source)])
 
 

@@ -18,6 +18,12 @@ kind, victim = sys.argv[1], int(sys.argv[2]) if len(sys.argv) > 2 else 1
 
 
 def program(watch: Watch | None) -> None:
+    if watch is not None and kind in ("busy", "lost"):
+        # longer than `stuck`: the stage's own work on rank 0, which the others await at rest
+        watch.rest(0)
+        if kind == "lost" and dist.get_rank() == victim:
+            watch.tick("infer")
+        time.sleep(7 if kind == "busy" else 60)
     for step in range(3):
         if watch is not None:
             watch.tick(f"step {step}")

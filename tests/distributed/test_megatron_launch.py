@@ -126,6 +126,17 @@ def test_a_rank_that_hangs_is_named_with_where() -> None:
     assert error == "nemo-pivotrl: rank 2 hangs in 'step 1': no progress for 4 s, the others wait for it\n"
 
 
+def test_a_rank_that_works_alone_while_the_others_rest_does_not_hang() -> None:
+    codes, error, seconds = launch("busy")
+    assert (codes, error) == ([0, 0, 0], "") and seconds > 7
+
+
+def test_a_rank_that_hangs_while_the_others_rest_is_named() -> None:
+    codes, error, seconds = launch("lost", "1")
+    assert codes == [1, 1, 1] and seconds < 40
+    assert error == "nemo-pivotrl: rank 1 hangs in 'infer': no progress for 4 s, the others wait for it\n"
+
+
 def test_a_rank_that_never_comes_is_named() -> None:
     codes, error, _ = launch("well", started=2)
     assert codes == [1, 1] and error.count("nemo-pivotrl:") == 1 and "rank 2 did not arrive in 10 s" in error

@@ -134,10 +134,12 @@ def mamba_chunk_scan_combined(
     dt_softplus: bool = False,
     dt_limit: tuple[float, float] = NO_LIMIT,
     return_final_states: bool = False,
+    cu_seqlens: Tensor | None = None,
+    return_varlen_states: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The state-space scan: x [B, L, H, P], dt [B, L, H], A [H], B and C [B, L, G, N] to y [B, L, H, P], and the last
     state [B, H, P, N] if asked for. Raises NotImplementedError for packed sequences."""
-    if seq_idx is not None:
+    if seq_idx is not None or cu_seqlens is not None or return_varlen_states:
         raise NotImplementedError("on a CPU: no packed sequences")
     kind, length, heads = x.dtype, x.shape[1], x.shape[2]
     step = dt.float() if dt_bias is None else dt.float() + dt_bias.float()

@@ -16,6 +16,7 @@ import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import NoReturn
 
 import torch.distributed as dist
 
@@ -24,6 +25,11 @@ from nemo_pivotrl.records import InputError, Problem
 BAD_INPUT, FAILED = 2, 1
 SYMPTOM = re.compile(r"gloo|nccl|connection|timed out|socket|peer|store", re.IGNORECASE)
 """What a rank's error says when it is most likely another rank that failed."""
+SPEAK_S = 2.0
+"""How much longer than rank 0 the other ranks stay, when all end with an error that rank 0 tells: torchrun ends every rank as
+soon as one has failed."""
+RESTING = ""
+"""What a rank does that cannot hang the others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +57,7 @@ class Patience:
     dead: float = 60.0
     """Without a sign of life, after which a rank counts as dead."""
     stuck: float = 1800.0
-    """Without progress (`Watch.tick`) on any rank, after which the job counts as hanging."""
+    """Without progress (`Watch.tick`) on any rank, after which the job counts as hanging, unless all ranks rest."""
     leave: float = 15.0
     """That rank 0, which serves the store, waits for the others to read why the job ends."""
 
@@ -116,6 +122,11 @@ class Watch:
         """Note progress. What hangs is found by who has come least far."""
         self.ticks, self.doing = self.ticks + 1, doing
 
+    def rest(self, orders: int) -> None:
+        """Note that this rank has nothing to do for the others. Ranks that have done equally many `orders` are equally far,
+        however many ticks each of them took."""
+        self.ticks, self.doing = orders << 32, RESTING
+
     def roll_call(self) -> None:
         """Wait for all ranks. Raises TimeoutError with those that did not come."""
         self.store.set(f"here/{self.place.rank}", os.uname().nodename)
@@ -166,13 +177,14 @@ class Watch:
         self._judge_progress({rank: text.split(" ", 2)[1:] for rank, (text, _) in alive.items()}, now)
 
     def _judge_progress(self, progress: dict[int, list[str]], now: float) -> None:
-        """Nobody has moved for too long: blame those that have come least far."""
-        if progress != getattr(self, "_progress", None):
+        """Nobody has moved for too long: blame those that have come least far of all that do not rest."""
+        working = {rank: (int(ticks), doing) for rank, (ticks, doing) in progress.items() if doing != RESTING}
+        if progress != getattr(self, "_progress", None) or not working:
             self._progress, self._moved = progress, now
-        elif progress and now - self._moved > self.patience.stuck:
-            least = min(int(ticks) for ticks, _ in progress.values())
-            slow = [rank for rank, (ticks, _) in progress.items() if int(ticks) == least]
-            where = progress[slow[0]][1]
+        elif now - self._moved > self.patience.stuck:
+            least = min(ticks for ticks, _ in working.values())
+            slow = [rank for rank, (ticks, _) in working.items() if ticks == least]
+            where = working[slow[0]][1]
             others = "the others wait for it" if len(slow) < len(progress) else "all ranks are there"
             self._give_up(f"{_ranks(slow)} hangs in '{where}': no progress for {self.patience.stuck:.0f} s, {others}")
 
@@ -214,14 +226,14 @@ def run(program: Callable[[Watch | None], None], backend: str, place: Place, pat
             # the store's host goes last; a rank that fails meanwhile is found by the watch
             watch.store.wait([f"done/{rank}" for rank in range(place.world)], timedelta(days=365))
     except BaseException as error:
-        _failed(watch, error)
+        failed(watch, error)
     watch.finished.set()
     dist.destroy_process_group()
     return 0
 
 
-def _failed(watch: Watch, error: BaseException) -> None:
-    """End with this rank's error as the reason, or with the reason that it is only a symptom of."""
+def failed(watch: Watch, error: BaseException) -> NoReturn:
+    """End the job with this rank's error as the reason, or with the reason that it is only a symptom of."""
     patience, rank = watch.patience, watch.place.rank
     if watch.thread.is_alive() and isinstance(error, RuntimeError) and SYMPTOM.search(str(error)):
         time.sleep(2 * patience.dead + 5 * patience.beat)  # the watch ends this process when it finds whose fault it is
@@ -254,7 +266,7 @@ def _ranks(ranks: list[int]) -> str:
     return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"
 
 
-def _end(text: str, code: int) -> None:
+def _end(text: str, code: int) -> NoReturn:
     """Leave at once: the main thread may wait in a collective that never ends."""
     if text:
         _say(text)

@@ -62,7 +62,7 @@ class Stage(MegatronModule):
         wanted = (targets >= 0).nonzero()[:, 0]
         found, _ = chunked_log_probs(
             flat[wanted],
-            self._lm_head(),
+            self.lm_head(),
             targets[wanted],
             self.groups.tp,
             self.chunk_tokens,
@@ -92,7 +92,7 @@ class Stage(MegatronModule):
         finally:
             chunk.post_process = last
 
-    def _lm_head(self) -> Tensor:
+    def lm_head(self) -> Tensor:
         """This rank's shard [V / tp, H]."""
         chunk = self.module
         if chunk.share_embeddings_and_output_weights:

@@ -30,10 +30,11 @@ from nemo_pivotrl.backends.megatron.microbatches import Rows, lay_out, multiple_
 from nemo_pivotrl.backends.megatron.model import build_model
 from nemo_pivotrl.backends.megatron.parallel import Groups
 from nemo_pivotrl.backends.megatron.precision import token_multiple
+from nemo_pivotrl.backends.megatron.sampler import sample
 from nemo_pivotrl.backends.megatron.stage import Stage
 from nemo_pivotrl.backends.megatron.weights import save_hf
-from nemo_pivotrl.config import Megatron, Optimizer, Policy
-from nemo_pivotrl.records import InputError, Problem
+from nemo_pivotrl.config import Generation, Megatron, Optimizer, Policy
+from nemo_pivotrl.records import InputError, Problem, Sample
 
 if TYPE_CHECKING:
     from nemo_pivotrl.backends import LossFn
@@ -43,7 +44,7 @@ Work = Callable[[Rows, Tensor, Tensor | None], tuple[Tensor, dict[str, Tensor]]]
 
 
 class MegatronPolicy:
-    """A causal language model that scores and trains; `infer` is a rollout engine's. See `backends.Trainer`.
+    """A causal language model that samples, scores and trains. See `backends.Backend`.
 
     Raises InputError for what it cannot do: LoRA, a reference beside FP8 weights, `allgather` between unequal ranks.
     """
@@ -62,6 +63,22 @@ class MegatronPolicy:
         self.start = [p.detach().cpu().clone() for p in chunk.parameters()] if with_reference else None
         self.optimizer: Any = None
         self.steps = 0
+
+    def tick(self, doing: str) -> None:
+        """Called with every piece of work; `workers.py` puts the watch that finds hanging ranks in its place."""
+
+    # ---- sampling ----
+
+    def infer(
+        self,
+        prompts: Sequence[Sequence[int]],
+        seeds: Sequence[Sequence[int]],
+        stop_ids: frozenset[int],
+        generation: Generation,
+    ) -> list[list[Sample]]:
+        """One sample per seed and prompt, on every rank; that of the reference backend up to rounding."""
+        rows = token_multiple(self.megatron)
+        return sample(self.stage, self.groups, prompts, seeds, stop_ids, generation, rows, self.tick)
 
     # ---- micro-batches ----
 
@@ -115,6 +132,7 @@ class MegatronPolicy:
 
         def step(data: Iterator[Rows], model: Any) -> tuple[Tensor, Any]:
             rows = next(data)
+            self.tick("a micro-batch")
             return model(rows), partial(finish, rows)
 
         with torch.set_grad_enabled(not forward_only):

@@ -1,0 +1,141 @@
+"""What every sampler shares: which rows decode together, and which token a row's seed draws from its logits.
+
+A backend's loop is its own; the arithmetic here is not, so that two backends whose log-probabilities agree draw the same
+turn from the same seed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nemo_pivotrl.config import Generation
+from nemo_pivotrl.records import Sample
+
+Row = tuple[int, int]
+"""Number of a prompt, and which of its seeds."""
+
+
+class Turns:
+    """Turns that are decoded together, one a row. `alive` are the rows that still stand in the running batch.
+
+    A row that has finished may stand there a while longer; what is drawn for it then goes nowhere.
+    """
+
+    def __init__(self, seeds: Sequence[int], stop_ids: frozenset[int], generation: Generation):
+        self.generation, self.stop_ids = generation, stop_ids
+        self.noise = np.stack(
+            [np.random.Generator(np.random.Philox(seed)).random(generation.max_new_tokens) for seed in seeds]
+        )
+        self.tokens: list[list[int]] = [[] for _ in seeds]
+        self.log_probs: list[list[float]] = [[] for _ in seeds]
+        self.alive = list(range(len(seeds)))
+        self.finished: set[int] = set()
+        self.step = 0
+
+    def draw(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """The next token [N] and its log-probability [N] of every row that is alive, from logits [N, V]."""
+        return draw(logits, torch.from_numpy(self.noise[self.alive, self.step]).to(logits.device), self.generation)
+
+    def note(self, tokens: Sequence[int], log_probs: Sequence[float]) -> None:
+        """Add what was drawn; a row that drew a stop token is finished."""
+        for row, token, log_prob in zip(self.alive, tokens, log_probs, strict=True):
+            if row not in self.finished:
+                self.tokens[row].append(token)
+                self.log_probs[row].append(log_prob)
+                if token in self.stop_ids:
+                    self.finished.add(row)
+        self.step += 1
+
+    @property
+    def done(self) -> bool:
+        """Nothing is left to draw."""
+        return len(self.finished) == len(self.tokens) or self.step == self.generation.max_new_tokens
+
+    def leave(self) -> list[int] | None:
+        """Take finished rows out of the running batch. The places in it that stay, or None when all do: taking rows out
+        copies the cache, so it happens only when half of them have finished. At least one row stays."""
+        running = [place for place, row in enumerate(self.alive) if row not in self.finished]
+        if len(running) > len(self.alive) // 2 or len(self.alive) == 1:
+            return None
+        running = running or [0]
+        self.alive = [self.alive[place] for place in running]
+        return running
+
+    def samples(self) -> list[Sample]:
+        """The turns, row by row."""
+        return [
+            Sample(tuple(tokens), tuple(log_probs), "stop" if tokens[-1] in self.stop_ids else "length")
+            for tokens, log_probs in zip(self.tokens, self.log_probs, strict=True)
+        ]
+
+
+def draw(logits: Tensor, uniform: Tensor, generation: Generation) -> tuple[Tensor, Tensor]:
+    """Token [N] and its log-probability [N] by inverse CDF of `uniform` [N]; float64, so that seeds decide, not rounding.
+
+    Temperature 0 takes the likeliest token and reports its log-probability at temperature 1.
+    """
+    log_p = torch.log_softmax(logits.double() / (generation.temperature or 1.0), -1)
+    if generation.temperature == 0.0:
+        token = log_p.argmax(-1)
+        return token, log_p.gather(1, token[:, None])[:, 0]
+    if generation.top_p < 1.0:
+        ordered, index = log_p.exp().sort(-1, descending=True)
+        outside = ordered.cumsum(-1) - ordered >= generation.top_p
+        log_p = log_p.masked_fill(torch.zeros_like(outside).scatter(1, index, outside), -math.inf).log_softmax(-1)
+    cumulative = log_p.exp().cumsum(-1)
+    token = torch.searchsorted(cumulative, (uniform * cumulative[:, -1])[:, None], right=True)[:, 0].clamp(
+        max=log_p.shape[1] - 1
+    )
+    return token, log_p.gather(1, token[:, None])[:, 0]
+
+
+def chunks(rows: Sequence[Row], cost: Callable[[Row], int], budget: int, equal: bool = False) -> Iterator[list[Row]]:
+    """Consecutive rows whose padded cost (rows times the dearest) stays within `budget`; `equal`: all cost the same."""
+    held: list[Row] = []
+    dearest = 0
+    for row in rows:
+        worst = max(dearest, cost(row))
+        if held and (worst * (len(held) + 1) > budget or (equal and cost(row) != dearest)):
+            yield held
+            held, worst = [], cost(row)
+        held.append(row)
+        dearest = worst
+    if held:
+        yield held
+
+
+def shares(
+    prompts: Sequence[Sequence[int]], seeds: Sequence[Sequence[int]], generation: Generation, ranks: int, equal: bool
+) -> list[list[list[Row]]]:
+    """[rank][batch] -> rows, every row exactly once: whole prompts in turn, or single rows where prompts are few."""
+    order = sorted(range(len(prompts)), key=lambda p: (len(prompts[p]), p))
+    groups = [[(p, k) for k in range(len(seeds[p]))] for p in order]
+    if len(groups) < ranks:
+        groups = [[row] for group in groups for row in group]
+    dealt = [[row for group in groups[rank::ranks] for row in group] for rank in range(ranks)]
+
+    def cost(row: Row) -> int:
+        return len(prompts[row[0]]) + generation.max_new_tokens
+
+    return [list(chunks(share, cost, generation.batch_tokens, equal)) for share in dealt]
+
+
+def pad(rows: Sequence[Sequence[int]], left: bool, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Token ids [B, L] padded with 0, and their mask."""
+    width = max(len(r) for r in rows)
+    ids, mask = torch.zeros(len(rows), width, dtype=torch.long), torch.zeros(len(rows), width, dtype=torch.long)
+    for i, row in enumerate(rows):
+        where = slice(width - len(row), width) if left else slice(0, len(row))
+        ids[i, where] = torch.tensor(row, dtype=torch.long)
+        mask[i, where] = 1
+    return ids.to(device), mask.to(device)
+
+
+def positions(mask: Tensor) -> Tensor:
+    """Place [B, L] of each token in its own sequence; 0 on padding to its left."""
+    return (mask.cumsum(1) - 1).clamp(min=0)
