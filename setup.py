@@ -9,7 +9,8 @@ setup(
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     python_requires=">=3.11",
-    packages=find_packages(include=["nemo_pivotrl", "nemo_pivotrl.*"]),
+    # hydra_plugins is a namespace that Hydra searches; it must not have an __init__.py, so nothing finds it by itself
+    packages=[*find_packages(include=["nemo_pivotrl", "nemo_pivotrl.*"]), "hydra_plugins"],
     package_data={
         "nemo_pivotrl": ["*.jinja", "py.typed"],
         "nemo_pivotrl.verifiers": ["*.jsonl"],
@@ -51,6 +52,8 @@ setup(
             "megatron-core>=0.9,<0.13",
             "jsonschema>=4.18",
         ],
+        # `nemo pivotrl ...`; leptonai from 0.47 on has no `leptonai.api.v1`, which NeMo-Run imports
+        "nemo-run": ["nemo-run>=0.11,<0.12", "leptonai<0.47"],
         "report": ["matplotlib>=3.8", "jinja2>=3.1"],
         "oracles": ["vaderSentiment>=3.3"],  # the `sentiment` oracle
         "gguf": ["gguf>=0.17"],  # only to convert a GGUF checkpoint: benchmarks/convert_smollm2.py
@@ -71,5 +74,12 @@ setup(
             "types-tqdm",
         ],
     },
-    entry_points={"console_scripts": ["nemo-pivotrl = nemo_pivotrl.cli:main"]},
+    entry_points={
+        "console_scripts": ["nemo-pivotrl = nemo_pivotrl.cli:main"],
+        "nemo_run.cli": ["pivotrl = nemo_pivotrl.nemo_run_cli"],  # `nemo pivotrl STAGE`
+        "nemo_aligner.algorithms": [  # our own group: NeMo-Aligner has no registry
+            "pivotrl = nemo_pivotrl.backends.aligner.registration:PIVOTRL",
+            "llmdoctor = nemo_pivotrl.backends.aligner.registration:LLMDOCTOR",
+        ],
+    },
 )

@@ -84,6 +84,13 @@ class FlowGPTModel(GPTModel):  # type: ignore[misc]
         found = super().sharded_state_dict(*args, **kwargs)
         return found if self.with_head else {k: v for k, v in found.items() if "doctor_head" not in k}
 
+    def load_state_dict(self, state_dict: Any, strict: bool = True, **kwargs: Any) -> Any:
+        """As torch's; without `with_head` the head stays as it is, and all else must still be there."""
+        if not self.with_head and self.post_process:
+            head = self.doctor_head
+            state_dict = {**state_dict, **{f"doctor_head.{k}": v for k, v in head.state_dict().items()}}
+        return super().load_state_dict(state_dict, strict=strict, **kwargs)
+
 
 @contextlib.contextmanager
 def headless() -> Iterator[None]:
