@@ -13,7 +13,10 @@ PIVOTRL = {
     "trainer.pivotrl.save_interval": 2,
 }
 JOBS: dict[str, tuple[dict[str, int], tuple[str, ...]]] = {
-    "resumable": (PIVOTRL, ("train_optim/loss", "train_optim/grad_norm", "train_rollouts/rewards", "val_rollouts/rewards")),
+    "resumable": (
+        PIVOTRL,
+        ("train_optim/loss", "train_optim/grad_norm", "train_rollouts/rewards", "val_rollouts/rewards"),
+    ),
     "resumable_doctor": ({}, ("train/loss", "train/grad_norm", "val/loss")),
 }
 
@@ -31,7 +34,9 @@ def test_a_killed_run_resumes_with_the_same_losses(run: Run, tmp_path: Path, job
     # NeMo-Aligner finds its counters in this name; ours are inside
     for folder in (tmp_path / "logs/checkpoints").iterdir():
         if "step=" in folder.name:
-            folder.rename(folder.with_name(folder.name.replace("step=2", "step=7").replace("consumed_samples=8", "x=1")))
+            folder.rename(
+                folder.with_name(folder.name.replace("step=2", "step=7").replace("consumed_samples=8", "x=1"))
+            )
     (resumed,) = run(job, die=False, **settings)
     assert (whole["first"], killed["first"], resumed["first"]) == (0, 0, 2)
     assert resumed["state"] == whole["state"]

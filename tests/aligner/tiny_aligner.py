@@ -144,7 +144,7 @@ def config(algorithm: str, folder: Path, overrides: dict[str, Any]) -> Any:
     """The package's own YAML with what a tiny model on CPUs needs."""
     from nemo_pivotrl.backends.aligner import launch
 
-    launch.register_resolvers()
+    launch.prepare()
     cfg = OmegaConf.load(CONF / f"gpt_{algorithm}.yaml")
     with open_dict(cfg):
         cfg.pop("defaults")

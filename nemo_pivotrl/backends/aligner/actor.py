@@ -91,6 +91,24 @@ def reduced_metrics(parts: list[dict[str, Tensor]], names: tuple[str, ...]) -> d
     return dict(zip(names, totals.tolist(), strict=True))
 
 
+def parents_block(block: PivotRLModelBlock) -> DictConfig:
+    """`model.ppo` as the PPO actor reads it."""
+    sampling, length = block.sampling_params, block.length_params
+    return OmegaConf.create(
+        {
+            "length_params": {"max_length": length.max_length, "min_length": length.min_length},
+            "sampling_params": {
+                **{f: getattr(sampling, f) for f in sampling.__dataclass_fields__ if f != "end_strings"},
+                "end_strings": [],
+            },
+            "offload_adam_states": block.offload_adam_states,
+            "entropy_bonus": 0.0,
+            "ratio_eps": block.loss_fn.ratio_clip_min,
+            "forward_micro_batch_size": block.forward_micro_batch_size,
+        }
+    )
+
+
 class MegatronGPTPivotRLActorModel(MegatronGPTActorModel):  # type: ignore[misc]
     """A GPT policy that samples turns, scores them and takes PivotRL's clipped step.
 
@@ -100,27 +118,10 @@ class MegatronGPTPivotRLActorModel(MegatronGPTActorModel):  # type: ignore[misc]
     def __init__(self, cfg: DictConfig, trainer: Any):
         self.block: PivotRLModelBlock = read_block(PivotRLModelBlock, cfg.pivotrl, "model.pivotrl")
         with open_dict(cfg):
-            cfg.ppo = self._parents_block(self.block)  # the parent hard-codes its own name
+            cfg.ppo = parents_block(self.block)  # the parent hard-codes its own name
         super().__init__(cfg, trainer=trainer)
         self.settings = loss_settings(self.block.loss_fn)
         self.stop_ids = chat_of(self.tokenizer, self.block).stop_ids
-
-    @staticmethod
-    def _parents_block(block: PivotRLModelBlock) -> DictConfig:
-        sampling, length = block.sampling_params, block.length_params
-        return OmegaConf.create(
-            {
-                "length_params": {"max_length": length.max_length, "min_length": length.min_length},
-                "sampling_params": {
-                    **{f: getattr(sampling, f) for f in sampling.__dataclass_fields__ if f != "end_strings"},
-                    "end_strings": [],
-                },
-                "offload_adam_states": block.offload_adam_states,
-                "entropy_bonus": 0.0,
-                "ratio_eps": block.loss_fn.ratio_clip_min,
-                "forward_micro_batch_size": block.forward_micro_batch_size,
-            }
-        )
 
     # ---- training ----
 

@@ -7,6 +7,9 @@ from typing import Any
 
 import torch
 
+from nemo_pivotrl.backends.aligner.dialect import recipe_of, register_resolvers
+from nemo_pivotrl.backends.aligner.registration import register
+from nemo_pivotrl.backends.aligner.settings import FILE, plain
 from nemo_pivotrl.backends.aligner.state import TrainingState
 from nemo_pivotrl.backends.aligner.versions import require
 
@@ -30,18 +33,17 @@ from nemo_aligner.utils.utils import load_and_override_model_config, load_from_n
 from omegaconf import OmegaConf  # noqa: E402
 
 
-def register_resolvers() -> None:
-    """The resolvers that NeMo-Aligner's YAML files use."""
-    OmegaConf.register_new_resolver("multiply", lambda x, y: x * y, replace=True)
-    OmegaConf.register_new_resolver("int_div", lambda x, y: x // y, replace=True)
-    OmegaConf.register_new_resolver("subtract", lambda x, y: x - y, replace=True)
-    OmegaConf.register_new_resolver("not", lambda x: not x, replace=True)
+def prepare() -> None:
+    """What a launch script does before Hydra reads its config: resolvers for the YAML files, our classes' names for NeMo."""
+    register_resolvers()
+    register()
 
 
 def start(cfg: Any, algorithm: str, model_cls: Any) -> tuple[Any, Any, TrainingState]:
     """(Lightning trainer, model out of `pretrained_checkpoint`, state) of a config; `trainer.<algorithm>` is its block."""
     path = cfg.pretrained_checkpoint.restore_from_path
     cfg.model = load_and_override_model_config(path, cfg.model)
+    recipe_of(plain(cfg), FILE)  # everything that is wrong with it, at once
     logging.info(f"\n{OmegaConf.to_yaml(cfg)}")
     trainer, state = lightning(cfg, algorithm)
     model = load_from_nemo(model_cls, cfg.model, trainer, strict=True, restore_path=path)

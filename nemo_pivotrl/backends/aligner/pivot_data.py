@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemo_pivotrl.backends.aligner.settings import PivotRLModelBlock, PivotRLTrainerBlock, read_block
+from nemo_pivotrl.backends.aligner.settings import FILE, PivotRLModelBlock, PivotRLTrainerBlock, read_block
 from nemo_pivotrl.backends.aligner.versions import require
 from nemo_pivotrl.chat import Chat
+from nemo_pivotrl.config import Limits
 from nemo_pivotrl.records import HEADER_KEY, Candidate, Header, InputError, Problem
 from nemo_pivotrl.responses import candidate_of_row
 from nemo_pivotrl.stages.rollout import judge_all
@@ -31,21 +32,22 @@ from nemo_aligner.data.nlp.builders import build_train_valid_test_datasets  # no
 from nemo_aligner.utils.distributed import broadcast_2d_tensor_within_mp, run_if_model_parallel_src  # noqa: E402
 
 
-def chat_of(tokenizer: Any, block: PivotRLModelBlock) -> Chat:
+def chat_over(
+    tokenizer: Any, tool_parser: str, template_kwargs: Mapping[str, Any], limits: Limits | None = None
+) -> Chat:
     """The project's `Chat` over the tokenizer of a NeMo model. Raises InputError for one that has no chat template."""
     inner = getattr(tokenizer, "tokenizer", None)
     if getattr(inner, "chat_template", None) is None:
-        remedy = "PivotRL renders turns with the model's own template: set model.tokenizer.library to huggingface"
+        remedy = "turns are rendered with the model's own template: set model.tokenizer.library to huggingface"
         raise InputError(
-            Problem(
-                "NeMo-Aligner config",
-                None,
-                "model.tokenizer",
-                type(tokenizer).__name__,
-                f"{remedy}, and type to its folder",
-            )
+            Problem(FILE, None, "model.tokenizer", type(tokenizer).__name__, f"{remedy}, and type to its folder")
         )
-    return Chat(inner, block.chat.tool_parser, block.chat.template_kwargs, block.verifier.limits)
+    return Chat(inner, tool_parser, dict(template_kwargs), limits)
+
+
+def chat_of(tokenizer: Any, block: PivotRLModelBlock) -> Chat:
+    """The chat that `model.pivotrl` describes."""
+    return chat_over(tokenizer, block.chat.tool_parser, block.chat.template_kwargs, block.verifier.limits)
 
 
 class PivotDataset(torch.utils.data.Dataset[dict[str, Any]]):

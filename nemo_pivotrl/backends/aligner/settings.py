@@ -9,13 +9,15 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from nemo_pivotrl.config import Grpo, LossFn, Tfpo, Verifier, ranged
-from nemo_pivotrl.llmdoctor import TfpoSettings
-from nemo_pivotrl.pivotrl import LossSettings
+from nemo_pivotrl.config import LossFn, Reward, Tfpo, Verifier, ranged
 from nemo_pivotrl.recipe import build
 from nemo_pivotrl.records import InputError, Problem
+
+if TYPE_CHECKING:
+    from nemo_pivotrl.llmdoctor import TfpoSettings
+    from nemo_pivotrl.pivotrl import LossSettings
 
 FILE = "NeMo-Aligner config"
 
@@ -132,9 +134,23 @@ class LLMDoctorTrainerBlock(Progress):
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
+class PatientBlock:
+    """Stage 1's patient, which is the `pretrained_checkpoint`. `config.Patient`'s fields of the same names."""
+
+    run_dir: str = "."
+    """Folder with `preferences.jsonl`; `token_rewards.jsonl` is written beside it."""
+    template_kwargs: dict[str, Any] = field(default_factory=dict)
+    max_total_sequence_length: int = ranged(4096, 16)
+    batch_tokens: int = ranged(16384, 16)
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
 class LLMDoctorModelBlock:
     """`model.llmdoctor`. What is not explained is `config.Tfpo`'s field of the same name."""
 
+    patient: PatientBlock = field(default_factory=PatientBlock)
+    reward: Reward = field(default_factory=Reward)
+    """Stage 1: `config.Reward`."""
     objective: str = ""
     """Which of the artefact's objectives; required where it holds several: one run trains one doctor."""
     log_prob_forward_micro_batch_size: int = ranged(1, 1)
@@ -152,28 +168,15 @@ class LLMDoctorModelBlock:
 
 def read_block(cls: type[Any], block: Any, name: str) -> Any:
     """The block `name` (a mapping or a DictConfig) as `cls`. Raises InputError with every problem in it."""
-    return build(cls, _plain(block), FILE, f"{name}.")
+    return build(cls, plain(block), FILE, f"{name}.")
 
 
-def _plain(block: Any) -> Mapping[str, Any]:
+def plain(block: Any) -> Mapping[str, Any]:
+    """A mapping or a DictConfig, resolved, as plain dicts and lists."""
     from omegaconf import OmegaConf
 
     plain: Any = OmegaConf.to_container(block, resolve=True) if OmegaConf.is_config(block) else block
     return plain  # type: ignore[no-any-return]
-
-
-def grpo_settings(trainer: PivotRLTrainerBlock, model: PivotRLModelBlock | None = None) -> Grpo:
-    """The recipe's section that these blocks say the same as."""
-    same = {f.name for f in dataclasses.fields(Grpo)} & {f.name for f in dataclasses.fields(trainer)}
-    values = {name: getattr(trainer, name) for name in same}
-    values |= {
-        "num_generations_per_prompt": trainer.num_rollouts_per_prompt,
-        "max_num_steps": trainer.max_steps,
-        "val_period": trainer.val_check_interval,
-    }
-    if model is not None:
-        values |= {"num_prompts_per_step": model.num_rollout_samples, "val_candidates": model.num_val_samples}
-    return Grpo(**values)
 
 
 def check_pivotrl(trainer: PivotRLTrainerBlock, model: PivotRLModelBlock, gbs: int) -> None:
@@ -228,6 +231,8 @@ def check_pivotrl(trainer: PivotRLTrainerBlock, model: PivotRLModelBlock, gbs: i
 
 def loss_settings(loss_fn: LossFn) -> LossSettings:
     """Eq. 7's numbers out of the block."""
+    from nemo_pivotrl.pivotrl import LossSettings
+
     correct = loss_fn.use_importance_sampling_correction
     return LossSettings(
         clip_low=loss_fn.ratio_clip_min,
@@ -243,4 +248,6 @@ def loss_settings(loss_fn: LossFn) -> LossSettings:
 
 def tfpo_settings(block: LLMDoctorModelBlock | Tfpo) -> TfpoSettings:
     """The loss's settings out of the block."""
+    from nemo_pivotrl.llmdoctor import TfpoSettings
+
     return TfpoSettings(**{f.name: getattr(block, f.name) for f in dataclasses.fields(TfpoSettings)})

@@ -24,7 +24,7 @@ from nemo_pivotrl.backends.aligner.doctor_model import MegatronGPTLLMDoctorModel
 from nemo_pivotrl.backends.aligner.doctor_trainer import LLMDoctorTrainer  # noqa: E402
 from nemo_pivotrl.backends.aligner.state import TrainingState  # noqa: E402
 
-launch.register_resolvers()
+launch.prepare()
 
 
 def make_trainer(cfg: Any, lightning: Any, model: Any, state: TrainingState) -> LLMDoctorTrainer:

@@ -30,7 +30,7 @@ from nemo_pivotrl.backends.aligner.settings import (  # noqa: E402
 from nemo_pivotrl.backends.aligner.state import TrainingState  # noqa: E402
 from nemo_pivotrl.backends.aligner.trainer import PivotRLTrainer  # noqa: E402
 
-launch.register_resolvers()
+launch.prepare()
 
 
 def make_trainer(cfg: Any, lightning: Any, model: Any, state: TrainingState) -> PivotRLTrainer:
