@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +13,14 @@ import torch
 from nemo_pivotrl.backends import TokenBatch
 from nemo_pivotrl.backends.reference import ReferencePolicy
 from nemo_pivotrl.backends.reference_doctor import DoctorModel
-from nemo_pivotrl.config import Optimizer, Policy
+from nemo_pivotrl.config import Optimizer, Patient, Policy, Recipe
 from nemo_pivotrl.llmdoctor import TfpoSettings
 from nemo_pivotrl.pivotrl import LossSettings, grpo_loss
+from nemo_pivotrl.records import read_rows
+from nemo_pivotrl.stages.reward import reward
 from nemo_pivotrl.stages.tfpo import _run
 
+KEPT = ("ids", "importance", "rewards")
 FOLDER = Path(__file__).parent / "aligner"
 
 
@@ -60,6 +65,7 @@ def measure(folder: Path) -> dict[str, Any]:
         policy.prepare_for_training_step()
         metrics = policy.get_loss_and_metrics(batch, loss_fn)
         found[name] = {**metrics, **policy.finish_training_step()}
+    found["token_rewards"] = measure_rewards(folder)
     for anchor in ("none", "reference"):
         found[f"tfpo_{anchor}"] = measure_tfpo(tiny, folder, anchor)
     return found
@@ -78,9 +84,29 @@ def measure_tfpo(tiny: Any, folder: Path, anchor: Any) -> dict[str, float]:
     return {**metrics, **doctor.finish_training_step()}
 
 
+def measure_rewards(patient: Path) -> list[dict[str, Any]]:
+    """Stage 1's importance and rewards of the tiny preferences, the policy being the patient."""
+    sys.path.insert(0, str(FOLDER))
+    try:
+        import tiny_aligner
+    finally:
+        sys.path.remove(str(FOLDER))
+    tiny_aligner.write_inputs(patient)
+    for path in (patient / "tokenizer").iterdir():
+        shutil.copy(path, patient)
+    path = reward(Recipe(run_dir=str(patient), patient=Patient(model_name=str(patient), device="cpu")), fresh=True)
+    return [{side: {k: row[side][k] for k in KEPT} for side in ("chosen", "rejected")} for row in read_rows(path)]
+
+
 def test_the_golden_file_is_what_the_reference_backend_computes(tmp_path: Path) -> None:
     golden, found = json.loads((FOLDER / "golden.json").read_text()), measure(tmp_path)
     assert golden["log_probs"] == [pytest.approx(row, abs=2e-6) for row in found["log_probs"]]
+    assert len(golden["token_rewards"]) == len(found["token_rewards"]) > 3
+    for pair, expected in zip(golden["token_rewards"], found["token_rewards"], strict=True):
+        for side in ("chosen", "rejected"):
+            assert pair[side]["ids"] == expected[side]["ids"]
+            assert pair[side]["importance"] == pytest.approx(expected[side]["importance"], abs=1e-5)
+            assert pair[side]["rewards"] == pytest.approx(expected[side]["rewards"], abs=1e-4)
     for name in ("clip", "kl", "tfpo_none", "tfpo_reference"):
         assert golden[name] == pytest.approx(found[name], rel=1e-5, abs=1e-7)
 

@@ -132,13 +132,12 @@ def resumable_doctor(folder: Path, die: bool, **overrides: Any) -> dict[str, Any
     return {"first": first, "rows": logger.rows, "state": trainer.state_dict()}
 
 
-def save_nemo(folder: Path, **layout: int) -> dict[str, Any]:
-    """Write the tiny policy as FOLDER/start.nemo."""
+def save_nemo(folder: Path, golden: bool = False) -> dict[str, Any]:
+    """Write the talkative policy, or the one of `golden.json`, as FOLDER/start.nemo."""
     from nemo_pivotrl.backends.aligner import launch
 
-    cfg, lightning, _, model = pivotrl_model(
-        folder, tiny_aligner.layout(**layout), tiny_aligner.talkative_weights(folder)
-    )
+    weights = None if golden else tiny_aligner.talkative_weights(folder)
+    cfg, lightning, _, model = pivotrl_model(folder, {}, weights)
     launch.set_up(cfg, lightning, model, list(range(64)))
     model.save_to(str(folder / "start.nemo"))
     return {}
@@ -164,6 +163,15 @@ def script(folder: Path, name: str, arguments: list[str]) -> dict[str, Any]:
     module.main()
     first = next(p for n, p in trainers[0].model.model.named_parameters() if n == "decoder.final_layernorm.weight")
     return {"rows": logger.rows, "state": trainers[0].state_dict(), "norm": first.tolist()}
+
+
+def extract(folder: Path, arguments: list[str]) -> dict[str, Any]:
+    """Stage 1 by its own command line."""
+    from nemo_pivotrl.backends.aligner import extract_token_rewards
+
+    sys.argv = ["extract_token_rewards.py", *arguments]
+    extract_token_rewards.main()
+    return {}
 
 
 def golden_batch(model: Any, kl: bool) -> tuple[dict[str, torch.Tensor], torch.Tensor]:

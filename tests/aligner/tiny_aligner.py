@@ -14,7 +14,8 @@ from nemo_pivotrl.backends.megatron.architecture import Architecture
 from nemo_pivotrl.backends.megatron.mapping import entries
 from nemo_pivotrl.chat import Chat
 from nemo_pivotrl.config import Verifier
-from nemo_pivotrl.records import Action, Candidate, Header, canonical_json
+from nemo_pivotrl.preferences import preference_to_row
+from nemo_pivotrl.records import Action, Candidate, Header, Preference, canonical_json
 from nemo_pivotrl.responses import candidate_to_row
 from nemo_pivotrl.tiny import make_tokenizer
 from nemo_pivotrl.verifiers import identity, load_verifier
@@ -138,6 +139,17 @@ def write_inputs(folder: Path, train: int = 12, validation: int = 4) -> None:
     ]
     text = "\n".join(canonical_json(pair) for pair in pairs)
     (folder / "token_rewards.jsonl").write_text(header.to_line() + text + "\n")
+    write_preferences(folder)
+
+
+def write_preferences(folder: Path) -> None:
+    """`preferences.jsonl` in `folder`: what stage 1 reads."""
+    rows = [
+        Preference(f"p{i}", "train", "helpfulness", ({"role": "user", "content": prompt},), chosen, rejected, f"f:{i}")
+        for i, (prompt, chosen, rejected) in enumerate(tiny_policy.PREFERENCES)
+    ]
+    text = "\n".join(canonical_json(preference_to_row(row)) for row in rows)
+    (folder / "preferences.jsonl").write_text(Header("preferences", "", "").to_line() + text + "\n")
 
 
 def config(algorithm: str, folder: Path, overrides: dict[str, Any]) -> Any:

@@ -38,6 +38,15 @@ REF_SHIFT = 0.3
 SETTINGS = {"clip_low": 0.2, "clip_high": 0.28, "clip_dual": 3.0, "sequence_ratio": False, "token_mean": True}
 KL_BETA = 0.05
 
+PREFERENCES = [
+    ("alpha bravo", "charlie delta echo", "foxtrot golf"),
+    ("hotel", "india", "juliet kilo lima mike november"),
+    ("oscar papa quebec", "alpha alpha bravo", "alpha alpha delta"),
+    ("echo", "kilo kilo", "lima"),
+    ("golf hotel india", "mike", "oscar oscar papa"),
+]
+"""Prompt, chosen and rejected answer, for stage 1."""
+
 PAIRS: list[dict[str, Any]] = [
     {
         "prompt_ids": [13, 55, 28, 131],

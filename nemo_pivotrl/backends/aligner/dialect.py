@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,9 @@ def register_resolvers() -> None:
     """The interpolations that NeMo-Aligner's launch scripts define for their YAML files."""
     from omegaconf import OmegaConf
 
-    register = getattr(OmegaConf, "register_resolver", OmegaConf.register_new_resolver)  # omegaconf 2.4 renames it
+    # omegaconf 2.4 gives register_resolver, which was something older before, what register_new_resolver did
+    renamed = "replace" in inspect.signature(OmegaConf.register_resolver).parameters
+    register = OmegaConf.register_resolver if renamed else OmegaConf.register_new_resolver
     register("multiply", lambda x, y: x * y, replace=True)
     register("int_div", lambda x, y: x // y, replace=True)
     register("subtract", lambda x, y: x - y, replace=True)
