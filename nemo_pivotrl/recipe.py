@@ -81,9 +81,9 @@ def _chain(path: Path, above: list[Path]) -> list[Any]:
         raise InputError(Problem(str(path), 1, "recipe", "no mapping", "a recipe is a YAML mapping of sections"))
     defaults = typing.cast(Any, node).pop("defaults", [])
     defaults = [defaults] if isinstance(defaults, str) else list(defaults or [])
-    from nemo_pivotrl.backends.aligner.dialect import defaults_of, is_aligner
+    from nemo_pivotrl.backends.aligner.dialect import defaults_of
 
-    files = defaults_of(defaults, path.parent) if is_aligner(node) else [path.parent / str(name) for name in defaults]
+    files = defaults_of(defaults, path.parent)
     return [part for file in files for part in _chain(file, [*above, path.resolve()])] + [node]
 
 

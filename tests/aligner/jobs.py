@@ -253,6 +253,43 @@ def train(folder: Path, tp: int = 1, pp: int = 1, dp: int = 1, fails_on: str = "
     return {"rows": logger.rows, "drawn": drawn, "tokens": tokens, "state": trainer.state_dict()}
 
 
+def train_world(folder: Path, warmup: int, steps: int) -> dict[str, Any]:
+    """PivotRL on turns of the embedded world under its own verifier, from a policy that `warmup` steps of SFT made."""
+    import tiny_world
+
+    from nemo_pivotrl.backends.aligner import train_gpt_pivotrl
+
+    home = folder / "world"
+    tiny_world.write_world(home, pivots=6)
+    settings = {
+        "trainer.pivotrl.max_steps": steps,
+        "trainer.pivotrl.max_epochs": steps,
+        "trainer.pivotrl.num_rollouts_per_prompt": 8,
+        "trainer.pivotrl.val_check_interval": steps,
+        "trainer.pivotrl.save_interval": steps,
+        "model.pivotrl.rollout_micro_batch_size": 6,
+        "model.pivotrl.num_rollout_samples": 6,
+        "model.pivotrl.num_val_samples": 6,
+        "model.pivotrl.length_params.max_length": tiny_world.MAX_LENGTH,
+        "model.micro_batch_size": 24,
+        "model.global_batch_size": 24,
+        "model.data.seq_length": 512,
+    }
+    cfg = tiny_aligner.config("pivotrl", home, PIVOTRL | settings | tiny_world.MODEL)
+    from nemo_pivotrl.backends.aligner import launch
+    from nemo_pivotrl.backends.aligner.actor import MegatronGPTPivotRLActorModel
+
+    lightning, state = launch.lightning(cfg, "pivotrl")
+    torch.manual_seed(0)
+    model = MegatronGPTPivotRLActorModel(cfg.model, lightning)
+    trainer = train_gpt_pivotrl.make_trainer(cfg, lightning, model, state)
+    trainer.logger = logger = tiny_aligner.JsonLines()
+    tiny_world.imitate(trainer, home, warmup, copies=4)
+    trainer.fit()
+    trainer.rm.close()
+    return {"rows": logger.rows}
+
+
 DOCTOR: dict[str, Any] = {
     "trainer.llmdoctor.max_steps": 4,
     "trainer.llmdoctor.max_epochs": 9,

@@ -58,8 +58,12 @@ def defaults_of(entries: Sequence[Any], folder: Path) -> list[Path]:
     `_self_` and optional entries of NeMo's own groups (communication overlap) say nothing that a recipe has.
     """
     names = [e for e in entries if isinstance(e, str) and e != "_self_"]
-    files = [name if name.endswith((".yaml", ".yml")) else f"{name}.yaml" for name in names]
-    return [folder / f if (folder / f).exists() or not (CONF / f).exists() else CONF / f for f in files]
+    ours = [CONF / f"{name}.yaml" for name in names]
+    theirs = [folder / (name if (folder / name).exists() else f"{name}.yaml") for name in names]
+    return [
+        other if other.exists() else own if own.exists() else folder / name
+        for name, own, other in zip(names, ours, theirs, strict=True)
+    ]
 
 
 def recipe_of(tree: Mapping[str, Any], file: str) -> config.Recipe:

@@ -93,7 +93,11 @@ def trust(prefix: str) -> None:
     """Let NeMo instantiate classes whose path begins with `prefix`, where it asks."""
     common = import_module("nemo.core.classes.common")
     prefixes = getattr(common, "ALLOWED_TARGET_PREFIXES", None)
-    if prefixes is not None and prefix not in prefixes:
+    if prefixes is None or prefix in prefixes:
+        return
+    if isinstance(prefixes, list):
+        prefixes.append(prefix)  # seen by those who imported the list itself
+    else:
         common.ALLOWED_TARGET_PREFIXES = type(prefixes)([*prefixes, prefix])
 
 
