@@ -20,7 +20,6 @@ from nemo_pivotrl.tiny import make_tokenizer
 from nemo_pivotrl.verifiers import identity, load_verifier
 
 MAX_LENGTH = 40
-RL_LR = 2e-3
 MODEL: dict[str, Any] = {
     "model.num_layers": 2,
     "model.hidden_size": 64,
@@ -30,7 +29,7 @@ MODEL: dict[str, Any] = {
     "model.encoder_seq_length": 512,
     "model.max_position_embeddings": 512,
     "model.init_method_std": 0.05,
-    "model.optim": {"name": "adamw", "lr": 4e-3, "weight_decay": 0.0, "betas": [0.9, 0.98]},
+    "model.optim": {"name": "sgd", "lr": 0.3, "weight_decay": 0.0},
 }
 
 
@@ -84,17 +83,14 @@ def imitate(trainer: Any, folder: Path, steps: int, copies: int) -> None:
     for i, (prompt, response) in enumerate(rows):
         tokens[i, : len(prompt) + len(response)] = torch.tensor([*prompt, *response])
         mask[i, len(prompt) - 1 : len(prompt) + len(response) - 1] = 1.0
+    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, betas=(0.9, 0.98), weight_decay=0.0)
     for _ in range(steps):
         log_probs = model.get_inference_log_probs(tokens)
         ones = torch.ones(len(rows))
         batch = {"response_tokens": tokens, "prev_logprobs": log_probs, "advantages": ones, "valid": ones, "mask": mask}
         model.prepare_for_training()
-        trainer.optimizer.zero_grad()
+        optimizer.zero_grad()
         model.prepare_for_training_step()
         model.get_loss_and_metrics(batch, forward_only=False)
         model.finish_training_step()
-        trainer.optimizer.step()
-    for state in trainer.optimizer.state.values():
-        state["exp_avg"].zero_()  # nothing of the imitation goes on; the scale of gradients is kept
-    for group in trainer.optimizer.param_groups:
-        group["lr"] = RL_LR
+        optimizer.step()
