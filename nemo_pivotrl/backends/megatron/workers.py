@@ -235,6 +235,10 @@ class Spread:
             raise AttributeError(f"{self._kind.__name__} on many ranks has no verb {name!r}")
         return partial(_call, self, name)
 
+    @property
+    def in_one_process(self) -> bool:
+        return self._crew.watch is None
+
     def __setattr__(self, name: str, value: Any) -> None:
         self._crew.order("set", self._number, (name, value))
 

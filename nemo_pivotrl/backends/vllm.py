@@ -1,0 +1,245 @@
+"""Rollouts and log-probabilities by vLLM: an engine in this process, or one that is spread over a job's ranks.
+
+Token ids go in and come out; a turn is what stands between the prompt and its stop token, that token included, and text is
+never tokenised again. Log-probabilities are those of the distribution a token was drawn from (temperature and top-p
+applied), so they can be compared with the trainer's.
+
+Equal seeds give equal turns here too, but not the turns of the other backends: vLLM draws by its own rule.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+# before vLLM is imported, which reads them then: the scheduler runs in this process unless somebody wants it elsewhere
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+
+import torch
+import vllm
+from torch import Tensor
+
+from nemo_pivotrl.config import Generation, Policy, Vllm
+from nemo_pivotrl.records import InputError, Lost, Problem, Sample
+
+GIB = 1 << 30
+EXTENSION = "nemo_pivotrl.backends.vllm_refit.Refit"
+"""Worker methods of ours, by which weights come in."""
+SEEDS = (1 << 63) - 1
+"""vLLM's servers take seeds of 63 bits."""
+OURS = {
+    "model": "policy.model_name",
+    "dtype": "policy.dtype",
+    "max_model_len": "policy.max_total_sequence_length",
+    "logprobs_mode": "nothing: log-probabilities must be those of the sampling distribution",
+}
+"""Arguments of an engine that follow from other settings."""
+
+
+class Engine:
+    """A model inside vLLM: `backends.Sampler` and `backends.Scorer`, whose weights can be replaced.
+
+    Raises InputError for what vLLM or this machine cannot do with the model.
+    """
+
+    def __init__(self, policy: Policy, settings: Vllm, **extra: Any):
+        self.settings = settings
+        self.in_one_process = settings.tensor_parallel_size == 1 and not extra.get("distributed_executor_backend")
+        self.max_tokens = policy.max_total_sequence_length
+        arguments = {**engine_arguments(policy, settings), **settings.engine_args, **extra}
+        if arguments.get("speculative_config") and arguments.get("logits_processors"):
+            remedy = "leave it out: vLLM refuses processors beside speculative decoding"
+            raise InputError(Problem("recipe", None, "vllm.engine_args.speculative_config", "given", remedy))
+        try:
+            self.llm = vllm.LLM(**arguments)
+        except (ValueError, NotImplementedError, RuntimeError) as error:
+            remedy = "mend the setting, or let policy.sampler be backend (for a patient: patient.backend reference)"
+            found = str(error).strip().splitlines()[0][:300] if str(error).strip() else repr(error)
+            raise InputError(Problem("vLLM", None, policy.model_name, found, remedy)) from error
+        self.asleep = False
+
+    # ---- sampling ----
+
+    def infer(
+        self,
+        prompts: Sequence[Sequence[int]],
+        seeds: Sequence[Sequence[int]],
+        stop_ids: frozenset[int],
+        generation: Generation,
+    ) -> list[list[Sample | Lost]]:
+        """One sample for every seed of every prompt; see `backends.Sampler`. A sample depends on its prompt and seed only, up
+        to floating-point noise of what else is decoded with it."""
+        order = in_order(prompts, seeds)
+        asked = [vllm.SamplingParams(**request(seeds[p][k], stop_ids, generation)) for p, k in order]
+        for params in asked:
+            params.detokenize = False
+        found = self._generate([prompts[p] for p, _ in order], asked)
+        out: list[list[Sample | Lost]] = [[Lost("sampler_lost", "")] * len(own) for own in seeds]
+        for (p, k), answer in zip(order, found, strict=True):
+            (choice,) = answer.outputs
+            ids = list(choice.token_ids)
+            logs = [at[token].logprob for at, token in zip(choice.logprobs or (), ids, strict=True)]
+            try:
+                out[p][k] = checked(ids, logs, choice.finish_reason, stop_ids, generation.max_new_tokens)
+            except ValueError as error:
+                out[p][k] = Lost("sampler_malformed", str(error))
+        return out
+
+    def _generate(self, prompts: Sequence[Sequence[int]], params: Sequence[Any]) -> list[Any]:
+        with self._awake():
+            return list(self.llm.generate([{"prompt_token_ids": list(p)} for p in prompts], list(params), use_tqdm=False))
+
+    def log_probs(self, sequences: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Tensor]:
+        """For each (prompt ids, response ids): log-probability [T] (nats, at temperature 1) of every response token."""
+        if any(not prompt or not response for prompt, response in sequences):
+            raise ValueError("a sequence needs at least one prompt token and one response token")
+        order = sorted(range(len(sequences)), key=lambda n: (list(sequences[n][0]), n))
+        params = [vllm.SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False) for _ in order]
+        found = self._generate([[*sequences[n][0], *sequences[n][1]] for n in order], params)
+        out = [torch.empty(0)] * len(sequences)
+        for n, answer in zip(order, found, strict=True):
+            prompt, response = sequences[n]
+            at = answer.prompt_logprobs[len(prompt) :]
+            out[n] = torch.tensor([place[token].logprob for place, token in zip(at, response, strict=True)])
+        return out
+
+    # ---- weights ----
+
+    def refit(self, weights: Iterable[tuple[str, Tensor]] | str) -> list[str]:
+        """Replace the weights by HF tensors: given one at a time, or as a folder of safetensors that every worker sees.
+
+        Returns each worker's fingerprint of what it loaded. Everything that was computed from the old weights is dropped.
+        """
+        if not isinstance(weights, str) and not self.in_one_process:
+            raise ValueError("an engine of several processes is refitted from a folder")
+        with self._awake():
+            found: list[str] = self.llm.collective_rpc("refit", args=(weights,))
+            if not self.llm.reset_prefix_cache():
+                raise RuntimeError("vLLM did not reset its prefix cache: requests are still running")
+        return found
+
+    # ---- memory ----
+
+    @contextlib.contextmanager
+    def _awake(self) -> Iterator[None]:
+        """Wake the engine, and with `sleep` let it sleep again: its weights wait in host memory and its cache is gone."""
+        if self.asleep:
+            self.llm.wake_up()
+            self.asleep = False
+        yield
+        if self.settings.sleep:
+            self.llm.sleep(level=1)
+            self.asleep = True
+
+    def close(self) -> None:
+        """Give the engine's memory back."""
+        self.llm.llm_engine.engine_core.shutdown()
+        del self.llm
+        gc.collect()
+
+
+# ---- what an engine and a server are asked ----
+
+
+def engine_arguments(policy: Policy, settings: Vllm) -> dict[str, Any]:
+    """Arguments of `vllm.LLM` that follow from a recipe. Raises InputError for settings that contradict each other."""
+    problems = []
+    for name in sorted(settings.engine_args.keys() & OURS.keys()):
+        found, remedy = str(settings.engine_args[name]), f"it follows from {OURS[name]}: remove it"
+        problems.append(Problem("recipe", None, f"vllm.engine_args.{name}", found, remedy))
+    if policy.dtype == "float64":
+        remedy = "vLLM computes in float32 or bfloat16"
+        problems.append(Problem("recipe", None, "policy.dtype", policy.dtype, remedy))
+    config = json.loads(Path(policy.model_name, "config.json").read_text(encoding="utf-8"))
+    most = config.get("max_position_embeddings") or math.inf
+    if policy.max_total_sequence_length > most:
+        found, remedy = str(policy.max_total_sequence_length), f"the model reads {most}: lower it"
+        problems.append(Problem("recipe", None, "policy.max_total_sequence_length", found, remedy))
+    if problems:
+        raise InputError(problems)
+    on_cpu = not torch.cuda.is_available()
+    arguments: dict[str, Any] = {
+        "model": policy.model_name,
+        "skip_tokenizer_init": True,  # token ids go in and come out
+        "dtype": policy.dtype,
+        # scoring a sequence makes vLLM sample one token behind it, which is thrown away
+        "max_model_len": min(policy.max_total_sequence_length + 1, most),
+        "logprobs_mode": "processed_logprobs",
+        "enforce_eager": settings.enforce_eager or on_cpu,
+        "max_num_seqs": settings.max_num_seqs,
+        "tensor_parallel_size": settings.tensor_parallel_size,
+        "enable_prefix_caching": True,
+        "worker_extension_cls": EXTENSION,
+        "generation_config": "vllm",  # the checkpoint's own settings must not cut a distribution that is trained on
+        "seed": 0,
+        "use_tqdm_on_load": False,
+    }
+    if on_cpu:
+        arguments["kv_cache_memory_bytes"] = int(settings.kv_cache_gib * GIB)
+    else:
+        arguments["gpu_memory_utilization"] = settings.gpu_memory_utilization
+        arguments["enable_sleep_mode"] = settings.sleep
+    return arguments
+
+
+def request(seed: int, stop_ids: frozenset[int], generation: Generation) -> dict[str, Any]:
+    """One turn's sampling settings, in the words that SamplingParams and the servers' completions share.
+
+    Nothing is left to the other side's defaults: a server takes its own from the checkpoint's generation settings.
+    """
+    return {
+        "n": 1,
+        "seed": seed & SEEDS,
+        "temperature": generation.temperature,
+        "top_p": generation.top_p,
+        "top_k": 0,
+        "min_p": 0.0,
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
+        "repetition_penalty": 1.0,
+        "max_tokens": generation.max_new_tokens,
+        "min_tokens": 0,
+        "stop": [],
+        "stop_token_ids": sorted(stop_ids),
+        "ignore_eos": True,  # the tokens that end a turn are those in stop_ids, and no others
+        "skip_special_tokens": False,
+        "logprobs": 0,  # of the sampled token alone
+    }
+
+
+def in_order(prompts: Sequence[Sequence[int]], seeds: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
+    """(prompt, seed) numbers such that prompts which begin alike follow each other, and a prompt's samples stand together.
+
+    States of one trajectory are prefixes of each other: in this order each finds its beginning in the prefix cache.
+    """
+    by_text = sorted(range(len(prompts)), key=lambda p: (list(prompts[p]), p))
+    return [(p, k) for p in by_text for k in range(len(seeds[p]))]
+
+
+def checked(
+    token_ids: Sequence[int], log_probs: Sequence[float], finish_reason: str | None, stop_ids: frozenset[int], most: int
+) -> Sample:
+    """A turn that is exactly an action's span. Raises ValueError saying why it is not one."""
+    if finish_reason not in ("stop", "length"):
+        raise ValueError(f"finish reason {finish_reason}")
+    if len(token_ids) != len(log_probs):
+        raise ValueError(f"{len(token_ids)} tokens with {len(log_probs)} log-probabilities")
+    if not 0 < len(token_ids) <= most:
+        raise ValueError(f"{len(token_ids)} tokens, of 1 to {most}")
+    wrong = [value for value in log_probs if not -1e4 < value <= 1e-4]  # servers write -9999 for minus infinity
+    if wrong:
+        raise ValueError(f"log-probability {wrong[0]} of a token that was drawn")
+    early = [token for token in token_ids[:-1] if token in stop_ids]
+    if early or (finish_reason == "stop") != (token_ids[-1] in stop_ids):
+        raise ValueError(f"finish reason {finish_reason}, and the stop tokens are {sorted(stop_ids)}: {token_ids[-4:]}")
+    if finish_reason == "length" and len(token_ids) != most:
+        raise ValueError(f"{len(token_ids)} tokens and finish reason length, at {most}")
+    return Sample(tuple(token_ids), tuple(min(0.0, value) for value in log_probs), finish_reason)  # type: ignore[arg-type]
