@@ -60,6 +60,8 @@ class Engine:
             raise InputError(Problem("recipe", None, "vllm.engine_args.speculative_config", "given", remedy))
         try:
             self.llm = vllm.LLM(**arguments)
+            # kernels are chosen when they are first needed: what this machine has none for is found now
+            self.llm.generate([{"prompt_token_ids": [0]}], vllm.SamplingParams(max_tokens=1, detokenize=False), use_tqdm=False)
         except (ValueError, NotImplementedError, RuntimeError) as error:
             remedy = "mend the setting, or let policy.sampler be backend (for a patient: patient.backend reference)"
             found = str(error).strip().splitlines()[0][:300] if str(error).strip() else repr(error)
@@ -184,6 +186,7 @@ def engine_arguments(policy: Policy, settings: Vllm) -> dict[str, Any]:
     }
     if on_cpu:
         arguments["kv_cache_memory_bytes"] = int(settings.kv_cache_gib * GIB)
+        arguments["block_size"] = 32  # the least: prompts share whole blocks only, and vLLM's own choice here is 128
     else:
         arguments["gpu_memory_utilization"] = settings.gpu_memory_utilization
         arguments["enable_sleep_mode"] = settings.sleep

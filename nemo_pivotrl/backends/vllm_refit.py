@@ -86,11 +86,24 @@ class Refit:
 
     def refit(self, source: Any) -> str:
         """Load HF tensors, from a folder's name or an iterable; the fingerprint of all that was loaded."""
-        read = Fingerprint()
+        read, model = Fingerprint(), self.model_runner.get_model()
         weights = read_folder(source) if isinstance(source, str) else source
+        unpack_experts(model)
         self.model_runner.reload_weights(weights_iterator=read.through(weights))
-        repack_tied_head(self.model_runner.get_model())
+        repack_tied_head(model)
         return read.value
+
+
+def unpack_experts(model: Any) -> None:
+    """Have vLLM pack experts again when they are reloaded, which it does on CPUs only while they have no kernel.
+
+    It keeps the kernel for the sake of CUDA graphs that hold its addresses; a CPU has none.
+    """
+    for module in model.modules():
+        method = getattr(module, "quant_method", None)
+        weight = getattr(module, "w13_weight", None)
+        if getattr(method, "moe_kernel", None) is not None and weight is not None and weight.device.type == "cpu":
+            method.moe_kernel = None
 
 
 def repack_tied_head(model: Any) -> None:
