@@ -38,7 +38,8 @@ def losing(monkeypatch: pytest.MonkeyPatch, every: int) -> None:
 
         def lossy(*a: Any) -> list[list[Sample | Lost]]:
             return [
-                [Lost("sampler_timeout", "gone") if next(count) % every == 0 else s for s in group] for group in infer(*a)
+                [Lost("sampler_timeout", "gone") if next(count) % every == 0 else s for s in group]
+                for group in infer(*a)
             ]
 
         backend.infer = lossy
@@ -50,14 +51,14 @@ def losing(monkeypatch: pytest.MonkeyPatch, every: int) -> None:
 def test_a_profile_excludes_candidates_that_lost_a_turn_and_scores_none_of_them(
     run_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    before = {row["task_index"] if "task_index" in row else i: row for i, row in enumerate(read_rows(run_dir / "profiles.jsonl"))}
+    before = list(read_rows(run_dir / "profiles.jsonl"))
     losing(monkeypatch, every=3 * 8)  # one turn of every third candidate
     profile(recipe_at(run_dir, *MANY), True)
     rows = list(read_rows(run_dir / "profiles.jsonl"))
     failed = [row for row in rows if row["profile"]["failure"]]
     assert len(failed) == math.ceil(len(rows) / 3) and {r["profile"]["failure"] for r in failed} == {"sampler_timeout"}
     assert not any(row["samples"] or "pass_rate" in row for row in failed)
-    for old, new in zip(before.values(), rows, strict=True):
+    for old, new in zip(before, rows, strict=True):
         assert new["profile"]["failure"] or new["pass_rate"] == old["pass_rate"]
     assert f"excluded: {len(failed)} candidates, sampler_timeout" in capsys.readouterr().out
 
@@ -97,7 +98,10 @@ def shifted(monkeypatch: pytest.MonkeyPatch, shift: Sequence[float]) -> None:
 
         def wrong(*a: Any) -> list[list[Sample]]:
             return [
-                [Sample(s.token_ids, tuple(lp - by for lp in s.log_probs), s.finish_reason) for s, by in zip(g, shift, strict=True)]
+                [
+                    Sample(s.token_ids, tuple(lp - by for lp in s.log_probs), s.finish_reason)
+                    for s, by in zip(g, shift, strict=True)
+                ]
                 for g in infer(*a)
             ]
 

@@ -97,9 +97,7 @@ class Scorer(Protocol):
         ...
 
 
-def load(
-    policy: Policy, megatron: Megatron = DEFAULT, with_reference: bool = False, vllm: Vllm = NO_VLLM
-) -> Backend:
+def load(policy: Policy, megatron: Megatron = DEFAULT, with_reference: bool = False, vllm: Vllm = NO_VLLM) -> Backend:
     """The backend a recipe names, with its start policy loaded. Raises InputError when something is missing."""
     _there("policy.model_name", policy.model_name, "give an HF checkpoint folder, or run the warmup stage first")
     if policy.sampler == "vllm":

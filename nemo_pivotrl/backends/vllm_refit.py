@@ -72,7 +72,7 @@ def read_folder(folder: str | Path) -> Iterator[tuple[str, Tensor]]:
         raise InputError(Problem(str(folder), None, "weights", "no safetensors", "every worker must see this folder"))
     for path in files:
         with safe_open(str(path), "pt") as opened:
-            for name in opened.keys():  # noqa: SIM118: it is no mapping
+            for name in opened.keys():  # noqa: SIM118
                 yield name, opened.get_tensor(name)
 
 
@@ -176,7 +176,9 @@ class Refitted:
             raise InputError(Problem("refit", None, "fingerprint of the weights", found, "see vLLM's log; run again"))
         if self.names and self.names != sent.seen.keys():
             differing = ", ".join(sorted(self.names ^ sent.seen.keys())[:4])
-            raise InputError(Problem("refit", None, "tensors", f"not those of the last refit: {differing}", "run again"))
+            raise InputError(
+                Problem("refit", None, "tensors", f"not those of the last refit: {differing}", "run again")
+            )
         self.names = frozenset(sent.seen)
         self._probe()
         self.stale = False
@@ -192,7 +194,9 @@ class Refitted:
         generation = Generation(temperature=self.policy.generation.temperature, max_new_tokens=PROBE_TOKENS)
         ((drawn,),) = self.sampler.infer([list(words)], [[1]], frozenset(), generation)
         if isinstance(drawn, Lost):
-            raise InputError(Problem("refit", None, "probe", f"{drawn.kind}: {drawn.detail}", "mend the engine; run again"))
+            raise InputError(
+                Problem("refit", None, "probe", f"{drawn.kind}: {drawn.detail}", "mend the engine; run again")
+            )
         batch = TokenBatch([list(words)], [0], [drawn.token_ids], {})
         own = self.trainer.get_inference_log_probs(batch)[0].tolist()
         self.mismatch = fmean(abs(a - b) for a, b in zip(own, drawn.log_probs, strict=True))

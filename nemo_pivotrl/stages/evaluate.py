@@ -223,7 +223,9 @@ def sampled(groups: Sequence[Sequence[Sample | Lost]]) -> list[list[Sample]]:
     lost = [s for group in groups for s in group if isinstance(s, Lost)]
     if lost:
         found = f"{len(lost)} turns were lost ({lost[0].kind}: {lost[0].detail})"
-        raise InputError(Problem("sampler", None, "samples", found, "mend the sampler, then run the same command again"))
+        raise InputError(
+            Problem("sampler", None, "samples", found, "mend the sampler, then run the same command again")
+        )
     return [[s for s in group if isinstance(s, Sample)] for group in groups]
 
 

@@ -301,9 +301,7 @@ def _minibatch(
     batch = _token_batch(drawn, groups, advantages, rows) if rows else None
     gated = threshold is not None or loss_fn.max_sampler_mismatch is not None
     apart, masked = None, 0
-    if batch is not None and (
-        recipe.grpo.num_minibatches > 1 or loss_fn.use_importance_sampling_correction or gated
-    ):
+    if batch is not None and (recipe.grpo.num_minibatches > 1 or loss_fn.use_importance_sampling_correction or gated):
         batch.data["old"] = backend.get_inference_log_probs(batch)
     if batch is not None and gated:
         old, sampler, mask = (batch.data[key] for key in ("old", "sampler", "mask"))

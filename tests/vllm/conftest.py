@@ -8,7 +8,6 @@ os.environ["DO_NOT_TRACK"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest

@@ -12,7 +12,8 @@ from conftest import SMALL, policy
 from torch import Tensor
 from vllm_models import KINDS, VOCAB, llama, saved
 
-from nemo_pivotrl.backends.vllm import Engine, checked, in_order
+from nemo_pivotrl.backends.vllm import Engine
+from nemo_pivotrl.backends.vllm_requests import checked, in_order
 from nemo_pivotrl.config import Generation, Vllm
 from nemo_pivotrl.records import InputError, Lost, Sample
 
@@ -53,7 +54,10 @@ def test_generation_and_prompt_log_probs_are_those_of_transformers(kind: str, tm
             assert apart(model, groups, temperature) <= TIGHT
         whole = [(p, s.token_ids) for p, group in zip(PROMPTS, groups, strict=True) for s in group]
         scored = engine.log_probs(whole)
-        assert max(float((truth(model, p, r) - got).abs().max()) for (p, r), got in zip(whole, scored, strict=True)) <= TIGHT
+        assert (
+            max(float((truth(model, p, r) - got).abs().max()) for (p, r), got in zip(whole, scored, strict=True))
+            <= TIGHT
+        )
     finally:
         engine.close()
 

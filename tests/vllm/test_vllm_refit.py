@@ -59,7 +59,10 @@ def test_the_prefix_cache_of_the_old_weights_is_gone(pair: Any) -> None:
     shift(pair.trainer, 3)
     pair.stale = True
     ((sample,),) = pair.infer([prompt], [[1]], STOPS, GENERATION)
-    assert float((truth(pair.trainer.model, prompt, sample.token_ids) - torch.tensor(sample.log_probs)).abs().max()) <= TIGHT
+    assert (
+        float((truth(pair.trainer.model, prompt, sample.token_ids) - torch.tensor(sample.log_probs)).abs().max())
+        <= TIGHT
+    )
 
 
 def test_an_optimiser_step_marks_the_engine_stale_and_loading_a_state_too(pair: Any, tmp_path: Path) -> None:
@@ -152,7 +155,12 @@ def test_a_fingerprint_sees_every_bit_name_and_shape_and_no_order(tmp_path: Path
     swapped[[3, 70]] = swapped[[70, 3]]
     nearly = base["a"].clone()
     nearly[100] = torch.nextafter(nearly[100], torch.tensor(1e9))
-    for changed in ({"a": swapped}, {"a": nearly}, {"b": torch.ones(5, 3, dtype=torch.bfloat16)}, {"b": torch.ones(3, 5)}):
+    for changed in (
+        {"a": swapped},
+        {"a": nearly},
+        {"b": torch.ones(5, 3, dtype=torch.bfloat16)},
+        {"b": torch.ones(3, 5)},
+    ):
         assert value(base | changed) != same
     assert value({"c": base["a"], "b": base["b"]}) != same and value({"a": base["a"]}) != same
     with pytest.raises(ValueError, match="twice"):
