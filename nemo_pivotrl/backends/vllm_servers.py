@@ -62,6 +62,10 @@ class Server:
     failures: int = 0
     """In a row."""
     well: bool = True
+    on_trial: bool = False
+    """It has come back, and gets one request at a time until it has answered one: a server that hangs may call itself well."""
+    ejections: int = 0
+    """Since it last answered. The pause before it is looked at again grows with them."""
     not_before: float = 0.0
     """It asked for a pause until then."""
 
@@ -195,9 +199,9 @@ class Servers:
 
     def _asked(self, body: dict[str, Any], read: Callable[[Any], Any], preferred: dict[int, Server], group: int) -> Any:
         """What `read` makes of an answer (it raises ValueError and the like for a malformed one), or Lost."""
-        failure = Passing("sampler_unreachable", "never asked")
+        failure, failed = Passing("sampler_unreachable", "never asked"), None
         for attempt in range(self.settings.max_retries + 1):
-            server = self._take(preferred.get(group))
+            server = self._take(preferred.get(group), failed)
             preferred[group] = server
             try:
                 found = read(
@@ -207,11 +211,12 @@ class Servers:
                 return found
             except Passing as passing:
                 failure = passing
-            except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-                failure = Passing("sampler_malformed", short(f"{server.url}: {type(error).__name__}: {error}"))
-            except BaseException:
+            except InputError:
                 self._give_back(server, None)
                 raise
+            except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+                failure = Passing("sampler_malformed", short(f"{server.url}: {type(error).__name__}: {error}"))
+            failed = server
             self._give_back(server, failure)
             preferred.pop(group, None)
             self._count(f"retried {failure.kind}")
@@ -252,14 +257,18 @@ class Servers:
 
     # ---- which server ----
 
-    def _take(self, preferred: Server | None) -> Server:
-        """A place at a server; waits while all are full. Raises InputError when none is well for `timeout_s`."""
+    def _take(self, preferred: Server | None, failed: Server | None) -> Server:
+        """A place at a server, another than the one that failed if there is one; waits while all are full.
+
+        Raises InputError when none is well for `timeout_s`.
+        """
         away_since: float | None = None
         with self._changed:
             while True:
                 now = time.monotonic()
                 well = [s for s in self.servers if s.well]
-                free = [s for s in well if s.busy < self.settings.concurrency and s.not_before <= now]
+                others = [s for s in well if s is not failed] or well
+                free = [s for s in others if s.busy < self._room(s) and s.not_before <= now]
                 if free:
                     least = min(free, key=lambda s: s.busy)
                     near = preferred in free and preferred.busy <= least.busy + NEAR  # type: ignore[union-attr]
@@ -275,18 +284,23 @@ class Servers:
                     )
                 self._changed.wait(0.2)
 
+    def _room(self, server: Server) -> int:
+        return 1 if server.on_trial else self.settings.concurrency
+
     def _give_back(self, server: Server, failure: Passing | None) -> None:
         with self._changed:
             server.busy -= 1
             if failure is None:
-                server.failures = 0
+                server.failures = server.ejections = 0
+                server.on_trial = False
             elif failure.pause:
                 server.not_before = time.monotonic() + failure.pause
             else:
                 server.failures += 1
             self._changed.notify_all()
         lost = failure is not None and failure.kind == "sampler_unreachable"
-        if failure is not None and (lost or server.failures >= self.settings.eject_after):
+        allowed = 1 if server.on_trial else self.settings.eject_after
+        if failure is not None and (lost or server.failures >= allowed):
             self._eject(server, f"{failure.kind}: {failure}")
 
     def _eject(self, server: Server, why: str) -> None:
@@ -294,6 +308,7 @@ class Servers:
             if not server.well:
                 return
             server.well = False
+            server.ejections += 1
             self.counts["ejected"] += 1
         _log.warning("vllm.servers: %s gets no more requests (%s)", server.url, why)
         nurse = threading.Thread(target=_look_after, args=(weakref.ref(self), server, self._closing), daemon=True)
@@ -308,7 +323,7 @@ class Servers:
         except (Passing, InputError, ValueError):
             return False
         with self._changed:
-            server.well, server.failures, server.not_before = True, 0, 0.0
+            server.well, server.on_trial, server.failures, server.not_before = True, True, 0, 0.0
             self.counts["re-admitted"] += 1
             self._changed.notify_all()
         _log.warning("vllm.servers: %s is back", server.url)
@@ -352,6 +367,9 @@ class Servers:
             except Passing as failure:
                 server.model = self.settings.model
                 self._eject(server, f"{failure.kind}: {failure}")
+                continue
+            except InputError as error:
+                problems += [(p.field, p.found, p.remedy) for p in error.problems]
                 continue
             except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
                 problems.append((server.url, "no list of models", "give the address of an OpenAI-compatible server"))
@@ -401,7 +419,7 @@ NEAR = 8
 
 def _look_after(pool: weakref.ref[Servers], server: Server, closing: threading.Event) -> None:
     """Ask a lost server again and again, until it is back or nobody needs it."""
-    attempt = 0
+    attempt = server.ejections - 1
     while True:
         servers = pool()
         if servers is None or closing.is_set():
