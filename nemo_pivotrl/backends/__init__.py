@@ -12,13 +12,14 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
-from nemo_pivotrl.config import Generation, Megatron, Optimizer, Patient, Policy, Vllm
+from nemo_pivotrl.config import Decode, Generation, Megatron, Optimizer, Patient, Policy, Vllm
 from nemo_pivotrl.records import InputError, Lost, Problem, Sample, digest, file_digest
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from nemo_pivotrl.backends.reference_doctor import DoctorModel
+    from nemo_pivotrl.backends.vllm_decode import GuidedEngine
 
     LossFn = Callable[[Tensor, dict[str, Tensor]], tuple[Tensor, dict[str, Tensor]]]
     """(log_probs [N, T], rows' data) -> (loss, metrics that add up over micro-batches)."""
@@ -155,6 +156,17 @@ def load_doctor(doctor: Policy, anchored: bool, megatron: Megatron = DEFAULT) ->
     from nemo_pivotrl.backends.reference_doctor import DoctorModel
 
     return DoctorModel(doctor, anchored)
+
+
+def load_guided_engine(patient: Patient, decode: Decode, vllm: Vllm, *rest: Any) -> GuidedEngine:
+    """The patient inside vLLM with its doctors; rest: tokenizer, stop ids, spans. Raises InputError."""
+    _there("patient.model_name", patient.model_name, "give an HF checkpoint folder")
+    if vllm.servers:
+        remedy = "decode runs an engine of its own; ask a server that `nemo-pivotrl serve` started by its HTTP API"
+        raise InputError(Problem("recipe", None, "vllm.servers", ", ".join(vllm.servers), remedy))
+    with _installed("patient.backend", "vllm"):
+        from nemo_pivotrl.backends.vllm_decode import GuidedEngine
+    return GuidedEngine(patient, decode, vllm, *rest)
 
 
 def as_policy(patient: Patient) -> Policy:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -54,6 +55,7 @@ class Engine:
             found = str(error).strip().splitlines()[0][:300] if str(error).strip() else repr(error)
             raise InputError(Problem("vLLM", None, policy.model_name, found, remedy)) from error
         self.asleep = False
+        _open.add(self)
 
     # ---- sampling ----
 
@@ -131,7 +133,13 @@ class Engine:
             self.asleep = True
 
     def close(self) -> None:
-        """Give the engine's memory back."""
-        self.llm.llm_engine.engine_core.shutdown()
+        """Give the engine's memory back. The last one of the process takes down vLLM's process groups, which all share."""
+        _open.discard(self)
+        if not _open:
+            self.llm.llm_engine.engine_core.shutdown()
         del self.llm
         gc.collect()
+
+
+_open: weakref.WeakSet[Engine] = weakref.WeakSet()
+"""Engines of this process."""

@@ -80,7 +80,7 @@ def read_folder(folder: str | Path) -> Iterator[tuple[str, Tensor]]:
 
 
 class Refit:
-    """What vLLM adds to each of its workers (`worker_extension_cls`)."""
+    """What vLLM adds to each of its workers (`worker_extension_cls`). All engines of a process must have the same."""
 
     model_runner: Any
 
@@ -92,6 +92,12 @@ class Refit:
         self.model_runner.reload_weights(weights_iterator=read.through(weights))
         repack_tied_head(model)
         return read.value
+
+    def guide_records(self, numbers: Sequence[int]) -> list[list[tuple[Any, ...]]]:
+        """What doctors in this worker drew for the requests of these numbers; it is forgotten."""
+        from nemo_pivotrl.backends.vllm_doctors import RECORDS
+
+        return [[tuple(token) for token in RECORDS.pop(number, [])] for number in numbers]
 
 
 def unpack_experts(model: Any) -> None:
