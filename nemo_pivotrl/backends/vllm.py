@@ -44,6 +44,7 @@ class Engine:
         if arguments.get("speculative_config") and arguments.get("logits_processors"):
             remedy = "leave it out: vLLM refuses processors beside speculative decoding"
             raise InputError(Problem("recipe", None, "vllm.engine_args.speculative_config", "given", remedy))
+        _free()
         try:
             self.llm = vllm.LLM(**arguments)
             # kernels are chosen when they are first needed: what this machine has none for is found now
@@ -55,7 +56,7 @@ class Engine:
             found = str(error).strip().splitlines()[0][:300] if str(error).strip() else repr(error)
             raise InputError(Problem("vLLM", None, policy.model_name, found, remedy)) from error
         self.asleep = False
-        _open.add(self)
+        _engines.append((weakref.ref(self), self.llm))
 
     # ---- sampling ----
 
@@ -133,13 +134,20 @@ class Engine:
             self.asleep = True
 
     def close(self) -> None:
-        """Give the engine's memory back. The last one of the process takes down vLLM's process groups, which all share."""
-        _open.discard(self)
-        if not _open:
-            self.llm.llm_engine.engine_core.shutdown()
+        """Give the engine's memory back, once all engines of this process are closed: whichever is freed first takes down
+        the process groups that vLLM shares among them."""
         del self.llm
-        gc.collect()
+        _free()
 
 
-_open: weakref.WeakSet[Engine] = weakref.WeakSet()
-"""Engines of this process."""
+_engines: list[tuple[weakref.ref[Engine], Any]] = []
+"""Every engine of this process with its LLM, until it is freed here: not by Python, at a time of its own choice."""
+
+
+def _free() -> None:
+    """Free engines that nobody holds any more, if there is no other."""
+    if any(hasattr(engine(), "llm") for engine, _ in _engines):
+        return
+    while _engines:
+        _engines.pop()[1].llm_engine.engine_core.shutdown()
+    gc.collect()
