@@ -6,6 +6,7 @@ argument: a pure function of tensors, already normalised by a global count.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -127,6 +128,21 @@ def load_sampler(policy: Policy, megatron: Megatron = DEFAULT, vllm: Vllm = NO_V
     with _installed("policy.sampler", "vllm"):
         from nemo_pivotrl.backends.vllm import Engine
     return Engine(policy, vllm)
+
+
+def load_colocated(policy: Policy, vllm: Vllm, ranks: int) -> Sampler:
+    """One engine over all ranks of a job, in whose processes it runs; every rank calls this and its verbs together."""
+    with _installed("vllm.colocated", "vllm"):
+        from nemo_pivotrl.backends.vllm import Engine
+    if ranks == 1:
+        return Engine(policy, vllm)
+    return Engine(policy, replace(vllm, tensor_parallel_size=ranks), distributed_executor_backend="external_launcher")
+
+
+def shut_down_engines() -> None:
+    """End vLLM's engines in this process, if there are any."""
+    if "nemo_pivotrl.backends.vllm" in sys.modules:
+        sys.modules["nemo_pivotrl.backends.vllm"].shut_down()
 
 
 def _there(field: str, folder: str, remedy: str) -> None:

@@ -9,6 +9,7 @@ Equal seeds give equal turns here too, but not the turns of the other backends: 
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import gc
 import os
@@ -45,6 +46,7 @@ class Engine:
             remedy = "leave it out: vLLM refuses processors beside speculative decoding"
             raise InputError(Problem("recipe", None, "vllm.engine_args.speculative_config", "given", remedy))
         _free()
+        guest = torch.distributed.is_initialized()
         try:
             self.llm = vllm.LLM(**arguments)
             # kernels are chosen when they are first needed: what this machine has none for is found now
@@ -56,7 +58,10 @@ class Engine:
             found = str(error).strip().splitlines()[0][:300] if str(error).strip() else repr(error)
             raise InputError(Problem("vLLM", None, policy.model_name, found, remedy)) from error
         self.asleep = False
-        _engines.append((weakref.ref(self), self.llm))
+        _engines.append((weakref.ref(self), self.llm, guest))
+        weakref.finalize(self, _free).atexit = False
+        atexit.unregister(shut_down)
+        atexit.register(shut_down)  # before a trainer that is already there takes its process groups down
 
     # ---- sampling ----
 
@@ -134,20 +139,25 @@ class Engine:
             self.asleep = True
 
     def close(self) -> None:
-        """Give the engine's memory back, once all engines of this process are closed: whichever is freed first takes down
-        the process groups that vLLM shares among them."""
+        """Give the engine's memory back, when no other one of this process is in use."""
         del self.llm
         _free()
 
 
-_engines: list[tuple[weakref.ref[Engine], Any]] = []
-"""Every engine of this process with its LLM, until it is freed here: not by Python, at a time of its own choice."""
+_engines: list[tuple[weakref.ref[Engine], Any, bool]] = []
+"""Every engine of this process with its LLM, until it is freed here and not by Python at a time of its own choice: an LLM takes
+vLLM's process groups down with it, and torch's. Last: a guest, made where those groups were another's before."""
 
 
 def _free() -> None:
-    """Free engines that nobody holds any more, if there is no other."""
-    if any(hasattr(engine(), "llm") for engine, _ in _engines):
+    """Free engines that nobody holds any more, if there is no other. Guests stay: with them the trainer's groups would go."""
+    if any(hasattr(engine(), "llm") or guest for engine, _, guest in _engines):
         return
+    shut_down()
+
+
+def shut_down() -> None:
+    """Free all engines. The process groups are gone afterwards, whoever made them."""
     while _engines:
         _engines.pop()[1].llm_engine.engine_core.shutdown()
     gc.collect()

@@ -31,7 +31,7 @@ def tied(tmp_path_factory: pytest.TempPathFactory) -> str:
     return saved(llama(tied=True), tmp_path_factory.mktemp("tied"))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # a mixture of experts cannot be made beside it
 def engine(tied: str) -> Iterator[Engine]:
     made = Engine(policy(tied), SMALL)
     yield made
