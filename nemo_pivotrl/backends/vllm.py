@@ -24,6 +24,7 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
 import torch
 import vllm
+import vllm.distributed
 from torch import Tensor
 
 from nemo_pivotrl.backends.vllm_requests import checked, engine_arguments, in_order, request
@@ -46,7 +47,7 @@ class Engine:
             remedy = "leave it out: vLLM refuses processors beside speculative decoding"
             raise InputError(Problem("recipe", None, "vllm.engine_args.speculative_config", "given", remedy))
         _free()
-        guest = torch.distributed.is_initialized()
+        guest = torch.distributed.is_initialized() and not _engines
         try:
             self.llm = vllm.LLM(**arguments)
             # kernels are chosen when they are first needed: what this machine has none for is found now
@@ -56,6 +57,8 @@ class Engine:
         except (ValueError, NotImplementedError, RuntimeError) as error:
             remedy = "mend the setting, or let policy.sampler be backend (for a patient: patient.backend reference)"
             found = str(error).strip().splitlines()[0][:300] if str(error).strip() else repr(error)
+            if not guest and not _engines:
+                vllm.distributed.cleanup_dist_env_and_memory()  # its groups would not fit the next model
             raise InputError(Problem("vLLM", None, policy.model_name, found, remedy)) from error
         self.asleep = False
         _engines.append((weakref.ref(self), self.llm, guest))
