@@ -116,6 +116,16 @@ def test_states_of_one_trajectory_follow_each_other_and_hit_the_prefix_cache(eng
     assert cached == [0, 0, 0, 0, 0, 32, 32, 64, 64, 96]
 
 
+def test_more_prompt_tokens_than_one_step_takes_do_not_disturb_seeded_samples(engine: Engine) -> None:
+    """Read in pieces, a seeded request ends vLLM on CPUs."""
+    generator = torch.Generator().manual_seed(6)
+    prompts = [torch.randint(20, VOCAB, (100,), generator=generator).tolist() for _ in range(60)]
+    assert sum(map(len, prompts)) > engine.llm.llm_engine.vllm_config.scheduler_config.max_num_batched_tokens
+    groups = engine.infer(prompts, [[i] for i in range(60)], STOPS, Generation(max_new_tokens=4))
+    ((alone,),) = engine.infer([prompts[37]], [[37]], STOPS, Generation(max_new_tokens=4))
+    assert isinstance(alone, Sample) and alone.token_ids == groups[37][0].token_ids  # type: ignore[union-attr]
+
+
 @pytest.mark.parametrize(
     ("ids", "logs", "reason", "why"),
     [
