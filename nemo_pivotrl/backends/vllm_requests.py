@@ -66,6 +66,8 @@ def engine_arguments(policy: Policy, settings: Vllm) -> dict[str, Any]:
         arguments["kv_cache_memory_bytes"] = int(settings.kv_cache_gib * GIB)
         # a prompt that is read in pieces makes vLLM wind a seeded request's generator back, which a CPU's cannot do
         arguments["enable_chunked_prefill"] = False
+        # states of Mamba layers are cached at the ends of such pieces only
+        arguments["enable_prefix_caching"] = not any(key.startswith(("mamba", "ssm_")) for key in config)
         arguments["max_num_batched_tokens"] = max(4096, arguments["max_model_len"])
         arguments["block_size"] = 32  # the least: prompts share whole blocks only, and vLLM's own choice here is 128
     else:
