@@ -1,11 +1,12 @@
 # Two commands: `make quickstart` and `make test`. Both make the environment they need.
 VENV ?= .venv
+VENV_VLLM ?= .venv-vllm
 PYTHON ?= python3
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 # all of these are commands, not files
-.PHONY: conformance verifier-speed quickstart smollm2 smollm2-doctor test test-aligner check lint format fuzz clean
+.PHONY: conformance verifier-speed quickstart smollm2 smollm2-doctor test test-aligner test-vllm check lint format fuzz clean
 
 # BACKEND=megatron: the same recipes over megatron-core in two data-parallel processes, on CPUs over gloo
 quickstart: START := $(BIN)/nemo-pivotrl
@@ -15,11 +16,21 @@ quickstart: ON_CPUS := num_threads=1 megatron.cpu=true megatron.bf16=false
 quickstart: PIVOTRL := $(ON_CPUS) policy.backend=megatron
 quickstart: LLMDOCTOR := $(ON_CPUS) doctor.backend=megatron patient.backend=megatron
 endif
-quickstart: $(STAMP)
+# ENGINE=vllm: rollouts, the patient's scores and steered answers by vLLM, whose attention on CPUs wants heads of 32
+ifeq ($(ENGINE),vllm)
+VLLM_STAMP = $(VENV_VLLM)/.installed
+quickstart: START := PYTHONPATH=. $(VENV_VLLM)/bin/python -m nemo_pivotrl.cli
+quickstart: ON_VLLM := num_threads=1 vllm.kv_cache_gib=0.5
+quickstart: PIVOTRL := $(ON_VLLM) policy.sampler=vllm world.heads=3
+quickstart: LLMDOCTOR := $(ON_VLLM) patient.backend=vllm manners.heads=3
+quickstart: AFTER := decode recipes/llmdoctor/tiny.yaml decode.prompts=runs/llmdoctor/manners/test.jsonl fresh=true
+endif
+quickstart: $(STAMP) $(VLLM_STAMP)
 	$(START) run recipes/pivotrl/tiny.yaml fresh=true $(PIVOTRL)
 	$(START) run recipes/llmdoctor/tiny.yaml fresh=true $(LLMDOCTOR)
+	$(if $(AFTER),$(START) $(AFTER) $(LLMDOCTOR))
 
-test: $(STAMP) test-aligner
+test: $(STAMP) test-aligner test-vllm
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # NeMo-Aligner and what it needs contradict the rest of the project's packages, so they have an environment of their own
@@ -32,7 +43,20 @@ $(VENV_ALIGNER)/.installed: $(ALIGNER)/requirements.txt $(ALIGNER)/packages.txt 
 	touch $@
 
 test-aligner: $(VENV_ALIGNER)/.installed
-	PYTHONPATH=. $(VENV_ALIGNER)/bin/python -m pytest -c $(ALIGNER)/pytest.ini --rootdir $(ALIGNER) $(ALIGNER)
+	$(VENV_ALIGNER)/bin/python -m pip install -q --no-deps -e .  # its entry points are tested; the checkout may be another one
+	$(VENV_ALIGNER)/bin/python -m pytest -n 2 -c $(ALIGNER)/pytest.ini --rootdir $(ALIGNER) $(ALIGNER)
+
+# vLLM pins dozens of packages, so it has an environment of its own. What is uninstalled is built for CUDA, and then neither
+# vLLM nor transformers can be imported; triton is a gigabyte that nothing runs on a CPU.
+VLLM := tests/vllm
+$(VENV_VLLM)/.installed: $(VLLM)/requirements.txt $(VLLM)/constraints.txt
+	$(PYTHON) -m venv $(VENV_VLLM)
+	$(VENV_VLLM)/bin/python -m pip install -q -c $(VLLM)/constraints.txt -r $(VLLM)/requirements.txt
+	$(VENV_VLLM)/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec triton
+	touch $@
+
+test-vllm: $(VENV_VLLM)/.installed
+	$(VENV_VLLM)/bin/python -m pytest -n 2 --dist loadfile -c $(VLLM)/pytest.ini --rootdir $(VLLM) $(VLLM)
 
 check: lint test
 
@@ -79,4 +103,4 @@ verifier-speed: $(CONFORMANCE)/.installed
 	PYTHONPATH=. $(CONFORMANCE)/bin/python benchmarks/verifier_speed.py $(ARGS)
 
 clean:
-	rm -rf $(VENV) $(VENV_ALIGNER) $(CONFORMANCE) build runs
+	rm -rf $(VENV) $(VENV_ALIGNER) $(VENV_VLLM) $(CONFORMANCE) build runs

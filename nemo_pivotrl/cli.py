@@ -53,6 +53,7 @@ TOOLS = {
     "env": "what is installed here, and which recipes could run: env [--json] [FOLDER]",
     "verify": "score rows of a file: verify --verifier NAME [--set key=value ...] IN.jsonl OUT.jsonl",
     "serve-verifier": "serve a verifier to NeMo-Gym: serve-verifier --verifier NAME [--port N]",
+    "serve": "serve the policy, or the patient with its doctors, by vLLM: serve RECIPE [key=value ...] [--port N] [--refit]",
     "serve-guided": "serve the steered policy as OpenAI's API: serve-guided RECIPE [key=value ...] [--port N]",
 }
 """Commands that are no stage: they take files or requests, not artefacts."""
@@ -134,9 +135,15 @@ def tool_parser(tool: str) -> argparse.ArgumentParser:
         return made
     if tool != "verify":
         made.add_argument("--host", default="127.0.0.1", help="address to listen on (default: loopback only)")
-        made.add_argument("--port", type=int, default=8911 if tool == "serve-verifier" else 8912)
-    if tool == "serve-guided":
-        made.add_argument("recipe", metavar="RECIPE", help="YAML recipe: policy, decode and serve_guided are read")
+        made.add_argument("--port", type=int, default={"serve-verifier": 8911, "serve-guided": 8912}.get(tool, 8000))
+    if tool == "serve":
+        made.add_argument(
+            "--refit",
+            action="store_true",
+            help="take weights from a trainer; opens vLLM's development endpoints, which must not face a network you do not own",
+        )
+    if tool in ("serve", "serve-guided"):
+        made.add_argument("recipe", metavar="RECIPE", help="YAML recipe: policy or patient, decode and vllm are read")
         made.add_argument("overrides", nargs="*", metavar="key=value", help="override a setting of the recipe")
         return made
     made.add_argument("--verifier", required=True, metavar="NAME", help="functional, single_step, swe, terminus, ...")
@@ -178,6 +185,10 @@ def run_tool(tool: str, options: argparse.Namespace) -> None:
         recipes = survey(Path(options.folder), machine)
         print(json.dumps(as_json(machine, recipes), indent=1) if options.json else as_text(machine, recipes))
         return
+    if tool == "serve":
+        from nemo_pivotrl.stages.serve_engine import serve as serve_engine
+
+        return serve_engine(load_recipe(options.recipe, options.overrides), options.host, options.port, options.refit)
     if tool == "serve-guided":
         recipe = load_recipe(options.recipe, options.overrides)
         with missing_module(tool, {"starlette": "serve", "uvicorn": "serve"}, "reference"):

@@ -63,6 +63,8 @@ class Policy:
     backend: Literal["reference", "megatron"] = "reference"
     """`reference`: transformers on one device. `megatron`: megatron-core over torch.distributed, as `megatron` says; of a
     doctor, what trains it (`tfpo`), for guided decoding runs `reference`."""
+    sampler: Literal["backend", "vllm"] = "backend"
+    """What generates turns: the backend itself, or vLLM as the `vllm` section says, refitted after every training step."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     chat_template: str | None = None
@@ -134,6 +136,51 @@ class Megatron:
     this process by CPU twins (`backends/megatron/cpu.py`) and refuses to where there is a CUDA device."""
     distributed_timeout_minutes: int = ranged(30, 1)
     """A collective that waits longer ends the job."""
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Vllm:
+    """vLLM for `policy.sampler: vllm` and `patient.backend: vllm`: an engine in this process, or servers."""
+
+    servers: tuple[str, ...] = ()
+    """Addresses of OpenAI-compatible servers of the policy, e.g. http://127.0.0.1:8000; empty: an engine in this process.
+    `nemo-pivotrl serve` starts one that can be refitted."""
+    model: str = ""
+    """Name under which all servers serve the policy; empty: what each says it serves."""
+    api_key_env: str = "VLLM_API_KEY"
+    """Environment variable that holds the servers' key; unset means that none is sent."""
+    concurrency: int = ranged(64, 1)
+    """Requests that one server holds at a time; the others wait here."""
+    timeout_s: float = ranged(600.0, 0.1)
+    """Of one request, and how long all servers may be away before the stage stops."""
+    max_retries: int = ranged(6, 0)
+    """Of a request: lost connections, time-outs, 408, 409, 425, 429, 5xx, malformed answers. After that its sample is
+    lost: counted, and never scored."""
+    backoff_s: float = ranged(0.5, 0.001)
+    """First pause before a request or a lost server is tried again; doubled up to 30 s, with jitter."""
+    eject_after: int = ranged(3, 1)
+    """Failures in a row after which a server gets no more requests until it is healthy again. A lost connection is enough."""
+    colocated: bool = False
+    """The engine is spread over the ranks of the job (`policy.backend: megatron`), on the same devices."""
+    sleep: bool = False
+    """Give the engine's memory back between rollouts: for one that shares its device with the trainer."""
+    tensor_parallel_size: int = ranged(1, 1)
+    """Of the engine. A colocated one takes all ranks of the job."""
+    gpu_memory_utilization: float = ranged(0.9, 0.01, 1.0)
+    """Share of a GPU's memory that the engine may use."""
+    kv_cache_gib: float = ranged(1.0, 0.01)
+    """Of an engine on CPUs."""
+    enforce_eager: bool = False
+    """Neither compile nor capture graphs: slower steps, and an engine that starts in seconds. Always so on CPUs."""
+    max_num_seqs: int = ranged(256, 1)
+    """Sequences that are decoded at a time."""
+    engine_args: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of `vllm.LLM`, as they are."""
+    refit_folder: str = ""
+    """Where weights pass from the trainer to servers, and to engines in several processes; all of them must see it. Empty: a
+    folder in memory (/dev/shm), which only this machine sees."""
+    refit_tolerance: float = ranged(0.05, 0.0)
+    """Nats a token, as a mean: after a refit the engine's log-probabilities of a probe may differ so much from the trainer's."""
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -344,6 +391,12 @@ class LossFn:
     """Weight tokens by old-policy over sampler probability, truncated (A.15 12)."""
     truncated_importance_sampling_ratio: float = ranged(5.0, 0.0)
     truncated_importance_sampling_ratio_min: float = ranged(0.0, 0.0)
+    seq_logprob_error_threshold: float | None = ranged(None, 1.0)
+    """Leave out samples whose mean exp(|old-policy minus sampler log-probability|) over tokens is above it (A.7, NeMo-RL: 2).
+    None: off."""
+    max_sampler_mismatch: float | None = ranged(None, 0.0)
+    """Nats: stop where the old policy's and the sampler's log-probabilities differ more than this, as a mean over a step's
+    tokens: the sampler has other weights, or another arithmetic. None: off."""
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -605,9 +658,9 @@ class Patient:
 
     model_name: str = ""
     """HF checkpoint folder with safetensors weights."""
-    backend: Literal["reference", "megatron"] = "reference"
-    """What scores the two faces in the `reward` stage. Whatever samples from the patient (`rank`, `decode`, `assess`,
-    `serve-guided`) runs `reference`."""
+    backend: Literal["reference", "megatron", "vllm"] = "reference"
+    """What scores the two faces in the `reward` stage; `vllm` also decodes in the `decode` stage, with the doctors inside the
+    engine. What else samples from the patient (`rank`, `assess`, `serve-guided`) runs `reference`."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     """Of the weights. Log-probabilities are float32 or better in any case; bfloat16 raises the noise floor of Delta."""
@@ -678,6 +731,8 @@ class Recipe:
     policy: Policy = field(default_factory=Policy)
     megatron: Megatron = field(default_factory=Megatron)
     """For `policy.backend: megatron` and `doctor.backend: megatron`."""
+    vllm: Vllm = field(default_factory=Vllm)
+    """For `policy.sampler: vllm` and `patient.backend: vllm`."""
     world: World = field(default_factory=World)
     warmup: Sft = field(default_factory=lambda: Sft(name="start", source="candidates"))
     extract: Extract = field(default_factory=Extract)

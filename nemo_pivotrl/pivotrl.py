@@ -250,6 +250,17 @@ def grpo_loss(
     return loss, metrics
 
 
+def sequence_error(old_log_probs: Tensor, sampler_log_probs: Tensor, mask: Tensor) -> Tensor:
+    """How far trainer and sampler disagree on each sample: mean of exp(|difference|) over its tokens [N], 1 where they agree.
+
+    All arguments [N, T]; differences (nats) are clamped at 20. A sample without tokens has 1. NeMo-RL masks samples by this
+    number (`seq_logprob_error_threshold`); unlike the importance weight it grows whichever side is the likelier.
+    """
+    apart = (old_log_probs - sampler_log_probs).abs().clamp(max=20.0).exp() - 1.0
+    mask = mask.to(apart.dtype)
+    return 1.0 + (apart * mask).sum(1) / mask.sum(1).clamp(min=1)
+
+
 def sft_loss(log_probs: Tensor, mask: Tensor, normaliser: float) -> tuple[Tensor, dict[str, Tensor]]:
     """Negative log-likelihood (nats a token) of expert tokens [N, T], divided by the global token count."""
     loss = -(log_probs * mask.to(log_probs.dtype)).sum() / normaliser

@@ -180,6 +180,15 @@ class Sample:
 
 
 @dataclass(frozen=True, slots=True)
+class Lost:
+    """A turn that could not be generated: a fault of machines, after all retries. It says nothing about the policy."""
+
+    kind: str
+    """E.g. `sampler_timeout`."""
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
 class Verdict:
     """A verifier's judgement of one sampled action."""
 

@@ -228,7 +228,8 @@ def _samples(recipe: Recipe) -> list[dict[str, Any]]:
 
 
 def _ledger(lines: list[dict[str, Any]], pivots: int) -> dict[str, Any]:
-    profiling = [line for line in lines if line["stage"] == "profile"]
+    # a profile that crashed has written its seconds and nothing else
+    profiling = [line for line in lines if line["stage"] == "profile" and "rollouts" in line]
     total = {"seconds": round(sum(line["seconds"] for line in lines), 1)}
     if pivots and profiling:
         total["profiling_tokens_per_pivot"] = round(sum(line["tokens_generated"] for line in profiling) / pivots, 1)

@@ -11,7 +11,7 @@ from conftest import ROOT
 
 from nemo_pivotrl import cli
 from nemo_pivotrl.backends.megatron.precision import Probe
-from nemo_pivotrl.config import Lora, Megatron, Patient, Policy, Recipe
+from nemo_pivotrl.config import Lora, Megatron, Patient, Policy, Recipe, Vllm
 from nemo_pivotrl.stages import env
 from nemo_pivotrl.stages.env import MODULES, Machine, Package, as_text, find, obstacles, survey, why_not_importable
 
@@ -109,3 +109,12 @@ def test_the_command_prints_json(capsys: pytest.CaptureFixture[str]) -> None:
     found = json.loads(capsys.readouterr().out)
     assert set(found["packages"]) == set(MODULES) and found["packages"]["torch"]["version"]
     assert found["recipes"][str(ROOT / "recipes/pivotrl/tiny.yaml")] == {"runs": True, "obstacles": []}
+
+
+def test_a_recipe_for_vllm_needs_it_or_servers() -> None:
+    machine, sampled = without(CPU, vllm=Package(None)), Policy(sampler="vllm")
+    (line,) = obstacles(Recipe(policy=sampled), machine)
+    assert line.startswith("vllm is not installed") and "nemo-pivotrl[vllm]" in line
+    assert obstacles(Recipe(policy=sampled, vllm=Vllm(servers=("http://127.0.0.1:8000",))), machine) == []
+    (line,) = obstacles(Recipe(algorithm="llmdoctor", patient=Patient(backend="vllm")), machine)
+    assert line.startswith("vllm is not installed")

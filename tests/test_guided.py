@@ -132,7 +132,7 @@ def slow(
     off: Callable[[Sequence[int], torch.Tensor], bool] = lambda answer, patient: False,
 ) -> list[tuple[int, float, float, float, float, bool, bool]]:
     """What a Guided's tokens should hold, by the definition: no cache, no padding, no batch, float64."""
-    noise = guided_module._noise(request, prompt)
+    noise = guided_module.noise_of(request, prompt)
     answer: list[int] = []
     records = []
     for step in range(request.max_new_tokens):

@@ -80,6 +80,12 @@ def test_backends_import_neither_stages_nor_algorithms_nor_each_other() -> None:
         allowed.add("nemo_pivotrl.backends.sampling")  # the arithmetic that all samplers share; itself no backend
         if "_" in path.stem.strip("_"):  # reference_doctor.py is a part of the backend reference.py
             allowed.add(f"nemo_pivotrl.backends.{path.stem.partition('_')[0]}")
+        if path.stem.startswith("vllm"):
+            # one backend in several files; it brings its own proof of a refit, and takes the reference's arithmetic of guided
+            # decoding, so that a doctor inside the engine is the same doctor
+            allowed |= {name for name in MODULES if name.startswith("nemo_pivotrl.backends.vllm")}
+            if path.stem in ("vllm_doctors", "vllm_decode", "vllm_guide"):
+                allowed |= {f"nemo_pivotrl.backends.{n}" for n in ("doctors", "guided")} | {"nemo_pivotrl.llmdoctor"}
         if path.name in ("doctors.py", "guided.py"):
             # guided decoding *is* the mixture applied at every step, so its loop calls the pure functions of the
             # algorithm's file; a loss can be handed to a backend as an argument, a step of a KV-cached loop cannot.
@@ -93,6 +99,11 @@ def test_backends_import_neither_stages_nor_algorithms_nor_each_other() -> None:
 def test_only_backends_import_the_accelerator_stacks() -> None:
     offenders = {module_of(p): tops(p) & ACCELERATOR_STACKS for p in FILES if PACKAGE / "backends" not in p.parents}
     assert {name: found for name, found in offenders.items() if found} == {}
+
+
+def test_what_asks_servers_needs_no_vllm() -> None:
+    for name in ("vllm_requests.py", "vllm_servers.py", "vllm_refit.py", "vllm_doctors.py", "vllm_streams.py"):
+        assert "vllm" not in tops(PACKAGE / "backends" / name), name
 
 
 def test_the_megatron_backend_imports_no_stage_no_algorithm_and_no_other_backend() -> None:

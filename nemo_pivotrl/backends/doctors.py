@@ -10,7 +10,7 @@ Shapes: `R` rows of the running batch, `V` columns of the patient's logits, `D` 
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, LogitsProcessor, PreTrainedTokenizerBase
 
-from nemo_pivotrl.llmdoctor import entropy_gate, guided_logits, mixture
+from nemo_pivotrl.llmdoctor import entropy_gate, guided_logits, mixture, unguided
 from nemo_pivotrl.records import InputError, Problem, short
 
 
@@ -241,6 +241,42 @@ class Mixed(NamedTuple):
     """[R] bool: rows that are not the patient as it is."""
 
 
+def mix_rows(
+    doctors: Doctors,
+    patient: Tensor,
+    alpha: Tensor,
+    beta: Tensor,
+    off: Tensor,
+    read: Callable[[str, Tensor], list[Tensor]],
+) -> Mixed:
+    """The next token's distribution of rows with patient's logits [R, V] and weights alpha [R], beta [R, D].
+
+    off [R] bool: rows in which the patient decodes alone now; the entropy gate adds others. read: a doctor's name and the rows
+    [R] bool that need it to its logits [R, V], with its reference's behind them if it has one; other rows may hold anything.
+    """
+    size = doctors.vocab_size
+    absent = torch.tensor(doctors.absent, dtype=torch.long, device=patient.device)
+
+    def known(logits: Tensor) -> Tensor:  # ids that no token has are no tokens
+        return logits.index_fill(1, absent, -torch.inf) if len(absent) else logits
+
+    patient = known(patient)
+    if doctors.min_entropy > 0 and bool((beta != 0).any()):
+        gated = entropy_gate(patient, beta, torch.full_like(alpha, doctors.min_entropy), size)
+        off = off | ((beta != 0) & (gated == 0)).any(1)
+    alpha, beta = alpha.masked_fill(off, 1.0), beta.masked_fill(off[:, None], 0.0)
+    used = [d for d in range(beta.shape[1]) if bool((beta[:, d] != 0).any())]
+    names = list(doctors.models)
+    logits = [[known(found) for found in read(names[d], beta[:, d] != 0)] for d in used]
+    first, second = [own[0] for own in logits], [own[1] if len(own) > 1 else None for own in logits]
+    alone = mixture(patient, [], torch.ones_like(alpha), beta[:, :0], size)
+    guided = ~unguided(alpha, beta)
+    mixed = mixture(patient, first, alpha, beta[:, used], size, second) if bool(guided.any()) else alone
+    scores = guided_logits(patient, mixed, alpha, beta)
+    scores = torch.cat([scores[:, :size], torch.full_like(scores[:, size:], -torch.inf)], 1)
+    return Mixed(mixed, alone, scores, guided)
+
+
 class Guide:
     """The doctors of one running batch: their streams, the rows' weights, and where guidance is off."""
 
@@ -260,7 +296,6 @@ class Guide:
         own_prompts = own_prompts or [{}] * len(prompts)
         own = {name for given in own_prompts for name in given}
         self.keys: dict[str, list[tuple[int, str]]] = {}
-        self.absent = torch.tensor(doctors.absent, dtype=torch.long, device=alpha.device)
         wanted: dict[tuple[int, str], tuple[Any, str, Tensor]] = {}
         for d, name in enumerate(doctors.models):
             models = [doctors.models[name], *([doctors.references[name]] if name in doctors.references else [])]
@@ -276,40 +311,22 @@ class Guide:
 
     def mix(self, patient: Tensor) -> Mixed:
         """The next token's distribution, from the patient's logits [R, V]. Runs the doctors that are needed now."""
-        size = self.doctors.vocab_size
-        alpha, beta = self.alpha, self.beta
-        off = torch.tensor([w.inside is not None for w in self.watches], device=beta.device)
-        if self.doctors.min_entropy > 0 and bool((beta != 0).any()):
-            minimum = torch.full_like(alpha, self.doctors.min_entropy)
-            gated = entropy_gate(self._known(patient), beta, minimum, size)
-            off = off | ((beta != 0) & (gated == 0)).any(1)
-        alpha, beta = alpha.masked_fill(off, 1.0), beta.masked_fill(off[:, None], 0.0)
-        used = [d for d in range(beta.shape[1]) if bool((beta[:, d] != 0).any())]
-        names = [list(self.doctors.models)[d] for d in used]
-        logits = [[self._logits(key, patient) for key in self.keys[name]] for name in names]
-        first, second = [own[0] for own in logits], [own[1] if len(own) > 1 else None for own in logits]
-        known = self._known(patient)
-        none = beta[:, :0]
-        alone = mixture(known, [], torch.ones_like(alpha), none, size)
-        guided = (alpha != 1) | (beta != 0).any(1)
-        mixed = mixture(known, first, alpha, beta[:, used], size, second) if bool(guided.any()) else alone
-        scores = guided_logits(known, mixed, alpha, beta)
-        scores = torch.cat([scores[:, :size], torch.full_like(scores[:, size:], -torch.inf)], 1)
-        return Mixed(mixed, alone, scores, guided)
+        off = torch.tensor([w.inside is not None for w in self.watches], device=self.beta.device)
 
-    def _known(self, logits: Tensor) -> Tensor:
-        """Ids that no token has are no tokens."""
-        return logits.index_fill(1, self.absent, -torch.inf) if len(self.absent) else logits
+        def read(name: str, needed: Tensor) -> list[Tensor]:
+            return [self._logits(key, patient) for key in self.keys[name]]
+
+        return mix_rows(self.doctors, patient, self.alpha, self.beta, off, read)
 
     def _logits(self, key: tuple[int, str], patient: Tensor) -> Tensor:
         """[R, V] with anything in rows that give the model no weight."""
         if key not in self.streams:
-            return self._known(patient)
+            return patient
         stream, rows = self.streams[key]
         found = stream.logits()
         if len(rows) < len(self.alpha):
             found = found.new_zeros(len(self.alpha), found.shape[1]).index_copy(0, rows, found)
-        return self._known(found)
+        return found
 
     def feed(self, tokens: Tensor) -> None:
         """The tokens [R] that were taken."""

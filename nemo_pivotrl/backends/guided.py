@@ -126,18 +126,18 @@ class Step(NamedTuple):
     finish_reason: FinishReason | None
 
 
-class _Settings(NamedTuple):
+class Shape(NamedTuple):
     """Sampling settings of the running rows, [R] each."""
 
     temperature: Tensor
     top_k: Tensor
     top_p: Tensor
 
-    def at(self, rows: Tensor) -> _Settings:
-        return _Settings(self.temperature[rows], self.top_k[rows], self.top_p[rows])
+    def at(self, rows: Tensor) -> Shape:
+        return Shape(self.temperature[rows], self.top_k[rows], self.top_p[rows])
 
 
-def _draw(scores: Tensor, settings: _Settings, uniform: Tensor) -> tuple[Tensor, Tensor]:
+def draw(scores: Tensor, settings: Shape, uniform: Tensor) -> tuple[Tensor, Tensor]:
     """Token [R] by inverse CDF of `uniform` [R], and its log-probability [R] in float64, so that seeds decide, not
     rounding. Temperature 0 takes the argmax; its log-probability is then that of `scores`."""
     token = scores.argmax(1)
@@ -158,10 +158,39 @@ def _draw(scores: Tensor, settings: _Settings, uniform: Tensor) -> tuple[Tensor,
     return token, shaped.gather(1, token[:, None])[:, 0]
 
 
-def _noise(request: Steering, prompt: Sequence[int]) -> np.ndarray[Any, np.dtype[np.float64]]:
+def noise_of(request: Steering, prompt: Sequence[int]) -> np.ndarray[Any, np.dtype[np.float64]]:
     """The request's random numbers, from its seed and its prompt alone."""
     key = hashlib.sha256(repr((request.seed, list(prompt))).encode()).digest()[:16]
     return np.random.Generator(np.random.Philox(int.from_bytes(key, "big"))).random(request.max_new_tokens)
+
+
+def check_requests(
+    prompts: Sequence[Sequence[int]],
+    requests: Sequence[Steering],
+    own_prompts: Sequence[Mapping[str, Sequence[int]]] | None,
+    doctors: Sequence[str],
+    vocab_size: int,
+    context: float,
+) -> None:
+    """InputError for a request that cannot be decoded, naming it."""
+    problems = []
+    for i, (prompt, request) in enumerate(zip(prompts, requests, strict=True)):
+        texts = [prompt, *(own_prompts[i].values() if own_prompts else [])]
+        longest = max(map(len, texts))
+        foreign = [t for text in texts for t in text if not 0 <= t < vocab_size]
+        strangers = sorted(set(request.beta) - set(doctors))
+        if not all(texts):
+            problems.append(("prompt", "no token", "give at least one"))
+        elif longest + request.max_new_tokens > context:
+            found = f"{longest} tokens and {request.max_new_tokens} new ones"
+            problems.append(("prompt", found, f"the models read {context}: shorten it or ask for fewer"))
+        elif foreign:
+            problems.append(("prompt", f"token id {foreign[0]}", f"ids run from 0 to {vocab_size - 1}"))
+        elif strangers:
+            known = ", ".join(sorted(doctors)) or "none"
+            problems.append(("beta", ", ".join(strangers), f"the doctors here are {known}"))
+    if problems:
+        raise InputError([Problem("request", None, *problem) for problem in problems])
 
 
 class Decoding:
@@ -177,7 +206,7 @@ class Decoding:
         generator.check(prompts, requests, own_prompts)
         device = generator.patient.device
         self.generator, self.requests = generator, list(requests)
-        self.noise = [_noise(r, p) for r, p in zip(requests, prompts, strict=True)]
+        self.noise = [noise_of(r, p) for r, p in zip(requests, prompts, strict=True)]
         self.counts = [0] * len(prompts)
         self.alive = list(range(len(prompts)))
         """The request of each row that still runs; a finished one stays until enough have finished."""
@@ -186,7 +215,7 @@ class Decoding:
         alpha = torch.tensor([float(r.alpha) for r in requests], device=device)
         beta = generator.doctors.weights([r.beta for r in requests], device)
         self.guide = Guide(generator.doctors, prompts, alpha, beta, own_prompts, generator.patient)
-        self.settings = _Settings(
+        self.settings = Shape(
             torch.tensor([float(r.temperature) for r in requests], device=device),
             torch.tensor([r.top_k for r in requests], device=device),
             torch.tensor([float(r.top_p) for r in requests], device=device),
@@ -207,11 +236,11 @@ class Decoding:
         mixed = self.guide.mix(self.stream.logits())
         uniform = [self.noise[r][self.counts[r]] if r not in self.finished else 0.5 for r in self.alive]
         chance = torch.tensor(uniform, dtype=torch.float64, device=mixed.scores.device)
-        token, log_prob = _draw(mixed.scores, self.settings, chance)
+        token, log_prob = draw(mixed.scores, self.settings, chance)
         own = token.clone()
         rows = mixed.guided.nonzero()[:, 0]
         if len(rows):
-            own[rows] = _draw(mixed.alone[rows], self.settings.at(rows), chance[rows])[0]
+            own[rows] = draw(mixed.alone[rows], self.settings.at(rows), chance[rows])[0]
         columns = (
             token,
             log_prob,
@@ -300,24 +329,7 @@ class GuidedGenerator:
         own_prompts: Sequence[Mapping[str, Sequence[int]]] | None = None,
     ) -> None:
         """InputError for a request that cannot be decoded, naming it."""
-        problems = []
-        for i, (prompt, request) in enumerate(zip(prompts, requests, strict=True)):
-            texts = [prompt, *(own_prompts[i].values() if own_prompts else [])]
-            longest = max(map(len, texts))
-            foreign = [t for text in texts for t in text if not 0 <= t < self.vocab_size]
-            strangers = sorted(set(request.beta) - set(self.doctors.models))
-            if not all(texts):
-                problems.append(("prompt", "no token", "give at least one"))
-            elif longest + request.max_new_tokens > self.context:
-                found = f"{longest} tokens and {request.max_new_tokens} new ones"
-                problems.append(("prompt", found, f"the models read {self.context}: shorten it or ask for fewer"))
-            elif foreign:
-                problems.append(("prompt", f"token id {foreign[0]}", f"ids run from 0 to {self.vocab_size - 1}"))
-            elif strangers:
-                known = ", ".join(sorted(self.doctors.models)) or "none"
-                problems.append(("beta", ", ".join(strangers), f"the doctors here are {known}"))
-        if problems:
-            raise InputError([Problem("request", None, *problem) for problem in problems])
+        check_requests(prompts, requests, own_prompts, list(self.doctors.models), self.vocab_size, self.context)
 
     def start(
         self,

@@ -7,6 +7,7 @@ alike, which gives the same log-probabilities and the same gradient as running i
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 import pickle
@@ -18,6 +19,7 @@ import torch
 import transformers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
+from transformers.core_model_loading import revert_weight_conversion
 
 from nemo_pivotrl.backends import TokenBatch
 from nemo_pivotrl.backends.sampling import Turns, chunks, pad, positions
@@ -36,6 +38,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch
 
 class ReferencePolicy:
     """A causal language model that samples, scores and trains. See `backends.Backend` for the verbs."""
+
+    in_one_process = True
 
     def __init__(self, policy: Policy, with_reference: bool = False):
         self.settings = policy
@@ -327,12 +331,22 @@ class ReferencePolicy:
 
     def export(self, folder: Path) -> None:
         """Write an ordinary HF checkpoint; adapters are merged into a copy."""
-        if self.settings.lora.enabled:
-            import copy
+        self._merged().save_pretrained(folder)
 
-            copy.deepcopy(self.model).merge_and_unload().save_pretrained(folder)
-        else:
-            self.model.save_pretrained(folder)
+    def _merged(self) -> Any:
+        """The model; one with adapters as a copy into which they are merged."""
+        return copy.deepcopy(self.model).merge_and_unload() if self.settings.lora.enabled else self.model
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor of `export`, by its HF name. Tied ones come once."""
+        model = self._merged()
+        first: dict[tuple[int, torch.Size], str] = {}  # an embedding stands before the head that is tied to it
+        state = {
+            name: tensor.detach()
+            for name, tensor in model.state_dict().items()
+            if first.setdefault((tensor.data_ptr(), tensor.shape), name) == name
+        }
+        yield from revert_weight_conversion(model, state).items()
 
 
 def _with_lora(model: Any, policy: Policy) -> Any:

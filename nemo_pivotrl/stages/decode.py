@@ -13,9 +13,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, Protocol
 
-from nemo_pivotrl.backends import policy_revision
+from nemo_pivotrl.backends import load_guided_engine, policy_revision
 from nemo_pivotrl.backends.guided import Guided, GuidedGenerator, Span, Steering, load_guided
 from nemo_pivotrl.chat import Chat, load_tokenizer
 from nemo_pivotrl.config import Recipe
@@ -51,6 +51,19 @@ class Prompt:
     line: int
 
 
+class Generator(Protocol):
+    """What decodes: the reference backend or vLLM."""
+
+    def check(
+        self, prompts: Sequence[Sequence[int]], requests: Sequence[Steering], own_prompts: Sequence[OwnPrompts] | None
+    ) -> None: ...
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], requests: Sequence[Steering], own_prompts: Sequence[OwnPrompts] | None
+    ) -> list[Guided]: ...
+
+
+OwnPrompts = Mapping[str, Sequence[int]]
 Rendered = tuple[list[int], dict[str, list[int]]]
 """A prompt's token ids, and those of doctors that read another prompt."""
 
@@ -62,7 +75,7 @@ def decode(recipe: Recipe, fresh: bool = False) -> Path:
         problem = Problem("recipe", None, "decode.prompts", "nothing", "give a JSONL file, one prompt a line")
         raise InputError(problem)
     prompts = read_prompts(Path(settings.prompts), recipe)
-    chat, generator, own_chats = load(recipe)
+    chat, generator, own_chats = load_engine(recipe) if recipe.patient.backend == "vllm" else load(recipe)
     rendered = _render_all(recipe, prompts, chat, generator, own_chats)
     header = _header(recipe, chat)
     path = recipe.path(settings.output)
@@ -92,17 +105,34 @@ def load(recipe: Recipe) -> tuple[Chat, GuidedGenerator, dict[str, Chat]]:
         recipe.patient.device,
         tokenizer=chat.tokenizer,
         stop_ids=chat.stop_ids,
-        spans=[Span(*chat.markers(piece)) for piece in settings.guidance_off]
-        + [Span(start, end) for start, end in settings.off_markers.items()],
+        spans=_spans(recipe, chat),
         min_entropy=settings.min_entropy,
         batch_tokens=settings.batch_tokens,
         where="decode",
     )
+    return chat, generator, _own_chats(recipe, chat)
+
+
+def load_engine(recipe: Recipe) -> tuple[Chat, Generator, dict[str, Chat]]:
+    """As `load`, with the patient inside vLLM and the doctors in its sampler. Raises InputError where vLLM is missing."""
+    chat = load_patient_chat(recipe.patient)
+    generator = load_guided_engine(
+        recipe.patient, recipe.decode, recipe.vllm, chat.tokenizer, chat.stop_ids, _spans(recipe, chat)
+    )
+    return chat, generator, _own_chats(recipe, chat)
+
+
+def _spans(recipe: Recipe, chat: Chat) -> list[Span]:
+    named = [Span(*chat.markers(piece)) for piece in recipe.decode.guidance_off]
+    return named + [Span(start, end) for start, end in recipe.decode.off_markers.items()]
+
+
+def _own_chats(recipe: Recipe, chat: Chat) -> dict[str, Chat]:
     own = {}
-    for name, doctor in settings.doctors.items():
+    for name, doctor in recipe.decode.doctors.items():
         if _template(doctor.path) not in (None, chat.tokenizer.chat_template):
             own[name] = Chat(load_tokenizer(doctor.path), "hermes", recipe.patient.template_kwargs)
-    return chat, generator, own
+    return own
 
 
 def _template(folder: str) -> str | None:
@@ -151,7 +181,7 @@ def _decode_rest(
     rendered: Sequence[Rendered],
     writer: ArtefactWriter,
     chat: Chat,
-    generator: GuidedGenerator,
+    generator: Generator,
 ) -> None:
     """Decode what is not written yet. Waves begin at fixed places, so a resumed one repeats exactly."""
     each = recipe.decode.num_samples
@@ -169,7 +199,7 @@ def _decode_rest(
 
 
 def _decode_wave(
-    recipe: Recipe, wave: Sequence[tuple[Prompt, Rendered]], chat: Chat, generator: GuidedGenerator
+    recipe: Recipe, wave: Sequence[tuple[Prompt, Rendered]], chat: Chat, generator: Generator
 ) -> list[dict[str, Any]]:
     samples = [(prompt, k, text) for prompt, text in wave for k in range(recipe.decode.num_samples)]
     requests = [_steering(recipe, prompt, k) for prompt, k, _ in samples]
@@ -197,7 +227,7 @@ def _render_all(
     recipe: Recipe,
     prompts: Sequence[Prompt],
     chat: Chat,
-    generator: GuidedGenerator,
+    generator: Generator,
     own_chats: Mapping[str, Chat],
 ) -> list[Rendered]:
     """Every prompt's token ids. Raises InputError naming every line that no model can read, before anything is decoded."""

@@ -147,6 +147,9 @@ def obstacles(recipe: Recipe, machine: Machine) -> list[str]:
     scorer = recipe.patient.backend if recipe.algorithm == "llmdoctor" else "reference"
     if "megatron" in (scorer, *(model.backend for model in models)):
         found += _megatron(recipe, machine)
+    engine = recipe.policy.sampler if recipe.algorithm == "pivotrl" else recipe.patient.backend
+    if engine == "vllm" and not recipe.vllm.servers:
+        found += _missing(machine, "vllm", "pip install 'nemo-pivotrl[vllm]', or name servers in vllm.servers")
     return found
 
 

@@ -25,8 +25,10 @@ from nemo_pivotrl.records import (
     ArtefactWriter,
     Header,
     InputError,
+    Lost,
     Message,
     Problem,
+    Sample,
     digest,
     file_digest,
     read_header,
@@ -120,7 +122,10 @@ def _evaluate_policy(
         generation=generation,
         lora=dataclasses.replace(recipe.policy.lora, enabled=False),
     )
-    backend, chat = backends.load(policy, _megatron(recipe, folder)), load_chat(policy, recipe.verifier.limits)
+    if recipe.vllm.servers:  # they serve the policy alone, and here are several
+        policy = dataclasses.replace(policy, sampler="backend")
+    backend = backends.load_sampler(policy, _megatron(recipe, folder), recipe.vllm)
+    chat = load_chat(policy, recipe.verifier.limits)
     for name, run in sets.items():
         if (label, name) not in done:
             # one row for a whole set: after a crash it is there with all its items or not at all
@@ -202,7 +207,7 @@ def play(
         if not running:
             break
         seeds = [[sample_seed(*seed_parts, tasks[i].task_id, turn)] for i, _ in running]
-        groups = backend.infer([prompts[i] for i, _ in running], seeds, chat.stop_ids, policy.generation)
+        groups = sampled(backend.infer([prompts[i] for i, _ in running], seeds, chat.stop_ids, policy.generation))
         for (_, episode), (sample,) in zip(running, groups, strict=True):
             whole = sample.finish_reason == "stop"
             episode.step(
@@ -211,6 +216,17 @@ def play(
                 else Action("malformed", detail="truncated")
             )
     return episodes
+
+
+def sampled(groups: Sequence[Sequence[Sample | Lost]]) -> list[list[Sample]]:
+    """All of them. Raises InputError for a lost one: an episode cannot go on without its turn, and must not fail by it."""
+    lost = [s for group in groups for s in group if isinstance(s, Lost)]
+    if lost:
+        found = f"{len(lost)} turns were lost ({lost[0].kind}: {lost[0].detail})"
+        raise InputError(
+            Problem("sampler", None, "samples", found, "mend the sampler, then run the same command again")
+        )
+    return [[s for s in group if isinstance(s, Sample)] for group in groups]
 
 
 def multi_turn(recipe: Recipe, policy: Policy, backend: Sampler, chat: Chat) -> list[Row]:
@@ -231,7 +247,7 @@ def retention(recipe: Recipe, policy: Policy, backend: Sampler, chat: Chat) -> l
         [sample_seed("retention", recipe.seed, i, k) for k in range(recipe.evaluate.trials)]
         for i in range(len(questions))
     ]
-    groups = backend.infer(prompts, seeds, chat.stop_ids, policy.generation)
+    groups = sampled(backend.infer(prompts, seeds, chat.stop_ids, policy.generation))
     rows = []
     for number, ((_, answer), group) in enumerate(zip(questions, groups, strict=True)):
         texts = [chat.parse(chat.decode(s.token_ids)).content for s in group]

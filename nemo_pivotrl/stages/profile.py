@@ -68,7 +68,7 @@ def profile(recipe: Recipe, fresh: bool = False) -> Path:
         return path
     if recipe.audit.before_profile:
         audit_first(recipe, candidates, verifier, verifier_id)
-    backend = backends.load(recipe.policy, recipe.megatron)
+    backend = backends.load_sampler(recipe.policy, recipe.megatron, recipe.vllm)
     with ArtefactWriter(path, header, fresh) as writer, spend(Path(recipe.run_dir), "profile") as cost:
         _profile_rest(recipe, candidates, writer, backend, chat, verifier)
         path = writer.finish()
@@ -88,7 +88,8 @@ def profile_digest(recipe: Recipe) -> str:
     kept = dataclasses.asdict(recipe.profile) | {"max_failure_share": None}
     policy = recipe.policy
     computed = backends.identity_of(policy, recipe.megatron) or policy.dtype
-    return digest([recipe.seed, kept, policy.max_total_sequence_length, computed])
+    drawn = [] if policy.sampler == "backend" else [policy.sampler]  # other samples from the same seeds
+    return digest([recipe.seed, kept, policy.max_total_sequence_length, computed, *drawn])
 
 
 def _limited(candidates: list[Candidate], recipe: Recipe) -> list[Candidate]:
@@ -106,7 +107,7 @@ def _profile_rest(
     recipe: Recipe,
     candidates: list[Candidate],
     writer: ArtefactWriter,
-    backend: backends.Backend,
+    backend: backends.Sampler,
     chat: Chat,
     verifier: Verifier,
 ) -> None:
@@ -123,7 +124,7 @@ def _profile_rest(
 
 
 def _profile_wave(
-    wave: list[Candidate], recipe: Recipe, backend: backends.Backend, chat: Chat, verifier: Verifier
+    wave: list[Candidate], recipe: Recipe, backend: backends.Sampler, chat: Chat, verifier: Verifier
 ) -> list[Profile]:
     prompts = [chat.prompt_ids(c.messages, c.tools) for c in wave]
     inside = [i for i, prompt in enumerate(prompts) if fits(prompt, recipe.policy)]

@@ -52,7 +52,7 @@ def reward(recipe: Recipe, fresh: bool = False) -> Path:
         recipe,
         load_patient_chat(recipe.patient),
         lambda: backends.policy_revision(recipe.patient.model_name),
-        lambda: backends.load_scorer(recipe.patient, backends.without_start(recipe.megatron)),
+        lambda: backends.load_scorer(recipe.patient, backends.without_start(recipe.megatron), recipe.vllm),
         fresh,
     )
 

@@ -12,7 +12,7 @@ from nemo_pivotrl import pivotrl
 from nemo_pivotrl.backends import Sampler
 from nemo_pivotrl.chat import Chat, load_tokenizer
 from nemo_pivotrl.config import Generation, Limits, Policy, Recipe
-from nemo_pivotrl.records import Action, Candidate, Case, InputError, Problem, Sample, Verdict
+from nemo_pivotrl.records import Action, Candidate, Case, InputError, Lost, Problem, Sample, Verdict
 from nemo_pivotrl.responses import action_to_row
 from nemo_pivotrl.verifiers import Bounded, Verifier, VerifierFault, identity, load_verifier, verdicts
 
@@ -83,11 +83,12 @@ def roll_out(
     """Rollouts of each candidate, one for each of its seeds.
 
     A truncated turn and one without a readable action score 0 (A.15 6). A verifier fault is retried `max_retries`
-    times, then the rollout carries the failure and no reward. Raises InputError when samples repeat as if seeds did.
+    times, then the rollout carries the failure and no reward, as one does whose turn the sampler has lost. Raises
+    InputError when samples repeat as if seeds did.
     """
     samples = sampler.infer(prompts, seeds, chat.stop_ids, generation)
     if generation.temperature > 0:
-        groups = [[(s.token_ids, sum(s.log_probs)) for s in group] for group in samples]
+        groups = [[(s.token_ids, sum(s.log_probs)) for s in group if isinstance(s, Sample)] for group in samples]
         repeated = pivotrl.identical_groups(groups)
         if len(repeated) >= min(SUSPICIOUS_GROUPS, len(groups)) and repeated:
             raise InputError(
@@ -102,7 +103,7 @@ def roll_out(
     turns = [
         (candidate, sample, text, chat.parse(text, candidate.tools))
         for candidate, group in zip(candidates, samples, strict=True)
-        for sample, text in ((s, chat.decode(s.token_ids)) for s in group)
+        for sample, text in ((s, chat.decode(s.token_ids)) for s in group if isinstance(s, Sample))
     ]
     judged = judge_all(
         verifier, [(c.case, action, sample.finish_reason) for c, sample, _, action in turns], max_retries
@@ -111,7 +112,12 @@ def roll_out(
         Rollout(sample, text, action, *_outcome(result))
         for (_, sample, text, action), result in zip(turns, judged, strict=True)
     )
-    return [[next(rollouts) for _ in group] for group in samples]
+    return [[_without(s) if isinstance(s, Lost) else next(rollouts) for s in group] for group in samples]
+
+
+def _without(lost: Lost) -> Rollout:
+    """What stands for a turn that was never generated: no tokens, no action, no verdict."""
+    return Rollout(Sample((), (), "stop"), "", Action("none"), None, lost.kind)
 
 
 def judge_all(

@@ -8,6 +8,7 @@ checkpoint and ends with the same bytes.
 from __future__ import annotations
 
 import dataclasses
+import math
 import statistics
 import time
 from collections.abc import Sequence
@@ -21,7 +22,7 @@ from torch import Tensor
 from nemo_pivotrl import backends, pivotrl
 from nemo_pivotrl.backends import TokenBatch
 from nemo_pivotrl.chat import Chat
-from nemo_pivotrl.config import Grpo, Recipe
+from nemo_pivotrl.config import Grpo, LossFn, Recipe
 from nemo_pivotrl.records import (
     Candidate,
     InputError,
@@ -66,9 +67,8 @@ def train(recipe: Recipe, fresh: bool = False) -> Path:
     held_out = sorted(held_out, key=lambda s: pivotrl.order_key(recipe.seed, s.candidate.candidate_id))[
         : settings.val_candidates
     ]
-    backend = backends.load(
-        recipe.policy, recipe.megatron, with_reference=recipe.loss_fn.reference_policy_kl_penalty > 0 or settings.val_kl
-    )
+    anchored = recipe.loss_fn.reference_policy_kl_penalty > 0 or settings.val_kl
+    backend = backends.load(recipe.policy, recipe.megatron, with_reference=anchored, vllm=recipe.vllm)
     backend.prepare_for_training(recipe.policy.optimizer)
     folder, identity = recipe.path(settings.name), _identity(recipe, source)
     first = checkpoint.resume(folder, identity, backend, fresh)
@@ -222,6 +222,9 @@ def _step(
     minibatches = [
         _minibatch(recipe, drawn[i:j], groups[i:j], advantages[i:j], valid[i:j], backend) for i, j in pairwise(cuts)
     ]
+    apart = [m.apart for m in minibatches if m.apart is not None]
+    metrics |= {"sampler_masked": float(sum(m.masked for m in minibatches))} if apart else {}
+    _check_mismatch(apart, step, recipe.loss_fn)
     parts = [_update(recipe, minibatch, backend) for minibatch in minibatches]
     metrics |= {
         key: statistics.fmean(p[key] for p in parts if key in p) for key in sorted({key for p in parts for key in p})
@@ -254,6 +257,31 @@ def _counts(rollout: Rollout, settings: Grpo) -> bool:
     )
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Minibatch:
+    """What one optimiser step is given."""
+
+    batch: TokenBatch | None
+    """None when no row has a gradient."""
+    normaliser: float
+    """Global: of all rows that count."""
+    share: float
+    """Of the rows that count, those in the batch."""
+    masked: int = 0
+    """Rows that do not count, since trainer and sampler disagree on them."""
+    apart: tuple[float, float] | None = None
+    """Sum of |old-policy minus sampler log-probability| (nats), and tokens; None where nobody asked."""
+
+
+def _check_mismatch(apart: Sequence[tuple[float, float]], step: int, loss_fn: LossFn) -> None:
+    """Stop before an update by samples of another policy."""
+    mean = sum(total for total, _ in apart) / max(1.0, sum(tokens for _, tokens in apart))
+    if loss_fn.max_sampler_mismatch is not None and not mean <= loss_fn.max_sampler_mismatch:
+        found = f"{mean:.4f} nats a token between trainer and sampler at step {step}"
+        remedy = f"at most {loss_fn.max_sampler_mismatch} is allowed: look at the refit, the precisions and the sampling settings"
+        raise InputError(Problem("sampler", None, "loss_fn.max_sampler_mismatch", found, remedy))
+
+
 def _minibatch(
     recipe: Recipe,
     drawn: Sequence[State],
@@ -261,38 +289,62 @@ def _minibatch(
     advantages: Tensor,
     valid: Tensor,
     backend: backends.Backend,
-) -> tuple[TokenBatch | None, float, float]:
-    """(batch, global normaliser, share of the counted rows that are in the batch) of one optimiser step.
+) -> Minibatch:
+    """Everything of one optimiser step that belongs to the policy that sampled.
 
     Rows without gradient (advantage 0, no KL) are counted in the normaliser and not computed: their gradient is exactly
-    zero (Prop. 3.1), and on random turns they are most of the batch. None when no row is left.
+    zero (Prop. 3.1), and on random turns they are most of the batch. Rows on which the sampler disagrees with the trainer
+    are not counted; their rewards took part in the group's statistics.
     """
-    beta, correct = recipe.loss_fn.reference_policy_kl_penalty, recipe.loss_fn.use_importance_sampling_correction
+    loss_fn = recipe.loss_fn
+    beta, threshold = loss_fn.reference_policy_kl_penalty, loss_fn.seq_logprob_error_threshold
     counted = [(i, k) for i, group in enumerate(groups) for k in range(len(group)) if valid[i, k]]
-    tokens = sum(len(groups[i][k].sample.token_ids) for i, k in counted)
-    normaliser = float(max(1, tokens if recipe.loss_fn.token_level_loss else len(counted)))
     rows = [(i, k) for i, k in counted if beta > 0 or advantages[i, k] != 0]
-    if not rows:
-        return None, normaliser, 0.0
-    samples = [groups[i][k].sample for i, k in rows]
-    batch = TokenBatch([s.prompt for s in drawn], [i for i, _ in rows], [s.token_ids for s in samples], {})
-    batch.data.update(
-        advantages=torch.stack([advantages[i, k] for i, k in rows]),
-        mask=_padded([[1.0] * len(s.token_ids) for s in samples]),
-        sampler=_padded([s.log_probs for s in samples]),
-    )
-    if recipe.grpo.num_minibatches > 1 or correct:
+    batch = _token_batch(drawn, groups, advantages, rows) if rows else None
+    gated = threshold is not None or loss_fn.max_sampler_mismatch is not None
+    apart, masked = None, 0
+    if batch is not None and (recipe.grpo.num_minibatches > 1 or loss_fn.use_importance_sampling_correction or gated):
         batch.data["old"] = backend.get_inference_log_probs(batch)
-    if beta > 0:
+    if batch is not None and gated:
+        old, sampler, mask = (batch.data[key] for key in ("old", "sampler", "mask"))
+        apart = (float(((old - sampler).abs() * mask).sum()), float(mask.sum()))
+        bad = pivotrl.sequence_error(old, sampler, mask) > (math.inf if threshold is None else threshold)
+        dropped = {row for row, is_bad in zip(rows, bad.tolist(), strict=True) if is_bad}
+        masked, counted = len(dropped), [row for row in counted if row not in dropped]
+        batch = _kept(batch, (~bad).nonzero()[:, 0].tolist())
+        rows = [row for row in rows if row not in dropped]
+    if batch is not None and beta > 0:
         batch.data["reference"] = backend.get_inference_log_probs(batch, reference=True)
-    return batch, normaliser, len(rows) / len(counted)
+    tokens = sum(len(groups[i][k].sample.token_ids) for i, k in counted)
+    normaliser = float(max(1, tokens if loss_fn.token_level_loss else len(counted)))
+    return Minibatch(batch, normaliser, len(rows) / len(counted) if rows else 0.0, masked, apart)
 
 
-def _update(
-    recipe: Recipe, minibatch: tuple[TokenBatch | None, float, float], backend: backends.Backend
-) -> dict[str, float]:
+def _token_batch(
+    drawn: Sequence[State], groups: Sequence[Sequence[Rollout]], advantages: Tensor, rows: Sequence[tuple[int, int]]
+) -> TokenBatch:
+    samples = [groups[i][k].sample for i, k in rows]
+    data = {
+        "advantages": torch.stack([advantages[i, k] for i, k in rows]),
+        "mask": _padded([[1.0] * len(s.token_ids) for s in samples]),
+        "sampler": _padded([s.log_probs for s in samples]),
+    }
+    return TokenBatch([s.prompt for s in drawn], [i for i, _ in rows], [s.token_ids for s in samples], data)
+
+
+def _kept(batch: TokenBatch, rows: Sequence[int]) -> TokenBatch | None:
+    """The batch's rows at these places; None when there are none."""
+    if not rows:
+        return None
+    responses = [batch.responses[n] for n in rows]
+    width = max(map(len, responses))
+    data = {k: v[list(rows)][:, :width] if v.dim() > 1 else v[list(rows)] for k, v in batch.data.items()}
+    return TokenBatch(batch.prompts, [batch.prompt_of[n] for n in rows], responses, data)
+
+
+def _update(recipe: Recipe, minibatch: Minibatch, backend: backends.Backend) -> dict[str, float]:
     """One optimiser step."""
-    batch, normaliser, share = minibatch
+    batch, normaliser, share = minibatch.batch, minibatch.normaliser, minibatch.share
     loss_fn = recipe.loss_fn
     correct = loss_fn.use_importance_sampling_correction
     settings = pivotrl.LossSettings(
@@ -403,8 +455,8 @@ def validate(
     failed = sum(r.verdict is None for group in groups for r in group)
     metrics = {"val/accuracy": statistics.fmean(scored), "val/failed": float(failed)}
     if recipe.grpo.val_kl:
-        samples = [r.sample for group in groups for r in group]
-        prompt_of = [i for i, group in enumerate(groups) for _ in group]
+        samples = [r.sample for group in groups for r in group if r.sample.token_ids]  # a lost turn has none
+        prompt_of = [i for i, group in enumerate(groups) for r in group if r.sample.token_ids]
         batch = TokenBatch([s.prompt for s in held_out], prompt_of, [s.token_ids for s in samples], {})
         start = backend.get_inference_log_probs(batch, reference=True)
         apart = pivotrl.kl_k3(_padded([s.log_probs for s in samples]), start)

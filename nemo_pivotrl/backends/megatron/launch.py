@@ -228,7 +228,8 @@ def run(program: Callable[[Watch | None], None], backend: str, place: Place, pat
     except BaseException as error:
         failed(watch, error)
     watch.finished.set()
-    dist.destroy_process_group()
+    if dist.is_initialized():  # a rollout engine in these processes takes the groups with it
+        dist.destroy_process_group()
     return 0
 
 

@@ -32,7 +32,7 @@ from nemo_pivotrl.backends.megatron.parallel import Groups
 from nemo_pivotrl.backends.megatron.precision import token_multiple
 from nemo_pivotrl.backends.megatron.sampler import sample
 from nemo_pivotrl.backends.megatron.stage import Stage
-from nemo_pivotrl.backends.megatron.weights import save_hf
+from nemo_pivotrl.backends.megatron.weights import export_hf, save_hf
 from nemo_pivotrl.config import Generation, Megatron, Optimizer, Policy
 from nemo_pivotrl.records import InputError, Problem, Sample
 
@@ -280,6 +280,13 @@ class MegatronPolicy:
     def export(self, folder: Path) -> None:
         """Write an ordinary HF checkpoint; every rank takes part, rank 0 writes."""
         save_hf([self.stage.module], folder, self.settings.model_name, self.groups)
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor of `export`, by its HF name, whole; all ranks must iterate together."""
+        architecture = read_architecture(self.settings.model_name)
+        for name, tensor in export_hf([self.stage.module], architecture, self.groups, all_ranks=True):
+            assert tensor is not None, "all ranks asked"
+            yield name, tensor
 
 
 def _check(policy: Policy, megatron: Megatron, groups: Groups, with_reference: bool) -> None:

@@ -73,8 +73,9 @@ def run_together(stage: Callable[[], None], megatron: Megatron, place: Place, pa
     return int(outcome[1])
 
 
-def load(kind: str, settings: Policy | Patient, megatron: Megatron, extra: bool = False) -> Any:
-    """A model on all ranks: `policy`, `doctor` (extra: with the start model beside it) or `scorer`.
+def load(kind: str, settings: Policy | Patient, megatron: Megatron, extra: Any = False) -> Any:
+    """A model on all ranks: `policy`, `doctor` (extra: with the start model beside it), `scorer`, or `rollout` (extra: the
+    recipe's vllm section).
 
     Raises InputError for what the model, the recipe and the machine do not have in common, and on many ranks that were
     not started through `run_together`.
@@ -103,7 +104,7 @@ class Crew:
 
     # ---- rank 0 ----
 
-    def load(self, kind: str, settings: Policy | Patient, megatron: Megatron, extra: bool) -> Spread:
+    def load(self, kind: str, settings: Policy | Patient, megatron: Megatron, extra: Any) -> Spread:
         number = self.number + 1
         made = self.order("load", number, (kind, settings, megatron, extra))
         handle = Spread(self, number, type(made))
@@ -170,10 +171,13 @@ class Crew:
         if verb == "set":
             return setattr(self.models[model], *arguments)
         self.models.clear()
+        backends.shut_down_engines()  # while the process groups that they stand in are still there
         return arguments[0]  # of stop: the exit code
 
-    def _made(self, kind: str, settings: Any, megatron: Megatron, extra: bool) -> Any:
+    def _made(self, kind: str, settings: Any, megatron: Megatron, extra: Any) -> Any:
         groups = self._join(megatron)
+        if kind == "rollout":
+            return backends.load_colocated(settings, extra, groups.world.size())
         # after `_join`, which replaces what a CPU lacks before megatron's model files are read
         from nemo_pivotrl.backends.megatron.doctor import MegatronDoctor
         from nemo_pivotrl.backends.megatron.scorer import MegatronScorer
@@ -234,6 +238,10 @@ class Spread:
         if name.startswith("_") or not callable(getattr(self._kind, name, None)):
             raise AttributeError(f"{self._kind.__name__} on many ranks has no verb {name!r}")
         return partial(_call, self, name)
+
+    @property
+    def in_one_process(self) -> bool:
+        return self._crew.watch is None
 
     def __setattr__(self, name: str, value: Any) -> None:
         self._crew.order("set", self._number, (name, value))
