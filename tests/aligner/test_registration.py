@@ -16,13 +16,19 @@ from nemo_pivotrl.backends.aligner.registration import LLMDOCTOR, PIVOTRL, algor
 PACKAGE = Path(nemo_pivotrl.__file__).parent / "backends/aligner"
 MODULES = sorted(f"nemo_pivotrl.backends.aligner.{p.stem}" for p in PACKAGE.glob("*.py") if p.stem != "__init__")
 HERE = Path(__file__).parent
-PREAMBLE = "import os; os.environ['NVIDIA_PYTORCH_VERSION'] = 'none'\n"  # NeMo 2.1 wants it anywhere but in NGC's containers
+PREAMBLE = (
+    "import os; os.environ['NVIDIA_PYTORCH_VERSION'] = 'none'\n"  # NeMo 2.1 wants it anywhere but in NGC's containers
+)
 
 
 def python(code: str, cwd: Path, **environment: str) -> str:
     """What a fresh interpreter, without the stand-ins of the other tests, prints."""
     done = subprocess.run(
-        [sys.executable, "-c", PREAMBLE + code], cwd=cwd, env={**os.environ, **environment}, capture_output=True, text=True
+        [sys.executable, "-c", PREAMBLE + code],
+        cwd=cwd,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
@@ -153,4 +159,3 @@ def test_nemo_run_runs_a_stage_of_a_recipe(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert (tmp_path / "run/world").is_dir(), done.stdout[-2000:] + done.stderr[-2000:]
     assert done.returncode == 0
-

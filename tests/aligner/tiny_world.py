@@ -29,7 +29,7 @@ MODEL: dict[str, Any] = {
     "model.encoder_seq_length": 512,
     "model.max_position_embeddings": 512,
     "model.init_method_std": 0.05,
-    "model.optim": {"name": "sgd", "lr": 0.3, "weight_decay": 0.0},
+    "model.optim": {"name": "sgd", "lr": 0.06, "weight_decay": 0.0},
 }
 
 
@@ -52,7 +52,9 @@ def write_world(folder: Path, pivots: int) -> None:
         verifier=identity(load_verifier(settings), settings),
         extra={"sampling": {"temperature": 1.0, "top_p": 1.0, "max_new_tokens": MAX_LENGTH}},
     )
-    chosen = rows[:pivots] + [{**row, "provenance": {**row["provenance"], "split": "validation"}} for row in rows[:pivots]]
+    chosen = rows[:pivots] + [
+        {**row, "provenance": {**row["provenance"], "split": "validation"}} for row in rows[:pivots]
+    ]
     (folder / "pivots.jsonl").write_text(header.to_line() + "".join(canonical_json(row) + "\n" for row in chosen))
 
 
