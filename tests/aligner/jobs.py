@@ -274,6 +274,7 @@ def train_world(folder: Path, warmup: int, steps: int) -> dict[str, Any]:
         "model.micro_batch_size": 24,
         "model.global_batch_size": 24,
         "model.data.seq_length": 512,
+        "trainer.pivotrl.gradient_clip_val": 0.5,
     }
     cfg = tiny_aligner.config("pivotrl", home, PIVOTRL | settings | tiny_world.MODEL)
     from nemo_pivotrl.backends.aligner import launch

@@ -43,3 +43,13 @@ def test_a_killed_run_resumes_with_the_same_losses(run: Run, tmp_path: Path, job
     for name in names:
         halves = series(killed, name) + series(resumed, name)
         assert halves == pytest.approx(series(whole, name), rel=1e-6), name
+
+
+def test_a_run_out_of_time_saves_and_the_next_goes_on(run: Run) -> None:
+    long = PIVOTRL | {"trainer.pivotrl.max_steps": 12}
+    (first,) = run("resumable", die=False, **long, **{"exp_manager.max_time_per_run": "00:00:00:01"})
+    reached = first["state"]["step"]
+    assert 0 < reached < 12  # the step that was begun is finished, validated and saved
+    assert len(series(first, "val_rollouts/rewards")) >= 1
+    (second,) = run("resumable", die=False, **PIVOTRL | {"trainer.pivotrl.max_steps": reached + 1})
+    assert (second["first"], second["state"]["step"]) == (reached, reached + 1)

@@ -29,7 +29,7 @@ MODEL: dict[str, Any] = {
     "model.encoder_seq_length": 512,
     "model.max_position_embeddings": 512,
     "model.init_method_std": 0.05,
-    "model.optim": {"name": "sgd", "lr": 0.06, "weight_decay": 0.0},
+    "model.optim": {"name": "sgd", "lr": 0.2, "weight_decay": 0.0},
 }
 
 
