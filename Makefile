@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 # all of these are commands, not files
-.PHONY: conformance verifier-speed quickstart smollm2 smollm2-doctor test test-vllm check lint format fuzz clean
+.PHONY: conformance verifier-speed quickstart smollm2 smollm2-doctor test test-aligner test-vllm check lint format fuzz clean
 
 # BACKEND=megatron: the same recipes over megatron-core in two data-parallel processes, on CPUs over gloo
 quickstart: START := $(BIN)/nemo-pivotrl
@@ -30,8 +30,21 @@ quickstart: $(STAMP) $(VLLM_STAMP)
 	$(START) run recipes/llmdoctor/tiny.yaml fresh=true $(LLMDOCTOR)
 	$(if $(AFTER),$(START) $(AFTER) $(LLMDOCTOR))
 
-test: $(STAMP) test-vllm
+test: $(STAMP) test-aligner test-vllm
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+# NeMo-Aligner and what it needs contradict the rest of the project's packages, so they have an environment of their own
+VENV_ALIGNER ?= .venv-aligner
+ALIGNER := tests/aligner
+$(VENV_ALIGNER)/.installed: $(ALIGNER)/requirements.txt $(ALIGNER)/packages.txt $(ALIGNER)/constraints.txt
+	$(PYTHON) -m venv $(VENV_ALIGNER)
+	$(VENV_ALIGNER)/bin/python -m pip install -q -c $(ALIGNER)/constraints.txt -r $(ALIGNER)/requirements.txt
+	$(VENV_ALIGNER)/bin/python -m pip install -q --no-deps -r $(ALIGNER)/packages.txt
+	touch $@
+
+test-aligner: $(VENV_ALIGNER)/.installed
+	$(VENV_ALIGNER)/bin/python -m pip install -q --no-deps -e .  # its entry points are tested; the checkout may be another one
+	$(VENV_ALIGNER)/bin/python -m pytest -n 2 -c $(ALIGNER)/pytest.ini --rootdir $(ALIGNER) $(ALIGNER)
 
 # vLLM pins dozens of packages, so it has an environment of its own. What is uninstalled is built for CUDA, and then neither
 # vLLM nor transformers can be imported; triton is a gigabyte that nothing runs on a CPU.
@@ -43,7 +56,7 @@ $(VENV_VLLM)/.installed: $(VLLM)/requirements.txt $(VLLM)/constraints.txt
 	touch $@
 
 test-vllm: $(VENV_VLLM)/.installed
-	$(VENV_VLLM)/bin/python -m pytest -c $(VLLM)/pytest.ini --rootdir $(VLLM) $(VLLM)
+	$(VENV_VLLM)/bin/python -m pytest -n 2 --dist loadfile -c $(VLLM)/pytest.ini --rootdir $(VLLM) $(VLLM)
 
 check: lint test
 
@@ -90,4 +103,4 @@ verifier-speed: $(CONFORMANCE)/.installed
 	PYTHONPATH=. $(CONFORMANCE)/bin/python benchmarks/verifier_speed.py $(ARGS)
 
 clean:
-	rm -rf $(VENV) $(VENV_VLLM) $(CONFORMANCE) build runs
+	rm -rf $(VENV) $(VENV_ALIGNER) $(VENV_VLLM) $(CONFORMANCE) build runs

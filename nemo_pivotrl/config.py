@@ -408,7 +408,10 @@ class Grpo:
     pivots: str = "pivots.jsonl"
     num_prompts_per_step: int = ranged(64, 1)
     num_generations_per_prompt: int = ranged(16, 2)
-    max_num_steps: int = ranged(100, 1)
+    max_num_steps: int = ranged(100, -1)
+    """-1: as many as `max_num_epochs` have."""
+    max_num_epochs: int = ranged(1, 1)
+    """With `max_num_steps: -1`: how often each pivot is drawn."""
     num_minibatches: int = ranged(1, 1)
     """Optimiser steps a rollout batch is divided into (A.15 12: one)."""
     use_leave_one_out_baseline: bool = False
@@ -457,7 +460,10 @@ class Tfpo:
     objective: str = ""
     """Which of the artefact's objectives; empty: all. Where it holds several, each doctor's folder is NAME-OBJECTIVE."""
     pairs_per_step: int = ranged(32, 1)
-    max_num_steps: int = ranged(100, 1)
+    max_num_steps: int = ranged(100, -1)
+    """-1: as many as `max_num_epochs` have."""
+    max_num_epochs: int = ranged(1, 1)
+    """With `max_num_steps: -1`: how often each pair is drawn."""
     val_period: int = ranged(10, 0)
     """Measure the held-out pairs every so many steps; 0: never."""
     val_pairs: int = ranged(128, 1)

@@ -1,7 +1,8 @@
 """Reading recipe files into the dataclasses of `config.py`, and any such dataclass from a mapping.
 
 A recipe is YAML with an optional `defaults:` chain (paths relative to the file, later ones win) and `${...}`
-interpolation. An unknown key, a wrong type or a value out of range is an error that names the nearest key or the allowed
+interpolation. A NeMo-Aligner config is read too (`backends/aligner/dialect.py`). An unknown key, a wrong type or a value
+out of range is an error that names the nearest key or the allowed
 range; all errors of a recipe come at once.
 """
 
@@ -25,9 +26,13 @@ def load_recipe(path: str, overrides: Sequence[str] = ()) -> Recipe:
     from omegaconf import DictConfig, OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    tree = OmegaConf.create({})
-    for part in _chain(Path(path), []):
-        tree = typing.cast(DictConfig, OmegaConf.merge(tree, part))
+    from nemo_pivotrl.backends.aligner import dialect
+
+    parts = _chain(Path(path), [])
+    aligner = any(map(dialect.is_aligner, parts))
+    if aligner:
+        dialect.register_resolvers()
+    tree = typing.cast(DictConfig, OmegaConf.merge(dialect.BASE if aligner else {}, *parts))
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals or not key:
@@ -45,12 +50,12 @@ def load_recipe(path: str, overrides: Sequence[str] = ()) -> Recipe:
         except (OmegaConfBaseException, yaml.YAMLError, TypeError, ValueError) as error:
             raise InputError(Problem("command line", None, key, value, short(str(error)))) from None
     try:
-        plain = OmegaConf.to_container(tree, resolve=True)
+        plain = typing.cast(dict[str, Any], OmegaConf.to_container(tree, resolve=True))
     except OmegaConfBaseException as error:
         raise InputError(
             Problem(path, None, "interpolation", short(str(error)), "name an existing key or environment variable")
         ) from None
-    return typing.cast(Recipe, build(Recipe, typing.cast(dict[str, Any], plain), path))
+    return dialect.recipe_of(plain, path) if aligner else typing.cast(Recipe, build(Recipe, plain, path))
 
 
 def _chain(path: Path, above: list[Path]) -> list[Any]:
@@ -76,7 +81,10 @@ def _chain(path: Path, above: list[Path]) -> list[Any]:
         raise InputError(Problem(str(path), 1, "recipe", "no mapping", "a recipe is a YAML mapping of sections"))
     defaults = typing.cast(Any, node).pop("defaults", [])
     defaults = [defaults] if isinstance(defaults, str) else list(defaults or [])
-    return [part for name in defaults for part in _chain(path.parent / str(name), [*above, path.resolve()])] + [node]
+    from nemo_pivotrl.backends.aligner.dialect import defaults_of
+
+    files = defaults_of(defaults, path.parent)
+    return [part for file in files for part in _chain(file, [*above, path.resolve()])] + [node]
 
 
 def build(cls: type[Any], values: Mapping[str, Any], file: str, prefix: str = "") -> Any:

@@ -361,14 +361,15 @@ def test_the_header_names_patient_tokenizer_template_both_faces_and_every_number
     faces = base.extra["faces"]["helpfulness"]
     assert set(faces) == {"positive", "negative"} and faces["positive"] != faces["negative"]
     prompts, source = prompts_of(recipe), recipe.path("preferences.jsonl")
-    assert stage.make_header(recipe, source, prompts) == base
+    assert stage.make_header(recipe, source, prompts, base.policy) == base
     for changes in ({"tau": 2.0}, {"theta": 0.1}, {"eps": 1e-3}, {"positive": "other"}):
         other = recipe_for(tmp_path / "a", patient, **changes)
-        assert stage.make_header(other, source, prompts_of(other)) != base
+        assert stage.make_header(other, source, prompts_of(other), base.policy) != base
         with pytest.raises(InputError, match="finished work of another recipe"):
             reward(other)
     cheaper = recipe_for(tmp_path / "a", patient, patient_batch_tokens=64)
-    assert stage.make_header(cheaper, source, prompts_of(cheaper)) == base
+    assert stage.make_header(cheaper, source, prompts_of(cheaper), base.policy) == base
+    assert stage.make_header(recipe, source, prompts, "another") != base
 
 
 def test_resuming_after_a_cut_at_any_byte_writes_the_same_bytes_and_diagnostics(

@@ -139,3 +139,15 @@ def pad(rows: Sequence[Sequence[int]], left: bool, device: torch.device) -> tupl
 def positions(mask: Tensor) -> Tensor:
     """Place [B, L] of each token in its own sequence; 0 on padding to its left."""
     return (mask.cumsum(1) - 1).clamp(min=0)
+
+
+def batches_within(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
+    """Indices in batches whose padded size (rows times longest) stays within `budget`; a longer one is alone."""
+    held: list[int] = []
+    for n in sorted(range(len(lengths)), key=lambda n: (lengths[n], n)):
+        if held and (len(held) + 1) * lengths[n] > budget:
+            yield held
+            held = []
+        held.append(n)
+    if held:
+        yield held

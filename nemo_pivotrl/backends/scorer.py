@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from nemo_pivotrl.backends.sampling import batches_within
 from nemo_pivotrl.config import Patient
 from nemo_pivotrl.records import InputError, Problem
 
@@ -60,7 +61,7 @@ class ReferenceScorer:
         if any(not prompt or not response for prompt, response in sequences):
             raise ValueError("a sequence needs at least one prompt token and one response token")
         out: list[Tensor] = [torch.empty(0)] * len(sequences)
-        for batch in _batches([len(p) + len(r) for p, r in sequences], self.settings.batch_tokens):
+        for batch in batches_within([len(p) + len(r) for p, r in sequences], self.settings.batch_tokens):
             for n, found in zip(batch, self._forward([sequences[n] for n in batch]), strict=True):
                 out[n] = found
         return out
@@ -131,15 +132,3 @@ class _Answered(torch.nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> BaseModelOutputWithPast:
         return BaseModelOutputWithPast(last_hidden_state=self.hidden)
-
-
-def _batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
-    """Indices in batches whose padded size (rows times longest) stays within `budget`; a longer one is alone."""
-    held: list[int] = []
-    for n in sorted(range(len(lengths)), key=lambda n: (lengths[n], n)):
-        if held and (len(held) + 1) * lengths[n] > budget:
-            yield held
-            held = []
-        held.append(n)
-    if held:
-        yield held

@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,17 +48,34 @@ NOISE_MARGIN = 10
 
 def reward(recipe: Recipe, fresh: bool = False) -> Path:
     """Write `token_rewards.jsonl` and `token_rewards.json`; returns the artefact. Raises InputError for bad input."""
+    return write_token_rewards(
+        recipe,
+        load_patient_chat(recipe.patient),
+        lambda: backends.policy_revision(recipe.patient.model_name),
+        lambda: backends.load_scorer(recipe.patient, backends.without_start(recipe.megatron), recipe.vllm),
+        fresh,
+    )
+
+
+def write_token_rewards(
+    recipe: Recipe,
+    chat: Chat,
+    revision: Callable[[], str],
+    load_scorer: Callable[[], backends.Scorer],
+    fresh: bool,
+) -> Path:
+    """As `reward`, for any patient: its template, the digest of its weights, and what scores tokens under it."""
     source = recipe.path("preferences.jsonl")
     read_header(source, "preferences")
     preferences = [preference_of_row(row) for row in read_rows(source)]
     faces = faces_of(recipe.reward, sorted({p.objective for p in preferences}))
-    prompts = FacePrompts(load_patient_chat(recipe.patient), faces, recipe.patient.max_total_sequence_length)
-    header = make_header(recipe, source, prompts)
+    prompts = FacePrompts(chat, faces, recipe.patient.max_total_sequence_length)
+    header = make_header(recipe, source, prompts, revision())
     path = recipe.path("token_rewards.jsonl")
     if is_complete(path, header, fresh):
         print(f"{path} is complete; fresh=true makes it anew")
     else:
-        scorer = backends.load_scorer(recipe.patient, backends.without_start(recipe.megatron), recipe.vllm)
+        scorer = load_scorer()
         with ArtefactWriter(path, header, fresh) as writer, spend(Path(recipe.run_dir), "reward") as cost:
             cost.update(_reward_rest(recipe, preferences, prompts, scorer, writer))
             if next(writer.rows(), None) is None:
@@ -105,7 +122,7 @@ def faces_of(settings: Reward, objectives: Sequence[str]) -> dict[str, Face]:
     return {objective: found[objective] for objective in objectives}
 
 
-def make_header(recipe: Recipe, source: Path, prompts: FacePrompts) -> Header:
+def make_header(recipe: Recipe, source: Path, prompts: FacePrompts, revision: str) -> Header:
     """Everything that decides the rows; settings of cost alone (batches, waves' warnings) are left out."""
     settings, patient = recipe.reward, recipe.patient
     decides = [settings.tau, settings.theta, settings.eps, settings.pairs_per_wave, settings.noise_pairs]
@@ -115,7 +132,7 @@ def make_header(recipe: Recipe, source: Path, prompts: FacePrompts) -> Header:
         parent=file_digest(source),
         tokenizer=prompts.chat.fingerprint,
         chat_template=prompts.chat.template_digest,
-        policy=backends.policy_revision(patient.model_name),
+        policy=revision,
         extra={
             "faces": {o: {name: digest(text) for name, text in f._asdict().items()} for o, f in prompts.faces.items()},
             "face_placement": prompts.placement,

@@ -24,7 +24,7 @@ from nemo_pivotrl.records import InputError, Problem, digest, file_digest, read_
 from nemo_pivotrl.stages import checkpoint
 from nemo_pivotrl.stages.ledger import spend
 from nemo_pivotrl.stages.metrics import MetricsLog
-from nemo_pivotrl.stages.progress import progress
+from nemo_pivotrl.stages.progress import progress, steps_of
 from nemo_pivotrl.stages.rollout import load_chat
 
 if TYPE_CHECKING:
@@ -62,6 +62,8 @@ def _train(recipe: Recipe, source: Path, chat: Chat, fresh: bool) -> Path:
     """Train the doctor of `tfpo.objective` in the folder `tfpo.name`."""
     settings = recipe.tfpo
     train, held_out = _pairs(recipe, source)
+    steps = steps_of(settings.max_num_steps, settings.max_num_epochs, len(train), settings.pairs_per_step)
+    settings = dataclasses.replace(settings, max_num_steps=steps)
     loss_settings = tfpo_settings(recipe)
     backend = backends.load_doctor(recipe.doctor, anchored=settings.anchor == "reference", megatron=recipe.megatron)
     backend.prepare_for_training(recipe.doctor.optimizer)
@@ -112,7 +114,8 @@ def _best_by_loss(recipe: Recipe) -> Any:
 
 def _identity(recipe: Recipe, source: Path, chat: Chat) -> str:
     """What a checkpoint belongs to: data, start weights and every setting that changes training, not its length."""
-    kept = dataclasses.asdict(recipe.tfpo) | {"max_num_steps": None, "val_period": None, "val_pairs": None}
+    free = ("max_num_steps", "max_num_epochs", "val_period", "val_pairs")
+    kept = dataclasses.asdict(recipe.tfpo) | dict.fromkeys(free)
     doctor = dataclasses.asdict(recipe.doctor) | {"model_name": None, "device": None, "generation": None}
     doctor |= backends.identity_of(recipe.doctor, recipe.megatron)
     start = backends.policy_revision(recipe.doctor.model_name)

@@ -36,7 +36,7 @@ from nemo_pivotrl.records import (
 from nemo_pivotrl.stages import checkpoint
 from nemo_pivotrl.stages.ledger import spend
 from nemo_pivotrl.stages.metrics import MetricsLog
-from nemo_pivotrl.stages.progress import progress
+from nemo_pivotrl.stages.progress import progress, steps_of
 from nemo_pivotrl.stages.rollout import Rollout, fits, load_chat, load_recipe_verifier, roll_out, sample_seed, sampling
 from nemo_pivotrl.stages.select import candidates_of
 from nemo_pivotrl.verifiers import Verifier
@@ -62,6 +62,8 @@ def train(recipe: Recipe, fresh: bool = False) -> Path:
         raise InputError(
             Problem(str(source), None, "pivots", "none fits the context", "raise policy.max_total_sequence_length")
         )
+    steps = steps_of(settings.max_num_steps, settings.max_num_epochs, len(pivots), settings.num_prompts_per_step)
+    settings = dataclasses.replace(settings, max_num_steps=steps)
     held_out = sorted(held_out, key=lambda s: pivotrl.order_key(recipe.seed, s.candidate.candidate_id))[
         : settings.val_candidates
     ]
@@ -148,7 +150,7 @@ def _check(recipe: Recipe, source: Path, chat: Chat, verifier_id: str) -> None:
 
 def _identity(recipe: Recipe, source: Path) -> str:
     """What a checkpoint belongs to: pivots and every setting that changes training, but not how long it runs."""
-    grpo = dataclasses.asdict(recipe.grpo) | {"max_num_steps": None}
+    grpo = dataclasses.asdict(recipe.grpo) | {"max_num_steps": None, "max_num_epochs": None}
     parts = [dataclasses.asdict(x) for x in (recipe.policy, recipe.loss_fn, recipe.verifier)]
     computed = backends.identity_of(recipe.policy, recipe.megatron)
     parts += [computed] if computed else []

@@ -1,0 +1,98 @@
+"""The embedded tool-use world for a tiny `MegatronGPTModel`: its pivots, and a start policy that half knows them."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nemo_pivotrl import world
+from nemo_pivotrl.chat import Chat
+from nemo_pivotrl.config import Recipe, Verifier, World
+from nemo_pivotrl.records import Header, canonical_json, read_rows
+from nemo_pivotrl.responses import candidate_of_row, message_of
+from nemo_pivotrl.stages.extract import extract
+from nemo_pivotrl.stages.quickstart import make_world
+from nemo_pivotrl.tiny import make_tokenizer
+from nemo_pivotrl.verifiers import identity, load_verifier
+
+MAX_LENGTH = 40
+MODEL: dict[str, Any] = {
+    "model.num_layers": 2,
+    "model.hidden_size": 64,
+    "model.ffn_hidden_size": 192,
+    "model.num_attention_heads": 4,
+    "model.num_query_groups": 4,
+    "model.encoder_seq_length": 512,
+    "model.max_position_embeddings": 512,
+    "model.init_method_std": 0.05,
+    "model.optim": {"name": "sgd", "lr": 0.2, "weight_decay": 0.0},
+}
+
+
+def write_world(folder: Path, pivots: int) -> None:
+    """`tokenizer/` and `pivots.jsonl` in `folder`: turns of the service desk's experts, tool calls among them."""
+    recipe = Recipe(run_dir=str(folder), world=World(train_tasks=40))
+    recipe = _with_trajectories(recipe, make_world(recipe))
+    rng = random.Random(0)
+    texts = [canonical_json(world.expert_trajectory(t, rng)) for t in world.tasks(0, {"train": 200})["train"]]
+    tokenizer = make_tokenizer(texts, 512)
+    tokenizer.save_pretrained(folder / "tokenizer")
+    rows = [row for row in read_rows(extract(recipe)) if row["provenance"]["split"] == "train"]
+    rows = sorted(rows, key=lambda row: candidate_of_row(row).expected.kind)  # calls before messages
+    chat, settings = Chat(tokenizer), Verifier()
+    header = Header(
+        stage="pivots",
+        config_hash="",
+        tokenizer=chat.fingerprint,
+        chat_template=chat.template_digest,
+        verifier=identity(load_verifier(settings), settings),
+        extra={"sampling": {"temperature": 1.0, "top_p": 1.0, "max_new_tokens": MAX_LENGTH}},
+    )
+    chosen = rows[:pivots] + [
+        {**row, "provenance": {**row["provenance"], "split": "validation"}} for row in rows[:pivots]
+    ]
+    (folder / "pivots.jsonl").write_text(header.to_line() + "".join(canonical_json(row) + "\n" for row in chosen))
+
+
+def _with_trajectories(recipe: Recipe, path: Path) -> Recipe:
+    return dataclasses.replace(
+        recipe, extract=dataclasses.replace(recipe.extract, trajectories=(str(path),), near_duplicate=1.0)
+    )
+
+
+def imitate(trainer: Any, folder: Path, steps: int, copies: int) -> None:
+    """Fine-tune on the pivots' expert turns: the clipped loss at ratio 1 with every advantage 1 has SFT's gradient."""
+    model, chat = trainer.model, trainer.rm.chat
+    rows = []
+    for row in read_rows(folder / "pivots.jsonl"):
+        if row["provenance"]["split"] == "train":
+            candidate = candidate_of_row(row)
+            expert = message_of(candidate.expected)
+            rows.append(
+                (
+                    chat.prompt_ids(candidate.messages, candidate.tools),
+                    chat.action_ids(candidate.messages, candidate.tools, expert),
+                )
+            )
+    rows = rows * copies
+    width = max(len(p) + len(r) for p, r in rows)
+    tokens = torch.full((len(rows), width), model.tokenizer.eos_id)
+    mask = torch.zeros(len(rows), width - 1)
+    for i, (prompt, response) in enumerate(rows):
+        tokens[i, : len(prompt) + len(response)] = torch.tensor([*prompt, *response])
+        mask[i, len(prompt) - 1 : len(prompt) + len(response) - 1] = 1.0
+    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, betas=(0.9, 0.98), weight_decay=0.0)
+    for _ in range(steps):
+        log_probs = model.get_inference_log_probs(tokens)
+        ones = torch.ones(len(rows))
+        batch = {"response_tokens": tokens, "prev_logprobs": log_probs, "advantages": ones, "valid": ones, "mask": mask}
+        model.prepare_for_training()
+        optimizer.zero_grad()
+        model.prepare_for_training_step()
+        model.get_loss_and_metrics(batch, forward_only=False)
+        model.finish_training_step()
+        optimizer.step()
