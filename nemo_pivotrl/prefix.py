@@ -91,8 +91,9 @@ class Forest:
 
     def to(self, device: torch.device) -> Forest:
         """The same with its tensors on a device."""
-        values: dict[str, Any] = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        return replace(self, **{name: x.to(device) for name, x in values.items() if isinstance(x, Tensor)})
+        values = ((name, getattr(self, name)) for name in self.__dataclass_fields__)
+        moved: dict[str, Any] = {name: x.to(device) for name, x in values if isinstance(x, Tensor)}
+        return replace(self, **moved)
 
     def pick(self, found: Tensor) -> Tensor:
         """What was found for the predictions [P], row by row [n, T]; 0 on padding."""
