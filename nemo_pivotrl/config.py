@@ -74,8 +74,9 @@ class Policy:
     """Prompt plus new tokens. A state that does not fit is excluded and counted, never scored 0."""
     train_micro_batch_tokens: int = ranged(16384, 16)
     """Padded tokens of one forward and backward pass."""
-    share_prompt: bool = True
-    """Run a group's prompt once and hang its samples on it; the gradient is the same. Needs an attention-only model."""
+    prefix_sharing: bool = True
+    """Run prompts that samples share, and prefixes that prompts share, once (`prefix.py`): the same log-probabilities and the
+    same gradient for fewer tokens. `off` runs every sample with its whole prompt."""
     lora: Lora = field(default_factory=Lora)
     generation: Generation = field(default_factory=Generation)
     optimizer: Optimizer = field(default_factory=Optimizer)

@@ -97,7 +97,7 @@ def gradients(model: ReferencePolicy) -> list[torch.Tensor]:
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("share", [True, False])
 def test_log_probs_equal_the_unpadded_uncached_ones(folders: dict[str, str], name: str, share: bool) -> None:
-    model = policy(folders[name], share_prompt=share)
+    model = policy(folders[name], prefix_sharing=share)
     with torch.no_grad():
         expected = slow_log_probs(model, BATCH)
         found = model._rows(model.model, BATCH, list(range(6)))
@@ -109,10 +109,10 @@ def test_log_probs_equal_the_unpadded_uncached_ones(folders: dict[str, str], nam
 def test_sharing_a_prompt_gives_the_same_loss_and_gradient_in_any_micro_batching(
     folders: dict[str, str], name: str
 ) -> None:
-    naive = gradients(policy(folders[name], share_prompt=False))
+    naive = gradients(policy(folders[name], prefix_sharing=False))
     for budget in (16, 40, 10_000):
         for share in (True, False):
-            shared = gradients(policy(folders[name], share_prompt=share, train_micro_batch_tokens=budget))
+            shared = gradients(policy(folders[name], prefix_sharing=share, train_micro_batch_tokens=budget))
             # transformers computes norms in float32 inside a float64 model, hence 1e-7 and not 1e-12
             assert max(float((a - b).abs().max()) for a, b in zip(naive, shared, strict=True)) < 1e-7
     assert max(float(g.abs().max()) for g in naive) > 1e-3
