@@ -136,8 +136,8 @@ def packs(
     """[rank][pack] -> rows, every row exactly once; all ranks have equally many packs, some of them perhaps empty.
 
     prompts, responses: of each row. budget: tokens of a pack's stream, padding to `multiple` included; a group that
-    exceeds it alone makes a pack of its own. groups: rows that must stay together, one each if None. Rows are taken in the
-    order of their ids and cut where the fewest tokens are repeated, then where that makes fewer packs. Cost balances
+    exceeds it alone makes a pack of its own. groups: rows that must stay together, in this order; one each if None. Groups are
+    taken in the order of their ids and cut where the fewest tokens are repeated, then where that makes fewer packs. Cost balances
     ranks: tokens, and pairs of query and key at `pairs_per_token` to a token (a layer's matrix products cost a token about
     24 h^2 operations and a pair 4 h, so 6 h). Depends on nothing but its arguments. Raises ValueError for a row in no group
     or in several, and for an empty prompt or response.
@@ -175,17 +175,20 @@ class _Run:
     def of(cls, rows: Sequence[array[int]], units: Sequence[tuple[int, ...]], pairs_per_token: float) -> _Run:
         order, shared = _sorted(rows)
         rank = {row: i for i, row in enumerate(order)}
-        units = sorted((tuple(sorted(unit, key=rank.__getitem__)) for unit in units), key=lambda unit: rank[unit[0]])
+        units = sorted(units, key=lambda unit: min(rank[row] for row in unit))
         tokens, pairs, common = [0], [0], []
-        for i, unit in enumerate(units):
+        before: list[int] = []
+        for unit in units:
             # with units of several rows this may miss some sharing between units, never claim too much
-            above = _shared(rows[units[i - 1][-1]], rows[unit[0]]) if i else 0
-            within = [above] + [_least(shared, rank[a], rank[b]) for a, b in pairwise(unit)]
+            own = sorted(unit, key=rank.__getitem__)
+            above = _shared(rows[before[-1]], rows[own[0]]) if before else 0
+            within = [above] + [_least(shared, rank[a], rank[b]) for a, b in pairwise(own)]
             common.append(above)
-            tokens.append(tokens[-1] + sum(len(rows[row]) - cut for row, cut in zip(unit, within, strict=True)))
+            tokens.append(tokens[-1] + sum(len(rows[row]) - cut for row, cut in zip(own, within, strict=True)))
             pairs.append(
-                pairs[-1] + sum(_below(len(rows[row])) - _below(cut) for row, cut in zip(unit, within, strict=True))
+                pairs[-1] + sum(_below(len(rows[row])) - _below(cut) for row, cut in zip(own, within, strict=True))
             )
+            before = own
         return cls(list(units), common, tokens, pairs, pairs_per_token)
 
     def size(self, a: int, b: int) -> int:

@@ -80,6 +80,13 @@ def with_forests(attention: type) -> type:
     return Attention
 
 
+def te_with_forests() -> dict[type, type]:
+    """Transformer Engine's attention, and what stands in for it so that prefixes can be shared."""
+    from megatron.core.extensions.transformer_engine import TEDotProductAttention
+
+    return {TEDotProductAttention: with_forests(TEDotProductAttention)}
+
+
 class StreamAttention(DotProductAttention):
     """Causal attention over packed streams and over context-parallel ranks, which megatron-core's plain one refuses.
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from nemo_pivotrl.backends.megatron.architecture import Architecture, read_architecture
-from nemo_pivotrl.backends.megatron.local_layers import Norm, StreamAttention, with_forests
+from nemo_pivotrl.backends.megatron.local_layers import Norm, StreamAttention, te_with_forests
 from nemo_pivotrl.backends.megatron.mapping import padded_vocab_size
 from nemo_pivotrl.backends.megatron.parallel import Groups
 from nemo_pivotrl.backends.megatron.precision import CONTAINER, fp8_fields, mamba_projection, probe, require_fp8
@@ -281,13 +281,6 @@ def gpt_spec(config: TransformerConfig, te: bool, groups: Groups) -> Transformer
 
 LOCAL_TWINS: dict[type, type] = {WrappedTorchNorm: Norm, DotProductAttention: StreamAttention}
 """megatron-core's plain-torch layers that refuse a layout, and what stands in for them."""
-
-
-def te_with_forests() -> dict[type, type]:
-    """Transformer Engine's attention, and what stands in for it so that prefixes can be shared."""
-    from megatron.core.extensions.transformer_engine import TEDotProductAttention
-
-    return {TEDotProductAttention: with_forests(TEDotProductAttention)}
 
 
 def swap(spec: Any, twins: dict[type, type]) -> None:

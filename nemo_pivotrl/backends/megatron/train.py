@@ -159,7 +159,7 @@ class MegatronPolicy:
         if self.groups.last_stage:
             for rows, log_probs in found:
                 if rows:
-                    whole[list(rows), : log_probs.shape[1]] = log_probs
+                    whole[list(rows), : log_probs.shape[1]] = log_probs.to(whole.dtype)
         for group in (self.groups.dp, self.groups.pp):
             if group.size() > 1:
                 dist.all_reduce(whole, group=group)
