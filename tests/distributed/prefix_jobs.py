@@ -76,10 +76,17 @@ def no_rounding() -> Iterator[None]:
     def wide(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return self if self.dtype == torch.float64 else as_it_is(self, *args, **kwargs)
 
+    softmax = torch.softmax
+
+    def exact(logits: Tensor, dim: int, dtype: Any = None) -> Tensor:
+        return softmax(logits, dim=dim, dtype=torch.promote_types(logits.dtype, dtype or logits.dtype))
+
     Tensor.float = wide  # type: ignore[method-assign]
+    torch.softmax = exact
     try:
         yield
     finally:
+        torch.softmax = softmax
         Tensor.float = as_it_is  # type: ignore[method-assign]
 
 
