@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from nemo_pivotrl.backends import TokenBatch
-from nemo_pivotrl.backends.reference_forest import logits_of, prepare
+from nemo_pivotrl.backends.reference_forest import log_probs, prepare, run
 from nemo_pivotrl.backends.sampling import Turns, chunks, pad, positions
 from nemo_pivotrl.config import Generation, Optimizer, Policy
 from nemo_pivotrl.prefix import lay_out, packs
@@ -149,9 +149,8 @@ class ReferencePolicy:
         temperature = self.settings.generation.temperature or 1.0
         if self.settings.prefix_sharing:
             forest = lay_out(range(len(responses)), [prompts[p] for p in prompt_of], responses).to(self.device)
-            logits, of = logits_of(model, forest)
-            logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
-            return forest.pick(logits[of, forest.goals] - logits.logsumexp(1)[of])
+            output, of = run(model, forest)
+            return log_probs(output.logits[0], of, forest, temperature)
         targets, target_mask = pad(responses, left=False, device=self.device)
         ids, mask = pad([prompts[p] for p in prompt_of], left=True, device=self.device)
         ids, mask = torch.cat([ids, targets], 1), torch.cat([mask, target_mask], 1)
@@ -239,9 +238,9 @@ class ReferencePolicy:
             return totals
         for rows in self._micro_batches(batch):
             with torch.set_grad_enabled(not forward_only):
-                log_probs = self._rows(self.model, batch, rows)
-                data = {key: _fit(value[rows], log_probs.shape[1]).to(self.device) for key, value in batch.data.items()}
-                loss, metrics = loss_fn(log_probs, data)
+                found = self._rows(self.model, batch, rows)
+                data = {key: _fit(value[rows], found.shape[1]).to(self.device) for key, value in batch.data.items()}
+                loss, metrics = loss_fn(found, data)
             if not forward_only:
                 loss.backward()
             for key, value in metrics.items():

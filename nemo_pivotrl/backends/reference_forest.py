@@ -60,18 +60,21 @@ def over_forests(model: Any) -> Iterator[None]:
         config._attn_implementation = held
 
 
-def logits_of(model: Any, forest: Forest) -> tuple[Tensor, Tensor]:
-    """Logits [A, V] of the tokens that predict, and for every prediction [P] which of them it reads."""
+def run(model: Any, forest: Forest, **asked: Any) -> tuple[Any, Tensor]:
+    """(the model's output with logits [1, A, V] of the tokens that predict, which of them each prediction [P] reads)."""
     at, of = torch.unique(forest.places, return_inverse=True)
+    ids, positions = forest.tokens[None], forest.positions[None]
     with over_forests(model):
         output = model(
-            input_ids=forest.tokens[None],
-            position_ids=forest.positions[None],
-            use_cache=False,
-            logits_to_keep=at,
-            forest=forest,
+            input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=at, forest=forest, **asked
         )
-    return output.logits[0], of
+    return output, of
+
+
+def log_probs(logits: Tensor, of: Tensor, forest: Forest, temperature: float = 1.0) -> Tensor:
+    """Log-probability [n, T] (nats, float32 or better) of every response token, 0 on padding; logits [A, V]."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+    return forest.pick(logits[of, forest.goals] - logits.logsumexp(1)[of])
 
 
 def prepare(model: Any, field: str) -> None:
@@ -104,12 +107,12 @@ def _apart(model: Any, size: int) -> float:
     prompts, responses = [trunk, trunk, [*trunk, 9, 2]], [[9, 2, 6], [8, 7, 3], [6, 5, 4]]
     prompts, responses = ([[i % size for i in ids] for ids in rows] for rows in (prompts, responses))
     forest = lay_out(range(3), prompts, responses).to(model.device)
-    logits, of = logits_of(model, forest)
+    output, of = run(model, forest)
     worst = 0.0
     for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
         ids = torch.tensor([[*prompt, *response]], device=model.device)
         alone = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1].float()
-        difference = (logits[of[forest.predicts[i]]].float() - alone).abs().max()
+        difference = (output.logits[0, of[forest.predicts[i]]].float() - alone).abs().max()
         worst = max(worst, float(difference / alone.abs().max().clamp(min=1.0)))
     return worst
 

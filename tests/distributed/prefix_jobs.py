@@ -145,6 +145,9 @@ def harmed(harm: str) -> Iterator[None]:
             return replace(made, forks=forks)
         if harm == "positions":  # counted along the stream
             return replace(made, positions=torch.arange(len(made.tokens)))
+        if harm == "state":  # Mamba's states fork one token too early
+            moved = (s._replace(offset=s.offset - 1) if s.parent >= 0 else s for s in made.segments)
+            return replace(made, segments=tuple(moved))
         if harm == "first":  # the first token's log-probability read where the branch begins
             begins = {f.end - 1: f.first for f in made.forks}
             return replace(made, places=torch.tensor([begins.get(p, p) for p in made.places.tolist()]))

@@ -66,9 +66,11 @@ def test_shared_and_whole_rows_give_one_gradient(
     print(f"\n{kind:6}{name:12}{layout:24}{largest:.1e}")
 
 
-@pytest.mark.parametrize("harm", ["offset", "positions", "first"])
-def test_mistakes_one_could_make_are_found(workers: Workers, folder_of: Any, harm: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "harm"), [("qwen3", "offset"), ("qwen3", "positions"), ("qwen3", "first"), ("nemotron_h", "state")]
+)
+def test_mistakes_one_could_make_are_found(workers: Workers, folder_of: Any, name: str, harm: str) -> None:
     (answer,) = workers.run(
-        1, "prefix_jobs:both", folder=folder_of("qwen3"), layout={}, kind="grpo", seeds=[0, 1], budget=10**4, harm=harm
+        1, "prefix_jobs:both", folder=folder_of(name), layout={}, kind="grpo", seeds=[0, 1], budget=10**4, harm=harm
     )
     assert all(apart > 1e-4 for _, apart, *_ in answer)
