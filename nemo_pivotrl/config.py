@@ -613,7 +613,9 @@ class Patient:
     max_total_sequence_length: int = ranged(4096, 16)
     """Prompt with a face, plus answer. A pair that does not fit is excluded and counted, never cut."""
     batch_tokens: int = ranged(16384, 16)
-    """Padded tokens of one forward pass; a longer sequence runs alone. No row depends on it beyond rounding noise."""
+    """Tokens of one forward pass, padding included; a longer sequence runs alone. No row depends on it beyond rounding noise."""
+    prefix_sharing: bool = True
+    """As the policy's: here a face's prompt runs once for both answers."""
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)

@@ -25,6 +25,8 @@ NAME = "shared_prefix"
 MAMBA = "NemotronHMamba2Mixer"
 """The one recurrent layer that is known here."""
 KNOWN = {"full_attention", "linear_attention", "mlp", "moe"}
+OTHER_KINDS = ("sliding_window", "softcap", "s_aux")
+"""What transformers hands to attention that is more than softmax over all that stands before."""
 OFF = "set it to off: every sample then runs with its whole prompt"
 
 
@@ -37,9 +39,12 @@ def _attention(
     forest: Forest,
     scaling: float | None = None,
     dropout: float = 0.0,
-    **_: Any,
+    **more: Any,
 ) -> tuple[Tensor, None]:
-    """query [1, H, S, D], key and value [1, K, S, D] to [1, S, H, D]."""
+    """query [1, H, S, D], key and value [1, K, S, D] to [1, S, H, D]. Raises TypeError for attention of another kind."""
+    other = [name for name in OTHER_KINDS if more.get(name) is not None]
+    if other:
+        raise TypeError(f"attention with {', '.join(other)}")
     assert attention_mask is None and not dropout, "the forest is the mask, and nothing drops out"
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     return attend(query, key, value, forest, scale).transpose(1, 2), None
