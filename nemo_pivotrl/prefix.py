@@ -437,6 +437,12 @@ def _least(shared: Sequence[int], low: int, high: int) -> int:
     return min(shared[low + 1 : high + 1])
 
 
-def token_ratio(prompts: Sequence[Ids], responses: Sequence[Ids], run: int) -> float:
-    """Tokens of the rows one by one over `run`, those that were computed in their place; 1 is no saving."""
+def token_ratio(
+    prompts: Sequence[Ids], responses: Sequence[Ids], plan: Sequence[Sequence[int]], keep_last: bool = False
+) -> float:
+    """Tokens of the rows one by one over those of their packs, without padding; 1 is no saving."""
+    run = 0
+    for rows in plan:
+        ids = [_ids(prompts[row], responses[row], keep_last) for row in rows]
+        run += sum(map(len, ids)) - sum(_sorted(ids)[1]) if ids else 0
     return sum(len(p) + len(r) for p, r in zip(prompts, responses, strict=True)) / max(run, 1)

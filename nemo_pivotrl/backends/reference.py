@@ -23,7 +23,7 @@ from nemo_pivotrl.backends import TokenBatch
 from nemo_pivotrl.backends.reference_forest import log_probs, prepare, run
 from nemo_pivotrl.backends.sampling import Turns, chunks, pad, positions
 from nemo_pivotrl.config import Generation, Optimizer, Policy
-from nemo_pivotrl.prefix import lay_out, packs
+from nemo_pivotrl.prefix import lay_out, packs, token_ratio
 from nemo_pivotrl.records import InputError, Problem, Sample, short
 
 if TYPE_CHECKING:
@@ -236,7 +236,8 @@ class ReferencePolicy:
         totals: dict[str, float] = {}
         if not batch.responses:
             return totals
-        for rows in self._micro_batches(batch):
+        packs_of_rows = self._micro_batches(batch)
+        for rows in packs_of_rows:
             with torch.set_grad_enabled(not forward_only):
                 found = self._rows(self.model, batch, rows)
                 data = {key: _fit(value[rows], found.shape[1]).to(self.device) for key, value in batch.data.items()}
@@ -245,7 +246,13 @@ class ReferencePolicy:
                 loss.backward()
             for key, value in metrics.items():
                 totals[key] = totals.get(key, 0.0) + float(value)
-        return totals
+        return totals | {"token_ratio": self._token_ratio(batch, packs_of_rows)}
+
+    def _token_ratio(self, batch: TokenBatch, plan: Sequence[Sequence[int]], keep_last: bool = False) -> float:
+        """Tokens of the rows one by one over those run; 1 without sharing."""
+        if not self.settings.prefix_sharing:
+            return 1.0
+        return token_ratio(batch.prompts_of_rows, batch.responses, plan, keep_last)
 
     def finish_training_step(self) -> dict[str, float]:
         """Clip, step, and return gradient norm and learning rate. Raises FloatingPointError on a non-finite gradient."""

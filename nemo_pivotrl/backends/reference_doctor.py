@@ -91,7 +91,8 @@ class DoctorModel(ReferencePolicy):
     ) -> dict[str, float]:
         """Run the pairs in micro-batches, accumulate gradients, and return the summed metrics."""
         totals: dict[str, float] = {}
-        for rows in self._pair_batches(batch):
+        plan = self._pair_batches(batch)
+        for rows in plan:
             used = [batch.prompt_of[n] for n in rows[::2]]
             prompts, responses = [batch.prompts[p] for p in used], [batch.responses[n] for n in rows]
             prompt_of = [i // 2 for i in range(len(rows))]
@@ -105,7 +106,7 @@ class DoctorModel(ReferencePolicy):
                 loss.backward()
             for key, value in metrics.items():
                 totals[key] = totals.get(key, 0.0) + float(value)
-        return totals
+        return totals | {"token_ratio": self._token_ratio(batch, plan, keep_last=True)}
 
     @torch.no_grad()
     def _reference_log_probs(

@@ -309,7 +309,8 @@ def _update(
         totals = backend.get_loss_and_metrics(batch, partial(_loss, settings=settings, normaliser=normaliser))
         # the loss is a mean over all counted tokens; what is measured on computed rows is a mean over those
         computed = float(batch.data["mask"].sum()) if settings.token_mean else float(len(batch.responses))
-        totals = {k: v if k == "loss" else v * normaliser / computed for k, v in totals.items()}
+        whole = ("loss", "token_ratio")
+        totals = {k: v if k in whole else v * normaliser / computed for k, v in totals.items()}
     return {"trained_share": share} | totals | backend.finish_training_step()
 
 

@@ -35,7 +35,7 @@ from nemo_pivotrl.backends.megatron.sampler import sample
 from nemo_pivotrl.backends.megatron.stage import Stage
 from nemo_pivotrl.backends.megatron.weights import save_hf
 from nemo_pivotrl.config import Generation, Megatron, Optimizer, Policy
-from nemo_pivotrl.prefix import packs
+from nemo_pivotrl.prefix import packs, token_ratio
 from nemo_pivotrl.records import InputError, Problem, Sample
 
 if TYPE_CHECKING:
@@ -88,23 +88,25 @@ class MegatronPolicy:
         """Rows that must share a micro-batch."""
         return [(row,) for row in range(len(batch.responses))]
 
+    def _plan(self, batch: TokenBatch) -> list[list[list[int]]]:
+        """[data-parallel rank][micro-batch] -> rows, the same on every rank."""
+        m, groups, units = self.megatron, self.groups, self._groups_of_rows(batch)
+        prompts, budget = batch.prompts_of_rows, self.settings.train_micro_batch_tokens
+        if self.settings.prefix_sharing:
+            width = 6.0 * self.stage.config.hidden_size
+            return packs(
+                prompts, batch.responses, budget, groups.dp.size(), units, self._multiple(), self.with_head, width
+            )
+        lengths = [len(p) + len(r) for p, r in zip(prompts, batch.responses, strict=True)]
+        return schedule(units, lengths, budget, groups.dp.size(), self._multiple(), m.sequence_packing)
+
+    def _multiple(self) -> int:
+        m, groups = self.megatron, self.groups
+        return multiple_of(groups.tp.size(), groups.cp.size(), m.sequence_parallel, token_multiple(m))
+
     def _layouts(self, batch: TokenBatch) -> list[Rows]:
         """This data-parallel rank's micro-batches, on its device."""
-        m, groups = self.megatron, self.groups
-        multiple = multiple_of(groups.tp.size(), groups.cp.size(), m.sequence_parallel, token_multiple(m))
-        prompts, budget, units = (
-            batch.prompts_of_rows,
-            self.settings.train_micro_batch_tokens,
-            self._groups_of_rows(batch),
-        )
-        if self.settings.prefix_sharing:
-            pairs_per_token = 6.0 * self.stage.config.hidden_size
-            plan = packs(
-                prompts, batch.responses, budget, groups.dp.size(), units, multiple, self.with_head, pairs_per_token
-            )
-        else:
-            lengths = [len(p) + len(r) for p, r in zip(prompts, batch.responses, strict=True)]
-            plan = schedule(units, lengths, budget, groups.dp.size(), multiple, m.sequence_packing)
+        m, groups, prompts, multiple = self.megatron, self.groups, batch.prompts_of_rows, self._multiple()
 
         def made(rows: Sequence[int]) -> Rows:
             given = [prompts[n] for n in rows], [batch.responses[n] for n in rows]
@@ -112,7 +114,7 @@ class MegatronPolicy:
                 return Rows.of(prefix.lay_out(rows, *given, multiple, self.with_head).to(groups.device))
             return _to(lay_out(rows, *given, multiple, m.sequence_packing), groups.device)
 
-        return [made(rows) for rows in plan[groups.dp.rank()]]
+        return [made(rows) for rows in self._plan(batch)[groups.dp.rank()]]
 
     def _run(self, batch: TokenBatch, work: Work | None, forward_only: bool) -> list[Any]:
         """All micro-batches through the pipeline. What the last stage found for each: metrics, or without `work` the
@@ -225,7 +227,14 @@ class MegatronPolicy:
         def work(rows: Rows, log_probs: Tensor, _: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
             return loss_fn(log_probs, _data_of(batch, rows, log_probs))
 
-        return self._totals(self._run(batch, work, forward_only))
+        return self._totals(self._run(batch, work, forward_only)) | self._token_ratio(batch)
+
+    def _token_ratio(self, batch: TokenBatch) -> dict[str, float]:
+        """The metric `token_ratio`: tokens of the rows one by one over those run on all ranks; 1 without sharing."""
+        if not self.settings.prefix_sharing:
+            return {"token_ratio": 1.0}
+        plan = [rows for rank in self._plan(batch) for rows in rank]
+        return {"token_ratio": token_ratio(batch.prompts_of_rows, batch.responses, plan, self.with_head)}
 
     def _totals(self, found: Sequence[dict[str, Tensor]]) -> dict[str, float]:
         """Metrics summed over micro-batches and data-parallel ranks, in an order that is the same everywhere."""
