@@ -357,6 +357,9 @@ class Grpo:
     num_prompts_per_step: int = ranged(64, 1)
     num_generations_per_prompt: int = ranged(16, 2)
     max_num_steps: int = ranged(100, 1)
+    keep_together: float = ranged(0.5, 0.0, 1.0)
+    """The pivots of a trajectory follow each other in an epoch when that saves more than this share of their prompts'
+    tokens (`prefix.py`); 1.0: never. Each pivot is still drawn once an epoch, but those of a step are then more alike."""
     num_minibatches: int = ranged(1, 1)
     """Optimiser steps a rollout batch is divided into (A.15 12: one)."""
     use_leave_one_out_baseline: bool = False

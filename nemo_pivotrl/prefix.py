@@ -446,3 +446,9 @@ def token_ratio(
         ids = [_ids(prompts[row], responses[row], keep_last) for row in rows]
         run += sum(map(len, ids)) - sum(_sorted(ids)[1]) if ids else 0
     return sum(len(p) + len(r) for p, r in zip(prompts, responses, strict=True)) / max(run, 1)
+
+
+def prompt_saving(prompts: Sequence[Ids]) -> float:
+    """Share of the prompts' tokens that running them together saves, in [0, 1)."""
+    ids = [array("i", prompt) for prompt in prompts]
+    return sum(_sorted(ids)[1]) / max(sum(map(len, ids)), 1) if ids else 0.0
