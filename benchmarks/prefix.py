@@ -30,7 +30,7 @@ SHAPE = dict(
     max_position_embeddings=8192,
 )
 RESPONSE = 64
-CASES = [(512, 8, 1), (1024, 8, 1), (2048, 8, 1), (2048, 8, 4), (4096, 8, 1), (4096, 16, 8)]
+CASES = [(512, 8, 1), (1024, 8, 1), (2048, 8, 1), (2048, 8, 4), (4096, 8, 1)]
 """(prompt tokens of the last pivot, samples of a pivot, pivots of the trajectory)"""
 
 
