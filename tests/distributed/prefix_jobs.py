@@ -135,8 +135,9 @@ def both(folder: str, layout: dict[str, Any], kind: str, seeds: list[int], budge
 def harmed(harm: str) -> Iterator[None]:
     """A mistake one could make, which the comparison must find."""
     from nemo_pivotrl import prefix
+    from nemo_pivotrl.backends import forest_mamba
 
-    right = prefix.lay_out
+    right, cut = prefix.lay_out, forest_mamba.pieces
 
     def wrong(*args: Any, **kwargs: Any) -> prefix.Forest:
         made = right(*args, **kwargs)
@@ -145,19 +146,23 @@ def harmed(harm: str) -> Iterator[None]:
             return replace(made, forks=forks)
         if harm == "positions":  # counted along the stream
             return replace(made, positions=torch.arange(len(made.tokens)))
-        if harm == "state":  # Mamba's states fork one token too early
-            moved = (s._replace(offset=s.offset - 1) if s.parent >= 0 else s for s in made.segments)
-            return replace(made, segments=tuple(moved))
         if harm == "first":  # the first token's log-probability read where the branch begins
             begins = {f.end - 1: f.first for f in made.forks}
             return replace(made, places=torch.tensor([begins.get(p, p) for p in made.places.tolist()]))
         return made
 
+    def early(forest: prefix.Forest) -> list[forest_mamba.Piece]:
+        """Branches start from the state of a branching point before their own."""
+        made = cut(forest)
+        return [p if p.inner or p.before < 0 else p._replace(before=made[p.before].before) for p in made]
+
     prefix.lay_out = wrong
+    if harm == "state":
+        forest_mamba.pieces = early
     try:
         yield
     finally:
-        prefix.lay_out = right
+        prefix.lay_out, forest_mamba.pieces = right, cut
 
 
 def gradients(stage: Any, groups: Any) -> dict[str, Tensor]:
