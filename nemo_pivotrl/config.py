@@ -76,8 +76,9 @@ class Policy:
     """Prompt plus new tokens. A state that does not fit is excluded and counted, never scored 0."""
     train_micro_batch_tokens: int = ranged(16384, 16)
     """Padded tokens of one forward and backward pass."""
-    share_prompt: bool = True
-    """Run a group's prompt once and hang its samples on it; the gradient is the same. Needs an attention-only model."""
+    prefix_sharing: bool = True
+    """Run prompts that samples share, and prefixes that prompts share, once (`prefix.py`): the same log-probabilities and the
+    same gradient for fewer tokens. `off` runs every sample with its whole prompt."""
     lora: Lora = field(default_factory=Lora)
     generation: Generation = field(default_factory=Generation)
     optimizer: Optimizer = field(default_factory=Optimizer)
@@ -412,6 +413,9 @@ class Grpo:
     """-1: as many as `max_num_epochs` have."""
     max_num_epochs: int = ranged(1, 1)
     """With `max_num_steps: -1`: how often each pivot is drawn."""
+    keep_together: float = ranged(0.5, 0.0, 1.0)
+    """The pivots of a trajectory follow each other in an epoch when that saves more than this share of their prompts'
+    tokens (`prefix.py`); 1.0: never. Each pivot is still drawn once an epoch, but those of a step are then more alike."""
     num_minibatches: int = ranged(1, 1)
     """Optimiser steps a rollout batch is divided into (A.15 12: one)."""
     use_leave_one_out_baseline: bool = False
@@ -671,7 +675,9 @@ class Patient:
     max_total_sequence_length: int = ranged(4096, 16)
     """Prompt with a face, plus answer. A pair that does not fit is excluded and counted, never cut."""
     batch_tokens: int = ranged(16384, 16)
-    """Padded tokens of one forward pass; a longer sequence runs alone. No row depends on it beyond rounding noise."""
+    """Tokens of one forward pass, padding included; a longer sequence runs alone. No row depends on it beyond rounding noise."""
+    prefix_sharing: bool = True
+    """As the policy's: here a face's prompt runs once for both answers."""
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)

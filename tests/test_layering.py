@@ -10,6 +10,8 @@ PACKAGE = Path(__file__).resolve().parents[1] / "nemo_pivotrl"
 FILES = sorted(PACKAGE.rglob("*.py"))
 ACCELERATOR_STACKS = {"vllm", "megatron", "nemo", "nemo_aligner", "transformer_engine"}
 
+SHARED = {"nemo_pivotrl.backends.forest_attention", "nemo_pivotrl.backends.forest_mamba"}
+
 
 def module_of(path: Path) -> str:
     parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
@@ -78,6 +80,7 @@ def test_backends_import_neither_stages_nor_algorithms_nor_each_other() -> None:
     for path in (PACKAGE / "backends").glob("*.py"):
         allowed = {"nemo_pivotrl.backends", "nemo_pivotrl.config", "nemo_pivotrl.records", "nemo_pivotrl.prefix"}
         allowed.add("nemo_pivotrl.backends.sampling")  # the arithmetic that all samplers share; itself no backend
+        allowed |= SHARED  # layers over a forest of shared prefixes; themselves no backend
         if "_" in path.stem.strip("_"):  # reference_doctor.py is a part of the backend reference.py
             allowed.add(f"nemo_pivotrl.backends.{path.stem.partition('_')[0]}")
         if path.stem.startswith("vllm"):
@@ -86,6 +89,8 @@ def test_backends_import_neither_stages_nor_algorithms_nor_each_other() -> None:
             allowed |= {name for name in MODULES if name.startswith("nemo_pivotrl.backends.vllm")}
             if path.stem in ("vllm_doctors", "vllm_decode", "vllm_guide"):
                 allowed |= {f"nemo_pivotrl.backends.{n}" for n in ("doctors", "guided")} | {"nemo_pivotrl.llmdoctor"}
+        if path.name.startswith(("reference", "scorer")):  # both run transformers' models, over forests, too
+            allowed.add("nemo_pivotrl.backends.reference_forest")
         if path.name in ("doctors.py", "guided.py"):
             # guided decoding *is* the mixture applied at every step, so its loop calls the pure functions of the
             # algorithm's file; a loss can be handed to a backend as an argument, a step of a KV-cached loop cannot.
@@ -109,7 +114,7 @@ def test_what_asks_servers_needs_no_vllm() -> None:
 def test_the_megatron_backend_imports_no_stage_no_algorithm_and_no_other_backend() -> None:
     for path in (PACKAGE / "backends/megatron").glob("*.py"):
         allowed = {"nemo_pivotrl.backends", "nemo_pivotrl.config", "nemo_pivotrl.records"}
-        allowed.add("nemo_pivotrl.backends.sampling")
+        allowed |= SHARED | {"nemo_pivotrl.backends.sampling", "nemo_pivotrl.prefix"}
         others = {name for name in ours(path) if not name.startswith("nemo_pivotrl.backends.megatron")}
         assert others <= allowed, path.name
 

@@ -55,9 +55,10 @@ PROMPTS, RESPONSES = [[1, 2, 3], [4]], [[5, 6], [7, 8, 9]]
 def test_a_padded_micro_batch_by_hand() -> None:
     made = lay_out([4, 7], PROMPTS, RESPONSES, multiple=8)
     assert made.tokens.tolist() == [[1, 2, 3, 5, 6, 0, 0, 0], [4, 7, 8, 9, 0, 0, 0, 0]]
-    assert made.targets.tolist() == [[-1, -1, 5, 6, -1, -1, -1, -1], [7, 8, 9, -1, -1, -1, -1, -1]]
+    assert made.places.tolist() == [2, 3, 8, 9, 10] and made.goals.tolist() == [5, 6, 7, 8, 9]
     assert made.positions[1].tolist() == list(range(8)) and made.rows == (4, 7)
-    assert made.predicts.tolist() == [[2, 3, 0], [8, 9, 10]] and made.states.tolist() == [[2, 3, 4, 0], [8, 9, 10, 11]]
+    assert made.predicts.tolist() == [[0, 1, 0], [2, 3, 4]] and made.states.tolist() == [[0, 1, 2, 0], [3, 4, 5, 6]]
+    assert made.seen.tolist() == [2, 3, 4, 8, 9, 10, 11]
     assert made.mask.tolist() == [[True, True, False], [True, True, True]] and made.starts is None
 
 
@@ -65,9 +66,9 @@ def test_a_packed_micro_batch_by_hand() -> None:
     made = lay_out([4, 7], PROMPTS, RESPONSES, multiple=2, packed=True)
     assert made.tokens.tolist() == [[1, 2, 3, 5, 6, 0, 4, 7, 8, 9]]
     assert made.positions.tolist() == [[0, 1, 2, 3, 4, 5, 0, 1, 2, 3]]
-    assert made.targets.tolist() == [[-1, -1, 5, 6, -1, -1, 7, 8, 9, -1]]
-    assert made.starts.tolist() == [0, 6, 10]
-    assert made.predicts.tolist() == [[2, 3, 0], [6, 7, 8]] and made.states.tolist() == [[2, 3, 4, 0], [6, 7, 8, 9]]
+    assert made.places.tolist() == [2, 3, 6, 7, 8] and made.goals.tolist() == [5, 6, 7, 8, 9]
+    assert made.starts.tolist() == [0, 6, 10] and made.seen.tolist() == [2, 3, 4, 6, 7, 8, 9]
+    assert made.predicts.tolist() == [[0, 1, 0], [2, 3, 4]] and made.states.tolist() == [[0, 1, 2, 0], [3, 4, 5, 6]]
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -75,15 +76,15 @@ def test_both_forms_point_at_the_tokens_they_predict(packed: bool) -> None:
     made = lay_out([0, 1], PROMPTS, RESPONSES, multiple=4, packed=packed)
     for row, response in enumerate(RESPONSES):
         at = made.predicts[row][made.mask[row]]
-        assert made.targets.flatten()[at].tolist() == made.tokens.flatten()[at + 1].tolist() == response
-    assert int((made.targets >= 0).sum()) == 5
+        assert made.goals[at].tolist() == made.tokens.flatten()[made.places[at] + 1].tolist() == response
+    assert len(made.goals) == 5
 
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_a_filler_has_tokens_and_no_rows(packed: bool) -> None:
     made = lay_out([], [], [], multiple=8, packed=packed)
     assert made.tokens.shape == (1, 8) and made.mask.shape == (0, 1) and made.states.shape == (0, 2)
-    assert bool((made.targets == -1).all())
+    assert made.places.numel() == made.goals.numel() == 0
 
 
 def test_empty_prompts_and_responses_are_refused() -> None:

@@ -97,7 +97,7 @@ def gradients(model: ReferencePolicy) -> list[torch.Tensor]:
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("share", [True, False])
 def test_log_probs_equal_the_unpadded_uncached_ones(folders: dict[str, str], name: str, share: bool) -> None:
-    model = policy(folders[name], share_prompt=share)
+    model = policy(folders[name], prefix_sharing=share)
     with torch.no_grad():
         expected = slow_log_probs(model, BATCH)
         found = model._rows(model.model, BATCH, list(range(6)))
@@ -109,13 +109,52 @@ def test_log_probs_equal_the_unpadded_uncached_ones(folders: dict[str, str], nam
 def test_sharing_a_prompt_gives_the_same_loss_and_gradient_in_any_micro_batching(
     folders: dict[str, str], name: str
 ) -> None:
-    naive = gradients(policy(folders[name], share_prompt=False))
+    naive = gradients(policy(folders[name], prefix_sharing=False))
     for budget in (16, 40, 10_000):
         for share in (True, False):
-            shared = gradients(policy(folders[name], share_prompt=share, train_micro_batch_tokens=budget))
+            shared = gradients(policy(folders[name], prefix_sharing=share, train_micro_batch_tokens=budget))
             # transformers computes norms in float32 inside a float64 model, hence 1e-7 and not 1e-12
             assert max(float((a - b).abs().max()) for a, b in zip(naive, shared, strict=True)) < 1e-7
     assert max(float(g.abs().max()) for g in naive) > 1e-3
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_without_transformers_float32_norms_the_gradients_are_equal_to_1e_12(
+    folders: dict[str, str], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers casts norms and routers to float32 by name, which here leaves float64 as it is."""
+    cast, softmax = torch.Tensor.to, torch.nn.functional.softmax
+
+    def to(self: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
+        if self.dtype is torch.float64 and torch.float32 in (*args, *kwargs.values()):
+            return self
+        return cast(self, *args, **kwargs)
+
+    def exact(x: torch.Tensor, *args: int, dtype: torch.dtype | None = None, **kwargs: int) -> torch.Tensor:
+        return softmax(x, *args, dtype=torch.promote_types(x.dtype, dtype or x.dtype), **kwargs)
+
+    batch = dataclasses.replace(BATCH, prompts=[PROMPTS[0], PROMPTS[0][:3], [*PROMPTS[0], 4, 4]])
+    found = []
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    monkeypatch.setattr(torch.nn.functional, "softmax", exact)
+    for share in (False, True):
+        model = policy(folders[name], prefix_sharing=share)
+        model.prepare_for_training_step()
+        metrics = model.get_loss_and_metrics(batch, loss_fn)
+        assert (metrics["token_ratio"] > 2) == share
+        found.append((metrics["loss"], [p.grad.clone() for p in model.model.parameters()]))
+    (one, a), (other, b) = found
+    assert abs(one - other) <= 1e-12
+    assert max(float((x - y).abs().max()) for x, y in zip(a, b, strict=True)) <= 1e-12
+
+
+def test_attention_of_another_kind_is_refused_by_name(tmp_path: Path) -> None:
+    from transformers import MistralConfig, MistralForCausalLM
+
+    MistralForCausalLM(MistralConfig(**SHAPE, sliding_window=4)).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=r"policy\.prefix_sharing: found on, for a mistral with sliding_window"):
+        policy(str(tmp_path))
+    policy(str(tmp_path), prefix_sharing=False)
 
 
 def test_a_sample_depends_on_its_seed_and_prompt_and_not_on_its_neighbours(folders: dict[str, str]) -> None:

@@ -194,7 +194,7 @@ def test_a_soft_cap_behind_the_head_is_part_of_the_chunked_logits(tmp_path: Path
     with torch.no_grad():
         model.get_output_embeddings().weight.mul_(50)
     model.save_pretrained(tmp_path)
-    scorer = ReferenceScorer(Patient(model_name=str(tmp_path), device="cpu", dtype="float64"))
+    scorer = ReferenceScorer(Patient(model_name=str(tmp_path), device="cpu", dtype="float64", prefix_sharing=False))
     (found,) = scorer.log_probs([([3, 4, 5], [6, 7])])
     assert found.tolist() == pytest.approx(slow_log_probs(model, [3, 4, 5], [6, 7]), abs=1e-9)
 

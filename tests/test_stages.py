@@ -442,3 +442,34 @@ def test_an_episode_fails_for_a_write_without_asking_and_for_a_wrong_end_state()
     broken = world.Episode(task)
     broken.step(Action("malformed"))
     assert broken.done and not broken.success
+
+
+def test_a_trajectorys_pivots_stay_together_where_that_saves_enough_and_each_is_drawn_once_an_epoch(
+    trained: Path,
+) -> None:
+    from nemo_pivotrl.stages.select import candidates_of
+    from nemo_pivotrl.stages.train import State, _draw, together
+
+    found = candidates_of(trained / "pivots.jsonl", "train")[:6]
+    owners = ["a", "b", "a", "c", "b", "a"]
+    trunk = list(range(20))
+    prompts = {"a": trunk, "b": trunk[:10], "c": [7, 7]}
+    pivots = [
+        State(
+            dataclasses.replace(c, candidate_id=f"{o}{i}", trajectory_id=o),
+            [*prompts[o], i] if o != "b" else [i, *trunk],
+        )
+        for i, (c, o) in enumerate(zip(found, owners, strict=True))
+    ]
+    assert together(pivots, 1.0) == [s.candidate.candidate_id for s in pivots]
+    assert together(pivots, 0.5) == [*("trajectory a", "b1", "trajectory a", "c3", "b4", "trajectory a")]
+    recipe = recipe_at(trained, "grpo.num_prompts_per_step=2")
+    for setting in ("0.5", "1.0"):
+        units = together(pivots, float(setting))
+        for epoch in range(4):
+            drawn = [s for step in range(3) for s in _draw(pivots, units, 3 * epoch + step + 1, recipe)]
+            names = [s.candidate.trajectory_id for s in drawn]
+            assert sorted(s.candidate.candidate_id for s in drawn) == sorted(s.candidate.candidate_id for s in pivots)
+            if setting == "0.5":
+                assert names.index("a") + 2 == len(names) - 1 - names[::-1].index("a")
+    assert recipe.grpo.keep_together == 0.5

@@ -41,6 +41,11 @@ class TokenBatch:
     data: dict[str, Tensor]
     """Tensors with N rows that the loss wants beside the log-probabilities; token-wise ones are padded to T."""
 
+    @property
+    def prompts_of_rows(self) -> list[Sequence[int]]:
+        """The prompt of each of the N responses."""
+        return [self.prompts[p] for p in self.prompt_of]
+
 
 class Sampler(Protocol):
     """Generates turns."""

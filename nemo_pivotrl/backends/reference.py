@@ -1,8 +1,8 @@
 """The `reference` backend: transformers on one device. The slow truth, and what a laptop runs.
 
-Prompts are padded on the left and responses on the right, so that a prompt ends where its responses begin. With
-`share_prompt` a prompt runs once: its keys and values are repeated for its responses, in the sampler and under autograd
-alike, which gives the same log-probabilities and the same gradient as running it once per response.
+The sampler pads prompts on the left and responses on the right, so that a prompt ends where its responses begin; a prompt runs
+once, and its keys and values are repeated for its responses. Scoring and training run the rows as a forest of shared
+prefixes (`prefix.py`), or with `prefix_sharing: off` padded, each row with its whole prompt.
 """
 
 from __future__ import annotations
@@ -22,8 +22,10 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.core_model_loading import revert_weight_conversion
 
 from nemo_pivotrl.backends import TokenBatch
+from nemo_pivotrl.backends.reference_forest import log_probs, prepare, run
 from nemo_pivotrl.backends.sampling import Turns, chunks, pad, positions
 from nemo_pivotrl.config import Generation, Optimizer, Policy
+from nemo_pivotrl.prefix import lay_out, packs, token_ratio
 from nemo_pivotrl.records import InputError, Problem, Sample, short
 
 if TYPE_CHECKING:
@@ -52,6 +54,10 @@ class ReferencePolicy:
         elif with_reference:
             self.reference = self._load(policy.model_name).requires_grad_(False)
         self.model.eval()
+        if policy.prefix_sharing:
+            for model in (self.model, self.reference):
+                if model is not None:
+                    prepare(model, "policy.prefix_sharing")
         self.optimizer: torch.optim.AdamW | None = None
         self.steps = 0
 
@@ -144,62 +150,37 @@ class ReferencePolicy:
         self, model: Any, prompts: Sequence[Sequence[int]], prompt_of: Sequence[int], responses: Sequence[Sequence[int]]
     ) -> Tensor:
         """Log-probability [N, T] (nats, float32 or better) of every response token, 0 on padding."""
-        targets, target_mask = pad(responses, left=False, device=self.device)
-        if self.settings.share_prompt:
-            logits = self._shared_logits(model, prompts, prompt_of, targets, target_mask)
-        else:
-            ids, mask = pad([prompts[p] for p in prompt_of], left=True, device=self.device)
-            ids, mask = torch.cat([ids, targets], 1), torch.cat([mask, target_mask], 1)
-            output = model(
-                input_ids=ids, attention_mask=mask, position_ids=positions(mask), logits_to_keep=targets.shape[1] + 1
-            )
-            logits = output.logits[:, :-1]
         temperature = self.settings.generation.temperature or 1.0
+        if self.settings.prefix_sharing:
+            forest = lay_out(range(len(responses)), [prompts[p] for p in prompt_of], responses).to(self.device)
+            output, of = run(model, forest)
+            return log_probs(output.logits[0], of, forest, temperature)
+        targets, target_mask = pad(responses, left=False, device=self.device)
+        ids, mask = pad([prompts[p] for p in prompt_of], left=True, device=self.device)
+        ids, mask = torch.cat([ids, targets], 1), torch.cat([mask, target_mask], 1)
+        output = model(
+            input_ids=ids, attention_mask=mask, position_ids=positions(mask), logits_to_keep=targets.shape[1] + 1
+        )
+        logits = output.logits[:, :-1]
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
         chosen = logits.gather(2, targets[:, :, None])[:, :, 0] - logits.logsumexp(2)
         return torch.where(target_mask.bool(), chosen, torch.zeros_like(chosen))
 
-    def _shared_logits(
-        self,
-        model: Any,
-        prompts: Sequence[Sequence[int]],
-        prompt_of: Sequence[int],
-        targets: Tensor,
-        target_mask: Tensor,
-    ) -> Tensor:
-        """Logits [N, T, V] that predict `targets`, each prompt run once. Gradients reach the prompt through the cache."""
-        cache, first, mask = self._prefill(model, prompts, prompt_of)
-        if targets.shape[1] == 1:
-            return first[:, None]
-        width = mask.shape[1]
-        mask = torch.cat([mask, target_mask[:, :-1]], 1)
-        rest = model(
-            input_ids=targets[:, :-1],
-            attention_mask=mask,
-            position_ids=positions(mask)[:, width:],
-            past_key_values=cache,
-            use_cache=True,
-        )
-        return torch.cat([first[:, None], rest.logits], 1)
-
-    def _micro_batches(self, batch: TokenBatch) -> Iterator[list[int]]:
-        """Row numbers of each micro-batch: whole groups where they fit, ordered by prompt length."""
+    def _micro_batches(self, batch: TokenBatch) -> list[list[int]]:
+        """Row numbers of each micro-batch: what shares most together, or without sharing by prompt length."""
+        budget = self.settings.train_micro_batch_tokens
+        if self.settings.prefix_sharing:
+            width = 6.0 * self.model.config.get_text_config().hidden_size
+            return packs(batch.prompts_of_rows, batch.responses, budget, pairs_per_token=width)[0]
+        length = [len(prompt) for prompt in batch.prompts_of_rows]
         width = max(len(r) for r in batch.responses)
-        order = sorted(
-            range(len(batch.responses)), key=lambda n: (len(batch.prompts[batch.prompt_of[n]]), batch.prompt_of[n], n)
-        )
-        held: list[int] = []
-        prompts = 0
-        for row in order:
-            longest = len(batch.prompts[batch.prompt_of[row]])  # the longest so far: rows come by prompt length
-            new = not (held and self.settings.share_prompt and batch.prompt_of[held[-1]] == batch.prompt_of[row])
-            if held and (prompts + new) * longest + (len(held) + 1) * width > self.settings.train_micro_batch_tokens:
-                yield held
-                held, prompts, new = [], 0, True
-            held.append(row)
-            prompts += new
-        if held:
-            yield held
+        rows = sorted(range(len(length)), key=lambda n: (length[n], batch.prompt_of[n], n))
+        held: list[list[int]] = []
+        for row in rows:  # the last is the longest so far
+            if not held or (len(held[-1]) + 1) * (length[row] + width) > budget:
+                held.append([])
+            held[-1].append(row)
+        return held
 
     def _rows(self, model: Any, batch: TokenBatch, rows: list[int]) -> Tensor:
         used = list(dict.fromkeys(batch.prompt_of[n] for n in rows))
@@ -259,16 +240,23 @@ class ReferencePolicy:
         totals: dict[str, float] = {}
         if not batch.responses:
             return totals
-        for rows in self._micro_batches(batch):
+        packs_of_rows = self._micro_batches(batch)
+        for rows in packs_of_rows:
             with torch.set_grad_enabled(not forward_only):
-                log_probs = self._rows(self.model, batch, rows)
-                data = {key: _fit(value[rows], log_probs.shape[1]).to(self.device) for key, value in batch.data.items()}
-                loss, metrics = loss_fn(log_probs, data)
+                found = self._rows(self.model, batch, rows)
+                data = {key: _fit(value[rows], found.shape[1]).to(self.device) for key, value in batch.data.items()}
+                loss, metrics = loss_fn(found, data)
             if not forward_only:
                 loss.backward()
             for key, value in metrics.items():
                 totals[key] = totals.get(key, 0.0) + float(value)
-        return totals
+        return totals | {"token_ratio": self._token_ratio(batch, packs_of_rows)}
+
+    def _token_ratio(self, batch: TokenBatch, plan: Sequence[Sequence[int]], keep_last: bool = False) -> float:
+        """Tokens of the rows one by one over those run; 1 without sharing."""
+        if not self.settings.prefix_sharing:
+            return 1.0
+        return token_ratio(batch.prompts_of_rows, batch.responses, plan, keep_last)
 
     def finish_training_step(self) -> dict[str, float]:
         """Clip, step, and return gradient norm and learning rate. Raises FloatingPointError on a non-finite gradient."""

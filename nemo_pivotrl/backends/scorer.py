@@ -1,8 +1,8 @@
 """The reference scorer: log-probabilities of given tokens through transformers on one device.
 
-Sequences are padded on the right: under a causal model no token sees what stands behind it, so padding cannot change a
-number. Logits exist only for response tokens, a chunk at a time, in float32 or better: a batch costs its hidden states
-and one chunk, never [B, T, V].
+A face's prompt stands before both answers, and runs once (`prefix.py`). With `prefix_sharing: off` sequences are padded on
+the right: under a causal model no token sees what stands behind it, so padding cannot change a number. Logits exist only
+for response tokens, a chunk at a time, in float32 or better: a batch costs its hidden states and one chunk, never [B, T, V].
 """
 
 from __future__ import annotations
@@ -17,8 +17,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from nemo_pivotrl.backends.reference_forest import over_forests, prepare
 from nemo_pivotrl.backends.sampling import batches_within
 from nemo_pivotrl.config import Patient
+from nemo_pivotrl.prefix import lay_out, packs
 from nemo_pivotrl.records import InputError, Problem
 
 transformers.utils.logging.disable_progress_bar()  # loading takes seconds; the stages have bars of their own
@@ -50,6 +52,8 @@ class ReferenceScorer:
         self.device = torch.device(device)
         self.model = model.to(self.device).eval().requires_grad_(False)
         self._check_head()
+        if patient.prefix_sharing:
+            prepare(self.model, "patient.prefix_sharing")
 
     @torch.inference_mode()
     def log_probs(self, sequences: Sequences) -> list[Tensor]:
@@ -61,10 +65,28 @@ class ReferenceScorer:
         if any(not prompt or not response for prompt, response in sequences):
             raise ValueError("a sequence needs at least one prompt token and one response token")
         out: list[Tensor] = [torch.empty(0)] * len(sequences)
-        for batch in batches_within([len(p) + len(r) for p, r in sequences], self.settings.batch_tokens):
-            for n, found in zip(batch, self._forward([sequences[n] for n in batch]), strict=True):
+        budget, sharing = self.settings.batch_tokens, self.settings.prefix_sharing
+        batches = (
+            packs(*_columns(sequences), budget)[0]
+            if sharing
+            else batches_within([len(p) + len(r) for p, r in sequences], budget)
+        )
+        for batch in batches:
+            part = [sequences[n] for n in batch]
+            for n, found in zip(batch, self._over_forest(part) if sharing else self._forward(part), strict=True):
                 out[n] = found
         return out
+
+    def _over_forest(self, sequences: Sequences) -> list[Tensor]:
+        """What the sequences share runs once; each token is predicted once at each place."""
+        forest = lay_out(range(len(sequences)), *_columns(sequences)).to(self.device)
+        with over_forests(self.model):
+            hidden = self.model.base_model(
+                input_ids=forest.tokens[None], position_ids=forest.positions[None], use_cache=False, forest=forest
+            ).last_hidden_state[0, forest.places]
+        found = torch.cat([self._of_targets(h, t) for h, t in self._chunks(hidden, forest.goals)])
+        rows = forest.pick(found).cpu()
+        return [row[: len(response)] for row, (_, response) in zip(rows, sequences, strict=True)]
 
     def _forward(self, sequences: Sequences) -> list[Tensor]:
         width = max(len(p) + len(r) for p, r in sequences)
@@ -132,3 +154,8 @@ class _Answered(torch.nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> BaseModelOutputWithPast:
         return BaseModelOutputWithPast(last_hidden_state=self.hidden)
+
+
+def _columns(sequences: Sequences) -> tuple[list[Sequence[int]], list[Sequence[int]]]:
+    """Prompts and responses."""
+    return [p for p, _ in sequences], [r for _, r in sequences]

@@ -231,7 +231,7 @@ def fit(
     plain = dataclasses.replace(policy.generation, temperature=1.0)  # the likelihood itself, not a tempered one
     own = policy.model_name == recipe.policy.model_name
     megatron = recipe.megatron if own else backends.without_start(recipe.megatron)
-    trained = dataclasses.replace(policy, share_prompt=False, generation=plain, sampler="backend")
+    trained = dataclasses.replace(policy, prefix_sharing=False, generation=plain, sampler="backend")
     backend = backends.load(trained, megatron)
     backend.prepare_for_training(settings.optimizer)
     folder = recipe.path(settings.name)

@@ -23,6 +23,7 @@ from nemo_pivotrl import backends, pivotrl
 from nemo_pivotrl.backends import TokenBatch
 from nemo_pivotrl.chat import Chat
 from nemo_pivotrl.config import Grpo, LossFn, Recipe
+from nemo_pivotrl.prefix import prompt_saving
 from nemo_pivotrl.records import (
     Candidate,
     InputError,
@@ -67,6 +68,7 @@ def train(recipe: Recipe, fresh: bool = False) -> Path:
     held_out = sorted(held_out, key=lambda s: pivotrl.order_key(recipe.seed, s.candidate.candidate_id))[
         : settings.val_candidates
     ]
+    units = together(pivots, settings.keep_together if recipe.policy.prefix_sharing else 1.0)
     anchored = recipe.loss_fn.reference_policy_kl_penalty > 0 or settings.val_kl
     backend = backends.load(recipe.policy, recipe.megatron, with_reference=anchored, vllm=recipe.vllm)
     backend.prepare_for_training(recipe.policy.optimizer)
@@ -90,7 +92,7 @@ def train(recipe: Recipe, fresh: bool = False) -> Path:
         if first == 0 and settings.val_period and held_out:
             log.write(0, validate(recipe, backend, chat, verifier, held_out), {})
         for step in range(first + 1, settings.max_num_steps + 1):
-            metrics, timing = _step(recipe, step, _draw(pivots, step, recipe), backend, chat, verifier)
+            metrics, timing = _step(recipe, step, _draw(pivots, units, step, recipe), backend, chat, verifier)
             last = step == settings.max_num_steps
             if settings.val_period and held_out and (step % settings.val_period == 0 or last):
                 metrics |= validate(recipe, backend, chat, verifier, held_out)
@@ -165,19 +167,47 @@ def _states(candidates: Sequence[Candidate], chat: Chat, recipe: Recipe) -> list
     return kept
 
 
-def _draw(pivots: Sequence[State], step: int, recipe: Recipe) -> list[State]:
-    """The pivots of a step: consecutive places in an endless run of epochs, each in its own random order."""
+def _draw(pivots: Sequence[State], units: Sequence[str], step: int, recipe: Recipe) -> list[State]:
+    """The pivots of a step: consecutive places in an endless run of epochs, each in its own random order.
+
+    units: of each pivot what it is drawn with (`together`); a trajectory's pivots may follow each other. Every pivot is drawn once
+    an epoch either way; what changes is which ones share a step: fewer trajectories a step, hence a noisier gradient.
+    """
     size = recipe.grpo.num_prompts_per_step
-    ids = tuple(s.candidate.candidate_id for s in pivots)
+    members = _units(tuple(s.candidate.candidate_id for s in pivots), tuple(units))
     return [
-        pivots[_epoch(ids, recipe.seed, place // len(ids))[place % len(ids)]]
+        pivots[_epoch(members, recipe.seed, place // len(pivots))[place % len(pivots)]]
         for place in range((step - 1) * size, step * size)
     ]
 
 
+def together(pivots: Sequence[State], share: float) -> list[str]:
+    """Of each pivot, what it is drawn with: its trajectory where that saves more than `share` of the tokens, else itself."""
+    of: dict[str, list[State]] = {}
+    for state in pivots:
+        of.setdefault(state.candidate.trajectory_id, []).append(state)
+    saved = {name: prompt_saving([s.prompt for s in states]) for name, states in of.items()} if share < 1.0 else {}
+    return [
+        f"trajectory {name}" if saved.get(name := s.candidate.trajectory_id, 0.0) > share else s.candidate.candidate_id
+        for s in pivots
+    ]
+
+
 @lru_cache(maxsize=4)
-def _epoch(ids: tuple[str, ...], seed: int, epoch: int) -> list[int]:
-    return sorted(range(len(ids)), key=lambda i: pivotrl.order_key(seed, f"{epoch} {ids[i]}"))
+def _units(ids: tuple[str, ...], units: tuple[str, ...]) -> tuple[tuple[str, tuple[tuple[str, int], ...]], ...]:
+    """(name, its pivots' ids and numbers) of each unit that is drawn whole."""
+    of: dict[str, list[tuple[str, int]]] = {}
+    for number, (own, unit) in enumerate(zip(ids, units, strict=True)):
+        of.setdefault(unit, []).append((own, number))
+    return tuple((name, tuple(members)) for name, members in of.items())
+
+
+@lru_cache(maxsize=4)
+def _epoch(units: tuple[tuple[str, tuple[tuple[str, int], ...]], ...], seed: int, epoch: int) -> list[int]:
+    def key(named: tuple[str, object]) -> str:
+        return pivotrl.order_key(seed, f"{epoch} {named[0]}")
+
+    return [number for _, members in sorted(units, key=key) for _, number in sorted(members, key=key)]
 
 
 def _step(
@@ -363,7 +393,8 @@ def _update(recipe: Recipe, minibatch: Minibatch, backend: backends.Backend) -> 
         totals = backend.get_loss_and_metrics(batch, partial(_loss, settings=settings, normaliser=normaliser))
         # the loss is a mean over all counted tokens; what is measured on computed rows is a mean over those
         computed = float(batch.data["mask"].sum()) if settings.token_mean else float(len(batch.responses))
-        totals = {k: v if k == "loss" else v * normaliser / computed for k, v in totals.items()}
+        whole = ("loss", "token_ratio")
+        totals = {k: v if k in whole else v * normaliser / computed for k, v in totals.items()}
     return {"trained_share": share} | totals | backend.finish_training_step()
 
 

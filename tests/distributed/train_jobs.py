@@ -43,7 +43,7 @@ def policy_of(folder: str, budget: int = 80) -> Policy:
         model_name=folder,
         backend="megatron",
         train_micro_batch_tokens=budget,
-        share_prompt=False,
+        prefix_sharing=False,
         device="cpu",
         generation=Generation(temperature=0.8),
     )

@@ -1,6 +1,6 @@
 """Pure-torch stand-ins for the three symbols of mamba_ssm that megatron-core's Mamba-2 layer uses in training.
 
-The arithmetic is that of "Transformers are SSMs" (arXiv 2405.21060), listing 1, in float32. Letters: B sequences,
+The arithmetic is that of "Transformers are SSMs" (arXiv 2405.21060), listing 1, in float32 or better. Letters: B sequences,
 L tokens, H heads, P channels of a head, G groups that share B and C, N states, Q tokens of a chunk.
 """
 
@@ -44,6 +44,10 @@ def install() -> None:
         sys.modules[name] = module
 
 
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
 class RMSNorm(nn.Module):
     """RMS norm over groups of channels, of x * silu(z) where z is given."""
 
@@ -62,14 +66,14 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor, z: Tensor | None = None) -> Tensor:
         """x and z [..., hidden_size] to the same."""
-        h = x.float()
+        h = _wide(x)
         if z is not None and not self.norm_before_gate:
-            h = h * functional.silu(z.float())
+            h = h * functional.silu(_wide(z))
         grouped = h.unflatten(-1, (-1, self.group_size))
         grouped = grouped * torch.rsqrt(grouped.square().mean(-1, keepdim=True) + self.eps)
-        h = grouped.flatten(-2) * self.weight.float()
+        h = grouped.flatten(-2) * _wide(self.weight)
         if z is not None and self.norm_before_gate:
-            h = h * functional.silu(z.float())
+            h = h * functional.silu(_wide(z))
         return h.to(x.dtype)
 
 
@@ -142,7 +146,7 @@ def mamba_chunk_scan_combined(
     if seq_idx is not None or cu_seqlens is not None or return_varlen_states:
         raise NotImplementedError("on a CPU: no packed sequences")
     kind, length, heads = x.dtype, x.shape[1], x.shape[2]
-    step = dt.float() if dt_bias is None else dt.float() + dt_bias.float()
+    step = _wide(dt) if dt_bias is None else _wide(dt) + _wide(dt_bias)
     step = functional.softplus(step) if dt_softplus else step
     step = step.clamp(*dt_limit) if dt_limit != NO_LIMIT else step
     chunk = min(chunk_size, length)
@@ -154,17 +158,17 @@ def mamba_chunk_scan_combined(
         return t.unflatten(1, (-1, chunk))
 
     per_head = heads // B.shape[2]
-    b = chunked(B.float().repeat_interleave(per_head, 2))
-    c = chunked(C.float().repeat_interleave(per_head, 2))
-    decay = chunked(step * A.float()).cumsum(2)  # log of the decay since the chunk's beginning [B, n, Q, H]
-    moved = chunked(x.float() * step[..., None])
+    b = chunked(_wide(B).repeat_interleave(per_head, 2))
+    c = chunked(_wide(C).repeat_interleave(per_head, 2))
+    decay = chunked(step * _wide(A)).cumsum(2)  # log of the decay since the chunk's beginning [B, n, Q, H]
+    moved = chunked(_wide(x) * step[..., None])
     between = decay[:, :, :, None] - decay[:, :, None]  # [B, n, Q, Q, H]: from column to row
     future = torch.ones(chunk, chunk, dtype=torch.bool, device=x.device).triu(1)
     weight = between.masked_fill(future[:, :, None], -torch.inf).exp()
     y = torch.einsum("bnqhs,bnkhs,bnqkh,bnkhp->bnqhp", c, b, weight, moved)
     to_end = (decay[:, :, -1:] - decay).exp()
     added = torch.einsum("bnqhs,bnqh,bnqhp->bnhps", b, to_end, moved)
-    state = torch.zeros_like(added[:, 0]) if initial_states is None else initial_states.float()
+    state = torch.zeros_like(added[:, 0]) if initial_states is None else _wide(initial_states)
     before = []
     for n in range(added.shape[1]):
         before.append(state)
@@ -172,7 +176,7 @@ def mamba_chunk_scan_combined(
     y = y + torch.einsum("bnqhs,bnqh,bnhps->bnqhp", c, decay.exp(), torch.stack(before, 1))
     y = y.flatten(1, 2)[:, :length]
     if D is not None:
-        y = y + x.float() * (D.float() if D.dim() == 2 else D.float()[:, None])
+        y = y + _wide(x) * (_wide(D) if D.dim() == 2 else _wide(D)[:, None])
     if z is not None:
-        y = y * functional.silu(z.float())
+        y = y * functional.silu(_wide(z))
     return (y.to(kind), state) if return_final_states else y.to(kind)

@@ -53,4 +53,4 @@ class MegatronDoctor(MegatronPolicy):
             ids = token_ids[at][:, :wide].to(log_probs.device)
             return loss_fn(log_probs, values, start, ids, _data_of(batch, rows, log_probs))
 
-        return self._totals(self._run(batch, work, forward_only))
+        return self._totals(self._run(batch, work, forward_only)) | self._token_ratio(batch)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
 from megatron.core.models.mamba import MambaModel
@@ -24,10 +25,12 @@ from megatron.core.transformer.transformer_layer import (
     TransformerLayer,
     TransformerLayerSubmodules,
 )
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional
 
+from nemo_pivotrl.backends.forest_mamba import convolve, scan
 from nemo_pivotrl.backends.megatron.architecture import Architecture
-from nemo_pivotrl.backends.megatron.local_layers import Norm, StreamAttention
+from nemo_pivotrl.backends.megatron.local_layers import ForestParams, Norm, StreamAttention, te_with_forests
 
 
 def build_hybrid(architecture: Architecture, te: bool, common: dict[str, Any]) -> nn.Module:
@@ -38,8 +41,12 @@ def build_hybrid(architecture: Architecture, te: bool, common: dict[str, Any]) -
         stack.submodules.moe_layer.submodules.mlp = get_moe_module_spec(
             use_te=True, num_experts=architecture.moe.num_experts, moe_grouped_gemm=False
         )
+    if te:
+        slots = stack.submodules.attention_layer.submodules.self_attention.submodules
+        slots.core_attention = te_with_forests()[slots.core_attention]
     if architecture.mamba is not None:
         mixer = stack.submodules.mamba_layer.submodules.mixer
+        mixer.module = ForestMixer
         mixer.params = {
             **(mixer.params or {}),
             "d_conv": architecture.mamba.conv_kernel,
@@ -54,6 +61,40 @@ def build_hybrid(architecture: Architecture, te: bool, common: dict[str, Any]) -
     return model
 
 
+class ForestMixer(MambaMixer):
+    """megatron-core's Mamba-2 layer, which over a stream with shared prefixes forks its states where branches leave."""
+
+    def _ssm_training(self, zxBCdt: Tensor, packed_seq_params: Any = None) -> Tensor:
+        """Convolution, scan, gate and norm: [S, 1, 2HP + 2GN + H] to [S, 1, HP], with this rank's heads and groups."""
+        forest = packed_seq_params.forest if isinstance(packed_seq_params, ForestParams) else None
+        if forest is None:
+            return super()._ssm_training(zxBCdt, packed_seq_params)
+        from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
+
+        own = self.cp
+        heads, groups = own.nheads_local_tpcp, own.ngroups_local_tpcp
+        inner, states = heads * self.headdim, groups * self.d_state
+        z, mixed, dt = zxBCdt.transpose(0, 1).split([inner, inner + 2 * states, heads], -1)
+        mixed = functional.silu(convolve(mixed, own.get_conv1d_weight().squeeze(1), own.get_conv1d_bias(), forest))
+        x, b, c = mixed.split([inner, states, states], -1)
+        skip = own.get_D()
+        y = scan(
+            mamba_chunk_scan_combined,
+            x.unflatten(-1, (heads, self.headdim)),
+            dt,
+            b.unflatten(-1, (groups, self.d_state)),
+            c.unflatten(-1, (groups, self.d_state)),
+            forest,
+            A=-torch.exp(own.get_A_log().float()),
+            chunk_size=self.chunk_size,
+            D=skip.float().unflatten(0, (heads, self.headdim)) if self.D_has_hdim else skip,
+            dt_bias=own.get_dt_bias().float(),
+            dt_softplus=True,
+        )
+        gated = (y.flatten(2).float() * functional.silu(z.float())).to(z.dtype).transpose(0, 1).contiguous()
+        return self.norm(gated) if self.rmsnorm else gated
+
+
 LINEAR_NORM = "layer_norm_"
 """Prefix of a norm inside Transformer Engine's linear layers. Checkpoints have it whichever layers wrote them."""
 
@@ -61,7 +102,7 @@ LINEAR_NORM = "layer_norm_"
 def local_stack(config: TransformerConfig) -> ModuleSpec:
     """The hybrid's layers without Transformer Engine, which megatron-core does not offer itself."""
     mixer = ModuleSpec(
-        module=MambaMixer, submodules=MambaMixerSubmodules(in_proj=ColumnParallelLinear, out_proj=RowParallelLinear)
+        module=ForestMixer, submodules=MambaMixerSubmodules(in_proj=ColumnParallelLinear, out_proj=RowParallelLinear)
     )
     self_attention = ModuleSpec(
         module=SelfAttention,

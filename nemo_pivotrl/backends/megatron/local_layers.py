@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,7 +13,9 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from torch import Tensor, nn
 
+from nemo_pivotrl.backends.forest_attention import attend
 from nemo_pivotrl.backends.megatron.microbatches import context_part
+from nemo_pivotrl.prefix import Forest, visible
 
 
 class Norm:
@@ -38,6 +41,50 @@ class DuplicatedLinear(nn.Linear):
     def forward(self, hidden: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         """[..., input_size] to ([..., output_size], no bias left to add)."""
         return super().forward(hidden), None
+
+
+@dataclass
+class ForestParams(PackedSeqParams):
+    """A stream that shares prefixes. It has no `qkv_format`, so that megatron-core leaves the stream as it is: [S, 1, ...].
+
+    It reaches the layers as an argument, which is what a recomputed layer is given again.
+    """
+
+    forest: Forest | None = None
+
+
+def over_forest(query: Tensor, key: Tensor, value: Tensor, forest: Forest, scale: float) -> Tensor:
+    """query [S, 1, heads, head_dim], key and value likewise with fewer heads, to [S, 1, heads * head_dim]."""
+    found = attend(*(x.permute(1, 2, 0, 3) for x in (query, key, value)), forest, scale)
+    return found.permute(2, 0, 1, 3).flatten(2)
+
+
+def with_forests(attention: type) -> type:
+    """A core attention of megatron-core (Transformer Engine's) that takes streams with shared prefixes, too."""
+
+    class Attention(attention):  # type: ignore[misc]
+        def forward(
+            self,
+            query: Tensor,
+            key: Tensor,
+            value: Tensor,
+            *args: Any,
+            packed_seq_params: PackedSeqParams | None = None,
+            **kwargs: Any,
+        ) -> Any:
+            if isinstance(packed_seq_params, ForestParams):
+                assert packed_seq_params.forest is not None, "made with one"
+                return over_forest(query, key, value, packed_seq_params.forest, query.shape[-1] ** -0.5)
+            return super().forward(query, key, value, *args, packed_seq_params=packed_seq_params, **kwargs)
+
+    return Attention
+
+
+def te_with_forests() -> dict[type, type]:
+    """Transformer Engine's attention, and what stands in for it so that prefixes can be shared."""
+    from megatron.core.extensions.transformer_engine import TEDotProductAttention
+
+    return {TEDotProductAttention: with_forests(TEDotProductAttention)}
 
 
 class StreamAttention(DotProductAttention):
@@ -68,20 +115,32 @@ class StreamAttention(DotProductAttention):
         if packed_seq_params is None and size == 1:
             return super().forward(query, key, value, attention_mask, *args, **kwargs)
         assert attention_mask is None, "the mask is causal and made here"
-        if packed_seq_params is not None:
+        forest = packed_seq_params.forest if isinstance(packed_seq_params, ForestParams) else None
+        if forest is not None and size == 1:
+            return over_forest(query, key, value, forest, self.softmax_scale)
+        if packed_seq_params is not None and forest is None:
             query, key, value = (x[:, None] for x in (query, key, value))
         if size > 1:
             key, value = (gather_from_sequence_parallel_region(x, group=self.cp_group) for x in (key, value))
-        starts = [0, key.shape[0]] if packed_seq_params is None else packed_seq_params.cu_seqlens_q.tolist()
-        mask = stream_mask(starts, rank, size).to(key.device)
+        if forest is not None:
+            keys, own = _held([0, key.shape[0]], rank, size)
+            mask = ~visible(forest)[own][:, keys]
+        else:
+            starts = [0, key.shape[0]] if packed_seq_params is None else packed_seq_params.cu_seqlens_q.tolist()
+            mask = stream_mask(starts, rank, size).to(key.device)
         return super().forward(query, key, value, mask[None, None], *args, **kwargs)
 
 
 def stream_mask(starts: Sequence[int], rank: int, size: int) -> Tensor:
     """[S/C, S] bool, True where a query of context-parallel rank `rank` of `size` must not look: at later tokens, and at
     those of other sequences. Keys are in the order in which the ranks hold them."""
-    keys = torch.cat([context_part(starts, r, size) for r in range(size)])
-    queries = context_part(starts, rank, size)[:, None]
+    keys, queries = _held(starts, rank, size)
+    queries = queries[:, None]
     bounds = torch.tensor(starts)
     of_keys, of_queries = (torch.searchsorted(bounds, places, right=True) for places in (keys, queries))
     return (keys > queries) | (of_keys != of_queries)
+
+
+def _held(starts: Sequence[int], rank: int, size: int) -> tuple[Tensor, Tensor]:
+    """Places in the stream of all keys, in the order in which the ranks hold them, and of this rank's queries."""
+    return torch.cat([context_part(starts, r, size) for r in range(size)]), context_part(starts, rank, size)

@@ -5,8 +5,8 @@ micro-batches, since a mixture of experts and the gradients' reduction are in st
 do not suffice, a rank runs a filler without rows, whose loss is a connected zero. Micro-batches that run at the same
 time on different ranks are of about the same size.
 
-Two forms with the same numbers: rows padded on the right to the widest, or packed one after another into one stream
-(Transformer Engine's THD), each padded to `multiple` alone.
+Three forms with the same numbers: rows padded on the right to the widest; packed one after another into one stream
+(Transformer Engine's THD), each padded to `multiple` alone; or a forest of shared prefixes (`prefix.py`), one stream, too.
 """
 
 from __future__ import annotations
@@ -19,10 +19,12 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from nemo_pivotrl.prefix import Forest
+
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Tensors of one micro-batch of n rows. B is n padded rows of S tokens, or 1 stream of S tokens when packed."""
+    """Tensors of one micro-batch of n rows. B is n padded rows of S tokens, or 1 stream of S tokens."""
 
     rows: tuple[int, ...]
     """Numbers of the rows in the batch; empty in a filler."""
@@ -30,17 +32,30 @@ class Rows:
     """[B, S] long."""
     positions: Tensor
     """[B, S] long: place of each token in its own sequence."""
-    targets: Tensor
-    """[B, S] long: the next token where that is a response's, else -1."""
+    places: Tensor
+    """[P] long: index in the flattened [B * S] of the token that makes each prediction."""
+    goals: Tensor
+    """[P] long: the token predicted."""
     predicts: Tensor
-    """[n, T] long: index in the flattened [B * S] of the position that predicts each response token; 0 on padding."""
+    """[n, T] long: which prediction is each response token's; 0 on padding."""
+    seen: Tensor
+    """[U] long: index in the flattened [B * S] of every state; none in a forest that was not made for a head."""
     states: Tensor
-    """[n, T+1] long: index of the position of each state, the prompt's last token first; 0 on padding."""
+    """[n, T+1] long: which of `seen` is each state of a row, the prompt's last token first; 0 on padding."""
     mask: Tensor
     """[n, T] bool: response tokens."""
     starts: Tensor | None = None
     """Packed: [n+1] int32, where each sequence begins and the stream ends (Transformer Engine's cu_seqlens). Padding is the
     tail of its own sequence, which nothing before it sees."""
+    forest: Forest | None = None
+    """What attention and Mamba layers must know of a stream that shares prefixes."""
+
+    @classmethod
+    def of(cls, forest: Forest) -> Rows:
+        """The rows of a forest, which is one stream."""
+        stream = forest.tokens[None], forest.positions[None]
+        found = forest.places, forest.goals, forest.predicts, forest.seen, forest.states, forest.mask
+        return cls(forest.rows, *stream, *found, forest=forest)
 
 
 def multiple_of(tp: int, cp: int, sequence_parallel: bool, precision: int = 1) -> int:
@@ -146,21 +161,35 @@ def lay_out(
         size = max(padded, default=multiple)
         starts, shape = [i * size for i in range(n + 1)], (max(n, 1), size)
     tokens, positions = (torch.zeros(shape[0] * shape[1], dtype=torch.long) for _ in range(2))
-    targets = torch.full_like(tokens, -1)
-    predicts, states = torch.zeros(n, longest, dtype=torch.long), torch.zeros(n, longest + 1, dtype=torch.long)
     mask = torch.zeros(n, longest, dtype=torch.bool)
+    last = torch.zeros(n, 1, dtype=torch.long)
+    goals = [torch.tensor(list(response), dtype=torch.long) for response in responses]
     for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
-        first, end, count = starts[i], starts[i + 1], len(response)
+        first, end = starts[i], starts[i + 1]
         tokens[first : first + real[i]] = torch.tensor([*prompt, *response], dtype=torch.long)
         positions[first:end] = torch.arange(end - first)
-        last = first + len(prompt) - 1
-        targets[last : last + count] = torch.tensor(list(response), dtype=torch.long)
-        states[i, : count + 1] = torch.arange(last, last + count + 1)
-        predicts[i, :count] = states[i, :count]
-        mask[i, :count] = True
-    flat = (t.view(shape) for t in (tokens, positions, targets))
+        last[i] = first + len(prompt) - 1
+        mask[i, : len(response)] = True
+    states = torch.cat([torch.ones_like(mask[:, :1]), mask], 1)
+    place = last + torch.arange(longest + 1)  # of each state in the flattened [B * S]
     bounds = torch.tensor(starts, dtype=torch.int32) if packed and n else None
-    return Rows(tuple(rows), *flat, predicts, states, mask, bounds)
+    return Rows(
+        tuple(rows),
+        tokens.view(shape),
+        positions.view(shape),
+        places=place[:, :-1][mask],
+        goals=torch.cat([*goals, mask.new_zeros(0, dtype=torch.long)]),
+        predicts=_numbered(mask),
+        seen=place[states],
+        states=_numbered(states),
+        mask=mask,
+        starts=bounds,
+    )
+
+
+def _numbered(mask: Tensor) -> Tensor:
+    """[n, m] long: how many places of the mask stand before each of them, row by row; 0 outside."""
+    return (mask.flatten().cumsum(0).view(mask.shape) - 1).masked_fill(~mask, 0)
 
 
 def context_part(starts: Sequence[int], rank: int, ranks: int) -> Tensor:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from nemo_pivotrl.backends.megatron.architecture import Architecture, read_architecture
-from nemo_pivotrl.backends.megatron.local_layers import Norm, StreamAttention
+from nemo_pivotrl.backends.megatron.local_layers import Norm, StreamAttention, te_with_forests
 from nemo_pivotrl.backends.megatron.mapping import padded_vocab_size
 from nemo_pivotrl.backends.megatron.parallel import Groups
 from nemo_pivotrl.backends.megatron.precision import CONTAINER, fp8_fields, mamba_projection, probe, require_fp8
@@ -267,7 +267,9 @@ def gpt_spec(config: TransformerConfig, te: bool, groups: Groups) -> Transformer
     """The layers of this rank's stage of a GPT."""
     rank = groups.pp.rank()
     block = get_gpt_decoder_block_spec(config, use_transformer_engine=te, normalization="RMSNorm", pp_rank=rank)
-    if not te:
+    if te:
+        swap(block, te_with_forests())
+    else:
         swap(block, LOCAL_TWINS)
         block.layer_norm = Norm
         for layer in block.layer_specs:

@@ -178,7 +178,7 @@ class Memory:
     def __init__(self, chunk: Any, groups: Groups):
         self.chunk, self.groups = chunk, groups
         self.attentions = [m for m in chunk.modules() if isinstance(m, Attention)]
-        self.mixers = [m for m in chunk.modules() if type(m).__name__ == "MambaMixer"]
+        self.mixers = [m for m in chunk.modules() if "MambaMixer" in (kind.__name__ for kind in type(m).__mro__)]
         self.kernels = [RememberingAttention(self, attention) for attention in self.attentions]
         self.mamba: Any = None
         self.seen = torch.empty(0)

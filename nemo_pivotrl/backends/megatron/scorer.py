@@ -22,6 +22,7 @@ class MegatronScorer(MegatronPolicy):
             model_name=patient.model_name,
             backend="megatron",
             train_micro_batch_tokens=patient.batch_tokens,
+            prefix_sharing=patient.prefix_sharing,
             generation=Generation(temperature=1.0),
         )
         super().__init__(policy, megatron, groups)

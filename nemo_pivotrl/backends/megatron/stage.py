@@ -16,6 +16,7 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 
+from nemo_pivotrl.backends.megatron.local_layers import ForestParams
 from nemo_pivotrl.backends.megatron.logprobs import chunked_log_probs
 from nemo_pivotrl.backends.megatron.microbatches import Rows, context_part
 from nemo_pivotrl.backends.megatron.parallel import Groups
@@ -40,15 +41,16 @@ class Stage(MegatronModule):
             nn.init.zeros_(self.head.bias)
 
     def forward(self, rows: Rows) -> Tensor:
-        """Hidden states for the next stage; on the last one log-probabilities, and with a head log V, [1 or 2, B * S].
+        """Hidden states for the next stage; on the last one the log-probability of every prediction [P] and, with a head,
+        log V of every state behind them, [P + U].
 
-        They stand at the position that predicts the token, and at the state; 0 elsewhere. Each is the same number on every
-        tensor- and context-parallel rank of the stage; gradients reach what this rank itself computed.
+        Each is the same number on every tensor- and context-parallel rank of the stage; gradients reach what this rank
+        itself computed.
         """
         batch, length = rows.tokens.shape
         starts = [0, length] if rows.starts is None else rows.starts.tolist()
         here = context_part(starts, self.groups.cp.rank(), self.groups.cp.size()).to(rows.tokens.device)
-        hidden = self._hidden(rows.tokens[:, here], rows.positions[:, here], rows.starts)
+        hidden = self._hidden(rows.tokens[:, here], rows.positions[:, here], _packed(rows))
         if not self.groups.last_stage:
             return hidden
         if self.config.sequence_parallel:
@@ -58,39 +60,48 @@ class Stage(MegatronModule):
             )
         flat = hidden.transpose(0, 1).reshape(batch * len(here), -1)
         place = (torch.arange(batch, device=here.device)[:, None] * length + here).flatten()  # in the whole [B * S]
-        targets = rows.targets.flatten()[place]
-        wanted = (targets >= 0).nonzero()[:, 0]
+        local = torch.full((batch * length,), -1, device=here.device)
+        local[place] = torch.arange(len(place), device=here.device)
+        mine = (local[rows.places] >= 0).nonzero()[:, 0]
         found, _ = chunked_log_probs(
-            flat[wanted],
+            flat[local[rows.places[mine]]],
             self.lm_head(),
-            targets[wanted],
+            rows.goals[mine],
             self.groups.tp,
             self.chunk_tokens,
             self.vocab_size,
             self.temperature,
         )
-        log_probs = self._whole(found, place[wanted], batch * length)
+        log_probs = self._whole(found, mine, len(rows.places))
         if self.head is None:
-            return log_probs[None]
-        is_state = torch.zeros(batch * length, dtype=torch.bool, device=place.device)
-        states = torch.cat([torch.ones_like(rows.mask[:, :1]), rows.mask], 1)
-        is_state[rows.states[states]] = True
-        wanted = is_state[place].nonzero()[:, 0]
-        values = self.head(flat[wanted].float())[:, 0]
-        return torch.stack([log_probs, self._whole(values, place[wanted], batch * length)])
+            return log_probs
+        mine = (local[rows.seen] >= 0).nonzero()[:, 0]
+        values = self.head(flat[local[rows.seen[mine]]].to(self.head.weight.dtype))[:, 0]
+        return torch.cat([log_probs, self._whole(values, mine, len(rows.seen))])
 
-    def _hidden(self, tokens: Tensor, positions: Tensor, starts: Tensor | None = None) -> Tensor:
+    def _hidden(self, tokens: Tensor, positions: Tensor, packed: PackedSeqParams | None = None) -> Tensor:
         """Hidden states [S / cp (/ tp), B, H] after the stage's layers and, on the last one, the final norm.
 
-        starts: where the sequences of a packed stream begin and the last one ends; None where rows are padded.
+        packed: what attention must know of a stream; None where rows are padded.
         """
         chunk, last = self.module, self.module.post_process
-        packed = {} if starts is None else {"packed_seq_params": _packed(starts)}
         chunk.post_process = False  # the model's own head would make logits of every position
+        rotary = chunk.rotary_pos_emb if isinstance(packed, ForestParams) and self.rotates else None
+        if rotary is not None:
+            # megatron-core turns the i-th token of a stream by i; in a forest its position is another
+            rotary.forward = lambda length, **_: rotary.get_emb(length)[positions[0]]
+        extra = {} if packed is None else {"packed_seq_params": packed}
         try:
-            return chunk(input_ids=tokens, position_ids=positions, attention_mask=None, **packed)
+            return chunk(input_ids=tokens, position_ids=positions, attention_mask=None, **extra)
         finally:
             chunk.post_process = last
+            if rotary is not None:
+                del rotary.forward
+
+    @property
+    def rotates(self) -> bool:
+        """Attention uses rotary embeddings; that of hybrids uses none."""
+        return bool(self.module.position_embedding_type == "rope")
 
     def lm_head(self) -> Tensor:
         """This rank's shard [V / tp, H]."""
@@ -104,11 +115,16 @@ class Stage(MegatronModule):
         return _Collect.apply(found.new_zeros(size).index_put((place,), found), self.groups.cp)
 
 
-def _packed(starts: Tensor) -> PackedSeqParams:
+def _packed(rows: Rows) -> PackedSeqParams | None:
     """What attention and rotary embeddings must know of a stream; padding counts as a part of its own sequence."""
-    longest = int((starts[1:] - starts[:-1]).max())
+    if rows.forest is not None:
+        longest = int(rows.positions.max()) + 1
+        return ForestParams(max_seqlen_q=longest, max_seqlen_kv=longest, forest=rows.forest)
+    if rows.starts is None:
+        return None
+    longest = int((rows.starts[1:] - rows.starts[:-1]).max())
     names = ("cu_seqlens_q", "cu_seqlens_kv", "cu_seqlens_q_padded", "cu_seqlens_kv_padded")
-    bounds = dict.fromkeys(names, starts)
+    bounds = dict.fromkeys(names, rows.starts)
     return PackedSeqParams(qkv_format="thd", max_seqlen_q=longest, max_seqlen_kv=longest, **bounds)
 
 

@@ -23,6 +23,7 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
+from nemo_pivotrl import prefix
 from nemo_pivotrl.backends import TokenBatch
 from nemo_pivotrl.backends.megatron import checkpoint
 from nemo_pivotrl.backends.megatron.architecture import read_architecture
@@ -34,6 +35,7 @@ from nemo_pivotrl.backends.megatron.sampler import sample
 from nemo_pivotrl.backends.megatron.stage import Stage
 from nemo_pivotrl.backends.megatron.weights import export_hf, save_hf
 from nemo_pivotrl.config import Generation, Megatron, Optimizer, Policy
+from nemo_pivotrl.prefix import packs, token_ratio
 from nemo_pivotrl.records import InputError, Problem, Sample
 
 if TYPE_CHECKING:
@@ -86,32 +88,33 @@ class MegatronPolicy:
         """Rows that must share a micro-batch."""
         return [(row,) for row in range(len(batch.responses))]
 
+    def _plan(self, batch: TokenBatch) -> list[list[list[int]]]:
+        """[data-parallel rank][micro-batch] -> rows, the same on every rank."""
+        m, groups, units = self.megatron, self.groups, self._groups_of_rows(batch)
+        prompts, budget = batch.prompts_of_rows, self.settings.train_micro_batch_tokens
+        if self.settings.prefix_sharing:
+            width = 6.0 * self.stage.config.hidden_size
+            return packs(
+                prompts, batch.responses, budget, groups.dp.size(), units, self._multiple(), self.with_head, width
+            )
+        lengths = [len(p) + len(r) for p, r in zip(prompts, batch.responses, strict=True)]
+        return schedule(units, lengths, budget, groups.dp.size(), self._multiple(), m.sequence_packing)
+
+    def _multiple(self) -> int:
+        m, groups = self.megatron, self.groups
+        return multiple_of(groups.tp.size(), groups.cp.size(), m.sequence_parallel, token_multiple(m))
+
     def _layouts(self, batch: TokenBatch) -> list[Rows]:
         """This data-parallel rank's micro-batches, on its device."""
-        m, groups = self.megatron, self.groups
-        multiple = multiple_of(groups.tp.size(), groups.cp.size(), m.sequence_parallel, token_multiple(m))
-        lengths = [len(batch.prompts[p]) + len(r) for p, r in zip(batch.prompt_of, batch.responses, strict=True)]
-        plan = schedule(
-            self._groups_of_rows(batch),
-            lengths,
-            self.settings.train_micro_batch_tokens,
-            groups.dp.size(),
-            multiple,
-            m.sequence_packing,
-        )
-        return [
-            _to(
-                lay_out(
-                    rows,
-                    [batch.prompts[batch.prompt_of[n]] for n in rows],
-                    [batch.responses[n] for n in rows],
-                    multiple,
-                    m.sequence_packing,
-                ),
-                groups.device,
-            )
-            for rows in plan[groups.dp.rank()]
-        ]
+        m, groups, prompts, multiple = self.megatron, self.groups, batch.prompts_of_rows, self._multiple()
+
+        def made(rows: Sequence[int]) -> Rows:
+            given = [prompts[n] for n in rows], [batch.responses[n] for n in rows]
+            if self.settings.prefix_sharing:
+                return Rows.of(prefix.lay_out(rows, *given, multiple, self.with_head).to(groups.device))
+            return _to(lay_out(rows, *given, multiple, m.sequence_packing), groups.device)
+
+        return [made(rows) for rows in self._plan(batch)[groups.dp.rank()]]
 
     def _run(self, batch: TokenBatch, work: Work | None, forward_only: bool) -> list[Any]:
         """All micro-batches through the pipeline. What the last stage found for each: metrics, or without `work` the
@@ -119,13 +122,13 @@ class MegatronPolicy:
         layouts = self._layouts(batch)
 
         def finish(rows: Rows, output: Tensor, non_loss_data: bool = False) -> Any:
-            log_probs = _pick(output[0], rows.predicts, rows.mask)
+            log_probs = _pick(output[: len(rows.places)], rows.predicts, rows.mask)
             if non_loss_data or work is None:
                 return rows.rows, log_probs.detach()
             values = None
-            if len(output) > 1:
+            if self.with_head:
                 seen = torch.cat([torch.ones_like(rows.mask[:, :1]), rows.mask], 1)
-                values = _pick(output[1], rows.states, seen)
+                values = _pick(output[len(rows.places) :], rows.states, seen)
             idle = output.sum() * 0.0  # a filler's loss hangs on its graph, too
             loss, metrics = work(rows, log_probs, values) if rows.rows else (idle, {})
             return loss + idle, torch.tensor(0, dtype=torch.int, device=loss.device), metrics
@@ -158,7 +161,7 @@ class MegatronPolicy:
         if self.groups.last_stage:
             for rows, log_probs in found:
                 if rows:
-                    whole[list(rows), : log_probs.shape[1]] = log_probs
+                    whole[list(rows), : log_probs.shape[1]] = log_probs.to(whole.dtype)
         for group in (self.groups.dp, self.groups.pp):
             if group.size() > 1:
                 dist.all_reduce(whole, group=group)
@@ -224,7 +227,14 @@ class MegatronPolicy:
         def work(rows: Rows, log_probs: Tensor, _: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
             return loss_fn(log_probs, _data_of(batch, rows, log_probs))
 
-        return self._totals(self._run(batch, work, forward_only))
+        return self._totals(self._run(batch, work, forward_only)) | self._token_ratio(batch)
+
+    def _token_ratio(self, batch: TokenBatch) -> dict[str, float]:
+        """The metric `token_ratio`: tokens of the rows one by one over those run on all ranks; 1 without sharing."""
+        if not self.settings.prefix_sharing:
+            return {"token_ratio": 1.0}
+        plan = [rows for rank in self._plan(batch) for rows in rank]
+        return {"token_ratio": token_ratio(batch.prompts_of_rows, batch.responses, plan, self.with_head)}
 
     def _totals(self, found: Sequence[dict[str, Tensor]]) -> dict[str, float]:
         """Metrics summed over micro-batches and data-parallel ranks, in an order that is the same everywhere."""
@@ -297,6 +307,10 @@ def _check(policy: Policy, megatron: Megatron, groups: Groups, with_reference: b
     if with_reference and megatron.fp8 != "none" and megatron.fp8_param:
         remedy = "weights in FP8 cannot be swapped for the start policy's and come back unrounded: unset it"
         problems.append(Problem("recipe", None, "megatron.fp8_param", "true, with a KL reference", remedy))
+    if policy.prefix_sharing and groups.cp.size() > 1 and not megatron.cpu:
+        remedy = "on GPUs attention over shared prefixes is not cut over ranks: set it to off, or use 1 such rank"
+        found = f"on, with megatron.context_parallel_size {groups.cp.size()}"
+        problems.append(Problem("recipe", None, "policy.prefix_sharing", found, remedy))
     unequal = groups.pp.size() > 1 or groups.ep.size() > 1
     if megatron.moe_token_dispatcher_type == "allgather" and unequal:
         remedy = "micro-batches differ in length between ranks, which only alltoall allows"
@@ -314,9 +328,9 @@ def _data_of(batch: TokenBatch, rows: Rows, like: Tensor) -> dict[str, Tensor]:
     }
 
 
-def _pick(stream: Tensor, index: Tensor, mask: Tensor) -> Tensor:
-    """[n, T] of a stream, 0 outside the mask."""
-    return stream[index].masked_fill(~mask, 0.0)
+def _pick(found: Tensor, index: Tensor, mask: Tensor) -> Tensor:
+    """[n, T] of what was found, 0 outside the mask."""
+    return found[index].masked_fill(~mask, 0.0)
 
 
 def _to(rows: Rows, device: torch.device) -> Rows:

@@ -1,0 +1,159 @@
+"""Shared prefixes against whole rows: tokens, time and memory of one GRPO step on this CPU, and tokens at real lengths.
+
+python benchmarks/prefix.py              # measure, in one process a case and layout
+python benchmarks/prefix.py --project    # tokens alone, at the lengths of three kinds of trajectories
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+SHAPE = dict(
+    vocab_size=512,
+    hidden_size=256,
+    num_hidden_layers=4,
+    num_attention_heads=8,
+    num_key_value_heads=4,
+    head_dim=32,
+    intermediate_size=768,
+    max_position_embeddings=8192,
+)
+RESPONSE = 64
+CASES = [(512, 8, 1), (1024, 8, 1), (2048, 8, 1), (2048, 8, 4), (4096, 8, 1)]
+"""(prompt tokens of the last pivot, samples of a pivot, pivots of the trajectory)"""
+
+
+def rows_of(
+    prompt: int, samples: int, pivots: int, response: int = RESPONSE
+) -> tuple[list[list[int]], list[int], list[list[int]]]:
+    """Pivots at even distances along one trajectory whose last state has `prompt` tokens."""
+    maker = random.Random(0)
+    trunk = [maker.randrange(SHAPE["vocab_size"]) for _ in range(prompt)]
+    prompts = [trunk[: prompt * (i + 1) // pivots] for i in range(pivots)]
+    of = [i for i in range(pivots) for _ in range(samples)]
+    return prompts, of, [[maker.randrange(SHAPE["vocab_size"]) for _ in range(response)] for _ in of]
+
+
+def measure(prompt: int, samples: int, pivots: int, share: bool, folder: str) -> dict[str, float]:
+    """Seconds of a forward and backward pass, the second of two, and the process's peak above what the model takes."""
+    import torch
+
+    from nemo_pivotrl import pivotrl
+    from nemo_pivotrl.backends import TokenBatch
+    from nemo_pivotrl.backends.reference import ReferencePolicy
+    from nemo_pivotrl.config import Policy
+
+    torch.set_num_threads(1)
+    prompts, of, responses = rows_of(prompt, samples, pivots)
+    budget = (prompt + RESPONSE) * 4
+    backend = ReferencePolicy(
+        Policy(model_name=folder, device="cpu", prefix_sharing=share, train_micro_batch_tokens=budget)
+    )
+    batch = TokenBatch(prompts, of, responses, {"mask": torch.ones(len(of), RESPONSE)})
+    loss = partial(_loss, normaliser=float(len(of) * RESPONSE), fn=pivotrl.sft_loss)
+    seconds = []
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for _ in range(2):
+        backend.prepare_for_training_step()
+        started = time.perf_counter()
+        found = backend.get_loss_and_metrics(batch, loss)
+        seconds.append(time.perf_counter() - started)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    return {"seconds": min(seconds), "mib": peak / 1024, "loss": found["loss"], "ratio": found["token_ratio"]}
+
+
+def _loss(log_probs: Any, data: dict[str, Any], normaliser: float, fn: Any) -> Any:
+    return fn(log_probs, data["mask"], normaliser)
+
+
+def compare() -> None:
+    import torch
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    print("prompt  samples  pivots  token ratio  time ratio  of it  seconds (whole, shared)  peak MiB (whole, shared)")
+    with tempfile.TemporaryDirectory() as folder:
+        torch.manual_seed(0)
+        Qwen3ForCausalLM(Qwen3Config(**SHAPE)).save_pretrained(folder)
+        for case in CASES:
+            found = []
+            for share in (False, True):
+                command = [sys.executable, __file__, "--one", json.dumps([*case, share, folder])]
+                done = subprocess.run(
+                    command, capture_output=True, text=True, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+                )
+                found.append(json.loads(done.stdout.splitlines()[-1]))
+            whole, shared = found
+            assert abs(whole["loss"] - shared["loss"]) < 1e-4, found
+            faster = whole["seconds"] / shared["seconds"]
+            print(
+                "{:>6}{:>9}{:>8}{:>13.2f}{:>12.2f}{:>7.2f}{:>14.1f} {:>9.1f}{:>16.0f} {:>8.0f}".format(
+                    *case,
+                    shared["ratio"],
+                    faster,
+                    faster / shared["ratio"],
+                    whole["seconds"],
+                    shared["seconds"],
+                    whole["mib"],
+                    shared["mib"],
+                ),
+                flush=True,
+            )
+
+
+def project(data: str) -> None:
+    """Token ratios where a step holds whole trajectories, G = 16, in packs large enough for one."""
+    from nemo_pivotrl.prefix import token_ratio
+
+    profiles = {"terminal": (12_000, 300, 16), "SWE": (30_000, 512, 12)}
+    print("trajectories   last prompt  response  pivots  one pivot a step  all pivots a step")
+    rows = [(name, *profile) for name, profile in profiles.items()]
+    if Path(data).exists():
+        rows.insert(0, ("tau (real)", *_tau(Path(data))))
+    for name, prompt, response, pivots in rows:
+        prompts, of, responses = rows_of(prompt, 16, pivots, response)
+        whole = [prompts[i] for i in of]
+        alone = [[n for n in range(len(of)) if of[n] == i] for i in range(pivots)]
+        one, every = (token_ratio(whole, responses, plan) for plan in (alone, [list(range(len(of)))]))
+        print(f"{name:<15}{prompt:>11}{response:>10}{pivots:>8}{one:>18.1f}{every:>19.1f}")
+
+
+def _tau(path: Path) -> tuple[int, int, int]:
+    """Median of the trajectories: (tokens before the last action, tokens of an action, actions), at 4 characters a token."""
+    found = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        messages = row.get("messages") or row["traj"]
+        sizes = [len(json.dumps(m)) // 4 for m in messages]
+        turns = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+        if turns:
+            actions = [sizes[i] for i in turns]
+            found.append((sum(sizes[: turns[-1]]), sum(actions) // len(actions), len(turns)))
+    middle = [sorted(column)[len(found) // 2] for column in zip(*found, strict=True)]
+    return middle[0], middle[1], middle[2]
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--project", action="store_true")
+    parser.add_argument(
+        "--data", default="../shared/data/tau_airline/trajectories.jsonl", help="OpenAI chat, a line each"
+    )
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.one:
+        print(json.dumps(measure(*json.loads(arguments.one))))
+    elif arguments.project:
+        project(arguments.data)
+    else:
+        compare()

@@ -1,0 +1,177 @@
+"""What the ranks run in test_megatron_prefix.py: one step over a forest and over the rows one by one, in float64."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from train_jobs import TFPO, VOCABULARY, bend, megatron_of, policy_of
+
+from nemo_pivotrl import llmdoctor, pivotrl
+from nemo_pivotrl.backends import TokenBatch
+
+
+@dataclass
+class Grpo:
+    """GRPO with KL against a reference and a clip that binds for some tokens and not for others."""
+
+    normaliser: float
+
+    def __call__(self, log_probs: Tensor, data: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        settings = pivotrl.LossSettings(0.2, 0.2, None, False, True, 0.1, None, 0.0)
+        apart = data["apart"].to(log_probs.dtype)
+        old, start = log_probs.detach() + apart, log_probs.detach() - 2 * apart
+        advantages = data["advantages"].to(log_probs.dtype)
+        return pivotrl.grpo_loss(
+            log_probs, old, advantages, data["mask"], self.normaliser, settings, ref_log_probs=start
+        )
+
+
+def tree(seed: int, pairs: bool = False) -> TokenBatch:
+    """Pivots of two trajectories, prompts of others, samples that begin or are alike, and one over-long, hence masked."""
+    maker = random.Random(seed)
+
+    def ids(low: int, high: int) -> list[int]:
+        return [maker.randrange(VOCABULARY) for _ in range(maker.randrange(low, high))]
+
+    trunks = [ids(14, 22) for _ in range(2)]
+    prompts = [trunk[: maker.randrange(2, len(trunk))] for trunk in trunks for _ in range(2)] + [trunks[0], ids(1, 6)]
+    prompt_of = [p for p in range(len(prompts)) for _ in range(2 if pairs else maker.randrange(1, 4))]
+    responses = [ids(1, 7) for _ in prompt_of]
+    responses[1] = [*responses[0][:2], *ids(1, 3)]
+    responses[-1] = list(responses[-2])
+    width = max(map(len, responses))
+    mask = torch.tensor([[1.0] * len(r) + [0.0] * (width - len(r)) for r in responses])
+    values = torch.Generator().manual_seed(seed)
+    data = {"mask": mask.clone(), "advantages": torch.randn(len(responses), generator=values)}
+    data["mask"][2] = 0.0  # over-long
+    data["apart"] = 0.4 * torch.randn(mask.shape, generator=values)
+    data["rewards"] = torch.randn(mask.shape, generator=values) * mask
+    data["length"] = torch.tensor([len(r) for r in responses])
+    data["ended"] = torch.tensor([i % 3 > 0 for i in range(len(responses))])
+    return TokenBatch(prompts, prompt_of, responses, data)
+
+
+def tfpo(
+    log_probs: Tensor, values: Tensor, start: Tensor | None, ids: Tensor, data: dict[str, Tensor]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    mask = torch.arange(log_probs.shape[1]) < data["length"][:, None]
+    settings = replace(TFPO, anchor="none")
+    rows = torch.arange(len(mask)).view(-1, 2)
+    layout = llmdoctor.plan(ids, data["rewards"].double(), mask, data["ended"], rows, settings)
+    return llmdoctor.tfpo_loss(log_probs, values, layout, 6.0, settings, None)
+
+
+@contextmanager
+def no_rounding() -> Iterator[None]:
+    """megatron-core casts some of its arithmetic to float32 by name; here that leaves float64 as it is."""
+    as_it_is = Tensor.float
+
+    def wide(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return self if self.dtype == torch.float64 else as_it_is(self, *args, **kwargs)
+
+    softmax = torch.softmax
+
+    def exact(logits: Tensor, dim: int, dtype: Any = None) -> Tensor:
+        return softmax(logits, dim=dim, dtype=torch.promote_types(logits.dtype, dtype or logits.dtype))
+
+    Tensor.float = wide  # type: ignore[method-assign]
+    torch.softmax = exact
+    try:
+        yield
+    finally:
+        torch.softmax = softmax
+        Tensor.float = as_it_is  # type: ignore[method-assign]
+
+
+def both(folder: str, layout: dict[str, Any], kind: str, seeds: list[int], budget: int = 60, harm: str = "") -> Any:
+    """For every seed: (loss apart, worst gradient apart and its name, largest gradient, tokens run, tokens one by one)."""
+    from nemo_pivotrl.backends.megatron.doctor import MegatronDoctor
+    from nemo_pivotrl.backends.megatron.parallel import initialize
+    from nemo_pivotrl.backends.megatron.train import MegatronPolicy
+
+    megatron = replace(megatron_of(layout), moe_freeze_router=False)
+    groups = initialize(megatron, seed=1)
+    policy = replace(policy_of(folder, budget), prefix_sharing=True)
+    backend: Any = (MegatronDoctor if kind == "tfpo" else MegatronPolicy)(policy, megatron, groups)
+    stage, config = backend.stage.double(), backend.stage.config
+    config.params_dtype = config.pipeline_dtype = torch.float64
+    config.moe_router_dtype = "fp64" if config.num_moe_experts else None
+    bend(stage.head)
+    found = []
+    with no_rounding():
+        for seed in seeds:
+            batch, runs = tree(seed, kind == "tfpo"), []
+            for share in (False, True):
+                backend.settings = replace(policy, prefix_sharing=share)
+                for parameter in stage.parameters():
+                    parameter.grad = None
+                with harmed(harm if share else ""):
+                    if kind == "tfpo":
+                        metrics = backend.get_pair_loss_and_metrics(batch, tfpo)
+                    else:
+                        metrics = backend.get_loss_and_metrics(batch, Grpo(float(batch.data["mask"].sum())))
+                log_probs = backend.get_inference_log_probs(batch)
+                tokens = sum(rows.tokens.numel() for rows in backend._layouts(batch))
+                runs.append((metrics, gradients(stage, groups), log_probs, tokens))
+            (one, a, log_a, many), (other, b, log_b, few) = runs
+            apart = {name: float((a[name] - b[name]).abs().max()) for name in a}
+            worst = max(apart, key=apart.__getitem__, default="")
+            largest = max((float(g.abs().max()) for g in a.values()), default=0.0)
+            assert float((log_a - log_b).abs().max()) < 1e-5 or harm  # float32, as it is handed to the stage
+            keys = [key for key in one if key in other and key != "token_ratio"]
+            loss = max((abs(one[key] - other[key]) for key in keys if key != "ordered_drift"), default=0.0)
+            found.append((loss, apart.get(worst, 0.0), worst, largest, few, many))
+    return found
+
+
+@contextmanager
+def harmed(harm: str) -> Iterator[None]:
+    """A mistake one could make, which the comparison must find."""
+    from nemo_pivotrl import prefix
+    from nemo_pivotrl.backends import forest_mamba
+
+    right, cut = prefix.lay_out, forest_mamba.pieces
+
+    def wrong(*args: Any, **kwargs: Any) -> prefix.Forest:
+        made = right(*args, **kwargs)
+        if harm == "offset":  # branches look one trunk token too far, or too short
+            forks = tuple(f._replace(end=max(f.end - 1, f.begin + 1)) for f in made.forks)
+            return replace(made, forks=forks)
+        if harm == "positions":  # counted along the stream
+            return replace(made, positions=torch.arange(len(made.tokens)))
+        if harm == "first":  # the first token's log-probability read where the branch begins
+            begins = {f.end - 1: f.first for f in made.forks}
+            return replace(made, places=torch.tensor([begins.get(p, p) for p in made.places.tolist()]))
+        return made
+
+    def early(forest: prefix.Forest) -> list[forest_mamba.Piece]:
+        """Branches start from the state of a branching point before their own."""
+        made = cut(forest)
+        return [p if p.inner or p.before < 0 else p._replace(before=made[p.before].before) for p in made]
+
+    prefix.lay_out = wrong
+    if harm == "state":
+        forest_mamba.pieces = early
+    try:
+        yield
+    finally:
+        prefix.lay_out, forest_mamba.pieces = right, cut
+
+
+def gradients(stage: Any, groups: Any) -> dict[str, Tensor]:
+    """Gradients of this rank's parameters, summed over the ranks that hold other rows or other parts of the stream."""
+    found = {}
+    for name, parameter in stage.named_parameters():
+        grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.clone()
+        dist.all_reduce(grad, group=groups.dp_cp if getattr(parameter, "allreduce", True) else groups.expt_dp)
+        if getattr(parameter, "sequence_parallel", False):
+            dist.all_reduce(grad, group=groups.tp)
+        found[name] = grad
+    return found

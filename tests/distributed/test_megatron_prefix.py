@@ -1,0 +1,76 @@
+"""A step over shared prefixes is the step over whole rows: loss and every gradient in float64, layout by layout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_hf
+from distributed_harness import Workers
+
+EXACT = 1e-12
+TP, PP, EP = (f"{name}_model_parallel_size" for name in ("tensor", "pipeline", "expert"))
+CP = "context_parallel_size"
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "w1": (1, {}),
+    "w1 full recompute": (1, {"recompute": "full"}),
+    "w1 selective recompute": (1, {"recompute": "selective"}),
+    "dp2": (2, {}),
+    "tp2": (2, {TP: 2}),
+    "tp2+sp": (2, {TP: 2, "sequence_parallel": True}),
+    "pp2": (2, {PP: 2}),
+    "cp2": (2, {CP: 2}),
+    "ep2": (2, {EP: 2}),
+    "tp2 x pp2": (4, {TP: 2, PP: 2, "sequence_parallel": True}),
+}
+CASES = [
+    *(("grpo", "qwen3", layout) for layout in LAYOUTS if layout != "ep2"),
+    *(("tfpo", "qwen3", layout) for layout in ("w1", "tp2+sp", "pp2")),
+    *(("grpo", "qwen3_moe", layout) for layout in ("w1", "tp2+sp", "pp2", "ep2")),
+    *(("grpo", "nemotron_h", layout) for layout in ("w1", "tp2+sp", "pp2", "ep2")),
+    ("grpo", "llama_tied", "pp2"),
+]
+
+
+@pytest.fixture(scope="session")
+def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    made: dict[str, Path] = {}
+
+    def get(name: str) -> str:
+        if name not in made:
+            made[name] = tmp_path_factory.mktemp("hf") / name
+            tiny_hf.make(name, made[name])
+        return str(made[name])
+
+    return get
+
+
+@pytest.mark.parametrize(("kind", "name", "layout"), CASES)
+def test_shared_and_whole_rows_give_one_gradient(
+    workers: Workers, folder_of: Any, kind: str, name: str, layout: str
+) -> None:
+    ranks, settings = LAYOUTS[layout]
+    seeds = list(range(6 if ranks == 1 else 3))
+    job = "prefix_jobs:both"
+    answers = workers.run(ranks, job, folder=folder_of(name), layout=settings, kind=kind, seeds=seeds, budget=10**4)
+    answers += workers.run(ranks, job, folder=folder_of(name), layout=settings, kind=kind, seeds=seeds)
+    largest = 0.0
+    for answer in answers:
+        for loss, apart, worst, size, few, many in answer:
+            largest = max(largest, apart)
+            assert loss <= EXACT and apart <= EXACT, worst
+            assert size > 1e-4
+            if ranks == 1:
+                assert few < many
+    print(f"\n{kind:6}{name:12}{layout:24}{largest:.1e}")
+
+
+@pytest.mark.parametrize(
+    ("name", "harm"), [("qwen3", "offset"), ("qwen3", "positions"), ("qwen3", "first"), ("nemotron_h", "state")]
+)
+def test_mistakes_one_could_make_are_found(workers: Workers, folder_of: Any, name: str, harm: str) -> None:
+    (answer,) = workers.run(
+        1, "prefix_jobs:both", folder=folder_of(name), layout={}, kind="grpo", seeds=[0, 1], budget=10**4, harm=harm
+    )
+    assert all(apart > 1e-4 for _, apart, *_ in answer)

@@ -1,0 +1,97 @@
+"""Attention over a forest against attention over its rows, values and gradients, in float64; wrong forests are found out."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from nemo_pivotrl.backends.forest_attention import attend, blocks, dense, flex
+from nemo_pivotrl.prefix import Forest, Fork, lay_out, visible
+
+EXACT = 1e-12
+
+
+def tree(seed: int, rows: int = 9, multiple: int = 4) -> Forest:
+    maker = random.Random(seed)
+    trunk = [maker.randrange(2) for _ in range(20)]
+    prompts = [[*trunk[: maker.randrange(1, 20)], maker.randrange(3)] for _ in range(rows)]
+    responses = [[maker.randrange(3) for _ in range(maker.randrange(1, 6))] for _ in range(rows)]
+    return lay_out(range(rows), prompts, responses, multiple)
+
+
+def inputs(forest: Forest, heads: int, groups: int, seed: int = 0) -> list[Tensor]:
+    maker = torch.Generator().manual_seed(seed)
+    size = len(forest.tokens)
+    shapes = [(1, heads, size, 8), (1, groups, size, 8), (1, groups, size, 8)]
+    return [torch.randn(s, generator=maker, dtype=torch.float64).requires_grad_() for s in shapes]
+
+
+def by_hand(query: Tensor, key: Tensor, value: Tensor, forest: Forest, scale: float) -> Tensor:
+    """Softmax over the tokens that each query sees, written out."""
+    key, value = (x.repeat_interleave(query.shape[1] // key.shape[1], 1) for x in (key, value))
+    scores = (query @ key.transpose(2, 3) * scale).masked_fill(~visible(forest), -torch.inf)
+    return scores.softmax(-1) @ value
+
+
+def run(form, given: list[Tensor], forest: Forest, push: Tensor) -> list[Tensor]:
+    out = form(*given, forest, 0.3)
+    return [out.detach(), *torch.autograd.grad((out * push).sum(), given)]
+
+
+@pytest.mark.parametrize("form", [dense, blocks])
+@pytest.mark.parametrize(("heads", "groups"), [(4, 4), (4, 2), (6, 1)])
+def test_every_form_is_softmax_over_what_a_query_sees(form, heads: int, groups: int) -> None:
+    for seed in range(6):
+        forest = tree(seed)
+        given = inputs(forest, heads, groups, seed)
+        push = torch.randn(given[0].shape, dtype=torch.float64)
+        for found, want in zip(run(form, given, forest, push), run(by_hand, given, forest, push), strict=True):
+            torch.testing.assert_close(found, want, rtol=0, atol=EXACT)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_flex_attention_sees_the_same_pairs() -> None:
+    """Its eager form has no gradient off a GPU, and makes all scores."""
+    forest = tree(3)
+    given = [x.detach() for x in inputs(forest, 4, 2)]
+    torch.testing.assert_close(flex(*given, forest, 0.3), by_hand(*given, forest, 0.3), rtol=0, atol=EXACT)
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+def test_lower_precisions_are_as_exact_as_their_dtype(kind: torch.dtype) -> None:
+    forest = tree(1, rows=20)
+    given = inputs(forest, 4, 2)
+    low = [x.detach().to(kind).requires_grad_() for x in given]
+    push = torch.randn(given[0].shape, dtype=torch.float64)
+    want = run(by_hand, [x.detach().double().requires_grad_() for x in low], forest, push.to(kind).double())
+    for found, exact in zip(run(attend, low, forest, push.to(kind)), want, strict=True):
+        assert found.dtype == kind
+        torch.testing.assert_close(found.double(), exact, rtol=0, atol=20 * torch.finfo(kind).eps)
+
+
+def wrong_by_one(forest: Forest, by: int) -> Forest:
+    """The branching points moved along the trunk."""
+    return replace(forest, forks=tuple(Fork(a, b, c, max(d + by, c + 1)) for a, b, c, d in forest.forks))
+
+
+@pytest.mark.parametrize("by", [-1, 1])
+def test_a_branching_point_that_is_off_by_one_is_seen(by: int) -> None:
+    forest = tree(2)
+    given = [x.detach() for x in inputs(forest, 4, 2)]
+    apart = blocks(*given, wrong_by_one(forest, by), 0.3) - dense(*given, forest, 0.3)
+    assert forest.forks and float(apart.abs().max()) > 1e-3
+
+
+def test_nothing_is_kept_for_each_branch() -> None:
+    """Of a trunk with 30 branches, what is saved for the backward pass is the stream alone."""
+    prompt = list(range(200))
+    forest = lay_out(range(30), [prompt] * 30, [[i, 7, 8] for i in range(30)])
+    given = inputs(forest, 4, 2)
+    kept: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
+        blocks(*given, forest, 0.3)
+    assert sum(kept) == sum(x.numel() for x in given) + given[0].numel() * 9 // 8
