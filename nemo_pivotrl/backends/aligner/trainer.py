@@ -131,10 +131,15 @@ class PivotRLTrainer(ReinforceTrainer):  # type: ignore[misc]
                     seed = sample_seed(*drawn, self.block.seed, rank, number, k)
                     turns.append(self.model.infer({**batch, "seed": seed}))
                     judged.append(self.rm.infer_rm({**turns[-1], "pivot": batch["pivot"]}))
+            self.model.check_turns()
         with self.timer("verifier_wait"):
             verdicts = torch.stack([j.result().cpu() for j in judged])
         rollouts = self._stacked(turns, group)
         rollouts["rewards"], rollouts["malformed"] = _by_pivot(verdicts, group).unbind(1)
+        if "lost" in rollouts:  # there is no turn, so that what the verifier says of its absence is no verdict
+            lost = rollouts["lost"].cpu()
+            rollouts["rewards"] = rollouts["rewards"].masked_fill(lost, torch.nan)
+            rollouts["malformed"] = rollouts["malformed"].masked_fill(lost, 0.0)
         if not is_validation:
             with self.timer("logprobs"):
                 rollouts["logprobs"] = self.model.get_inference_log_probs(rollouts["response_tokens"])
@@ -163,14 +168,17 @@ class PivotRLTrainer(ReinforceTrainer):  # type: ignore[misc]
         block, group = self.block, self.block.num_rollouts_per_prompt
         rewards = rollouts["rewards"].view(-1, group)
         valid = ~rewards.isnan()
+        lost = float(rollouts["lost"].sum()) if "lost" in rollouts else 0.0
         failed = all_reduce_dict(
-            {"failed": float((~valid).sum()), "turns": float(valid.numel())},
+            {"failed": float((~valid).sum()), "turns": float(valid.numel()), "lost": lost},
             group=parallel_state.get_data_parallel_group(),
         )
         if failed["failed"] > block.max_failure_share * failed["turns"]:
             found = f"{failed['failed']:.0f} of {failed['turns']:.0f} turns of step {self.step} could not be judged"
-            remedy = "mend the verifier, then run the same command again: it resumes"
-            raise InputError(Problem("verifier", None, "trainer.pivotrl.max_failure_share", found, remedy))
+            found += f"; the servers lost {failed['lost']:.0f} of them" if failed["lost"] else ""
+            mended = "servers" if failed["lost"] else "verifier"
+            remedy = f"mend the {mended}, then run the same command again: it resumes"
+            raise InputError(Problem(mended, None, "trainer.pivotrl.max_failure_share", found, remedy))
         if block.overlong_filtering:
             valid &= rollouts["is_end"].cpu().view(-1, group)
         advantages = pivotrl.group_advantages(
