@@ -315,13 +315,12 @@ def train_served(
         if pool is not None:
             seen["theirs"].append(pool.log_probs([PROBED])[0].tolist())
             if lose and len(seen["theirs"]) == 1:
-                pool.infer = lambda *a: [[Lost("test", "lost")] if n == 0 else f for n, f in enumerate(real(*a))]
+                turns = lambda *a: [[Lost("test", "lost")] if n == 0 else f for n, f in enumerate(real(*a))]  # noqa: E731
+                pool.infer = lambda *a: turns(*a) if len(a[0]) > 1 else real(*a)  # not the probe
         tokens = torch.tensor([[*PROBED[0], *PROBED[1]]])
         own = actor.get_inference_log_probs(tokens, forward_micro_batch_size=1)[0, len(PROBED[0]) - 1 :]
         seen["own"].append(own.tolist())
         seen["mismatch"].append(actor.served.mismatch)
-        if lose and pool is not None:
-            actor.served.stale = False
 
     def watched_infer(batch: Any) -> Any:
         if kill and trainer.step == 1 and os.environ["RANK"] == "0" and len(seen["tokens"]) % 4 == 1:
@@ -343,6 +342,28 @@ def train_served(
         error = str(caught)
     trainer.rm.close()
     return {"rows": logger.rows, "error": error, "state": trainer.state_dict(), **seen}
+
+
+def refusals(folder: Path, hf_folder: str, cases: list[dict[str, Any]], without_httpx: bool) -> dict[str, Any]:
+    """What a served policy says to each of these overrides before anything is asked of a server."""
+    import tiny_served
+
+    from nemo_pivotrl.backends.aligner.served import ServedTurns
+    from nemo_pivotrl.backends.aligner.settings import PivotRLModelBlock, read_block
+    from nemo_pivotrl.records import InputError
+
+    if without_httpx:
+        sys.modules["httpx"] = None  # type: ignore[assignment]
+    said = []
+    for case in cases:
+        settings = tiny_served.MODEL | tiny_served.settings(hf_folder, "http://127.0.0.1:9") | case
+        cfg = tiny_aligner.config("pivotrl", folder, PIVOTRL | settings)
+        try:
+            ServedTurns(read_block(PivotRLModelBlock, cfg.model.pivotrl, "model.pivotrl"), cfg.model)
+            said.append("")
+        except InputError as error:
+            said.append(str(error))
+    return {"said": said}
 
 
 def train_world(folder: Path, warmup: int, steps: int) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import math
 import os
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ from conftest import Run
 from safetensors.torch import load_file
 from test_pivotrl_train import series
 
-WANTED = pytest.mark.skipif("VENV_VLLM" not in os.environ, reason="VENV_VLLM names no environment of vLLM: make test-aligner")
+WANTED = pytest.mark.skipif(
+    "VENV_VLLM" not in os.environ, reason="VENV_VLLM names no environment of vLLM: make test-aligner"
+)
 
 
 @pytest.fixture(scope="module")
@@ -50,28 +53,64 @@ def test_an_export_is_what_the_model_was_loaded_from(
     assert found.keys() == wanted.keys()
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
     assert len(list((tmp_path / "there").glob("*.safetensors"))) == pp
-    assert {p.name for p in hf_folder.iterdir()} - {p.name for p in (tmp_path / "there").iterdir()} == {"model.safetensors"}
+    assert {p.name for p in hf_folder.iterdir()} - {p.name for p in (tmp_path / "there").iterdir()} == {
+        "model.safetensors"
+    }
+
+
+def test_what_cannot_be_served_is_refused_by_name(run: Run, hf_folder: Path) -> None:
+    cases: dict[str, dict[str, Any]] = {
+        "model.pivotrl.hf_folder": {"model.pivotrl.hf_folder": ""},
+        "model.pivotrl.servers.servers": {"model.pivotrl.servers": {}},
+        "min_length": {"model.pivotrl.length_params.min_length": 2},
+        "model.peft.peft_scheme": {"model.peft.peft_scheme": "lora"},
+        "overlap_param_sync": {"model.optim.overlap_param_sync": True},
+        "config.json": {"model.pivotrl.hf_folder": str(hf_folder.parent)},
+    }
+    (found,) = run("refusals", hf_folder=str(hf_folder), cases=[*cases.values(), {}], without_httpx=False)
+    assert [name for name, said in zip(cases, found["said"], strict=False) if name not in said] == []
+    assert found["said"][-1] == ""
+    (found,) = run("refusals", hf_folder=str(hf_folder), cases=[{}], without_httpx=True)
+    assert "httpx" in found["said"][0] and "nemo-pivotrl[aligner]" in found["said"][0]
+
+
+def test_servers_that_are_not_there_end_the_run_on_all_ranks(run: Run, hf_folder: Path) -> None:
+    for found in run("train_served", 2, hf_folder=str(hf_folder), url="http://127.0.0.1:9", dp=2):
+        assert "http://127.0.0.1:9" in found["error"] and found["rows"] == []
 
 
 @WANTED
-@pytest.mark.parametrize(("tp", "dp"), [(1, 1), (2, 1), (1, 2)])
+@pytest.mark.parametrize(("tp", "pp", "dp"), [(1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2)])
 def test_a_step_samples_from_the_weights_that_the_last_one_made(
-    run: Run, hf_folder: Path, server: tiny_served.Server, tp: int, dp: int
+    run: Run, hf_folder: Path, server: tiny_served.Server, tp: int, pp: int, dp: int
 ) -> None:
-    steps = {"trainer.pivotrl.max_steps": 3}
-    ranks = run("train_served", tp * dp, hf_folder=str(hf_folder), url=server.url, tp=tp, dp=dp, **steps)
+    steps = {"trainer.pivotrl.max_steps": 3, "trainer.pivotrl.val_check_interval": 3}
+    steps |= {"model.optim": {"name": "sgd", "lr": 0.02, "weight_decay": 0.0}}
+    place = {"tp": tp, "pp": pp, "dp": dp}
+    ranks = run("train_served", tp * pp * dp, hf_folder=str(hf_folder), url=server.url, **place, **steps)
     for found in ranks:
         assert not found["error"] and found["state"]["step"] == 3
         assert series(found, "train_optim/policy_kl") == [0.0] * 3
-        assert series(found, "train_rollouts/failed") == [0.0] * 3
+        assert series(found, "train_rollouts/failed") == [0.0] * 3 and series(found, "val_rollouts/failed") == [0.0]
         assert min(series(found, "train_optim/grad_norm")) > 0.01
-        assert max(found["mismatch"]) < 1e-5 and len(found["own"]) == 3
+        assert len(found["mismatch"]) == 4 and max(found["mismatch"]) < 1e-5  # before every step and the validation
+        # what a server computes is what is trained, and that moves by far more than both differ
         for theirs, own in zip(found["theirs"], found["own"], strict=False):
             assert theirs == pytest.approx(own, abs=1e-5)
-        # the weights have moved by far more than both sides differ
-        assert max(abs(a - b) for a, b in zip(found["own"][0], found["own"][1], strict=True)) > 1e-3
+        for before, after in pairwise(found["own"]):
+            assert max(abs(a - b) for a, b in zip(before, after, strict=True)) > 1e-3
+    assert len(ranks[0]["theirs"]) == 4
     assert (ranks[0]["tokens"] == ranks[-1]["tokens"]) == (dp == 1)
-    assert len({str(rows) for rows in ranks[0]["tokens"]}) == len(ranks[0]["tokens"])  # every turn has its own seed
+
+
+@WANTED
+def test_servers_that_compute_something_else_end_the_run_on_all_ranks(
+    run: Run, hf_folder: Path, server: tiny_served.Server
+) -> None:
+    """At a tolerance that rounding alone exceeds."""
+    strict = {"refit_tolerance": 0.0}
+    for found in run("train_served", 2, hf_folder=str(hf_folder), url=server.url, dp=2, servers=strict):
+        assert "log-probabilities of the probe" in found["error"] and found["rows"] == []
 
 
 @WANTED

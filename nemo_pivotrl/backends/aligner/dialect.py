@@ -114,8 +114,10 @@ def _pivotrl(tree: Mapping[str, Any], trainer: Mapping[str, Any], model: Mapping
     policy = _policy(tree, model, block.chat, steps.gradient_clip_val, generation)
     served = {}
     if block.generation == "servers":  # then a recipe's policy is the folder that `serve` starts its servers from
-        dtype = "bfloat16" if str(_section(tree, "trainer").get("precision", "bf16")).startswith("bf16") else "float32"
-        policy = dataclasses.replace(policy, model_name=block.hf_folder, sampler="vllm", dtype=dtype)
+        half = str(_section(tree, "trainer").get("precision", "bf16")).startswith("bf16")
+        policy = dataclasses.replace(
+            policy, model_name=block.hf_folder, sampler="vllm", dtype="bfloat16" if half else "float32"
+        )
         served["vllm"] = block.servers
     rows = block.num_rollout_samples * steps.num_rollouts_per_prompt
     grpo = config.Grpo(

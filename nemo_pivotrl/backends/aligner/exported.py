@@ -14,7 +14,6 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -46,7 +45,7 @@ def everywhere(do: Callable[[], T]) -> list[T]:
         problems = [Problem(f"rank {dist.get_rank()}", None, "failure", found, "mend it; the same command resumes")]
     results: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(results, (own, problems))
-    wrong = [problem for _, failed in results for problem in failed]
+    wrong = list(dict.fromkeys(problem for _, failed in results for problem in failed))
     if wrong:
         raise InputError(wrong) from fault
     return [result for result, _ in results]
@@ -87,7 +86,7 @@ def local_shards(model: Any) -> dict[str, Tensor]:
     """This rank's parameters, by their names in `mapping`."""
     found: dict[str, Tensor] = {}
     for wrapped in model if isinstance(model, (list, nn.ModuleList)) else [model]:
-        chunk = wrapped
+        chunk: Any = wrapped
         while isinstance(getattr(chunk, "module", None), nn.Module):  # half precision and the like
             chunk = chunk.module
         numbers = {str(i): layer.layer_number - 1 for i, layer in enumerate(chunk.decoder.layers)}
@@ -128,7 +127,10 @@ def _gathered(shards: Mapping[str, Tensor], table: Sequence[Entry]) -> Iterator[
 
     A collective of the tensor-parallel group, to be followed to its end.
     """
-    group, size = parallel_state.get_tensor_model_parallel_group(), parallel_state.get_tensor_model_parallel_world_size()
+    group, size = (
+        parallel_state.get_tensor_model_parallel_group(),
+        parallel_state.get_tensor_model_parallel_world_size(),
+    )
     first = parallel_state.get_tensor_model_parallel_rank() == 0
     for entry in table:
         if entry.name not in shards:
@@ -150,19 +152,19 @@ def _gathered(shards: Mapping[str, Tensor], table: Sequence[Entry]) -> Iterator[
         yield from zip(entry.hf, whole, strict=True)
 
 
-def _write(shards: Mapping[str, Tensor], table: Sequence[Entry], folder: Path) -> dict[str, list[str]]:
-    """This stage's tensors into files of bounded size: file to the names in it, on the rank that wrote them."""
+def _write(shards: Mapping[str, Tensor], table: Sequence[Entry], folder: Path) -> dict[str, dict[str, str]]:
+    """This stage's tensors into files of bounded size: file to the names in it and their dtypes, on the rank that wrote."""
     if parallel_state.get_data_parallel_rank(with_context_parallel=True) != 0:
         return {}
     stage = parallel_state.get_pipeline_model_parallel_rank()
-    files: dict[str, list[str]] = {}
+    files: dict[str, dict[str, str]] = {}
     held: dict[str, Tensor] = {}
     fault: Exception | None = None
 
     def flush() -> None:
         nonlocal fault
         name = f"stage-{stage:03d}-{len(files):03d}.safetensors"
-        files[name] = list(held)
+        files[name] = {key: str(value.dtype).removeprefix("torch.") for key, value in held.items()}
         try:
             save_file(held, str(folder / name), {"format": "pt"})
         except Exception as error:  # the other ranks wait in the next collective: told when all are through
@@ -180,7 +182,7 @@ def _write(shards: Mapping[str, Tensor], table: Sequence[Entry], folder: Path) -
     return files
 
 
-def _finish(files: Mapping[str, Sequence[str]], source: Path, new: Path, folder: Path) -> None:
+def _finish(files: Mapping[str, Mapping[str, str]], source: Path, new: Path, folder: Path) -> None:
     """Index, config and tokenizer; then the folder takes its name. Rank 0 alone."""
     away = sorted(name for name in files if not (new / name).exists())
     if away:
@@ -190,8 +192,7 @@ def _finish(files: Mapping[str, Sequence[str]], source: Path, new: Path, folder:
         if path.is_file() and path.suffix in (".json", ".jinja", ".txt", ".model") and "index" not in path.name:
             shutil.copyfile(path, new / path.name)
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    with safe_open(str(new / next(iter(files))), "pt") as opened:
-        dtype = str(opened.get_tensor(next(iter(files.values()))[0]).dtype).removeprefix("torch.")
+    dtype = next(iter(next(iter(files.values())).values()))  # of the embedding
     config["torch_dtype" if "torch_dtype" in config else "dtype"] = dtype
     (new / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     index = {"metadata": {}, "weight_map": {name: file for file, names in files.items() for name in names}}

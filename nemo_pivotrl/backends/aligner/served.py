@@ -30,7 +30,6 @@ from nemo_pivotrl.stages.rollout import sample_seed
 require()
 
 from nemo.utils import logging  # noqa: E402
-from nemo_aligner.utils import parallel_state  # noqa: E402
 from nemo_aligner.utils.distributed import broadcast_2d_tensor_within_mp, run_if_model_parallel_src  # noqa: E402
 
 PROBE = list(range(3, 3 + PROBE_TOKENS))

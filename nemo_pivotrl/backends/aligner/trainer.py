@@ -210,9 +210,16 @@ class PivotRLTrainer(ReinforceTrainer):  # type: ignore[misc]
         return rows, {"trained_share": trained["trained_share"] / trained["turns"]}
 
     def compute_rollout_metrics(self, rollout_batch: Batch) -> dict[str, Any]:
-        """Means over all ranks' turns; those without a verdict count in `failed` alone. `table` is this rank's first turn."""
+        """Means over all ranks' turns. Those without a verdict have no part in `rewards`, and those that a sampler lost in
+        nothing but `failed`, where both count. `table` is this rank's first turn."""
         rewards, lengths = rollout_batch["rewards"], rollout_batch["response_lengths"] - rollout_batch["prompt_lengths"]
-        judged = ~rewards.isnan()
+        judged, sampled = ~rewards.isnan(), torch.ones(len(rewards), dtype=torch.bool)
+        if "lost" in rollout_batch:
+            sampled = ~rollout_batch["lost"].cpu()
+
+        def total(value: Tensor) -> float:
+            return float(value.cpu()[sampled].float().sum())
+
         by_pivot = (
             rewards.view(-1, self.block.num_rollouts_per_prompt) if "logprobs" in rollout_batch else rewards[:, None]
         )
@@ -226,25 +233,19 @@ class PivotRLTrainer(ReinforceTrainer):  # type: ignore[misc]
             "rewards": float(rewards.nansum()),
             "failed": float((~judged).sum()),
             "mixed_group_share": float(signal.sum()),
-            "malformed_share": float(rollout_batch["malformed"].sum()),
-            "fraction_of_samples_properly_ended": float(rollout_batch["is_end"].float().sum()),
-            "prompt_lengths": float(rollout_batch["prompt_lengths"].float().sum()),
-            "response_lengths": float(rollout_batch["response_lengths"].float().sum()),
-            "generation_length": float(lengths.float().sum()),
+            "sampled": float(sampled.sum()),
+            "malformed_share": total(rollout_batch["malformed"]),
+            "fraction_of_samples_properly_ended": total(rollout_batch["is_end"]),
+            "prompt_lengths": total(rollout_batch["prompt_lengths"]),
+            "response_lengths": total(rollout_batch["response_lengths"]),
+            "generation_length": total(lengths),
         }
         whole = all_reduce_dict(sums, dtype=torch.float64, group=parallel_state.get_data_parallel_group())
-        over = {
-            "rewards": "judged",
-            "mixed_group_share": "pivots",
-            "rollout_size": "",
-            "failed": "",
-            "judged": "",
-            "pivots": "",
-        }
+        over = {"rewards": "judged", "mixed_group_share": "pivots", "rollout_size": "", "failed": ""}
         metrics: dict[str, Any] = {
-            name: value / max(1.0, whole[over.get(name, "rollout_size")]) if over.get(name, "_") else value
+            name: value / max(1.0, whole[over.get(name, "sampled")]) if over.get(name, "_") else value
             for name, value in whole.items()
-            if name not in ("judged", "pivots")
+            if name not in ("judged", "pivots", "sampled")
         }
         start, stop = int(rollout_batch["prompt_lengths"][0]), int(rollout_batch["response_lengths"][0])
         tokens = rollout_batch["response_tokens"][0].tolist()
