@@ -268,6 +268,7 @@ def export(folder: Path, hf_folder: str, tp: int, pp: int, dp: int, multiple: in
     """The policy as an HF folder FOLDER/there; `rename`: with Transformer Engine's names for the norms."""
     from nemo_pivotrl.backends.aligner import exported
     from nemo_pivotrl.backends.megatron.architecture import read_architecture
+    from nemo_pivotrl.records import InputError
 
     _, _, _, model = served_model(folder, {"model.make_vocab_size_divisible_by": multiple}, tp, pp, dp)
     if rename:
@@ -275,9 +276,12 @@ def export(folder: Path, hf_folder: str, tp: int, pp: int, dp: int, multiple: in
             layer.self_attention.linear_qkv.layer_norm_weight = layer.input_layernorm.weight
             layer.mlp.linear_fc1.layer_norm_weight = layer.pre_mlp_layernorm.weight
             layer.input_layernorm = layer.pre_mlp_layernorm = torch.nn.Identity()
-    for _ in range(2):  # the second takes the first one's place
-        exported.export(model.model, read_architecture(hf_folder), Path(hf_folder), folder / "there")
-    return {}
+    try:
+        for _ in range(2):  # the second takes the first one's place
+            exported.export(model.model, read_architecture(hf_folder), Path(hf_folder), folder / "there")
+    except InputError as error:
+        return {"error": str(error)}
+    return {"error": ""}
 
 
 PROBED = ([5, 9, 14, 30], [61, 100, 7])

@@ -1,7 +1,9 @@
 """Turns from a real vLLM server, in vLLM's own environment, which gets the weights in training after every step."""
 
+import json
 import math
 import os
+import shutil
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -45,7 +47,7 @@ def test_an_export_is_what_the_model_was_loaded_from(
     run: Run, hf_folder: Path, tmp_path: Path, tp: int, pp: int, dp: int, multiple: int, rename: bool
 ) -> None:
     layout = {"tp": tp, "pp": pp, "dp": dp, "multiple": multiple, "rename": rename}
-    run("export", tp * pp * dp, hf_folder=str(hf_folder), **layout)
+    assert not any(found["error"] for found in run("export", tp * pp * dp, hf_folder=str(hf_folder), **layout))
     found: dict[str, Any] = {}
     for path in sorted((tmp_path / "there").glob("*.safetensors")):
         found |= load_file(path)
@@ -56,6 +58,17 @@ def test_an_export_is_what_the_model_was_loaded_from(
     assert {p.name for p in hf_folder.iterdir()} - {p.name for p in (tmp_path / "there").iterdir()} == {
         "model.safetensors"
     }
+
+
+def test_a_config_of_another_model_ends_the_export_on_all_ranks(run: Run, hf_folder: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(hf_folder, other)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "intermediate_size": 256, "num_hidden_layers": 3}))
+    layout = {"tp": 2, "pp": 1, "dp": 1, "multiple": 128, "rename": False}
+    for found in run("export", 2, hf_folder=str(other), **layout):
+        assert "decoder.layers.0.mlp.linear_fc1.weight: found 128 of dimension 0" in found["error"]
+    assert not (tmp_path / "there").exists()
 
 
 def test_what_cannot_be_served_is_refused_by_name(run: Run, hf_folder: Path) -> None:
@@ -138,7 +151,7 @@ def test_a_server_that_dies_ends_the_run_on_all_ranks_with_no_reward(
     impatient = {"max_retries": 1, "timeout_s": 3.0, "backoff_s": 0.05}
     arguments = {"url": server.url, "kill": server.process.pid, "servers": impatient}
     for found in run("train_served", dp, hf_folder=str(hf_folder), dp=dp, **arguments):
-        assert "servers" in found["error"] and server.url in found["error"]
+        assert "model.pivotrl.servers.servers" in found["error"] and server.url in found["error"]
         assert found["state"]["step"] == 1
         assert len(series(found, "train_rollouts/rewards")) == 1 and len(found["rewards"]) == 1
         lost = [flag for call in found["lost"][-1:] for flag in call]

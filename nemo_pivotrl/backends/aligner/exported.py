@@ -1,7 +1,7 @@
 """A `MegatronGPTModel` of NeMo, spread over ranks, as an HF checkpoint folder: `backends/megatron/mapping.py` backwards.
 
-NeMo-Aligner's megatron-core is older than what `backends/megatron/weights.py` needs, and its vocabulary is padded as its own
-config says, so shards are gathered here; which pieces they are made of is the same table.
+NeMo-Aligner's megatron-core is older than what `backends/megatron/weights.py` needs, and its vocabulary is padded as its
+config says: shards are gathered here.
 """
 
 from __future__ import annotations
@@ -66,12 +66,7 @@ def export(model: Any, architecture: Architecture, source: Path, folder: Path) -
     new = folder.with_name(f"{folder.name}.new")
     table = [entry for entry in entries(architecture) if not entry.copy]
     shards = local_shards(model)
-
-    def begin() -> None:
-        shutil.rmtree(new, ignore_errors=True)
-        new.mkdir(parents=True)
-
-    on_first(begin)
+    on_first(lambda: (shutil.rmtree(new, ignore_errors=True), new.mkdir(parents=True)))
     held = set().union(*everywhere(lambda: _known(shards, architecture)))
     lacking = sorted(entry.name for entry in table if entry.name not in held)
     if lacking:
@@ -102,7 +97,7 @@ def _known(shards: Mapping[str, Tensor], architecture: Architecture) -> set[str]
     for name, shard in shards.items():
         entry = table.get(name)
         if entry is None:
-            remedy = "it has no name in an HF checkpoint of model.pivotrl.hf_folder's kind: set generation to nemo"
+            remedy = "an HF checkpoint like model.pivotrl.hf_folder has no such tensor: set generation to nemo"
             problems.append(Problem("model", None, name, "a parameter", remedy))
             continue
         length, wanted = shard.shape[entry.dim], sum(stop - start for _, start, stop in _cut(entry, shard, rank, size))
@@ -177,7 +172,7 @@ def _write(shards: Mapping[str, Tensor], table: Sequence[Entry], folder: Path) -
             flush()
     if held:
         flush()
-    if fault is not None:
+    if fault:
         raise fault
     return files
 

@@ -7,6 +7,7 @@ must be those that Megatron computes. Training goes on with Megatron's log-proba
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import shutil
 import tempfile
@@ -33,6 +34,15 @@ from nemo.utils import logging  # noqa: E402
 from nemo_aligner.utils.distributed import broadcast_2d_tensor_within_mp, run_if_model_parallel_src  # noqa: E402
 
 PROBE = list(range(3, 3 + PROBE_TOKENS))
+
+
+def in_these_words(error: InputError) -> list[Problem]:
+    """The pool's problems with the fields as this config has them."""
+    words = {p.field: p.field.removeprefix("vllm.") for p in error.problems}
+    return [
+        p if words[p.field] == p.field else dataclasses.replace(p, field=f"model.pivotrl.servers.{words[p.field]}")
+        for p in error.problems
+    ]
 
 
 class ServedTurns:
@@ -98,7 +108,10 @@ class ServedTurns:
 
     def _open(self) -> None:
         policy = Policy(model_name=str(self.source), sampler="vllm", generation=self.generation)
-        self.pool = self.pool_of(policy, self.settings)
+        try:
+            self.pool = self.pool_of(policy, self.settings)
+        except InputError as error:
+            raise InputError(in_these_words(error)) from None
         weakref.finalize(self, self.pool.close)
 
     def _send(self, weights: Path) -> tuple[str, list[str]]:
@@ -144,9 +157,10 @@ class ServedTurns:
         """
         arguments = (prompt_tokens.tolist(), prompt_lengths.tolist(), seed, stop_ids, actor.tokenizer)
         packed = broadcast_2d_tensor_within_mp(run_if_model_parallel_src(self._rows, *arguments), dtype=torch.long)
-        lengths, ended, lost = packed.to(prompt_tokens.device)[:, :3].unbind(1)
+        packed = packed.to(prompt_tokens.device)
+        lengths, ended, lost = packed[:, :3].unbind(1)
         return {
-            "response_tokens": packed.to(prompt_tokens.device)[:, 3:],
+            "response_tokens": packed[:, 3:],
             "response_lengths": lengths,
             "prompt_lengths": prompt_lengths,
             "is_end": ended.bool(),
@@ -164,7 +178,7 @@ class ServedTurns:
             try:
                 turns = [one for (one,) in self.pool.infer(prompts, seeds, stop_ids, self.generation)]
             except InputError as error:
-                self.refused = error.problems
+                self.refused = in_these_words(error)
         rows = []
         for prompt, turn in zip(prompts, turns, strict=True):
             # a server also draws from the columns past the vocabulary, which the loss has not
