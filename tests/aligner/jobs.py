@@ -325,6 +325,7 @@ def train_served(
         own = actor.get_inference_log_probs(tokens, forward_micro_batch_size=1)[0, len(PROBED[0]) - 1 :]
         seen["own"].append(own.tolist())
         seen["mismatch"].append(actor.served.mismatch)
+        torch.distributed.barrier()  # no rank goes on, and kills the server, while another asks it here
 
     def watched_infer(batch: Any) -> Any:
         if kill and trainer.step == 1 and os.environ["RANK"] == "0" and len(seen["tokens"]) % 4 == 1:

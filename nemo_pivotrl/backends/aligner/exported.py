@@ -66,7 +66,12 @@ def export(model: Any, architecture: Architecture, source: Path, folder: Path) -
     new = folder.with_name(f"{folder.name}.new")
     table = [entry for entry in entries(architecture) if not entry.copy]
     shards = local_shards(model)
-    on_first(lambda: (shutil.rmtree(new, ignore_errors=True), new.mkdir(parents=True)))
+
+    def begin() -> None:
+        shutil.rmtree(new, ignore_errors=True)
+        new.mkdir(parents=True)
+
+    on_first(begin)
     held = set().union(*everywhere(lambda: _known(shards, architecture)))
     lacking = sorted(entry.name for entry in table if entry.name not in held)
     if lacking:

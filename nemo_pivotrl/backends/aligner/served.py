@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import shutil
 import tempfile
 import weakref
@@ -38,11 +39,7 @@ PROBE = list(range(3, 3 + PROBE_TOKENS))
 
 def in_these_words(error: InputError) -> list[Problem]:
     """The pool's problems with the fields as this config has them."""
-    words = {p.field: p.field.removeprefix("vllm.") for p in error.problems}
-    return [
-        p if words[p.field] == p.field else dataclasses.replace(p, field=f"model.pivotrl.servers.{words[p.field]}")
-        for p in error.problems
-    ]
+    return [dataclasses.replace(p, field=re.sub(r"^vllm\.", "model.pivotrl.servers.", p.field)) for p in error.problems]
 
 
 class ServedTurns:
@@ -181,14 +178,17 @@ class ServedTurns:
                 self.refused = in_these_words(error)
         rows = []
         for prompt, turn in zip(prompts, turns, strict=True):
-            # a server also draws from the columns past the vocabulary, which the loss has not
-            good = isinstance(turn, Sample) and max(turn.token_ids) < tokenizer.vocab_size
-            if not good and not self.refused:
-                found = f"{turn.kind}: {turn.detail}" if isinstance(turn, Lost) else f"token {max(turn.token_ids)}"
-                logging.warning(f"a turn is lost, and left out: {found}")
-            ids = [*prompt, *(turn.token_ids if isinstance(turn, Sample) and good else ())]
-            ended = isinstance(turn, Sample) and good and turn.finish_reason == "stop"
-            rows.append([len(ids), int(ended), int(not good), *ids])
+            if (
+                isinstance(turn, Sample) and max(turn.token_ids) >= tokenizer.vocab_size
+            ):  # columns that the loss has not
+                turn = Lost("sampler_malformed", f"token {max(turn.token_ids)} of {tokenizer.vocab_size}")
+            if isinstance(turn, Lost):
+                if not self.refused:
+                    logging.warning(f"a turn is lost, and left out: {turn.kind}: {turn.detail}")
+                rows.append([len(prompt), 0, 1, *prompt])
+            else:
+                ids = [*prompt, *turn.token_ids]
+                rows.append([len(ids), int(turn.finish_reason == "stop"), 0, *ids])
         width = max(map(len, rows))
         return torch.tensor([row + [tokenizer.eos_id] * (width - len(row)) for row in rows])
 
