@@ -28,7 +28,6 @@ from megatron.core import parallel_state  # noqa: E402
 
 T = TypeVar("T")
 MAX_FILE_BYTES = 5 * 10**9
-INDEX = "model.safetensors.index.json"
 
 
 def everywhere(do: Callable[[], T]) -> list[T]:
@@ -196,6 +195,6 @@ def _finish(files: Mapping[str, Mapping[str, str]], source: Path, new: Path, fol
     config["torch_dtype" if "torch_dtype" in config else "dtype"] = dtype
     (new / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     index = {"metadata": {}, "weight_map": {name: file for file, names in files.items() for name in names}}
-    (new / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True), encoding="utf-8")
+    (new / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True), encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)
     new.rename(folder)

@@ -153,8 +153,8 @@ class ServedTurns:
         collective of the model-parallel group, which a refusal does not end: `check` says it on all ranks.
         """
         arguments = (prompt_tokens.tolist(), prompt_lengths.tolist(), seed, stop_ids, actor.tokenizer)
-        packed = broadcast_2d_tensor_within_mp(run_if_model_parallel_src(self._rows, *arguments), dtype=torch.long)
-        packed = packed.to(prompt_tokens.device)
+        own = run_if_model_parallel_src(self._rows, *arguments)
+        packed = broadcast_2d_tensor_within_mp(own, dtype=torch.long).to(prompt_tokens.device)
         lengths, ended, lost = packed[:, :3].unbind(1)
         return {
             "response_tokens": packed[:, 3:],
@@ -195,8 +195,6 @@ class ServedTurns:
     def check(self) -> None:
         """Raise InputError on every rank when the servers have refused any. A collective of all ranks."""
 
-        def refused() -> None:
-            if self.refused:
-                raise InputError(self.refused)
-
-        everywhere(refused)
+        wrong = [problem for found in everywhere(lambda: self.refused) for problem in found]
+        if wrong:
+            raise InputError(dict.fromkeys(wrong))
