@@ -51,6 +51,7 @@ setup(
             "nemo-toolkit>=2.1,<2.5",
             "megatron-core>=0.9,<0.13",
             "jsonschema>=4.18",
+            "httpx>=0.27",  # model.pivotrl.generation: servers
         ],
         # `nemo pivotrl ...`; leptonai from 0.47 on has no `leptonai.api.v1`, which NeMo-Run imports
         "nemo-run": ["nemo-run>=0.11,<0.12", "leptonai<0.47"],

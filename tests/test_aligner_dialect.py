@@ -9,7 +9,13 @@ import yaml
 
 from nemo_pivotrl import config
 from nemo_pivotrl.backends.aligner import dialect
-from nemo_pivotrl.backends.aligner.settings import LLMDoctorModelBlock, PivotRLModelBlock, PivotRLTrainerBlock
+from nemo_pivotrl.backends.aligner.settings import (
+    LengthParams,
+    LLMDoctorModelBlock,
+    PivotRLModelBlock,
+    PivotRLTrainerBlock,
+    served_problems,
+)
 from nemo_pivotrl.cli import main
 from nemo_pivotrl.recipe import load_recipe
 from nemo_pivotrl.records import InputError
@@ -70,6 +76,15 @@ def written(tmp_path: Path, text: str) -> str:
 def test_both_dialects_make_the_same_recipe(tmp_path: Path) -> None:
     found = load_recipe(written(tmp_path, ALIGNER))
     assert found == load_recipe(written(tmp_path, OURS.replace("PIVOTS", str(Path("pivots.jsonl").absolute()))))
+
+
+def test_served_turns_are_vllms_in_a_recipe(tmp_path: Path) -> None:
+    text = "defaults: gpt_pivotrl\nmodel: {pivotrl: {generation: servers, hf_folder: start, servers: {servers: [http://a:1]}}}"
+    found = load_recipe(written(tmp_path, text))
+    assert (found.policy.sampler, found.policy.model_name, found.policy.dtype) == ("vllm", "start", "bfloat16")
+    assert found.vllm == config.Vllm(servers=("http://a:1",))
+    block = PivotRLModelBlock(generation="servers", length_params=LengthParams(min_length=4))
+    assert [p.field.rpartition(".")[2] for p in served_problems(block)] == ["servers", "hf_folder", "min_length"]
 
 
 def test_llmdoctors_config_makes_its_recipe(tmp_path: Path) -> None:

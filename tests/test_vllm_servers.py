@@ -285,6 +285,18 @@ def test_a_server_that_comes_back_takes_the_current_weights_first(start: Any, tm
     assert whole(infer(pool)) and two.asked
 
 
+def test_a_pool_that_another_one_refitted_for_keeps_servers_without_the_weights_out(start: Any, tmp_path: Path) -> None:
+    pool, (one, two) = start(None, None)
+    two.fingerprint = "other weights"
+    pool.expect(str(tmp_path), "abc", [one.url])
+    assert pool.well == [one.url] and not one.loaded, "who has the weights is not sent them again"
+    waited(lambda: bool(two.loaded))
+    assert pool.well == [one.url]
+    two.fingerprint = "abc"
+    waited(lambda: len(pool.well) == 2)
+    assert two.loaded == str(tmp_path)
+
+
 def test_all_servers_away_stop_the_stage_after_the_deadline(start: Any) -> None:
     pool, (one,) = start(None, timeout_s=0.5, max_retries=50)
     one.away = True

@@ -17,7 +17,7 @@ import threading
 import time
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -182,6 +182,19 @@ class Servers:
                 self._eject(server, f"{failure.kind}: {failure}")
         self._arrived = found[:1]
         return found
+
+    @property
+    def well(self) -> list[str]:
+        """Addresses of the servers that get requests."""
+        with self._changed:
+            return [server.url for server in self.servers if server.well]
+
+    def expect(self, folder: str, fingerprint: str, loaded: Collection[str]) -> None:
+        """Weights that another process's pool has sent to the servers at `loaded`: one that is not there gets no request
+        before it has them, too."""
+        self._weights, self._arrived = folder, [fingerprint]
+        for server in [s for s in self.servers if s.well and s.url not in loaded]:
+            self._eject(server, "it has not the current weights")
 
     # ---- one request ----
 

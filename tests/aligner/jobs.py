@@ -22,7 +22,10 @@ import torch
 
 
 def pivotrl_model(
-    folder: Path, overrides: dict[str, Any], weights: dict[str, torch.Tensor] | None = None
+    folder: Path,
+    overrides: dict[str, Any],
+    weights: dict[str, torch.Tensor] | None = None,
+    architecture: Any = tiny_aligner.ARCHITECTURE,
 ) -> tuple[Any, Any, Any, Any]:
     """(config, Lightning trainer, state, model) of a tiny policy, in its distributed place but not yet set up."""
     from nemo_pivotrl.backends.aligner import launch
@@ -32,7 +35,7 @@ def pivotrl_model(
     lightning, state = launch.lightning(cfg, "pivotrl")
     model = MegatronGPTPivotRLActorModel(cfg.model, lightning)
     launch.join(cfg, lightning, model)
-    tiny_aligner.load_weights(model, weights)
+    tiny_aligner.load_weights(model, weights, architecture)
     return cfg, lightning, state, model
 
 
@@ -251,6 +254,121 @@ def train(folder: Path, tp: int = 1, pp: int = 1, dp: int = 1, fails_on: str = "
     trainer.fit()
     trainer.rm.close()
     return {"rows": logger.rows, "drawn": drawn, "tokens": tokens, "state": trainer.state_dict()}
+
+
+def served_model(folder: Path, settings: dict[str, Any], tp: int, pp: int, dp: int) -> tuple[Any, Any, Any, Any]:
+    """`pivotrl_model` in a shape that vLLM takes on CPUs."""
+    import tiny_served
+
+    overrides = tiny_served.MODEL | tiny_aligner.layout(tp, pp, dp) | settings
+    return pivotrl_model(folder, overrides, tiny_served.weights(folder), tiny_served.ARCHITECTURE)
+
+
+def export(folder: Path, hf_folder: str, tp: int, pp: int, dp: int, multiple: int, rename: bool) -> dict[str, Any]:
+    """The policy as an HF folder FOLDER/there; `rename`: with Transformer Engine's names for the norms."""
+    from nemo_pivotrl.backends.aligner import exported
+    from nemo_pivotrl.backends.megatron.architecture import read_architecture
+    from nemo_pivotrl.records import InputError
+
+    _, _, _, model = served_model(folder, {"model.make_vocab_size_divisible_by": multiple}, tp, pp, dp)
+    if rename:
+        for layer in model.model.decoder.layers:
+            layer.self_attention.linear_qkv.layer_norm_weight = layer.input_layernorm.weight
+            layer.mlp.linear_fc1.layer_norm_weight = layer.pre_mlp_layernorm.weight
+            layer.input_layernorm = layer.pre_mlp_layernorm = torch.nn.Identity()
+    try:
+        for _ in range(2):  # the second takes the first one's place
+            exported.export(model.model, read_architecture(hf_folder), Path(hf_folder), folder / "there")
+    except InputError as error:
+        return {"error": str(error)}
+    return {"error": ""}
+
+
+PROBED = ([5, 9, 14, 30], [61, 100, 7])
+
+
+def train_served(
+    folder: Path,
+    hf_folder: str,
+    url: str,
+    tp: int = 1,
+    pp: int = 1,
+    dp: int = 1,
+    lose: bool = False,
+    kill: int = 0,
+    servers: dict[str, Any] | None = None,
+    **overrides: Any,
+) -> dict[str, Any]:
+    """A few steps of PivotRL on served turns. `lose`: the pool loses each call's first turn. `kill`: the process group of
+    the server, which dies in the middle of the second step. Whatever InputError ends it is in `error`."""
+    import signal
+
+    import tiny_served
+
+    from nemo_pivotrl.records import InputError, Lost
+
+    settings = tiny_served.settings(hf_folder, url, **(servers or {})) | overrides
+    cfg, lightning, state, model = served_model(folder, settings, tp, pp, dp)
+    trainer, logger = make_trainer(cfg, lightning, state, model)
+    seen: dict[str, list[Any]] = {"tokens": [], "lost": [], "theirs": [], "own": [], "mismatch": [], "rewards": []}
+    refit, infer, judged = model.served.refit, model.infer, trainer.compute_rollout_metrics
+
+    def watched_refit(actor: Any) -> None:
+        refit(actor)
+        pool, real = actor.served.pool, getattr(actor.served.pool, "infer", None)
+        if pool is not None:
+            seen["theirs"].append(pool.log_probs([PROBED])[0].tolist())
+            if lose and len(seen["theirs"]) == 1:
+                turns = lambda *a: [[Lost("test", "lost")] if n == 0 else f for n, f in enumerate(real(*a))]  # noqa: E731
+                pool.infer = lambda *a: turns(*a) if len(a[0]) > 1 else real(*a)  # not the probe
+        tokens = torch.tensor([[*PROBED[0], *PROBED[1]]])
+        own = actor.get_inference_log_probs(tokens, forward_micro_batch_size=1)[0, len(PROBED[0]) - 1 :]
+        seen["own"].append(own.tolist())
+        seen["mismatch"].append(actor.served.mismatch)
+        torch.distributed.barrier()  # no rank goes on, and kills the server, while another asks it here
+
+    def watched_infer(batch: Any) -> Any:
+        if kill and trainer.step == 1 and os.environ["RANK"] == "0" and len(seen["tokens"]) % 4 == 1:
+            os.killpg(kill, signal.SIGKILL)
+        found = infer(batch)
+        seen["tokens"].append(found["response_tokens"].tolist())
+        seen["lost"].append(found["lost"].tolist())
+        return found
+
+    def watched_judged(rollouts: Any) -> Any:
+        seen["rewards"].append(rollouts["rewards"].tolist())
+        return judged(rollouts)
+
+    model.served.refit, model.infer, trainer.compute_rollout_metrics = watched_refit, watched_infer, watched_judged
+    error = ""
+    try:
+        trainer.fit()
+    except InputError as caught:
+        error = str(caught)
+    trainer.rm.close()
+    return {"rows": logger.rows, "error": error, "state": trainer.state_dict(), **seen}
+
+
+def refusals(folder: Path, hf_folder: str, cases: list[dict[str, Any]], without_httpx: bool) -> dict[str, Any]:
+    """What a served policy says to each of these overrides before anything is asked of a server."""
+    import tiny_served
+
+    from nemo_pivotrl.backends.aligner.served import ServedTurns
+    from nemo_pivotrl.backends.aligner.settings import PivotRLModelBlock, read_block
+    from nemo_pivotrl.records import InputError
+
+    if without_httpx:
+        sys.modules["httpx"] = None  # type: ignore[assignment]
+    said = []
+    for case in cases:
+        settings = tiny_served.MODEL | tiny_served.settings(hf_folder, "http://127.0.0.1:9") | case
+        cfg = tiny_aligner.config("pivotrl", folder, PIVOTRL | settings)
+        try:
+            ServedTurns(read_block(PivotRLModelBlock, cfg.model.pivotrl, "model.pivotrl"), cfg.model)
+            said.append("")
+        except InputError as error:
+            said.append(str(error))
+    return {"said": said}
 
 
 def train_world(folder: Path, warmup: int, steps: int) -> dict[str, Any]:

@@ -182,28 +182,31 @@ def config(algorithm: str, folder: Path, overrides: dict[str, Any]) -> Any:
 
 
 @torch.no_grad()
-def load_weights(model: Any, weights: dict[str, torch.Tensor] | None = None) -> None:
+def load_weights(
+    model: Any, weights: dict[str, torch.Tensor] | None = None, architecture: Architecture = ARCHITECTURE
+) -> None:
     """Fill this rank's part of a NeMo model from HF tensors. A doctor's head stays as it is."""
     from megatron.core import parallel_state
 
     weights = weights or tiny_policy.weights()
     rank, size = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_tensor_model_parallel_world_size()
     stages = parallel_state.get_pipeline_model_parallel_world_size()
-    first = parallel_state.get_pipeline_model_parallel_rank() * len(ARCHITECTURE.layers) // stages
+    first = parallel_state.get_pipeline_model_parallel_rank() * len(architecture.layers) // stages
     parameters = dict(model.model.named_parameters())
     filled = set()
-    for entry in entries(ARCHITECTURE):
+    for entry in entries(architecture):
         name = entry.name
         if name.startswith("decoder.layers."):
             number, _, rest = name.removeprefix("decoder.layers.").partition(".")
             name = f"decoder.layers.{int(number) - first}.{rest}"
         if name not in parameters:
             continue
-        pieces = [
-            weights[entry.hf[source]].narrow(entry.dim, start, stop - start)
-            for source, start, stop in entry.cut(rank, size)
-        ]
-        shard, parameter = torch.cat(pieces, entry.dim), parameters[name]
+        parameter, cut = parameters[name], entry.cut(rank, size)
+        if entry.padded:  # by as much as the config says
+            whole, part = entry.sizes[0], parameter.shape[0]
+            cut = [(0, min(rank * part, whole), min((rank + 1) * part, whole))]
+        pieces = [weights[entry.hf[source]].narrow(entry.dim, start, stop - start) for source, start, stop in cut]
+        shard = torch.cat(pieces, entry.dim)
         parameter.zero_()
         parameter.narrow(entry.dim, 0, shard.shape[entry.dim]).copy_(shard)
         filled.add(name)
@@ -211,10 +214,10 @@ def load_weights(model: Any, weights: dict[str, torch.Tensor] | None = None) -> 
     assert not missing, f"no weights for {sorted(missing)}"
 
 
-def talkative_weights(folder: Path) -> dict[str, torch.Tensor]:
+def talkative_weights(folder: Path, shape: dict[str, Any] = tiny_policy.SHAPE) -> dict[str, torch.Tensor]:
     """The tiny weights, changed so that a turn is some of twelve letters and then its end, in any context."""
     vocabulary = json.loads((folder / "tokenizer/tokenizer.json").read_text())["model"]["vocab"]
-    found = tiny_policy.weights()
+    found = tiny_policy.weights(shape)
     favoured = [0, *(vocabulary[letter] for letter in "abcdefnopqrs")]
     found["model.embed_tokens.weight"] += 0.5
     found["lm_head.weight"][favoured] += 0.2

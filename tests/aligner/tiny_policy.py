@@ -86,14 +86,15 @@ def head() -> tuple[torch.Tensor, torch.Tensor]:
     return 0.1 * torch.randn(1, SHAPE["hidden_size"], generator=torch.Generator().manual_seed(5)), torch.tensor([0.25])
 
 
-def shapes() -> dict[str, tuple[int, ...]]:
-    """HF names of the parameters, with their shapes."""
-    hidden, inner, keys = SHAPE["hidden_size"], SHAPE["intermediate_size"], SHAPE["num_key_value_heads"] * HEAD
+def shapes(of: dict[str, Any] = SHAPE) -> dict[str, tuple[int, ...]]:
+    """HF names of the parameters of a Llama, with their shapes."""
+    hidden, inner = of["hidden_size"], of["intermediate_size"]
+    keys = of["num_key_value_heads"] * hidden // of["num_attention_heads"]
     found: dict[str, tuple[int, ...]] = {
         "model.embed_tokens.weight": (VOCAB, hidden),
         "lm_head.weight": (VOCAB, hidden),
     }
-    for i in range(SHAPE["num_hidden_layers"]):
+    for i in range(of["num_hidden_layers"]):
         layer = f"model.layers.{i}."
         found |= {
             f"{layer}self_attn.q_proj.weight": (hidden, hidden),
@@ -109,10 +110,10 @@ def shapes() -> dict[str, tuple[int, ...]]:
     return found | {"model.norm.weight": (hidden,)}
 
 
-def weights() -> dict[str, torch.Tensor]:
+def weights(of: dict[str, Any] = SHAPE) -> dict[str, torch.Tensor]:
     """Every parameter, float32, far enough from zero that mistakes show."""
     found = {}
-    for name, shape in shapes().items():
+    for name, shape in shapes(of).items():
         seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big")
         noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
         found[name] = 1.0 + 0.1 * noise if "norm" in name else 0.15 * noise

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from nemo_pivotrl.backends.aligner.generation import generate_turns
 from nemo_pivotrl.backends.aligner.pivot_data import chat_of
+from nemo_pivotrl.backends.aligner.served import ServedTurns
 from nemo_pivotrl.backends.aligner.settings import PivotRLModelBlock, loss_settings, read_block
 from nemo_pivotrl.backends.aligner.versions import require, without_tensorrt_llm
 from nemo_pivotrl.pivotrl import grpo_loss
@@ -117,6 +118,7 @@ class MegatronGPTPivotRLActorModel(MegatronGPTActorModel):  # type: ignore[misc]
 
     def __init__(self, cfg: DictConfig, trainer: Any):
         self.block: PivotRLModelBlock = read_block(PivotRLModelBlock, cfg.pivotrl, "model.pivotrl")
+        self.served = ServedTurns(self.block, cfg) if self.block.generation == "servers" else None
         with open_dict(cfg):
             cfg.ppo = parents_block(self.block)  # the parent hard-codes its own name
         super().__init__(cfg, trainer=trainer)
@@ -190,7 +192,25 @@ class MegatronGPTPivotRLActorModel(MegatronGPTActorModel):  # type: ignore[misc]
             logits, tokens, self.tokenizer.vocab_size, self.block.sampling_params.temperature, inference
         )
 
+    def finish_training_step(self) -> None:
+        """Gradients are whole afterwards, and the optimiser moves the weights: servers have old ones from here on."""
+        super().finish_training_step()
+        if self.served is not None:
+            self.served.stale = True
+
     # ---- inference ----
+
+    def prepare_for_inference(self) -> None:
+        """The parent's part, and the weights to the servers if they have moved. Raises InputError on every rank when that
+        fails."""
+        super().prepare_for_inference()
+        if self.served is not None and self.served.stale:
+            self.served.refit(self)
+
+    def check_turns(self) -> None:
+        """Raise InputError on every rank when servers have refused to sample for any. A collective of all ranks."""
+        if self.served is not None:
+            self.served.check()
 
     def get_logprob_output_only_func(self, inference_only: bool = True) -> Step:
         """Forward step of `get_inference_log_probs`."""
@@ -207,9 +227,10 @@ class MegatronGPTPivotRLActorModel(MegatronGPTActorModel):  # type: ignore[misc]
     def infer(self, inference_batch: dict[str, Any]) -> dict[str, Tensor]:
         """One turn for each state: `text` [b, longest + max_length], `length` [b] and a `seed` that decides the draws.
 
-        The answer has NeMo-Aligner's keys (`generation.generate_turns`).
+        The answer has NeMo-Aligner's keys (`generation.generate_turns`); from servers also `lost` [b] bool.
         """
-        return generate_turns(
+        sample = generate_turns if self.served is None else self.served.generate_turns
+        return sample(
             self,
             inference_batch["text"].cuda(non_blocking=True),
             inference_batch["length"].cuda(non_blocking=True),

@@ -111,6 +111,14 @@ def _pivotrl(tree: Mapping[str, Any], trainer: Mapping[str, Any], model: Mapping
         top_p=block.sampling_params.top_p,
         max_new_tokens=block.length_params.max_length,
     )
+    policy = _policy(tree, model, block.chat, steps.gradient_clip_val, generation)
+    served = {}
+    if block.generation == "servers":  # then a recipe's policy is the folder that `serve` starts its servers from
+        half = str(_section(tree, "trainer").get("precision", "bf16")).startswith("bf16")
+        policy = dataclasses.replace(
+            policy, model_name=block.hf_folder, sampler="vllm", dtype="bfloat16" if half else "float32"
+        )
+        served["vllm"] = block.servers
     rows = block.num_rollout_samples * steps.num_rollouts_per_prompt
     grpo = config.Grpo(
         **_same(config.Grpo, steps),
@@ -127,11 +135,12 @@ def _pivotrl(tree: Mapping[str, Any], trainer: Mapping[str, Any], model: Mapping
     return config.Recipe(
         algorithm="pivotrl",
         seed=steps.seed,
-        policy=_policy(tree, model, block.chat, steps.gradient_clip_val, generation),
+        policy=policy,
         grpo=grpo,
         loss_fn=dataclasses.replace(block.loss_fn, reference_policy_kl_penalty=steps.initial_policy_kl_penalty),
         verifier=block.verifier,
         checkpointing=config.Checkpointing(save_period=steps.save_interval or config.Checkpointing().save_period),
+        **served,
         **_common(tree, model),
     )
 

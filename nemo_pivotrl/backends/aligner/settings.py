@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from nemo_pivotrl.config import LossFn, Reward, Tfpo, Verifier, ranged
+from nemo_pivotrl.config import LossFn, Reward, Tfpo, Verifier, Vllm, ranged
 from nemo_pivotrl.recipe import build
 from nemo_pivotrl.records import InputError, Problem
 
@@ -116,8 +116,14 @@ class PivotRLModelBlock:
     num_val_samples: int = ranged(64, 1)
     """Held-out states of a validation: `Grpo.val_candidates`."""
     offload_adam_states: bool = False
-    generation: Literal["nemo"] = "nemo"
-    """What samples turns: NeMo's own `generate`."""
+    generation: Literal["nemo", "servers"] = "nemo"
+    """What samples turns: NeMo's own `generate`, or OpenAI-compatible servers that get the weights after every step."""
+    servers: Vllm = field(default_factory=Vllm)
+    """Which servers, for `generation: servers`: `config.Vllm`'s fields that concern servers and refits. Each is started by
+    `nemo-pivotrl serve CONFIG --refit`."""
+    hf_folder: str = ""
+    """HF checkpoint folder of the start policy, for `generation: servers`: what the servers start from, and how the tensors
+    that they are sent are called."""
     sampling_params: SamplingParams = field(default_factory=SamplingParams)
     length_params: LengthParams = field(default_factory=LengthParams)
     chat: ChatBlock = field(default_factory=ChatBlock)
@@ -179,6 +185,28 @@ def plain(block: Any) -> Mapping[str, Any]:
     return plain  # type: ignore[no-any-return]
 
 
+def served_problems(model: PivotRLModelBlock) -> list[Problem]:
+    """What keeps `generation: servers` from sampling as the block says."""
+    if model.generation != "servers":
+        return []
+    wrong = [
+        ("servers.servers", "none", not model.servers.servers, "name the servers: nemo-pivotrl serve CONFIG --refit"),
+        (
+            "hf_folder",
+            model.hf_folder or "nothing",
+            not model.hf_folder,
+            "give the start policy's HF checkpoint folder, which the servers serve",
+        ),
+        (
+            "length_params.min_length",
+            str(model.length_params.min_length),
+            model.length_params.min_length > 1,
+            "servers end a turn at its first stop token: set it to 1",
+        ),
+    ]
+    return [Problem(FILE, None, f"model.pivotrl.{name}", found, remedy) for name, found, bad, remedy in wrong if bad]
+
+
 def check_pivotrl(trainer: PivotRLTrainerBlock, model: PivotRLModelBlock, gbs: int) -> None:
     """Raise InputError for blocks that contradict each other or would train on something else than they sample."""
     rows = model.num_rollout_samples * trainer.num_rollouts_per_prompt
@@ -211,7 +239,7 @@ def check_pivotrl(trainer: PivotRLTrainerBlock, model: PivotRLModelBlock, gbs: i
             "model.pivotrl.loss_fn.use_importance_sampling_correction",
             model.loss_fn.use_importance_sampling_correction,
             False,
-            "NeMo's generate gives no log-probabilities to correct by",
+            "turns come without the sampler's log-probabilities",
         ),
         (
             "model.global_batch_size",
@@ -225,6 +253,7 @@ def check_pivotrl(trainer: PivotRLTrainerBlock, model: PivotRLModelBlock, gbs: i
         for name, found, wanted, why in wrong
         if found != wanted
     ]
+    problems += served_problems(model)
     if problems:
         raise InputError(problems)
 

@@ -131,10 +131,15 @@ class PivotRLTrainer(ReinforceTrainer):  # type: ignore[misc]
                     seed = sample_seed(*drawn, self.block.seed, rank, number, k)
                     turns.append(self.model.infer({**batch, "seed": seed}))
                     judged.append(self.rm.infer_rm({**turns[-1], "pivot": batch["pivot"]}))
+            self.model.check_turns()
         with self.timer("verifier_wait"):
             verdicts = torch.stack([j.result().cpu() for j in judged])
         rollouts = self._stacked(turns, group)
         rollouts["rewards"], rollouts["malformed"] = _by_pivot(verdicts, group).unbind(1)
+        if "lost" in rollouts:  # there is no turn, so that what the verifier says of its absence is no verdict
+            lost = rollouts["lost"].cpu()
+            rollouts["rewards"] = rollouts["rewards"].masked_fill(lost, torch.nan)
+            rollouts["malformed"] = rollouts["malformed"].masked_fill(lost, 0.0)
         if not is_validation:
             with self.timer("logprobs"):
                 rollouts["logprobs"] = self.model.get_inference_log_probs(rollouts["response_tokens"])
@@ -163,14 +168,17 @@ class PivotRLTrainer(ReinforceTrainer):  # type: ignore[misc]
         block, group = self.block, self.block.num_rollouts_per_prompt
         rewards = rollouts["rewards"].view(-1, group)
         valid = ~rewards.isnan()
+        lost = float(rollouts["lost"].sum()) if "lost" in rollouts else 0.0
         failed = all_reduce_dict(
-            {"failed": float((~valid).sum()), "turns": float(valid.numel())},
+            {"failed": float((~valid).sum()), "turns": float(valid.numel()), "lost": lost},
             group=parallel_state.get_data_parallel_group(),
         )
         if failed["failed"] > block.max_failure_share * failed["turns"]:
             found = f"{failed['failed']:.0f} of {failed['turns']:.0f} turns of step {self.step} could not be judged"
-            remedy = "mend the verifier, then run the same command again: it resumes"
-            raise InputError(Problem("verifier", None, "trainer.pivotrl.max_failure_share", found, remedy))
+            found += f"; the servers lost {failed['lost']:.0f} of them" if failed["lost"] else ""
+            mended = "servers" if failed["lost"] else "verifier"
+            remedy = f"mend the {mended}, then run the same command again: it resumes"
+            raise InputError(Problem(mended, None, "trainer.pivotrl.max_failure_share", found, remedy))
         if block.overlong_filtering:
             valid &= rollouts["is_end"].cpu().view(-1, group)
         advantages = pivotrl.group_advantages(
@@ -202,9 +210,16 @@ class PivotRLTrainer(ReinforceTrainer):  # type: ignore[misc]
         return rows, {"trained_share": trained["trained_share"] / trained["turns"]}
 
     def compute_rollout_metrics(self, rollout_batch: Batch) -> dict[str, Any]:
-        """Means over all ranks' turns; those without a verdict count in `failed` alone. `table` is this rank's first turn."""
+        """Means over all ranks' turns. Those without a verdict have no part in `rewards`, and those that a sampler lost in
+        nothing but `failed`, where both count. `table` is this rank's first turn."""
         rewards, lengths = rollout_batch["rewards"], rollout_batch["response_lengths"] - rollout_batch["prompt_lengths"]
-        judged = ~rewards.isnan()
+        judged, sampled = ~rewards.isnan(), torch.ones(len(rewards), dtype=torch.bool)
+        if "lost" in rollout_batch:
+            sampled = ~rollout_batch["lost"].cpu()
+
+        def total(value: Tensor) -> float:
+            return float(value.cpu()[sampled].float().sum())
+
         by_pivot = (
             rewards.view(-1, self.block.num_rollouts_per_prompt) if "logprobs" in rollout_batch else rewards[:, None]
         )
@@ -218,25 +233,19 @@ class PivotRLTrainer(ReinforceTrainer):  # type: ignore[misc]
             "rewards": float(rewards.nansum()),
             "failed": float((~judged).sum()),
             "mixed_group_share": float(signal.sum()),
-            "malformed_share": float(rollout_batch["malformed"].sum()),
-            "fraction_of_samples_properly_ended": float(rollout_batch["is_end"].float().sum()),
-            "prompt_lengths": float(rollout_batch["prompt_lengths"].float().sum()),
-            "response_lengths": float(rollout_batch["response_lengths"].float().sum()),
-            "generation_length": float(lengths.float().sum()),
+            "sampled": float(sampled.sum()),
+            "malformed_share": total(rollout_batch["malformed"]),
+            "fraction_of_samples_properly_ended": total(rollout_batch["is_end"]),
+            "prompt_lengths": total(rollout_batch["prompt_lengths"]),
+            "response_lengths": total(rollout_batch["response_lengths"]),
+            "generation_length": total(lengths),
         }
         whole = all_reduce_dict(sums, dtype=torch.float64, group=parallel_state.get_data_parallel_group())
-        over = {
-            "rewards": "judged",
-            "mixed_group_share": "pivots",
-            "rollout_size": "",
-            "failed": "",
-            "judged": "",
-            "pivots": "",
-        }
+        over = {"rewards": "judged", "mixed_group_share": "pivots", "rollout_size": "", "failed": ""}
         metrics: dict[str, Any] = {
-            name: value / max(1.0, whole[over.get(name, "rollout_size")]) if over.get(name, "_") else value
+            name: value / max(1.0, whole[over.get(name, "sampled")]) if over.get(name, "_") else value
             for name, value in whole.items()
-            if name not in ("judged", "pivots")
+            if name not in ("judged", "pivots", "sampled")
         }
         start, stop = int(rollout_batch["prompt_lengths"][0]), int(rollout_batch["response_lengths"][0])
         tokens = rollout_batch["response_tokens"][0].tolist()

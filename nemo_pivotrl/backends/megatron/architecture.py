@@ -101,7 +101,11 @@ def read_architecture(folder: str | Path) -> Architecture:
     """The architecture of an HF checkpoint folder. Raises InputError with everything that is not supported."""
     if not Path(folder, "config.json").exists():
         raise InputError(Problem(str(folder), None, "config.json", "nothing", "give an HF checkpoint folder"))
-    config = AutoConfig.from_pretrained(str(folder))
+    try:
+        config = AutoConfig.from_pretrained(str(folder))
+    except ValueError as error:  # older releases know fewer kinds of models
+        remedy = "this release of transformers cannot read it: install one that can"
+        raise InputError(Problem(f"{folder}/config.json", None, "model_type", short(str(error)), remedy)) from None
     problems: list[Problem] = []
 
     def need(field: str, found: Any, wanted: Any) -> None:
@@ -131,7 +135,9 @@ def _gpt(config: Any, need: Any) -> Architecture:
         need("mlp_bias", config.mlp_bias, False)
     if qwen:
         need("use_sliding_window", config.use_sliding_window, False)
-    rope = config.rope_parameters
+    rope = getattr(config, "rope_parameters", None)
+    if rope is None:  # transformers 4
+        rope = {**(config.rope_scaling or {}), "rope_theta": config.rope_theta}
     kind = rope.get("rope_type", "default")
     if kind == "llama3":
         for field, value in LLAMA3_ROPE.items():

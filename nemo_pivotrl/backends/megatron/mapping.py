@@ -8,13 +8,21 @@ weights, no ranks, no megatron.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from nemo_pivotrl.backends.megatron.architecture import Architecture, Mamba, Moe
 
 VOCAB_MULTIPLE = 128
 """The padded vocabulary is a multiple of this on every tensor-parallel rank, as in Megatron's own trainers."""
+
+FUSED = (
+    (".self_attention.linear_qkv.layer_norm_weight", ".input_layernorm.weight"),
+    (".mlp.linear_fc1.layer_norm_weight", ".pre_mlp_layernorm.weight"),
+    (".mixer.in_proj.layer_norm_weight", ".norm.weight"),
+)
+"""Where Transformer Engine's layers keep a norm, and its name here."""
 
 Piece = tuple[int, int, int]
 """(index into `Entry.hf`, start, stop) along `Entry.dim` of that tensor."""
@@ -40,6 +48,16 @@ class Entry:
     """A second place for tensors that another entry exports."""
     padded: bool = False
     """The shard may be longer than its pieces; what is missing is zero."""
+
+
+def plain_name(name: str, layers: Mapping[str, int]) -> str:
+    """A parameter's name as an `Entry` has it; `layers` are the numbers that a chunk gives its layers to those they have in
+    the whole model. Experts keep the numbers that the rank gives them."""
+    name = re.sub(r"^(decoder\.layers\.)(\d+)", lambda m: f"{m[1]}{layers[m[2]]}", name)
+    for fused, plain in FUSED:
+        if name.endswith(fused):
+            name = name.removesuffix(fused) + plain
+    return name
 
 
 def padded_vocab_size(vocab_size: int, tp: int) -> int:

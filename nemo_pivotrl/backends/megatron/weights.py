@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from nemo_pivotrl.backends.megatron.architecture import Architecture, read_architecture
-from nemo_pivotrl.backends.megatron.mapping import Entry, entries
+from nemo_pivotrl.backends.megatron.mapping import Entry, entries, plain_name
 from nemo_pivotrl.backends.megatron.parallel import Groups
 from nemo_pivotrl.records import InputError, Problem
 
@@ -29,12 +29,6 @@ CARRIED = ("mtp.",)
 """Tensors that begin so are not part of the policy (multi-token prediction heads). `save_hf` copies them as they were."""
 DERIVED = re.compile(r"\.rotary_emb\.inv_freq$")
 """Tensors that old checkpoints carry and that follow from the config."""
-FUSED = (
-    (".self_attention.linear_qkv.layer_norm_weight", ".input_layernorm.weight"),
-    (".mlp.linear_fc1.layer_norm_weight", ".pre_mlp_layernorm.weight"),
-    (".mixer.in_proj.layer_norm_weight", ".norm.weight"),
-)
-"""Where Transformer Engine's layers keep a norm, and its name in `mapping`."""
 MAX_SHARD_BYTES = 5 * 10**9
 
 
@@ -96,10 +90,7 @@ def local_tensors(chunks: Sequence[nn.Module], architecture: Architecture, group
 
 def _name_in_mapping(name: str, layers: dict[str, int], architecture: Architecture, groups: Groups) -> str:
     """Layers and experts counted over the whole model; Transformer Engine's names as the plain layers have them."""
-    name = re.sub(r"^(decoder\.layers\.)(\d+)", lambda m: f"{m[1]}{layers[m[2]]}", name)
-    for fused, plain in FUSED:
-        if name.endswith(fused):
-            name = name.removesuffix(fused) + plain
+    name = plain_name(name, layers)
     name = re.sub(r"\.experts\.(linear_fc[12])\.weight(\d+)$", r".experts.local_experts.\2.\1.weight", name)
     if architecture.moe is None:
         return name
