@@ -1,7 +1,4 @@
-"""What a rank of a test does: `python jobs.py JOB FOLDER ARGUMENTS_JSON`, in as many processes as the test asks for.
-
-A rank writes what it found to FOLDER/out-RANK.json.
-"""
+"""What a rank of a test does, in as many processes as the test asks for: a function a job (`rank.py`)."""
 
 from __future__ import annotations
 
@@ -10,11 +7,6 @@ import os
 import sys
 from pathlib import Path
 from typing import Any
-
-if __name__ == "__main__":
-    import shims
-
-    shims.install()
 
 import tiny_aligner
 import tiny_policy
@@ -371,39 +363,39 @@ def refusals(folder: Path, hf_folder: str, cases: list[dict[str, Any]], without_
     return {"said": said}
 
 
-def train_world(folder: Path, warmup: int, steps: int) -> dict[str, Any]:
+def train_world(folder: Path, warmup: int, steps: int, seed: int = 1) -> dict[str, Any]:
     """PivotRL on turns of the embedded world under its own verifier, from a policy that `warmup` steps of SFT made."""
     import tiny_world
 
     from nemo_pivotrl.backends.aligner import train_gpt_pivotrl
 
     home = folder / "world"
-    tiny_world.write_world(home, pivots=6)
+    tiny_world.write_world(home, pivots=4)
     settings = {
         "trainer.pivotrl.max_steps": steps,
         "trainer.pivotrl.max_epochs": steps,
-        "trainer.pivotrl.num_rollouts_per_prompt": 8,
+        "trainer.pivotrl.num_rollouts_per_prompt": 12,
         "trainer.pivotrl.val_check_interval": steps,
         "trainer.pivotrl.save_interval": steps,
-        "model.pivotrl.rollout_micro_batch_size": 6,
-        "model.pivotrl.num_rollout_samples": 6,
-        "model.pivotrl.num_val_samples": 6,
+        "model.pivotrl.rollout_micro_batch_size": 4,
+        "model.pivotrl.num_rollout_samples": 4,
+        "model.pivotrl.num_val_samples": 4,
         "model.pivotrl.length_params.max_length": tiny_world.MAX_LENGTH,
         "model.micro_batch_size": 24,
         "model.global_batch_size": 24,
         "model.data.seq_length": 512,
-        "trainer.pivotrl.gradient_clip_val": 0.5,
+        "trainer.pivotrl.gradient_clip_val": 0.35,
     }
-    cfg = tiny_aligner.config("pivotrl", home, PIVOTRL | settings | tiny_world.MODEL)
+    cfg = tiny_aligner.config("pivotrl", home, PIVOTRL | settings | tiny_world.MODEL | {"model.seed": seed})
     from nemo_pivotrl.backends.aligner import launch
     from nemo_pivotrl.backends.aligner.actor import MegatronGPTPivotRLActorModel
 
     lightning, state = launch.lightning(cfg, "pivotrl")
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model = MegatronGPTPivotRLActorModel(cfg.model, lightning)
     trainer = train_gpt_pivotrl.make_trainer(cfg, lightning, model, state)
     trainer.logger = logger = tiny_aligner.JsonLines()
-    tiny_world.imitate(trainer, home, warmup, copies=4)
+    tiny_world.imitate(trainer, home, warmup, copies=6)
     trainer.fit()
     trainer.rm.close()
     return {"rows": logger.rows}
@@ -481,14 +473,3 @@ def train_doctor(folder: Path, tp: int = 1, pp: int = 1, dp: int = 1, **override
     trainer.collate_fn = watched
     trainer.fit()
     return {"rows": trainer.logger.rows, "drawn": drawn, "state": trainer.state_dict()}
-
-
-def main() -> None:
-    """One rank of one job."""
-    job, folder, arguments = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])
-    torch.set_num_threads(1)
-    write(folder, globals()[job](folder, **arguments))
-
-
-if __name__ == "__main__":
-    main()

@@ -42,7 +42,8 @@ def write_world(folder: Path, pivots: int) -> None:
     tokenizer = make_tokenizer(texts, 512)
     tokenizer.save_pretrained(folder / "tokenizer")
     rows = [row for row in read_rows(extract(recipe)) if row["provenance"]["split"] == "train"]
-    rows = sorted(rows, key=lambda row: candidate_of_row(row).expected.kind)  # calls before messages
+    calls = [row for row in rows if candidate_of_row(row).expected.kind == "calls"]
+    rows = sorted(calls, key=lambda row: len(canonical_json(row["expected_action"])))  # short ones are soon learnt
     chat, settings = Chat(tokenizer), Verifier()
     header = Header(
         stage="pivots",

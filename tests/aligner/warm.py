@@ -1,0 +1,15 @@
+"""What the parent of a test's ranks imports before it forks them: NeMo-Aligner on its stand-ins, and our components."""
+
+import shims
+
+shims.install()
+
+import jobs  # noqa: E402, F401
+import torch.utils.tensorboard  # noqa: E402, F401
+
+from nemo_pivotrl.backends.aligner import (  # noqa: E402, F401
+    actor,
+    doctor_model,
+    train_gpt_llmdoctor,
+    train_gpt_pivotrl,
+)
