@@ -244,8 +244,9 @@ def run_stage(stage: str, recipe: Recipe, fresh: bool) -> int:
         if "megatron" not in (recipe.policy.backend, recipe.doctor.backend, recipe.patient.backend):
             return one_too_many(place)
         with missing_module(f"stage {stage}", {}, "megatron"):
+            from nemo_pivotrl.backends.megatron.launch import leave
             from nemo_pivotrl.backends.megatron.workers import run_together
-        return run_together(call, recipe.megatron, place)
+        leave(run_together(call, recipe.megatron, place))
     call()
     return 0
 
