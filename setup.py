@@ -79,7 +79,7 @@ setup(
         ],
     },
     entry_points={
-        "console_scripts": ["nemo-pivotrl = nemo_pivotrl.cli:main"],
+        "console_scripts": ["nemo-pivotrl = nemo_pivotrl.cli:command"],
         "nemo_run.cli": ["pivotrl = nemo_pivotrl.nemo_run_cli"],  # `nemo pivotrl STAGE`
         "nemo_aligner.algorithms": [  # our own group: NeMo-Aligner has no registry
             "pivotrl = nemo_pivotrl.backends.aligner.registration:PIVOTRL",

@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from nemo_pivotrl import __version__
 from nemo_pivotrl.records import InputError
@@ -58,6 +58,8 @@ TOOLS = {
 }
 """Commands that are no stage: they take files or requests, not artefacts."""
 BAD_INPUT = 2
+STARTED = frozenset({"RANK", "WORLD_SIZE", "SLURM_STEP_ID"})
+"""Variables of torchrun and srun: without one of them this is the only process, and launch.py, a second's import, is not asked."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -239,8 +241,7 @@ def run_stage(stage: str, recipe: Recipe, fresh: bool) -> int:
         with missing_module(f"stage {stage}", extras, "reference"):
             getattr(import_module(module), function)(recipe, fresh)
 
-    started = os.environ.keys() & {"RANK", "WORLD_SIZE", "SLURM_STEP_ID"}  # launch.py takes a second to import
-    if started and (place := here()).world > 1:
+    if os.environ.keys() & STARTED and (place := here()).world > 1:
         if "megatron" not in (recipe.policy.backend, recipe.doctor.backend, recipe.patient.backend):
             return one_too_many(place)
         with missing_module(f"stage {stage}", {}, "megatron"):
@@ -270,5 +271,15 @@ def one_too_many(place: Place) -> int:
     raise InputError(Problem("recipe", None, "backend", f"reference, in {place.world} processes", remedy))
 
 
+def command() -> NoReturn:
+    """`nemo-pivotrl`: `main`, and the end of the process."""
+    code = main()
+    if code == 0 and os.environ.keys() & STARTED and here().world > 1:
+        from nemo_pivotrl.backends.megatron.launch import leave
+
+        leave(code)
+    sys.exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    command()

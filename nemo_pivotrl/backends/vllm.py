@@ -26,10 +26,26 @@ import torch
 import vllm
 import vllm.distributed
 from torch import Tensor
+from vllm.platforms import current_platform
+from vllm.v1.executor.uniproc_executor import ExecutorWithExternalLauncher
 
 from nemo_pivotrl.backends.vllm_requests import checked, engine_arguments, in_order, request
 from nemo_pivotrl.config import Generation, Policy, Vllm
 from nemo_pivotrl.records import InputError, Lost, Problem, Sample
+
+
+def _meet_without_shared_memory(_: ExecutorWithExternalLauncher) -> tuple[str, int, int]:
+    """Address, rank and local rank of an engine in a job's ranks, which have met already.
+
+    On CPUs vLLM names its shared memory by the address's end. That of `env://` is every job's, so what a killed job left would
+    stop the next one; ends that differ by rank make vLLM use torch.distributed instead.
+    """
+    rank = int(os.environ["RANK"])
+    return f"env://:{rank}", rank, int(os.environ["LOCAL_RANK"])
+
+
+if current_platform.is_cpu():
+    ExecutorWithExternalLauncher._distributed_args = _meet_without_shared_memory
 
 
 class Engine:

@@ -140,3 +140,28 @@ def test_a_rank_that_hangs_while_the_others_rest_is_named() -> None:
 def test_a_rank_that_never_comes_is_named() -> None:
     codes, error, _ = launch("well", started=2)
     assert codes == [1, 1] and error.count("nemo-pivotrl:") == 1 and "rank 2 did not arrive in 10 s" in error
+
+
+def test_a_finished_process_leaves_before_its_teardown_can_fail(tmp_path: Path) -> None:
+    program = f"""
+import atexit, os, pathlib
+from nemo_pivotrl.backends.megatron.launch import leave
+
+class Group:
+    def __del__(self):
+        os._exit(9)
+
+held = Group()
+atexit.register(pathlib.Path({str(tmp_path / "closed")!r}).touch)
+print("last line")
+leave(CODE)
+"""
+    for code in (0, 2):
+        done = subprocess.run(
+            [sys.executable, "-c", program.replace("CODE", str(code))], capture_output=True, text=True
+        )
+        assert (done.returncode, done.stdout) == (code, "last line\n"), done.stderr
+        assert (tmp_path / "closed").exists()
+        (tmp_path / "closed").unlink()
+    done = subprocess.run([sys.executable, "-c", program.replace("leave(CODE)", "")], capture_output=True)
+    assert done.returncode == 9  # this is what an ordinary end would do

@@ -7,6 +7,7 @@ writes why. That rank prints it, all ranks end with a code that is not 0, and no
 
 from __future__ import annotations
 
+import atexit
 import os
 import re
 import sys
@@ -228,9 +229,18 @@ def run(program: Callable[[Watch | None], None], backend: str, place: Place, pat
     except BaseException as error:
         failed(watch, error)
     watch.finished.set()
+    watch.thread.join(patience.leave)  # it may be asking the store
     if dist.is_initialized():  # a rollout engine in these processes takes the groups with it
         dist.destroy_process_group()
     return 0
+
+
+def leave(code: int) -> NoReturn:
+    """End this process after its last line of work, without the interpreter's teardown: a process group's threads, which live as
+    long as anything of vLLM or megatron-core refers to the group, may abort in it and make a failure of a finished job."""
+    atexit._run_exitfuncs()
+    sys.stderr.flush()
+    _end("", code)
 
 
 def failed(watch: Watch, error: BaseException) -> NoReturn:
