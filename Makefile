@@ -44,7 +44,7 @@ $(VENV_ALIGNER)/.installed: $(ALIGNER)/requirements.txt $(ALIGNER)/packages.txt 
 
 test-aligner: $(VENV_ALIGNER)/.installed $(VENV_VLLM)/.installed
 	$(VENV_ALIGNER)/bin/python -m pip install -q --no-deps -e .  # its entry points are tested; the checkout may be another one
-	VENV_VLLM=$(abspath $(VENV_VLLM)) $(VENV_ALIGNER)/bin/python -m pytest -n 2 -c $(ALIGNER)/pytest.ini --rootdir $(ALIGNER) $(ALIGNER)
+	VENV_VLLM=$(abspath $(VENV_VLLM)) $(VENV_ALIGNER)/bin/python -m pytest -n 2 --dist loadgroup -c $(ALIGNER)/pytest.ini --rootdir $(ALIGNER) $(ALIGNER)
 
 # vLLM pins dozens of packages, so it has an environment of its own. What is uninstalled is built for CUDA, and then neither
 # vLLM nor transformers can be imported; triton is a gigabyte that nothing runs on a CPU.

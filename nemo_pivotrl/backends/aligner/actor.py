@@ -207,8 +207,9 @@ class MegatronGPTPivotRLActorModel(MegatronGPTActorModel):  # type: ignore[misc]
         if self.served is not None and self.served.stale:
             self.served.refit(self)
 
-    def check_turns(self) -> None:
-        """Raise InputError on every rank when servers have refused to sample for any. A collective of all ranks."""
+    def finish_inference(self) -> None:
+        """The parent's part. Raises InputError on every rank when servers have refused to sample for any."""
+        super().finish_inference()
         if self.served is not None:
             self.served.check()
 

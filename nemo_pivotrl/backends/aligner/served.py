@@ -194,7 +194,6 @@ class ServedTurns:
 
     def check(self) -> None:
         """Raise InputError on every rank when the servers have refused any. A collective of all ranks."""
-
         wrong = [problem for found in everywhere(lambda: self.refused) for problem in found]
         if wrong:
             raise InputError(dict.fromkeys(wrong))

@@ -93,9 +93,9 @@ class PivotRLTrainer(ReinforceTrainer):  # type: ignore[misc]
         with self.timer("prepare_for_inference"):
             self.model.prepare_for_inference()
         rollouts, metrics = self._run_inference(self.train_dataloader_builder, self._position(), is_validation=False)
-        rows, more = self.generate_pivotrl_data(rollouts)
         with self.timer("finish_inference"):
             self.model.finish_inference()
+        rows, more = self.generate_pivotrl_data(rollouts)
         self.consumed_samples += self.pivots_per_step
         metrics |= {**more, "consumed_samples": self.consumed_samples}
         return rows, metrics, self.timer.consume_durations()
@@ -131,7 +131,6 @@ class PivotRLTrainer(ReinforceTrainer):  # type: ignore[misc]
                     seed = sample_seed(*drawn, self.block.seed, rank, number, k)
                     turns.append(self.model.infer({**batch, "seed": seed}))
                     judged.append(self.rm.infer_rm({**turns[-1], "pivot": batch["pivot"]}))
-            self.model.check_turns()
         with self.timer("verifier_wait"):
             verdicts = torch.stack([j.result().cpu() for j in judged])
         rollouts = self._stacked(turns, group)
