@@ -27,6 +27,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 CASES = [
     *(("grpo", "qwen3", layout) for layout in LAYOUTS if layout != "ep2"),
     *(("tfpo", "qwen3", layout) for layout in ("w1", "tp2+sp", "pp2")),
+    *(("tfpo", name, "w1") for name in ("qwen3_moe", "nemotron_h")),
     *(("grpo", "qwen3_moe", layout) for layout in ("w1", "tp2+sp", "pp2", "ep2")),
     *(("grpo", "nemotron_h", layout) for layout in ("w1", "tp2+sp", "pp2", "ep2")),
     ("grpo", "llama_tied", "pp2"),
