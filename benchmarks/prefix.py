@@ -11,6 +11,7 @@ import json
 import os
 import random
 import resource
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -30,7 +31,7 @@ SHAPE = dict(
     max_position_embeddings=8192,
 )
 RESPONSE = 64
-CASES = [(512, 8, 1), (1024, 8, 1), (2048, 8, 1), (2048, 8, 4), (4096, 8, 1)]
+CASES = [(512, 8, 1), (512, 16, 1), (1024, 8, 1), (2048, 8, 1), (2048, 16, 1), (2048, 8, 4), (2048, 8, 8), (4096, 8, 1)]
 """(prompt tokens of the last pivot, samples of a pivot, pivots of the trajectory)"""
 
 
@@ -113,34 +114,60 @@ def compare() -> None:
 
 def project(data: str) -> None:
     """Token ratios where a step holds whole trajectories, G = 16, in packs large enough for one."""
+    assumed = {"terminal": (12_000, 300, 16), "SWE": (30_000, 512, 12)}
+    cases = {f"{name}, assumed": [_evenly(*shape)] for name, shape in assumed.items()}
+    if Path(data).exists():
+        cases = {"tau, real": _real(Path(data))} | cases
+    print("trajectories       number  last prompt  pivots  one pivot a step  all pivots a step")
+    for name, trajectories in cases.items():
+        counts = [_tokens(turns) for turns in trajectories]
+        whole, alone, together = (sum(column) for column in zip(*counts, strict=True))
+        last, turns = (
+            statistics.median(column) for column in zip(*((t[-1][0], len(t)) for t in trajectories), strict=True)
+        )
+        print(
+            f"{name:<18}{len(trajectories):>7}{last:>13,.0f}{turns:>8.0f}{whole / alone:>18.1f}{whole / together:>19.1f}"
+        )
+        if len(counts) > 1:
+            alone_of, together_of = (statistics.quantiles([c[0] / c[n] for c in counts], n=10) for n in (1, 2))
+            print(
+                f"  by trajectory, 10 %, 50 %, 90 %{'':>14}"
+                + "".join(
+                    "{:>7.1f} {:>5.1f} {:>5.1f}".format(*(q[i] for i in (0, 4, 8))) for q in (alone_of, together_of)
+                )
+            )
+
+
+def _evenly(prompt: int, response: int, pivots: int) -> list[tuple[int, int]]:
+    return [(prompt * (i + 1) // pivots, response) for i in range(pivots)]
+
+
+def _tokens(turns: list[tuple[int, int]], samples: int = 16) -> tuple[int, int, int]:
+    """Tokens of a trajectory's (prompt, response) lengths: whole rows, one pivot sharing its prompt, all pivots sharing."""
     from nemo_pivotrl.prefix import token_ratio
 
-    profiles = {"terminal": (12_000, 300, 16), "SWE": (30_000, 512, 12)}
-    print("trajectories   last prompt  response  pivots  one pivot a step  all pivots a step")
-    rows = [(name, *profile) for name, profile in profiles.items()]
-    if Path(data).exists():
-        rows.insert(0, ("tau (real)", *_tau(Path(data))))
-    for name, prompt, response, pivots in rows:
-        prompts, of, responses = rows_of(prompt, 16, pivots, response)
-        whole = [prompts[i] for i in of]
-        alone = [[n for n in range(len(of)) if of[n] == i] for i in range(pivots)]
-        one, every = (token_ratio(whole, responses, plan) for plan in (alone, [list(range(len(of)))]))
-        print(f"{name:<15}{prompt:>11}{response:>10}{pivots:>8}{one:>18.1f}{every:>19.1f}")
+    maker = random.Random(0)
+    trunk = [maker.randrange(2**16) for _ in range(turns[-1][0])]
+    of = [i for i in range(len(turns)) for _ in range(samples)]
+    rows = [trunk[: turns[i][0]] for i in of]
+    responses = [[maker.randrange(2**16) for _ in range(turns[i][1])] for i in of]
+    pivots = [[n for n in range(len(of)) if of[n] == i] for i in range(len(turns))]
+    whole = sum(map(len, rows)) + sum(map(len, responses))
+    alone, together = (whole / token_ratio(rows, responses, plan) for plan in (pivots, [list(range(len(of)))]))
+    return whole, round(alone), round(together)
 
 
-def _tau(path: Path) -> tuple[int, int, int]:
-    """Median of the trajectories: (tokens before the last action, tokens of an action, actions), at 4 characters a token."""
+def _real(path: Path) -> list[list[tuple[int, int]]]:
+    """(tokens before an action, tokens of it) for every action of every trajectory, at 4 characters a token."""
     found = []
     for line in path.read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
         messages = row.get("messages") or row["traj"]
         sizes = [len(json.dumps(m)) // 4 for m in messages]
-        turns = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+        turns = [(sum(sizes[:i]), sizes[i]) for i, m in enumerate(messages) if m["role"] == "assistant" and i]
         if turns:
-            actions = [sizes[i] for i in turns]
-            found.append((sum(sizes[: turns[-1]]), sum(actions) // len(actions), len(turns)))
-    middle = [sorted(column)[len(found) // 2] for column in zip(*found, strict=True)]
-    return middle[0], middle[1], middle[2]
+            found.append(turns)
+    return found
 
 
 if __name__ == "__main__":
