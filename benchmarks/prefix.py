@@ -78,15 +78,16 @@ def _loss(log_probs: Any, data: dict[str, Any], normaliser: float, fn: Any) -> A
     return fn(log_probs, data["mask"], normaliser)
 
 
-def compare() -> None:
+def compare(hidden: int, cases: list[tuple[int, int, int]]) -> None:
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     print("prompt  samples  pivots  token ratio  time ratio  of it  seconds (whole, shared)  peak MiB (whole, shared)")
     with tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(0)
-        Qwen3ForCausalLM(Qwen3Config(**SHAPE)).save_pretrained(folder)
-        for case in CASES:
+        width = dict(hidden_size=hidden, head_dim=hidden // 8, intermediate_size=3 * hidden)
+        Qwen3ForCausalLM(Qwen3Config(**SHAPE | width)).save_pretrained(folder)
+        for case in cases:
             found = []
             for share in (False, True):
                 command = [sys.executable, __file__, "--one", json.dumps([*case, share, folder])]
@@ -176,6 +177,8 @@ if __name__ == "__main__":
     parser.add_argument(
         "--data", default="../shared/data/tau_airline/trajectories.jsonl", help="OpenAI chat, a line each"
     )
+    parser.add_argument("--hidden", type=int, default=SHAPE["hidden_size"], help="width of the model")
+    parser.add_argument("--cases", nargs="*", default=[], help="prompt,samples,pivots of each")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
@@ -183,4 +186,4 @@ if __name__ == "__main__":
     elif arguments.project:
         project(arguments.data)
     else:
-        compare()
+        compare(arguments.hidden, [tuple(map(int, case.split(","))) for case in arguments.cases] or CASES)
