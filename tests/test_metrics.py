@@ -30,6 +30,7 @@ from nemo_pivotrl.stages.dashboards import (
     flat,
     log_summary,
     mlflow_params,
+    offline_step,
     without_secrets,
 )
 from nemo_pivotrl.stages.metrics import MetricsLog, read_metrics
@@ -269,7 +270,7 @@ def wandb_records(folder: Path) -> Iterator[Any]:
             _, size, kind = struct.unpack("<IHB", raw[at : at + 7])
             body, at = raw[at + 7 : at + 7 + size], at + 7 + size
             held = body if kind in (1, 2) else held + body  # 1: a whole record, 2: its first chunk
-            if kind in (1, 4):  # 4: its last chunk
+            if kind in (1, 4) and at <= len(raw):  # 4: its last chunk
                 record = pb.Record()
                 record.ParseFromString(held)
                 yield record
@@ -366,6 +367,26 @@ def test_wandb_continues_a_killed_run_and_gets_each_step_once(resumed: Path) -> 
     assert (told.project, sorted(told.tags)) == ("nemo_pivotrl", ["mine", "pivotrl", "train"])
     settings = {update.key: json.loads(update.value_json) for update in told.config.update}
     assert settings["grpo"]["max_num_steps"] == 9 and settings["policy"]["optimizer"]["lr"] == 1e-6
+
+
+def test_wandbs_offline_files_say_how_far_they_go(tmp_path: Path) -> None:
+    pytest.importorskip("wandb")
+    folder = tmp_path / "quickstart/pivotrl"
+    assert offline_step(folder) == -1
+    log = MetricsLog(folder, -1, recipe_in(tmp_path, wandb=True), "train")
+    write(log, range(400))
+    log.close()
+    (path,) = folder.glob("wandb/offline-run-*/*.wandb")
+    whole = path.read_bytes()
+    assert len(whole) > 3 * 32768, "records that are cut at the ends of blocks"
+    assert offline_step(folder) == 399
+    for size in (len(whole) // 2, 32768 + 3, 7, 0):
+        path.write_bytes(whole[:size])
+        steps = [row["_step"] for row in wandb_history(folder)] if size > 7 else []
+        assert offline_step(folder) == max(steps, default=-1) < 399
+    path.write_bytes(whole[:7] + bytes([0, 0, 0, 0, 3, 0, 1]) + b"\xff\xff\xff")
+    with pytest.raises(InputError, match=r"(?s)\.wandb: record before byte 17.*metrics\.jsonl has the steps"):
+        offline_step(folder)
 
 
 @pytest.mark.slow

@@ -285,12 +285,13 @@ def offline_step(folder: Path) -> int:
             size, kind = int.from_bytes(raw[at + 4 : at + 6], "little"), raw[at + 6]
             chunk, at = raw[at + 7 : at + 7 + size], at + 7 + size
             held = chunk if kind in (1, 2) else held + chunk
-            if kind not in (1, 4):
+            if kind not in (1, 4) or at > len(raw):  # a part, or torn by a kill
                 continue
             try:
                 record = Record.FromString(held)
-            except DecodeError:  # torn by a kill
-                break
+            except DecodeError as error:
+                remedy = "mend it, or delete its folder: metrics.jsonl has the steps"
+                raise InputError(Problem(str(path), None, f"record before byte {at}", str(error), remedy)) from error
             if record.HasField("history"):
                 last = max(last, record.history.step.num)
     return last
