@@ -667,12 +667,23 @@ class ServeGuided:
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class Logger:
-    """Metrics always go to metrics.jsonl; these are copies for the dashboards people use."""
+    """Metrics always go to metrics.jsonl; these are copies for the dashboards people use (`stages/dashboards.py`)."""
 
-    tensorboard: bool = False
+    tensorboard: bool = True
+    """Event files in the folder's `tensorboard`: `tensorboard --logdir RUN_DIR`."""
     wandb: bool = False
+    """WANDB_MODE=offline writes files for `wandb sync` in the folder's `wandb`."""
     mlflow: bool = False
     project: str = "nemo_pivotrl"
+    """W&B's project, MLflow's experiment."""
+    name: str = ""
+    """What the runs of this run directory are grouped by, and what their names begin with; empty: the directory's name."""
+    entity: str = ""
+    """W&B's user or team; empty: the one that is logged in."""
+    tags: tuple[str, ...] = ()
+    """Beside the algorithm and the stage."""
+    mlflow_tracking_uri: str = ""
+    """Server or database (sqlite:////PATH/mlflow.db); empty: MLFLOW_TRACKING_URI, else a database in the working directory."""
 
 
 # ---- LLMdoctor; `B.9 n` is a row of Part B's table of choices ----
