@@ -31,12 +31,12 @@ from nemo_pivotrl.records import (
     read_rows,
 )
 from nemo_pivotrl.stages.audit import audit_first
-from nemo_pivotrl.stages.candidates import index_candidates
+from nemo_pivotrl.stages.candidates import Index, index_candidates
 from nemo_pivotrl.stages.chunks import Parts, Shard
 from nemo_pivotrl.stages.ledger import spend
 from nemo_pivotrl.stages.profile_rows import plan_in
 from nemo_pivotrl.stages.profile_statistics import summarise, summary_text
-from nemo_pivotrl.stages.profile_work import Job, Work, draw_wave, judge_wave, retries_of, too_many, transient
+from nemo_pivotrl.stages.profile_work import Job, Work, draw_wave, judge_wave, render, retries_of, too_many, transient
 from nemo_pivotrl.stages.rollout import load_chat, load_recipe_verifier, sampling
 from nemo_pivotrl.stages.waves import pump
 
@@ -206,16 +206,21 @@ def _merge(recipe: Recipe, job: Job, parts: Parts, path: Path) -> None:
         )
         found = f"{len(missing)} of {parts.chunks} chunks are missing: {_whose(parts, missing)}"
         raise InputError(Problem(str(parts.folder), None, "chunks", found, remedy))
+    merge_chunks(job.header, job.index, parts, path)
+    recipe.path("profiles.earlier.jsonl").unlink(missing_ok=True)
+    parts.remove()
+
+
+def merge_chunks(header: Header, index: Index, parts: Parts, path: Path) -> None:
+    """All chunks in order as one artefact, by rename. Raises InputError for a damaged one."""
     part = path.with_name(path.name + ".part")
     with part.open("wb") as file:
-        file.write(job.header.to_line().encode())
+        file.write(header.to_line().encode())
         for number in range(parts.chunks):
-            file.writelines(parts.rows(number, job.index.rows_of(number), job.index.ids[number]))
+            file.writelines(parts.rows(number, index.rows_of(number), index.ids[number]))
         file.flush()
         os.fsync(file.fileno())
     os.replace(part, path)
-    recipe.path("profiles.earlier.jsonl").unlink(missing_ok=True)
-    parts.remove()
 
 
 # ---- drawing, and what is told before and after ----
@@ -233,7 +238,7 @@ def _run(recipe: Recipe, job: Job, parts: Parts) -> None:
     print(forecast(recipe, job, parts))
     sampler = backends.load_sampler(recipe.policy, recipe.megatron, recipe.vllm)
     concurrency = backends.concurrency_of(sampler)
-    work = Work(recipe, job, parts, together=concurrency == 1)
+    work = Work(recipe, job.index, job.plan, parts, concurrency == 1, partial(render, job.chat))
     with spend(Path(recipe.run_dir), "profile") as cost:
         try:
             draw = partial(draw_wave, recipe, job, sampler)
