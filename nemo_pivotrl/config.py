@@ -467,7 +467,7 @@ class Loop:
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class Budget:
-    """What the rounds of `run` may spend; 0: no bound. The step or profile that reaches a bound is the last."""
+    """What the rounds of `run` may spend; 0: no bound. The step that reaches a bound is the last, and a round takes at least one."""
 
     rollouts: int = ranged(0, 0)
     """Turns sampled in profiling, training, validation and retention, of the work that counts: what was lost with a killed process

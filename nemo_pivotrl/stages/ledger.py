@@ -18,6 +18,8 @@ from typing import Any
 
 Entry = dict[str, Any]
 COUNTS = ("rollouts", "tokens_generated", "tokens_read", "tokens_trained")
+READ = ("tokens_read", "tokens_prompt", "tokens_scored")
+"""What stages call the tokens that they read."""
 
 
 @contextmanager
@@ -73,17 +75,11 @@ def by_stage(lines: Sequence[Entry]) -> list[Entry]:
     for line in lines:
         entry = found.setdefault(line["stage"], {"stage": line["stage"], "processes": 0, "seconds": 0.0})
         entry["processes"] += 1
-        entry["seconds"] = round(entry["seconds"] + line["seconds"], 2)
-        for key, value in counts(line).items():
-            entry[key] = entry.get(key, 0) + value
+        read = next((line[key] for key in READ if key in line), 0)
+        for key, value in ({"tokens_read": read} | line).items():
+            if isinstance(value, (int, float)):
+                entry[key] = round(entry.get(key, 0) + value, 2)
     return list(found.values())
-
-
-def counts(line: Entry) -> dict[str, int]:
-    """A line's counts under one name each, whatever the stage calls them."""
-    other = {"tokens_read": ("tokens_prompt", "tokens_scored")}
-    keys = {key: next((k for k in (key, *other.get(key, ())) if k in line), None) for key in COUNTS}
-    return {key: int(line[found]) for key, found in keys.items() if found}
 
 
 def totals(lines: Sequence[Entry], gpus: int, pivots: int = 0, points: float = 0.0) -> dict[str, Any]:

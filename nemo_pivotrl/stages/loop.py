@@ -73,7 +73,7 @@ def loop(recipe: Recipe, fresh: bool = False) -> Path:
     _check(recipe)
     if fresh:
         for folder in [*Path(recipe.run_dir).glob("round-*"), recipe.path(RESULT)]:
-            shutil.rmtree(folder)
+            shutil.rmtree(folder, ignore_errors=True)
         recipe.path(BASELINE).unlink(missing_ok=True)
     events: list[dict[str, Any]] = []
 
@@ -251,12 +251,16 @@ def _until(own: Recipe, before: Spent, profiled: Spent) -> Callable[[Sequence[ro
 
 
 def _tell_end(made: Round, before: Spent, tell: Callable[..., None]) -> None:
-    number, step = made.recipe.loop.round, int(made.rows[-1]["step"])
+    number, step = made.recipe.loop.round, int(made.rows[-1]["step"]) if made.rows else 0
     why, said = (made.ending.why, made.ending.text) if made.ending else ("steps", f"all {step} steps are done")
     event = {"steps": "ended", "budget": "ended", "retention": "lost"}.get(why, "faded")
     start, end = made.accuracy(0), made.accuracy(-1)
     spent = before + made.trained
-    moved = f"; held-out accuracy {start:.4f} to {end:.4f}" if start is not None and end is not None else ""
+    moved = (
+        f"; held-out accuracy {start:.4f} to {end:.4f}"
+        if start is not None and end is not None and why != "gain"
+        else ""
+    )
     tell(
         event,
         f"round {number} after step {step}: {said}{moved}; {spent.rollouts} rollouts so far",

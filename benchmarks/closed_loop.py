@@ -1,0 +1,179 @@
+"""Does re-profiling pay? One profile against rounds of them, at the same number of rollouts, on the embedded world.
+
+    python benchmarks/closed_loop.py --seeds 1 2 3 4 5 --processes 2
+
+Both arms of a seed begin with the same warmed policy and the same trajectories, and end at the step that reaches `--rollouts`,
+profiling, training and validation together. Each arm's last policy is scored on held-out turns, whole tasks and puzzles that
+neither arm has seen. Intervals are bootstraps of the paired difference, over seeds and over items within a seed. A run that was
+interrupted resumes; what is done is in FOLDER/seed-N.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
+SETTINGS = """
+num_threads=1
+world.train_tasks=120 world.test_tasks=100 world.puzzle_test_tasks=150
+warmup.num_steps=400
+extract.validation_share=0.3
+profile.num_generations=8 audit.before_profile=false
+policy.optimizer.lr=5e-4
+grpo.num_prompts_per_step=16 grpo.max_num_steps=100000 grpo.val_candidates=50 grpo.val_generations=2 grpo.val_kl=false
+checkpointing.save_period=20
+evaluate.num_generations=4 evaluate.trials=2
+loop.std_window=10 loop.std_ratio=0.7 loop.gain_window=4 loop.patience=100
+""".split()
+"""All else is recipes/pivotrl/tiny.yaml. A start policy that was warmed for two thirds of its steps never wins many of its turns."""
+ARMS = {"one-shot": "loop.max_rounds=1", "loop": "loop.max_rounds=100"}
+SETS = {"one_turn": "held-out turns", "multi_turn": "whole tasks", "retention": "out of domain"}
+BOOTSTRAPS = 10000
+
+
+def main() -> None:
+    """Run what is missing, then print the tables and write them to `--output`."""
+    options = arguments()
+    if options.seed is not None:
+        return one_seed(options, options.seed)
+    waiting, running = list(options.seeds), []
+    while waiting or running:
+        if waiting and len(running) < options.processes:
+            seed = waiting.pop(0)
+            folder = Path(options.folder, f"seed-{seed}")
+            folder.mkdir(parents=True, exist_ok=True)
+            with (folder / "log.txt").open("ab") as log:
+                command = [sys.executable, __file__, *sys.argv[1:], "--seed", str(seed)]
+                env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+                running.append((seed, subprocess.Popen(command, stdout=log, stderr=log, env=env)))
+            continue
+        seed, process = running.pop(0)
+        if process.wait():
+            sys.exit(f"seed {seed} failed: see {Path(options.folder, f'seed-{seed}', 'log.txt')}")
+    text = tables(options)
+    print(text)
+    if options.output:
+        Path(options.output).write_text(text + "\n", encoding="utf-8")
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
+    made.add_argument("--rollouts", type=int, default=20000, help="of each arm")
+    made.add_argument("--folder", default="runs/closed_loop")
+    made.add_argument("--processes", type=int, default=1, help="seeds at a time")
+    made.add_argument("--output", default="", help="file for the tables")
+    made.add_argument("--set", nargs="*", default=[], metavar="key=value", help="settings of both arms")
+    made.add_argument("--seed", type=int, help=argparse.SUPPRESS)
+    return made.parse_args()
+
+
+def one_seed(options: argparse.Namespace, seed: int) -> None:
+    """Warm up once, run both arms, score them."""
+    import torch
+
+    from nemo_pivotrl.recipe import load_recipe
+    from nemo_pivotrl.stages.evaluate import evaluate
+    from nemo_pivotrl.stages.extract import extract
+    from nemo_pivotrl.stages.loop import loop, read_history
+    from nemo_pivotrl.stages.quickstart import make_world
+    from nemo_pivotrl.stages.sft import warmup
+
+    torch.set_num_threads(1)
+    home = Path(options.folder, f"seed-{seed}").resolve()
+    settings = [f"seed={seed}", f"budget.rollouts={options.rollouts}", *SETTINGS, *options.set]
+    recipe = str(ROOT / "recipes/pivotrl/tiny.yaml")
+    if not (home / "start/policy").exists():
+        warmup(load_recipe(recipe, [f"run_dir={home}", *settings]))
+    for arm, rounds in ARMS.items():
+        own = load_recipe(
+            recipe, [f"run_dir={home / arm}", f"policy.model_name={home}/start/policy", *settings, rounds]
+        )
+        if (home / arm / "evaluation.json").exists():
+            continue
+        if not own.path("candidates.jsonl").exists():
+            make_world(own)
+            extract(own)
+        loop(own)
+        done = max(e["round"] for e in read_history(home / arm) if "round" in e and "step" in e)
+        last = own.path("pivotrl" if done == 1 else f"round-{done:02d}/pivotrl") / "policy"
+        policies = {"base": f"{home}/start/policy"} if arm == "one-shot" else {}
+        evaluate(
+            dataclasses.replace(
+                own, evaluate=dataclasses.replace(own.evaluate, policies={**policies, "result": str(last)})
+            )
+        )
+
+
+def scores(folder: Path, arm: str, policy: str, name: str) -> dict[str, float]:
+    """Mean score of each item of a set."""
+    from nemo_pivotrl.stages.evaluate import read_items
+
+    rows = read_items(folder / arm / "evaluation.jsonl")
+    return {
+        r["item"]: float(np.mean(r["scores"]))
+        for r in rows
+        if (r["policy"], r["set"]) == (policy, name) and r["scores"]
+    }
+
+
+def interval(by_seed: list[np.ndarray]) -> tuple[float, float, float]:
+    """(mean, low, high) of differences, 95 %: seeds are drawn with replacement, then the items of each."""
+    rng = np.random.default_rng(0)
+    draws = np.empty(BOOTSTRAPS)
+    for i in range(BOOTSTRAPS):
+        chosen = rng.integers(0, len(by_seed), len(by_seed))
+        draws[i] = np.mean([by_seed[s][rng.integers(0, len(by_seed[s]), len(by_seed[s]))].mean() for s in chosen])
+    low, high = np.quantile(draws, [0.025, 0.975])
+    return float(np.mean([d.mean() for d in by_seed])), float(low), float(high)
+
+
+def tables(options: argparse.Namespace) -> str:
+    """Per seed and over all seeds, in per cent; and what the rounds did."""
+    from nemo_pivotrl.stages.loop import read_history
+
+    lines = [f"{options.rollouts} rollouts an arm; {' '.join(options.set)}".rstrip("; ")]
+    lines.append(f"{'seed':<8}" + "".join(f"{title + ': base, one-shot, loop':>44}" for title in SETS.values()))
+    apart: dict[str, list[np.ndarray]] = {name: [] for name in SETS}
+    means: dict[str, list[list[float]]] = {name: [] for name in SETS}
+    for seed in options.seeds:
+        folder, cells = Path(options.folder, f"seed-{seed}"), []
+        for name in SETS:
+            base, once, again = (
+                scores(folder, arm, policy, name)
+                for arm, policy in (("one-shot", "base"), ("one-shot", "result"), ("loop", "result"))
+            )
+            apart[name].append(np.array([again[item] - once[item] for item in sorted(once)]))
+            means[name].append([100 * float(np.mean(list(s.values()))) for s in (base, once, again)])
+            cells.append(", ".join(f"{value:.1f}" for value in means[name][-1]))
+        lines.append(f"{seed:<8}" + "".join(f"{cell:>44}" for cell in cells))
+    lines.append(
+        f"{'mean':<8}" + "".join(f"{', '.join(f'{v:.1f}' for v in np.mean(means[name], 0)):>44}" for name in SETS)
+    )
+    for name, title in SETS.items():
+        mean, low, high = (100 * value for value in interval(apart[name]))
+        wins = sum(d.mean() > 0 for d in apart[name])
+        lines.append(
+            f"loop minus one-shot, {title}: {mean:+.2f} [{low:+.2f}, {high:+.2f}], ahead in {wins} of {len(apart[name])} seeds"
+        )
+    for seed in options.seeds:
+        for arm in ARMS:
+            events = read_history(Path(options.folder, f"seed-{seed}", arm))
+            lines.append(f"seed {seed}, {arm}:")
+            lines += [f"  {e['text']}" for e in events if e["event"] != "stopped"]
+            spent = [e["spent"]["rollouts"] for e in events if "spent" in e][-1]
+            lines.append(f"  {json.dumps({'rollouts': spent, 'rounds': events[-1]['rounds']})}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
