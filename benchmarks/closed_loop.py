@@ -23,15 +23,15 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 SETTINGS = """
 num_threads=1
-world.train_tasks=120 world.test_tasks=100 world.puzzle_test_tasks=150
-warmup.num_steps=400
-extract.validation_share=0.3
-profile.num_generations=8 audit.before_profile=false
-policy.optimizer.lr=5e-4
-grpo.num_prompts_per_step=16 grpo.max_num_steps=100000 grpo.val_candidates=50 grpo.val_generations=2 grpo.val_kl=false
+world.train_tasks=300 world.test_tasks=100 world.puzzle_test_tasks=150
+warmup.num_steps=250
+extract.validation_share=0.1
+profile.num_generations=4 profile.candidates_per_wave=128 audit.before_profile=false
+policy.optimizer.lr=2e-4 policy.generation.batch_tokens=65536
+grpo.num_prompts_per_step=32 grpo.max_num_steps=100000 grpo.val_candidates=200 grpo.val_generations=2 grpo.val_kl=false
 checkpointing.save_period=20
 evaluate.num_generations=4 evaluate.trials=2
-loop.std_window=10 loop.std_ratio=0.7 loop.gain_window=4 loop.patience=100
+loop.std_window=5 loop.std_ratio=0.5 loop.gain_window=3 loop.patience=100
 """.split()
 """All else is recipes/pivotrl/tiny.yaml. A start policy that was warmed for two thirds of its steps never wins many of its turns."""
 ARMS = {"one-shot": "loop.max_rounds=1", "loop": "loop.max_rounds=100"}

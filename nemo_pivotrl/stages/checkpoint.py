@@ -77,6 +77,8 @@ def save(
 
 def prune(folder: Path, settings: Checkpointing) -> None:
     """Keep the latest checkpoint, the best few by the recipe's metric, and the latest that held the out-of-domain score."""
+    for doomed in folder.glob("*.old"):  # left by a kill in the middle of a deletion
+        shutil.rmtree(doomed)
     found = steps(folder)
     sign = -1.0 if settings.higher_is_better else 1.0
     scored = [p for p in found if settings.metric_name in _meta(p)["metrics"]]
