@@ -2,10 +2,10 @@
 
     python benchmarks/closed_loop.py --seeds 1 2 3 4 5 --processes 2
 
-Both arms of a seed begin with the same warmed policy and the same trajectories, and end at the step that reaches `--rollouts`,
-profiling, training and validation together. Each arm's last policy is scored on held-out turns, whole tasks and puzzles that
-neither arm has seen. Intervals are bootstraps of the paired difference, over seeds and over items within a seed. A run that was
-interrupted resumes; what is done is in FOLDER/seed-N.
+All runs begin with the same warmed policy. Both arms of a seed have the same trajectories, and end at the step that
+reaches `--rollouts`, profiling, training and validation together. Each arm's last policy is scored on held-out turns, whole
+tasks and puzzles that neither arm has trained on. Intervals are bootstraps of the paired difference, over seeds and over items
+within a seed. What was interrupted resumes; what is done is in FOLDER/seed-N.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ checkpointing.save_period=20
 evaluate.num_generations=4 evaluate.trials=2
 loop.std_window=5 loop.std_ratio=0.5 loop.gain_window=3 loop.patience=100
 """.split()
-"""All else is recipes/pivotrl/tiny.yaml. A start policy that was warmed for two thirds of its steps never wins many of its turns."""
+"""All else is recipes/pivotrl/tiny.yaml. A start policy warmed for two fifths of that recipe's steps never wins most of its turns."""
 ARMS = {"one-shot": "loop.max_rounds=1", "loop": "loop.max_rounds=100"}
 SETS = {"one_turn": "held-out turns", "multi_turn": "whole tasks", "retention": "out of domain"}
 BOOTSTRAPS = 10000
@@ -44,6 +44,7 @@ def main() -> None:
     options = arguments()
     if options.seed is not None:
         return one_seed(options, options.seed)
+    start(options)
     waiting, running = list(options.seeds), []
     while waiting or running:
         if waiting and len(running) < options.processes:
@@ -77,8 +78,21 @@ def arguments() -> argparse.Namespace:
     return made.parse_args()
 
 
+def start(options: argparse.Namespace) -> None:
+    """Make the start policy of all runs, FOLDER/start/policy, unless it is there."""
+    import torch
+
+    from nemo_pivotrl.recipe import load_recipe
+    from nemo_pivotrl.stages.sft import warmup
+
+    torch.set_num_threads(1)
+    if not Path(options.folder, "start/policy").exists():
+        home = Path(options.folder).resolve()
+        warmup(load_recipe(str(ROOT / "recipes/pivotrl/tiny.yaml"), [f"run_dir={home}", *SETTINGS, *options.set]))
+
+
 def one_seed(options: argparse.Namespace, seed: int) -> None:
-    """Warm up once, run both arms, score them."""
+    """Run both arms from the start policy, and score them."""
     import torch
 
     from nemo_pivotrl.recipe import load_recipe
@@ -86,18 +100,14 @@ def one_seed(options: argparse.Namespace, seed: int) -> None:
     from nemo_pivotrl.stages.extract import extract
     from nemo_pivotrl.stages.loop import loop, read_history
     from nemo_pivotrl.stages.quickstart import make_world
-    from nemo_pivotrl.stages.sft import warmup
 
     torch.set_num_threads(1)
     home = Path(options.folder, f"seed-{seed}").resolve()
+    base = home.parent / "start/policy"
     settings = [f"seed={seed}", f"budget.rollouts={options.rollouts}", *SETTINGS, *options.set]
     recipe = str(ROOT / "recipes/pivotrl/tiny.yaml")
-    if not (home / "start/policy").exists():
-        warmup(load_recipe(recipe, [f"run_dir={home}", *settings]))
     for arm, rounds in ARMS.items():
-        own = load_recipe(
-            recipe, [f"run_dir={home / arm}", f"policy.model_name={home}/start/policy", *settings, rounds]
-        )
+        own = load_recipe(recipe, [f"run_dir={home / arm}", f"policy.model_name={base}", *settings, rounds])
         if (home / arm / "evaluation.json").exists():
             continue
         if not own.path("candidates.jsonl").exists():
@@ -106,7 +116,7 @@ def one_seed(options: argparse.Namespace, seed: int) -> None:
         loop(own)
         done = max(e["round"] for e in read_history(home / arm) if "round" in e and "step" in e)
         last = own.path("pivotrl" if done == 1 else f"round-{done:02d}/pivotrl") / "policy"
-        policies = {"base": f"{home}/start/policy"} if arm == "one-shot" else {}
+        policies = {"base": str(base)} if arm == "one-shot" else {}
         evaluate(
             dataclasses.replace(
                 own, evaluate=dataclasses.replace(own.evaluate, policies={**policies, "result": str(last)})

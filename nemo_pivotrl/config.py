@@ -445,7 +445,7 @@ class Loop:
 
     max_rounds: int = ranged(1, 1)
     round: int = ranged(1, 1)
-    """Which round this recipe describes: `run` sets it, in the `recipe.yaml` of each round's folder. It seeds the rollouts."""
+    """Which round this recipe is of; `run` sets it, and the seeds of later rounds' rollouts follow from it."""
     gain_window: int = ranged(3, 1)
     """Validations over which held-out accuracy must have gained `min_gain`, or the round ends."""
     min_gain: float = ranged(0.005, 0.0, 1.0)
