@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import os
 import subprocess
 import sys
@@ -24,17 +23,22 @@ ROOT = Path(__file__).resolve().parents[1]
 SETTINGS = """
 num_threads=1
 world.train_tasks=300 world.test_tasks=100 world.puzzle_test_tasks=150
-warmup.num_steps=250
+warmup.num_steps=400
 extract.validation_share=0.1
-profile.num_generations=4 profile.candidates_per_wave=128 audit.before_profile=false
-policy.optimizer.lr=2e-4 policy.generation.batch_tokens=65536
-grpo.num_prompts_per_step=32 grpo.max_num_steps=100000 grpo.val_candidates=200 grpo.val_generations=2 grpo.val_kl=false
+profile.num_generations=8 profile.candidates_per_wave=128 profile.limit=80 audit.before_profile=false
+policy.optimizer.lr=5e-4 policy.generation.batch_tokens=65536
+grpo.num_prompts_per_step=24 grpo.max_num_steps=100000 grpo.val_candidates=80 grpo.val_generations=2 grpo.val_kl=false
 checkpointing.save_period=20
 evaluate.num_generations=4 evaluate.trials=2
-loop.std_window=5 loop.std_ratio=0.5 loop.gain_window=3 loop.patience=100
+loop.std_window=5 loop.std_ratio=0.7 loop.gain_window=3 loop.patience=100
 """.split()
-"""All else is recipes/pivotrl/tiny.yaml. A start policy warmed for two fifths of that recipe's steps never wins most of its turns."""
-ARMS = {"one-shot": "loop.max_rounds=1", "loop": "loop.max_rounds=100"}
+"""All else is recipes/pivotrl/tiny.yaml. A profile takes 80 of some 1,050 train candidates, as where all would be too many."""
+ARMS = {
+    "one-shot": ["loop.max_rounds=1"],
+    "loop": ["loop.max_rounds=100"],
+    "all": ["loop.max_rounds=1", "profile.limit=0"],
+}
+"""`all`: one profile of every candidate, whose cost is part of the same budget."""
 SETS = {"one_turn": "held-out turns", "multi_turn": "whole tasks", "retention": "out of domain"}
 BOOTSTRAPS = 10000
 
@@ -69,11 +73,12 @@ def arguments() -> argparse.Namespace:
     """The command line."""
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
-    made.add_argument("--rollouts", type=int, default=20000, help="of each arm")
+    made.add_argument("--rollouts", type=int, default=14000, help="of each arm")
     made.add_argument("--folder", default="runs/closed_loop")
     made.add_argument("--processes", type=int, default=1, help="seeds at a time")
     made.add_argument("--output", default="", help="file for the tables")
     made.add_argument("--set", nargs="*", default=[], metavar="key=value", help="settings of both arms")
+    made.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
     made.add_argument("--seed", type=int, help=argparse.SUPPRESS)
     return made.parse_args()
 
@@ -106,8 +111,9 @@ def one_seed(options: argparse.Namespace, seed: int) -> None:
     base = home.parent / "start/policy"
     settings = [f"seed={seed}", f"budget.rollouts={options.rollouts}", *SETTINGS, *options.set]
     recipe = str(ROOT / "recipes/pivotrl/tiny.yaml")
-    for arm, rounds in ARMS.items():
-        own = load_recipe(recipe, [f"run_dir={home / arm}", f"policy.model_name={base}", *settings, rounds])
+    for arm in options.arms:
+        rounds = ARMS[arm]
+        own = load_recipe(recipe, [f"run_dir={home / arm}", f"policy.model_name={base}", *settings, *rounds])
         if (home / arm / "evaluation.json").exists():
             continue
         if not own.path("candidates.jsonl").exists():
@@ -116,7 +122,7 @@ def one_seed(options: argparse.Namespace, seed: int) -> None:
         loop(own)
         done = max(e["round"] for e in read_history(home / arm) if "round" in e and "step" in e)
         last = own.path("pivotrl" if done == 1 else f"round-{done:02d}/pivotrl") / "policy"
-        policies = {"base": str(base)} if arm == "one-shot" else {}
+        policies = {"base": str(base)} if arm == options.arms[0] else {}
         evaluate(
             dataclasses.replace(
                 own, evaluate=dataclasses.replace(own.evaluate, policies={**policies, "result": str(last)})
@@ -151,37 +157,31 @@ def tables(options: argparse.Namespace) -> str:
     """Per seed and over all seeds, in per cent; and what the rounds did."""
     from nemo_pivotrl.stages.loop import read_history
 
-    lines = [f"{options.rollouts} rollouts an arm; {' '.join(options.set)}".rstrip("; ")]
-    lines.append(f"{'seed':<8}" + "".join(f"{title + ': base, one-shot, loop':>44}" for title in SETS.values()))
-    apart: dict[str, list[np.ndarray]] = {name: [] for name in SETS}
-    means: dict[str, list[list[float]]] = {name: [] for name in SETS}
-    for seed in options.seeds:
-        folder, cells = Path(options.folder, f"seed-{seed}"), []
-        for name in SETS:
-            base, once, again = (
-                scores(folder, arm, policy, name)
-                for arm, policy in (("one-shot", "base"), ("one-shot", "result"), ("loop", "result"))
-            )
-            apart[name].append(np.array([again[item] - once[item] for item in sorted(once)]))
-            means[name].append([100 * float(np.mean(list(s.values()))) for s in (base, once, again)])
-            cells.append(", ".join(f"{value:.1f}" for value in means[name][-1]))
-        lines.append(f"{seed:<8}" + "".join(f"{cell:>44}" for cell in cells))
-    lines.append(
-        f"{'mean':<8}" + "".join(f"{', '.join(f'{v:.1f}' for v in np.mean(means[name], 0)):>44}" for name in SETS)
-    )
+    arms = list(options.arms)
+    found = {  # set -> policy -> seed -> item -> score; the start policy is scored with the first arm
+        name: {
+            label: [scores(Path(options.folder, f"seed-{seed}"), arm, policy, name) for seed in options.seeds]
+            for label, arm, policy in [("base", arms[0], "base"), *((arm, arm, "result") for arm in arms)]
+        }
+        for name in SETS
+    }
+    lines = [f"{options.rollouts} rollouts an arm; per cent"]
     for name, title in SETS.items():
-        mean, low, high = (100 * value for value in interval(apart[name]))
-        wins = sum(d.mean() > 0 for d in apart[name])
-        lines.append(
-            f"loop minus one-shot, {title}: {mean:+.2f} [{low:+.2f}, {high:+.2f}], ahead in {wins} of {len(apart[name])} seeds"
-        )
+        lines.append(f"{title:<16}" + "".join(f"{label:>12}" for label in found[name]))
+        for place, seed in enumerate(options.seeds):
+            means = [100 * float(np.mean(list(by_seed[place].values()))) for by_seed in found[name].values()]
+            lines.append(f"{f'  seed {seed}':<16}" + "".join(f"{mean:>12.1f}" for mean in means))
+        for other in [arm for arm in arms if arm != "loop" and "loop" in arms]:
+            pairs = zip(found[name]["loop"], found[name][other], strict=True)
+            apart = [np.array([again[item] - once[item] for item in sorted(once)]) for again, once in pairs]
+            mean, low, high = (100 * value for value in interval(apart))
+            ahead = f"ahead in {sum(d.mean() > 0 for d in apart)} of {len(apart)} seeds"
+            lines.append(f"  loop minus {other}: {mean:+.2f} [{low:+.2f}, {high:+.2f}], {ahead}")
     for seed in options.seeds:
-        for arm in ARMS:
+        for arm in arms:
             events = read_history(Path(options.folder, f"seed-{seed}", arm))
             lines.append(f"seed {seed}, {arm}:")
             lines += [f"  {e['text']}" for e in events if e["event"] != "stopped"]
-            spent = [e["spent"]["rollouts"] for e in events if "spent" in e][-1]
-            lines.append(f"  {json.dumps({'rollouts': spent, 'rounds': events[-1]['rounds']})}")
     return "\n".join(lines)
 
 

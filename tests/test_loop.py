@@ -21,7 +21,7 @@ from nemo_pivotrl.config import Budget, Loop, Recipe
 from nemo_pivotrl.records import InputError, read_header, read_rows
 from nemo_pivotrl.rounds import Ending, Spent
 from nemo_pivotrl.stages import checkpoint, ledger, measure
-from nemo_pivotrl.stages.loop import Round, _result, _stop, gains, loop, read_history
+from nemo_pivotrl.stages.loop import Round, _candidates, _result, _stop, gains, loop, read_history
 from nemo_pivotrl.stages.metrics import read_metrics
 from nemo_pivotrl.stages.train import train
 
@@ -138,7 +138,7 @@ def made(recipe: Recipe, number: int, accuracy: list[float], ending: Ending | No
     own = dataclasses.replace(
         recipe, run_dir=f"{recipe.run_dir}/r{number}", loop=dataclasses.replace(recipe.loop, round=number)
     )
-    return Round(own, frozenset(), frozenset(), Spent(), Spent(), accuracies(*accuracy), ending)
+    return Round(own, frozenset(), frozenset(), frozenset(), Spent(), Spent(), accuracies(*accuracy), ending)
 
 
 def test_the_result_is_the_first_of_the_best_rounds_that_kept_the_out_of_domain_score(tmp_path: Path) -> None:
@@ -247,6 +247,29 @@ def test_a_later_round_draws_other_samples_and_lets_mastered_candidates_rest(loo
     assert mastered and texts["."].keys() - texts["round-02"].keys() == mastered
     same = sum(texts["."][c] == texts["round-02"][c] for c in texts["round-02"])
     assert same < 0.2 * len(texts["round-02"])  # two training steps hardly change this policy; its seeds do
+
+
+def test_rounds_of_limited_profiles_go_through_all_candidates_before_one_comes_again(
+    looped: Path, tmp_path: Path
+) -> None:
+    recipe = of(looped, "profile.limit=30", "loop.rest_mastered=false")
+    rows = {r["provenance"]["candidate_id"]: r["provenance"]["split"] for r in read_rows(looped / "candidates.jsonl")}
+    train_ids = {c for c, split in rows.items() if split == "train"}
+    held_out = frozenset(sorted(rows.keys() - train_ids)[:5])
+    past: list[Round] = []
+    seen: list[set[str]] = []
+    for number in range(1, 5):
+        _candidates(recipe, past or [made(recipe, 0, [])], tmp_path / "next.jsonl")
+        chosen = {r["provenance"]["candidate_id"] for r in read_rows(tmp_path / "next.jsonl")}
+        assert chosen - train_ids == (held_out if past else set())
+        seen.append(chosen & train_ids)
+        past.append(dataclasses.replace(made(recipe, number, []), seen=frozenset(seen[-1]) | held_out))
+    assert [len(s) for s in seen] == [30] * 4 and len(train_ids) == 74
+    assert not seen[0] & seen[1] and len(seen[0] | seen[1] | seen[2]) == 74 and len(seen[2] & (seen[0] | seen[1])) == 16
+    rested = dataclasses.replace(past[0], mastered=frozenset(seen[0]))
+    _candidates(of(looped, "profile.limit=0"), [rested], tmp_path / "next.jsonl")
+    chosen = {r["provenance"]["candidate_id"] for r in read_rows(tmp_path / "next.jsonl")}
+    assert chosen & train_ids == train_ids - seen[0]
 
 
 @pytest.mark.parametrize(

@@ -47,6 +47,8 @@ class Round:
 
     recipe: Recipe
     pivots: frozenset[str]
+    seen: frozenset[str]
+    """Candidates that were profiled."""
     mastered: frozenset[str]
     """Train candidates that were won in every rollout of the profile."""
     profiled: Spent
@@ -162,21 +164,30 @@ def _prepared(recipe: Recipe, past: Sequence[Round]) -> Recipe:
             recipe.verifier, judge=replace(judge, cache=judge.cache or str(recipe.path("judge_cache.jsonl")))
         ),
     )
-    resting = frozenset[str]().union(*(r.mastered for r in past)) if recipe.loop.rest_mastered else frozenset[str]()
-    _candidates(recipe.path("candidates.jsonl"), own.path("candidates.jsonl"), resting)
+    _candidates(recipe, past, own.path("candidates.jsonl"))
     if recipe.path(BASELINE).exists():
         write_atomically(own.path(BASELINE), recipe.path(BASELINE).read_text(encoding="utf-8"))
     return own
 
 
-def _candidates(source: Path, target: Path, resting: frozenset[str]) -> None:
-    """The candidates that a round profiles: those of the run without `resting`."""
+def _candidates(recipe: Recipe, past: Sequence[Round], target: Path) -> None:
+    """The candidates that the next round profiles: those of the run without the mastered ones, and the same held-out states.
+
+    With `profile.limit`, so many of the train candidates that were profiled least often.
+    """
+    source = recipe.path("candidates.jsonl")
     found = read_header(source, "candidates")
-    header = replace(found, parent=file_digest(source), config_hash=digest([found.config_hash, sorted(resting)]))
+    rows = {row["provenance"]["candidate_id"]: row["provenance"]["split"] for row in read_rows(source)}
+    resting = {c for r in past for c in r.mastered} if recipe.loop.rest_mastered else set()
+    ids = [c for c, split in rows.items() if split == "train" and c not in resting]
+    ids.sort(key=lambda c: (sum(c in r.seen for r in past), pivotrl.order_key(recipe.seed, c)))
+    held_out = {c for c in past[0].seen if rows.get(c) == "validation"}
+    wanted = held_out | set(ids[: recipe.profile.limit or len(ids)])
+    header = replace(found, parent=file_digest(source), config_hash=digest([found.config_hash, sorted(wanted)]))
     if target.exists() and read_header(target, "candidates") == header:
         return
     with ArtefactWriter(target, header, fresh=True) as writer:
-        writer.write(row for row in read_rows(source) if row["provenance"]["candidate_id"] not in resting)
+        writer.write(row for row in read_rows(source) if row["provenance"]["candidate_id"] in wanted)
         writer.finish()
 
 
@@ -229,7 +240,8 @@ def _round(own: Recipe, past: Sequence[Round], fresh: bool, tell: Callable[..., 
     metrics = read_metrics(own.path(own.grpo.name) / "metrics.jsonl")
     ending = until(metrics)
     mastered = frozenset(p.candidate.candidate_id for p in train_rows if p.rewards and all(r == 1.0 for r in p.rewards))
-    made = Round(own, pivots, mastered, cost, rounds.spent_of(metrics), metrics, ending)
+    seen = frozenset(p.candidate.candidate_id for p in rows)
+    made = Round(own, pivots, seen, mastered, cost, rounds.spent_of(metrics), metrics, ending)
     _tell_end(made, before, tell)
     return made
 
