@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -25,20 +26,21 @@ num_threads=1
 world.train_tasks=300 world.test_tasks=100 world.puzzle_test_tasks=150
 warmup.num_steps=400
 extract.validation_share=0.1
-profile.num_generations=8 profile.candidates_per_wave=128 profile.limit=80 audit.before_profile=false
-policy.optimizer.lr=5e-4 policy.generation.batch_tokens=65536
+profile.num_generations=4 profile.candidates_per_wave=128 profile.limit=150 audit.before_profile=false
+policy.optimizer.lr=3e-4 policy.generation.batch_tokens=65536
 grpo.num_prompts_per_step=24 grpo.max_num_steps=100000 grpo.val_candidates=80 grpo.val_generations=2 grpo.val_kl=false
 checkpointing.save_period=20
 evaluate.num_generations=4 evaluate.trials=2
-loop.std_window=5 loop.std_ratio=0.7 loop.gain_window=3 loop.patience=100
+loop.std_window=5 loop.std_ratio=0.75 loop.gain_window=2 loop.patience=100
 """.split()
-"""All else is recipes/pivotrl/tiny.yaml. A profile takes 80 of some 1,050 train candidates, as where all would be too many."""
+"""All else is recipes/pivotrl/tiny.yaml. A profile takes 150 of some 1,050 train candidates, as where all would be too many."""
 ARMS = {
-    "one-shot": ["loop.max_rounds=1"],
     "loop": ["loop.max_rounds=100"],
+    "one-shot": ["loop.max_rounds=1"],
     "all": ["loop.max_rounds=1", "profile.limit=0"],
 }
-"""`all`: one profile of every candidate, whose cost is part of the same budget."""
+"""`one-shot` goes on with the first round of `loop`, which both have in common. `all`: one profile of every candidate, at a cost
+that is part of the same budget."""
 SETS = {"one_turn": "held-out turns", "multi_turn": "whole tasks", "retention": "out of domain"}
 BOOTSTRAPS = 10000
 
@@ -116,6 +118,10 @@ def one_seed(options: argparse.Namespace, seed: int) -> None:
         own = load_recipe(recipe, [f"run_dir={home / arm}", f"policy.model_name={base}", *settings, *rounds])
         if (home / arm / "evaluation.json").exists():
             continue
+        if arm == "one-shot" and not (home / arm).exists():
+            later = shutil.ignore_patterns("round-*", "final", "evaluation*", "loop.jsonl", "ledger.jsonl")
+            shutil.copytree(home / "loop", home / "one-shot.part", ignore=later, dirs_exist_ok=True)
+            os.replace(home / "one-shot.part", home / arm)
         if not own.path("candidates.jsonl").exists():
             make_world(own)
             extract(own)
