@@ -43,9 +43,8 @@ def run_dir(trained: Path, tmp_path: Path) -> Path:
 
 
 def of(folder: Path, *overrides: str) -> Recipe:
-    """The small recipe; policies to evaluate are none of this file's business."""
-    recipe = recipe_at(folder, *TWO_ROUNDS, *overrides)
-    return dataclasses.replace(recipe, policy=dataclasses.replace(recipe.policy, model_name=f"{folder}/start/policy"))
+    """The small recipe with two rounds."""
+    return recipe_at(folder, *TWO_ROUNDS, *overrides)
 
 
 # ---- pure rules ----
@@ -398,6 +397,18 @@ def test_servers_and_numbered_rounds_are_refused(run_dir: Path) -> None:
         loop(of(run_dir, "vllm.servers=[http://127.0.0.1:1]"))
     with pytest.raises(InputError, match=r"loop\.round"):
         loop(of(run_dir, "loop.round=2"))
+
+
+def test_run_audits_once_and_only_before_there_is_a_profile(trained: Path, tmp_path: Path) -> None:
+    from nemo_pivotrl.stages.quickstart import _pivotrl
+
+    def names(*overrides: str, folder: Path = tmp_path, fresh: bool = False) -> list[str]:
+        return [stage.__name__ for stage in _pivotrl(of(folder, "extract.trajectories=[x]", *overrides), fresh)]
+
+    assert names()[:4] == ["extract", "audit", "warmup", "loop"] and names()[-1] == "evaluate"
+    assert "audit" not in names("audit.before_profile=false") and "audit" not in names(folder=trained)
+    assert "audit" in names(folder=trained, fresh=True)
+    assert "warmup" not in names("policy.model_name=/elsewhere", folder=trained)
 
 
 # ---- costs ----
