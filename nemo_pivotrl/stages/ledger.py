@@ -13,11 +13,17 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import astuple, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from nemo_pivotrl import rounds
+from nemo_pivotrl.backends import Sampler
+from nemo_pivotrl.config import Generation
+from nemo_pivotrl.records import Lost, Sample
+
 Entry = dict[str, Any]
-COUNTS = ("rollouts", "tokens_generated", "tokens_read", "tokens_trained")
+COUNTS = (*rounds.COSTS, "tokens_trained")
 READ = ("tokens_read", "tokens_prompt", "tokens_scored")
 """What stages call the tokens that they read."""
 
@@ -47,6 +53,35 @@ def spend(run_dir: Path, stage: str) -> Iterator[Entry]:
         done.set()
         noting.join()
         note()
+
+
+@dataclass(slots=True)
+class Metered:
+    """A sampler that counts what it is asked for, in itself and in a ledger entry."""
+
+    sampler: Sampler
+    entry: Entry = field(default_factory=dict)
+    spent: rounds.Spent = field(default_factory=rounds.Spent)
+
+    def infer(
+        self,
+        prompts: Sequence[Sequence[int]],
+        seeds: Sequence[Sequence[int]],
+        stop_ids: frozenset[int],
+        generation: Generation,
+    ) -> list[list[Sample | Lost]]:
+        """See `backends.Sampler`."""
+        groups = self.sampler.infer(prompts, seeds, stop_ids, generation)
+        generated = sum(len(s.token_ids) for group in groups for s in group if isinstance(s, Sample))
+        now = rounds.Spent(sum(map(len, seeds)), generated, sum(map(len, prompts)))
+        self.spent += now
+        for key, value in zip(rounds.COSTS, astuple(now), strict=True):
+            self.entry[key] = self.entry.get(key, 0) + value
+        return groups
+
+    def costs(self) -> dict[str, float]:
+        """The counts under their names in the metrics."""
+        return dict(zip(rounds.COSTS, map(float, astuple(self.spent)), strict=True))
 
 
 def read_ledger(run_dir: Path) -> list[Entry]:

@@ -14,15 +14,13 @@ from torch import Tensor
 from nemo_pivotrl import backends, pivotrl, rounds
 from nemo_pivotrl.backends import Sampler, TokenBatch
 from nemo_pivotrl.chat import Chat
-from nemo_pivotrl.config import Generation, Recipe
+from nemo_pivotrl.config import Recipe
 from nemo_pivotrl.records import (
     ArtefactWriter,
     Candidate,
     Header,
     InputError,
-    Lost,
     Problem,
-    Sample,
     digest,
     file_digest,
     read_header,
@@ -32,7 +30,6 @@ from nemo_pivotrl.stages import evaluate
 from nemo_pivotrl.stages.rollout import Rollout, roll_out, sample_seed
 from nemo_pivotrl.verifiers import Verifier
 
-NOTHING = rounds.Spent()
 BASELINE = "retention.jsonl"
 """The start policy's out-of-domain scores, in the run directory; a later round's folder has it too."""
 
@@ -43,31 +40,6 @@ class State:
 
     candidate: Candidate
     prompt: list[int]
-
-
-@dataclasses.dataclass(slots=True)
-class Metered:
-    """A sampler that counts what it is asked for."""
-
-    sampler: Sampler
-    spent: rounds.Spent = NOTHING
-
-    def infer(
-        self,
-        prompts: Sequence[Sequence[int]],
-        seeds: Sequence[Sequence[int]],
-        stop_ids: frozenset[int],
-        generation: Generation,
-    ) -> list[list[Sample | Lost]]:
-        """See `backends.Sampler`."""
-        groups = self.sampler.infer(prompts, seeds, stop_ids, generation)
-        generated = sum(len(s.token_ids) for group in groups for s in group if isinstance(s, Sample))
-        self.spent += rounds.Spent(sum(map(len, seeds)), generated, sum(map(len, prompts)))
-        return groups
-
-    def costs(self) -> dict[str, float]:
-        """The counts under their names in the metrics."""
-        return dict(zip(rounds.COSTS, map(float, dataclasses.astuple(self.spent)), strict=True))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

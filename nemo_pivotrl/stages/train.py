@@ -36,8 +36,8 @@ from nemo_pivotrl.records import (
     read_header,
 )
 from nemo_pivotrl.stages import checkpoint
-from nemo_pivotrl.stages.ledger import spend
-from nemo_pivotrl.stages.measure import Metered, Monitor, State, padded, rollout_metrics
+from nemo_pivotrl.stages.ledger import Metered, spend
+from nemo_pivotrl.stages.measure import Monitor, State, padded, rollout_metrics
 from nemo_pivotrl.stages.metrics import MetricsLog, read_metrics
 from nemo_pivotrl.stages.progress import progress, steps_of
 from nemo_pivotrl.stages.rollout import Rollout, fits, load_chat, load_recipe_verifier, roll_out, sample_seed, sampling
@@ -101,22 +101,21 @@ def _train(
     log = MetricsLog(folder, first if first else -1, recipe.logger, dataclasses.asdict(recipe))
     monitor = Monitor(recipe, backend, chat, verifier, held_out)
     rows: list[rounds.Row] = list(read_metrics(log.path))
-    cost |= {"steps": 0} | dict.fromkeys((*rounds.COSTS, "tokens_trained"), 0)
+    cost |= {"steps": 0, "tokens_trained": 0}
 
     def note(step: int, row: dict[str, float], timing: dict[str, float]) -> None:
         log.write(step, row, timing)
         rows.append({"step": step, **row})
-        for key in cost.keys() & row.keys():
-            cost[key] += round(row[key])
+        cost["tokens_trained"] += round(row.get("tokens_trained", 0.0))
 
     with progress(steps, first, settings.name, "step") as bar:
-        if first == 0 and (row := monitor.measure(meter := Metered(backend), 0, False, {})):
+        if first == 0 and (row := monitor.measure(meter := Metered(backend, cost), 0, False, {})):
             note(0, row | meter.costs(), {})
         ending = until(rows) if first else None
         for step in range(first + 1, steps + 1):
             if ending is not None:
                 break
-            meter = Metered(backend)
+            meter = Metered(backend, cost)
             row, timing = _step(recipe, step, _draw(pivots, units, step, recipe), backend, meter, chat, verifier)
             row |= monitor.measure(meter, step, step == steps, row)
             ending = until([*rows, {"step": step, **row, **meter.costs()}])
