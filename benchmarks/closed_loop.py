@@ -75,7 +75,7 @@ def arguments() -> argparse.Namespace:
     """The command line."""
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
-    made.add_argument("--rollouts", type=int, default=14000, help="of each arm")
+    made.add_argument("--rollouts", type=int, default=20000, help="of each arm")
     made.add_argument("--folder", default="runs/closed_loop")
     made.add_argument("--processes", type=int, default=1, help="seeds at a time")
     made.add_argument("--output", default="", help="file for the tables")

@@ -21,7 +21,7 @@ from nemo_pivotrl.config import Budget, Loop, Recipe
 from nemo_pivotrl.records import InputError, read_header, read_rows
 from nemo_pivotrl.rounds import Ending, Spent
 from nemo_pivotrl.stages import checkpoint, ledger, measure
-from nemo_pivotrl.stages.loop import Round, _candidates, _result, _stop, gains, loop, read_history
+from nemo_pivotrl.stages.loop import Round, _candidates, _result, _stop, _until, gains, loop, read_history
 from nemo_pivotrl.stages.metrics import read_metrics
 from nemo_pivotrl.stages.train import train
 
@@ -376,6 +376,18 @@ def test_no_round_begins_that_the_budget_could_not_pay_for(run_dir: Path) -> Non
         e["event"] for e in read_history(run_dir)
     ] == ["profiled", "ended", "stopped"]
     assert read_history(run_dir)[1]["step"] == 4  # it did not fade at step 2 as it does with money to spend
+
+
+def test_the_last_rows_measurements_do_not_undo_the_decision_to_end_a_round(tmp_path: Path) -> None:
+    """Seen in a run: a round faded, its last validation made another profile too dear, and it went on when it was resumed."""
+    rows = [{"step": i, "reward_std": v, "rollouts": 10.0} for i, v in enumerate((0.3, 0.0, 0.0), start=1)]
+    for budget in range(20, 200):
+        recipe = of(tmp_path, f"budget.rollouts={budget}", "loop.std_window=1")
+        until = _until(recipe, Spent(30), Spent(30))
+        ended = until(rows)
+        after = until([*rows[:-1], {**rows[-1], "rollouts": 45.0, "val/accuracy": 0.1}])
+        # 30 before, 20 in the rows but the last, 30 for a profile, and three steps of 10
+        assert (ended is not None) == (budget > 110 or budget <= 60) and (after is not None or ended is None)
 
 
 def test_a_policy_without_pivots_ends_the_run(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
