@@ -199,7 +199,7 @@ def machinery(size: int, name: str, folder: Path) -> None:
     work = Work(recipe, index, plan, parts, True, lambda member: None)
     simulated = Simulated(hit_rates(name, size, 0))
     start = time.process_time()
-    work.go(pump(work.units(), simulated.draw, simulated.judge))
+    work.go(pump(work.units(), simulated.draw, simulated.judge), {})
     times["waves, seeds, curtailment, journals, chunks"] = time.process_time() - start - simulated.seconds
     start = time.process_time()
     target = folder / "profiles.jsonl"

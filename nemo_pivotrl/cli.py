@@ -48,7 +48,10 @@ STAGES = {
     ),
     "decode": ("nemo_pivotrl.stages.decode:decode", "LLMdoctor: prompts -> answers of the policy steered by doctors"),
     "report": ("nemo_pivotrl.report:report", "one HTML page and its numbers as JSON"),
-    "run": ("nemo_pivotrl.stages.quickstart:run", "all stages of the recipe, one after another"),
+    "run": (
+        "nemo_pivotrl.stages.quickstart:run",
+        "all stages of the recipe; profile, select and train again when signal fades (loop.max_rounds)",
+    ),
 }
 TOOLS = {
     "env": "what is installed here, and which recipes could run: env [--json] [FOLDER]",

@@ -462,6 +462,47 @@ class Grpo:
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
+class Loop:
+    """Rounds of profile, select and train, for `run`. One round is the paper's single profile (A.15 16: re-profiling is off)."""
+
+    max_rounds: int = ranged(1, 1)
+    round: int = ranged(1, 1)
+    """Which round this recipe is of; `run` sets it, and the seeds of later rounds' rollouts follow from it."""
+    gain_window: int = ranged(3, 1)
+    """Validations over which held-out accuracy must have gained `min_gain`, or the round ends."""
+    min_gain: float = ranged(0.005, 0.0, 1.0)
+    """Also what a round must add to the best accuracy so far, for `patience`."""
+    std_window: int = ranged(5, 1)
+    """Steps whose mean reward std in a group is compared with that of the round's first so many."""
+    std_ratio: float = ranged(1 / 3, 0.0, 1.0)
+    """The round ends below this share of the first window's; 0: never."""
+    patience: int = ranged(2, 1)
+    """So many rounds on end that gain nothing end the run."""
+    rest_mastered: bool = True
+    """Train candidates that the policy won in every rollout of a round's profile are not profiled again in later rounds."""
+    retention_period: int = ranged(0, 0)
+    """Score `evaluate.retention` every so many steps, validate and save; 0: never."""
+    max_retention_loss: float = ranged(0.02, 0.0, 1.0)
+    """Training ends when the out-of-domain score is lower than the start policy's by more than this, as a paired mean, and the
+    interval of the difference (`evaluate.confidence`) lies below 0."""
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Budget:
+    """What the rounds of `run` may spend; 0: no bound. The step that reaches a bound is the last, and a round takes at least one."""
+
+    rollouts: int = ranged(0, 0)
+    """Turns sampled in profiling, training, validation and retention, of the work that counts: what was lost with a killed process
+    is in the ledger alone, so that a resumed run ends where an undisturbed one does."""
+    tokens: int = ranged(0, 0)
+    """Generated in those turns, plus their prompts, each once however many turns it begins."""
+    gpu_hours: float = ranged(0.0, 0.0)
+    """Seconds in the ledger, times `gpus`, lost work included: a run that was killed may end at another step for it."""
+    gpus: int = ranged(1, 1)
+    """GPUs that the job occupies."""
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
 class Manners:
     """The embedded world of LLMdoctor (`manners.py`): a tiny patient, a smaller doctor, questions to ask."""
 
@@ -783,6 +824,8 @@ class Recipe:
     sft: Sft = field(default_factory=Sft)
     grpo: Grpo = field(default_factory=Grpo)
     loss_fn: LossFn = field(default_factory=LossFn)
+    loop: Loop = field(default_factory=Loop)
+    budget: Budget = field(default_factory=Budget)
     doctor: Policy = field(default_factory=lambda: Policy(lora=Lora(r=8, alpha=16), optimizer=Optimizer(lr=1e-4)))
     """LLMdoctor's start model and how it trains (B.9 14: LoRA r 8, alpha 16, or full)."""
     tfpo: Tfpo = field(default_factory=Tfpo)
@@ -798,6 +841,16 @@ class Recipe:
     patient: Patient = field(default_factory=Patient)
     preferences: Preferences = field(default_factory=Preferences)
     reward: Reward = field(default_factory=Reward)
+
+    @property
+    def rollout_seed(self) -> str:
+        """What the seeds of a round's rollouts begin with; a round repeats none of another's."""
+        return str(self.seed) if self.loop.round == 1 else f"{self.seed} round {self.loop.round}"
+
+    @property
+    def home(self) -> Path:
+        """The run directory of the whole run, of which this recipe may be a round."""
+        return Path(self.run_dir) if self.loop.round == 1 else Path(self.run_dir).parent
 
     def path(self, name: str) -> Path:
         """`name` inside the run directory."""

@@ -13,7 +13,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, select_autoescape
 
-from nemo_pivotrl import pivotrl, report_llmdoctor
+from nemo_pivotrl import pivotrl, report_llmdoctor, report_loop
 from nemo_pivotrl.config import Recipe
 from nemo_pivotrl.plots import curve, plt, svg
 from nemo_pivotrl.records import (
@@ -27,8 +27,8 @@ from nemo_pivotrl.records import (
     write_atomically,
 )
 from nemo_pivotrl.responses import candidate_of_row
+from nemo_pivotrl.stages import ledger
 from nemo_pivotrl.stages.evaluate import TITLES, read_items
-from nemo_pivotrl.stages.ledger import read_ledger
 from nemo_pivotrl.stages.metrics import read_metrics
 from nemo_pivotrl.stages.profile_rows import profile_of_row
 from nemo_pivotrl.stages.select import FATES, depth_band, survival
@@ -78,9 +78,14 @@ def gather(recipe: Recipe) -> tuple[dict[str, Any], dict[str, str]]:
         numbers["samples"] = _samples(recipe)
         plots["evaluation"] = _evaluation_plot(numbers["evaluation"])
     report_llmdoctor.gather(recipe, metrics, numbers, plots)
-    ledger = read_ledger(Path(recipe.run_dir))
-    if ledger:
-        numbers["ledger"] = _ledger(ledger, numbers.get("pivots", {}).get("count", 0))
+    report_loop.gather(recipe, numbers, plots)
+    if lines := ledger.read_ledgers(Path(recipe.run_dir)):
+        loop = numbers.get("loop", {})
+        pivots, points = loop.get("pivots", numbers.get("pivots", {}).get("count", 0)), loop.get("points", 0.0)
+        numbers["ledger"] = {
+            "stages": ledger.by_stage(lines),
+            "total": ledger.totals(lines, recipe.budget.gpus, pivots, points),
+        }
     return numbers, plots
 
 
@@ -225,13 +230,3 @@ def _samples(recipe: Recipe) -> list[dict[str, Any]]:
                 }
             )
     return found
-
-
-def _ledger(lines: list[dict[str, Any]], pivots: int) -> dict[str, Any]:
-    # a profile that crashed has written its seconds and nothing else
-    profiling = [line for line in lines if line["stage"] == "profile" and "rollouts" in line]
-    total = {"seconds": round(sum(line["seconds"] for line in lines), 1)}
-    if pivots and profiling:
-        total["profiling_tokens_per_pivot"] = round(sum(line["tokens_generated"] for line in profiling) / pivots, 1)
-        total["profiling_rollouts_per_pivot"] = round(sum(line["rollouts"] for line in profiling) / pivots, 1)
-    return {"stages": lines, "total": total}

@@ -17,7 +17,7 @@ from typing import Any
 from nemo_pivotrl.backends import Trainer
 from nemo_pivotrl.chat import Chat
 from nemo_pivotrl.config import Checkpointing
-from nemo_pivotrl.records import InputError, Problem
+from nemo_pivotrl.records import InputError, Problem, write_atomically
 
 
 @contextmanager
@@ -76,15 +76,22 @@ def save(
 
 
 def prune(folder: Path, settings: Checkpointing) -> None:
-    """Keep the latest checkpoint and the best few by the recipe's metric."""
+    """Keep the latest checkpoint, the best few by the recipe's metric, and the latest that held the out-of-domain score."""
+    for doomed in folder.glob("*.old"):  # left by a kill in the middle of a deletion
+        shutil.rmtree(doomed)
     found = steps(folder)
     sign = -1.0 if settings.higher_is_better else 1.0
     scored = [p for p in found if settings.metric_name in _meta(p)["metrics"]]
     scored.sort(key=lambda p: (sign * _meta(p)["metrics"][settings.metric_name], _step_of(p)))
-    keep = {*scored[: settings.keep_top_k], *found[-1:]}
+    keep = {*scored[: settings.keep_top_k], *found[-1:], *last_held(folder)}
     for path in found:
         if path not in keep:
             _remove(path)
+
+
+def last_held(folder: Path) -> list[Path]:
+    """The latest checkpoint whose out-of-domain score was measured and had been kept, if there is one."""
+    return [path for path in steps(folder) if _meta(path)["metrics"].get("retention/held")][-1:]
 
 
 def _step_of(path: Path) -> int:
@@ -125,10 +132,37 @@ def resume(folder: Path, identity: str, trainer: Trainer, fresh: bool) -> int:
     return int(meta["step"])
 
 
+PUBLISHED = "published.json"
+
+
 def publish(folder: Path, trainer: Trainer, chat: Chat, settings: Checkpointing) -> Path:
     """Write the final policy as `FOLDER/policy`."""
     prune(folder, settings)  # a run that was killed while pruning has one too many
+    (folder / PUBLISHED).unlink(missing_ok=True)
     with _whole(folder / "policy") as part:
         trainer.export(part)
         chat.tokenizer.save_pretrained(part)
+    if found := steps(folder):
+        meta = _meta(found[-1])
+        write_atomically(folder / PUBLISHED, json.dumps({key: meta[key] for key in ("step", "identity")}))
     return folder / "policy"
+
+
+def published(folder: Path, identity: str) -> int | None:
+    """The step of the published policy; None where there is none, another run's, or one older than the latest checkpoint."""
+    path, found = folder / PUBLISHED, steps(folder)
+    if not path.exists() or not found:
+        return None
+    told = json.loads(path.read_text(encoding="utf-8"))
+    return int(told["step"]) if told == {"step": _meta(found[-1])["step"], "identity": identity} else None
+
+
+def share(source: Path, final: Path) -> Path:
+    """`final` with the files of `source`: hard links, or copies where the file system knows none."""
+    with _whole(final) as part:
+        for path in sorted(source.iterdir()):
+            try:
+                os.link(path, part / path.name)
+            except OSError:
+                shutil.copyfile(path, part / path.name)
+    return final

@@ -156,7 +156,7 @@ def _run(recipe: Recipe, folder: Path, stage: str, first_step: int) -> Run:
     path = folder / "dashboards.json"
     if not path.exists():
         write_atomically(path, canonical_json({"id": uuid.uuid4().hex[:16]}) + "\n")
-    root, place = Path(recipe.run_dir).resolve(), folder.resolve()
+    root, place = recipe.home.resolve(), folder.resolve()
     group = recipe.logger.name or root.name
     inner = place.relative_to(root).as_posix() if place.is_relative_to(root) else place.name
     return Run(

@@ -36,7 +36,7 @@ from nemo_pivotrl.records import (
     write_atomically,
 )
 from nemo_pivotrl.stages.dashboards import check_dashboards, log_summary
-from nemo_pivotrl.stages.ledger import spend
+from nemo_pivotrl.stages.ledger import Metered, spend
 from nemo_pivotrl.stages.rollout import fits, load_chat, load_recipe_verifier, roll_out, sample_seed
 from nemo_pivotrl.stages.select import candidates_of
 from nemo_pivotrl.stages.sft import puzzle_sizes, world_sizes
@@ -85,10 +85,10 @@ def evaluate(recipe: Recipe, fresh: bool = False) -> Path:
     )
     path = recipe.path("evaluation.jsonl")
     if fresh or not path.exists() or read_header(path, "evaluation") != header:
-        with ArtefactWriter(path, header, fresh) as writer, spend(Path(recipe.run_dir), "evaluate"):
+        with ArtefactWriter(path, header, fresh) as writer, spend(Path(recipe.run_dir), "evaluate") as cost:
             done = {(row["policy"], row["set"]) for row in writer.rows()}
             for label, folder in settings.policies.items():
-                _evaluate_policy(recipe, label, folder, writer, done)
+                _evaluate_policy(recipe, label, folder, writer, done, cost)
             writer.finish()
     summary = summarise(list(read_items(path)), next(iter(settings.policies)), settings.confidence, recipe.seed)
     write_atomically(recipe.path("evaluation.json"), json.dumps(summary, indent=2) + "\n")
@@ -113,7 +113,7 @@ def read_items(path: Path) -> Iterator[Row]:
 
 
 def _evaluate_policy(
-    recipe: Recipe, label: str, folder: str, writer: ArtefactWriter, done: set[tuple[str, str]]
+    recipe: Recipe, label: str, folder: str, writer: ArtefactWriter, done: set[tuple[str, str]], cost: dict[str, Any]
 ) -> None:
     sets = {name: run for name, run in SETS.items() if _wanted(recipe, name)}
     if all((label, name) in done for name in sets):
@@ -127,7 +127,7 @@ def _evaluate_policy(
     )
     if recipe.vllm.servers:  # they serve the policy alone, and here are several
         policy = dataclasses.replace(policy, sampler="backend")
-    backend = backends.load_sampler(policy, _megatron(recipe, folder), recipe.vllm)
+    backend = Metered(backends.load_sampler(policy, _megatron(recipe, folder), recipe.vllm), cost)
     chat = load_chat(policy, recipe.verifier.limits)
     for name, run in sets.items():
         if (label, name) not in done:

@@ -35,7 +35,7 @@ from nemo_pivotrl.stages.audit import audit_first
 from nemo_pivotrl.stages.candidates import Index, index_candidates
 from nemo_pivotrl.stages.chunks import Parts, Shard
 from nemo_pivotrl.stages.dashboards import check_dashboards, log_summary
-from nemo_pivotrl.stages.ledger import spend
+from nemo_pivotrl.stages.ledger import read_ledgers, spend
 from nemo_pivotrl.stages.profile_rows import plan_in
 from nemo_pivotrl.stages.profile_statistics import summarise, summary_text
 from nemo_pivotrl.stages.profile_work import Job, Work, draw_wave, judge_wave, render, retries_of, too_many, transient
@@ -154,7 +154,7 @@ def profile_digest(recipe: Recipe) -> str:
     policy = recipe.policy
     computed = backends.identity_of(policy, recipe.megatron) or policy.dtype
     drawn = [] if policy.sampler == "backend" else [policy.sampler]  # other samples from the same seeds
-    return digest([recipe.seed, kept, policy.max_total_sequence_length, computed, *drawn])
+    return digest([recipe.rollout_seed, kept, policy.max_total_sequence_length, computed, *drawn])
 
 
 # ---- what is there already ----
@@ -246,12 +246,11 @@ def _run(recipe: Recipe, job: Job, parts: Parts) -> None:
         try:
             draw = partial(draw_wave, recipe, job, sampler)
             judge = partial(judge_wave, job.chat, job.verifier, partial(retries_of, recipe.profile))
-            work.go(pump(work.units(), draw, judge, concurrency, lambda: backends.under_way(sampler)))
+            work.go(pump(work.units(), draw, judge, concurrency, lambda: backends.under_way(sampler)), cost)
         finally:
             work.close()
             if concurrency > 1:
                 sampler.close()  # type: ignore[attr-defined]
-            cost.update(work.spent)
 
 
 def forecast(recipe: Recipe, job: Job, parts: Parts) -> str:
@@ -262,11 +261,19 @@ def forecast(recipe: Recipe, job: Job, parts: Parts) -> str:
     mean += settings.control_share * (settings.num_generations - mean)
     lengths = [len(job.chat.prompt_ids(c.messages, c.tools)) for c in job.index.sample(FORECAST_PROMPTS)]
     prompt = sum(lengths) / max(1, len(lengths))
+    before = [e for e in read_ledgers(recipe.home) if e["stage"].endswith("profile") and e.get("rollouts")]
+    rate = sum(e["rollouts"] for e in before) / max(1e-9, sum(e["seconds"] for e in before))
+    hours = mean * left / rate / 3600 if before else 0.0
+    time = (
+        f"; {hours:.2f} h at the last {rate:,.1f} rollouts a second, {hours * recipe.budget.gpus:.2f} GPU-hours"
+        if before
+        else ""
+    )
     most = settings.num_generations * left
     return (
         f"forecast: {left:,} candidates of {len(job.index):,}, about {mean * left:,.0f} rollouts (at most {most:,}; hit rates as "
         f"Beta{job.plan.prior}); {prompt:,.0f} tokens a prompt, {mean * left * prompt:,.0f} to read without a prefix cache, at most "
-        f"{mean * left * recipe.policy.generation.max_new_tokens:,.0f} to generate"
+        f"{mean * left * recipe.policy.generation.max_new_tokens:,.0f} to generate{time}"
     )
 
 

@@ -52,7 +52,7 @@ def draw_wave(recipe: Recipe, job: Job, sampler: Sampler, wave: Wave) -> list[li
             member.failure = "context_overflow"
     asked = [(m, [k for k in ks if k not in m.unjudged]) for m, ks in wave]
     inside = [(m, ks) for m, ks in asked if ks and m.failure is None]
-    seeds = [sample_seeds(("profile", recipe.seed, m.candidate_id), ks) for m, ks in inside]
+    seeds = [sample_seeds(("profile", recipe.rollout_seed, m.candidate_id), ks) for m, ks in inside]
     prompts = [list(m.prompt or ()) for m, _ in inside]
     drawn = iter(sampler.infer(prompts, seeds, job.chat.stop_ids, recipe.policy.generation) if inside else [])
     return [next(drawn) if ks and m.failure is None else [] for m, ks in asked]
@@ -115,6 +115,7 @@ class Work:
         self.open: dict[int, tuple[list[Member], Journal, int]] = {}
         """Chunk to its members, its journal, and units that are not finished."""
         self.spent: Counter[str] = Counter()
+        """For the ledger; a prompt's tokens once, however many rollouts it begins."""
         self.failed: Counter[str] = Counter()
         self.earlier = Earlier(recipe.path("profiles.earlier.jsonl"))
         temperature = recipe.policy.generation.temperature
@@ -149,13 +150,17 @@ class Work:
             made.append(member)
         return made
 
-    def go(self, waves: Iterable[tuple[Unit, Judged]]) -> None:
-        """Take every wave in. Raises InputError when too much fails, or when samples repeat as if seeds did."""
+    def go(self, waves: Iterable[tuple[Unit, Judged]], cost: dict[str, Any]) -> None:
+        """Take every wave in, and note what was spent in `cost`.
+
+        Raises InputError when too much fails, or when samples repeat as if seeds did.
+        """
         total = sum(self.index.rows_of(n) for n in range(self.parts.chunks))
         done = total - sum(self.index.rows_of(n) for n in self.parts.missing())
         with progress(total, done, "profile", "cand") as bar:
             for unit, judged in waves:
                 self.take(unit, judged)
+                cost.update(self.spent)
                 if not unit.wave:
                     self.finish(unit)
                     bar.update(len(unit.members))
@@ -186,7 +191,7 @@ class Work:
             if fresh:
                 self.spent["rollouts"] += 1
                 self.spent["tokens_generated"] += row["tokens"]
-                self.spent["tokens_prompt"] += member.prompt_tokens
+                self.spent["tokens_prompt"] += member.prompt_tokens if len(member.rows) == 1 else 0
             if "fault" in row:
                 # the verifier was asked again already; what was lost on the way is drawn again
                 again = 0 if "text" in row else retries_of(self.recipe.profile, row["fault"])

@@ -12,9 +12,11 @@ from pathlib import Path
 from nemo_pivotrl import report, world
 from nemo_pivotrl.config import Recipe
 from nemo_pivotrl.records import write_atomically
+from nemo_pivotrl.stages import ledger
+from nemo_pivotrl.stages.audit import audit
 from nemo_pivotrl.stages.evaluate import evaluate
 from nemo_pivotrl.stages.extract import extract
-from nemo_pivotrl.stages.profile import profile
+from nemo_pivotrl.stages.loop import gains, loop, read_history
 from nemo_pivotrl.stages.select import select
 from nemo_pivotrl.stages.sft import makes_start_policy, sft, warmup, world_sizes
 from nemo_pivotrl.stages.train import train
@@ -35,7 +37,7 @@ def make_world(recipe: Recipe, fresh: bool = False) -> Path:
 
 
 def run(recipe: Recipe, fresh: bool = False) -> Path:
-    """Every stage the recipe needs, resuming what is unfinished. Returns the report.
+    """Every stage the recipe needs, resuming what is unfinished, PivotRL's in rounds (`loop.py`). Returns the report.
 
     A `random` arm (same number of candidates, no profiling) trains beside the pivots when evaluate.policies names one.
     """
@@ -44,8 +46,11 @@ def run(recipe: Recipe, fresh: bool = False) -> Path:
         recipe.path("ledger.jsonl").unlink(missing_ok=True)
     stages = _llmdoctor(recipe) if recipe.algorithm == "llmdoctor" else _pivotrl(recipe, fresh)
     for stage in [*stages, report.report]:
-        print(f"\n== {stage.__name__.strip('_').removeprefix('make_')}")
+        if stage is not loop:  # which names its own stages
+            print(f"\n== {stage.__name__.strip('_').removeprefix('make_')}")
         path = stage(recipe, fresh)
+    pivots, points = gains(read_history(Path(recipe.run_dir)))
+    print("\n" + ledger.table(ledger.read_ledgers(Path(recipe.run_dir)), recipe.budget.gpus, pivots, points))
     print(f"\nreport: {path} ({time.perf_counter() - start:.0f} s)")
     return path
 
@@ -54,11 +59,12 @@ def _pivotrl(recipe: Recipe, fresh: bool) -> list[Stage]:
     if recipe.path("world/trajectories.jsonl") in map(Path, recipe.extract.trajectories):
         make_world(recipe, fresh)
     policies = recipe.evaluate.policies
-    steps: list[Stage] = (
-        [extract, warmup, profile, select] if makes_start_policy(recipe) else [extract, profile, select]
-    )
+    steps: list[Stage] = [extract]
+    if recipe.audit.before_profile and (fresh or not recipe.path("profiles.jsonl").exists()):
+        steps.append(audit)
+    steps += [warmup, loop] if makes_start_policy(recipe) else [loop]
     steps += [sft] if recipe.sft.name in policies else []
-    steps += [train, _random_arm] if "random" in policies else [train]
+    steps += [_random_arm] if "random" in policies else []
     return [*steps, evaluate]
 
 

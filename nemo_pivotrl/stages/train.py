@@ -11,16 +11,17 @@ import dataclasses
 import math
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from nemo_pivotrl import backends, pivotrl
-from nemo_pivotrl.backends import TokenBatch
+from nemo_pivotrl import backends, pivotrl, rounds
+from nemo_pivotrl.backends import Sampler, TokenBatch
 from nemo_pivotrl.chat import Chat
 from nemo_pivotrl.config import Grpo, LossFn, Recipe
 from nemo_pivotrl.prefix import prompt_saving
@@ -35,36 +36,57 @@ from nemo_pivotrl.records import (
     read_header,
 )
 from nemo_pivotrl.stages import checkpoint
-from nemo_pivotrl.stages.ledger import spend
-from nemo_pivotrl.stages.metrics import MetricsLog
+from nemo_pivotrl.stages.ledger import Metered, spend
+from nemo_pivotrl.stages.measure import Monitor, State, padded, rollout_metrics
+from nemo_pivotrl.stages.metrics import MetricsLog, read_metrics
 from nemo_pivotrl.stages.progress import progress, steps_of
 from nemo_pivotrl.stages.rollout import Rollout, fits, load_chat, load_recipe_verifier, roll_out, sample_seed, sampling
 from nemo_pivotrl.stages.select import candidates_of
 from nemo_pivotrl.verifiers import Verifier
 
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class State:
-    """A candidate with its rendered prompt."""
-
-    candidate: Candidate
-    prompt: list[int]
+Until = Callable[[Sequence[rounds.Row]], rounds.Ending | None]
+"""Asked after every step: may training go on? It is given all metrics of the round, step 0 included."""
 
 
-def train(recipe: Recipe, fresh: bool = False) -> Path:
-    """Train on the pivot set; returns the final policy's folder (HF). Raises InputError for headers that do not match."""
+def train(recipe: Recipe, fresh: bool = False, until: Until | None = None) -> Path:
+    """Train on the pivot set; returns the final policy's folder (HF). Raises InputError for headers that do not match.
+
+    `until` ends the training before its last step; without it the out-of-domain score does, where it is measured.
+    """
+    until = until or partial(rounds.lost, loop=recipe.loop)
     settings, source = recipe.grpo, recipe.path(recipe.grpo.pivots)
     chat = load_chat(recipe.policy, recipe.verifier.limits)
     verifier, verifier_id = load_recipe_verifier(recipe)
     _check(recipe, source, chat, verifier_id)
     pivots = _states(candidates_of(source, "train"), chat, recipe)
-    held_out = _states(candidates_of(source, "validation"), chat, recipe)
     if not pivots:
         raise InputError(
             Problem(str(source), None, "pivots", "none fits the context", "raise policy.max_total_sequence_length")
         )
     steps = steps_of(settings.max_num_steps, settings.max_num_epochs, len(pivots), settings.num_prompts_per_step)
-    settings = dataclasses.replace(settings, max_num_steps=steps)
+    folder, identity = recipe.path(settings.name), _identity(recipe, source)
+    if not fresh and (done := checkpoint.published(folder, identity)) is not None:
+        rows = [row for row in read_metrics(folder / "metrics.jsonl") if row["step"] <= done]
+        if done == steps or (done < steps and until(rows) is not None):
+            print(f"{folder / 'policy'} is complete, at step {done}; fresh=true trains anew")
+            return folder / "policy"
+    with spend(Path(recipe.run_dir), f"train {settings.name}") as cost:
+        return _train(recipe, fresh, until, chat, verifier, pivots, steps, identity, cost)
+
+
+def _train(
+    recipe: Recipe,
+    fresh: bool,
+    until: Until,
+    chat: Chat,
+    verifier: Verifier,
+    pivots: Sequence[State],
+    steps: int,
+    identity: str,
+    cost: dict[str, Any],
+) -> Path:
+    settings, folder = recipe.grpo, recipe.path(recipe.grpo.name)
+    held_out = _states(candidates_of(recipe.path(settings.pivots), "validation"), chat, recipe)
     held_out = sorted(held_out, key=lambda s: pivotrl.order_key(recipe.seed, s.candidate.candidate_id))[
         : settings.val_candidates
     ]
@@ -72,43 +94,39 @@ def train(recipe: Recipe, fresh: bool = False) -> Path:
     anchored = recipe.loss_fn.reference_policy_kl_penalty > 0 or settings.val_kl
     backend = backends.load(recipe.policy, recipe.megatron, with_reference=anchored, vllm=recipe.vllm)
     backend.prepare_for_training(recipe.policy.optimizer)
-    folder, identity = recipe.path(settings.name), _identity(recipe, source)
     first = checkpoint.resume(folder, identity, backend, fresh)
-    if first > settings.max_num_steps:
-        raise InputError(
-            Problem(
-                "recipe",
-                None,
-                "grpo.max_num_steps",
-                str(settings.max_num_steps),
-                f"{folder} is already at step {first}; ask for at least that, or add fresh=true",
-            )
-        )
+    if first > steps:
+        remedy = f"{folder} is already at step {first}; ask for at least that, or add fresh=true"
+        raise InputError(Problem("recipe", None, "grpo.max_num_steps", str(settings.max_num_steps), remedy))
     log = MetricsLog(folder, first if first else -1, recipe, "train")
-    with (
-        spend(Path(recipe.run_dir), f"train {settings.name}") as cost,
-        progress(settings.max_num_steps, first, settings.name, "step") as bar,
-    ):
-        if first == 0 and settings.val_period and held_out:
-            log.write(0, validate(recipe, backend, chat, verifier, held_out), {})
-        for step in range(first + 1, settings.max_num_steps + 1):
-            metrics, timing = _step(recipe, step, _draw(pivots, units, step, recipe), backend, chat, verifier)
-            last = step == settings.max_num_steps
-            if settings.val_period and held_out and (step % settings.val_period == 0 or last):
-                metrics |= validate(recipe, backend, chat, verifier, held_out)
-            log.write(step, metrics, timing)
-            if step % recipe.checkpointing.save_period == 0 or last:
-                checkpoint.save(folder, step, identity, metrics, backend, chat, recipe.checkpointing)
-            bar.set_postfix(
-                reward=f"{metrics['reward']:.3f}", mixed=f"{metrics['mixed_group_share']:.2f}", refresh=False
-            )
+    monitor = Monitor(recipe, backend, chat, verifier, held_out)
+    rows: list[rounds.Row] = list(read_metrics(log.path))
+    cost |= {"steps": 0, "tokens_trained": 0}
+
+    def note(step: int, row: dict[str, float], timing: dict[str, float]) -> None:
+        log.write(step, row, timing)
+        rows.append({"step": step, **row})
+        cost["tokens_trained"] += round(row.get("tokens_trained", 0.0))
+
+    with progress(steps, first, settings.name, "step") as bar:
+        if first == 0 and (row := monitor.measure(meter := Metered(backend, cost), 0, False, {})):
+            note(0, row | meter.costs(), {})
+        ending = until(rows) if first else None
+        for step in range(first + 1, steps + 1):
+            if ending is not None:
+                break
+            meter = Metered(backend, cost)
+            row, timing = _step(recipe, step, _draw(pivots, units, step, recipe), backend, meter, chat, verifier)
+            row |= monitor.measure(meter, step, step == steps, row)
+            ending = until([*rows, {"step": step, **row, **meter.costs()}])
+            last = step == steps or ending is not None
+            row |= monitor.measure(meter, step, last, row)
+            note(step, row | meter.costs(), timing)
+            cost["steps"] += 1
+            if step % recipe.checkpointing.save_period == 0 or last or "retention/held" in row:
+                checkpoint.save(folder, step, identity, row, backend, chat, recipe.checkpointing)
+            bar.set_postfix(reward=f"{row['reward']:.3f}", mixed=f"{row['mixed_group_share']:.2f}", refresh=False)
             bar.update()
-        cost.update(
-            steps=settings.max_num_steps - first,
-            rollouts=(settings.max_num_steps - first)
-            * settings.num_prompts_per_step
-            * settings.num_generations_per_prompt,
-        )
         log.close()
         return checkpoint.publish(folder, backend, chat, recipe.checkpointing)
 
@@ -146,6 +164,9 @@ def _check(recipe: Recipe, source: Path, chat: Chat, verifier_id: str) -> None:
         )
     if recipe.grpo.num_minibatches > recipe.grpo.num_prompts_per_step:
         problems.append(("grpo.num_minibatches", recipe.grpo.num_minibatches, "use at most grpo.num_prompts_per_step"))
+    if recipe.loop.retention_period and recipe.evaluate.retention == "none":
+        remedy = "name an out-of-domain set in evaluate.retention"
+        problems.append(("loop.retention_period", recipe.loop.retention_period, remedy))
     if problems:
         raise InputError([Problem("recipe", None, name, str(value), remedy) for name, value, remedy in problems])
 
@@ -211,16 +232,22 @@ def _epoch(units: tuple[tuple[str, tuple[tuple[str, int], ...]], ...], seed: int
 
 
 def _step(
-    recipe: Recipe, step: int, drawn: Sequence[State], backend: backends.Backend, chat: Chat, verifier: Verifier
+    recipe: Recipe,
+    step: int,
+    drawn: Sequence[State],
+    backend: backends.Backend,
+    sampler: Sampler,
+    chat: Chat,
+    verifier: Verifier,
 ) -> tuple[dict[str, float], dict[str, float]]:
     """One training step: (metrics, timing)."""
     settings, started = recipe.grpo, time.perf_counter()
     seeds = [
-        [sample_seed("train", recipe.seed, step, i, k) for k in range(settings.num_generations_per_prompt)]
+        [sample_seed("train", recipe.rollout_seed, step, i, k) for k in range(settings.num_generations_per_prompt)]
         for i in range(len(drawn))
     ]
     groups = roll_out(
-        backend,
+        sampler,
         chat,
         verifier,
         [s.candidate for s in drawn],
@@ -252,6 +279,7 @@ def _step(
     minibatches = [
         _minibatch(recipe, drawn[i:j], groups[i:j], advantages[i:j], valid[i:j], backend) for i, j in pairwise(cuts)
     ]
+    metrics["tokens_trained"] = float(sum(sum(map(len, m.batch.responses)) for m in minibatches if m.batch))
     apart = [m.apart for m in minibatches if m.apart is not None]
     metrics |= {"sampler_masked": float(sum(m.masked for m in minibatches))} if apart else {}
     _check_mismatch(apart, step, recipe.loss_fn)
@@ -356,8 +384,8 @@ def _token_batch(
     samples = [groups[i][k].sample for i, k in rows]
     data = {
         "advantages": torch.stack([advantages[i, k] for i, k in rows]),
-        "mask": _padded([[1.0] * len(s.token_ids) for s in samples]),
-        "sampler": _padded([s.log_probs for s in samples]),
+        "mask": padded([[1.0] * len(s.token_ids) for s in samples]),
+        "sampler": padded([s.log_probs for s in samples]),
     }
     return TokenBatch([s.prompt for s in drawn], [i for i, _ in rows], [s.token_ids for s in samples], data)
 
@@ -412,84 +440,3 @@ def _loss(
         ref_log_probs=data.get("reference"),
         sampler_log_probs=data["sampler"],
     )
-
-
-def _padded(rows: Sequence[Sequence[float]]) -> Tensor:
-    width = max(len(r) for r in rows)
-    return torch.tensor([[*r, *[0.0] * (width - len(r))] for r in rows])
-
-
-def rollout_metrics(
-    drawn: Sequence[State], groups: Sequence[Sequence[Rollout]], rewards: Tensor, valid: Tensor, tolerance: float
-) -> dict[str, float]:
-    """What a batch of rollouts shows: reward, signal, lengths, failures. Failed samples count nowhere but in `failed`."""
-    flat = [r for group in groups for r in group]
-    judged = [r for r in flat if r.verdict is not None]
-    spans, stds = [], []
-    for row, ok in zip(rewards, valid, strict=True):
-        kept = row[ok].tolist()
-        spans.append(max(kept) - min(kept) if len(kept) > 1 else 0.0)
-        stds.append(statistics.pstdev(kept) if kept else 0.0)
-    talking = [
-        r
-        for s, group in zip(drawn, groups, strict=True)
-        if s.candidate.expected.kind == "message"
-        for r in group
-        if r.verdict
-    ]
-    tokens = [len(r.sample.token_ids) for r in judged]
-    mean = statistics.fmean
-    metrics = {
-        "reward": mean([r.verdict.reward for r in judged if r.verdict]) if judged else 0.0,
-        "reward_std": mean(stds),
-        "mixed_group_share": mean([float(span > tolerance) for span in spans]),
-        "entropy": -sum(sum(r.sample.log_probs) for r in judged) / max(1, sum(tokens)),
-        "response_tokens": mean(tokens) if tokens else 0.0,
-        "truncated_share": mean([float(r.sample.finish_reason == "length") for r in flat]),
-        "malformed_share": mean([float(r.action.kind == "malformed") for r in flat]),
-        "failed": float(len(flat) - len(judged)),
-        "message_share": mean([float(s.candidate.expected.kind == "message") for s in drawn]),
-    }
-    if talking:
-        metrics["message_reward"] = mean([r.verdict.reward for r in talking if r.verdict])
-    return metrics
-
-
-def validate(
-    recipe: Recipe, backend: backends.Backend, chat: Chat, verifier: Verifier, held_out: Sequence[State]
-) -> dict[str, float]:
-    """Mean verified reward on held-out states, with the same seeds every time so that only the policy changes."""
-    seeds = [
-        [
-            sample_seed("validation", recipe.seed, s.candidate.candidate_id, k)
-            for k in range(recipe.grpo.val_generations)
-        ]
-        for s in held_out
-    ]
-    groups = roll_out(
-        backend,
-        chat,
-        verifier,
-        [s.candidate for s in held_out],
-        [s.prompt for s in held_out],
-        seeds,
-        recipe.policy.generation,
-        recipe.grpo.max_retries,
-    )
-    scored = [r.verdict.reward for group in groups for r in group if r.verdict]
-    if not scored:
-        raise InputError(
-            Problem(
-                "validation", None, "verifier", "every held-out sample failed", "mend the verifier before training on"
-            )
-        )
-    failed = sum(r.verdict is None for group in groups for r in group)
-    metrics = {"val/accuracy": statistics.fmean(scored), "val/failed": float(failed)}
-    if recipe.grpo.val_kl:
-        samples = [r.sample for group in groups for r in group if r.sample.token_ids]  # a lost turn has none
-        prompt_of = [i for i, group in enumerate(groups) for r in group if r.sample.token_ids]
-        batch = TokenBatch([s.prompt for s in held_out], prompt_of, [s.token_ids for s in samples], {})
-        start = backend.get_inference_log_probs(batch, reference=True)
-        apart = pivotrl.kl_k3(_padded([s.log_probs for s in samples]), start)
-        metrics["val/kl"] = float(apart.sum()) / sum(len(s.token_ids) for s in samples)
-    return metrics
