@@ -33,6 +33,10 @@ STAGES = {
         "nemo_pivotrl.stages.export:export",
         "pivots -> NeMo-Gym rows; `export nemo-rl` adds a recipe, `export nemotron` the artefact's files",
     ),
+    "nemotron": (
+        "nemo_pivotrl.stages.nemotron:nemotron",
+        "extract to train, with the artefacts of Nemotron's pipeline",
+    ),
     "sft": ("nemo_pivotrl.stages.sft:sft", "fine-tune on the same data, for comparison"),
     "train": ("nemo_pivotrl.stages.train:train", "pivots -> policy, by single-turn GRPO"),
     "manners": ("nemo_pivotrl.stages.manners:make_manners", "write the embedded patient, doctor and questions"),
@@ -280,7 +284,11 @@ def one_too_many(place: Place) -> int:
 
 def command() -> NoReturn:
     """`nemo-pivotrl`: `main`, and the end of the process."""
-    code = main()
+    leave_together(main())
+
+
+def leave_together(code: int) -> NoReturn:
+    """End this process; one of many that has worked leaves as torch.distributed needs it."""
     if code == 0 and os.environ.keys() & STARTED and here().world > 1:
         from nemo_pivotrl.backends.megatron.launch import leave
 

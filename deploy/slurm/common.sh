@@ -1,5 +1,6 @@
 # shellcheck shell=bash disable=SC2034
-# Sourced by the job scripts. $COMMAND_PREFIX starts the command where it is not on the nodes' path.
+# Sourced by the job scripts. COMMAND_PREFIX starts the command where it is not on the nodes' path, VLLM_PREFIX where vLLM has an
+# environment of its own, as in our image.
 set -euo pipefail
 : "${CONFIG_PATH:?CONFIG_PATH is required}" "${EXP_NAME:?EXP_NAME is required}"
 
@@ -10,6 +11,7 @@ OVERRIDES=()
 read -ra EXTRA <<<"${EXTRA_HYDRA_ARGS:-}"
 OVERRIDES+=("${EXTRA[@]}")
 read -ra PIVOTRL <<<"${COMMAND_PREFIX:-nemo-pivotrl}"
+read -ra WITH_VLLM <<<"${VLLM_PREFIX:-${COMMAND_PREFIX:-nemo-pivotrl}}"
 
 RUN_IN=()
 if [[ -n ${CONTAINER:-} ]]; then
