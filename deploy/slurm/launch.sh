@@ -27,7 +27,7 @@ submit() {
 stage() { submit "$1" "${2:-}" "$SCRIPTS/stage.sbatch" "$1"; }
 profile() {
     local array=()
-    ((NUM_SHARDS == 1)) || array=(--array="0-$((NUM_SHARDS - 1))")
+    ((NUM_SHARDS == 1)) || array=(--array="0-$((NUM_SHARDS - 1))" --output="$LOG_DIR/profile-%A-%a.log")
     submit profile "${1:-}" "${GPUS[@]}" "${array[@]}" "$SCRIPTS/profile.sbatch"
     # whatever became of a shard: others may have done its work, and merge refuses what is incomplete
     ((NUM_SHARDS == 1)) || stage merge "afterany:$JOB"

@@ -49,7 +49,7 @@ def sbatch(words: list[str]) -> int:
                 "SLURM_JOB_NODELIST": ",".join(f"127.0.0.{n + 1}" for n in range(nodes)),
                 "SLURM_JOB_END_TIME": str(int(time.time()) + int(os.environ.get("STUB_TIME_S", "7200"))),
             } | ({} if task is None else {"SLURM_ARRAY_TASK_ID": str(task)})
-            log = Path(options["--output"].replace("%A", str(job)))
+            log = Path(options["--output"].replace("%A", str(job)).replace("%a", str(task)))
             with log.open("a") as out:
                 ran = subprocess.run(
                     ["bash", script, *arguments], env={**os.environ, **variables}, stdout=out, stderr=out
