@@ -3,6 +3,7 @@
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,13 @@ from test_slurm import environment
 
 from nemo_pivotrl import cli
 from nemo_pivotrl.config import Recipe
+from nemo_pivotrl.verifiers import VERIFIERS
 
 SLURM = ROOT / "deploy/slurm"
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 PROGRAMS = (
+    "torchrun",
+    "srun",
     "nemo-pivotrl",
     "make",
     "bash",
@@ -29,14 +33,18 @@ PROGRAMS = (
     "set",
 )
 TINY = {"pivotrl": "recipes/pivotrl/tiny.yaml", "llmdoctor": "recipes/llmdoctor/tiny.yaml"}
-NEMO_RUN = "nemo pivotrl train --factory \"recipe(path='/shared/recipe.yaml')\" run.executor=slurm run.executor.nodes=2 --dryrun"
 ELSEWHERE = {
-    "nemo-pivotrl serve-guided recipes/llmdoctor/tiny.yaml --port 8912": "test_serve_guided.py",
-    "nemo-pivotrl serve recipes/llmdoctor/tiny.yaml --port 8000": "vllm/test_vllm_serve.py",
-    NEMO_RUN: "aligner/test_nemo_run.py",
-    "python deploy/nemotron/rl/pivotrl/step.py --config deploy/nemotron/rl/pivotrl/config/test.yaml": "test_nemotron_step.py",
-}  # fmt: skip
-"""Command to the test that runs it."""
+    "nemo-pivotrl serve-guided ": "test_serve_guided.py",
+    "nemo-pivotrl serve recipes/": "vllm/test_vllm_serve.py",
+    "nemo-pivotrl profile RECIPE.yaml policy.sampler=vllm vllm.servers=": "vllm/test_vllm_stages.py",
+    "nemo-pivotrl serve-verifier ": "test_verify.py",
+    "torchrun --nproc-per-node 8 -m nemo_pivotrl.cli train ": "distributed/test_megatron_stages.py",
+    "srun nemo-pivotrl train ": "test_slurm.py",
+    "nemo pivotrl train ": "aligner/test_nemo_run.py",
+    "python -m nemo_pivotrl.backends.aligner.": "aligner/test_scripts.py",
+    "python deploy/nemotron/rl/pivotrl/step.py ": "test_nemotron_step.py",
+}
+"""How a command begins, and the test that runs it."""
 BY_HAND = ("docker build", "kubectl apply", "git clone", "python3 -m venv", "source .venv", "cp deploy", "set -a")
 """No Docker or cluster here; the rest makes an environment, which `make test` does too."""
 
@@ -52,7 +60,8 @@ ALL = [command for path in DOCS for command in commands(path)]
 
 def of(algorithm: str, page: str) -> list[list[str]]:
     """The words behind `nemo-pivotrl` of a page's commands on the tiny recipe of an algorithm."""
-    found = [c.split()[1:] for c in commands(ROOT / "docs" / page) if TINY[algorithm] in c and c not in ELSEWHERE]
+    on_tiny = [c for c in commands(ROOT / "docs" / page) if TINY[algorithm] in c and not c.startswith(tuple(ELSEWHERE))]
+    found = [c.split()[1:] for c in on_tiny]
     return [words for words in found if words[0] in cli.STAGES]
 
 
@@ -68,19 +77,19 @@ def test_there_are_five_short_pages_whose_links_lead_somewhere() -> None:
     assert [path.name for path in DOCS] == ["cluster.md", "design.md", "formats.md", "llmdoctor.md", "pivotrl.md"]
     for path in DOCS:
         text = path.read_text(encoding="utf-8")
-        assert len(text.splitlines()) <= 90, path.name
+        assert len(text.splitlines()) <= 110, path.name
         for target in re.findall(r"\]\(([^)]+)\)", text):
             assert (path.parent / target).exists(), f"{path.name}: {target}"
 
 
 def test_every_command_is_run_here_or_somewhere_named() -> None:
-    here = [c for c in ALL if c.startswith(("nemo-pivotrl ", "bash deploy/slurm")) and c not in ELSEWHERE]
-    known = {"plan"} | set(cli.STAGES)
+    others = [c for c in ALL if not c.startswith(tuple(ELSEWHERE))]
+    here = [c for c in others if c.startswith(("nemo-pivotrl ", "bash deploy/slurm"))]
+    known = {"plan", "verify"} | set(cli.STAGES)
     assert all(c.startswith("bash") or c.split()[1] in known for c in here)
-    rest = [c for c in ALL if c not in here and c not in ELSEWHERE and not c.startswith(BY_HAND)]
-    assert rest == []
-    for command, test in ELSEWHERE.items():
-        assert command in ALL and (ROOT / "tests" / test).exists(), command
+    assert [c for c in others if c not in here and not c.startswith(BY_HAND)] == []
+    for begin, test in ELSEWHERE.items():
+        assert any(c.startswith(begin) for c in ALL) and (ROOT / "tests" / test).exists(), begin
 
 
 def test_every_setting_a_page_names_exists() -> None:
@@ -153,6 +162,27 @@ def test_the_guide_to_llmdoctor_runs_from_an_empty_folder(tmp_path: Path, monkey
     for words in of("llmdoctor", "llmdoctor.md"):
         run([w.replace("runs/llmdoctor", str(tmp_path / "run")) for w in words], tmp_path / "run", SMALL_LLMDOCTOR)
     assert (tmp_path / "run/decoded.jsonl").exists()
+
+
+def test_rows_are_verified_without_a_model(trained: Path, tmp_path: Path) -> None:
+    (command,) = [c for c in ALL if c.startswith("nemo-pivotrl verify ")]
+    files = [str(trained / "profiles.jsonl"), str(tmp_path / "verdicts.jsonl")]
+    assert cli.main([*command.split()[1:-2], *files]) == 0 and (tmp_path / "verdicts.jsonl").read_text()
+
+
+def test_steering_from_python_runs(steered: Path) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/llmdoctor.md").read_text(), flags=re.DOTALL)
+    words = [sys.executable, "-W", "error::UserWarning", "-c", code.replace("runs/llmdoctor", str(steered))]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert [line.split(" ")[0] for line in lines] == ["-1.0", "0.0", "1.0"] and all(len(line) > 8 for line in lines)
+
+
+def test_every_verifier_of_the_table_exists_and_no_other() -> None:
+    table = (ROOT / "docs/pivotrl.md").read_text().partition("| verifier | judges |")[2].partition("\n\n")[0]
+    first = " ".join(line.split("|")[1] for line in table.splitlines() if line.startswith("| `"))
+    assert set(re.findall(r"`(\w+)`", first)) == set(VERIFIERS)
 
 
 @pytest.mark.parametrize("page", ["formats.md", "cluster.md"])
