@@ -1,10 +1,14 @@
 """`checkpoint_must_save_by`: NeMo-RL's form, and when a run has to stop."""
 
 import math
+import shutil
 from pathlib import Path
 
 import pytest
+from conftest import ROOT, SMALL
 
+from nemo_pivotrl import cli
+from nemo_pivotrl.backends import policy_revision
 from nemo_pivotrl.records import InputError
 from nemo_pivotrl.stages.checkpoint import RESUME, Paused, is_due, time_limit
 
@@ -37,3 +41,26 @@ def test_a_paused_run_exits_with_a_code_of_its_own() -> None:
     with pytest.raises(SystemExit) as caught:
         raise Paused(Path("step_00003"))
     assert caught.value.code == RESUME == 75
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    "is_due" not in (ROOT / "nemo_pivotrl/stages/train.py").read_text(), reason="train does not ask yet"
+)
+def test_training_stops_at_its_deadline_saved_and_the_same_command_ends_as_if_it_had_not(
+    trained: Path, tmp_path: Path
+) -> None:
+    made = {}
+    for name, deadline in (("straight", ""), ("paused", "00:00:00:01")):
+        shutil.copytree(trained, tmp_path / name)
+        words = ["train", str(ROOT / "recipes/pivotrl/tiny.yaml"), f"run_dir={tmp_path / name}", *SMALL]
+        words += [f"policy.model_name={trained}/start/policy", "checkpointing.save_period=100", "grpo.max_num_steps=3"]
+        if deadline:
+            with pytest.raises(SystemExit) as caught:
+                cli.main([*words, f"checkpointing.checkpoint_must_save_by='{deadline}'"])
+            assert caught.value.code == RESUME
+            saved = [path.name for path in (tmp_path / name / "pivotrl").glob("step_*")]
+            assert saved == ["step_00001"] and not (tmp_path / name / "pivotrl/policy").exists()
+        assert cli.main(words) == 0
+        made[name] = policy_revision(tmp_path / name / "pivotrl/policy")
+    assert made["paused"] == made["straight"]
