@@ -134,6 +134,9 @@ def test_the_recipe_says_what_ours_says(tmp_path: Path) -> None:
         "enabled": True, "fp8": "hybrid", "fp8_recipe": "blockwise", "fp8_param": False,
     }  # fmt: skip
     assert made["checkpointing"]["checkpoint_must_save_by"] == "00:03:45:00" and made["cluster"]["num_nodes"] == 64
+    thinking, _ = nemo_rl.recipe_of(tiny("policy.template_kwargs={enable_thinking: true}"), tmp_path, True)
+    served = thinking["policy"]["generation"]["vllm_cfg"]["http_server_serving_chat_kwargs"]
+    assert served["default_chat_template_kwargs"] == thinking["policy"]["tokenizer"]["chat_template_kwargs"]
     plain, _ = nemo_rl.recipe_of(tiny(), tmp_path, True)
     assert plain["loss_fn"]["truncated_importance_sampling_ratio"] is None  # NeMo-RL refuses a bound without correction
     assert (

@@ -234,9 +234,16 @@ def _policy(recipe: Recipe) -> dict[str, Any]:
                 "tensor_parallel_size": recipe.vllm.tensor_parallel_size,
                 "gpu_memory_utilization": recipe.vllm.gpu_memory_utilization,
                 "enforce_eager": recipe.vllm.enforce_eager,
+                **_served_template(recipe),
             },
         },
     }
+
+
+def _served_template(recipe: Recipe) -> dict[str, Any]:
+    """The template's settings for vLLM's server, which renders NeMo-Gym's requests: both must render alike."""
+    kwargs = dict(recipe.policy.template_kwargs)
+    return {"http_server_serving_chat_kwargs": {"default_chat_template_kwargs": kwargs}} if kwargs else {}
 
 
 def _data(folder: Path, has_validation: bool) -> dict[str, Any]:
