@@ -238,7 +238,7 @@ def _run(recipe: Recipe, job: Job, parts: Parts) -> None:
         try:
             draw = partial(draw_wave, recipe, job, sampler)
             judge = partial(judge_wave, job.chat, job.verifier, partial(retries_of, recipe.profile))
-            work.go(pump(work.units(), draw, judge, concurrency))
+            work.go(pump(work.units(), draw, judge, concurrency, lambda: backends.under_way(sampler)))
         finally:
             work.close()
             if concurrency > 1:

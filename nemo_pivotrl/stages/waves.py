@@ -15,6 +15,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from nemo_pivotrl.curtailment import Plan
@@ -23,6 +24,10 @@ from nemo_pivotrl.records import Candidate, json_bytes
 SUSPICIOUS = math.log(1e-6)
 UNITS_OF_ONE_PROCESS = 2
 """A sampler in this process draws for one unit while another one is judged."""
+
+LOOK_S = 0.02
+"""Seconds after which a full sampler is asked again whether it has room: single answers of a wave free it, too."""
+END = object()
 
 
 @dataclass(slots=True)
@@ -118,60 +123,67 @@ def pump(
     units: Iterator[Unit | None],
     draw: Callable[[Wave], Any],
     judge: Callable[[Wave, Any], Judged],
-    concurrency: int,
+    concurrency: int = 1,
+    under_way: Callable[[], int] = lambda: 0,
 ) -> Iterator[tuple[Unit, Judged]]:
     """Waves of all units as they are judged, each of which the caller takes in before the next one is asked for.
 
-    concurrency: rollouts that are drawn at a time. 1: `draw` is called in this thread alone and draws a whole wave, one after
-    another; else several run at once. A unit that is finished when it begins comes with no rollouts. `units` may give None for "not
-    now": it is asked again when something has ended.
+    concurrency: rollouts that are drawn at a time. 1: `draw` is called in this thread alone, one wave after another; else in threads,
+    as many as keep so many rollouts `under_way`, which counts those that were asked for and have not come. A unit that is
+    finished when it begins comes with no rollouts. `units` may give None for "not now": it is asked again when something has ended.
     """
     here = concurrency == 1
+    most = UNITS_OF_ONE_PROCESS if here else concurrency
     ready: deque[Unit] = deque()
-    ended: queue.SimpleQueue[tuple[Unit, int, Future[Judged]]] = queue.SimpleQueue()
-    running = drawing = 0
-    more = True
-    pool = ThreadPoolExecutor(UNITS_OF_ONE_PROCESS if here else concurrency)
+    ended: queue.SimpleQueue[tuple[Unit, Future[Judged]]] = queue.SimpleQueue()
+    running, more, stalled = 0, True, False
+    pool = ThreadPoolExecutor(most)
 
     def whole(wave: Wave) -> Judged:
         return judge(wave, draw(wave))
 
+    def room() -> bool:
+        return running < most and (here or under_way() < concurrency)
+
     try:
-        while True:
-            while more and not ready and (running < UNITS_OF_ONE_PROCESS if here else drawing < concurrency):
-                try:
-                    unit = next(units)
-                except StopIteration:
-                    more = False
-                    break
-                if unit is None:
-                    break
-                if unit.wave():
-                    ready.append(unit)
-                else:
-                    yield unit, []
-            while ready and (here or drawing < concurrency):
+        while running or ready or more:
+            if more and not ready and room():
+                unit = next(units, END)
+                more, stalled = unit is not END, unit is None
+                if isinstance(unit, Unit):
+                    if unit.wave():
+                        ready.append(unit)
+                    else:
+                        yield unit, []
+                    continue
+            if ready and room():
                 unit = ready.popleft()
                 wave = unit.wave()
-                size = sum(len(ks) for _, ks in wave)
                 job = pool.submit(judge, wave, draw(wave)) if here else pool.submit(whole, wave)
-                job.add_done_callback(lambda job, unit=unit, size=size: ended.put((unit, size, job)))  # type: ignore[misc]
-                running, drawing = running + 1, drawing + size
-                if here:
-                    break
-            if not running:
-                if not more and not ready:
-                    return
-                continue
-            if here and ended.empty() and (ready or (more and running < UNITS_OF_ONE_PROCESS)):
-                continue  # the sampler need not wait for the verifier
-            unit, size, job = ended.get()
-            running, drawing = running - 1, drawing - size
-            yield unit, job.result()
-            if unit.wave():
-                ready.append(unit)
+                job.add_done_callback(partial(_hand_over, ended, unit))
+                running += 1
+                if ended.empty():
+                    continue  # the sampler need not wait for the verifier
+            if running and (found := _next(ended, room() and (bool(ready) or (more and not stalled)))):
+                unit, job = found
+                running -= 1
+                yield unit, job.result()
+                if unit.wave():
+                    ready.append(unit)
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _hand_over(ended: queue.SimpleQueue[tuple[Unit, Future[Judged]]], unit: Unit, job: Future[Judged]) -> None:
+    ended.put((unit, job))
+
+
+def _next(ended: queue.SimpleQueue[tuple[Unit, Future[Judged]]], look_only: bool) -> tuple[Unit, Future[Judged]] | None:
+    """The next wave that has ended; None where there is room for others, or may be by now."""
+    try:
+        return ended.get(block=not look_only, timeout=LOOK_S)
+    except queue.Empty:
+        return None
 
 
 def units_of(chunk: int, members: Sequence[Member], together: bool) -> list[Unit]:
