@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -24,7 +25,8 @@ def environment(folder: Path, **settings: str) -> dict[str, str]:
         path = programs / name
         path.write_text(f'#!/bin/sh\nexec {sys.executable} {ROOT}/tests/slurm/stub.py {name} "$@"\n')
         path.chmod(0o755)
-    base = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_")}
+    told = re.findall(r"^(\w+)=", (SCRIPTS / "cluster.env").read_text(), flags=re.MULTILINE)
+    base = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_") and key not in told}
     return base | {
         "PATH": f"{programs}:{os.environ['PATH']}",
         "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
@@ -106,7 +108,7 @@ def test_what_would_be_submitted_is_printed_and_nothing_is(tmp_path: Path) -> No
     assert (
         "--array=0-7" in said[1] and "--nodes=64" in said[4] and "--gres=gpu:8" in said[4] and "--gres" not in said[0]
     )
-    assert all("--account=me" in line and "--time=4:0:0" in line for line in said)
+    assert all("--account=me" in line and "--time=4:0:0" in line and "--signal=B:USR1@600" in line for line in said)
 
 
 PRETENDED = """#!/bin/sh
@@ -203,8 +205,6 @@ def test_settings_of_the_env_file_become_overrides(tmp_path: Path) -> None:
 
 
 def test_the_env_file_names_every_variable_the_scripts_read() -> None:
-    import re
-
     told = set(re.findall(r"^(\w+)=", (SCRIPTS / "cluster.env").read_text(), flags=re.MULTILINE))
     text = "".join(path.read_text() for path in SCRIPTS.glob("*") if path.name != "cluster.env")
     read = set(re.findall(r"\$\{([A-Z][A-Z_]+):", text))

@@ -14,7 +14,7 @@ GPUS=() ACCOUNT=()
 # submit NAME DEPENDENCY ARGUMENT...: the job's number in $JOB
 submit() {
     local command=(sbatch --parsable --job-name="$EXP_NAME-$1" --partition="$SLURM_PARTITION" "${ACCOUNT[@]}")
-    command+=(--time="${SLURM_TIME_LIMIT:-4:00:00}" --output="$LOG_DIR/$1-%A.log" ${2:+--dependency="$2"} "${@:3}")
+    command+=(--time="${SLURM_TIME_LIMIT:-4:00:00}" --signal="B:USR1@${WARN_SECONDS:-600}" --output="$LOG_DIR/$1-%A.log" ${2:+--dependency="$2"} "${@:3}")
     if [[ ${DRY_RUN:-false} == true ]]; then
         JOB="<$1>"
         echo "${command[*]}"
