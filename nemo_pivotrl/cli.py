@@ -30,7 +30,14 @@ STAGES = {
     "audit": ("nemo_pivotrl.stages.audit:audit", "does the verifier say what is known beforehand?"),
     "rescore": ("nemo_pivotrl.stages.rescore:rescore", "another verifier or threshold over a profile's samples"),
     "select": ("nemo_pivotrl.stages.select:select", "profiles -> pivots"),
-    "export": ("nemo_pivotrl.stages.select:export", "pivots -> NeMo-Gym files for NeMo-RL"),
+    "export": (
+        "nemo_pivotrl.stages.export:export",
+        "pivots -> NeMo-Gym rows; `export nemo-rl` adds a recipe, `export nemotron` the artefact's files",
+    ),
+    "nemotron": (
+        "nemo_pivotrl.stages.nemotron:nemotron",
+        "extract to train, with the artefacts of Nemotron's pipeline",
+    ),
     "sft": ("nemo_pivotrl.stages.sft:sft", "fine-tune on the same data, for comparison"),
     "train": ("nemo_pivotrl.stages.train:train", "pivots -> policy, by single-turn GRPO"),
     "manners": ("nemo_pivotrl.stages.manners:make_manners", "write the embedded patient, doctor and questions"),
@@ -61,6 +68,8 @@ TOOLS = {
     "serve-guided": "serve the steered policy as OpenAI's API: serve-guided RECIPE [key=value ...] [--port N]",
 }
 """Commands that are no stage: they take files or requests, not artefacts."""
+EXPORTS = ("nemo-gym", "nemo-rl", "nemotron")
+"""`export nemo-rl RECIPE` is `export RECIPE export.target=nemo-rl`."""
 BAD_INPUT = 2
 STARTED = frozenset({"RANK", "WORLD_SIZE", "SLURM_STEP_ID"})
 """Variables of torchrun and srun: without one of them this is the only process, and launch.py, a second's import, is not asked."""
@@ -98,6 +107,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         tool, rest = arguments[0], spread_settings(arguments[1:])
         options = tool_parser(tool).parse_args(rest)
         return guarded(tool, lambda: run_tool(tool, options))
+    if len(arguments) > 1 and arguments[0] == "export" and arguments[1] in EXPORTS:
+        arguments = [arguments[0], *arguments[2:], f"export.target={arguments[1]}"]
     options = parser().parse_intermixed_args(arguments)
     fresh = "fresh=true" in options.overrides
     overrides = [o for o in options.overrides if o not in ("fresh=true", "fresh=false")]
@@ -289,7 +300,11 @@ def one_too_many(place: Place) -> int:
 
 def command() -> NoReturn:
     """`nemo-pivotrl`: `main`, and the end of the process."""
-    code = main()
+    leave_together(main())
+
+
+def leave_together(code: int) -> NoReturn:
+    """End this process; one of many that has worked leaves as torch.distributed needs it."""
     if code == 0 and os.environ.keys() & STARTED and here().world > 1:
         from nemo_pivotrl.backends.megatron.launch import leave
 

@@ -397,6 +397,19 @@ class Select:
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
+class Export:
+    """Pivots for other trainers."""
+
+    target: Literal["nemo-gym", "nemo-rl", "nemotron"] = "nemo-gym"
+    """`nemo-gym`: the rows. `nemo-rl`: rows, Gym config and recipe. `nemotron`: rows with manifest.json and metadata.json, as
+    NVIDIA-NeMo/Nemotron's stages pass them on. On the command line: `export nemo-rl RECIPE`."""
+    nemo_rl_base: str = "/opt/nemo-rl/examples/nemo_gym/grpo_workplace_assistant_nemotron_nano_v2_9b.yaml"
+    """NeMo-RL recipe whose settings hold wherever ours has none: its tool parser and reasoning parser among them."""
+    num_nodes: int = ranged(1, 1)
+    gpus_per_node: int = ranged(8, 1)
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
 class LossFn:
     """Eq. 7 and its options."""
 
@@ -563,6 +576,9 @@ class Checkpointing:
     """Best checkpoints kept by metric_name, besides the latest."""
     metric_name: str = "val/accuracy"
     higher_is_better: bool = True
+    checkpoint_must_save_by: str = ""
+    """DD:HH:MM:SS after the start of this process: save at the end of the step that would else pass it, and stop, to be
+    resumed by the same command. Leave a scheduler's time limit room for one checkpoint. Empty: no deadline."""
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -821,6 +837,7 @@ class Recipe:
     rescore: Rescore = field(default_factory=Rescore)
     profile: ProfileStage = field(default_factory=ProfileStage)
     select: Select = field(default_factory=Select)
+    export: Export = field(default_factory=Export)
     sft: Sft = field(default_factory=Sft)
     grpo: Grpo = field(default_factory=Grpo)
     loss_fn: LossFn = field(default_factory=LossFn)

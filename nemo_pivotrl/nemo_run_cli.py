@@ -1,6 +1,7 @@
 """`nemo pivotrl STAGE`: the project's stages as commands of NeMo-Run, which finds this module by its entry point.
 
     nemo pivotrl train --factory "recipe(path='recipes/pivotrl/tiny.yaml')" recipe.grpo.max_num_steps=3
+    nemo pivotrl train --factory "recipe(path='/shared/recipe.yaml')" run.executor=slurm run.executor.nodes=2
 
 `--yaml` takes what `--to-yaml` wrote, without its line `_partial_: true`, which NeMo-Run 0.11 does not read back.
 """
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import types
 import typing
 from collections.abc import Callable
@@ -19,6 +21,7 @@ import nemo_run
 from nemo_pivotrl.cli import STAGES, guarded, run_stage
 from nemo_pivotrl.config import Recipe
 from nemo_pivotrl.recipe import build, load_recipe
+from nemo_pivotrl.records import InputError, Problem
 
 
 def readable(hint: Any) -> Any:
@@ -89,3 +92,45 @@ def _register(stage: str) -> Callable[..., None]:
 
 for _stage in STAGES:
     globals()[_stage] = _register(_stage)  # NeMo-Run's files name a command by its module and its name
+
+
+def local(processes: int = 1) -> Any:
+    """This machine; several processes are started by torchrun."""
+    launcher = {"launcher": "torchrun"} if processes > 1 else {}
+    return nemo_run.Config(nemo_run.LocalExecutor, ntasks_per_node=processes, **launcher)
+
+
+def slurm(nodes: int = 1, gpus_per_node: int = 8, retries: int = 0) -> Any:
+    """A Slurm cluster as the variables of deploy/slurm/cluster.env describe it, a process for each GPU, through Pyxis.
+
+    With `retries` a run that ends badly, or stops at `checkpoint_must_save_by`, is put back into the queue so often.
+    Raises InputError naming the variables that are not set.
+    """
+    missing = [name for name in ("SLURM_ACCOUNT", "SLURM_PARTITION", "CONTAINER") if not os.environ.get(name)]
+    if missing:
+        remedy = "set -a; source deploy/slurm/cluster.env (filled in); set +a"
+        raise InputError(Problem("environment", None, ", ".join(missing), "not set", remedy))
+    cache, extra = os.environ.get("PERSISTENT_CACHE"), os.environ.get("EXTRA_MOUNTS")
+    mounts = [f"{os.getcwd()}:{os.getcwd()}", *([f"{cache}:{cache}"] if cache else [])]
+    return nemo_run.Config(
+        nemo_run.SlurmExecutor,
+        account=os.environ["SLURM_ACCOUNT"],
+        partition=os.environ["SLURM_PARTITION"],
+        time=os.environ.get("SLURM_TIME_LIMIT") or "4:00:00",
+        nodes=nodes,
+        ntasks_per_node=gpus_per_node,
+        gpus_per_node=gpus_per_node,
+        exclusive=True,
+        retries=retries,
+        container_image=os.environ["CONTAINER"],
+        container_mounts=mounts + (extra.split(",") if extra else []),
+        packager=nemo_run.Config(nemo_run.Packager),  # the image has the project
+    )
+
+
+# NeMo-Run finds a factory's kind by its return type, and cannot read a postponed annotation
+local.__annotations__ = {"processes": int, "return": nemo_run.Config[nemo_run.LocalExecutor]}
+slurm.__annotations__ = {"nodes": int, "gpus_per_node": int, "retries": int}
+slurm.__annotations__["return"] = nemo_run.Config[nemo_run.SlurmExecutor]
+for _executor in (local, slurm):
+    nemo_run.cli.factory(_executor)

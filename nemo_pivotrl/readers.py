@@ -28,8 +28,13 @@ class FieldError(ValueError):
         self.field, self.found, self.remedy = field, short(found), remedy
 
 
-def read_trajectories(paths: Sequence[str], format: str, tools_file: str | None) -> list[Trajectory]:
-    """All trajectories of `paths`. Raises InputError listing every bad line of every file."""
+def read_trajectories(
+    paths: Sequence[str],
+    format: str,
+    tools_file: str | None,
+    watch: Callable[[dict[str, Any]], None] | None = None,
+) -> list[Trajectory]:
+    """All trajectories of `paths`; `watch` sees every record as it is. Raises InputError listing every bad line of every file."""
     problems: list[Problem] = []
     tools = _read_tools(tools_file) if tools_file else ()
     if not paths:
@@ -43,6 +48,8 @@ def read_trajectories(paths: Sequence[str], format: str, tools_file: str | None)
             try:
                 if not isinstance(record, dict):
                     raise FieldError("record", record, "each record is a JSON object")
+                if watch is not None:
+                    watch(record)
                 found.append(READERS[format](record, tools, f"{path}:{line}"))
             except FieldError as error:
                 problems.append(Problem(path, line, error.field, error.found, error.remedy))
@@ -270,7 +277,7 @@ def read_responses(record: dict[str, Any], tools: tuple[dict[str, Any], ...], so
             field, error, "see the Gym row contract: message, reasoning, function_call, function_call_output"
         ) from None
     own = _tools(params["tools"], "responses_create_params.tools") if params.get("tools") else tools
-    trajectory_id, task_id, reward = _identity(record, source)
+    trajectory_id, task_id, reward = _identity(_of_source(record) if pivot_row else record, source)
     if pivot_row:  # the id names the source trajectory, of which this row is one turn
         if record.get("task_id") is None and isinstance(record.get("provenance"), dict):  # a row of ours
             task_id = str(record["provenance"].get("task_id") or task_id)
@@ -285,6 +292,13 @@ def read_responses(record: dict[str, Any], tools: tuple[dict[str, Any], ...], so
         last_only=pivot_row,
         fields=verifier_fields(record),
     )
+
+
+def _of_source(row: dict[str, Any]) -> dict[str, Any]:
+    """A pivot row named after its source trajectory: a terminal row's own `uuid` names the row alone."""
+    metadata = row.get("metadata")
+    uid = metadata.get("source_trajectory_uid") if isinstance(metadata, dict) else None
+    return row if uid is None or row.get("trajectory_id") is not None else {**row, "trajectory_id": uid}
 
 
 _SHAREGPT_ROLES = {

@@ -20,8 +20,11 @@ from nemo_pivotrl.config import Recipe, Verifier
 from nemo_pivotrl.records import InputError, Problem, short
 
 
-def load_recipe(path: str, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe at `path` with `key=value` overrides. Raises InputError with every problem found."""
+def load_recipe(path: str, overrides: Sequence[str] = (), beside: Sequence[str] = ()) -> Recipe:
+    """The recipe at `path` with `key=value` overrides. Raises InputError with every problem found.
+
+    `beside`: sections of the file that are another program's.
+    """
     import yaml
     from omegaconf import DictConfig, OmegaConf
     from omegaconf.errors import OmegaConfBaseException
@@ -33,6 +36,8 @@ def load_recipe(path: str, overrides: Sequence[str] = ()) -> Recipe:
     if aligner:
         dialect.register_resolvers()
     tree = typing.cast(DictConfig, OmegaConf.merge(dialect.BASE if aligner else {}, *parts))
+    for section in beside:
+        tree.pop(section, None)
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals or not key:

@@ -81,7 +81,7 @@ def to_messages(items: Sequence[Item]) -> list[Message]:
     messages: list[Message] = []
     turn: Message | None = None
     for item in items:
-        kind = item.get("type", "message")
+        kind = item.get("type") or "message"  # a column of a table is null where a row has no such field
         assistant = kind in ("reasoning", "function_call") or (kind == "message" and item["role"] == "assistant")
         if not assistant:
             turn = None

@@ -7,8 +7,11 @@ the backend's own form) and `meta.json`. A folder appears by rename, when all of
 from __future__ import annotations
 
 import json
+import math
 import os
+import re
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +21,37 @@ from nemo_pivotrl.backends import Trainer
 from nemo_pivotrl.chat import Chat
 from nemo_pivotrl.config import Checkpointing
 from nemo_pivotrl.records import InputError, Problem, write_atomically
+
+STARTED = time.monotonic()
+"""What `checkpoint_must_save_by` counts from: the import of this file, right after the process began."""
+RESUME = 75
+"""Exit code of a run that stopped at its deadline, saved: EX_TEMPFAIL, the same command goes on."""
+
+
+class Paused(SystemExit):
+    """A run that stopped at its deadline after a checkpoint; every process of it exits with RESUME."""
+
+    def __init__(self, where: Path):
+        super().__init__(RESUME)
+        self.where = where
+
+
+def time_limit(must_save_by: str) -> float:
+    """Seconds of DD:HH:MM:SS, inf for an empty text. Raises InputError for any other form and for no time at all."""
+    if not must_save_by:
+        return math.inf
+    parts = [int(part) for part in re.findall(r"\d+", must_save_by)]
+    good = re.fullmatch(r"\d+:\d\d:\d\d:\d\d", must_save_by) and parts[1] < 24 and max(parts[2:]) < 60 and any(parts)
+    if not good:
+        remedy = "write DD:HH:MM:SS, e.g. 00:03:45:00 for three and three quarter hours, in quotes"
+        raise InputError(Problem("recipe", None, "checkpointing.checkpoint_must_save_by", must_save_by, remedy))
+    days, hours, minutes, seconds = parts
+    return float(((days * 24 + hours) * 60 + minutes) * 60 + seconds)
+
+
+def is_due(limit_s: float, elapsed_s: float, slowest_step_s: float) -> bool:
+    """Whether to save and stop now: another step as slow as the slowest would pass the limit (all in seconds)."""
+    return elapsed_s + slowest_step_s >= limit_s
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from nemo_pivotrl import pivotrl, readers, responses
+from nemo_pivotrl import pivotrl, published, readers, responses
 from nemo_pivotrl.config import Extract, Recipe
 from nemo_pivotrl.records import (
     Action,
@@ -84,14 +84,18 @@ _ERROR_START = re.compile(
 def extract(recipe: Recipe, fresh: bool = False) -> Path:
     """Write `candidates.jsonl` and its audit; returns the artefact's path. Raises InputError for bad trajectories."""
     settings = recipe.extract
-    trajectories = readers.read_trajectories(settings.trajectories, settings.format, settings.tools)
+    seen: Counter[str] = Counter()
+    trajectories = readers.read_trajectories(
+        settings.trajectories, settings.format, settings.tools, lambda record: seen.update(published.marks(record))
+    )
     splits = split_by_task([t.task_id for t in trajectories], settings.validation_share, recipe.seed)
     candidates, audit = cut_all(trajectories, splits, settings)
     parent = digest(
         [[file_digest(Path(p)) for p in settings.trajectories], settings.tools and file_digest(Path(settings.tools))]
     )
     path = recipe.path("candidates.jsonl")
-    print(audit_table(audit))
+    audit["published"] = dict(sorted(seen.items()))
+    print("\n".join(filter(None, [audit_table(audit), published.explain(seen, settings.agent_ref)])))
     if not candidates:
         remedy = "see the skip audit above; loosen extract.* or add trajectories"
         raise InputError(Problem(str(path), None, "candidates", "none kept", remedy))
@@ -137,6 +141,11 @@ def cut_all(
     if problems:
         raise InputError(problems)
     kept = _without_duplicates(found, skipped, settings.near_duplicate)
+    source_of = {
+        t.trajectory_id: t.trajectory_id.rpartition("@")[0] or t.trajectory_id for t in trajectories if t.last_only
+    }
+    # ready-made rows of one trajectory share their prefixes in training, as turns that were cut here do
+    kept = [dataclasses.replace(c, trajectory_id=source_of.get(c.trajectory_id, c.trajectory_id)) for c in kept]
     assert len(kept) + skipped.total() == turns, "a turn is neither kept nor counted"
     audit = {
         "trajectories": len(trajectories),

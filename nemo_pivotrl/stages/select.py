@@ -5,7 +5,6 @@ The rule applies to the train split. Held-out states pass through unfiltered: th
 
 from __future__ import annotations
 
-import os
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,7 +22,6 @@ from nemo_pivotrl.records import (
     check_parent,
     digest,
     file_digest,
-    json_line,
     read_header,
     read_rows,
 )
@@ -118,21 +116,6 @@ def check_decided(recipe: Recipe, train: Sequence[Profile], plan: Plan, source: 
 def _pivot_row(profile: Profile, agent_ref: str) -> dict[str, Any]:
     row = profile_to_row(profile, agent_ref)
     return {key: value for key, value in row.items() if key not in ("samples", "profile")}
-
-
-def export(recipe: Recipe, fresh: bool = False) -> Path:
-    """Write the pivot set as header-free NeMo-Gym files, `gym/train.jsonl` and `gym/validation.jsonl`, for NeMo-RL."""
-    source = recipe.path(recipe.select.output)
-    read_header(source, "pivots")
-    folder = recipe.path("gym")
-    folder.mkdir(parents=True, exist_ok=True)
-    for split in ("train", "validation"):
-        part = folder / f"{split}.jsonl.part"
-        with part.open("wb") as out:
-            out.writelines(json_line(row) for row in read_rows(source) if row["provenance"]["split"] == split)
-        os.replace(part, folder / f"{split}.jsonl")
-    print(f"NeMo-Gym rows -> {folder}")
-    return folder
 
 
 def candidates_of(path: Path, split: str) -> list[Any]:

@@ -7,7 +7,9 @@ is answered the way Gym marks a failed judge: reward 0 with `mask_sample`, which
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -127,6 +129,21 @@ def response_fields(name: str, result: Verdict | VerifierFault) -> dict[str, Any
         **code,
         "detail": row["detail"],
     }
+
+
+def serve_in_gym(verifier: Path) -> None:
+    """Serve as NeMo-Gym's launcher asks: where its config puts this server, by the verifier whose settings `verifier` holds.
+
+    Raises InputError for settings that no verifier takes, KeyError outside NeMo-Gym.
+    """
+    import yaml
+
+    from nemo_pivotrl.recipe import build
+
+    tree = yaml.safe_load(os.environ["NEMO_GYM_CONFIG_DICT"])[os.environ["NEMO_GYM_CONFIG_PATH"]]
+    (place,) = tree["resources_servers"].values()
+    settings = build(config.Verifier, json.loads(verifier.read_text(encoding="utf-8")), str(verifier))
+    serve(settings, place["host"], place["port"])
 
 
 def serve(settings: config.Verifier, host: str, port: int) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 from nemo_pivotrl import cli
 from nemo_pivotrl.backends.megatron import workers
 from nemo_pivotrl.backends.megatron.launch import Patience, place_of
+from nemo_pivotrl.config import Megatron
 from nemo_pivotrl.records import InputError, Problem
 
 PATIENCE = Patience(join=60.0, collective=60.0, beat=0.2, dead=4.0, stuck=60.0, leave=5.0)
@@ -102,6 +103,18 @@ def spread(folder: str, layout: dict[str, Any]) -> Any:
     workers.run_together(work, megatron, place_of(os.environ))
     workers._crew, workers.Crew._execute = None, execute  # type: ignore[method-assign]
     return seen, sizes
+
+
+def paused() -> int:
+    """The exit code of a rank of a job that stops at its deadline."""
+
+    def work() -> None:
+        raise SystemExit(75)
+
+    try:
+        return workers.run_together(work, Megatron(cpu=True, bf16=False), place_of(os.environ))
+    finally:
+        workers._crew = None
 
 
 def in_trouble(kind: str, arguments: list[str]) -> int:

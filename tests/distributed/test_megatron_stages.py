@@ -191,3 +191,7 @@ def test_what_only_one_rank_refuses_ends_the_job_with_its_words(start: Any) -> N
     folder = start("refused")
     codes, lines = processes("refuse", command("train", folder))
     assert codes == [1, 2] and lines == ["nemo-pivotrl: rank 1 failed: 1 problem:"], lines
+
+
+def test_a_run_that_stops_at_its_deadline_ends_every_rank_with_its_code(workers: Workers) -> None:
+    assert workers.run(2, "stage_jobs:paused") == [75, 75]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,15 +41,20 @@ def is_aligner(tree: Mapping[str, Any]) -> bool:
 
 def register_resolvers() -> None:
     """The interpolations that NeMo-Aligner's launch scripts define for their YAML files."""
+    register_resolver("multiply", lambda x, y: x * y)
+    register_resolver("int_div", lambda x, y: x // y)
+    register_resolver("subtract", lambda x, y: x - y)
+    register_resolver("not", lambda x: not x)
+
+
+def register_resolver(name: str, resolve: Callable[..., Any]) -> None:
+    """Define an interpolation, in place of an older one of that name."""
     from omegaconf import OmegaConf
 
     # omegaconf 2.4 gives register_resolver, which was something older before, what register_new_resolver did
     renamed = "replace" in inspect.signature(OmegaConf.register_resolver).parameters
     register = OmegaConf.register_resolver if renamed else OmegaConf.register_new_resolver
-    register("multiply", lambda x, y: x * y, replace=True)
-    register("int_div", lambda x, y: x // y, replace=True)
-    register("subtract", lambda x, y: x - y, replace=True)
-    register("not", lambda x: not x, replace=True)
+    register(name, resolve, replace=True)
 
 
 def defaults_of(entries: Sequence[Any], folder: Path) -> list[Path]:

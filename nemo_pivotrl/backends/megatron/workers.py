@@ -63,6 +63,8 @@ def run_together(stage: Callable[[], None], megatron: Megatron, place: Place, pa
             stage()
         except (InputError, OSError) as error:
             outcome[:] = [error, launch.BAD_INPUT]
+        except SystemExit as leaving:  # a run that stopped at its deadline: all ranks leave with its code
+            outcome[1] = leaving.code
         crew.order("stop", 0, (outcome[1],))
 
     launch.run(program, _backend(megatron), place, patience or Patience(collective=limit, stuck=limit))

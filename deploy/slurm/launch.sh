@@ -1,0 +1,47 @@
+#!/bin/bash
+# Submit a stage, or the whole pipeline as jobs that wait for each other. Usage: launch.sh [all|extract|profile|select|train|STAGE]
+set -euo pipefail
+: "${EXP_NAME:?EXP_NAME is required}" "${CONFIG_PATH:?CONFIG_PATH is required}" "${SLURM_PARTITION:?SLURM_PARTITION is required}"
+SCRIPTS=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+export SCRIPTS NUM_SHARDS="${NUM_SHARDS:-1}" GPUS_PER_NODE="${GPUS_PER_NODE:-8}"
+[[ -z ${VAL_PATH:-} ]] || echo "VAL_PATH is not read: the held-out tasks are extract.validation_share of TRAIN_PATH" >&2
+LOG_DIR="logs/$EXP_NAME"
+[[ ${DRY_RUN:-false} == true ]] || mkdir -p "$LOG_DIR"
+GPUS=() ACCOUNT=()
+((GPUS_PER_NODE == 0 || ${NO_GRES:-0})) || GPUS=(--gres="gpu:$GPUS_PER_NODE" --exclusive)
+[[ -z ${SLURM_ACCOUNT:-} ]] || ACCOUNT=(--account="$SLURM_ACCOUNT")
+
+# submit NAME DEPENDENCY ARGUMENT...: the job's number in $JOB
+submit() {
+    local command=(sbatch --parsable --job-name="$EXP_NAME-$1" --partition="$SLURM_PARTITION" "${ACCOUNT[@]}")
+    command+=(--time="${SLURM_TIME_LIMIT:-4:00:00}" --signal="B:USR1@${WARN_SECONDS:-600}" --output="$LOG_DIR/$1-%A.log" ${2:+--dependency="$2"} "${@:3}")
+    if [[ ${DRY_RUN:-false} == true ]]; then
+        JOB="<$1>"
+        echo "${command[*]}"
+    else
+        JOB=$("${command[@]}")
+        JOB=${JOB%%;*}
+        echo "$1: job $JOB"
+    fi
+}
+stage() { submit "$1" "${2:-}" "$SCRIPTS/stage.sbatch" "$1"; }
+profile() {
+    local array=()
+    ((NUM_SHARDS == 1)) || array=(--array="0-$((NUM_SHARDS - 1))" --output="$LOG_DIR/profile-%A-%a.log")
+    submit profile "${1:-}" "${GPUS[@]}" "${array[@]}" "$SCRIPTS/profile.sbatch"
+    # whatever became of a shard: others may have done its work, and merge refuses what is incomplete
+    ((NUM_SHARDS == 1)) || stage merge "afterany:$JOB"
+}
+train() { submit train "${1:-}" "${GPUS[@]}" --nodes="${SBATCH_NUM_NODES:-1}" "$SCRIPTS/train.sbatch"; }
+
+case ${1:-all} in
+    all)
+        stage extract
+        profile "afterok:$JOB"
+        stage select "afterok:$JOB"
+        train "afterok:$JOB"
+        ;;
+    profile) profile ;;
+    train) train ;;
+    *) stage "$1" ;;
+esac
