@@ -89,7 +89,8 @@ class Megatron:
     """How the `megatron` backend spreads a model and in which precision it computes. Names are Megatron's own."""
 
     tensor_model_parallel_size: int = ranged(1, 1)
-    """Ranks that share each layer's matrices. At most the model's key-value heads and, in a hybrid, its Mamba groups."""
+    """Ranks that share each layer's matrices. It divides the model's key-value heads or is a multiple of them; in a hybrid it
+    divides the Mamba groups."""
     pipeline_model_parallel_size: int = ranged(1, 1)
     """Ranks that hold consecutive layers; must divide the number of layers."""
     context_parallel_size: int = ranged(1, 1)
@@ -103,6 +104,8 @@ class Megatron:
     `tensor_model_parallel_size` above 1 needs it."""
     use_distributed_optimizer: bool = True
     """Spread the optimiser's state over the data-parallel ranks."""
+    grad_reduce_in_fp32: bool = True
+    """Keep and sum gradients in float32; false: in the weights' precision, for half the memory."""
     sequence_packing: bool = False
     """Lay the rows of a micro-batch one after another into one stream instead of padding them to the longest. Not for models
     with Mamba layers."""

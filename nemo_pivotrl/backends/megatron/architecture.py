@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig
-
 from nemo_pivotrl.records import InputError, Problem, short
 
 MODEL_TYPES = ("llama", "qwen2", "qwen3", "qwen3_moe", "nemotron_h")
@@ -101,6 +99,8 @@ def read_architecture(folder: str | Path) -> Architecture:
     """The architecture of an HF checkpoint folder. Raises InputError with everything that is not supported."""
     if not Path(folder, "config.json").exists():
         raise InputError(Problem(str(folder), None, "config.json", "nothing", "give an HF checkpoint folder"))
+    from transformers import AutoConfig  # seconds; whoever knows the shape need not wait
+
     try:
         config = AutoConfig.from_pretrained(str(folder))
     except ValueError as error:  # older releases know fewer kinds of models
