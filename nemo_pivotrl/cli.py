@@ -51,6 +51,7 @@ STAGES = {
 }
 TOOLS = {
     "env": "what is installed here, and which recipes could run: env [--json] [FOLDER]",
+    "plan": "will it fit, and what will it cost: plan RECIPE [key=value ...] [--json]",
     "verify": "score rows of a file: verify --verifier NAME [--set key=value ...] IN.jsonl OUT.jsonl",
     "serve-verifier": "serve a verifier to NeMo-Gym: serve-verifier --verifier NAME [--port N]",
     "serve": "serve the policy, or the patient with its doctors, by vLLM: serve RECIPE [key=value ...] [--port N] [--refit]",
@@ -130,6 +131,11 @@ def guarded(command: str, run: Callable[[], int | None]) -> int:
 def tool_parser(tool: str) -> argparse.ArgumentParser:
     """The command line of a command that is no stage."""
     made = argparse.ArgumentParser(prog=f"nemo-pivotrl {tool}", description=TOOLS[tool])
+    if tool == "plan":
+        made.add_argument("recipe", metavar="RECIPE", help="YAML recipe")
+        made.add_argument("overrides", nargs="*", metavar="key=value", help="override a setting of the recipe")
+        made.add_argument("--json", action="store_true", help="print JSON")
+        return made
     if tool == "env":
         made.add_argument("folder", nargs="?", default="recipes", metavar="FOLDER", help="recipes (default: recipes)")
         made.add_argument("--json", action="store_true", help="print JSON")
@@ -172,8 +178,8 @@ def spread_settings(arguments: Sequence[str]) -> list[str]:
     return spread
 
 
-def run_tool(tool: str, options: argparse.Namespace) -> None:
-    """Run a command that is no stage."""
+def run_tool(tool: str, options: argparse.Namespace) -> int | None:
+    """Run a command that is no stage; an exit code, if it is not 0."""
     from pathlib import Path
 
     from nemo_pivotrl.recipe import load_recipe, verifier_settings
@@ -186,17 +192,21 @@ def run_tool(tool: str, options: argparse.Namespace) -> None:
         machine = look(not options.no_imports)
         recipes = survey(Path(options.folder), machine)
         print(json.dumps(as_json(machine, recipes), indent=1) if options.json else as_text(machine, recipes))
-        return
+        return None
+    if tool == "plan":
+        return run_plan(options)
     if tool == "serve":
         from nemo_pivotrl.stages.serve_engine import serve as serve_engine
 
-        return serve_engine(load_recipe(options.recipe, options.overrides), options.host, options.port, options.refit)
+        serve_engine(load_recipe(options.recipe, options.overrides), options.host, options.port, options.refit)
+        return None
     if tool == "serve-guided":
         recipe = load_recipe(options.recipe, options.overrides)
         with missing_module(tool, {"starlette": "serve", "uvicorn": "serve"}, "reference"):
             from nemo_pivotrl.stages.serve_guided import serve as serve_guided
 
-            return serve_guided(recipe, options.host, options.port)
+            serve_guided(recipe, options.host, options.port)
+        return None
     settings = verifier_settings(options.verifier, options.compat, options.set)
     with missing_module(tool, {"starlette": "serve", "uvicorn": "serve"}, "verifiers"):
         if tool == "verify":
@@ -208,6 +218,22 @@ def run_tool(tool: str, options: argparse.Namespace) -> None:
             from nemo_pivotrl.stages.serve import serve
 
             serve(settings, options.host, options.port)
+    return None
+
+
+def run_plan(options: argparse.Namespace) -> int:
+    """Print the plan; 2 where the recipe cannot run as it is."""
+    import json
+
+    from nemo_pivotrl.recipe import load_recipe
+    from nemo_pivotrl.stages.plan import plan
+    from nemo_pivotrl.stages.plan_text import as_json, as_text
+
+    recipe = load_recipe(options.recipe, options.overrides)
+    verdict = plan(recipe)
+    found = as_json(recipe, options.recipe, verdict) if options.json else as_text(recipe, options.recipe, verdict)
+    print(json.dumps(found, indent=1) if options.json else found)
+    return 0 if verdict.good else BAD_INPUT
 
 
 @contextlib.contextmanager

@@ -656,6 +656,46 @@ class Logger:
     project: str = "nemo_pivotrl"
 
 
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Cluster:
+    """The machines that a recipe is meant for. `plan` and the pre-flight check read it; nothing is started by it."""
+
+    num_nodes: int = ranged(1, 1)
+    generation_nodes: int = ranged(0, 0)
+    """Of them, those whose GPUs serve rollouts and train nothing (`vllm.servers`)."""
+    gpus_per_node: int = ranged(8, 1)
+    gpu: Literal["a100", "h100", "h200", "b200"] = "h100"
+    """The 80 GB forms of the first two, H200 with 141 GB, B200 with 180 GB."""
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Plan:
+    """What `plan` cannot know and has to be told. It prints every one of these beside the figures that rest on it."""
+
+    candidates: int = ranged(0, 0)
+    """States to profile, or preference pairs to score; 0: as many as the run folder's artefact holds."""
+    mean_prompt_tokens: int = ranged(2048, 1)
+    mean_response_tokens: int = ranged(512, 1)
+    pivots_per_trajectory: int = ranged(4, 1)
+    """Pivots of one trajectory in a training step, whose prompts are prefixes of each other."""
+    rollout_share: float = ranged(1.0, 0.0, 1.0)
+    """Of K rollouts a candidate, those that are run until its fate is known; 1.0: all."""
+    expert_imbalance: float = ranged(1.2, 1.0)
+    """Tokens that the busiest rank's experts get, over the mean."""
+    reserve_gib: float = ranged(4.0, 0.0)
+    """What a GPU keeps from tensors: CUDA context, NCCL's and Transformer Engine's buffers, fragmentation."""
+    train_mfu: float = ranged(0.2, 0.001, 1.0)
+    """Share of the GPUs' peak that training reaches; a guess, as the next two, until a run of yours has measured it."""
+    prefill_mfu: float = ranged(0.3, 0.001, 1.0)
+    """The same of reading prompts and of scoring."""
+    decode_efficiency: float = ranged(0.3, 0.001, 1.0)
+    """Share of the memory's bandwidth that decoding reaches."""
+    rollouts_per_gpu_hour: float = ranged(0.0, 0.0)
+    """Measured speed of rollouts; 0: estimated from the three above."""
+    gpu_hour_price: float = ranged(0.0, 0.0)
+    """In any currency; 0: no costs are shown."""
+
+
 # ---- LLMdoctor; `B.9 n` is a row of Part B's table of choices ----
 
 
@@ -758,6 +798,8 @@ class Recipe:
     tfpo: Tfpo = field(default_factory=Tfpo)
     manners: Manners = field(default_factory=Manners)
     checkpointing: Checkpointing = field(default_factory=Checkpointing)
+    cluster: Cluster = field(default_factory=Cluster)
+    plan: Plan = field(default_factory=Plan)
     evaluate: Evaluate = field(default_factory=Evaluate)
     decode: Decode = field(default_factory=Decode)
     assess: Assess = field(default_factory=Assess)

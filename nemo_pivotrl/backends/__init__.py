@@ -233,7 +233,17 @@ def identity_of(model: Policy, megatron: Megatron) -> dict[str, Any]:
     """Settings of the `megatron` section that change what a model computes beyond rounding; its layout does not."""
     if model.backend != "megatron":
         return {}
-    layout = ("_parallel", "use_distributed", "dispatcher", "grouped", "recompute", "chunk", "cpu", "timeout")
+    layout = (
+        "_parallel",
+        "use_distributed",
+        "dispatcher",
+        "grouped",
+        "recompute",
+        "chunk",
+        "grad_reduce",
+        "cpu",
+        "timeout",
+    )
     return {name: value for name, value in asdict(megatron).items() if not any(part in name for part in layout)}
 
 

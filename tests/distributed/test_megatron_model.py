@@ -138,7 +138,7 @@ def test_a_config_with_another_number_of_experts_is_refused(
     ("name", "ranks", "layout", "field", "remedy"),
     [
         ("llama", 2, {TP: 4}, TP, "is 4, which must divide the number of processes"),
-        ("llama", 4, {TP: 4}, TP, "must divide the model's key-value heads, 2"),
+        ("llama", 3, {TP: 3}, TP, "must divide the model's key-value heads, 2, or be a multiple of them"),
         ("llama", 1, {"sequence_parallel": True}, "sequence_parallel", "raise tensor_model_parallel_size"),
         ("llama", 2, {EP: 2}, EP, "has no experts"),
         ("qwen3_moe", 2, {TP: 2}, "sequence_parallel", "only with it"),

@@ -106,13 +106,16 @@ def read_architecture(folder: str | Path) -> Architecture:
     except ValueError as error:  # older releases know fewer kinds of models
         remedy = "this release of transformers cannot read it: install one that can"
         raise InputError(Problem(f"{folder}/config.json", None, "model_type", short(str(error)), remedy)) from None
+    return architecture_of(config, f"{folder}/config.json")
+
+
+def architecture_of(config: Any, file: str) -> Architecture:
+    """The architecture that an HF config describes. Raises InputError with everything that is not supported."""
     problems: list[Problem] = []
 
     def need(field: str, found: Any, wanted: Any) -> None:
         if found != wanted:
-            problems.append(
-                Problem(f"{folder}/config.json", None, field, short(found), f"the Megatron backend needs {wanted}")
-            )
+            problems.append(Problem(file, None, field, short(found), f"the Megatron backend needs {wanted}"))
 
     if config.model_type not in MODEL_TYPES:
         need("model_type", config.model_type, " or ".join(MODEL_TYPES))

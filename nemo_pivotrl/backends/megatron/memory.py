@@ -335,6 +335,21 @@ def activation_bytes(
     return Activations(held, backward, logits)
 
 
+def forward_bytes(
+    a: Architecture, m: Megatron, layout: Layout, stage: int, batch: MicroBatch, engine: Engine, imbalance: float = 1.0
+) -> int:
+    """Activations of a forward pass that keeps nothing: the widest layer's, its input and output, and a chunk of logits."""
+    e, h, tokens = 2 if m.bf16 else 4, a.hidden_size, batch.tokens // layout.cp
+    top_k = a.moe.top_k if a.moe else 0
+    widest = max(
+        layer_kept(a, kind, m, engine, batch.length, True).bytes(tokens, top_k, layout, imbalance)
+        for kind in set(stages_of(a, layout.pp)[stage])
+    )
+    columns = padded_vocab_size(a.vocab_size, layout.tp) // layout.tp
+    logits = min(m.logprob_chunk_tokens, max(batch.predicted, 1)) * columns * (e + 8) + batch.predicted * h * e
+    return 2 * tokens * h * e // layout.sp + max(widest, logits if stage == layout.pp - 1 else 0)
+
+
 def _largest(a: Architecture, kind: str, layout: Layout) -> int:
     """Elements of the layer's largest matrix on one rank; all experts of a rank count as one."""
     h = a.hidden_size
