@@ -674,8 +674,10 @@ class Plan:
 
     candidates: int = ranged(0, 0)
     """States to profile, or preference pairs to score; 0: as many as the run folder's artefact holds."""
-    mean_prompt_tokens: int = ranged(2048, 1)
-    mean_response_tokens: int = ranged(512, 1)
+    mean_prompt_tokens: int = ranged(0, 0)
+    """0: a quarter of the longest sequence, `max_total_sequence_length`."""
+    mean_response_tokens: int = ranged(0, 0)
+    """0: a quarter of the longest answer."""
     pivots_per_trajectory: int = ranged(4, 1)
     """Pivots of one trajectory in a training step, whose prompts are prefixes of each other."""
     rollout_share: float = ranged(1.0, 0.0, 1.0)

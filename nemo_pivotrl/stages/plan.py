@@ -9,12 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
-from nemo_pivotrl.backends.megatron.architecture import Architecture, read_architecture
+from nemo_pivotrl.backends.megatron.architecture import Architecture
 from nemo_pivotrl.backends.megatron.flops import cache_bytes, model_bytes
-from nemo_pivotrl.backends.megatron.legality import fp8_dimensions, layout_problems, model_problems, training_problems
+from nemo_pivotrl.backends.megatron.legality import (
+    fp8_dimensions,
+    layout_problems,
+    model_problems,
+    multiple_of,
+    round_up,
+    training_problems,
+)
 from nemo_pivotrl.backends.megatron.memory import (
     GIB,
     Activations,
@@ -25,25 +31,11 @@ from nemo_pivotrl.backends.megatron.memory import (
     stage_parameters,
     state_bytes,
 )
-from nemo_pivotrl.backends.megatron.microbatches import multiple_of, round_up
 from nemo_pivotrl.backends.megatron.precision import Probe, check_fp8, token_multiple
-from nemo_pivotrl.backends.megatron.shapes import PUBLISHED, published
 from nemo_pivotrl.config import Megatron, Policy, Recipe
-from nemo_pivotrl.records import InputError, Problem
-from nemo_pivotrl.stages.plan_costs import GPUS, Cost, llmdoctor_costs, pivotrl_costs, trainers
-
-
-@dataclass(frozen=True, slots=True)
-class Model:
-    """A model of the recipe."""
-
-    role: str
-    """The section that names it."""
-    folder: str
-    source: str
-    """Where its shape is from."""
-    parameters: int
-    shape: Architecture
+from nemo_pivotrl.records import Problem
+from nemo_pivotrl.stages.plan_costs import GPUS, Cost, llmdoctor_costs, pivotrl_costs, step_tokens, trainers
+from nemo_pivotrl.stages.plan_models import Model, models_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,78 +107,6 @@ def plan(recipe: Recipe) -> Verdict:
     return Verdict(models, memory, [], llmdoctor_costs(recipe, shapes["patient"], shapes["doctor"]))
 
 
-# ---- models ----
-
-
-def models_of(recipe: Recipe) -> list[Model]:
-    """The models that the recipe's algorithm runs. Raises InputError with all whose shape is not to be had."""
-    roles = ("policy",) if recipe.algorithm == "pivotrl" else ("patient", "doctor")
-    found, problems = [], []
-    for role in roles:
-        folder = getattr(recipe, role).model_name
-        try:
-            shape, source = shape_of(folder, recipe)
-        except InputError as error:
-            for p in error.problems:
-                field = f"{role}.model_name" if p.field == "model_name" else p.field
-                problems.append(Problem(p.file, p.line, field, p.found, p.remedy))
-            continue
-        found.append(Model(role, folder, source, model_bytes(shape, 1, 1), shape))
-    if problems:
-        raise InputError(problems)
-    return found
-
-
-def shape_of(folder: str, recipe: Recipe) -> tuple[Architecture, str]:
-    """A model's architecture and where it is from: the folder's config.json, what the recipe's own stages will make there,
-    or a published model of the folder's name. Raises InputError."""
-    if Path(folder, "config.json").exists():
-        return read_architecture(folder), f"{folder}/config.json"
-    made = recipe.path(recipe.warmup.name) / "policy"
-    if folder and Path(folder) == made:
-        if recipe.warmup.source == "world" and not recipe.warmup.init:
-            w = recipe.world
-            return tiny_shape(w.vocab_size, w.hidden_size, w.layers, w.heads), "made by the warmup stage"
-        if recipe.warmup.init and recipe.warmup.init != folder:
-            return shape_of(recipe.warmup.init, recipe)
-    n = recipe.manners
-    for name, width, layers in (
-        ("patient", n.hidden_size, n.layers),
-        ("novice", n.doctor_hidden_size, n.doctor_layers),
-    ):
-        if folder and Path(folder) == recipe.path(name) / "policy":
-            return tiny_shape(n.vocab_size, width, layers, n.heads), "made by the manners stage"
-    known = published(Path(folder).name)
-    if known is None:
-        remedy = f"give an HF checkpoint folder, or name it as one of {', '.join(PUBLISHED)}"
-        raise InputError(Problem("recipe", None, "model_name", f"{folder or 'nothing'}, without a config.json", remedy))
-    return known
-
-
-def tiny_shape(vocab_size: int, hidden_size: int, layers: int, heads: int) -> Architecture:
-    """The shape of `tiny.make_model`."""
-    return Architecture(
-        model_type="llama",
-        layers="D" * layers,
-        hidden_size=hidden_size,
-        intermediate_size=3 * hidden_size,
-        num_attention_heads=heads,
-        num_key_value_heads=heads,
-        head_dim=hidden_size // heads,
-        vocab_size=vocab_size,
-        max_position_embeddings=1024,
-        norm_epsilon=1e-6,
-        activation="silu",
-        tied=True,
-        qkv_bias=False,
-        qk_norm=False,
-        rope_theta=1e4,
-        rope_factor=None,
-        moe=None,
-        mamba=None,
-    )
-
-
 # ---- what is allowed ----
 
 
@@ -245,11 +165,14 @@ def notes_of(recipe: Recipe, shape: Architecture) -> list[str]:
         if tp > shape.num_key_value_heads:
             copies = tp // shape.num_key_value_heads
             notes.append(f"{shape.num_key_value_heads} key-value heads over {tp} ranks: {copies} ranks hold each head")
-    if not recipe.policy.prefix_sharing and g.num_generations_per_prompt > 1:
+    if not recipe.policy.prefix_sharing:
+        naive, shared = step_tokens(replace(recipe, policy=replace(recipe.policy, prefix_sharing=True)))
         why = (
             " (on GPUs it needs megatron.context_parallel_size 1)" if recipe.megatron.context_parallel_size > 1 else ""
         )
-        notes.append(f"policy.prefix_sharing is off: every sample runs its whole prompt{why}")
+        notes.append(f"policy.prefix_sharing is off{why}: on, a step would run {naive / shared:.1f} times fewer tokens")
+    if recipe.policy.backend == "megatron" and recipe.megatron.fp8 != "none":
+        notes.append("operations in FP8 are counted at the speed of bfloat16: put a measured share in plan.train_mfu")
     return notes
 
 
@@ -308,7 +231,7 @@ def micro_batch(model: Policy, m: Megatron) -> MicroBatch:
     tokens = max(round_up(model.train_micro_batch_tokens, multiple), length)
     rows = tokens // length
     asked = tokens if model.prefix_sharing else min(tokens, rows * model.generation.max_new_tokens)
-    return MicroBatch(tokens, length, asked)
+    return MicroBatch(tokens, length, asked, model.prefix_sharing)
 
 
 def one_device(model: Policy) -> Megatron:
@@ -470,7 +393,7 @@ def scoring(recipe: Recipe, shape: Architecture) -> Memory:
     )
     layout = layout_of(m, trainers(recipe, patient.backend))
     tokens = max(patient.batch_tokens, length)
-    batch, worst = MicroBatch(tokens, length, tokens), (0, {})
+    batch, worst = MicroBatch(tokens, length, tokens, patient.prefix_sharing), (0, {})
     for stage in range(layout.pp):
         weights = state_bytes(stage_parameters(shape, m, layout, stage), m, layout).weights
         running = forward_bytes(
@@ -485,13 +408,15 @@ def scoring(recipe: Recipe, shape: Architecture) -> Memory:
 
 
 def steering(recipe: Recipe, patient: Architecture, doctor: Architecture) -> Memory:
-    """The patient and its doctors while they decode. In vLLM the first rank alone holds the doctors."""
+    """The patient, its doctors and their references while they decode. In vLLM the first rank alone holds the doctors."""
     decode, length = recipe.decode, recipe.patient.max_total_sequence_length
-    names = decode.doctors or {"": None}
-    models = len(names) * (2 if decode.mode == "ratio" else 1)
+    folders = {d.path for d in decode.doctors.values()}
+    if decode.mode == "ratio":
+        folders |= {d.reference for d in decode.doctors.values()}
+    models = len(folders - {recipe.patient.model_name})  # a folder named twice is loaded once
     token, sequence = cache_bytes(doctor, 1)
     beside = {
-        f"{models} doctor models": models * model_bytes(doctor, 1),
+        "doctors and references": models * model_bytes(doctor, 1),
         "their caches": models * (token * decode.batch_tokens + sequence * max(decode.batch_tokens // length, 1)),
     }
     if recipe.patient.backend == "vllm":

@@ -1,7 +1,8 @@
 """What `plan` says of a recipe's tokens, operations and GPU-hours, stage by stage, and of what they rest on.
 
-GPU-hours count every GPU of the recipe for as long as a stage lasts, those that wait included: rollouts and training take
-turns. Speeds are the hardware's peaks times the shares in the recipe's `plan` section, until that holds a measured one.
+Training counts every GPU of the recipe for as long as it lasts, those that wait included: rollouts and training take turns.
+Profiling counts those that generate, for it can be a job of its own. Speeds are the hardware's peaks times the shares in the
+recipe's `plan` section, until that holds a measured one.
 """
 
 from __future__ import annotations
@@ -77,6 +78,14 @@ def generators(recipe: Recipe) -> int:
     return trainers(recipe, recipe.policy.backend)
 
 
+def lengths(recipe: Recipe) -> tuple[int, int]:
+    """Mean tokens of a prompt and of an answer."""
+    pivotrl = recipe.algorithm == "pivotrl"
+    longest = (recipe.policy if pivotrl else recipe.patient).max_total_sequence_length
+    answer = recipe.policy.generation.max_new_tokens if pivotrl else longest
+    return recipe.plan.mean_prompt_tokens or longest // 4, recipe.plan.mean_response_tokens or answer // 4
+
+
 def rollout_gpu_seconds(recipe: Recipe, a: Architecture, samples: float) -> float:
     """GPU-seconds of one rollout, where `samples` of them share a prompt that is read once.
 
@@ -86,7 +95,7 @@ def rollout_gpu_seconds(recipe: Recipe, a: Architecture, samples: float) -> floa
     plan, gpu = recipe.plan, GPUS[recipe.cluster.gpu]
     if plan.rollouts_per_gpu_hour:
         return 3600.0 / plan.rollouts_per_gpu_hour
-    prompt, response = plan.mean_prompt_tokens, plan.mean_response_tokens
+    prompt, response = lengths(recipe)
     read = forward_flops(a, prompt, prompt / 2, 1) / (gpu.tflops * 1e12 * plan.prefill_mfu) / samples
     tp = recipe.vllm.tensor_parallel_size if recipe.policy.sampler == "vllm" else 1
     token, sequence = cache_bytes(a, tp)
@@ -108,7 +117,7 @@ def step_tokens(recipe: Recipe) -> tuple[float, float]:
     runs once in each micro-batch that its branches need.
     """
     plan, grpo, policy = recipe.plan, recipe.grpo, recipe.policy
-    prompt, response = plan.mean_prompt_tokens, plan.mean_response_tokens
+    prompt, response = lengths(recipe)
     naive = float(grpo.num_prompts_per_step * grpo.num_generations_per_prompt * (prompt + response))
     if not policy.prefix_sharing:
         return naive, naive
@@ -136,7 +145,7 @@ def candidates(recipe: Recipe, artefact: str) -> int:
 
 def profiling(recipe: Recipe, a: Architecture) -> Cost:
     """K rollouts a candidate, or the share of them that is run until its fate is known."""
-    plan, k = recipe.plan, recipe.profile.num_generations
+    plan, k, (prompt, response) = recipe.plan, recipe.profile.num_generations, lengths(recipe)
     number = candidates(recipe, "candidates.jsonl")
     if recipe.profile.limit and number:
         number = min(number, recipe.profile.limit)
@@ -144,7 +153,6 @@ def profiling(recipe: Recipe, a: Architecture) -> Cost:
     most = number * k
     rollouts = most * plan.rollout_share
     hours = rollouts * rollout_gpu_seconds(recipe, a, k * plan.rollout_share) / 3600
-    hours *= all_gpus(recipe) / generators(recipe)
     return Cost(
         "profile",
         unit,
@@ -153,9 +161,9 @@ def profiling(recipe: Recipe, a: Architecture) -> Cost:
             "candidates": number,
             "rollouts at most": most,
             "rollouts expected": rollouts,
-            "prompt tokens, each prompt once": float(number * plan.mean_prompt_tokens),
-            "prompt tokens, once a rollout": rollouts * plan.mean_prompt_tokens,
-            "tokens generated": rollouts * plan.mean_response_tokens,
+            "prompt tokens, each prompt once": float(number * prompt),
+            "prompt tokens, once a rollout": rollouts * prompt,
+            "tokens generated": rollouts * response,
             "rollouts a GPU-hour": rollouts / hours if hours else math.inf,
             f"GPU-hours at the public sweep's {PUBLIC_SWEEP:.0f} rollouts a GPU-hour": rollouts / PUBLIC_SWEEP,
         },
@@ -166,9 +174,9 @@ def profiling(recipe: Recipe, a: Architecture) -> Cost:
 def training_cost(recipe: Recipe, a: Architecture) -> Cost:
     """A step's rollouts and its passes over their tokens, and as many steps as the recipe says."""
     plan, grpo, loss, gpu = recipe.plan, recipe.grpo, recipe.loss_fn, GPUS[recipe.cluster.gpu]
-    naive, shared = step_tokens(recipe)
+    (naive, shared), (prompt, response) = step_tokens(recipe), lengths(recipe)
     rows = grpo.num_prompts_per_step * grpo.num_generations_per_prompt
-    forward = forward_flops(a, shared, plan.mean_prompt_tokens / 2, rows * plan.mean_response_tokens)
+    forward = forward_flops(a, shared, prompt / 2, rows * response)
     old = grpo.num_minibatches > 1 or loss.use_importance_sampling_correction or loss.seq_logprob_error_threshold
     again = recipe.policy.backend == "megatron" and recipe.megatron.recompute == "full"
     passes = 3 + bool(again) + bool(old or loss.max_sampler_mismatch) + (loss.reference_policy_kl_penalty > 0)
@@ -200,7 +208,7 @@ def llmdoctor_costs(recipe: Recipe, patient: Architecture, doctor: Architecture)
     plan, gpu = recipe.plan, GPUS[recipe.cluster.gpu]
     pairs = candidates(recipe, "preferences.jsonl")
     unit, pairs = ("in all", pairs) if pairs else ("of 1,000 pairs", 1000)
-    prompt, response = plan.mean_prompt_tokens, plan.mean_response_tokens
+    prompt, response = lengths(recipe)
     once = prompt + 2 * response if recipe.patient.prefix_sharing else 2 * (prompt + response)
     keys = (prompt + response) / 2
     scored = forward_flops(patient, 2 * pairs * once, keys, 4 * pairs * response)
@@ -232,6 +240,8 @@ def priced(recipe: Recipe, hours: float) -> float | None:
 def assumptions(recipe: Recipe) -> dict[str, float]:
     """What the figures rest on, by the setting that changes it."""
     p = recipe.plan
-    named = ("mean_prompt_tokens", "mean_response_tokens", "pivots_per_trajectory", "rollout_share", "expert_imbalance")
-    named += ("reserve_gib", "train_mfu", "prefill_mfu", "decode_efficiency", "rollouts_per_gpu_hour")
-    return {f"plan.{name}": getattr(p, name) for name in named}
+    prompt, response = lengths(recipe)
+    named = ("pivots_per_trajectory", "rollout_share", "expert_imbalance", "reserve_gib", "train_mfu", "prefill_mfu")
+    named += ("decode_efficiency", "rollouts_per_gpu_hour")
+    found = {"plan.mean_prompt_tokens": prompt, "plan.mean_response_tokens": response}
+    return found | {f"plan.{name}": getattr(p, name) for name in named}

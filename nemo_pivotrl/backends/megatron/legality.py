@@ -6,6 +6,8 @@ rank. The rules are megatron-core 0.16's own, each found there as an assertion o
 
 from __future__ import annotations
 
+import math
+
 from nemo_pivotrl.backends.megatron.architecture import Architecture, Mamba
 from nemo_pivotrl.backends.megatron.precision import mamba_projection
 from nemo_pivotrl.config import Megatron, Policy
@@ -135,3 +137,18 @@ def fp8_dimensions(architecture: Architecture, megatron: Megatron) -> dict[str, 
         found["moe_latent_size"] = a.moe.latent_size or 0
         found["moe_shared_expert_intermediate_size"] = (a.moe.shared_intermediate_size or 0) // tp
     return found
+
+
+def multiple_of(tp: int, cp: int, sequence_parallel: bool, precision: int = 1) -> int:
+    """What a sequence's padded length must be a multiple of.
+
+    Context parallelism cuts it into 2 * cp pieces, sequence parallelism each rank's part over tp, and one rank's part of
+    that must be a multiple of `precision` tokens (`precision.token_multiple`).
+    """
+    pieces = 2 * cp if cp > 1 else 1
+    ranks = cp * (tp if sequence_parallel else 1)
+    return math.lcm(pieces, ranks * precision)
+
+
+def round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple

@@ -157,6 +157,20 @@ def state_bytes(count: Count, m: Megatron, layout: Layout) -> State:
 
 
 @dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """One forward and backward pass."""
+
+    tokens: int
+    """Of all its rows, padding included."""
+    length: int
+    """Of its longest row."""
+    predicted: int
+    """Tokens whose log-probability is asked for."""
+    shared: bool = False
+    """A stream that shares prefixes."""
+
+
+@dataclass(frozen=True, slots=True)
 class Kept:
     """Bytes that one layer keeps for its backward pass."""
 
@@ -187,14 +201,14 @@ class Kept:
         return int(tokens * dense + rows * (self.row + self.row_across / layout.etp))
 
 
-def layer_kept(a: Architecture, kind: str, m: Megatron, engine: Engine, length: int, scores: bool) -> Kept:
-    """What a layer keeps for its backward pass where it is not recomputed. length: keys that a query may see. scores: with
-    the attention scores, where attention is not fused."""
+def layer_kept(a: Architecture, kind: str, m: Megatron, engine: Engine, batch: MicroBatch, scores: bool) -> Kept:
+    """What a layer keeps for its backward pass where it is not recomputed. scores: with the attention scores, where attention
+    is not fused."""
     e, h = 2 if m.bf16 else 4, a.hidden_size
     norm = Kept(along=_norm(h, e, engine))
     if kind == "M":
-        return norm + _mamba(a, e, engine)
-    attention = norm + _attention(a, engine, e, length if scores else 0)
+        return norm + _mamba(a, e, engine, batch.shared)
+    attention = norm + _attention(a, engine, e, batch.length if scores else 0)
     if kind == "*":
         return attention
     mixed = attention if not a.hybrid else Kept()
@@ -241,29 +255,19 @@ def _attention(a: Architecture, engine: Engine, e: int, length: int) -> Kept:
     return Kept(across=across, whole=whole)
 
 
-def _mamba(a: Architecture, e: int, engine: Engine) -> Kept:
-    """mamba_ssm's fused convolution and scan keep the projection, their output before the gate and the gated output; the
-    plain-torch scan keeps what a chunk's matrix products are made of."""
+def _mamba(a: Architecture, e: int, engine: Engine, shared: bool) -> Kept:
+    """mamba_ssm's fused convolution and scan keep the projection, their output before the gate and the gated output. Over
+    shared prefixes the convolution, the scan and the gate run one after another, the gate in float32. The plain-torch scan
+    keeps what a chunk's matrix products are made of."""
     assert a.mamba is not None
     mamba = a.mamba
     inner, states = mamba.num_heads * mamba.head_dim, mamba.num_groups * mamba.state_dim
     if engine == "te":
-        return Kept(across=e * (2 * inner + 2 * states + mamba.num_heads + 2 * inner))
+        apart = 3 * e * (inner + 2 * states) + 12 * inner if shared else 0
+        return Kept(across=e * (2 * inner + 2 * states + mamba.num_heads + 2 * inner) + apart)
     scan = 9.0 * inner + 6 * mamba.num_heads * mamba.state_dim + 4 * mamba.num_heads
     chunks = 3.0 * mamba.num_heads * mamba.chunk_size + 2 * inner * mamba.state_dim / mamba.chunk_size
     return Kept(across=4 * (scan + chunks) + e * (2 * (inner + 2 * states) + inner))
-
-
-@dataclass(frozen=True, slots=True)
-class MicroBatch:
-    """One forward and backward pass."""
-
-    tokens: int
-    """Of all its rows, padding included."""
-    length: int
-    """Of its longest row."""
-    predicted: int
-    """Tokens whose log-probability is asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -298,11 +302,11 @@ def activation_bytes(
     are stages, the last has one)."""
     e, h = 2 if m.bf16 else 4, a.hidden_size
     layers, last = stages_of(a, layout.pp)[stage], stage == layout.pp - 1
-    tokens, length = batch.tokens // layout.cp, batch.length
+    tokens = batch.tokens // layout.cp
     top_k = a.moe.top_k if a.moe else 0
 
     def kept(kind: str, scores: bool) -> int:
-        return layer_kept(a, kind, m, engine, length, scores).bytes(tokens, top_k, layout, imbalance)
+        return layer_kept(a, kind, m, engine, batch, scores).bytes(tokens, top_k, layout, imbalance)
 
     kinds = set(layers)
     each = {kind: kept(kind, scores=m.recompute == "none") for kind in kinds}
@@ -342,7 +346,7 @@ def forward_bytes(
     e, h, tokens = 2 if m.bf16 else 4, a.hidden_size, batch.tokens // layout.cp
     top_k = a.moe.top_k if a.moe else 0
     widest = max(
-        layer_kept(a, kind, m, engine, batch.length, True).bytes(tokens, top_k, layout, imbalance)
+        layer_kept(a, kind, m, engine, batch, True).bytes(tokens, top_k, layout, imbalance)
         for kind in set(stages_of(a, layout.pp)[stage])
     )
     columns = padded_vocab_size(a.vocab_size, layout.tp) // layout.tp

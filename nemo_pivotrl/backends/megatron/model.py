@@ -100,7 +100,7 @@ def forward(chunk: nn.Module, tokens: Tensor, position_ids: Tensor) -> Tensor:
 
     tokens and position_ids [B, T] hold this context-parallel rank's part of the sequences. Sequences are padded on the
     right only: attention is causal and Mamba runs left to right, so no mask is needed, and padding's own outputs mean
-    nothing. Their whole length is a multiple of `microbatches.multiple_of`.
+    nothing. Their whole length is a multiple of `legality.multiple_of`.
 
     Returns logits [B, T, V_padded / tp] on the last stage, and hidden states [T / (tp if sequence_parallel), B, hidden] on the
     others. Columns at or beyond the model's own vocabulary size are padding: leave them out of every normaliser.

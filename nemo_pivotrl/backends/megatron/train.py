@@ -27,8 +27,8 @@ from nemo_pivotrl import prefix
 from nemo_pivotrl.backends import TokenBatch
 from nemo_pivotrl.backends.megatron import checkpoint
 from nemo_pivotrl.backends.megatron.architecture import read_architecture
-from nemo_pivotrl.backends.megatron.legality import training_problems
-from nemo_pivotrl.backends.megatron.microbatches import Rows, lay_out, multiple_of, schedule
+from nemo_pivotrl.backends.megatron.legality import multiple_of, training_problems
+from nemo_pivotrl.backends.megatron.microbatches import Rows, lay_out, schedule
 from nemo_pivotrl.backends.megatron.model import build_model
 from nemo_pivotrl.backends.megatron.parallel import Groups
 from nemo_pivotrl.backends.megatron.precision import token_multiple
