@@ -90,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments and arguments[0] in TOOLS:
         tool, rest = arguments[0], spread_settings(arguments[1:])
-        options = tool_parser(tool).parse_args(rest)
+        options = tool_parser(tool).parse_intermixed_args(rest)
         return guarded(tool, lambda: run_tool(tool, options))
     options = parser().parse_args(arguments)
     fresh = "fresh=true" in options.overrides
