@@ -52,12 +52,15 @@ STAGES = {
 TOOLS = {
     "env": "what is installed here, and which recipes could run: env [--json] [FOLDER]",
     "plan": "will it fit, and what will it cost: plan RECIPE [key=value ...] [--json]",
+    "preflight": "what would stop a stage, all at once: preflight RECIPE [STAGE] [key=value ...]",
     "verify": "score rows of a file: verify --verifier NAME [--set key=value ...] IN.jsonl OUT.jsonl",
     "serve-verifier": "serve a verifier to NeMo-Gym: serve-verifier --verifier NAME [--port N]",
     "serve": "serve the policy, or the patient with its doctors, by vLLM: serve RECIPE [key=value ...] [--port N] [--refit]",
     "serve-guided": "serve the steered policy as OpenAI's API: serve-guided RECIPE [key=value ...] [--port N]",
 }
 """Commands that are no stage: they take files or requests, not artefacts."""
+CHECKED = ("profile", "sft", "train", "rank", "reward", "tfpo", "decode", "assess")
+"""Stages that load a model which must be there already: `stages/preflight.py` looks at all they need before they begin."""
 BAD_INPUT = 2
 STARTED = frozenset({"RANK", "WORLD_SIZE", "SLURM_STEP_ID"})
 """Variables of torchrun and srun: without one of them this is the only process, and launch.py, a second's import, is not asked."""
@@ -131,10 +134,15 @@ def guarded(command: str, run: Callable[[], int | None]) -> int:
 def tool_parser(tool: str) -> argparse.ArgumentParser:
     """The command line of a command that is no stage."""
     made = argparse.ArgumentParser(prog=f"nemo-pivotrl {tool}", description=TOOLS[tool])
-    if tool == "plan":
+    if tool in ("plan", "preflight"):
         made.add_argument("recipe", metavar="RECIPE", help="YAML recipe")
-        made.add_argument("overrides", nargs="*", metavar="key=value", help="override a setting of the recipe")
+        what = "override a setting of the recipe"
+        if tool == "preflight":
+            what = f"which stage ({', '.join(CHECKED)}; default: the algorithm's main ones), and {what}"
+        made.add_argument("overrides", nargs="*", metavar="key=value", help=what)
+    if tool == "plan":
         made.add_argument("--json", action="store_true", help="print JSON")
+    if tool in ("plan", "preflight"):
         return made
     if tool == "env":
         made.add_argument("folder", nargs="?", default="recipes", metavar="FOLDER", help="recipes (default: recipes)")
@@ -195,6 +203,8 @@ def run_tool(tool: str, options: argparse.Namespace) -> int | None:
         return None
     if tool == "plan":
         return run_plan(options)
+    if tool == "preflight":
+        return run_preflight(options)
     if tool == "serve":
         from nemo_pivotrl.stages.serve_engine import serve as serve_engine
 
@@ -236,6 +246,30 @@ def run_plan(options: argparse.Namespace) -> int:
     return 0 if verdict.good else BAD_INPUT
 
 
+def run_preflight(options: argparse.Namespace) -> int:
+    """Print what would stop the stages, or that nothing would. Raises InputError with all of it."""
+    from nemo_pivotrl.recipe import load_recipe
+    from nemo_pivotrl.records import Problem
+
+    named = [word for word in options.overrides if "=" not in word]
+    if wrong := [word for word in named if word not in CHECKED]:
+        problem = Problem("command line", None, "STAGE", " ".join(wrong), f"use one of {', '.join(CHECKED)}")
+        raise InputError(problem)
+    recipe = load_recipe(options.recipe, [word for word in options.overrides if "=" in word])
+    with missing_module("preflight", {"httpx": "verifiers", "openapi_schema_validator": "verifiers"}, "reference"):
+        from nemo_pivotrl.stages.preflight import caught, port_problems, preflight, stages_of
+
+        world = here().world if os.environ.keys() & STARTED else 1
+        problems = port_problems()
+        stages = named or stages_of(recipe)
+        for stage in stages:
+            problems += caught(preflight, recipe, stage, world)[1]
+    if problems:
+        raise InputError(list(dict.fromkeys(problems)))
+    print(f"nothing stands in the way of {', '.join(stages)}")
+    return 0
+
+
 @contextlib.contextmanager
 def missing_module(command: str, extras: Mapping[str, str], default: str) -> Iterator[None]:
     """Turn a module that is not installed into the name of the extra that brings it."""
@@ -265,6 +299,10 @@ def run_stage(stage: str, recipe: Recipe, fresh: bool) -> int:
 
     def call() -> None:
         with missing_module(f"stage {stage}", extras, "reference"):
+            if stage in CHECKED:
+                from nemo_pivotrl.stages.preflight import preflight
+
+                preflight(recipe, stage, here().world if os.environ.keys() & STARTED else 1)
             getattr(import_module(module), function)(recipe, fresh)
 
     if os.environ.keys() & STARTED and (place := here()).world > 1:

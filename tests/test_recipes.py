@@ -68,10 +68,9 @@ def test_a_recipe_says_nothing_twice(path: Path) -> None:
 def repeated(path: Path) -> list[str]:
     """Settings that the recipe would have without its own file, too."""
     *inherited, own = _chain(path, [])
-    there = [] if "run_dir" in OmegaConf.merge({}, *inherited, own) else ["run_dir=runs/default"]
-    tree = OmegaConf.merge({"run_dir": Recipe().run_dir}, *inherited)
+    tree = OmegaConf.merge({}, *inherited)
     above = build(Recipe, OmegaConf.to_container(tree, resolve=True), str(path))
-    before, after = dataclasses.asdict(above), dataclasses.asdict(load_recipe(str(path), there))
+    before, after = dataclasses.asdict(above), dataclasses.asdict(load_recipe(str(path)))
     return [".".join(keys) for keys in leaves(OmegaConf.to_container(own)) if found(before, keys) == found(after, keys)]
 
 
