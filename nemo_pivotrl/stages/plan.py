@@ -180,10 +180,20 @@ def notes_of(recipe: Recipe, shape: Architecture) -> list[str]:
 
 
 def training(
-    recipe: Recipe, phase: str, model: Policy, shape: Architecture, anchored: bool, head: bool = False
+    recipe: Recipe,
+    phase: str,
+    model: Policy,
+    shape: Architecture,
+    anchored: bool,
+    head: bool = False,
+    limit: float | None = None,
 ) -> Memory:
-    """Memory of the rank that needs most in training, and what to change where it does not fit."""
+    """Memory of the rank that needs most in training, and what to change where it does not fit.
+
+    limit: GiB of the GPU less the reserve; None: those of the recipe's.
+    """
     found = _training(recipe, phase, model, shape, anchored, head)
+    found = found if limit is None else replace(found, limit=limit)
     if found.fits or model.backend != "megatron":
         return found
     tried = []
@@ -191,7 +201,7 @@ def training(
         if layout_problems(changed.megatron, trainers(changed, "megatron")) or model_problems(shape, changed.megatron):
             continue
         other = _training(changed, phase, model, shape, anchored, head)
-        if other.fits:
+        if other.peak <= (other.limit if limit is None else limit):
             tried.append(f"{text}: {other.peak:.1f} GiB")
     return replace(found, remedies=tuple(tried))
 
