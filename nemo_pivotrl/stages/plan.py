@@ -197,39 +197,47 @@ def training(
     if found.fits or model.backend != "megatron":
         return found
     tried = []
-    for text, changed in alternatives(recipe):
-        if layout_problems(changed.megatron, trainers(changed, "megatron")) or model_problems(shape, changed.megatron):
+    for text, changed, other_model in alternatives(recipe, "doctor" if head else "policy", model):
+        forbidden = layout_problems(changed.megatron, trainers(changed, "megatron"))
+        forbidden += model_problems(shape, changed.megatron)
+        forbidden += training_problems(other_model, changed.megatron, anchored)
+        if forbidden:
             continue
-        other = _training(changed, phase, model, shape, anchored, head)
+        other = _training(changed, phase, other_model, shape, anchored, head)
         if other.peak <= (other.limit if limit is None else limit):
             tried.append(f"{text}: {other.peak:.1f} GiB")
     return replace(found, remedies=tuple(tried))
 
 
-def alternatives(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:
-    """Recipes that need less memory for training, each with the change that leads there, the gentlest first."""
+def alternatives(recipe: Recipe, role: str, model: Policy) -> Iterator[tuple[str, Recipe, Policy]]:
+    """Recipes that need less memory for training the model of section `role`, each with the change that leads there, the
+    gentlest first."""
     m, cluster = recipe.megatron, recipe.cluster
 
-    def having(**changes: Any) -> Recipe:
-        return replace(recipe, megatron=replace(m, **changes))
+    def having(**changes: Any) -> tuple[Recipe, Policy]:
+        return replace(recipe, megatron=replace(m, **changes)), model
 
+    for tokens in sorted({model.train_micro_batch_tokens // 4, model.max_total_sequence_length}, reverse=True):
+        if model.max_total_sequence_length <= tokens < model.train_micro_batch_tokens:
+            smaller = replace(model, train_micro_batch_tokens=tokens)
+            yield f"{role}.train_micro_batch_tokens={tokens}", recipe, smaller
     if m.recompute != "full":
-        yield "megatron.recompute=full", having(recompute="full")
+        yield "megatron.recompute=full", *having(recompute="full")
     if not m.use_distributed_optimizer:
-        yield "megatron.use_distributed_optimizer=true", having(use_distributed_optimizer=True)
+        yield "megatron.use_distributed_optimizer=true", *having(use_distributed_optimizer=True)
     if m.bf16 and m.grad_reduce_in_fp32:
-        yield "megatron.grad_reduce_in_fp32=false", having(grad_reduce_in_fp32=False)
+        yield "megatron.grad_reduce_in_fp32=false", *having(grad_reduce_in_fp32=False)
     for name in ("expert_model", "context", "tensor_model", "pipeline_model"):
         field = f"{name}_parallel_size"
         for factor in (2, 4):
             size = getattr(m, field) * factor
             more = {"sequence_parallel": True} if name == "tensor_model" else {}
-            yield f"megatron.{field}={size}", having(**{field: size}, **more)
+            yield f"megatron.{field}={size}", *having(**{field: size}, **more)
     for factor in (2, 4):
         nodes = (cluster.num_nodes - cluster.generation_nodes) * factor + cluster.generation_nodes
-        yield f"cluster.num_nodes={nodes}", replace(recipe, cluster=replace(cluster, num_nodes=nodes))
+        yield f"cluster.num_nodes={nodes}", replace(recipe, cluster=replace(cluster, num_nodes=nodes)), model
     if cluster.gpu != "b200":
-        yield "cluster.gpu=b200", replace(recipe, cluster=replace(cluster, gpu="b200"))
+        yield "cluster.gpu=b200", replace(recipe, cluster=replace(cluster, gpu="b200")), model
 
 
 def micro_batch(model: Policy, m: Megatron) -> MicroBatch:
