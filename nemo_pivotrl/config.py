@@ -345,14 +345,33 @@ class Rescore:
 class ProfileStage:
     """K one-turn rollouts of the frozen start policy for every candidate (A.15 1: K = 16, at least 4)."""
 
-    num_generations: int = ranged(16, 4)
+    num_generations: int = ranged(16, 4, 256)
+    curtail: Literal["exact", "sequential", "none"] = "exact"
+    """Stop drawing for a candidate as soon as no remaining outcome can change what `select` does with it; `sequential`: as soon as
+    another decision has at most the chance `error_rate`; `none`: all K of everything."""
+    lambda_interval: tuple[float, ...] = ()
+    """[low, high]: every `select.lambda_diff` in it stays decidable without drawing anew. Empty: only the recipe's own."""
+    error_rate: float = ranged(0.05, 0.0, 0.5)
+    """`sequential` only: chance that all K rollouts would select otherwise, under `prior`."""
+    prior: tuple[float, ...] = (0.5, 0.5)
+    """a and b of the hit rates' Beta distribution, for `sequential` and for the forecast."""
+    min_wave: int = ranged(2, 1)
+    """Rollouts of a candidate that are drawn together at least, though fewer might decide."""
+    control_share: float = ranged(0.02, 0.0, 1.0)
+    """Share of the candidates, chosen by hash, that get all K rollouts: what curtailment is checked against."""
     max_retries: int = ranged(2, 0)
-    """Of a verifier fault, before the candidate is excluded."""
+    """Of a rollout that could not be drawn or judged, before the candidate is excluded."""
+    retries: dict[str, int] = field(default_factory=dict)
+    """Another number for some kinds of fault: transport, timeout, parser, judge, sandbox, other."""
     max_failure_share: float = ranged(0.05, 0.0, 1.0)
-    """More candidates than this that could not be judged stop the stage (at its end: nothing is lost). States that do
-    not fit the context are excluded and counted too, but are no fault."""
-    candidates_per_wave: int = ranged(64, 1)
-    """Generated together and made durable together: kill -9 loses at most one wave."""
+    """More candidates than this that could not be judged stop the stage, as soon as they are too many of at least 200. States
+    that do not fit the context are excluded and counted too, but are no fault."""
+    retry_failed: bool = False
+    """Of a finished profile, profile again what had failed."""
+    candidates_per_chunk: int = ranged(256, 1)
+    """Consecutive candidates that one process works on and makes durable as a whole; every wave within is durable too."""
+    steal_after_s: float = ranged(900.0, 1.0)
+    """A chunk whose process has not been heard of for so long is taken over by another."""
     limit: int = ranged(0, 0)
     """Profile only this many candidates of each split, chosen by hash; 0: all."""
 
@@ -372,6 +391,9 @@ class Select:
     `adv` would."""
     max_message_ratio: float = ranged(1.0, 0.0, 1.0)
     """Largest share of talking turns among train pivots (A.15 15); 1.0: off."""
+    undecided: Literal["refuse", "by_rate"] = "refuse"
+    """What to do with candidates whose curtailed samples do not decide this rule and lambda_diff: stop, or go by the hit rate
+    of the samples there are."""
     profiles: str = "profiles.jsonl"
     """Or `profiles.rescored.jsonl`, which `rescore` writes."""
     output: str = "pivots.jsonl"
@@ -648,12 +670,23 @@ class ServeGuided:
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class Logger:
-    """Metrics always go to metrics.jsonl; these are copies for the dashboards people use."""
+    """Metrics always go to metrics.jsonl; these are copies for the dashboards people use (`stages/dashboards.py`)."""
 
-    tensorboard: bool = False
+    tensorboard: bool = True
+    """Event files in the folder's `tensorboard`: `tensorboard --logdir RUN_DIR`."""
     wandb: bool = False
+    """WANDB_MODE=offline writes files for `wandb sync` in the folder's `wandb`."""
     mlflow: bool = False
     project: str = "nemo_pivotrl"
+    """W&B's project, MLflow's experiment."""
+    name: str = ""
+    """What the runs of this run directory are grouped by, and what their names begin with; empty: the directory's name."""
+    entity: str = ""
+    """W&B's user or team; empty: the one that is logged in."""
+    tags: tuple[str, ...] = ()
+    """Beside the algorithm and the stage."""
+    mlflow_tracking_uri: str = ""
+    """Server or database (sqlite:////PATH/mlflow.db); empty: MLFLOW_TRACKING_URI, else a database in the working directory."""
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -680,8 +713,9 @@ class Plan:
     """0: a quarter of the longest answer."""
     pivots_per_trajectory: int = ranged(4, 1)
     """Pivots of one trajectory in a training step, whose prompts are prefixes of each other."""
-    rollout_share: float = ranged(1.0, 0.0, 1.0)
-    """Of K rollouts a candidate, those that are run until its fate is known; 1.0: all."""
+    rollout_share: float = ranged(0.0, 0.0, 1.0)
+    """Of K rollouts a candidate, those that are run until its selection is known; 0: as `profile.curtail` expects under
+    `profile.prior`."""
     expert_imbalance: float = ranged(1.2, 1.0)
     """Tokens that the busiest rank's experts get, over the mean."""
     reserve_gib: float = ranged(4.0, 0.0)

@@ -188,6 +188,27 @@ class Lost:
     detail: str
 
 
+FAULTS = {
+    "sampler_unreachable": "transport",
+    "sampler_http": "transport",
+    "sampler_timeout": "timeout",
+    "sampler_malformed": "parser",
+    "context_overflow": "context_overflow",
+}
+
+
+def fault_class(kind: str) -> str:
+    """The class of a named fault: transport, timeout, parser, judge, sandbox, row, context_overflow or other.
+
+    `row` is a fault of the data (an expert action that cannot be read), which no retry mends. A verifier of one's own names its
+    faults `judge_...`, `sandbox_...` or by a class.
+    """
+    if kind in FAULTS or kind in FAULTS.values():
+        return FAULTS.get(kind, kind)
+    first = kind.partition("_")[0]
+    return first if first in ("judge", "sandbox", "row") else "row" if first == "expected" else "other"
+
+
 @dataclass(frozen=True, slots=True)
 class Verdict:
     """A verifier's judgement of one sampled action."""
@@ -209,11 +230,15 @@ class Profile:
 
     candidate: Candidate
     samples: tuple[dict[str, Any], ...]
-    """One dict a rollout: text, tokens, finish_reason, reward, category."""
+    """One dict a rollout: text, tokens, finish_reason, reward, category. Fewer than K where curtailed sampling stopped."""
     tokens_generated: int
     tokens_prompt: int
     failure: str | None = None
     """Why the candidate is excluded (a fault that outlived its retries); then it has no k."""
+    interval: tuple[float, float] | None = None
+    """Jeffreys interval of the hit rate (95 %); None where rewards are not 0 or 1, and for what failed."""
+    control: bool = False
+    """Whether it was drawn in full whatever its first outcomes said."""
 
     @property
     def rewards(self) -> tuple[float, ...]:
@@ -226,14 +251,16 @@ def canonical_json(value: object) -> str:
 
 
 def json_line(row: object) -> bytes:
-    """A row as one UTF-8 line, keys in their own order: a tool schema must reach the prompt as it was written.
+    """A row as one UTF-8 line, keys in their own order: a tool schema must reach the prompt as it was written."""
+    return json_bytes(row) + b"\n"
 
-    Lone surrogates, which models do emit, are kept as JSON escapes.
-    """
+
+def json_bytes(value: object) -> bytes:
+    """`value` as JSON without spaces. Lone surrogates, which models do emit, are kept as JSON escapes."""
     try:
-        return json.dumps(row, separators=(",", ":"), ensure_ascii=False, default=_plain).encode() + b"\n"
+        return _compact(value).encode()
     except UnicodeEncodeError:
-        return json.dumps(row, separators=(",", ":"), default=_plain).encode() + b"\n"
+        return json.dumps(value, separators=(",", ":"), default=_plain).encode()
 
 
 def _plain(value: object) -> object:
@@ -244,6 +271,10 @@ def _plain(value: object) -> object:
     if isinstance(value, Path):
         return str(value)
     raise TypeError(f"{type(value).__name__} has no JSON form")
+
+
+# made once: what `json.dumps` makes anew at every call costs more than a small row
+_compact = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False, default=_plain).encode
 
 
 def digest(value: object, length: int = 16) -> str:
@@ -390,7 +421,7 @@ def is_complete(path: Path, header: Header, fresh: bool) -> bool:
         first = handle.readline()
     if first == header.to_line().encode():
         return True
-    difference = short(_header_difference(first, header.to_line().encode()))
+    difference = short(header_difference(first, header.to_line().encode()))
     raise InputError(
         Problem(
             str(path), 1, "header", difference, "finished work of another recipe or input; add fresh=true to replace it"
@@ -429,7 +460,7 @@ class ArtefactWriter:
                         str(self.part),
                         1,
                         "header",
-                        short(_header_difference(first, header_line)),
+                        short(header_difference(first, header_line)),
                         "unfinished work of another recipe or input; finish it with its own recipe, or add fresh=true to drop it",
                     )
                 )
@@ -468,7 +499,7 @@ class ArtefactWriter:
         self._handle.close()
 
 
-def _header_difference(found: bytes, wanted: bytes) -> str:
+def header_difference(found: bytes, wanted: bytes) -> str:
     try:
         old, new = json.loads(found)[HEADER_KEY], json.loads(wanted)[HEADER_KEY]
     except (ValueError, KeyError, TypeError):

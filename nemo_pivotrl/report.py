@@ -30,7 +30,7 @@ from nemo_pivotrl.responses import candidate_of_row
 from nemo_pivotrl.stages.evaluate import TITLES, read_items
 from nemo_pivotrl.stages.ledger import read_ledger
 from nemo_pivotrl.stages.metrics import read_metrics
-from nemo_pivotrl.stages.profile import profile_of_row
+from nemo_pivotrl.stages.profile_rows import profile_of_row
 from nemo_pivotrl.stages.select import FATES, depth_band, survival
 
 COLOURS = dict(zip(FATES, ("#2a7f3b", "#b3423a", "#4a78b5", "#8a8a8a", "#c9a227", "#b9b9b9", "#000000"), strict=True))

@@ -11,7 +11,7 @@ from conftest import ROOT
 
 from nemo_pivotrl import cli
 from nemo_pivotrl.backends.megatron.precision import Probe
-from nemo_pivotrl.config import Lora, Megatron, Patient, Policy, Recipe, Vllm
+from nemo_pivotrl.config import Logger, Lora, Megatron, Patient, Policy, Recipe, Vllm
 from nemo_pivotrl.stages import env
 from nemo_pivotrl.stages.env import MODULES, Machine, Package, as_text, find, obstacles, survey, why_not_importable
 
@@ -30,6 +30,17 @@ def test_the_reference_backend_needs_transformers_alone() -> None:
     assert line == "transformers is not installed -> pip install 'nemo-pivotrl[reference]'"
     (line,) = obstacles(Recipe(policy=Policy(device="cuda")), CPU)
     assert "no GPU" in line and obstacles(Recipe(policy=Policy(device="cuda")), HOPPER) == []
+
+
+def test_dashboards_that_are_on_are_needed() -> None:
+    bare = without(CPU, tensorboard=Package(None), wandb=Package(None))
+    (line,) = obstacles(Recipe(), bare)
+    assert (
+        line
+        == "tensorboard is not installed -> pip install 'nemo-pivotrl[tensorboard]' or set logger.tensorboard=false"
+    )
+    (line,) = obstacles(Recipe(logger=Logger(tensorboard=False, wandb=True)), bare)
+    assert line.startswith("wandb is not installed")
 
 
 def test_the_doctor_of_llmdoctor_is_looked_at_and_not_the_policy() -> None:

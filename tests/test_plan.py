@@ -188,6 +188,7 @@ def test_adapters_by_hand() -> None:
 
 def told(**changes: Any) -> Recipe:
     numbers = {"candidates": 500, "mean_prompt_tokens": 100, "mean_response_tokens": 10, "pivots_per_trajectory": 2}
+    numbers["rollout_share"] = 1.0
     policy = Policy(model_name="Qwen3-8B", max_total_sequence_length=400, generation=Generation(max_new_tokens=20))
     recipe = Recipe(policy=policy, cluster=Cluster(gpus_per_node=1), plan=Told(**{**numbers, **changes}))
     return replace(recipe, grpo=replace(recipe.grpo, num_prompts_per_step=4, num_generations_per_prompt=3))
@@ -212,6 +213,20 @@ def test_the_cost_of_profiling_by_hand() -> None:
     assert cost.figures["prompt tokens, each prompt once"] == 50_000
     assert cost.figures["tokens generated"] == 20_000
     assert cost.figures["GPU-hours at the public sweep's 351 rollouts a GPU-hour"] == pytest.approx(2000 / 351)
+
+
+def test_curtailed_profiling_is_expected_to_draw_fewer() -> None:
+    recipe = told(rollout_share=0.0, rollouts_per_gpu_hour=100.0)
+    settings = replace(recipe.profile, control_share=0.0, min_wave=1, num_generations=4, prior=(1.0, 1.0))
+    recipe = replace(recipe, profile=settings, select=replace(recipe.select, lambda_diff=0.5))
+    found = pivotrl_costs(recipe, shape("Qwen3-8B"))[0].figures
+    # kept: one success of four. Every number of successes is equally likely, so two at once have 1/3; FSS and SFS, 1/12 each, end
+    # at the third; all else is open to the last
+    assert found["rollouts at most"] == 2000
+    chances = {2: 1 / 3, 3: 1 / 6, 4: 1 / 2}
+    assert found["rollouts expected"] == pytest.approx(500 * sum(n * p for n, p in chances.items()))
+    all_of_them = replace(recipe, profile=replace(settings, curtail="none"))
+    assert pivotrl_costs(all_of_them, shape("Qwen3-8B"))[0].figures["rollouts expected"] == 2000
 
 
 def test_estimated_rollouts_take_longer_for_longer_answers_and_larger_models() -> None:
@@ -249,7 +264,7 @@ def test_the_command_prints_tables_and_json_and_says_by_its_code_what_it_found(
 def test_planning_imports_nothing_heavy() -> None:
     path = str(RECIPES / "pivotrl-nemotron-3-super-120b-a12b-20n8g-tp8cp8ep16-swe.yaml")
     program = (
-        "import sys; from nemo_pivotrl import cli; code = cli.main(['plan', sys.argv[1]])\n"
+        "import sys; from nemo_pivotrl import cli; code = cli.main(['plan', sys.argv[1], 'plan.rollout_share=0.5'])\n"
         "assert not {'torch', 'numpy', 'transformers', 'megatron'} & sys.modules.keys()\nsys.exit(code)"
     )
     done = subprocess.run([sys.executable, "-c", program, path], capture_output=True, text=True, cwd=ROOT)

@@ -49,7 +49,13 @@ def good(body: dict[str, Any]) -> dict[str, Any]:
 class StandIn:
     """One server. `fault` decides over each completion; `away` drops every connection."""
 
-    def __init__(self, fault: Fault | None = None, model: str = "m", root: str = ""):
+    def __init__(
+        self,
+        fault: Fault | None = None,
+        model: str = "m",
+        root: str = "",
+        policy: Callable[[dict[str, Any]], dict[str, Any]] = good,
+    ):
         self.fault, self.away, self.held, self.most = fault, False, 0, 0
         self.asked: list[dict[str, Any]] = []
         self.calls: Counter[str] = Counter()
@@ -99,7 +105,7 @@ class StandIn:
                     if fate in ("drop", "hang"):
                         return self.connection.close()
                     if fate is None:
-                        return self.answer(200, good(body))
+                        return self.answer(200, policy(body))
                     self.answer(*fate)
                 finally:
                     with lock:

@@ -135,6 +135,16 @@ def load_sampler(policy: Policy, megatron: Megatron = DEFAULT, vllm: Vllm = NO_V
     return Engine(policy, vllm)
 
 
+def concurrency_of(sampler: Sampler) -> int:
+    """How many rollouts a sampler wants to be asked for at a time, by several threads; 1: `infer` is for one thread alone."""
+    return int(getattr(sampler, "concurrency", 1))
+
+
+def under_way(sampler: Sampler) -> int:
+    """Rollouts that were asked of a concurrent sampler and have not come."""
+    return int(getattr(sampler, "under_way", 0))
+
+
 def load_colocated(policy: Policy, vllm: Vllm, ranks: int) -> Sampler:
     """One engine over all ranks of a job, in whose processes it runs; every rank calls this and its verbs together."""
     with _installed("vllm.colocated", "vllm"):

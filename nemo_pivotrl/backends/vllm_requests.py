@@ -110,6 +110,21 @@ def in_order(prompts: Sequence[Sequence[int]], seeds: Sequence[Sequence[int]]) -
     return [(p, k) for p in by_text for k in range(len(seeds[p]))]
 
 
+def families(prompts: Sequence[Sequence[int]]) -> list[int]:
+    """Of each prompt a number that it shares with those that begin alike: one server should have them all, for its prefix cache."""
+    of, last = [0] * len(prompts), -1
+    for p in sorted(range(len(prompts)), key=lambda p: (list(prompts[p]), p)):
+        of[p] = of[last] if last >= 0 and _alike(prompts[last], prompts[p]) else p
+        last = p
+    return of
+
+
+def _alike(one: Sequence[int], other: Sequence[int]) -> bool:
+    """Whether at least half of the shorter prompt stands in both."""
+    half = min(len(one), len(other)) // 2
+    return half > 0 and list(one[:half]) == list(other[:half])
+
+
 def checked(
     token_ids: Sequence[int], log_probs: Sequence[float], finish_reason: str | None, stop_ids: frozenset[int], most: int
 ) -> Sample:

@@ -18,7 +18,7 @@ import time
 import weakref
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from nemo_pivotrl.backends import policy_revision
-from nemo_pivotrl.backends.vllm_requests import checked, in_order, request
+from nemo_pivotrl.backends.vllm_requests import checked, families, in_order, request
 from nemo_pivotrl.config import Generation, Policy, Vllm
 from nemo_pivotrl.records import InputError, Lost, Problem, Sample, short
 
@@ -96,7 +96,9 @@ class Servers:
         """Folder of the weights that all servers must have; empty: those that they started with."""
         self._arrived: list[str] = []
         self._closing = threading.Event()
-        weakref.finalize(self, self._closing.set)
+        self._pool = ThreadPoolExecutor(self.concurrency)
+        self._under_way = 0
+        weakref.finalize(self, _let_go, self._closing, self._pool)
         self.servers = [Server(_root(url)) for url in settings.servers]
         if len({server.url for server in self.servers}) < len(self.servers):
             remedy = "name each server once"
@@ -104,9 +106,23 @@ class Servers:
         self._meet(policy)
         self._check_log_probs(policy.generation)
 
+    @property
+    def concurrency(self) -> int:
+        """Requests that all servers hold together; several threads may ask for turns at a time, to keep them busy."""
+        return self.settings.concurrency * len(self.settings.servers)
+
+    @property
+    def under_way(self) -> int:
+        """Requests that wait or that a server holds."""
+        return self._under_way
+
+    def _ended(self, job: Future[Any]) -> None:
+        with self._changed:
+            self._under_way -= 1
+
     def close(self) -> None:
-        """Give the connections back and stop looking after lost servers."""
-        self._closing.set()
+        """Give the connections back and stop looking after lost servers. Requests under way end soon, as failures."""
+        _let_go(self._closing, self._pool)
         self._client.close()
 
     # ---- the verbs ----
@@ -120,6 +136,7 @@ class Servers:
     ) -> list[list[Sample | Lost]]:
         """One sample for every seed of every prompt, or `Lost`. Raises InputError when no server is left."""
         preferred: dict[int, Server] = {}
+        family = families(prompts)
 
         def one(place: tuple[int, int]) -> Sample | Lost:
             p, k = place
@@ -130,7 +147,7 @@ class Servers:
                 ids, logs = _ids(choice), _logs(choice)
                 return checked(ids, logs, choice.get("finish_reason"), stop_ids, generation.max_new_tokens)
 
-            return self._asked(body, read, preferred, p)
+            return self._asked(body, read, preferred, family[p])
 
         order = in_order(prompts, seeds)
         found = dict(zip(order, self._all(one, order), strict=True))
@@ -200,15 +217,18 @@ class Servers:
 
     def _all(self, one: Callable[[tuple[int, int]], Any], places: Sequence[tuple[int, int]]) -> list[Any]:
         """Every place's result; as many at a time as the servers hold. The first InputError ends it."""
-        if not places:
-            return []
-        with ThreadPoolExecutor(min(len(places), self.settings.concurrency * len(self.servers))) as pool:
-            jobs = [pool.submit(one, place) for place in places]
-            try:
-                return [job.result() for job in jobs]
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
+        jobs = [self._pool.submit(one, place) for place in places]
+        with self._changed:
+            self._under_way += len(jobs)
+        for job in jobs:
+            job.add_done_callback(self._ended)
+        try:
+            return [job.result() for job in jobs]
+        except BaseException:
+            for job in jobs:
+                job.cancel()
+            wait(jobs)
+            raise
 
     def _asked(self, body: dict[str, Any], read: Callable[[Any], Any], preferred: dict[int, Server], group: int) -> Any:
         """What `read` makes of an answer (it raises ValueError and the like for a malformed one), or Lost."""
@@ -445,6 +465,11 @@ def _look_after(pool: weakref.ref[Servers], server: Server, closing: threading.E
         if servers is None or servers._recovered(server):
             return
         attempt += 1
+
+
+def _let_go(closing: threading.Event, pool: ThreadPoolExecutor) -> None:
+    closing.set()
+    pool.shutdown(wait=False, cancel_futures=True)
 
 
 # ---- answers ----

@@ -24,6 +24,7 @@ from nemo_pivotrl.backends.megatron.precision import Probe, check_fp8, probe, wh
 from nemo_pivotrl.config import Policy, Recipe
 from nemo_pivotrl.recipe import load_recipe
 from nemo_pivotrl.records import InputError, short
+from nemo_pivotrl.stages.dashboards import wanted
 
 MODULES = {
     "torch": "torch",
@@ -37,6 +38,9 @@ MODULES = {
     "vllm": "vllm",
     "flash-attn": "flash_attn",
     "mamba-ssm": "mamba_ssm",
+    "tensorboard": "tensorboard",
+    "wandb": "wandb",
+    "mlflow": "mlflow",
 }
 """What is looked for -> the module that must import."""
 IMPORT_SECONDS = 120
@@ -150,6 +154,8 @@ def obstacles(recipe: Recipe, machine: Machine) -> list[str]:
     engine = recipe.policy.sampler if recipe.algorithm == "pivotrl" else recipe.patient.backend
     if engine == "vllm" and not recipe.vllm.servers:
         found += _missing(machine, "vllm", "pip install 'nemo-pivotrl[vllm]', or name servers in vllm.servers")
+    for name in wanted(recipe.logger):
+        found += _missing(machine, name, f"pip install 'nemo-pivotrl[{name}]' or set logger.{name}=false")
     return found
 
 

@@ -1,4 +1,4 @@
-"""Metrics of a training run: always `metrics.jsonl`, and copies to TensorBoard, W&B and MLflow where asked for.
+"""Metrics of a training run: always `metrics.jsonl`, and copies on the dashboards that the recipe asks for.
 
 `metrics.jsonl` holds only what a resumed run repeats bit by bit; seconds and tokens a second go to `timing.jsonl`.
 """
@@ -6,101 +6,70 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from nemo_pivotrl.config import Logger
-from nemo_pivotrl.records import InputError, Problem, canonical_json, write_atomically
+from nemo_pivotrl.config import Recipe
+from nemo_pivotrl.records import InputError, Problem, canonical_json, short, write_atomically
+from nemo_pivotrl.stages.dashboards import open_feeds
 
-Sink = tuple[Callable[[int, Mapping[str, float]], None], Callable[[], None]]
-"""Send a step's metrics; close."""
+NOT_FINITE = ("NaN", "Infinity", "-Infinity")
+"""JSON has no such numbers: a line holds their names, as protobuf's JSON does, and `read_metrics` gives the numbers back."""
 
 
 class MetricsLog:
     """Appends to the two files and feeds the dashboards. Lines of steps that will run again are dropped on opening."""
 
-    def __init__(self, folder: Path, first_step: int, settings: Logger, config: dict[str, Any]):
+    def __init__(self, folder: Path, first_step: int, recipe: Recipe, stage: str):
+        """first_step: the last step that is done, -1 where not even step 0 is. Raises InputError when a dashboard cannot start."""
         folder.mkdir(parents=True, exist_ok=True)
         self.path, self.timing = folder / "metrics.jsonl", folder / "timing.jsonl"
-        for path in (self.path, self.timing):
-            kept = [row for row in read_metrics(path) if row["step"] <= first_step]
-            write_atomically(path, "".join(canonical_json(row) + "\n" for row in kept))
-        self.sinks = [
-            open_sink(folder, settings, config) for name, open_sink in SINKS.items() if getattr(settings, name)
-        ]
+        rows, timing = read_metrics(self.path), read_metrics(self.timing)
+        self.feeds = open_feeds(recipe, folder, stage, first_step)
+        rows, timing = ([row for row in some if row["step"] <= first_step] for some in (rows, timing))
+        write_atomically(self.path, "".join(map(_line, rows)))
+        write_atomically(self.timing, "".join(map(_line, timing)))
+        timing_of = {row["step"]: row for row in timing}
+        for row in rows:  # a dashboard that was off or away until now
+            self._feed({**timing_of.get(row["step"], {}), **row})
 
     def write(self, step: int, metrics: Mapping[str, float], timing: Mapping[str, float]) -> None:
         """One line a step (1-based); step 0 is the policy before training."""
         for path, values in ((self.path, metrics), (self.timing, timing)):
             with path.open("a", encoding="utf-8") as handle:
-                handle.write(canonical_json({"step": step, **values}) + "\n")
-        for send, _ in self.sinks:
-            send(step, {**metrics, **timing})
+                handle.write(_line({"step": step, **values}))
+        self._feed({"step": step, **metrics, **timing})
+
+    def _feed(self, row: Mapping[str, Any]) -> None:
+        for feed in self.feeds:
+            feed.send(row["step"], {name: value for name, value in row.items() if name != "step"})
 
     def close(self) -> None:
         """End the dashboards' runs, so that another run of this process may begin."""
-        for _, end in self.sinks:
-            end()
+        for feed in self.feeds:
+            feed.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All whole lines; a torn last one is ignored."""
-    if not path.exists():
-        return []
-    return [
-        json.loads(line) for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")
-    ]
+    """All whole lines; a torn last one is ignored. Raises InputError for a line in the middle that is no row."""
+    found = []
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1] if path.exists() else [], start=1):
+        try:
+            row = json.loads(line)
+            found.append({key: float(value) if value in NOT_FINITE else value for key, value in row.items()})
+        except (ValueError, AttributeError):
+            text = short(line.decode("utf-8", "replace"))
+            raise InputError(Problem(str(path), number, "line", text, "no row of metrics; delete the line")) from None
+    return found
 
 
-def _missing(name: str, error: ImportError) -> InputError:
-    return InputError(
-        Problem(
-            "environment",
-            None,
-            f"logger.{name}",
-            str(error),
-            f"pip install 'nemo-pivotrl[{name}]' or set logger.{name}=false",
-        )
-    )
+def _line(row: Mapping[str, Any]) -> str:
+    return canonical_json({key: _named(value) for key, value in row.items()}) + "\n"
 
 
-def _tensorboard(folder: Path, settings: Logger, config: dict[str, Any]) -> Sink:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise _missing("tensorboard", error) from error
-    writer = SummaryWriter(str(folder / "tensorboard"))
-
-    def send(step: int, metrics: Mapping[str, float]) -> None:
-        for key, value in metrics.items():
-            writer.add_scalar(key, value, step)
-        writer.flush()
-
-    return send, writer.close
-
-
-def _wandb(folder: Path, settings: Logger, config: dict[str, Any]) -> Sink:
-    try:
-        import wandb
-    except ImportError as error:
-        raise _missing("wandb", error) from error
-    run = wandb.init(project=settings.project, name=folder.name, dir=str(folder), config=config)
-    return lambda step, metrics: run.log(dict(metrics), step=step), run.finish
-
-
-def _mlflow(folder: Path, settings: Logger, config: dict[str, Any]) -> Sink:
-    try:
-        import mlflow
-    except ImportError as error:
-        raise _missing("mlflow", error) from error
-    mlflow.set_experiment(settings.project)
-    mlflow.start_run(run_name=folder.name)
-    return lambda step, metrics: mlflow.log_metrics(dict(metrics), step=step), mlflow.end_run
-
-
-SINKS: dict[str, Callable[[Path, Logger, dict[str, Any]], Sink]] = {
-    "tensorboard": _tensorboard,
-    "wandb": _wandb,
-    "mlflow": _mlflow,
-}
+def _named(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    return value

@@ -143,16 +143,30 @@ def candidates(recipe: Recipe, artefact: str) -> int:
         return max(sum(1 for _ in rows) - 1, 0)  # less the header
 
 
+def rollout_share(recipe: Recipe) -> float:
+    """Rollouts that profiling is expected to draw, over K a candidate."""
+    settings = recipe.profile
+    if recipe.plan.rollout_share or settings.curtail == "none":
+        return recipe.plan.rollout_share or 1.0
+    from nemo_pivotrl.curtailment import expected_rollouts  # brings torch: a second that a told share saves
+    from nemo_pivotrl.stages.profile import plan_of
+
+    plan = plan_of(recipe)
+    share = expected_rollouts(plan, plan.prior) / settings.num_generations
+    return share + settings.control_share * (1 - share)
+
+
 def profiling(recipe: Recipe, a: Architecture) -> Cost:
     """K rollouts a candidate, or the share of them that is run until its fate is known."""
-    plan, k, (prompt, response) = recipe.plan, recipe.profile.num_generations, lengths(recipe)
+    k, (prompt, response) = recipe.profile.num_generations, lengths(recipe)
     number = candidates(recipe, "candidates.jsonl")
     if recipe.profile.limit and number:
         number = min(number, recipe.profile.limit)
     unit, number = ("in all", number) if number else ("of 1,000 candidates", 1000)
     most = number * k
-    rollouts = most * plan.rollout_share
-    hours = rollouts * rollout_gpu_seconds(recipe, a, k * plan.rollout_share) / 3600
+    share = rollout_share(recipe)
+    rollouts = most * share
+    hours = rollouts * rollout_gpu_seconds(recipe, a, k * share) / 3600
     return Cost(
         "profile",
         unit,
@@ -241,7 +255,8 @@ def assumptions(recipe: Recipe) -> dict[str, float]:
     """What the figures rest on, by the setting that changes it."""
     p = recipe.plan
     prompt, response = lengths(recipe)
-    named = ("pivots_per_trajectory", "rollout_share", "expert_imbalance", "reserve_gib", "train_mfu", "prefill_mfu")
+    named = ("pivots_per_trajectory", "expert_imbalance", "reserve_gib", "train_mfu", "prefill_mfu")
     named += ("decode_efficiency", "rollouts_per_gpu_hour")
     found = {"plan.mean_prompt_tokens": prompt, "plan.mean_response_tokens": response}
-    return found | {f"plan.{name}": getattr(p, name) for name in named}
+    found |= {f"plan.{name}": getattr(p, name) for name in named}
+    return found | ({"plan.rollout_share": rollout_share(recipe)} if recipe.algorithm == "pivotrl" else {})

@@ -1,28 +1,29 @@
-"""profile: candidates -> profiles. K one-turn rollouts of the frozen start policy for each, verified.
+"""profile: candidates -> profiles. One-turn rollouts of the frozen start policy for each candidate, verified.
 
-Rules (A.5): all K outcomes come from one policy revision, a fault is retried and then excludes the candidate, a state
-that does not fit the context is excluded, prompts are rendered as in training, every (k, K) is kept. Work is made
-durable wave by wave; after kill -9 the stage resumes at the first unwritten wave and ends with the same bytes.
+Rules (A.5): all outcomes come from one policy revision, a fault is retried and then excludes the candidate, a state that does not
+fit the context is excluded, prompts are rendered as in training, every (k, K) is kept. Each candidate gets as many of K rollouts
+as its selection needs (`curtailment.py`). Work goes on in chunks (`chunks.py`) that any number of processes share
+(`--shard i/n`); whatever is killed, the same command ends with the same bytes.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import os
+import shutil
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import closing
+from functools import partial
 from pathlib import Path
-from typing import Any
 
-from nemo_pivotrl import backends, pivotrl, responses
-from nemo_pivotrl.chat import Chat
+from nemo_pivotrl import backends
 from nemo_pivotrl.config import Recipe
+from nemo_pivotrl.curtailment import Plan, expected_rollouts
 from nemo_pivotrl.records import (
-    ArtefactWriter,
-    Candidate,
     Header,
     InputError,
     Problem,
-    Profile,
     digest,
     file_digest,
     is_complete,
@@ -30,26 +31,73 @@ from nemo_pivotrl.records import (
     read_rows,
 )
 from nemo_pivotrl.stages.audit import audit_first
+from nemo_pivotrl.stages.candidates import index_candidates
+from nemo_pivotrl.stages.chunks import Parts, Shard
 from nemo_pivotrl.stages.ledger import spend
-from nemo_pivotrl.stages.progress import progress
-from nemo_pivotrl.stages.rollout import (
-    fits,
-    load_chat,
-    load_recipe_verifier,
-    roll_out,
-    rollout_row,
-    sample_seed,
-    sampling,
-)
-from nemo_pivotrl.verifiers import Verifier
+from nemo_pivotrl.stages.profile_rows import plan_in
+from nemo_pivotrl.stages.profile_statistics import summarise, summary_text
+from nemo_pivotrl.stages.profile_work import Job, Work, draw_wave, judge_wave, retries_of, too_many, transient
+from nemo_pivotrl.stages.rollout import load_chat, load_recipe_verifier, sampling
+from nemo_pivotrl.stages.waves import pump
+
+FORECAST_PROMPTS = 64
 
 
-def profile(recipe: Recipe, fresh: bool = False) -> Path:
-    """Write `profiles.jsonl`. Raises InputError when more candidates fail than the recipe allows."""
+def profile(recipe: Recipe, fresh: bool = False, shard: Shard | None = None) -> Path:
+    """Write `profiles.jsonl`, or with a `shard` its part of it.
+
+    Raises InputError when more candidates fail than the recipe allows.
+    """
+    if fresh and shard:
+        remedy = "the other shards' work would go with it: remove the folder profiles.parts before all of them start"
+        raise InputError(Problem("command line", None, "fresh=true", f"with --shard {shard.number}/{shard.of}", remedy))
+    path, job = recipe.path("profiles.jsonl"), prepare(recipe)
+    if not fresh and path.exists() and not _reopened(recipe, job, path):
+        return _complete(recipe, path)
+    with closing(open_parts(recipe, job, shard or Shard(), fresh)) as parts:
+        if parts.missing():
+            _run(recipe, job, parts)
+        if shard:
+            rest = parts.missing()
+            told = f"{len(rest)} chunks are with others: {_whose(parts, rest)}" if rest else "nemo-pivotrl merge RECIPE"
+            print(f"shard {shard.number}/{shard.of} is done; {told}")
+            return parts.folder
+        _merge(recipe, job, parts, path)
+    tell(recipe, path)
+    return path
+
+
+def merge(recipe: Recipe, fresh: bool = False) -> Path:
+    """Put the shards' chunks together as `profiles.jsonl`. Raises InputError naming what is missing, damaged or of another recipe."""
+    path, job = recipe.path("profiles.jsonl"), prepare(recipe)
+    if path.exists() and is_complete(path, job.header, fresh):
+        return _complete(recipe, path)
+    folder = recipe.path("profiles.parts")
+    if not folder.exists():
+        remedy = "run the shards first: nemo-pivotrl profile RECIPE --shard i/n"
+        raise InputError(Problem(str(folder), None, "folder", "no such folder", remedy))
+    with closing(open_parts(recipe, job, Shard(), False)) as parts:
+        _merge(recipe, job, parts, path)
+    tell(recipe, path)
+    return path
+
+
+def _complete(recipe: Recipe, path: Path) -> Path:
+    """A finished profile, and what a kill between its rename and the end may have left of its making."""
+    print(f"{path} is complete; fresh=true makes it anew")
+    recipe.path("profiles.earlier.jsonl").unlink(missing_ok=True)
+    shutil.rmtree(recipe.path("profiles.parts"), ignore_errors=True)
+    tell(recipe, path)
+    return path
+
+
+def prepare(recipe: Recipe) -> Job:
+    """Read everything that decides the profile's content. Raises InputError."""
     source = recipe.path("candidates.jsonl")
     read_header(source, "candidates")
     chat = load_chat(recipe.policy, recipe.verifier.limits)
     verifier, verifier_id = load_recipe_verifier(recipe)
+    plan = plan_of(recipe)
     header = Header(
         stage="profiles",
         config_hash=profile_digest(recipe),
@@ -58,138 +106,179 @@ def profile(recipe: Recipe, fresh: bool = False) -> Path:
         chat_template=chat.template_digest,
         policy=backends.policy_revision(recipe.policy.model_name),
         verifier=verifier_id,
-        extra={"num_generations": recipe.profile.num_generations, "sampling": sampling(recipe.policy.generation)},
+        extra={
+            "num_generations": recipe.profile.num_generations,
+            "sampling": sampling(recipe.policy.generation),
+            "plan": dataclasses.asdict(plan)
+            | {"prior": list(plan.prior), "control_share": recipe.profile.control_share},
+        },
     )
-    candidates = _limited([responses.candidate_of_row(r) for r in read_rows(source)], recipe)
-    path = recipe.path("profiles.jsonl")
-    if is_complete(path, header, fresh):
-        print(f"{path} is complete; fresh=true makes it anew")
-        report_failures([profile_of_row(row) for row in read_rows(path)], recipe, path)
-        return path
-    if recipe.audit.before_profile:
-        audit_first(recipe, candidates, verifier, verifier_id)
-    backend = backends.load_sampler(recipe.policy, recipe.megatron, recipe.vllm)
-    with ArtefactWriter(path, header, fresh) as writer, spend(Path(recipe.run_dir), "profile") as cost:
-        _profile_rest(recipe, candidates, writer, backend, chat, verifier)
-        path = writer.finish()
-        rows = [profile_of_row(row) for row in read_rows(path)]
-        cost.update(
-            candidates=len(rows),
-            rollouts=sum(len(p.samples) for p in rows),
-            tokens_generated=sum(p.tokens_generated for p in rows),
-            tokens_prompt=sum(p.tokens_prompt for p in rows),
+    index = index_candidates(source, recipe.seed, recipe.profile.limit, recipe.profile.candidates_per_chunk)
+    return Job(header, index, chat, verifier, verifier_id, plan)
+
+
+def plan_of(recipe: Recipe) -> Plan:
+    """How many rollouts a candidate gets. Raises InputError for an interval or prior that is none."""
+    settings, select = recipe.profile, recipe.select
+    given = settings.lambda_interval or (select.lambda_diff, select.lambda_diff)
+    problems = []
+    if len(given) != 2 or not 0 <= given[0] <= select.lambda_diff <= given[1] <= 1:
+        remedy = f"give [low, high] around select.lambda_diff, which is {select.lambda_diff}"
+        problems.append(Problem("recipe", None, "profile.lambda_interval", str(list(given)), remedy))
+    if len(settings.prior) != 2 or min(settings.prior, default=0.0) <= 0:
+        problems.append(
+            Problem("recipe", None, "profile.prior", str(list(settings.prior)), "give [a, b], both positive")
         )
-    report_failures(rows, recipe, path)
-    return path
+    if problems:
+        raise InputError(problems)
+    return Plan(
+        settings.num_generations,
+        "adv" if select.rule == "random" else select.rule,
+        given[0],
+        given[1],
+        select.inclusive,
+        settings.error_rate if settings.curtail == "sequential" else 0.0,
+        (settings.prior[0], settings.prior[1]),
+        min(settings.min_wave, settings.num_generations),
+        settings.curtail != "none",
+    )
 
 
 def profile_digest(recipe: Recipe) -> str:
-    """Hash of every setting that decides a profile's content; cost settings that cannot change it are left out."""
-    kept = dataclasses.asdict(recipe.profile) | {"max_failure_share": None}
+    """Hash of what decides a rollout's content. How many of them are drawn stands in the header's `plan`; what only decides when
+    and where they are drawn is left out."""
+    kept = {"num_generations": recipe.profile.num_generations, "limit": recipe.profile.limit}
     policy = recipe.policy
     computed = backends.identity_of(policy, recipe.megatron) or policy.dtype
     drawn = [] if policy.sampler == "backend" else [policy.sampler]  # other samples from the same seeds
     return digest([recipe.seed, kept, policy.max_total_sequence_length, computed, *drawn])
 
 
-def _limited(candidates: list[Candidate], recipe: Recipe) -> list[Candidate]:
-    limit = recipe.profile.limit
-    if not limit:
-        return candidates
-    chosen: set[str] = set()
-    for split in ("train", "validation"):
-        ids = [c.candidate_id for c in candidates if c.split == split]
-        chosen |= set(sorted(ids, key=lambda i: pivotrl.order_key(recipe.seed, i))[:limit])
-    return [c for c in candidates if c.candidate_id in chosen]
+# ---- what is there already ----
 
 
-def _profile_rest(
-    recipe: Recipe,
-    candidates: list[Candidate],
-    writer: ArtefactWriter,
-    backend: backends.Sampler,
-    chat: Chat,
-    verifier: Verifier,
-) -> None:
-    """Profile what is not written yet, wave by wave. Waves begin at fixed places, so a resumed one repeats exactly."""
-    size = recipe.profile.candidates_per_wave
-    done = writer.rows_done - writer.rows_done % size if writer.rows_done < len(candidates) else len(candidates)
-    skip = writer.rows_done - done
-    with progress(len(candidates), writer.rows_done, "profile", "cand") as bar:
-        for start in range(done, len(candidates), size):
-            wave = _profile_wave(candidates[start : start + size], recipe, backend, chat, verifier)
-            writer.write(profile_to_row(p, recipe.extract.agent_ref) for p in wave[skip:])
-            bar.update(len(wave) - skip)
-            skip = 0
+def _reopened(recipe: Recipe, job: Job, path: Path) -> bool:
+    """Whether the finished profile at `path` is to be drawn on from: for another plan, or for what had failed.
+
+    It becomes `profiles.earlier.jsonl`, whose rollouts are all kept. Raises InputError when it is another recipe's.
+    """
+    found = read_header(path, "profiles")
+    if found == job.header:
+        if not recipe.profile.retry_failed:
+            return False
+        again = sum(transient(row["profile"]["failure"]) for row in read_rows(path))
+        if not again:
+            return False
+        print(f"{again} candidates that had failed are profiled again; all else is kept")
+    else:
+        other = {key: value for key, value in found.extra.items() if key != "plan"}
+        mine = {key: value for key, value in job.header.extra.items() if key != "plan"}
+        if dataclasses.replace(found, extra=mine) != dataclasses.replace(job.header, extra=mine) or other != mine:
+            is_complete(path, job.header, False)  # says which field differs
+        print(f"{path} was drawn under another plan: its rollouts are kept, and what is missing for this one is added")
+    os.replace(path, recipe.path("profiles.earlier.jsonl"))
+    return True
 
 
-def _profile_wave(
-    wave: list[Candidate], recipe: Recipe, backend: backends.Sampler, chat: Chat, verifier: Verifier
-) -> list[Profile]:
-    prompts = [chat.prompt_ids(c.messages, c.tools) for c in wave]
-    inside = [i for i, prompt in enumerate(prompts) if fits(prompt, recipe.policy)]
-    repeats = range(recipe.profile.num_generations)
-    seeds = [[sample_seed("profile", recipe.seed, wave[i].candidate_id, k) for k in repeats] for i in inside]
-    groups = roll_out(
-        backend,
-        chat,
-        verifier,
-        [wave[i] for i in inside],
-        [prompts[i] for i in inside],
-        seeds,
-        recipe.policy.generation,
-        recipe.profile.max_retries,
-    )
-    found = dict(zip(inside, groups, strict=True))
-    profiles = []
-    for i, candidate in enumerate(wave):
-        rollouts = found.get(i, [])
-        failure = "context_overflow" if i not in found else next((r.failure for r in rollouts if r.failure), None)
-        profiles.append(
-            Profile(
-                candidate=candidate,
-                samples=() if failure else tuple(rollout_row(r) for r in rollouts),
-                tokens_generated=sum(len(r.sample.token_ids) for r in rollouts),
-                tokens_prompt=len(prompts[i]),
-                failure=failure,
-            )
+def open_parts(recipe: Recipe, job: Job, shard: Shard, fresh: bool) -> Parts:
+    """The folder in which the profile grows."""
+    earlier = recipe.path("profiles.earlier.jsonl")
+    if fresh:
+        earlier.unlink(missing_ok=True)
+    grown = {"earlier": file_digest(earlier)} if earlier.exists() else {}
+    extra = {**job.header.extra, **grown, "candidates": len(job.index), "chunk": job.index.chunk}
+    header = dataclasses.replace(job.header, extra=extra)
+    folder = recipe.path("profiles.parts")
+    return Parts(folder, header, job.index.chunks, shard, recipe.profile.steal_after_s, fresh)
+
+
+def _whose(parts: Parts, chunks: Sequence[int]) -> str:
+    held = parts.held_by_others()
+    shown = ", ".join(f"{n} ({held.get(n, 'nobody works on it')})" for n in chunks[:8])
+    return shown + (f" and {len(chunks) - 8} more" if len(chunks) > 8 else "")
+
+
+def _merge(recipe: Recipe, job: Job, parts: Parts, path: Path) -> None:
+    """All chunks in order as one artefact, then the folder goes. Raises InputError for what is missing or damaged."""
+    if missing := parts.missing():
+        remedy = (
+            "run `nemo-pivotrl profile RECIPE` or its shards again: any process takes over what is left; then merge"
         )
-    return profiles
+        found = f"{len(missing)} of {parts.chunks} chunks are missing: {_whose(parts, missing)}"
+        raise InputError(Problem(str(parts.folder), None, "chunks", found, remedy))
+    part = path.with_name(path.name + ".part")
+    with part.open("wb") as file:
+        file.write(job.header.to_line().encode())
+        for number in range(parts.chunks):
+            file.writelines(parts.rows(number, job.index.rows_of(number), job.index.ids[number]))
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, path)
+    recipe.path("profiles.earlier.jsonl").unlink(missing_ok=True)
+    parts.remove()
 
 
-def profile_to_row(profile: Profile, agent_ref: str) -> dict[str, Any]:
-    """A Gym row with the profile beside it. A failed candidate has no pass rate."""
-    row = responses.candidate_to_row(profile.candidate, agent_ref)
-    if profile.failure is None:
-        stats = pivotrl.statistics(profile.rewards)
-        row |= {"pass_rate": stats.mean, "pass_rate_total": stats.count, "pass_rate_passed": stats.successes}
-    cost = {"tokens_generated": profile.tokens_generated, "tokens_prompt": profile.tokens_prompt}
-    return row | {"samples": list(profile.samples), "profile": {**cost, "failure": profile.failure}}
+# ---- drawing, and what is told before and after ----
 
 
-def profile_of_row(row: dict[str, Any]) -> Profile:
-    """The profile of a row that `profile_to_row` wrote."""
-    return Profile(candidate=responses.candidate_of_row(row), samples=tuple(row["samples"]), **row["profile"])
+def _run(recipe: Recipe, job: Job, parts: Parts) -> None:
+    """Work until no chunk is left that another process is not at work on."""
+    if recipe.audit.before_profile:
+        audit_first(
+            recipe,
+            job.index.sample(4 * max(recipe.audit.sample, 1) if recipe.audit.sample else 0),
+            job.verifier,
+            job.verifier_id,
+        )
+    print(forecast(recipe, job, parts))
+    sampler = backends.load_sampler(recipe.policy, recipe.megatron, recipe.vllm)
+    concurrency = backends.concurrency_of(sampler)
+    work = Work(recipe, job, parts, together=concurrency == 1)
+    with spend(Path(recipe.run_dir), "profile") as cost:
+        try:
+            draw = partial(draw_wave, recipe, job, sampler)
+            judge = partial(judge_wave, job.chat, job.verifier, partial(retries_of, recipe.profile))
+            work.go(pump(work.units(), draw, judge, concurrency, lambda: backends.under_way(sampler)))
+        finally:
+            work.close()
+            if concurrency > 1:
+                sampler.close()  # type: ignore[attr-defined]
+            cost.update(work.spent)
 
 
-def report_failures(profiles: Sequence[Profile], recipe: Recipe, path: Path) -> None:
+def forecast(recipe: Recipe, job: Job, parts: Parts) -> str:
+    """What is to come, before it begins: rollouts, and tokens read and generated at most."""
+    settings = recipe.profile
+    left = sum(job.index.rows_of(n) for n in parts.missing())
+    mean = expected_rollouts(job.plan, job.plan.prior)
+    mean += settings.control_share * (settings.num_generations - mean)
+    lengths = [len(job.chat.prompt_ids(c.messages, c.tools)) for c in job.index.sample(FORECAST_PROMPTS)]
+    prompt = sum(lengths) / max(1, len(lengths))
+    most = settings.num_generations * left
+    return (
+        f"forecast: {left:,} candidates of {len(job.index):,}, about {mean * left:,.0f} rollouts (at most {most:,}; hit rates as "
+        f"Beta{job.plan.prior}); {prompt:,.0f} tokens a prompt, {mean * left * prompt:,.0f} to read without a prefix cache, at most "
+        f"{mean * left * recipe.policy.generation.max_new_tokens:,.0f} to generate"
+    )
+
+
+def tell(recipe: Recipe, path: Path) -> None:
+    """Print the statistics of a finished profile. Raises InputError when too much of it failed."""
+    header = read_header(path, "profiles")
+    summary = summarise(path, plan_in(header))
+    print(summary_text(summary))
+    report_failures(Counter(summary["failures"]), summary["candidates"], recipe, path)
+
+
+def report_failures(failures: Counter[str], candidates: int, recipe: Recipe, path: Path) -> None:
     """Print what was excluded and why. Raises InputError when it is too much."""
-    failures = Counter(p.failure for p in profiles if p.failure)
     for kind, count in failures.items():
         print(f"excluded: {count} candidates, {kind}")
-    if failures["context_overflow"] == len(profiles):
+    if candidates and failures["context_overflow"] == candidates:
         remedy = "raise policy.max_total_sequence_length"
         raise InputError(
             Problem(str(recipe.path("candidates.jsonl")), None, "candidates", "none fits: context_overflow", remedy)
         )
     faults = failures.total() - failures["context_overflow"]
-    if faults > recipe.profile.max_failure_share * len(profiles):
-        raise InputError(
-            Problem(
-                str(path),
-                None,
-                "profile.max_failure_share",
-                f"{faults} of {len(profiles)} candidates could not be judged: {dict(failures)}",
-                "mend the cause and profile with fresh=true, or accept it with a larger share",
-            )
-        )
+    if faults > recipe.profile.max_failure_share * candidates:
+        raise InputError(too_many(str(path), faults, candidates, failures))

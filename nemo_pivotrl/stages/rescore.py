@@ -25,7 +25,8 @@ from nemo_pivotrl.records import (
     read_rows,
 )
 from nemo_pivotrl.responses import action_of_row
-from nemo_pivotrl.stages.profile import profile_of_row, profile_to_row, report_failures
+from nemo_pivotrl.stages.profile import report_failures
+from nemo_pivotrl.stages.profile_rows import plan_in, profile_of_row, profile_to_row
 from nemo_pivotrl.stages.progress import progress
 from nemo_pivotrl.stages.rollout import judge_all, load_recipe_verifier
 from nemo_pivotrl.verifiers import Verifier, VerifierFault
@@ -60,7 +61,15 @@ def rescore(recipe: Recipe, fresh: bool = False) -> Path:
             writer.finish()
     after = [profile_of_row(row) for row in read_rows(target)]
     print(difference(recipe, before, after))
-    report_failures(after, recipe, target)
+    s, plan = recipe.select, plan_in(found)
+    rule: pivotrl.Rule = "adv" if s.rule == "random" else s.rule
+    open_ = sum(not plan.decided_at(s.lambda_diff, rule, s.inclusive, p.rewards) for p in after if p.failure is None)
+    if open_:
+        print(
+            f"{open_} candidates are no longer decided, since this verifier sees their {plan.count} or fewer samples otherwise: "
+            "select needs select.undecided=by_rate, or profile with this verifier"
+        )
+    report_failures(Counter(p.failure for p in after if p.failure), len(after), recipe, target)
     return target
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -121,7 +121,7 @@ def _without(lost: Lost) -> Rollout:
 
 
 def judge_all(
-    verifier: Verifier, turns: Sequence[tuple[Case, Action, str]], max_retries: int
+    verifier: Verifier, turns: Sequence[tuple[Case, Action, str]], max_retries: int | Callable[[str], int]
 ) -> list[Verdict | VerifierFault]:
     """Verdicts of (case, action, finish reason); a truncated turn scores 0 whatever it says (A.15 6)."""
     whole = [i for i, (_, _, finish_reason) in enumerate(turns) if finish_reason != "length"]
@@ -135,15 +135,18 @@ def _outcome(result: Verdict | VerifierFault) -> tuple[Verdict | None, str | Non
     return (None, result.kind) if isinstance(result, VerifierFault) else (result, None)
 
 
-def rollout_row(rollout: Rollout) -> dict[str, Any]:
-    """What a profile stores of a rollout."""
-    assert rollout.verdict is not None, "a failed rollout has no row"
+def drawn_row(sample: Sample, text: str, action: Action) -> dict[str, Any]:
+    """What a profile stores of a sampled turn; `judged_row` adds what the verifier said."""
     return {
-        "text": rollout.text,
-        "tokens": len(rollout.sample.token_ids),
-        "log_prob": round(sum(rollout.sample.log_probs), 6),
-        "finish_reason": rollout.sample.finish_reason,
-        "reward": rollout.verdict.reward,
-        "category": rollout.verdict.category,
-        "action": action_to_row(rollout.action),
+        "text": text,
+        "tokens": len(sample.token_ids),
+        "log_prob": round(sum(sample.log_probs), 6),
+        "finish_reason": sample.finish_reason,
+        "action": action_to_row(action),
     }
+
+
+def judged_row(drawn: dict[str, Any], verdict: Verdict) -> dict[str, Any]:
+    """A stored turn with its verdict."""
+    kept = {key: value for key, value in drawn.items() if key not in ("action", "fault")}
+    return {**kept, "reward": verdict.reward, "category": verdict.category, "action": drawn["action"]}

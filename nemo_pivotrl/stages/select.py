@@ -13,6 +13,7 @@ from typing import Any
 
 from nemo_pivotrl import pivotrl, responses
 from nemo_pivotrl.config import Recipe
+from nemo_pivotrl.curtailment import Plan
 from nemo_pivotrl.records import (
     ArtefactWriter,
     Header,
@@ -26,7 +27,7 @@ from nemo_pivotrl.records import (
     read_header,
     read_rows,
 )
-from nemo_pivotrl.stages.profile import profile_of_row, profile_to_row
+from nemo_pivotrl.stages.profile_rows import plan_in, profile_of_row, profile_to_row
 
 DEPTHS = ((0, 0), (1, 1), (2, 2), (3, 4), (5, 8), (9, 16), (17, 10**9))
 
@@ -38,6 +39,7 @@ def select(recipe: Recipe, fresh: bool = False) -> Path:
     check_parent(source, found, recipe.path("candidates.jsonl"))
     profiles = [profile_of_row(row) for row in read_rows(source)]
     train = [p for p in profiles if p.candidate.split == "train"]
+    check_decided(recipe, train, plan_in(found), source)
     held_out = [p for p in profiles if p.candidate.split == "validation" and p.failure is None]
     pivots = pivotrl.select(
         train,
@@ -83,6 +85,31 @@ def select(recipe: Recipe, fresh: bool = False) -> Path:
         f"{len(pivots)} pivots of {len(train)} candidates, {len(held_out)} held-out states; version {version} -> {path}"
     )
     return path
+
+
+def check_decided(recipe: Recipe, train: Sequence[Profile], plan: Plan, source: Path) -> None:
+    """Refuse a rule or lambda_diff that curtailed samples leave open, unless the recipe goes by their rate. Raises InputError."""
+    settings = recipe.select
+    rule: pivotrl.Rule = "adv" if settings.rule == "random" else settings.rule
+    undecided = sum(
+        not plan.decided_at(settings.lambda_diff, rule, settings.inclusive, p.rewards)
+        for p in train
+        if p.failure is None
+    )
+    if not undecided:
+        return
+    if settings.undecided == "by_rate":
+        print(f"{undecided} candidates are not decided by their samples and go by their hit rate so far")
+        return
+    drawn = f"rule {plan.rule}, lambda_diff {plan.lambda_low:g} to {plan.lambda_high:g}"
+    found = (
+        f"{settings.rule} with lambda_diff {settings.lambda_diff:g} is open for {undecided} of {len(train)} candidates"
+    )
+    remedy = (
+        f"the profile was drawn to decide {drawn}: run profile again with this rule or a wider profile.lambda_interval (it keeps "
+        "all samples and adds what is missing), or set select.undecided=by_rate"
+    )
+    raise InputError(Problem(str(source), None, "select.lambda_diff", found, remedy))
 
 
 def _pivot_row(profile: Profile, agent_ref: str) -> dict[str, Any]:

@@ -236,7 +236,7 @@ def fit(
     backend.prepare_for_training(settings.optimizer)
     folder = recipe.path(settings.name)
     first = checkpoint.resume(folder, identity, backend, fresh)
-    log = MetricsLog(folder, first, recipe.logger, dataclasses.asdict(recipe))
+    log = MetricsLog(folder, first, recipe, "sft")
     period = max(recipe.checkpointing.save_period, settings.num_steps // 5)
     tokens = 0.0
     with (

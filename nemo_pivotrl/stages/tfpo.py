@@ -72,7 +72,7 @@ def _train(recipe: Recipe, source: Path, chat: Chat, fresh: bool) -> Path:
     if first > settings.max_num_steps:
         remedy = f"{folder} is already at step {first}; ask for at least that, or add fresh=true"
         raise InputError(Problem("recipe", None, "tfpo.max_num_steps", str(settings.max_num_steps), remedy))
-    log = MetricsLog(folder, first if first else -1, recipe.logger, dataclasses.asdict(recipe))
+    log = MetricsLog(folder, first if first else -1, recipe, "tfpo")
     with (
         spend(Path(recipe.run_dir), f"tfpo {settings.name}") as cost,
         progress(settings.max_num_steps, first, settings.name, "step") as bar,

@@ -84,7 +84,7 @@ def train(recipe: Recipe, fresh: bool = False) -> Path:
                 f"{folder} is already at step {first}; ask for at least that, or add fresh=true",
             )
         )
-    log = MetricsLog(folder, first if first else -1, recipe.logger, dataclasses.asdict(recipe))
+    log = MetricsLog(folder, first if first else -1, recipe, "train")
     with (
         spend(Path(recipe.run_dir), f"train {settings.name}") as cost,
         progress(settings.max_num_steps, first, settings.name, "step") as bar,

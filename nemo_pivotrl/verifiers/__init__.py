@@ -7,6 +7,7 @@ A verifier is a pure function of its inputs. What the policy wrote can at worst 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
@@ -162,16 +163,20 @@ def load_verifier(
 
 
 def verdicts(
-    verifier: Verifier, questions: Sequence[tuple[Case, Action]], max_retries: int = 0
+    verifier: Verifier, questions: Sequence[tuple[Case, Action]], max_retries: int | Callable[[str], int] = 0
 ) -> list[Verdict | VerifierFault]:
-    """Verdicts in the order of the questions, as many at a time as the verifier takes; faults are retried, then returned."""
+    """Verdicts in the order of the questions, as many at a time as the verifier takes; faults are retried, then returned.
+
+    `max_retries` may depend on the kind of fault.
+    """
+    retries = max_retries if callable(max_retries) else lambda kind: max_retries
 
     def one(question: tuple[Case, Action]) -> Verdict | VerifierFault:
-        for attempt in range(max_retries + 1):
+        for attempt in itertools.count():
             try:
                 return verifier.verify(*question)
             except VerifierFault as fault:
-                if attempt == max_retries:
+                if attempt >= retries(fault.kind):
                     return fault
         raise AssertionError("unreachable")
 

@@ -83,7 +83,7 @@ def test_a_profile_over_two_servers_loses_nothing_when_one_is_killed(
     there = pool.log_probs(sequences)
     pool.close()
 
-    recipe = recipe_at(folder, addresses, "vllm.backoff_s=0.05", "profile.candidates_per_wave=4")
+    recipe = recipe_at(folder, addresses, "vllm.backoff_s=0.05", "profile.candidates_per_chunk=4")
     part = folder / "profiles.jsonl.part"
 
     unfinished: list[bool] = []
