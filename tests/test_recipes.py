@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Iterator
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -139,3 +140,14 @@ def test_the_domains_and_models_are_all_there() -> None:
     for part in ("qwen3-8b-1n8g", "swe-fp8", "conversational-fp8", "llama-7b", "tulu-2-70b", "safety"):
         assert part in names
     assert "llmdoctor-nemotron-3-super-120b-a12b" in names
+
+
+def test_the_table_names_every_recipe_and_no_other() -> None:
+    patterns = re.findall(r"`((?:pivotrl|llmdoctor|\*)[/-][^`]*)`", (FOLDER / "README.md").read_text())
+    patterns += [f"{p}-fp8" for p in patterns if p.endswith(("-swe", "-conversational"))]
+    for path in WHOLE:
+        names = (path.stem, f"{path.parent.name}/{path.stem}")
+        assert any(fnmatch(name, pattern) for name in names for pattern in patterns), path.stem
+    every = [n for p in WHOLE for n in (p.stem, f"{p.parent.name}/{p.stem}")]
+    listed = [p for p in patterns if not p.endswith("-fp8")]
+    assert [p for p in listed if not any(fnmatch(name, p) for name in every)] == []
