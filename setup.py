@@ -20,6 +20,7 @@ setup(
         "torch>=2.4",  # both algorithms
         "omegaconf>=2.3",  # recipes; it brings PyYAML
         "numpy>=1.26",
+        "scipy>=1.11",  # intervals of hit rates
         "tqdm>=4.66",
     ],
     extras_require={

@@ -18,12 +18,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 from nemo_pivotrl.pivotrl import Rule, keep, statistics
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Plan:
     """How many rollouts a candidate gets: what selection must be able to decide, and how surely."""
 
@@ -52,8 +52,23 @@ class Plan:
         successes = rewards.count(1.0)
         failures = rewards.count(0.0)
         if successes + failures == len(rewards):
-            return _table(self)[successes][failures]
+            return self._table[successes][failures]
         return 0 if self.settled(rewards) else min(left, max(self.min_wave, 1))
+
+    @cached_property
+    def _table(self) -> tuple[tuple[int, ...], ...]:
+        """[successes][failures] -> samples to ask for: the least number after which the candidate may be finished."""
+        size = self.count
+        nearest = [[0] * (size + 1 - s) for s in range(size + 1)]
+        for drawn in range(size - 1, -1, -1):
+            for s in range(drawn + 1):
+                f = drawn - s
+                finished = self.disagreement(s, f) <= self.error_rate
+                nearest[s][f] = 0 if finished else 1 + min(nearest[s + 1][f], nearest[s][f + 1])
+        return tuple(
+            tuple(min(size - s - f, max(n, self.min_wave)) if n else 0 for f, n in enumerate(row))
+            for s, row in enumerate(nearest)
+        )
 
     def settled(self, rewards: Sequence[float]) -> bool:
         """Whether no outcome of the rest would change the selection, or with an `error_rate` hardly any would.
@@ -144,32 +159,16 @@ def beta_binomial(k: int, n: int, a: float, b: float) -> float:
     return math.exp(ways + log(a + k) + log(b + n - k) - log(a + b + n) - log(a) - log(b) + log(a + b))
 
 
-@lru_cache(maxsize=64)
-def _table(plan: Plan) -> tuple[tuple[int, ...], ...]:
-    """[successes][failures] -> samples to ask for: the least number after which the candidate may be finished."""
-    size = plan.count
-    nearest = [[0] * (size + 1 - s) for s in range(size + 1)]
-    for drawn in range(size - 1, -1, -1):
-        for s in range(drawn + 1):
-            f = drawn - s
-            finished = plan.disagreement(s, f) <= plan.error_rate
-            nearest[s][f] = 0 if finished else 1 + min(nearest[s + 1][f], nearest[s][f + 1])
-    return tuple(
-        tuple(min(size - s - f, max(n, plan.min_wave)) if n else 0 for f, n in enumerate(row))
-        for s, row in enumerate(nearest)
-    )
-
-
 def expected_rollouts(plan: Plan, prior: tuple[float, float]) -> float:
     """Mean rollouts a candidate under hit rates with a Beta(a, b) distribution: what a forecast multiplies."""
     if not plan.curtailed:
         return float(plan.count)
-    table, (a, b), total = _table(plan), prior, 0.0
+    (a, b), total = prior, 0.0
     chance: dict[tuple[int, int], float] = {(0, 0): 1.0}
     while chance:
         (s, f), mass = min(chance.items(), key=lambda kv: sum(kv[0]))
         del chance[s, f]
-        more = table[s][f]
+        more = plan.ask([1.0] * s + [0.0] * f)
         total += mass * more
         for k in range(more + 1) if more else ():
             at = (s + k, f + more - k)
@@ -177,6 +176,7 @@ def expected_rollouts(plan: Plan, prior: tuple[float, float]) -> float:
     return total
 
 
+@lru_cache(maxsize=65536)
 def interval(successes: int, failures: int, confidence: float = 0.95) -> tuple[float, float]:
     """Jeffreys interval of a hit rate: equal tails of Beta(s + 1/2, f + 1/2), its lower end 0 for s = 0, its upper 1 for f = 0.
 

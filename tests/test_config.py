@@ -56,7 +56,7 @@ def test_a_misspelt_key_is_an_error_that_names_the_right_one(tmp_path: Path) -> 
         ("select: {lambda_diff: 1.01}", "select.lambda_diff", "from 0.0 to 1.0"),
         ("select: {lambda_diff: -0.1}", "select.lambda_diff", "from 0.0 to 1.0"),
         ("select: {lambda_diff: .nan}", "select.lambda_diff", "from 0.0 to 1.0"),
-        ("profile: {num_generations: 3}", "profile.num_generations", "at least 4"),
+        ("profile: {num_generations: 3}", "profile.num_generations", "from 4 to 256"),
         ("policy: {optimizer: {lr: -1e-6}}", "policy.optimizer.lr", "from 0.0 to 1.0"),
         ("extract: {min_reward: .nan}", "extract.min_reward", "a number"),
     ],

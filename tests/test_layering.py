@@ -76,6 +76,11 @@ def test_an_algorithm_file_imports_only_torch_the_standard_library_and_records(n
     assert ours(PACKAGE / name) <= {"nemo_pivotrl.records"}
 
 
+def test_curtailment_adds_nothing_but_the_rule_it_curtails() -> None:
+    assert tops(PACKAGE / "curtailment.py") - sys.stdlib_module_names == {"scipy", "nemo_pivotrl"}
+    assert ours(PACKAGE / "curtailment.py") == {"nemo_pivotrl.pivotrl"}
+
+
 def test_backends_import_neither_stages_nor_algorithms_nor_each_other() -> None:
     for path in (PACKAGE / "backends").glob("*.py"):
         allowed = {"nemo_pivotrl.backends", "nemo_pivotrl.config", "nemo_pivotrl.records", "nemo_pivotrl.prefix"}

@@ -19,7 +19,7 @@ from nemo_pivotrl.stages.evaluate import sampled
 from nemo_pivotrl.stages.profile import profile
 from nemo_pivotrl.stages.train import train
 
-MANY = ["profile.max_failure_share=1.0"]
+MANY = ["profile.max_failure_share=1.0", "profile.max_retries=0", "profile.curtail=none"]
 
 
 @pytest.fixture
@@ -51,6 +51,7 @@ def losing(monkeypatch: pytest.MonkeyPatch, every: int) -> None:
 def test_a_profile_excludes_candidates_that_lost_a_turn_and_scores_none_of_them(
     run_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    profile(recipe_at(run_dir, *MANY))
     before = list(read_rows(run_dir / "profiles.jsonl"))
     losing(monkeypatch, every=3 * 8)  # one turn of every third candidate
     profile(recipe_at(run_dir, *MANY), True)
@@ -63,10 +64,10 @@ def test_a_profile_excludes_candidates_that_lost_a_turn_and_scores_none_of_them(
     assert f"excluded: {len(failed)} candidates, sampler_timeout" in capsys.readouterr().out
 
 
-def test_a_profile_that_lost_too_much_stops_at_its_end(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_profile_that_lost_too_much_stops(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     losing(monkeypatch, every=8)
     with pytest.raises(InputError) as caught:
-        profile(recipe_at(run_dir), True)
+        profile(recipe_at(run_dir, "profile.max_retries=0"), True)
     assert caught.value.problems[0].field == "profile.max_failure_share"
 
 

@@ -207,14 +207,13 @@ def test_a_fault_that_stays_excludes_the_candidate_and_is_never_a_zero(
     patched(monkeypatch, times=-1)
     with pytest.raises(InputError, match="max_failure_share"):
         profile(recipe_at(run_dir, "audit.before_profile=false"), fresh=True)
-    rows = [
-        profile_of_row(row) for row in read_rows(run_dir / "profiles.jsonl")
-    ]  # written all the same: nothing is lost
+    profile(recipe_at(run_dir, "audit.before_profile=false", "profile.max_failure_share=1"), fresh=True)
+    rows = [profile_of_row(row) for row in read_rows(run_dir / "profiles.jsonl")]
     failed = [p for p in rows if p.failure]
     assert failed and all(
         p.failure == "judge" and p.candidate.action_name == "find_orders" and not p.samples for p in failed
     )
-    select(recipe_at(run_dir, "select.rule=adv_with_zeros", "select.lambda_diff=1.0"))
+    select(recipe_at(run_dir, "select.rule=adv_with_zeros", "select.lambda_diff=1.0", "select.undecided=by_rate"))
     kept = {row["provenance"]["candidate_id"] for row in read_rows(run_dir / "pivots.jsonl")}
     assert not kept & {p.candidate.candidate_id for p in failed}
 

@@ -35,6 +35,7 @@ from nemo_pivotrl.records import (
     read_rows,
     write_atomically,
 )
+from nemo_pivotrl.stages.dashboards import check_dashboards, log_summary
 from nemo_pivotrl.stages.ledger import spend
 from nemo_pivotrl.stages.rollout import fits, load_chat, load_recipe_verifier, roll_out, sample_seed
 from nemo_pivotrl.stages.select import candidates_of
@@ -50,6 +51,7 @@ def evaluate(recipe: Recipe, fresh: bool = False) -> Path:
     The JSON holds means, intervals and paired differences from the first policy.
     """
     settings, source = recipe.evaluate, recipe.path("candidates.jsonl")
+    check_dashboards(recipe)
     read_header(source, "candidates")
     if not settings.policies:
         raise InputError(
@@ -91,6 +93,7 @@ def evaluate(recipe: Recipe, fresh: bool = False) -> Path:
     summary = summarise(list(read_items(path)), next(iter(settings.policies)), settings.confidence, recipe.seed)
     write_atomically(recipe.path("evaluation.json"), json.dumps(summary, indent=2) + "\n")
     print(table(summary))
+    log_summary(recipe, "evaluate", summary["policies"])
     return path
 
 

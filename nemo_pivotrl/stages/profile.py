@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from nemo_pivotrl import backends
 from nemo_pivotrl.config import Recipe
@@ -31,12 +32,13 @@ from nemo_pivotrl.records import (
     read_rows,
 )
 from nemo_pivotrl.stages.audit import audit_first
-from nemo_pivotrl.stages.candidates import index_candidates
+from nemo_pivotrl.stages.candidates import Index, index_candidates
 from nemo_pivotrl.stages.chunks import Parts, Shard
+from nemo_pivotrl.stages.dashboards import check_dashboards, log_summary
 from nemo_pivotrl.stages.ledger import spend
 from nemo_pivotrl.stages.profile_rows import plan_in
 from nemo_pivotrl.stages.profile_statistics import summarise, summary_text
-from nemo_pivotrl.stages.profile_work import Job, Work, draw_wave, judge_wave, retries_of, too_many, transient
+from nemo_pivotrl.stages.profile_work import Job, Work, draw_wave, judge_wave, render, retries_of, too_many, transient
 from nemo_pivotrl.stages.rollout import load_chat, load_recipe_verifier, sampling
 from nemo_pivotrl.stages.waves import pump
 
@@ -51,6 +53,7 @@ def profile(recipe: Recipe, fresh: bool = False, shard: Shard | None = None) -> 
     if fresh and shard:
         remedy = "the other shards' work would go with it: remove the folder profiles.parts before all of them start"
         raise InputError(Problem("command line", None, "fresh=true", f"with --shard {shard.number}/{shard.of}", remedy))
+    check_dashboards(recipe)
     path, job = recipe.path("profiles.jsonl"), prepare(recipe)
     if not fresh and path.exists() and not _reopened(recipe, job, path):
         return _complete(recipe, path)
@@ -63,7 +66,7 @@ def profile(recipe: Recipe, fresh: bool = False, shard: Shard | None = None) -> 
             print(f"shard {shard.number}/{shard.of} is done; {told}")
             return parts.folder
         _merge(recipe, job, parts, path)
-    tell(recipe, path)
+    log_summary(recipe, "profile", tell(recipe, path))
     return path
 
 
@@ -78,7 +81,7 @@ def merge(recipe: Recipe, fresh: bool = False) -> Path:
         raise InputError(Problem(str(folder), None, "folder", "no such folder", remedy))
     with closing(open_parts(recipe, job, Shard(), False)) as parts:
         _merge(recipe, job, parts, path)
-    tell(recipe, path)
+    log_summary(recipe, "profile", tell(recipe, path))
     return path
 
 
@@ -206,16 +209,21 @@ def _merge(recipe: Recipe, job: Job, parts: Parts, path: Path) -> None:
         )
         found = f"{len(missing)} of {parts.chunks} chunks are missing: {_whose(parts, missing)}"
         raise InputError(Problem(str(parts.folder), None, "chunks", found, remedy))
+    merge_chunks(job.header, job.index, parts, path)
+    recipe.path("profiles.earlier.jsonl").unlink(missing_ok=True)
+    parts.remove()
+
+
+def merge_chunks(header: Header, index: Index, parts: Parts, path: Path) -> None:
+    """All chunks in order as one artefact, by rename. Raises InputError for a damaged one."""
     part = path.with_name(path.name + ".part")
     with part.open("wb") as file:
-        file.write(job.header.to_line().encode())
+        file.write(header.to_line().encode())
         for number in range(parts.chunks):
-            file.writelines(parts.rows(number, job.index.rows_of(number), job.index.ids[number]))
+            file.writelines(parts.rows(number, index.rows_of(number), index.ids[number]))
         file.flush()
         os.fsync(file.fileno())
     os.replace(part, path)
-    recipe.path("profiles.earlier.jsonl").unlink(missing_ok=True)
-    parts.remove()
 
 
 # ---- drawing, and what is told before and after ----
@@ -233,7 +241,7 @@ def _run(recipe: Recipe, job: Job, parts: Parts) -> None:
     print(forecast(recipe, job, parts))
     sampler = backends.load_sampler(recipe.policy, recipe.megatron, recipe.vllm)
     concurrency = backends.concurrency_of(sampler)
-    work = Work(recipe, job, parts, together=concurrency == 1)
+    work = Work(recipe, job.index, job.plan, parts, concurrency == 1, partial(render, job.chat))
     with spend(Path(recipe.run_dir), "profile") as cost:
         try:
             draw = partial(draw_wave, recipe, job, sampler)
@@ -262,12 +270,13 @@ def forecast(recipe: Recipe, job: Job, parts: Parts) -> str:
     )
 
 
-def tell(recipe: Recipe, path: Path) -> None:
-    """Print the statistics of a finished profile. Raises InputError when too much of it failed."""
+def tell(recipe: Recipe, path: Path) -> dict[str, Any]:
+    """Print the statistics of a finished profile, and return them. Raises InputError when too much of it failed."""
     header = read_header(path, "profiles")
     summary = summarise(path, plan_in(header))
     print(summary_text(summary))
     report_failures(Counter(summary["failures"]), summary["candidates"], recipe, path)
+    return summary
 
 
 def report_failures(failures: Counter[str], candidates: int, recipe: Recipe, path: Path) -> None:

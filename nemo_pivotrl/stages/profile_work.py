@@ -22,7 +22,7 @@ from nemo_pivotrl.stages.candidates import Index
 from nemo_pivotrl.stages.chunks import Journal, Parts
 from nemo_pivotrl.stages.profile_rows import drawn_of_row, member_line
 from nemo_pivotrl.stages.progress import progress
-from nemo_pivotrl.stages.rollout import SUSPICIOUS_GROUPS, drawn_row, judge_all, judged_row, sample_seed
+from nemo_pivotrl.stages.rollout import SUSPICIOUS_GROUPS, drawn_row, judge_all, judged_row, sample_seeds
 from nemo_pivotrl.stages.waves import Judged, Member, Unit, Wave, units_of
 from nemo_pivotrl.verifiers import Bounded, Verifier, VerifierFault
 
@@ -47,18 +47,18 @@ class Job:
 def draw_wave(recipe: Recipe, job: Job, sampler: Sampler, wave: Wave) -> list[list[Sample | Lost]]:
     """One wave's samples, group by group; none of a state that does not fit the context, or of what only lacks its verdict."""
     for member, _ in wave:
-        render(member, job.chat)
+        render(job.chat, member)
         if member.prompt_tokens + recipe.policy.generation.max_new_tokens > recipe.policy.max_total_sequence_length:
             member.failure = "context_overflow"
     asked = [(m, [k for k in ks if k not in m.unjudged]) for m, ks in wave]
     inside = [(m, ks) for m, ks in asked if ks and m.failure is None]
-    seeds = [[sample_seed("profile", recipe.seed, m.state.candidate_id, k) for k in ks] for m, ks in inside]
+    seeds = [sample_seeds(("profile", recipe.seed, m.candidate_id), ks) for m, ks in inside]
     prompts = [list(m.prompt or ()) for m, _ in inside]
     drawn = iter(sampler.infer(prompts, seeds, job.chat.stop_ids, recipe.policy.generation) if inside else [])
     return [next(drawn) if ks and m.failure is None else [] for m, ks in asked]
 
 
-def render(member: Member, chat: Chat) -> None:
+def render(chat: Chat, member: Member) -> None:
     """Read a member's candidate and tokenise its prompt, where that is not done."""
     if member.candidate is None or member.prompt is None:
         member.candidate = responses.candidate_of_row(json.loads(member.line))
@@ -106,8 +106,12 @@ def retries_of(settings: ProfileStage, kind: str) -> int:
 class Work:
     """One process's chunks: units for the pump, what comes back into journals, finished chunks into the folder."""
 
-    def __init__(self, recipe: Recipe, job: Job, parts: Parts, together: bool):
-        self.recipe, self.job, self.parts, self.together = recipe, job, parts, together
+    def __init__(
+        self, recipe: Recipe, index: Index, plan: Plan, parts: Parts, together: bool, measure: Callable[[Member], None]
+    ):
+        self.recipe, self.index, self.plan, self.parts, self.together = recipe, index, plan, parts, together
+        self.measure = measure
+        """Finds out how long a member's prompt is, where all of its rollouts were there already."""
         self.open: dict[int, tuple[list[Member], Journal, int]] = {}
         """Chunk to its members, its journal, and units that are not finished."""
         self.spent: Counter[str] = Counter()
@@ -134,25 +138,25 @@ class Work:
 
     def members(self, number: int) -> list[Member]:
         """A chunk's candidates with the rollouts that an earlier profile has of them."""
-        settings, plan = self.recipe.profile, self.job.plan
+        settings, plan = self.recipe.profile, self.plan
         every = dataclasses.replace(plan, curtailed=False)
         made = []
-        for place, entry in enumerate(self.job.index.read(number)):
+        for place, entry in enumerate(self.index.read(number)):
             control = is_control(self.recipe.seed, entry.candidate_id, settings.control_share)
-            member = Member(place, entry.line, entry.trajectory_id, every if control else plan)
-            for k, row in self.earlier.rollouts(self.job.index.place(number, place)):
+            member = Member(place, entry.line, entry.candidate_id, entry.trajectory_id, every if control else plan)
+            for k, row in self.earlier.rollouts(self.index.place(number, place)):
                 member.add(k, row)
             made.append(member)
         return made
 
     def go(self, waves: Iterable[tuple[Unit, Judged]]) -> None:
         """Take every wave in. Raises InputError when too much fails, or when samples repeat as if seeds did."""
-        total = sum(self.job.index.rows_of(n) for n in range(self.parts.chunks))
-        done = total - sum(self.job.index.rows_of(n) for n in self.parts.missing())
+        total = sum(self.index.rows_of(n) for n in range(self.parts.chunks))
+        done = total - sum(self.index.rows_of(n) for n in self.parts.missing())
         with progress(total, done, "profile", "cand") as bar:
             for unit, judged in waves:
                 self.take(unit, judged)
-                if not unit.wave():
+                if not unit.wave:
                     self.finish(unit)
                     bar.update(len(unit.members))
                     bar.set_postfix(self.shown(), refresh=False)
@@ -190,12 +194,13 @@ class Work:
                 self.spent["faults"] += 1
         if lines:
             self.open[unit.chunk][1].write(lines)
+        unit.advance()
 
     def finish(self, unit: Unit) -> None:
         """Count a finished unit, and publish its chunk when it was the last one."""
         for member in unit.members:
-            if not member.prompt_tokens:  # all of it was there already
-                render(member, self.job.chat)
+            if not member.prompt_tokens:
+                self.measure(member)
             member.candidate = member.prompt = None  # the chunk may wait for others for long
             if member.failure is not None:
                 self.failed[member.failure] += 1
@@ -211,13 +216,13 @@ class Work:
             remedy = "the sampler ignores the per-sample seed; drop request seeds from the rows and check the backend"
             raise InputError(Problem("sampler", None, "samples", found, remedy))
         journal.close()
-        self.parts.publish(unit.chunk, [member_line(m, self.job.plan) for m in members], self.job.index.ids[unit.chunk])
+        self.parts.publish(unit.chunk, [member_line(m, self.plan) for m in members], self.index.ids[unit.chunk])
         del self.open[unit.chunk]
 
     def stop_if_too_much_failed(self) -> None:
         """End a run whose failures have outgrown their budget; what was drawn is kept, and what failed is tried again."""
         faults = sum(count for kind, count in self.failed.items() if transient(kind))
-        of = max(self.spent["candidates"], min(JUDGED_BEFORE_STOPPING, len(self.job.index)))
+        of = max(self.spent["candidates"], min(JUDGED_BEFORE_STOPPING, len(self.index)))
         if faults > self.recipe.profile.max_failure_share * of:
             raise InputError(too_many(str(self.parts.folder), faults, self.spent["candidates"], self.failed))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,6 +54,16 @@ def load_recipe_verifier(recipe: Recipe) -> tuple[Bounded, str]:
 def sample_seed(*parts: object) -> int:
     """A 64-bit seed that depends on its parts alone: the same rollout is drawn whatever ran before it."""
     return int.from_bytes(hashlib.sha256(" ".join(map(str, parts)).encode()).digest()[:8], "big")
+
+
+def sample_seeds(parts: Sequence[object], last: Iterable[int]) -> list[int]:
+    """`sample_seed(*parts, k)` of every k in `last`, with the parts hashed once."""
+    begun, seeds = hashlib.sha256((" ".join(map(str, parts)) + " ").encode()), []
+    for k in last:
+        whole = begun.copy()
+        whole.update(b"%d" % k)
+        seeds.append(int.from_bytes(whole.digest()[:8], "big"))
+    return seeds
 
 
 def sampling(generation: Generation) -> dict[str, float]:

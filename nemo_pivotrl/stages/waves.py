@@ -38,6 +38,7 @@ class Member:
     """In its chunk."""
     line: bytes
     """Its row in the candidates file."""
+    candidate_id: str
     trajectory_id: str
     plan: Plan
     candidate: Candidate | None = None
@@ -58,6 +59,8 @@ class Member:
     """Why it is given up."""
     repeats: dict[int, tuple[str, float]] = field(default_factory=dict)
     """k -> text and log-probability, to find samplers that ignore their seeds."""
+    end: int = 0
+    """After the greatest k that was drawn or tried."""
 
     @property
     def state(self) -> Candidate:
@@ -69,18 +72,16 @@ class Member:
         """The k that are to be drawn or judged next; none when the candidate is finished."""
         if self.failure is not None:
             return []
-        drawn = len(self.rewards)
-        if self.faults or self.unjudged or (drawn and max(self.rewards) >= drawn):
-            end = max((*self.rewards, *self.faults, *self.unjudged)) + 1
-            if open_again := [k for k in range(end) if k not in self.rewards]:
-                return open_again
-        return list(range(drawn, drawn + self.plan.ask([self.rewards[k] for k in range(drawn)])))
+        if self.end > len(self.rewards):
+            return [k for k in range(self.end) if k not in self.rewards]
+        return list(range(self.end, self.end + self.plan.ask(list(self.rewards.values()))))
 
     def add(self, k: int, row: dict[str, Any]) -> bytes:
         """Take a rollout in, judged or not; its JSON."""
         self.rows[k] = found = json_bytes(row)
         self.tokens[k] = row["tokens"]
         self.repeats[k] = (row["text"], row["log_prob"])
+        self.end = max(self.end, k + 1)
         if "reward" in row:
             self.rewards[k] = row["reward"]
             self.unjudged.pop(k, None)
@@ -91,6 +92,7 @@ class Member:
     def fail(self, k: int, kind: str, retries: int) -> None:
         """Count a fault; the candidate is given up when there are more of them than `retries`."""
         self.faults[k] += 1
+        self.end = max(self.end, k + 1)
         if self.faults[k] > retries:
             self.failure = kind
 
@@ -101,20 +103,31 @@ class Member:
         return (len(self.repeats) - 1) * next(iter(self.repeats.values()))[1] < SUSPICIOUS
 
 
+Wave = list[tuple[Member, list[int]]]
+"""Members and which of their rollouts are drawn together."""
+
+
 @dataclass(slots=True)
 class Unit:
     """Candidates that draw together: all of a chunk, or with servers those of one trajectory in it."""
 
     chunk: int
     members: list[Member]
+    wave: Wave = field(default_factory=list)
+    """Who draws what next; nobody when the unit is finished."""
+    _open: list[Member] = field(default_factory=list)
 
-    def wave(self) -> list[tuple[Member, list[int]]]:
-        """Who draws what next; nobody when the unit is finished."""
-        asked = [(member, member.asks()) for member in self.members]
-        return [(member, ks) for member, ks in asked if ks]
+    def __post_init__(self) -> None:
+        self._open = self.members
+        self.advance()
+
+    def advance(self) -> None:
+        """Ask every member anew, when a wave was taken in."""
+        asked = [(member, member.asks()) for member in self._open]
+        self.wave = [(member, ks) for member, ks in asked if ks]
+        self._open = [member for member, _ in self.wave]
 
 
-Wave = list[tuple[Member, list[int]]]
 Judged = list[tuple[Member, int, dict[str, Any]]]
 """A member's k-th rollout as a profile keeps it. With a `fault` in place of its verdict, or of all of it, it is tried again."""
 
@@ -126,7 +139,7 @@ def pump(
     concurrency: int = 1,
     under_way: Callable[[], int] = lambda: 0,
 ) -> Iterator[tuple[Unit, Judged]]:
-    """Waves of all units as they are judged, each of which the caller takes in before the next one is asked for.
+    """Waves of all units as they are judged. The caller takes each in and has its unit `advance`, before it asks for the next.
 
     concurrency: rollouts that are drawn at a time. 1: `draw` is called in this thread alone, one wave after another; else in threads,
     as many as keep so many rollouts `under_way`, which counts those that were asked for and have not come. A unit that is
@@ -151,15 +164,14 @@ def pump(
                 unit = next(units, END)
                 more, stalled = unit is not END, unit is None
                 if isinstance(unit, Unit):
-                    if unit.wave():
+                    if unit.wave:
                         ready.append(unit)
                     else:
                         yield unit, []
                     continue
             if ready and room():
                 unit = ready.popleft()
-                wave = unit.wave()
-                job = pool.submit(judge, wave, draw(wave)) if here else pool.submit(whole, wave)
+                job = pool.submit(judge, unit.wave, draw(unit.wave)) if here else pool.submit(whole, unit.wave)
                 job.add_done_callback(partial(_hand_over, ended, unit))
                 running += 1
                 if ended.empty():
@@ -168,7 +180,7 @@ def pump(
                 unit, job = found
                 running -= 1
                 yield unit, job.result()
-                if unit.wave():
+                if unit.wave:
                     ready.append(unit)
     finally:
         pool.shutdown(wait=False, cancel_futures=True)

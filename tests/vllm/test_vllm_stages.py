@@ -61,7 +61,8 @@ def test_profile_and_train_through_the_engine(started: Path, tmp_path: Path) -> 
     recipe = recipe_at(folder, "loss_fn.max_sampler_mismatch=1e-4", "loss_fn.seq_logprob_error_threshold=2.0")
     profile(recipe)
     rows = list(read_rows(folder / "profiles.jsonl"))
-    assert rows and not any(row["profile"]["failure"] for row in rows) and all(len(r["samples"]) == 4 for r in rows)
+    assert rows and not any(row["profile"]["failure"] for row in rows)
+    assert {len(r["samples"]) for r in rows} <= {2, 3, 4} and any(len(r["samples"]) < 4 for r in rows), "it is curtailed"
     assert any(0 < row["pass_rate"] < 1 for row in rows)
     select(recipe)
     with torch.enable_grad():
@@ -84,16 +85,16 @@ def test_a_profile_over_two_servers_loses_nothing_when_one_is_killed(
     pool.close()
 
     recipe = recipe_at(folder, addresses, "vllm.backoff_s=0.05", "profile.candidates_per_chunk=4")
-    part = folder / "profiles.jsonl.part"
+    parts = folder / "profiles.parts"
 
     unfinished: list[bool] = []
 
     def kill() -> None:
         deadline = time.monotonic() + 60
-        while time.monotonic() < deadline and not (part.exists() and part.stat().st_size > 2000):
+        while time.monotonic() < deadline and not (parts.exists() and list(parts.glob("*.jsonl"))):
             time.sleep(0.002)
         servers[1].kill()
-        unfinished.append(part.exists())
+        unfinished.append(parts.exists())
 
     killer = threading.Thread(target=kill)
     killer.start()
@@ -104,7 +105,7 @@ def test_a_profile_over_two_servers_loses_nothing_when_one_is_killed(
     rows = list(read_rows(folder / "profiles.jsonl"))
     candidates = list(read_rows(folder / "candidates.jsonl"))
     assert len(rows) == len(candidates) and not any(row["profile"]["failure"] for row in rows)
-    assert all(len(row["samples"]) == 4 and all(s["tokens"] > 0 for s in row["samples"]) for row in rows)
+    assert all(row["samples"] and all(s["tokens"] > 0 for s in row["samples"]) for row in rows)
 
     # the one that is left serves training: refitted after every step, and the trainer agrees with it
     from nemo_pivotrl import backends
