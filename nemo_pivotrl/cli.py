@@ -62,6 +62,8 @@ STAGES = {
 }
 TOOLS = {
     "env": "what is installed here, and which recipes could run: env [--json] [FOLDER]",
+    "plan": "will it fit, and what will it cost: plan RECIPE [key=value ...] [--json]",
+    "preflight": "what would stop a stage, all at once: preflight RECIPE [STAGE] [key=value ...]",
     "verify": "score rows of a file: verify --verifier NAME [--set key=value ...] IN.jsonl OUT.jsonl",
     "serve-verifier": "serve a verifier to NeMo-Gym: serve-verifier --verifier NAME [--port N]",
     "serve": "serve the policy, or the patient with its doctors, by vLLM: serve RECIPE [key=value ...] [--port N] [--refit]",
@@ -70,6 +72,8 @@ TOOLS = {
 """Commands that are no stage: they take files or requests, not artefacts."""
 EXPORTS = ("nemo-gym", "nemo-rl", "nemotron")
 """`export nemo-rl RECIPE` is `export RECIPE export.target=nemo-rl`."""
+CHECKED = ("profile", "sft", "train", "rank", "reward", "tfpo", "decode", "assess")
+"""Stages that load a model which must be there already: `stages/preflight.py` looks at all they need before they begin."""
 BAD_INPUT = 2
 STARTED = frozenset({"RANK", "WORLD_SIZE", "SLURM_STEP_ID"})
 """Variables of torchrun and srun: without one of them this is the only process, and launch.py, a second's import, is not asked."""
@@ -105,7 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments and arguments[0] in TOOLS:
         tool, rest = arguments[0], spread_settings(arguments[1:])
-        options = tool_parser(tool).parse_args(rest)
+        options = tool_parser(tool).parse_intermixed_args(rest)
         return guarded(tool, lambda: run_tool(tool, options))
     if len(arguments) > 1 and arguments[0] == "export" and arguments[1] in EXPORTS:
         arguments = [arguments[0], *arguments[2:], f"export.target={arguments[1]}"]
@@ -148,6 +152,16 @@ def guarded(command: str, run: Callable[[], int | None]) -> int:
 def tool_parser(tool: str) -> argparse.ArgumentParser:
     """The command line of a command that is no stage."""
     made = argparse.ArgumentParser(prog=f"nemo-pivotrl {tool}", description=TOOLS[tool])
+    if tool in ("plan", "preflight"):
+        made.add_argument("recipe", metavar="RECIPE", help="YAML recipe")
+        what = "override a setting of the recipe"
+        if tool == "preflight":
+            what = f"which stage ({', '.join(CHECKED)}; default: the algorithm's main ones), and {what}"
+        made.add_argument("overrides", nargs="*", metavar="key=value", help=what)
+    if tool == "plan":
+        made.add_argument("--json", action="store_true", help="print JSON")
+    if tool in ("plan", "preflight"):
+        return made
     if tool == "env":
         made.add_argument("folder", nargs="?", default="recipes", metavar="FOLDER", help="recipes (default: recipes)")
         made.add_argument("--json", action="store_true", help="print JSON")
@@ -190,8 +204,8 @@ def spread_settings(arguments: Sequence[str]) -> list[str]:
     return spread
 
 
-def run_tool(tool: str, options: argparse.Namespace) -> None:
-    """Run a command that is no stage."""
+def run_tool(tool: str, options: argparse.Namespace) -> int | None:
+    """Run a command that is no stage; an exit code, if it is not 0."""
     from pathlib import Path
 
     from nemo_pivotrl.recipe import load_recipe, verifier_settings
@@ -204,17 +218,23 @@ def run_tool(tool: str, options: argparse.Namespace) -> None:
         machine = look(not options.no_imports)
         recipes = survey(Path(options.folder), machine)
         print(json.dumps(as_json(machine, recipes), indent=1) if options.json else as_text(machine, recipes))
-        return
+        return None
+    if tool == "plan":
+        return run_plan(options)
+    if tool == "preflight":
+        return run_preflight(options)
     if tool == "serve":
         from nemo_pivotrl.stages.serve_engine import serve as serve_engine
 
-        return serve_engine(load_recipe(options.recipe, options.overrides), options.host, options.port, options.refit)
+        serve_engine(load_recipe(options.recipe, options.overrides), options.host, options.port, options.refit)
+        return None
     if tool == "serve-guided":
         recipe = load_recipe(options.recipe, options.overrides)
         with missing_module(tool, {"starlette": "serve", "uvicorn": "serve"}, "reference"):
             from nemo_pivotrl.stages.serve_guided import serve as serve_guided
 
-            return serve_guided(recipe, options.host, options.port)
+            serve_guided(recipe, options.host, options.port)
+        return None
     settings = verifier_settings(options.verifier, options.compat, options.set)
     with missing_module(tool, {"starlette": "serve", "uvicorn": "serve"}, "verifiers"):
         if tool == "verify":
@@ -226,6 +246,46 @@ def run_tool(tool: str, options: argparse.Namespace) -> None:
             from nemo_pivotrl.stages.serve import serve
 
             serve(settings, options.host, options.port)
+    return None
+
+
+def run_plan(options: argparse.Namespace) -> int:
+    """Print the plan; 2 where the recipe cannot run as it is."""
+    import json
+
+    from nemo_pivotrl.recipe import load_recipe
+    from nemo_pivotrl.stages.plan import plan
+    from nemo_pivotrl.stages.plan_text import as_json, as_text
+
+    recipe = load_recipe(options.recipe, options.overrides)
+    verdict = plan(recipe)
+    found = as_json(recipe, options.recipe, verdict) if options.json else as_text(recipe, options.recipe, verdict)
+    print(json.dumps(found, indent=1) if options.json else found)
+    return 0 if verdict.good else BAD_INPUT
+
+
+def run_preflight(options: argparse.Namespace) -> int:
+    """Print what would stop the stages, or that nothing would. Raises InputError with all of it."""
+    from nemo_pivotrl.recipe import load_recipe
+    from nemo_pivotrl.records import Problem
+
+    named = [word for word in options.overrides if "=" not in word]
+    if wrong := [word for word in named if word not in CHECKED]:
+        problem = Problem("command line", None, "STAGE", " ".join(wrong), f"use one of {', '.join(CHECKED)}")
+        raise InputError(problem)
+    recipe = load_recipe(options.recipe, [word for word in options.overrides if "=" in word])
+    with missing_module("preflight", {"httpx": "verifiers", "openapi_schema_validator": "verifiers"}, "reference"):
+        from nemo_pivotrl.stages.preflight import caught, port_problems, preflight, stages_of
+
+        world = here().world if os.environ.keys() & STARTED else 1
+        problems = port_problems()
+        stages = named or stages_of(recipe)
+        for stage in stages:
+            problems += caught(preflight, recipe, stage, world)[1]
+    if problems:
+        raise InputError(list(dict.fromkeys(problems)))
+    print(f"nothing stands in the way of {', '.join(stages)}")
+    return 0
 
 
 @contextlib.contextmanager
@@ -266,6 +326,10 @@ def run_stage(stage: str, recipe: Recipe, fresh: bool, shard: str | None = None)
 
     def call() -> None:
         with missing_module(f"stage {stage}", extras, "reference"):
+            if stage in CHECKED:
+                from nemo_pivotrl.stages.preflight import preflight
+
+                preflight(recipe, stage, here().world if os.environ.keys() & STARTED else 1)
             getattr(import_module(module), function)(recipe, fresh, **more)
 
     if os.environ.keys() & STARTED and (place := here()).world > 1:

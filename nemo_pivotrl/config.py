@@ -89,7 +89,8 @@ class Megatron:
     """How the `megatron` backend spreads a model and in which precision it computes. Names are Megatron's own."""
 
     tensor_model_parallel_size: int = ranged(1, 1)
-    """Ranks that share each layer's matrices. At most the model's key-value heads and, in a hybrid, its Mamba groups."""
+    """Ranks that share each layer's matrices. It divides the model's key-value heads or is a multiple of them; in a hybrid it
+    divides the Mamba groups."""
     pipeline_model_parallel_size: int = ranged(1, 1)
     """Ranks that hold consecutive layers; must divide the number of layers."""
     context_parallel_size: int = ranged(1, 1)
@@ -103,6 +104,8 @@ class Megatron:
     `tensor_model_parallel_size` above 1 needs it."""
     use_distributed_optimizer: bool = True
     """Spread the optimiser's state over the data-parallel ranks."""
+    grad_reduce_in_fp32: bool = True
+    """Keep and sum gradients in float32; false: in the weights' precision, for half the memory."""
     sequence_packing: bool = False
     """Lay the rows of a micro-batch one after another into one stream instead of padding them to the longest. Not for models
     with Mamba layers."""
@@ -743,6 +746,49 @@ class Logger:
     """Server or database (sqlite:////PATH/mlflow.db); empty: MLFLOW_TRACKING_URI, else a database in the working directory."""
 
 
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Cluster:
+    """The machines that a recipe is meant for. `plan` and the pre-flight check read it; nothing is started by it."""
+
+    num_nodes: int = ranged(1, 1)
+    generation_nodes: int = ranged(0, 0)
+    """Of them, those whose GPUs serve rollouts and train nothing (`vllm.servers`)."""
+    gpus_per_node: int = ranged(8, 1)
+    gpu: Literal["a100", "h100", "h200", "b200"] = "h100"
+    """The 80 GB forms of the first two, H200 with 141 GB, B200 with 180 GB."""
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Plan:
+    """What `plan` cannot know and has to be told. It prints every one of these beside the figures that rest on it."""
+
+    candidates: int = ranged(0, 0)
+    """States to profile, or preference pairs to score; 0: as many as the run folder's artefact holds."""
+    mean_prompt_tokens: int = ranged(0, 0)
+    """0: a quarter of the longest sequence, `max_total_sequence_length`."""
+    mean_response_tokens: int = ranged(0, 0)
+    """0: a quarter of the longest answer."""
+    pivots_per_trajectory: int = ranged(4, 1)
+    """Pivots of one trajectory in a training step, whose prompts are prefixes of each other."""
+    rollout_share: float = ranged(0.0, 0.0, 1.0)
+    """Of K rollouts a candidate, those that are run until its selection is known; 0: as `profile.curtail` expects under
+    `profile.prior`."""
+    expert_imbalance: float = ranged(1.2, 1.0)
+    """Tokens that the busiest rank's experts get, over the mean."""
+    reserve_gib: float = ranged(4.0, 0.0)
+    """What a GPU keeps from tensors: CUDA context, NCCL's and Transformer Engine's buffers, fragmentation."""
+    train_mfu: float = ranged(0.2, 0.001, 1.0)
+    """Share of the GPUs' peak that training reaches; a guess, as the next two, until a run of yours has measured it."""
+    prefill_mfu: float = ranged(0.3, 0.001, 1.0)
+    """The same of reading prompts and of scoring."""
+    decode_efficiency: float = ranged(0.3, 0.001, 1.0)
+    """Share of the memory's bandwidth that decoding reaches."""
+    rollouts_per_gpu_hour: float = ranged(0.0, 0.0)
+    """Measured speed of rollouts; 0: estimated from the three above."""
+    gpu_hour_price: float = ranged(0.0, 0.0)
+    """In any currency; 0: no costs are shown."""
+
+
 # ---- LLMdoctor; `B.9 n` is a row of Part B's table of choices ----
 
 
@@ -848,6 +894,8 @@ class Recipe:
     tfpo: Tfpo = field(default_factory=Tfpo)
     manners: Manners = field(default_factory=Manners)
     checkpointing: Checkpointing = field(default_factory=Checkpointing)
+    cluster: Cluster = field(default_factory=Cluster)
+    plan: Plan = field(default_factory=Plan)
     evaluate: Evaluate = field(default_factory=Evaluate)
     decode: Decode = field(default_factory=Decode)
     assess: Assess = field(default_factory=Assess)

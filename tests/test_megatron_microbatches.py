@@ -7,7 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nemo_pivotrl.backends.megatron.microbatches import context_part, lay_out, multiple_of, round_up, schedule
+from nemo_pivotrl.backends.megatron.legality import multiple_of, round_up
+from nemo_pivotrl.backends.megatron.microbatches import context_part, lay_out, schedule
 
 
 @given(

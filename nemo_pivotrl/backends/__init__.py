@@ -106,7 +106,7 @@ class Scorer(Protocol):
 
 def load(policy: Policy, megatron: Megatron = DEFAULT, with_reference: bool = False, vllm: Vllm = NO_VLLM) -> Backend:
     """The backend a recipe names, with its start policy loaded. Raises InputError when something is missing."""
-    _there("policy.model_name", policy.model_name, "give an HF checkpoint folder, or run the warmup stage first")
+    there("policy.model_name", policy.model_name, "give an HF checkpoint folder, or run the warmup stage first")
     if policy.sampler == "vllm":
         trainer = load(replace(policy, sampler="backend"), megatron, with_reference)
         with _installed("policy.sampler", "vllm"):
@@ -123,7 +123,7 @@ def load_sampler(policy: Policy, megatron: Megatron = DEFAULT, vllm: Vllm = NO_V
     """What samples from the policy in `policy.model_name`, and needs not train it. Raises InputError."""
     if policy.sampler == "backend":
         return load(policy, megatron)
-    _there("policy.model_name", policy.model_name, "give an HF checkpoint folder, or run the warmup stage first")
+    there("policy.model_name", policy.model_name, "give an HF checkpoint folder, or run the warmup stage first")
     if vllm.servers:
         with _installed("vllm.servers", "vllm"):
             from nemo_pivotrl.backends.vllm_servers import Servers
@@ -160,7 +160,7 @@ def shut_down_engines() -> None:
         sys.modules["nemo_pivotrl.backends.vllm"].shut_down()
 
 
-def _there(field: str, folder: str, remedy: str) -> None:
+def there(field: str, folder: str, remedy: str) -> None:
     if not Path(folder, "config.json").exists():
         raise InputError(Problem("recipe", None, field, folder or "nothing", remedy))
 
@@ -168,7 +168,7 @@ def _there(field: str, folder: str, remedy: str) -> None:
 def load_scorer(patient: Patient, megatron: Megatron = DEFAULT, vllm: Vllm = NO_VLLM) -> Scorer:
     """The scorer for a patient, with its weights loaded. Raises InputError when something is missing."""
     if patient.backend != "reference":
-        _there("patient.model_name", patient.model_name, "give an HF checkpoint folder")
+        there("patient.model_name", patient.model_name, "give an HF checkpoint folder")
     if patient.backend == "vllm":
         return cast("Scorer", load_sampler(as_policy(patient), megatron, vllm))
     if patient.backend == "megatron":
@@ -181,7 +181,7 @@ def load_scorer(patient: Patient, megatron: Megatron = DEFAULT, vllm: Vllm = NO_
 def load_doctor(doctor: Policy, anchored: bool, megatron: Megatron = DEFAULT) -> DoctorModel:
     """The doctor's start model with its head; `anchored` keeps the start model as reference. Raises InputError."""
     remedy = "give an HF checkpoint folder of a small model with the patient's tokenizer"
-    _there("doctor.model_name", doctor.model_name, remedy)
+    there("doctor.model_name", doctor.model_name, remedy)
     if doctor.backend == "megatron":
         return cast("DoctorModel", _spread("doctor", doctor, megatron, anchored))
     from nemo_pivotrl.backends.reference_doctor import DoctorModel
@@ -191,7 +191,7 @@ def load_doctor(doctor: Policy, anchored: bool, megatron: Megatron = DEFAULT) ->
 
 def load_guided_engine(patient: Patient, decode: Decode, vllm: Vllm, *rest: Any) -> GuidedEngine:
     """The patient inside vLLM with its doctors; rest: tokenizer, stop ids, spans. Raises InputError."""
-    _there("patient.model_name", patient.model_name, "give an HF checkpoint folder")
+    there("patient.model_name", patient.model_name, "give an HF checkpoint folder")
     if vllm.servers:
         remedy = "decode runs an engine of its own; ask a server that `nemo-pivotrl serve` started by its HTTP API"
         raise InputError(Problem("recipe", None, "vllm.servers", ", ".join(vllm.servers), remedy))
@@ -243,7 +243,17 @@ def identity_of(model: Policy, megatron: Megatron) -> dict[str, Any]:
     """Settings of the `megatron` section that change what a model computes beyond rounding; its layout does not."""
     if model.backend != "megatron":
         return {}
-    layout = ("_parallel", "use_distributed", "dispatcher", "grouped", "recompute", "chunk", "cpu", "timeout")
+    layout = (
+        "_parallel",
+        "use_distributed",
+        "dispatcher",
+        "grouped",
+        "recompute",
+        "chunk",
+        "grad_reduce",
+        "cpu",
+        "timeout",
+    )
     return {name: value for name, value in asdict(megatron).items() if not any(part in name for part in layout)}
 
 

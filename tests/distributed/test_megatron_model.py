@@ -19,6 +19,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "w1": (1, {}),
     "tp2": (2, {TP: 2}),
     "tp2+sp": (2, {TP: 2, "sequence_parallel": True}),
+    "tp4+sp": (4, {TP: 4, "sequence_parallel": True}),
     "pp2": (2, {PP: 2}),
     "cp2": (2, {CP: 2}),
     "ep2 allgather": (2, {EP: 2, "moe_token_dispatcher_type": "allgather"}),
@@ -34,6 +35,7 @@ CASES = [
     *((name, layout) for name in ("llama", "llama_tied", "qwen3") for layout in DENSE),
     ("llama", "tp2 x cp2"),
     ("qwen2", "tp2"),
+    *((name, "tp4+sp") for name in ("qwen2", "qwen3", "qwen3_moe")),  # more ranks than key-value heads
     *(("qwen3_moe", layout) for layout in SPARSE),
     ("qwen3_moe_unnormalised", "ep2 alltoall"),
     *(("nemotron_h", layout) for layout in SPARSE if "cp2" not in layout),
@@ -136,7 +138,7 @@ def test_a_config_with_another_number_of_experts_is_refused(
     ("name", "ranks", "layout", "field", "remedy"),
     [
         ("llama", 2, {TP: 4}, TP, "is 4, which must divide the number of processes"),
-        ("llama", 4, {TP: 4}, TP, "must divide the model's key-value heads, 2"),
+        ("llama", 3, {TP: 3}, TP, "must divide the model's key-value heads, 2, or be a multiple of them"),
         ("llama", 1, {"sequence_parallel": True}, "sequence_parallel", "raise tensor_model_parallel_size"),
         ("llama", 2, {EP: 2}, EP, "has no experts"),
         ("qwen3_moe", 2, {TP: 2}, "sequence_parallel", "only with it"),

@@ -19,6 +19,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "dp2": (2, {}),
     "tp2": (2, {TP: 2}),
     "tp2+sp": (2, {TP: 2, "sequence_parallel": True}),
+    "tp4+sp": (4, {TP: 4, "sequence_parallel": True}),
     "pp2": (2, {PP: 2}),
     "cp2": (2, {CP: 2}),
     "ep2": (2, {EP: 2}),
@@ -29,7 +30,7 @@ CASES = [
     *(("tfpo", "qwen3", layout) for layout in ("w1", "tp2+sp", "pp2")),
     *(("tfpo", name, "w1") for name in ("qwen3_moe", "nemotron_h")),
     *(("grpo", "qwen3_moe", layout) for layout in ("w1", "tp2+sp", "pp2", "ep2")),
-    *(("grpo", "nemotron_h", layout) for layout in ("w1", "tp2+sp", "pp2", "ep2")),
+    *(("grpo", "nemotron_h", layout) for layout in ("w1", "w1 full recompute", "tp2+sp", "pp2", "ep2")),
     ("grpo", "llama_tied", "pp2"),
 ]
 

@@ -19,6 +19,7 @@ CASES: list[tuple[str, int, dict[str, Any], list[str]]] = [
     ("qwen3", 1, {}, KINDS),
     ("qwen3", 2, {TP: 2}, KINDS),
     ("qwen3", 2, {TP: 2, **SP}, ["plain"]),
+    ("qwen3", 4, {TP: 4, **SP}, ["plain"]),
     ("qwen3", 2, {PP: 2}, KINDS),
     ("qwen3", 2, {}, KINDS),
     ("qwen3", 2, {CP: 2}, ["plain"]),

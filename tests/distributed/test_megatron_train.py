@@ -19,6 +19,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "w1": (1, PLAIN),
     "tp2": (2, {TP: 2}),
     "tp2+sp": (2, {TP: 2, "sequence_parallel": True}),
+    "tp4+sp": (4, {TP: 4, "sequence_parallel": True}),
     "pp2": (2, {PP: 2}),
     "dp2": (2, PLAIN),
     "dp2 distributed optimizer": (2, {}),

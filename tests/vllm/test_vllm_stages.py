@@ -62,7 +62,9 @@ def test_profile_and_train_through_the_engine(started: Path, tmp_path: Path) -> 
     profile(recipe)
     rows = list(read_rows(folder / "profiles.jsonl"))
     assert rows and not any(row["profile"]["failure"] for row in rows)
-    assert {len(r["samples"]) for r in rows} <= {2, 3, 4} and any(len(r["samples"]) < 4 for r in rows), "it is curtailed"
+    assert {len(r["samples"]) for r in rows} <= {2, 3, 4} and any(len(r["samples"]) < 4 for r in rows), (
+        "it is curtailed"
+    )
     assert any(0 < row["pass_rate"] < 1 for row in rows)
     select(recipe)
     with torch.enable_grad():

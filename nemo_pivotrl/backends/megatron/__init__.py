@@ -8,6 +8,9 @@ weights.py       HF safetensors into a model and back, along that mapping
 torch_dist.py    megatron-core's checkpoint format: written and read without forks and without unpickling what it holds
 checkpoint.py    training state in that format, for any layout of ranks to resume
 pretrained.py    start weights from Megatron-LM's and NeMo's checkpoints
+shapes.py        the same of published models, by name
+memory.py        bytes of a rank by component, by arithmetic
+legality.py      which layouts a model allows, before anything is built
 precision.py     FP8: from the recipe to Megatron's fields, or a refusal with its reason
 logprobs.py      log-probabilities over a vocabulary that is cut over ranks, whole or in chunks
 microbatches.py  rows to the micro-batches of each data-parallel rank

@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig
-
 from nemo_pivotrl.records import InputError, Problem, short
 
 MODEL_TYPES = ("llama", "qwen2", "qwen3", "qwen3_moe", "nemotron_h")
@@ -101,18 +99,23 @@ def read_architecture(folder: str | Path) -> Architecture:
     """The architecture of an HF checkpoint folder. Raises InputError with everything that is not supported."""
     if not Path(folder, "config.json").exists():
         raise InputError(Problem(str(folder), None, "config.json", "nothing", "give an HF checkpoint folder"))
+    from transformers import AutoConfig  # seconds; whoever knows the shape need not wait
+
     try:
         config = AutoConfig.from_pretrained(str(folder))
     except ValueError as error:  # older releases know fewer kinds of models
         remedy = "this release of transformers cannot read it: install one that can"
         raise InputError(Problem(f"{folder}/config.json", None, "model_type", short(str(error)), remedy)) from None
+    return architecture_of(config, f"{folder}/config.json")
+
+
+def architecture_of(config: Any, file: str) -> Architecture:
+    """The architecture that an HF config describes. Raises InputError with everything that is not supported."""
     problems: list[Problem] = []
 
     def need(field: str, found: Any, wanted: Any) -> None:
         if found != wanted:
-            problems.append(
-                Problem(f"{folder}/config.json", None, field, short(found), f"the Megatron backend needs {wanted}")
-            )
+            problems.append(Problem(file, None, field, short(found), f"the Megatron backend needs {wanted}"))
 
     if config.model_type not in MODEL_TYPES:
         need("model_type", config.model_type, " or ".join(MODEL_TYPES))

@@ -6,6 +6,7 @@ import copy
 from typing import Any
 
 import torch
+from megatron.core import tensor_parallel
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
 from megatron.core.models.mamba import MambaModel
@@ -26,6 +27,7 @@ from megatron.core.transformer.transformer_layer import (
     TransformerLayerSubmodules,
 )
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.nn import functional
 
 from nemo_pivotrl.backends.forest_mamba import convolve, scan
@@ -52,6 +54,10 @@ def build_hybrid(architecture: Architecture, te: bool, common: dict[str, Any]) -
             "d_conv": architecture.mamba.conv_kernel,
             "chunk_size": architecture.mamba.chunk_size,
         }
+    if config.recompute_granularity == "full":  # megatron-core 0.16 ignores it in a hybrid
+        for name in ("mamba_layer", "attention_layer", "mlp_layer", "moe_layer"):
+            slot = getattr(stack.submodules, name)
+            slot.module = recomputed(slot.module, common["pg_collection"].tp)
     model: nn.Module = MambaModel(
         mamba_stack_spec=stack,
         hybrid_override_pattern=architecture.layers,
@@ -59,6 +65,29 @@ def build_hybrid(architecture: Architecture, te: bool, common: dict[str, Any]) -
         **common,
     )
     return model
+
+
+def recomputed(layer: type, group: ProcessGroup) -> type:
+    """A layer that keeps its input alone and runs once more in the backward pass."""
+
+    class Layer(layer):  # type: ignore[misc]
+        def forward(self, hidden_states: Tensor, **arguments: Any) -> Any:
+            def run(hidden: Tensor) -> Any:
+                found = super(Layer, self).forward(hidden_states=hidden, **arguments)
+                return found[0] if isinstance(found, tuple) else found
+
+            if not torch.is_grad_enabled():
+                return super().forward(hidden_states=hidden_states, **arguments)
+            if self.config.fp8:
+                from megatron.core.extensions.transformer_engine import te_checkpoint
+
+                tracker = tensor_parallel.random.get_cuda_rng_tracker
+                hidden = te_checkpoint(run, False, tracker, group, hidden_states)
+            else:
+                hidden = tensor_parallel.checkpoint(run, False, hidden_states)
+            return (hidden, None) if issubclass(layer, TransformerLayer) else hidden
+
+    return Layer
 
 
 class ForestMixer(MambaMixer):

@@ -118,13 +118,13 @@ def _attention(a: Architecture, mega: str, hf: str) -> Iterator[Entry]:
     per_group = query // a.num_key_value_heads
 
     def cut(rank: int, size: int) -> list[Piece]:
-        """Each key-value head with the queries that look at it."""
-        local = a.num_key_value_heads // size
-        pieces: list[Piece] = []
-        for g in range(rank * local, (rank + 1) * local):
-            pieces.append((0, g * per_group, (g + 1) * per_group))
-            pieces += [(source, g * a.head_dim, (g + 1) * a.head_dim) for source in (1, 2)]
-        return pieces
+        """Each key-value head with the queries that look at it, cut evenly: with more ranks than heads, inside of one."""
+        whole: list[Piece] = []
+        for g in range(a.num_key_value_heads):
+            whole.append((0, g * per_group, (g + 1) * per_group))
+            whole += [(source, g * a.head_dim, (g + 1) * a.head_dim) for source in (1, 2)]
+        share = (query + 2 * key) // size
+        return _between(whole, rank * share, (rank + 1) * share)
 
     for kind in ("weight", "bias") if a.qkv_bias else ("weight",):
         names = tuple(f"{hf}{letter}_proj.{kind}" for letter in "qkv")
@@ -166,6 +166,17 @@ def _mamba(m: Mamba, mega: str, hf: str) -> Iterator[Entry]:
     ):
         yield _even(f"{mega}{name}", (f"{hf}{name}",), sections)
     yield _even(f"{mega}out_proj.weight", (f"{hf}out_proj.weight",), [(0, 0, inner)], dim=1)
+
+
+def _between(pieces: list[Piece], first: int, last: int) -> list[Piece]:
+    """What of the row of `pieces` lies in [first, last) of it."""
+    found, begin = [], 0
+    for source, start, stop in pieces:
+        low, high = max(first, begin), min(last, begin + stop - start)
+        if low < high:
+            found.append((source, start + low - begin, start + high - begin))
+        begin += stop - start
+    return found
 
 
 def _consecutive(*lengths: int) -> list[Piece]:

@@ -11,7 +11,6 @@ Three forms with the same numbers: rows padded on the right to the widest; packe
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -19,6 +18,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from nemo_pivotrl.backends.megatron.legality import round_up
 from nemo_pivotrl.prefix import Forest
 
 
@@ -56,21 +56,6 @@ class Rows:
         stream = forest.tokens[None], forest.positions[None]
         found = forest.places, forest.goals, forest.predicts, forest.seen, forest.states, forest.mask
         return cls(forest.rows, *stream, *found, forest=forest)
-
-
-def multiple_of(tp: int, cp: int, sequence_parallel: bool, precision: int = 1) -> int:
-    """What a sequence's padded length must be a multiple of.
-
-    Context parallelism cuts it into 2 * cp pieces, sequence parallelism each rank's part over tp, and one rank's part of
-    that must be a multiple of `precision` tokens (`precision.token_multiple`).
-    """
-    pieces = 2 * cp if cp > 1 else 1
-    ranks = cp * (tp if sequence_parallel else 1)
-    return math.lcm(pieces, ranks * precision)
-
-
-def round_up(number: int, multiple: int) -> int:
-    return -(-number // multiple) * multiple
 
 
 def schedule(

@@ -24,10 +24,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from nemo_pivotrl.backends.megatron.architecture import Architecture, read_architecture
+from nemo_pivotrl.backends.megatron.legality import fp8_dimensions, model_problems
 from nemo_pivotrl.backends.megatron.local_layers import Norm, StreamAttention, te_with_forests
 from nemo_pivotrl.backends.megatron.mapping import padded_vocab_size
 from nemo_pivotrl.backends.megatron.parallel import Groups
-from nemo_pivotrl.backends.megatron.precision import CONTAINER, fp8_fields, mamba_projection, probe, require_fp8
+from nemo_pivotrl.backends.megatron.precision import CONTAINER, fp8_fields, probe, require_fp8
 from nemo_pivotrl.backends.megatron.pretrained import load_pretrained
 from nemo_pivotrl.backends.megatron.weights import load_hf, mark
 from nemo_pivotrl.config import Megatron
@@ -57,7 +58,8 @@ def build_model(policy_folder: str | Path, megatron: Megatron, groups: Groups) -
 
 def build_chunks(architecture: Architecture, megatron: Megatron, groups: Groups) -> list[nn.Module]:
     """This rank's model chunks with weights that hold nothing yet. There is one chunk: pipelines do not interleave."""
-    check_model(architecture, megatron)
+    if problems := model_problems(architecture, megatron):
+        raise InputError(problems)
     found = probe()
     require_fp8(megatron, found, fp8_dimensions(architecture, megatron))
     te = found.transformer_engine is not None and not megatron.cpu
@@ -98,60 +100,13 @@ def forward(chunk: nn.Module, tokens: Tensor, position_ids: Tensor) -> Tensor:
 
     tokens and position_ids [B, T] hold this context-parallel rank's part of the sequences. Sequences are padded on the
     right only: attention is causal and Mamba runs left to right, so no mask is needed, and padding's own outputs mean
-    nothing. Their whole length is a multiple of `microbatches.multiple_of`.
+    nothing. Their whole length is a multiple of `legality.multiple_of`.
 
     Returns logits [B, T, V_padded / tp] on the last stage, and hidden states [T / (tp if sequence_parallel), B, hidden] on the
     others. Columns at or beyond the model's own vocabulary size are padding: leave them out of every normaliser.
     """
     logits: Tensor = chunk(input_ids=tokens, position_ids=position_ids, attention_mask=None)
     return logits
-
-
-def check_model(architecture: Architecture, megatron: Megatron) -> None:
-    """Raise InputError with everything in which the recipe's layout does not fit the model."""
-    problems: list[Problem] = []
-
-    def divides(field: str, what: str, number: int) -> None:
-        size = getattr(megatron, field)
-        if number % size:
-            remedy = f"it must divide the model's {what}, {number}"
-            problems.append(Problem("recipe", None, f"megatron.{field}", str(size), remedy))
-
-    tp, etp = "tensor_model_parallel_size", "expert_tensor_parallel_size"
-    divides("pipeline_model_parallel_size", "layers", len(architecture.layers))
-    divides(tp, "attention heads", architecture.num_attention_heads)
-    divides(tp, "key-value heads", architecture.num_key_value_heads)
-    divides(tp, "MLP width", architecture.intermediate_size)
-    if architecture.mamba is not None:
-        divides(tp, "Mamba groups", architecture.mamba.num_groups)
-        divides(tp, "Mamba heads", architecture.mamba.num_heads)
-        if megatron.sequence_packing:
-            remedy = "megatron-core 0.16 would carry a Mamba state from one sequence into the next: leave it off"
-            problems.append(Problem("recipe", None, "megatron.sequence_packing", "true, with Mamba layers", remedy))
-        if megatron.context_parallel_size > 1 and megatron.cpu:
-            remedy = "Mamba layers with context parallelism need a GPU"
-            found = str(megatron.context_parallel_size)
-            problems.append(Problem("recipe", None, "megatron.context_parallel_size", found, remedy))
-    if architecture.moe is not None:
-        divides("expert_model_parallel_size", "experts", architecture.moe.num_experts)
-        divides(etp, "expert width", architecture.moe.intermediate_size)
-        divides(tp, "shared expert's width", architecture.moe.shared_intermediate_size or 0)
-        if megatron.tensor_model_parallel_size > 1 and not megatron.sequence_parallel:
-            remedy = "set it: Megatron trains experts under tensor parallelism only with it"
-            problems.append(Problem("recipe", None, "megatron.sequence_parallel", "false", remedy))
-        if megatron.cpu and megatron.expert_tensor_parallel_size > 1:
-            remedy = "gloo has no uneven collectives: use 1 on CPUs"
-            found = str(megatron.expert_tensor_parallel_size)
-            problems.append(Problem("recipe", None, f"megatron.{etp}", found, remedy))
-        if megatron.cpu and megatron.moe_token_dispatcher_type == "flex":
-            remedy = "it needs DeepEP: use alltoall or allgather on CPUs"
-            problems.append(Problem("recipe", None, "megatron.moe_token_dispatcher_type", "flex", remedy))
-    elif megatron.expert_model_parallel_size > 1:
-        found = str(megatron.expert_model_parallel_size)
-        remedy = f"a {architecture.model_type} of this shape has no experts: use 1"
-        problems.append(Problem("recipe", None, "megatron.expert_model_parallel_size", found, remedy))
-    if problems:
-        raise InputError(problems)
 
 
 def transformer_config(architecture: Architecture, megatron: Megatron, te: bool) -> TransformerConfig:
@@ -200,26 +155,6 @@ def _recompute(megatron: Megatron) -> dict[str, Any]:
     if megatron.recompute == "full":
         return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     return {"recompute_granularity": None if megatron.recompute == "none" else "selective"}
-
-
-def fp8_dimensions(architecture: Architecture, megatron: Megatron) -> dict[str, int]:
-    """Name to size, on one rank, of the dimensions that FP8 needs to be multiples of 16."""
-    tp, a = megatron.tensor_model_parallel_size, architecture
-    found = {
-        "hidden_size": a.hidden_size,
-        "queries": a.num_attention_heads * a.head_dim // tp,
-        "keys": a.num_key_value_heads * a.head_dim // tp,
-        "intermediate_size": a.intermediate_size // tp,
-    }
-    if a.mamba is not None:
-        m = a.mamba
-        whole = mamba_projection(m.num_heads, m.head_dim, m.num_groups, m.state_dim)
-        found |= {"Mamba projection": whole // tp, "Mamba width": m.num_heads * m.head_dim // tp}
-    if a.moe is not None:
-        found["moe_intermediate_size"] = a.moe.intermediate_size // megatron.expert_tensor_parallel_size
-        found["moe_latent_size"] = a.moe.latent_size or 0
-        found["moe_shared_expert_intermediate_size"] = (a.moe.shared_intermediate_size or 0) // tp
-    return found
 
 
 def _moe(architecture: Architecture, megatron: Megatron, te: bool) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from torch.distributed import ProcessGroup
 
+from nemo_pivotrl.backends.megatron.legality import layout_problems
 from nemo_pivotrl.config import Megatron
 from nemo_pivotrl.records import InputError, Problem
 
@@ -59,29 +60,6 @@ class Groups:
         return self.pp.rank() == self.pp.size() - 1
 
 
-def check_layout(megatron: Megatron, world_size: int) -> None:
-    """Raise InputError unless `world_size` ranks can be laid out as the recipe says."""
-    problems = []
-    dense = megatron.tensor_model_parallel_size * megatron.pipeline_model_parallel_size * megatron.context_parallel_size
-    sparse = (
-        megatron.expert_tensor_parallel_size
-        * megatron.expert_model_parallel_size
-        * megatron.pipeline_model_parallel_size
-    )
-    for field, product, factors in (
-        ("tensor_model_parallel_size", dense, "tensor x pipeline x context parallel size"),
-        ("expert_model_parallel_size", sparse, "expert x expert tensor x pipeline parallel size"),
-    ):
-        if world_size % product:
-            remedy = f"{factors} is {product}, which must divide the number of processes"
-            problems.append(Problem("recipe", None, f"megatron.{field}", f"{world_size} processes", remedy))
-    if megatron.sequence_parallel and megatron.tensor_model_parallel_size == 1:
-        remedy = "it splits along the tensor-parallel ranks: raise tensor_model_parallel_size or leave it off"
-        problems.append(Problem("recipe", None, "megatron.sequence_parallel", "true with one such rank", remedy))
-    if problems:
-        raise InputError(problems)
-
-
 def initialize(megatron: Megatron, seed: int) -> Groups:
     """Join the job and lay its ranks out. torchrun's variables RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT and LOCAL_RANK
     say who this process is. A job that has been joined already is laid out anew.
@@ -95,7 +73,8 @@ def initialize(megatron: Megatron, seed: int) -> Groups:
     elif not torch.cuda.is_available():
         remedy = "start it on a machine with GPUs, or set megatron.cpu to run small models on CPUs"
         raise InputError(Problem("recipe", None, "megatron.cpu", "false, and no CUDA device", remedy))
-    check_layout(megatron, int(os.environ.get("WORLD_SIZE", "1")))
+    if problems := layout_problems(megatron, int(os.environ.get("WORLD_SIZE", "1"))):
+        raise InputError(problems)
     timeout = timedelta(minutes=megatron.distributed_timeout_minutes)
     if not dist.is_initialized():
         if not megatron.cpu:

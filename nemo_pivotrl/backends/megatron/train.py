@@ -27,7 +27,8 @@ from nemo_pivotrl import prefix
 from nemo_pivotrl.backends import TokenBatch
 from nemo_pivotrl.backends.megatron import checkpoint
 from nemo_pivotrl.backends.megatron.architecture import read_architecture
-from nemo_pivotrl.backends.megatron.microbatches import Rows, lay_out, multiple_of, schedule
+from nemo_pivotrl.backends.megatron.legality import multiple_of, training_problems
+from nemo_pivotrl.backends.megatron.microbatches import Rows, lay_out, schedule
 from nemo_pivotrl.backends.megatron.model import build_model
 from nemo_pivotrl.backends.megatron.parallel import Groups
 from nemo_pivotrl.backends.megatron.precision import token_multiple
@@ -36,7 +37,7 @@ from nemo_pivotrl.backends.megatron.stage import Stage
 from nemo_pivotrl.backends.megatron.weights import export_hf, save_hf
 from nemo_pivotrl.config import Generation, Megatron, Optimizer, Policy
 from nemo_pivotrl.prefix import packs, token_ratio
-from nemo_pivotrl.records import InputError, Problem, Sample
+from nemo_pivotrl.records import InputError, Sample
 
 if TYPE_CHECKING:
     from nemo_pivotrl.backends import LossFn
@@ -54,7 +55,8 @@ class MegatronPolicy:
     with_head = False
 
     def __init__(self, policy: Policy, megatron: Megatron, groups: Groups, with_reference: bool = False):
-        _check(policy, megatron, groups, with_reference)
+        if problems := training_problems(policy, megatron, with_reference):
+            raise InputError(problems)
         self.settings, self.megatron, self.groups = policy, megatron, groups
         (chunk,) = build_model(policy.model_name, megatron, groups)
         chunk.config.calculate_per_token_loss = True
@@ -189,7 +191,7 @@ class MegatronPolicy:
         self.model = DistributedDataParallel(
             config=self.stage.config,
             ddp_config=DistributedDataParallelConfig(
-                grad_reduce_in_fp32=True,
+                grad_reduce_in_fp32=m.grad_reduce_in_fp32,
                 use_distributed_optimizer=distributed,
                 fp8_param_gather=m.fp8 != "none" and m.fp8_param,
             ),
@@ -297,26 +299,6 @@ class MegatronPolicy:
         for name, tensor in export_hf([self.stage.module], architecture, self.groups, all_ranks=True):
             assert tensor is not None, "all ranks asked"
             yield name, tensor
-
-
-def _check(policy: Policy, megatron: Megatron, groups: Groups, with_reference: bool) -> None:
-    problems = []
-    if policy.lora.enabled:
-        remedy = "the megatron backend trains all weights: switch it off, or use the reference backend"
-        problems.append(Problem("recipe", None, "policy.lora.enabled", "true", remedy))
-    if with_reference and megatron.fp8 != "none" and megatron.fp8_param:
-        remedy = "weights in FP8 cannot be swapped for the start policy's and come back unrounded: unset it"
-        problems.append(Problem("recipe", None, "megatron.fp8_param", "true, with a KL reference", remedy))
-    if policy.prefix_sharing and groups.cp.size() > 1 and not megatron.cpu:
-        remedy = "on GPUs attention over shared prefixes is not cut over ranks: set it to off, or use 1 such rank"
-        found = f"on, with megatron.context_parallel_size {groups.cp.size()}"
-        problems.append(Problem("recipe", None, "policy.prefix_sharing", found, remedy))
-    unequal = groups.pp.size() > 1 or groups.ep.size() > 1
-    if megatron.moe_token_dispatcher_type == "allgather" and unequal:
-        remedy = "micro-batches differ in length between ranks, which only alltoall allows"
-        problems.append(Problem("recipe", None, "megatron.moe_token_dispatcher_type", "allgather", remedy))
-    if problems:
-        raise InputError(problems)
 
 
 def _data_of(batch: TokenBatch, rows: Rows, like: Tensor) -> dict[str, Tensor]:
