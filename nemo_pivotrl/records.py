@@ -188,27 +188,6 @@ class Lost:
     detail: str
 
 
-FAULTS = {
-    "sampler_unreachable": "transport",
-    "sampler_http": "transport",
-    "sampler_timeout": "timeout",
-    "sampler_malformed": "parser",
-    "context_overflow": "context_overflow",
-}
-
-
-def fault_class(kind: str) -> str:
-    """The class of a named fault: transport, timeout, parser, judge, sandbox, row, context_overflow or other.
-
-    `row` is a fault of the data (an expert action that cannot be read), which no retry mends. A verifier of one's own names its
-    faults `judge_...`, `sandbox_...` or by a class.
-    """
-    if kind in FAULTS or kind in FAULTS.values():
-        return FAULTS.get(kind, kind)
-    first = kind.partition("_")[0]
-    return first if first in ("judge", "sandbox", "row") else "row" if first == "expected" else "other"
-
-
 @dataclass(frozen=True, slots=True)
 class Verdict:
     """A verifier's judgement of one sampled action."""

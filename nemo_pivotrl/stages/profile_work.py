@@ -16,7 +16,7 @@ from nemo_pivotrl.backends import Sampler
 from nemo_pivotrl.chat import Chat
 from nemo_pivotrl.config import ProfileStage, Recipe
 from nemo_pivotrl.curtailment import Plan
-from nemo_pivotrl.records import Action, Header, InputError, Lost, Problem, Sample, fault_class
+from nemo_pivotrl.records import Action, Header, InputError, Lost, Problem, Sample
 from nemo_pivotrl.responses import action_of_row
 from nemo_pivotrl.stages.candidates import Index
 from nemo_pivotrl.stages.chunks import Journal, Parts
@@ -30,6 +30,15 @@ OPEN_CHUNKS = 16
 """Chunks that are in work at a time at most, when stragglers hold the first of them up; what bounds the memory."""
 JUDGED_BEFORE_STOPPING = 200
 """Failures are no share of fewer candidates than this."""
+
+
+FAULTS = {
+    "sampler_unreachable": "transport",
+    "sampler_http": "transport",
+    "sampler_timeout": "timeout",
+    "sampler_malformed": "parser",
+    "context_overflow": "context_overflow",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +104,18 @@ def judge_wave(
         else:
             judged.append((member, k, judged_row(row, result)))
     return judged
+
+
+def fault_class(kind: str) -> str:
+    """The class of a named fault: transport, timeout, parser, judge, sandbox, row, context_overflow or other.
+
+    `row` is a fault of the data (an expert action that cannot be read), which no retry mends. A verifier of one's own names its
+    faults `judge_...`, `sandbox_...` or by a class.
+    """
+    if kind in FAULTS or kind in FAULTS.values():
+        return FAULTS.get(kind, kind)
+    first = kind.partition("_")[0]
+    return first if first in ("judge", "sandbox", "row") else "row" if first == "expected" else "other"
 
 
 def retries_of(settings: ProfileStage, kind: str) -> int:

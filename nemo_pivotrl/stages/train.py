@@ -90,6 +90,7 @@ def _train(
     held_out = sorted(held_out, key=lambda s: pivotrl.order_key(recipe.seed, s.candidate.candidate_id))[
         : settings.val_candidates
     ]
+    limit, slowest = checkpoint.time_limit(recipe.checkpointing.checkpoint_must_save_by), 0.0
     units = together(pivots, settings.keep_together if recipe.policy.prefix_sharing else 1.0)
     anchored = recipe.loss_fn.reference_policy_kl_penalty > 0 or settings.val_kl
     backend = backends.load(recipe.policy, recipe.megatron, with_reference=anchored, vllm=recipe.vllm)
@@ -123,10 +124,15 @@ def _train(
             row |= monitor.measure(meter, step, last, row)
             note(step, row | meter.costs(), timing)
             cost["steps"] += 1
-            if step % recipe.checkpointing.save_period == 0 or last or "retention/held" in row:
+            slowest = max(slowest, timing["seconds"])
+            due = not last and checkpoint.is_due(limit, time.monotonic() - checkpoint.STARTED, slowest)
+            if step % recipe.checkpointing.save_period == 0 or last or due or "retention/held" in row:
                 checkpoint.save(folder, step, identity, row, backend, chat, recipe.checkpointing)
             bar.set_postfix(reward=f"{row['reward']:.3f}", mixed=f"{row['mixed_group_share']:.2f}", refresh=False)
             bar.update()
+            if due:
+                log.close()
+                raise checkpoint.Paused(folder)
         log.close()
         return checkpoint.publish(folder, backend, chat, recipe.checkpointing)
 
