@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from nemo_pivotrl import cli
-from nemo_pivotrl.curtailment import Plan, unbiased_rate
+from nemo_pivotrl.curtailment import Plan
+from nemo_pivotrl.endings import unbiased_rate
 from nemo_pivotrl.records import Action, ArtefactWriter, Candidate, Header, InputError, Profile, ToolCall
 from nemo_pivotrl.stages.compare import compare, significant_to
 from nemo_pivotrl.stages.compare_text import as_text

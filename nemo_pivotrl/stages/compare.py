@@ -4,8 +4,8 @@ Says when labels have drifted and pivots are due for another profile, and which 
 that one model solved at 0.163 were solved at 0.43 by another).
 
 Curtailed samples stop for what they have seen, so k/n of them is no plain average. Where the ending is one of the header's plan,
-rates are estimated without that bias (`curtailment.unbiased_rate`), and the test of two rates counts the ways to both endings
-(`curtailment.same_rate_p_value`); with all K of everything these are k/K and Fisher's exact test. Two passes over lines; of each
+rates are estimated without that bias (`endings.unbiased_rate`), and the test of two rates counts the ways to both endings
+(`endings.same_rate_p_value`); with all K of everything these are k/K and Fisher's exact test. Two passes over lines; of each
 candidate a few numbers stay in memory.
 """
 
@@ -24,7 +24,7 @@ from pathlib import Path
 from statistics import NormalDist
 from typing import Any, NamedTuple
 
-from nemo_pivotrl import curtailment, pivotrl
+from nemo_pivotrl import endings, pivotrl
 from nemo_pivotrl.curtailment import Plan
 from nemo_pivotrl.records import Header, InputError, Problem, Profile, read_header, read_rows
 from nemo_pivotrl.stages.profile_rows import light_of_row, plan_in
@@ -196,7 +196,7 @@ def _measure(rewards: tuple[float, ...], plan: Plan, lambda_diff: float, full: b
         stopped, end = (drawn_by, found) if found else (None, end)
     return Measured(
         _class_of(stats, plan, kept),
-        float(curtailment.unbiased_rate(stopped, end)) if stopped else stats.mean,
+        float(endings.unbiased_rate(stopped, end)) if stopped else stats.mean,
         stats.mean,
         stats.successes,
         stats.count,
@@ -305,7 +305,7 @@ def _rates(pivots: Sequence[Pair]) -> dict[str, Any]:
 def _test(pairs: Sequence[Pair]) -> tuple[list[float], float]:
     """(p-value of each pair, NaN where it cannot be tested; the greatest that is significant, 0 where none is)."""
     values = [
-        curtailment.same_rate_p_value(p.left.plan, p.left.end, p.right.plan, p.right.end)
+        endings.same_rate_p_value(p.left.plan, p.left.end, p.right.plan, p.right.end)
         if p.left.plan and p.right.plan
         else math.nan
         for p in pairs

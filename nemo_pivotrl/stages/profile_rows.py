@@ -88,7 +88,7 @@ def _light_samples(rewards: tuple[float, ...]) -> tuple[Row, ...]:
 
 def light_of_row(row: Row) -> Profile:
     """The profile of a row as selection and tables need it: no messages, no tools, of an action its tools' names, of samples their
-    rewards. A million of them take half a gigabyte, since what repeats is there once."""
+    rewards. A million of them take 0.4 GB, since what repeats is there once."""
     told, source, expected = row["profile"], row["provenance"], row["expected_action"]
     calls = expected["calls"] if expected["type"] == "function_call_batch" else [expected]
     names = () if expected["type"] == "message" else tuple(call["name"] for call in calls)
