@@ -64,6 +64,7 @@ TOOLS = {
     "env": "what is installed here, and which recipes could run: env [--json] [FOLDER]",
     "plan": "will it fit, and what will it cost: plan RECIPE [key=value ...] [--json]",
     "preflight": "what would stop a stage, all at once: preflight RECIPE [STAGE] [key=value ...]",
+    "compare": "two profiles of the same candidates: what moved, and the pivots: compare A.jsonl B.jsonl [--json] [--lambda L]",
     "verify": "score rows of a file: verify --verifier NAME [--set key=value ...] IN.jsonl OUT.jsonl",
     "serve-verifier": "serve a verifier to NeMo-Gym: serve-verifier --verifier NAME [--port N]",
     "serve": "serve the policy, or the patient with its doctors, by vLLM: serve RECIPE [key=value ...] [--port N] [--refit]",
@@ -167,6 +168,12 @@ def tool_parser(tool: str) -> argparse.ArgumentParser:
         made.add_argument("--json", action="store_true", help="print JSON")
         made.add_argument("--no-imports", action="store_true", help="take packages for working; quicker")
         return made
+    if tool == "compare":
+        made.add_argument("left", metavar="A.jsonl", help="a profile, e.g. of the start policy")
+        made.add_argument("right", metavar="B.jsonl", help="another of the same candidates, e.g. of a checkpoint")
+        made.add_argument("--json", action="store_true", help="print JSON")
+        made.add_argument("--lambda", dest="lambda_diff", type=share, metavar="L", help="lambda_diff of both")
+        return made
     if tool != "verify":
         made.add_argument("--host", default="127.0.0.1", help="address to listen on (default: loopback only)")
         made.add_argument("--port", type=int, default={"serve-verifier": 8911, "serve-guided": 8912}.get(tool, 8000))
@@ -193,6 +200,17 @@ def tool_parser(tool: str) -> argparse.ArgumentParser:
         made.add_argument("source", metavar="IN.jsonl", help="rows with expert and sampled action, or a profile")
         made.add_argument("target", metavar="OUT.jsonl", help="one {reward, category, detail} for each action")
     return made
+
+
+def share(text: str) -> float:
+    """A number from 0 to 1. Raises ArgumentTypeError for anything else."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0.0 <= value <= 1.0:
+        raise argparse.ArgumentTypeError(f"{text} is no number from 0 to 1")
+    return value
 
 
 def spread_settings(arguments: Sequence[str]) -> list[str]:
@@ -223,6 +241,16 @@ def run_tool(tool: str, options: argparse.Namespace) -> int | None:
         return run_plan(options)
     if tool == "preflight":
         return run_preflight(options)
+        return
+    if tool == "compare":
+        import json
+
+        from nemo_pivotrl.stages.compare import compare
+        from nemo_pivotrl.stages.compare_text import as_text as told
+
+        found = compare(Path(options.left), Path(options.right), options.lambda_diff)
+        print(json.dumps(found, indent=1) if options.json else told(found))
+        return None
     if tool == "serve":
         from nemo_pivotrl.stages.serve_engine import serve as serve_engine
 

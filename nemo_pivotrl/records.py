@@ -333,10 +333,16 @@ def read_header(path: Path, stage: str | tuple[str, ...]) -> Header:
 
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:
     """Rows after the header. Raises InputError with every line that is not a JSON object."""
+    return (row for _, row in placed_rows(path))
+
+
+def placed_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(byte at which its line begins, row) of every row after the header. Raises InputError as `read_rows` does."""
     problems = []
     with path.open("rb") as handle:
-        handle.readline()
+        end = len(handle.readline())
         for number, line in enumerate(handle, start=2):
+            place, end = end, end + len(line)
             try:
                 row = json.loads(line)
                 if not isinstance(row, dict):
@@ -353,9 +359,17 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
                 )
                 continue
             if not problems:
-                yield row
+                yield place, row
     if problems:
         raise InputError(problems)
+
+
+def rows_at(path: Path, places: Iterable[int]) -> Iterator[dict[str, Any]]:
+    """The rows that begin at these bytes, which `placed_rows` gave."""
+    with path.open("rb") as handle:
+        for place in places:
+            handle.seek(place)
+            yield json.loads(handle.readline())
 
 
 def check_headers(path: Path, found: Header, **expected: str) -> None:

@@ -1,39 +1,26 @@
 """report: one self-contained HTML page, and the same numbers as JSON, from the artefacts of a run.
 
 Plots are SVG inside the page; it works offline and shows what is there: a run without an evaluation or without a second
-training arm simply lacks those sections. LLMdoctor's sections are in `report_llmdoctor`.
+training arm simply lacks those sections. The profile's sections are in `report_profile`, LLMdoctor's in `report_llmdoctor`.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, select_autoescape
 
-from nemo_pivotrl import pivotrl, report_llmdoctor, report_loop
+from nemo_pivotrl import report_llmdoctor, report_loop, report_profile
 from nemo_pivotrl.config import Recipe
 from nemo_pivotrl.plots import curve, plt, svg
-from nemo_pivotrl.records import (
-    Header,
-    InputError,
-    Problem,
-    Profile,
-    check_parent,
-    read_header,
-    read_rows,
-    write_atomically,
-)
+from nemo_pivotrl.records import InputError, Problem, check_parent, read_header, read_rows, write_atomically
 from nemo_pivotrl.responses import candidate_of_row
 from nemo_pivotrl.stages import ledger
 from nemo_pivotrl.stages.evaluate import TITLES, read_items
 from nemo_pivotrl.stages.metrics import read_metrics
-from nemo_pivotrl.stages.profile_rows import profile_of_row
-from nemo_pivotrl.stages.select import FATES, depth_band, survival
 
-COLOURS = dict(zip(FATES, ("#2a7f3b", "#b3423a", "#4a78b5", "#8a8a8a", "#c9a227", "#b9b9b9", "#000000"), strict=True))
 SHOWN_SAMPLES = 12
 
 
@@ -66,8 +53,7 @@ def gather(recipe: Recipe) -> tuple[dict[str, Any], dict[str, str]]:
     if recipe.path("audit.json").exists():
         numbers["verifier"] = json.loads(recipe.path("audit.json").read_text(encoding="utf-8"))
     if recipe.path("profiles.jsonl").exists():
-        read_header(recipe.path("profiles.jsonl"), "profiles")
-        _profiles(recipe, numbers, plots)
+        report_profile.gather(recipe, numbers, plots)
     metrics = {path.parent.name: read_metrics(path) for path in sorted(Path(recipe.run_dir).glob("*/metrics.jsonl"))}
     arms = {name: rows for name, rows in metrics.items() if any("reward" in row for row in rows)}
     if arms:
@@ -87,81 +73,6 @@ def gather(recipe: Recipe) -> tuple[dict[str, Any], dict[str, str]]:
             "total": ledger.totals(lines, recipe.budget.gpus, pivots, points),
         }
     return numbers, plots
-
-
-def _profiles(recipe: Recipe, numbers: dict[str, Any], plots: dict[str, str]) -> None:
-    profiles = [profile_of_row(row) for row in read_rows(recipe.path("profiles.jsonl"))]
-    train = [p for p in profiles if p.candidate.split == "train"]
-    source = recipe.path(recipe.select.output)
-    header: Header | None = read_header(source, "pivots") if source.exists() else None
-    chosen = {row["provenance"]["candidate_id"] for row in read_rows(source)} if header else set()
-    lam = float(header.extra["lambda_diff"]) if header else recipe.select.lambda_diff
-    rates = [pivotrl.statistics(p.rewards).mean for p in train if p.failure is None]
-    numbers["profile"] = {
-        "candidates": len(train),
-        "num_generations": max((len(p.samples) for p in train), default=0),
-        "constant_share": sum(r in (0.0, 1.0) for r in rates) / max(1, len(rates)),
-        "mean_reward": sum(rates) / max(1, len(rates)),
-        "failed": sum(p.failure is not None for p in profiles),
-        "hit_rate_counts": _counts(train),
-    }
-    if header:
-        numbers["pivots"] = {
-            "count": header.extra["pivots"],
-            **{k: header.extra[k] for k in ("rule", "lambda_diff", "version")},
-        }
-    by_depth = survival(train, chosen, lam, lambda p: depth_band(p.candidate.depth))
-    by_tool = survival(train, chosen, lam, lambda p: p.candidate.action_name)
-    numbers["survival"] = {"depth": by_depth, "action": by_tool}
-    plots["hit_rate"] = _hit_rate_plot(numbers["profile"]["hit_rate_counts"], lam)
-    order = sorted(by_depth, key=lambda name: int(name.rstrip("+").split("-")[0]))
-    plots["depth"] = _survival_plot(by_depth, order, "assistant turns before")
-    plots["action"] = _survival_plot(
-        by_tool, sorted(by_tool, key=lambda n: -sum(by_tool[n].values()))[:14], "expert action"
-    )
-
-
-def _counts(train: Sequence[Profile]) -> dict[str, int]:
-    counts: dict[str, int] = {}
-    for p in train:
-        if p.failure is None:
-            key = f"{pivotrl.statistics(p.rewards).mean:.4f}"
-            counts[key] = counts.get(key, 0) + 1
-    return dict(sorted(counts.items()))
-
-
-def _hit_rate_plot(counts: dict[str, int], lambda_diff: float) -> str:
-    figure, axes = plt.subplots(figsize=(5.2, 2.6))
-    rates = [float(rate) for rate in counts]
-    colours = [
-        COLOURS["all 0"]
-        if r == 0
-        else COLOURS["all 1"]
-        if r == 1
-        else COLOURS["pivot"]
-        if r < lambda_diff
-        else COLOURS["too easy"]
-        for r in rates
-    ]
-    axes.bar(rates, list(counts.values()), width=0.8 / max(8, len(rates)), color=colours)
-    axes.axvline(lambda_diff, color="#444", linewidth=0.8, linestyle="--")
-    axes.set(xlabel="hit rate of the start policy", ylabel="candidates")
-    return svg(figure)
-
-
-def _survival_plot(table: dict[str, dict[str, int]], order: Sequence[str], label: str) -> str:
-    figure, axes = plt.subplots(figsize=(5.2, 0.6 + 0.28 * len(order)))
-    left = [0] * len(order)
-    for name in FATES:
-        values = [table[key][name] for key in order]
-        if any(values):
-            axes.barh(range(len(order)), values, left=left, color=COLOURS[name], label=name)
-            left = [a + b for a, b in zip(left, values, strict=True)]
-    axes.set_yticks(range(len(order)), [key[:28] for key in order])
-    axes.invert_yaxis()
-    axes.set(xlabel="candidates", ylabel=label)
-    axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    return svg(figure)
 
 
 def _training_plot(arms: dict[str, list[dict[str, Any]]]) -> str:

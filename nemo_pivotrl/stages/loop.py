@@ -34,7 +34,7 @@ from nemo_pivotrl.stages.dashboards import check_dashboards, log_summary
 from nemo_pivotrl.stages.measure import BASELINE
 from nemo_pivotrl.stages.metrics import read_metrics
 from nemo_pivotrl.stages.profile import profile
-from nemo_pivotrl.stages.profile_rows import profile_of_row
+from nemo_pivotrl.stages.profile_rows import light_of_row
 from nemo_pivotrl.stages.select import select
 from nemo_pivotrl.stages.train import train
 
@@ -193,7 +193,7 @@ def _round(own: Recipe, past: Sequence[Round], fresh: bool, tell: Callable[..., 
     said = "" if number == 1 else f"round {number}: "
     print(f"\n== {said}profile")
     profiled = replace(own, audit=replace(own.audit, before_profile=False))  # the run's audit has been made
-    rows = [profile_of_row(row) for row in read_rows(profile(profiled, fresh))]
+    rows = [light_of_row(row) for row in read_rows(profile(profiled, fresh))]
     cost = Spent(
         sum(len(p.samples) for p in rows), sum(p.tokens_generated for p in rows), sum(p.tokens_prompt for p in rows)
     )

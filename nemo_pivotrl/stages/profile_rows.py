@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from types import MappingProxyType
 from typing import Any
 
 from nemo_pivotrl import pivotrl, responses
 from nemo_pivotrl.curtailment import Plan, interval
-from nemo_pivotrl.records import Header, Profile, json_bytes
+from nemo_pivotrl.records import Action, Candidate, Header, Profile, ToolCall, json_bytes
 from nemo_pivotrl.stages.waves import Member
 
 Row = dict[str, Any]
+NO_FIELDS: Mapping[str, Any] = MappingProxyType({})
 
 
 def member_line(member: Member, plan: Plan) -> bytes:
@@ -68,6 +72,43 @@ def profile_of_row(row: Row) -> Profile:
         tokens_prompt=told["tokens_prompt"],
         failure=told["failure"],
         interval=(ends[0], ends[1]) if ends else None,
+        control=bool(told.get("control")),
+    )
+
+
+@lru_cache(maxsize=4096)
+def _light_action(kind: str, names: tuple[str, ...]) -> Action:
+    return Action("message") if kind == "message" else Action("calls", calls=tuple(ToolCall(n, "") for n in names))
+
+
+@lru_cache(maxsize=65536)
+def _light_samples(rewards: tuple[float, ...]) -> tuple[Row, ...]:
+    return tuple({"reward": reward} for reward in rewards)
+
+
+def light_of_row(row: Row) -> Profile:
+    """The profile of a row as selection and tables need it: no messages, no tools, of an action its tools' names, of samples their
+    rewards. A million of them take 0.4 GB, since what repeats is there once."""
+    told, source, expected = row["profile"], row["provenance"], row["expected_action"]
+    calls = expected["calls"] if expected["type"] == "function_call_batch" else [expected]
+    names = () if expected["type"] == "message" else tuple(call["name"] for call in calls)
+    return Profile(
+        candidate=Candidate(
+            source["candidate_id"],
+            sys.intern(row["trajectory_id"]),
+            sys.intern(source["task_id"]),
+            sys.intern(source["split"]),  # type: ignore[arg-type]
+            source["turn"],
+            source["depth"],
+            (),
+            (),
+            _light_action("message" if expected["type"] == "message" else "calls", names),
+            fields=NO_FIELDS,
+        ),
+        samples=_light_samples(tuple(float(sample["reward"]) for sample in row["samples"])),
+        tokens_generated=told["tokens_generated"],
+        tokens_prompt=told["tokens_prompt"],
+        failure=told["failure"],
         control=bool(told.get("control")),
     )
 

@@ -1,12 +1,16 @@
-"""select: profiles -> pivots. Pure and instant; the pivot set's version is a digest of its members.
+"""select: profiles -> pivots. Pure and quick; the pivot set's version is a digest of its members.
+
+A first pass over the file keeps of each candidate what the rule and the tables need, a second one copies those chosen.
 
 The rule applies to the train split. Held-out states pass through unfiltered: they are what training is validated on.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Sequence
+from array import array
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +26,18 @@ from nemo_pivotrl.records import (
     check_parent,
     digest,
     file_digest,
+    placed_rows,
     read_header,
     read_rows,
+    rows_at,
 )
-from nemo_pivotrl.stages.profile_rows import plan_in, profile_of_row, profile_to_row
+from nemo_pivotrl.stages.profile_rows import light_of_row, plan_in, profile_of_row, profile_to_row
 
+Counts = dict[str, Any]
+SHOWN = 12
+"""Rows of a table by task or action; the others are added up."""
+SHORTEST = 64
+ROWS_AT_ONCE = 256
 DEPTHS = ((0, 0), (1, 1), (2, 2), (3, 4), (5, 8), (9, 16), (17, 10**9))
 
 
@@ -35,10 +46,16 @@ def select(recipe: Recipe, fresh: bool = False) -> Path:
     source, settings = recipe.path(recipe.select.profiles), recipe.select
     found = read_header(source, "profiles")
     check_parent(source, found, recipe.path("candidates.jsonl"))
-    profiles = [profile_of_row(row) for row in read_rows(source)]
-    train = [p for p in profiles if p.candidate.split == "train"]
+    train: list[Profile] = []
+    places, held_out = array("q"), array("q")
+    for place, row in placed_rows(source):
+        light = light_of_row(row)
+        if light.candidate.split == "train":
+            train.append(light)
+            places.append(place)
+        elif light.failure is None:
+            held_out.append(place)
     check_decided(recipe, train, plan_in(found), source)
-    held_out = [p for p in profiles if p.candidate.split == "validation" and p.failure is None]
     pivots = pivotrl.select(
         train,
         settings.rule,
@@ -48,7 +65,8 @@ def select(recipe: Recipe, fresh: bool = False) -> Path:
         settings.limit,
         settings.max_message_ratio,
     )
-    print(survival_tables(train, {p.candidate.candidate_id for p in pivots}, settings.lambda_diff))
+    ids = {p.candidate.candidate_id for p in pivots}
+    print(survival_tables(train, [fate(p, ids, settings.lambda_diff) for p in train]))
     if not pivots:
         raise InputError(
             Problem(
@@ -60,6 +78,8 @@ def select(recipe: Recipe, fresh: bool = False) -> Path:
             )
         )
     version = digest(sorted(p.candidate.candidate_id for p in pivots))
+    chosen = {id(p) for p in pivots}
+    kept = [place for p, place in zip(train, places, strict=True) if id(p) in chosen]
     header = Header(
         stage="pivots",
         config_hash=recipe.digest("select"),
@@ -77,7 +97,11 @@ def select(recipe: Recipe, fresh: bool = False) -> Path:
         },
     )
     with ArtefactWriter(recipe.path(settings.output), header, fresh=True) as writer:
-        writer.write(_pivot_row(p, recipe.extract.agent_ref) for p in [*pivots, *held_out])
+        rows = (
+            _pivot_row(profile_of_row(row), recipe.extract.agent_ref) for row in rows_at(source, [*kept, *held_out])
+        )
+        while part := list(islice(rows, ROWS_AT_ONCE)):
+            writer.write(part)
         path = writer.finish()
     print(
         f"{len(pivots)} pivots of {len(train)} candidates, {len(held_out)} held-out states; version {version} -> {path}"
@@ -135,6 +159,19 @@ def fate(profile: Profile, pivots: set[str], lambda_diff: float) -> str:
     return "not drawn" if pivotrl.keep(stats, "adv", lambda_diff) else "too easy"
 
 
+def length_band(tokens: int) -> str:
+    """The table row a prompt of so many tokens belongs to: each as wide as all before it."""
+    high = max(SHORTEST, 1 << (tokens - 1).bit_length()) if tokens > 0 else SHORTEST
+    return f"{high // 2 + 1 if high > SHORTEST else 0}-{high}"
+
+
+KEYS: Mapping[str, Callable[[Profile], str]] = {
+    "depth": lambda p: depth_band(p.candidate.depth),
+    "prompt": lambda p: length_band(p.tokens_prompt),
+    "action": lambda p: p.candidate.action_name,
+    "task": lambda p: p.candidate.task_id,
+}
+"""What a candidate is grouped by in tables."""
 FATES = ("pivot", "all 0", "all 1", "all equal", "too easy", "not drawn", "failed")
 
 
@@ -145,24 +182,50 @@ def depth_band(depth: int) -> str:
 
 
 def survival(
-    train: Sequence[Profile], pivots: set[str], lambda_diff: float, key: Callable[[Profile], str]
+    train: Sequence[Profile], fates: Sequence[str], key: Callable[[Profile], str]
 ) -> dict[str, dict[str, int]]:
-    """Counts of each fate by `key`; `pivots` holds the candidate ids that were selected."""
+    """Counts of each fate by `key`; `fates` holds each profile's."""
     table: dict[str, dict[str, int]] = defaultdict(lambda: dict.fromkeys(FATES, 0))
-    for p in train:
-        table[key(p)][fate(p, pivots, lambda_diff)] += 1
+    for p, found in zip(train, fates, strict=True):
+        table[key(p)][found] += 1
     return dict(table)
 
 
-def survival_tables(train: Sequence[Profile], pivots: set[str], lambda_diff: float) -> str:
-    """Survival by depth, by the expert's tool, and how many pivots a trajectory keeps, as text."""
-    by_depth = survival(train, pivots, lambda_diff, lambda p: depth_band(p.candidate.depth))
-    by_tool = survival(train, pivots, lambda_diff, lambda p: p.candidate.action_name)
-    by_trajectory = survival(train, pivots, lambda_diff, lambda p: p.candidate.trajectory_id)
-    kept = [row["pivot"] for row in by_trajectory.values()]
-    lines = _table("depth", sorted(by_depth.items(), key=lambda kv: int(kv[0].rstrip("+").split("-")[0])))
-    lines += _table("expert action", sorted(by_tool.items(), key=lambda kv: -sum(kv[1].values())))
-    spread = ", ".join(f"{n}: {kept.count(n)}" for n in sorted(set(kept))[:12])
+def survivals(train: Sequence[Profile], fates: Sequence[str]) -> dict[str, dict[str, dict[str, int]]]:
+    """`survival` by `depth`, `prompt` length, the expert's `action` and `task` (the most frequent), each in the order to show."""
+    by = {name: survival(train, fates, key) for name, key in KEYS.items()}
+    return {name: by_number(table) if name in ("depth", "prompt") else by_size(table) for name, table in by.items()}
+
+
+def by_number(table: dict[str, Counts]) -> dict[str, Counts]:
+    """Rows in the order of the numbers that their names begin with."""
+    return dict(sorted(table.items(), key=lambda kv: int(kv[0].rstrip("+").split("-")[0])))
+
+
+def by_size(table: dict[str, Counts], of: str | None = None) -> dict[str, Counts]:
+    """The rows that count most (in all, or `of` one thing), and the sum of all others."""
+
+    def size(row: Counts) -> float:
+        return sum(row.values()) if of is None else row[of]
+
+    rows = sorted(table.items(), key=lambda kv: (-size(kv[1]), kv[0]))
+    if len(rows) <= SHOWN + 1:
+        return dict(rows)
+    rest = {name: sum(row[name] for _, row in rows[SHOWN:]) for name in rows[0][1]}
+    return dict(rows[:SHOWN]) | {f"({len(rows) - SHOWN} others)": rest}
+
+
+def survival_tables(train: Sequence[Profile], fates: Sequence[str]) -> str:
+    """Survival by depth, prompt length, the expert's tool and task, and how many pivots a trajectory keeps, as text."""
+    titles = {"depth": "depth", "prompt": "tokens of the prompt", "action": "expert action", "task": "task"}
+    lines: list[str] = []
+    for name, table in survivals(train, fates).items():
+        lines += _table(titles[name], list(table.items()))
+    owners: Counter[str] = Counter()
+    for p, found in zip(train, fates, strict=True):
+        owners[p.candidate.trajectory_id] += found == "pivot"
+    kept = Counter(owners.values())
+    spread = ", ".join(f"{n}: {kept[n]}" for n in sorted(kept)[:12])
     return "\n".join([*lines, f"pivots per trajectory (pivots: trajectories): {spread}"])
 
 
