@@ -22,11 +22,11 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
 SETTINGS = """
-num_threads=1
+num_threads=1 logger.tensorboard=false
 world.train_tasks=300 world.test_tasks=100 world.puzzle_test_tasks=150
 warmup.num_steps=400
 extract.validation_share=0.1
-profile.num_generations=4 profile.candidates_per_wave=128 profile.limit=150 audit.before_profile=false
+profile.num_generations=4 profile.candidates_per_chunk=128 profile.limit=150 audit.before_profile=false
 policy.optimizer.lr=3e-4 policy.generation.batch_tokens=65536
 grpo.num_prompts_per_step=24 grpo.max_num_steps=100000 grpo.val_candidates=80 grpo.val_generations=2 grpo.val_kl=false
 checkpointing.save_period=20
