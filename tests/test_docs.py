@@ -85,7 +85,7 @@ def test_there_are_five_short_pages_whose_links_lead_somewhere() -> None:
 def test_every_command_is_run_here_or_somewhere_named() -> None:
     others = [c for c in ALL if not c.startswith(tuple(ELSEWHERE))]
     here = [c for c in others if c.startswith(("nemo-pivotrl ", "bash deploy/slurm"))]
-    known = {"plan", "verify"} | set(cli.STAGES)
+    known = {"plan", "verify", "compare"} | set(cli.STAGES)
     assert all(c.startswith("bash") or c.split()[1] in known for c in here)
     assert [c for c in others if c not in here and not c.startswith(BY_HAND)] == []
     for begin, test in ELSEWHERE.items():
@@ -168,6 +168,21 @@ def test_rows_are_verified_without_a_model(trained: Path, tmp_path: Path) -> Non
     (command,) = [c for c in ALL if c.startswith("nemo-pivotrl verify ")]
     files = [str(trained / "profiles.jsonl"), str(tmp_path / "verdicts.jsonl")]
     assert cli.main([*command.split()[1:-2], *files]) == 0 and (tmp_path / "verdicts.jsonl").read_text()
+
+
+def test_profiles_are_compared(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (command,) = [c for c in ALL if c.startswith("nemo-pivotrl compare ")]
+    same = str(trained / "profiles.jsonl")
+    assert cli.main([command.split()[1], same, same]) == 0 and "NOT DRIFT ALONE" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_guides_rounds_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (command,) = [c for c in ALL if c.startswith("nemo-pivotrl run ")]
+    few = [*SMALL, "loop.max_rounds=2", "evaluate.simulator=none", "evaluate.retention=none", "loop.retention_period=0"]
+    run(command.split()[1:], tmp_path / "run", few)
+    assert (tmp_path / "run/final/policy/config.json").exists() and (tmp_path / "run/loop.jsonl").read_text()
 
 
 def test_steering_from_python_runs(steered: Path) -> None:

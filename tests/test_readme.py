@@ -41,6 +41,8 @@ def test_the_readme_shows_the_commands_this_file_runs() -> None:
         "make quickstart",
         "make test",
         "nemo-pivotrl env",
+        "nemo-pivotrl plan recipes/pivotrl/pivotrl-nemotron-3-super-120b-a12b-64n8g-tp8cp16ep8-swe.yaml",
+        "nemo-pivotrl preflight recipes/pivotrl/tiny.yaml",
         "nemo-pivotrl select recipes/pivotrl/tiny.yaml --print-config",
         "nemo-pivotrl select recipes/pivotrl/tiny.yaml select.lambda_diff=0.6",
         "nemo-pivotrl export recipes/pivotrl/tiny.yaml",
@@ -56,6 +58,10 @@ def test_every_stage_command_of_the_readme_runs(trained: Path, tmp_path: Path) -
         words = command.split()[1:]
         if words[0] == "env":
             assert cli.main([*words, "--no-imports", str(ROOT / "recipes")]) == 0
+        elif words[0] == "plan":
+            assert cli.main([words[0], str(ROOT / words[1])]) == 0
+        elif words[0] == "preflight":
+            assert cli.main([*words, f"run_dir={tmp_path / 'run'}", *SMALL]) == 0
         elif "recipes/pivotrl" in command and "STAGE" not in command:
             assert run(*words, folder=tmp_path / "run")
     rows = (tmp_path / "run/gym/train.jsonl").read_text().splitlines()
