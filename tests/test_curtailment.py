@@ -5,8 +5,7 @@ import math
 import random
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from nemo_pivotrl.curtailment import Plan, beta_binomial, expected_rollouts, interval
 from nemo_pivotrl.pivotrl import Rule, keep, statistics

@@ -7,8 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
-from hypothesis import assume, given, settings
-from hypothesis import strategies as st
+from hypothesis import assume, given, settings, strategies as st
 
 from nemo_pivotrl import config
 from nemo_pivotrl.records import Action, Case, InputError, ToolCall, Verdict

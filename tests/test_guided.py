@@ -23,8 +23,7 @@ from transformers import (
 )
 
 from nemo_pivotrl import cli, tiny
-from nemo_pivotrl.backends import doctors as doctors_module
-from nemo_pivotrl.backends import guided as guided_module
+from nemo_pivotrl.backends import doctors as doctors_module, guided as guided_module
 from nemo_pivotrl.backends.guided import (
     Doctors,
     Guided,

@@ -22,14 +22,18 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
+from hypothesis import example, given, settings, strategies as st
 
 from nemo_pivotrl import config
 from nemo_pivotrl.records import Action, Case, InputError, ToolCall, Verdict
-from nemo_pivotrl.verifiers import Ruling, VerifierFault, load_verifier, verdicts
-from nemo_pivotrl.verifiers import judge as judge_module
-from nemo_pivotrl.verifiers import judge_prompt as prompts
+from nemo_pivotrl.verifiers import (
+    Ruling,
+    VerifierFault,
+    judge as judge_module,
+    judge_prompt as prompts,
+    load_verifier,
+    verdicts,
+)
 from nemo_pivotrl.verifiers.judge import Judge, JudgeVerifier, calibrate, connect, refuse_self_judge
 from nemo_pivotrl.verifiers.judge_calibration import CALIBRATION, wilson
 

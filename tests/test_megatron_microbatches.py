@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from nemo_pivotrl.backends.megatron.legality import multiple_of, round_up
 from nemo_pivotrl.backends.megatron.microbatches import context_part, lay_out, schedule

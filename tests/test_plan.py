@@ -24,8 +24,7 @@ from nemo_pivotrl.backends.megatron.memory import (
     state_bytes,
 )
 from nemo_pivotrl.backends.megatron.shapes import PUBLISHED, published
-from nemo_pivotrl.config import Cluster, Generation, Lora, Megatron, Policy, Recipe
-from nemo_pivotrl.config import Plan as Told
+from nemo_pivotrl.config import Cluster, Generation, Lora, Megatron, Plan as Told, Policy, Recipe
 from nemo_pivotrl.recipe import load_recipe
 from nemo_pivotrl.records import InputError
 from nemo_pivotrl.stages.plan import Verdict, lora_parameters, plan

@@ -7,8 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from nemo_pivotrl import prefix
 from nemo_pivotrl.prefix import Fork, Segment, lay_out, packs, token_ratio, visible

@@ -5,8 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from nemo_pivotrl.records import Action, Candidate, Message, ToolCall, json_line
 from nemo_pivotrl.responses import (

@@ -16,8 +16,7 @@ from typing import Any
 
 import pytest
 from conftest import ROOT
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from test_guided import TOKENIZER, VOCAB, decode_recipe, model
 
 from nemo_pivotrl import cli

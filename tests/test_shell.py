@@ -6,8 +6,7 @@ import shlex
 import time
 
 import pytest
-from hypothesis import assume, example, given, settings
-from hypothesis import strategies as st
+from hypothesis import assume, example, given, settings, strategies as st
 
 from nemo_pivotrl.config import Limits
 from nemo_pivotrl.verifiers.bounds import LimitExceeded

@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from vllm.distributed import get_tp_group
-from vllm.v1.sample.logits_processor import BatchUpdate, MoveDirectionality
-from vllm.v1.sample.logits_processor import LogitsProcessor as FirstRunner
+from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor as FirstRunner, MoveDirectionality
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as SecondRunner
 
 from nemo_pivotrl.backends.vllm_doctors import SECTION, Guidance, Row, names_here, read_wish

@@ -21,8 +21,7 @@ from nemo_pivotrl.config import Limits, ranged
 from nemo_pivotrl.records import Action, Case, ToolCall, Verdict
 from nemo_pivotrl.verifiers import VerifierFault
 from nemo_pivotrl.verifiers.bounds import LimitExceeded, decode_json, ratio
-from nemo_pivotrl.verifiers.schema import bounded
-from nemo_pivotrl.verifiers.schema import is_valid as follows
+from nemo_pivotrl.verifiers.schema import bounded, is_valid as follows
 
 VALUE = "ARGUMENT_VALUE_MISMATCH"
 Arguments = dict[str, Any]
