@@ -259,8 +259,6 @@ class Export:
     NVIDIA-NeMo/Nemotron's stages pass them on. On the command line: `export nemo-rl RECIPE`."""
     nemo_rl_base: str = "/opt/nemo-rl/examples/nemo_gym/grpo_workplace_assistant_nemotron_nano_v2_9b.yaml"
     """NeMo-RL recipe whose settings hold wherever ours has none: its tool parser and reasoning parser among them."""
-    num_nodes: int = ranged(1, 1)
-    gpus_per_node: int = ranged(8, 1)
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)

@@ -122,7 +122,7 @@ def test_the_recipe_says_what_ours_says(tmp_path: Path) -> None:
         "megatron.fp8=hybrid",
         "megatron.fp8_recipe=blockwise",
         "checkpointing.checkpoint_must_save_by='00:03:45:00'",
-        "export.num_nodes=64",
+        "cluster.num_nodes=64",
     )
     made, _ = nemo_rl.recipe_of(ours, tmp_path, True)
     assert made["policy"]["train_global_batch_size"] == 512 and made["policy"]["model_name"] == "/models/m"

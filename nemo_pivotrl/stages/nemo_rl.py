@@ -128,7 +128,7 @@ def recipe_of(recipe: Recipe, folder: Path, has_validation: bool) -> tuple[dict[
             "mlflow_enabled": recipe.logger.mlflow,
             "wandb": {"project": recipe.logger.project, "name": recipe.grpo.name},
         },
-        "cluster": {"num_nodes": recipe.export.num_nodes, "gpus_per_node": recipe.export.gpus_per_node},
+        "cluster": {"num_nodes": recipe.cluster.num_nodes, "gpus_per_node": recipe.cluster.gpus_per_node},
     }
     return made, lost(recipe)
 

@@ -81,7 +81,7 @@ def summary_of(rows: Iterable[dict[str, Any]], plan: Plan) -> dict[str, Any]:
 def drawn_first(rewards: Sequence[float], plan: Plan) -> list[float]:
     """The outcomes that a plan would have drawn of a candidate that was drawn in full."""
     seen: list[float] = []
-    while more := plan.ask(seen):
+    while len(seen) < len(rewards) and (more := plan.ask(seen)):
         seen += rewards[len(seen) : len(seen) + more]
     return seen
 
