@@ -30,6 +30,7 @@ SMALL = [
     "warmup.copy_steps=0",
     "profile.num_generations=8",
     "profile.candidates_per_chunk=8",
+    "profile.min_wave=2",
     "select.rule=mixed",
     "sft.num_steps=3",
     "grpo.max_num_steps=4",

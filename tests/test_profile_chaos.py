@@ -167,9 +167,12 @@ def test_chaos_ends_with_the_clean_runs_rows_and_no_failure_is_a_zero(served: An
         server.asked.clear()
     again = at(folder_2, servers, "profile.retry_failed=true")
     profile(again)
-    assert {name: said(row) for name, row in rows_of(folder).items()} == {n: said(r) for n, r in clean.items()}
-    kept = sum(len(rows[name]["profile"]["kept"]) for name in failed)
-    assert sum(len(s.asked) for s in servers) == sum(len(clean[name]["samples"]) for name in failed) - kept
+    for name, row in rows_of(folder).items():  # what is known of a candidate may settle it with fewer than a whole wave
+        assert said(row) == said(clean[name])[: len(row["samples"])] and not row["profile"]["failure"]
+        assert name in failed or len(row["samples"]) == len(clean[name]["samples"])
+    drawn_now = sum(len(s.asked) for s in servers)
+    most = sum(len(clean[n]["samples"]) - len(rows[n]["profile"]["kept"]) for n in failed)
+    assert 0 < drawn_now <= most, "not one rollout twice"
     select(again, True)
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import random
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 from nemo_pivotrl import report, world
+from nemo_pivotrl.backends.megatron.launch import place_of
 from nemo_pivotrl.config import Recipe
 from nemo_pivotrl.records import write_atomically
 from nemo_pivotrl.stages import ledger
@@ -17,6 +19,7 @@ from nemo_pivotrl.stages.audit import audit
 from nemo_pivotrl.stages.evaluate import evaluate
 from nemo_pivotrl.stages.extract import extract
 from nemo_pivotrl.stages.loop import gains, loop, read_history
+from nemo_pivotrl.stages.preflight import ROLES, preflight
 from nemo_pivotrl.stages.select import select
 from nemo_pivotrl.stages.sft import makes_start_policy, sft, warmup, world_sizes
 from nemo_pivotrl.stages.train import train
@@ -48,6 +51,8 @@ def run(recipe: Recipe, fresh: bool = False) -> Path:
     for stage in [*stages, report.report]:
         if stage is not loop:  # which names its own stages
             print(f"\n== {stage.__name__.strip('_').removeprefix('make_')}")
+        if (name := "profile" if stage is loop else stage.__name__) in ROLES:
+            preflight(recipe, name, place_of(os.environ).world)
         path = stage(recipe, fresh)
     pivots, points = gains(read_history(Path(recipe.run_dir)))
     print("\n" + ledger.table(ledger.read_ledgers(Path(recipe.run_dir)), recipe.budget.gpus, pivots, points))

@@ -30,6 +30,7 @@ SMALL = [
     "warmup.copy_steps=0",
     "profile.num_generations=4",
     "profile.candidates_per_chunk=8",
+    "profile.min_wave=2",
     "select.rule=mixed",
     "select.lambda_diff=1.0",
     "grpo.num_prompts_per_step=4",
