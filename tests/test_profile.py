@@ -184,7 +184,7 @@ def dying(monkeypatch: pytest.MonkeyPatch, rng: random.Random) -> None:
         if not counted():
             return publish(self, number, rows, ids)
         whole = b"".join(rows)
-        (self.folder / f"{number:06d}.0.done").write_bytes(whole[: rng.randrange(len(whole))])
+        (self.folder / f"{number:06d}.0-of-1.done").write_bytes(whole[: rng.randrange(len(whole))])
         raise Dead
 
     monkeypatch.setattr(chunks.Journal, "write", torn_write)
@@ -271,7 +271,7 @@ def test_what_a_dead_shard_left_is_taken_over_with_its_rollouts(
         dying(patch, random.Random(5))
         with pytest.raises(Dead):
             profile(recipe, shard=Shard(0, 2))
-    journals = list(parts.glob("*.0.part"))
+    journals = list(parts.glob("*.0-of-2.part"))
     known = sum(len(json.loads(j)) for p in journals for j in p.read_bytes().splitlines(True) if j.endswith(b"\n"))
     known += sum(len(json.loads(r)["samples"]) for p in parts.glob("*.jsonl") for r in p.read_bytes().splitlines()[1:])
     assert known > 0 and journals

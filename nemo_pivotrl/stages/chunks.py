@@ -50,6 +50,10 @@ class Shard:
     number: int = 0
     of: int = 1
 
+    def __str__(self) -> str:
+        """Names its files: the same place among other numbers of shards is another process."""
+        return f"{self.number}-of-{self.of}"
+
     def first(self, chunks: int) -> int:
         """The chunk its share begins with; the share is contiguous, so that a trajectory's turns stay together."""
         return self.number * chunks // self.of
@@ -103,7 +107,7 @@ class Parts:
 
     def _only_one(self) -> IO[bytes]:
         """Two processes of one shard would write the same journals. The lock ends with the process, however that ends."""
-        path = self.folder / f"shard-{self.shard.number}.lock"
+        path = self.folder / f"shard-{self.shard}.lock"
         handle = path.open("ab")
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -152,11 +156,11 @@ class Parts:
                 if not self._deserted(path):
                     return False
                 with contextlib.suppress(FileNotFoundError):  # another shard was quicker
-                    os.rename(path, path.with_suffix(f".left-to-{self.shard.number}"))
+                    os.rename(path, path.with_suffix(f".left-to-{self.shard}"))
                 continue
             with os.fdopen(handle, "w", encoding="utf-8") as file:
                 file.write(self._name)
-            path.with_suffix(f".left-to-{self.shard.number}").unlink(missing_ok=True)
+            path.with_suffix(f".left-to-{self.shard}").unlink(missing_ok=True)
             if not self.finished(number):
                 self._mine.add(number)
                 return True
@@ -172,7 +176,7 @@ class Parts:
             return False
         if (owner.get("shard"), owner.get("of")) == (self.shard.number, self.shard.of):
             return True
-        clock = self.folder / f"shard-{self.shard.number}.clock"
+        clock = self.folder / f"shard-{self.shard}.clock"
         clock.touch()
         return clock.stat().st_mtime - touched > self.steal_after_s
 
@@ -216,7 +220,7 @@ class Parts:
                 found |= {(c, k): row for c, k, row in rollouts}
                 if rollouts:
                     rounds.append(json_line(rollouts))
-        path = self._path(number, f"{self.shard.number}.part")
+        path = self._path(number, f"{self.shard}.part")
         whole = path.with_suffix(".new")
         whole.write_bytes(b"".join(rounds))
         os.replace(whole, path)
@@ -225,7 +229,7 @@ class Parts:
     def publish(self, number: int, rows: Sequence[bytes], ids: str) -> None:
         """Make a chunk's rows (each a line) its result. `ids` is the digest of its candidates' ids."""
         head = {"chunk": number, "rows": len(rows), "ids": ids, "crc": zlib.crc32(b"".join(rows))}
-        part = self._path(number, f"{self.shard.number}.done")
+        part = self._path(number, f"{self.shard}.done")
         with part.open("wb") as file:
             file.write(json_line(head))
             file.writelines(rows)

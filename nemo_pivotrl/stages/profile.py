@@ -13,7 +13,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -179,7 +179,8 @@ def _reopened(recipe: Recipe, job: Job, path: Path) -> bool:
         if dataclasses.replace(found, extra=mine) != dataclasses.replace(job.header, extra=mine) or other != mine:
             is_complete(path, job.header, False)  # says which field differs
         print(f"{path} was drawn under another plan: its rollouts are kept, and what is missing for this one is added")
-    os.replace(path, recipe.path("profiles.earlier.jsonl"))
+    with suppress(FileNotFoundError):  # another shard was quicker
+        os.replace(path, recipe.path("profiles.earlier.jsonl"))
     return True
 
 

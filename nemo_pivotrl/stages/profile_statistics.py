@@ -34,7 +34,6 @@ def summary_of(rows: Iterable[dict[str, Any]], plan: Plan) -> dict[str, Any]:
     counts: Counter[str] = Counter()
     classes = {name: Counter[str]() for name in CLASSES}
     failures: Counter[str] = Counter()
-    tokens_saved = 0.0
     for row in rows:
         counts["candidates"] += 1
         told = row["profile"]
@@ -48,7 +47,7 @@ def summary_of(rows: Iterable[dict[str, Any]], plan: Plan) -> dict[str, Any]:
         entry["saved"] += saved
         counts["tokens_generated"] += told["tokens_generated"]
         counts["tokens_prompt"] += told["tokens_prompt"] * len(rewards)
-        tokens_saved += saved * (told["tokens_generated"] / len(rewards))
+        entry["tokens_saved"] += round(saved * told["tokens_generated"] / len(rewards))
         counts["repeated"] += repeated(row["samples"])
         if told.get("control"):
             counts["control"] += 1
@@ -65,7 +64,7 @@ def summary_of(rows: Iterable[dict[str, Any]], plan: Plan) -> dict[str, Any]:
         "saved_share": (full - rollouts) / full if full else 0.0,
         "tokens_generated": counts["tokens_generated"],
         "tokens_prompt": counts["tokens_prompt"],
-        "tokens_saved_estimate": round(tokens_saved),
+        "tokens_saved_estimate": sum(entry["tokens_saved"] for entry in classes.values()),
         "classes": {name: dict(entry) for name, entry in classes.items()},
         "failures": dict(failures),
         "repeated_samples": counts["repeated"],
@@ -94,11 +93,13 @@ def _selected(rewards: Sequence[float], plan: Plan) -> tuple[bool, bool]:
 
 def summary_text(summary: dict[str, Any]) -> str:
     """The summary for a terminal."""
-    lines = [f"{'hit rate':<18}{'candidates':>12}{'rollouts':>12}{'each':>8}{'saved':>9}"]
+    lines = [f"{'hit rate':<18}{'candidates':>12}{'rollouts':>12}{'each':>8}{'saved':>9}{'tokens saved':>14}"]
     for name, entry in summary["classes"].items():
         if entry:
             n, drawn, saved = entry["candidates"], entry["rollouts"], entry["saved"]
-            lines.append(f"{name:<18}{n:>12,}{drawn:>12,}{drawn / n:>8.1f}{saved / (drawn + saved):>9.1%}")
+            lines.append(
+                f"{name:<18}{n:>12,}{drawn:>12,}{drawn / n:>8.1f}{saved / (drawn + saved):>9.1%}{entry['tokens_saved']:>14,}"
+            )
     lines.append(
         f"{summary['rollouts']:,} rollouts of {summary['rollouts'] + summary['rollouts_saved']:,}: {summary['saved_share']:.1%} "
         f"saved, about {summary['tokens_saved_estimate']:,} generated tokens; {summary['tokens_generated']:,} tokens were generated"

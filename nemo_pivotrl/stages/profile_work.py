@@ -239,7 +239,7 @@ class Work:
         alike = sum(m.looks_seeded_alike() for m in members)
         if alike >= self.alike_allowed:
             found = f"{alike} of {len(members)} candidates have the same improbable completion in every sample"
-            remedy = "the sampler ignores the per-sample seed; drop request seeds from the rows and check the backend"
+            remedy = "the sampler ignores the per-sample seed: drop request seeds, check the backend, profile with fresh=true"
             raise InputError(Problem("sampler", None, "samples", found, remedy))
         journal.close()
         self.parts.publish(unit.chunk, [member_line(m, self.plan) for m in members], self.index.ids[unit.chunk])
