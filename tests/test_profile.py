@@ -191,13 +191,13 @@ def dying(monkeypatch: pytest.MonkeyPatch, rng: random.Random) -> None:
     monkeypatch.setattr(chunks.Parts, "publish", torn_publish)
 
 
-def test_fifty_deaths_at_random_bytes_end_with_the_same_bytes(
+def test_deaths_at_random_bytes_end_with_the_same_bytes(
     run_dir: Path, trained: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected, rng, deaths = sha(trained / "profiles.jsonl"), random.Random(17), 0
     whole = backends.load_sampler(recipe_at(run_dir).policy)  # the reference policy, loaded once
     monkeypatch.setattr(backends, "load_sampler", lambda *_: whole)
-    while deaths < 50:
+    while deaths < 16:  # fifty real kills are in benchmarks/profile_kills.py
         recipe = recipe_at(run_dir, *QUIET)
         with monkeypatch.context() as patch:
             dying(patch, rng)
