@@ -51,6 +51,10 @@ class World:
     hidden_size: int = ranged(96, 8)
     layers: int = ranged(3, 1)
     heads: int = ranged(4, 1)
+    slips: float = ranged(0.0, 0.0, 1.0)
+    """How careless those are from whom the start policy learns the desk: share of the rates `world.SLIPS`. 0: they are experts."""
+    teacher: Literal["house", "other"] = "house"
+    """Whose wording the train trajectories have: that of the start policy's lessons, or another's who does the same."""
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)

@@ -59,6 +59,9 @@ class InputError(ValueError):
         count = f"{len(self.problems)} problem" + ("s" if len(self.problems) != 1 else "")
         super().__init__(f"{count}:\n{shown}{tail}")
 
+    def __reduce__(self) -> tuple[type[InputError], tuple[list[Problem]]]:
+        return InputError, (self.problems,)  # from a worker process it arrives with its problems
+
 
 def short(value: object, limit: int = 120) -> str:
     """`value` as one line of at most `limit` characters, for error messages."""

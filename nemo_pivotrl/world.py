@@ -366,66 +366,113 @@ def _chat_call(call: ToolCall) -> dict[str, Any]:
     return {"id": call.call_id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
 
 
-def expert_turns(task: Task, rng: random.Random) -> Iterator[Action]:
-    """The expert's actions in order. Wording varies, as it does in real traces; what they do does not."""
+SLIPS = {"detour": 0.25, "dear": 0.6, "unchecked": 0.5, "heedless": 0.7, "unasked": 0.4}
+"""What careless clerks do, and in how many of their conversations: look in the wrong place first, take the dear item, not look
+at the order, overlook that it is shipped, change things without asking."""
+
+WORDING: dict[str, dict[str, tuple[str, ...]]] = {
+    "house": {
+        "offer": (
+            "{item} is the cheapest . ok ?",
+            "shall i order {item} ?",
+            "may i place it for {item} ?",
+        ),
+        "ordered": ("it is ordered .", "done .", "{item} is on its way ."),
+        "status": ("{order_id} is {status} .", "your {item} is {status} .", "it is {status} ."),
+        "summary": ("order {order_id} is shipped", "shipped order {order_id}", "customer has shipped order {order_id}"),
+        "passed": ("a human will help you .", "i passed you on ."),
+        "cancel": ("shall i cancel {order_id} ?", "cancel {order_id} , ok ?", "may i cancel your {item} ?"),
+        "note": ("customer asked for it", "asked by the customer", "the customer does not want it"),
+        "cancelled": ("it is cancelled .", "done ."),
+        "change": ("shall i make it {qty} ?", "{qty} of {order_id} , ok ?", "may i change {order_id} ?"),
+        "changed": ("it is changed .", "done ."),
+    },
+    "other": {
+        "offer": (
+            "our best price today : {item} . do you agree ?",
+            "i suggest {item} because it costs less . right ?",
+        ),
+        "ordered": ("great choice ! the shop sends {item} today .", "all settled , {item} will reach you soon !"),
+        "status": ("thank you for waiting ! i see {order_id} here : {status} .", "good news first : {status} it is !"),
+        "summary": ("please look at shipped order {order_id} now", "urgent : order {order_id} has left the shop"),
+        "passed": ("sorry ! someone from our team calls you today .", "thank you , our team takes it from here !"),
+        "cancel": (
+            "sorry to hear that ! do you agree that {order_id} stops ?",
+            "you wish to stop {order_id} , right ?",
+        ),
+        "note": ("customer called today", "stopped for the customer who called"),
+        "cancelled": ("all settled , thank you for your time !", "great , nothing will be sent to you !"),
+        "change": ("so {qty} it will be , do you agree ?", "you wish to have {qty} in {order_id} , right ?"),
+        "changed": ("all settled , thank you for your time !", "great , the shop sends them today !"),
+    },
+}
+"""What is said, by teacher. `other` puts arguments in another order, too; it does the same things."""
+
+
+def draw_slips(rng: random.Random, share: float) -> frozenset[str]:
+    """The slips of one conversation; share in [0, 1] of their rates."""
+    return frozenset(name for name, rate in SLIPS.items() if rng.random() < share * rate)
+
+
+def expert_turns(
+    task: Task, rng: random.Random, teacher: str = "house", slips: frozenset[str] = frozenset()
+) -> Iterator[Action]:
+    """The actions of a clerk in order. Wording varies, as it does in real traces; what experts (no slips) do does not."""
     facts, number = task.facts, iter(range(99))
 
     def call(name: str, **arguments: Any) -> Action:
-        return Action("calls", calls=(ToolCall(name, json.dumps(arguments), f"call_{next(number)}"),))
+        ordered = arguments if teacher == "house" else dict(reversed(arguments.items()))
+        return Action("calls", calls=(ToolCall(name, json.dumps(ordered), f"call_{next(number)}"),))
 
-    def say(*ways: str) -> Action:
-        return Action("message", content=rng.choice(ways))
+    def say(what: str, **other: Any) -> str:
+        return rng.choice(WORDING[teacher][what]).format(**facts | other)
+
+    def talk(what: str, **other: Any) -> Action:
+        return Action("message", content=say(what, **other))
 
     if "answer" in task.goal:
         yield Action("message", content=task.goal["answer"])
         return
     if task.family == "buy":
+        offers = task.database["items"][facts["kind"]]
+        item = max(offers, key=offers.__getitem__) if "dear" in slips else facts["item"]
+        if "detour" in slips:
+            yield call("find_orders", user=facts["user"])
         yield call("search_items", kind=facts["kind"])
-        yield say(
-            f"{facts['item']} is the cheapest . ok ?",
-            f"shall i order {facts['item']} ?",
-            f"may i place it for {facts['item']} ?",
-        )
-        yield call("place_order", user=facts["user"], item=facts["item"], qty=facts["qty"])
-        yield say("it is ordered .", "done .", f"{facts['item']} is on its way .")
+        if "unasked" not in slips:
+            yield talk("offer", item=item)
+        yield call("place_order", user=facts["user"], item=item, qty=facts["qty"])
+        yield talk("ordered", item=item)
         return
-    order_id = facts["order_id"]
+    order_id, seen = facts["order_id"], "unchecked" not in slips
+    if "detour" in slips:
+        yield call("search_items", kind=facts["item"])
     yield call("find_orders", user=facts["user"])
-    yield call("get_order", order_id=order_id)
+    if seen:
+        yield call("get_order", order_id=order_id)
     if task.family == "status":
-        yield say(
-            f"{order_id} is {facts['status']} .",
-            f"your {facts['item']} is {facts['status']} .",
-            f"it is {facts['status']} .",
-        )
-    elif facts["status"] == "shipped":
-        yield call(
-            "transfer",
-            summary=rng.choice(
-                [f"order {order_id} is shipped", f"shipped order {order_id}", f"customer has shipped order {order_id}"]
-            ),
-        )
-        yield say("a human will help you .", "i passed you on .")
+        yield talk("status") if seen else talk("status", status=rng.choice(["pending", "shipped"]))
+    elif facts["status"] == "shipped" and seen and "heedless" not in slips:
+        yield call("transfer", summary=say("summary"))
+        yield talk("passed")
     elif task.family == "cancel":
-        yield say(f"shall i cancel {order_id} ?", f"cancel {order_id} , ok ?", f"may i cancel your {facts['item']} ?")
-        yield call(
-            "cancel_order",
-            order_id=order_id,
-            note=rng.choice(["customer asked for it", "asked by the customer", "the customer does not want it"]),
-        )
-        yield say("it is cancelled .", "done .")
+        if "unasked" not in slips:
+            yield talk("cancel")
+        yield call("cancel_order", order_id=order_id, note=say("note"))
+        yield talk("cancelled")
     else:
-        yield say(
-            f"shall i make it {facts['qty']} ?", f"{facts['qty']} of {order_id} , ok ?", f"may i change {order_id} ?"
-        )
+        if "unasked" not in slips:
+            yield talk("change")
         yield call("change_order", order_id=order_id, qty=facts["qty"])
-        yield say("it is changed .", "done .")
+        yield talk("changed")
 
 
-def expert_trajectory(task: Task, rng: random.Random) -> dict[str, Any]:
-    """The expert's conversation as an OpenAI chat record; its reward is the episode's own judgement."""
+def expert_trajectory(
+    task: Task, rng: random.Random, teacher: str = "house", slips: frozenset[str] = frozenset()
+) -> dict[str, Any]:
+    """A clerk's conversation as an OpenAI chat record; its reward is the episode's own judgement."""
     episode = Episode(task)
-    for action in expert_turns(task, rng):
+    for action in expert_turns(task, rng, teacher, slips):
         episode.step(action)
     return {
         "trajectory_id": f"{task.task_id}-expert",

@@ -1,11 +1,21 @@
 """Artefact files: headers, whole rows, and what is left after a crash at any byte."""
 
 import json
+import pickle
 from pathlib import Path
 
 import pytest
 
-from nemo_pivotrl.records import ArtefactWriter, Header, InputError, check_headers, json_line, read_header, read_rows
+from nemo_pivotrl.records import (
+    ArtefactWriter,
+    Header,
+    InputError,
+    Problem,
+    check_headers,
+    json_line,
+    read_header,
+    read_rows,
+)
 
 HEADER = Header(
     "profiles", "c0ffee", parent="p1", tokenizer="t1", verifier="tool_call 1 ab", extra={"num_generations": 16}
@@ -143,3 +153,9 @@ def test_an_error_shows_twenty_problems_and_counts_the_rest(tmp_path: Path) -> N
 def test_a_row_is_one_json_object_with_its_keys_in_their_order_and_no_spaces() -> None:
     assert json.loads(json_line({"b": 1, "a": {"d": 2, "c": 3}})) == {"a": {"c": 3, "d": 2}, "b": 1}
     assert json_line({"b": 1, "a": 2}) == b'{"b":1,"a":2}\n'
+
+
+def test_an_input_error_comes_whole_out_of_another_process() -> None:
+    error = InputError([Problem("a.jsonl", 3, "reward", "x", "make it a number"), Problem("b", None, "c", "d", "e")])
+    again = pickle.loads(pickle.dumps(error))
+    assert (str(again), again.problems) == (str(error), error.problems)

@@ -196,9 +196,17 @@ def one_turn(recipe: Recipe, policy: Policy, backend: Sampler, chat: Chat) -> li
 
 
 def play(
-    tasks: Sequence[world.Task], seed_parts: Sequence[object], policy: Policy, backend: Sampler, chat: Chat
+    tasks: Sequence[world.Task],
+    seed_parts: Sequence[object],
+    policy: Policy,
+    backend: Sampler,
+    chat: Chat,
+    seen: Callable[[int, Sequence[int], Sample], None] | None = None,
 ) -> list[world.Episode]:
-    """Play one episode of each task, all turns of a wave together. A state that outgrows the context ends unsuccessfully."""
+    """Play one episode of each task, all turns of a wave together. A state that outgrows the context ends unsuccessfully.
+
+    `seen` is told every turn: (number of its task, prompt ids, sample).
+    """
     episodes = [world.Episode(task) for task in tasks]
     for turn in range(world.MAX_TURNS):
         running = [(i, e) for i, e in enumerate(episodes) if not e.done]
@@ -211,7 +219,9 @@ def play(
             break
         seeds = [[sample_seed(*seed_parts, tasks[i].task_id, turn)] for i, _ in running]
         groups = sampled(backend.infer([prompts[i] for i, _ in running], seeds, chat.stop_ids, policy.generation))
-        for (_, episode), (sample,) in zip(running, groups, strict=True):
+        for (i, episode), (sample,) in zip(running, groups, strict=True):
+            if seen is not None:
+                seen(i, prompts[i], sample)
             whole = sample.finish_reason == "stop"
             episode.step(
                 chat.parse(chat.decode(sample.token_ids), episode.tools)

@@ -31,7 +31,7 @@ def make_world(recipe: Recipe, fresh: bool = False) -> Path:
     """Write the experts' conversations on the train tasks as OpenAI chat JSONL."""
     rng = random.Random(f"train experts {recipe.seed}")
     lines = [
-        json.dumps(world.expert_trajectory(task, rng))
+        json.dumps(world.expert_trajectory(task, rng, recipe.world.teacher))
         for task in world.tasks(recipe.seed, world_sizes(recipe))["train"]
     ]
     path = recipe.path("world/trajectories.jsonl")

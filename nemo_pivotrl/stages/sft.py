@@ -187,12 +187,14 @@ def _warm_tiny(recipe: Recipe, fresh: bool) -> Path:
 
 
 def warmup_trajectories(recipe: Recipe) -> tuple[list[dict], list[dict]]:
-    """Expert conversations the tiny start policy learns from; their tasks are shared with no other split."""
+    """Conversations the tiny start policy learns from; their tasks are shared with no other split."""
     rng = random.Random(f"experts {recipe.seed}")
     desk = world.tasks(recipe.seed, world_sizes(recipe))["warmup"]
     puzzles = world.tasks(recipe.seed, puzzle_sizes(recipe), world.puzzle_task)["warmup"]
     with_family = [{**world.expert_trajectory(t, rng), "family": t.family} for t in puzzles]
-    return [world.expert_trajectory(t, rng) for t in desk], with_family
+    careless, slipping = random.Random(f"slips {recipe.seed}"), recipe.world.slips
+    clerks = [world.expert_trajectory(t, rng, slips=world.draw_slips(careless, slipping)) for t in desk]
+    return clerks, with_family
 
 
 def world_sizes(recipe: Recipe) -> dict[str, int]:

@@ -409,22 +409,11 @@ def _kept(batch: TokenBatch, rows: Sequence[int]) -> TokenBatch | None:
 def _update(recipe: Recipe, minibatch: Minibatch, backend: backends.Backend) -> dict[str, float]:
     """One optimiser step."""
     batch, normaliser, share = minibatch.batch, minibatch.normaliser, minibatch.share
-    loss_fn = recipe.loss_fn
-    correct = loss_fn.use_importance_sampling_correction
-    settings = pivotrl.LossSettings(
-        clip_low=loss_fn.ratio_clip_min,
-        clip_high=loss_fn.ratio_clip_max,
-        clip_dual=loss_fn.ratio_clip_c,
-        sequence_ratio=loss_fn.ratio_level == "sequence",
-        token_mean=loss_fn.token_level_loss,
-        kl_beta=loss_fn.reference_policy_kl_penalty,
-        tis_cap=loss_fn.truncated_importance_sampling_ratio if correct else None,
-        tis_floor=loss_fn.truncated_importance_sampling_ratio_min,
-    )
+    settings = loss_settings(recipe.loss_fn)
     backend.prepare_for_training_step()
     totals: dict[str, float] = {}
     if batch is not None:
-        totals = backend.get_loss_and_metrics(batch, partial(_loss, settings=settings, normaliser=normaliser))
+        totals = backend.get_loss_and_metrics(batch, partial(policy_loss, settings=settings, normaliser=normaliser))
         # the loss is a mean over all counted tokens; what is measured on computed rows is a mean over those
         computed = float(batch.data["mask"].sum()) if settings.token_mean else float(len(batch.responses))
         whole = ("loss", "token_ratio")
@@ -432,7 +421,21 @@ def _update(recipe: Recipe, minibatch: Minibatch, backend: backends.Backend) -> 
     return {"trained_share": share} | totals | backend.finish_training_step()
 
 
-def _loss(
+def loss_settings(loss_fn: LossFn) -> pivotrl.LossSettings:
+    """Eq. 7's numbers out of the recipe's section."""
+    return pivotrl.LossSettings(
+        clip_low=loss_fn.ratio_clip_min,
+        clip_high=loss_fn.ratio_clip_max,
+        clip_dual=loss_fn.ratio_clip_c,
+        sequence_ratio=loss_fn.ratio_level == "sequence",
+        token_mean=loss_fn.token_level_loss,
+        kl_beta=loss_fn.reference_policy_kl_penalty,
+        tis_cap=loss_fn.truncated_importance_sampling_ratio if loss_fn.use_importance_sampling_correction else None,
+        tis_floor=loss_fn.truncated_importance_sampling_ratio_min,
+    )
+
+
+def policy_loss(
     log_probs: Tensor, data: dict[str, Tensor], settings: pivotrl.LossSettings, normaliser: float
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Hand a micro-batch to Eq. 7. On the first update after sampling the old policy is the current one (ratio 1)."""
