@@ -9,6 +9,7 @@ import os
 import platform
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -45,7 +46,10 @@ def results(jobs: Sequence[Job], processes: int) -> dict[Path, Result]:
 
         os.environ["OMP_NUM_THREADS"] = "1"  # read by torch when a worker imports it
         context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(processes, context) as pool, tqdm(total=len(missing), unit="job") as bar:
+        with (
+            ProcessPoolExecutor(processes, context, _ends_with, (os.getpid(),)) as pool,
+            tqdm(total=len(missing), unit="job") as bar,
+        ):
             running: set[Future[Path]] = {pool.submit(_made, job) for job in missing}
             while running:
                 done, running = wait(running, return_when=FIRST_COMPLETED)
@@ -57,6 +61,17 @@ def results(jobs: Sequence[Job], processes: int) -> dict[Path, Result]:
                         raise
                     bar.update()
     return {job.folder: json.loads((job.folder / "result.json").read_text(encoding="utf-8")) for job in jobs}
+
+
+def _ends_with(parent: int) -> None:
+    """Let this worker end when `parent` is killed: what is run anew must not meet it at work in the same folder."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _made(job: Job) -> Path:

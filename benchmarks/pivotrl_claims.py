@@ -5,9 +5,9 @@
 The start policy is a tiny model that can do all the desk needs but often does not, for those it learned from are careless
 (`world.SLIPS`), and that is good at puzzles, which nobody trains on later. All arms get the same trajectories of an expert whose
 wording is another than the start policy's (`world.teacher: other`), which is what an SFT set from other models is to a
-post-trained policy. Arms that learn from rewards take the same number of steps; those of one turn 192 turns a step, end-to-end
-GRPO 192 whole episodes; SFT as many steps as take about PivotRL's processor time, its profile included. **Every arm's learning rate** is the one of `GRID` with the best success on validation tasks of
-the tuning seeds, which are none of the reported ones.
+post-trained policy. Arms that learn from rewards take the same number of steps: of 192 turns, end-to-end GRPO of 192 whole
+episodes; SFT takes as many as cost about PivotRL's processor time, its profile included. **Every arm's learning rate** is the
+one of `GRID` with the best success on validation tasks of the tuning seeds, which are none of the reported ones.
 
 FOLDER/start is the start policy, FOLDER/seed-N/ARM one training with its result; what is there is not made again.
 """
@@ -251,9 +251,8 @@ def success(recipe: Recipe, sampler: backends.Sampler, chat: Any) -> float:
 
 def scores(recipe: Recipe, policy: str) -> dict[str, dict[str, float]]:
     """Set -> item -> mean score of the policy in a folder, on test tasks, held-out turns and puzzles."""
-    source = evaluate(
-        dataclasses.replace(recipe, evaluate=dataclasses.replace(recipe.evaluate, policies={"it": policy}))
-    )
+    own = dataclasses.replace(recipe, evaluate=dataclasses.replace(recipe.evaluate, policies={"it": policy}))
+    source = evaluate(own, fresh=True)
     rows = [row for row in read_items(source) if row["scores"]]
     return {
         name: {row["item"]: statistics.fmean(row["scores"]) for row in rows if row["set"] == name}

@@ -12,6 +12,7 @@ from conftest import ROOT, SMALL, recipe_at
 
 sys.path.append(str(ROOT / "benchmarks"))
 import claims
+import closed_loop
 import pivotrl_claims
 import pivotrl_e2e
 import pivotrl_tables
@@ -60,6 +61,19 @@ def test_turns_to_a_target_lie_between_the_points_that_enclose_it() -> None:
 )
 def test_a_claim_holds_only_beyond_its_interval(found: tuple[float, float, float], said: str) -> None:
     assert pivotrl_tables.verdict(found) == said
+
+
+def test_the_loop_is_compared_item_by_item() -> None:
+    def result(*apart: float) -> claims.Result:
+        once = {str(i): 0.5 for i in range(len(apart))}
+        again = {str(i): 0.5 + a for i, a in enumerate(apart)}
+        arms = {"base": once, "loop": dict(reversed(again.items())), "one-shot": once}
+        found = {arm: dict.fromkeys(pivotrl_claims.SETS, items) for arm, items in arms.items()}
+        return found | {"rounds": {"loop": ["round 1: said"], "one-shot": []}}
+
+    text = closed_loop.tables([1, 2], [result(0.1, 0.1), result(-0.3, -0.3)], 100)
+    assert "loop minus one-shot: -10.00 [-30.00, +10.00], ahead in 1 of 2 seeds" in text
+    assert "seed 2, loop:\n  round 1: said" in text
 
 
 def test_the_best_rate_is_the_smaller_of_equals(tmp_path: Path) -> None:
