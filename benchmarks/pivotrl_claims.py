@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pivotrl_desk as pivotrl_desk  # registers its verifier
 from claims import ROOT, Job, Result, provenance, results
 
 from nemo_pivotrl import backends, world
@@ -78,6 +79,7 @@ ARMS = {
     "exact": Arm("strict match", ("verifier.name=exact",), profile="profiles.exact.jsonl"),
     "mixed": Arm("mixed instead of adv", ("select.rule=mixed",)),
     "e2e": Arm("end-to-end GRPO", kind="e2e"),
+    "talk": Arm("PivotRL, talk judged as well", ("verifier.name=desk_talk",), profile="profiles.desk_talk.jsonl"),
 }
 HOUSE = {
     "house-sft": Arm("SFT", kind="sft", data="house"),
@@ -131,9 +133,10 @@ def data(folder: Path, seed: int, settings: Sequence[str]) -> Result:
     begun = time.perf_counter()
     source = profile(recipe)
     seconds = time.perf_counter() - begun
-    judge = dataclasses.replace(recipe.verifier, name="exact")
-    to = dataclasses.replace(recipe.rescore, output="profiles.exact.jsonl")
-    rescore(dataclasses.replace(recipe, verifier=judge, rescore=to))
+    for name in ("exact", "desk_talk"):
+        judge = dataclasses.replace(recipe.verifier, name=name)
+        to = dataclasses.replace(recipe.rescore, output=f"profiles.{name}.jsonl")
+        rescore(dataclasses.replace(recipe, verifier=judge, rescore=to))
     groups = [profile_of_row(row).rewards for row in rows_of(source) if row["provenance"]["split"] == "train"]
     return {
         "items": scores(recipe, recipe.policy.model_name),

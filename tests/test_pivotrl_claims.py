@@ -14,6 +14,7 @@ sys.path.append(str(ROOT / "benchmarks"))
 import claims
 import closed_loop
 import pivotrl_claims
+import pivotrl_desk
 import pivotrl_e2e
 import pivotrl_tables
 import pivotrl_theory
@@ -71,7 +72,7 @@ def test_the_loop_is_compared_item_by_item() -> None:
         found = {arm: dict.fromkeys(pivotrl_claims.SETS, items) for arm, items in arms.items()}
         return found | {"rounds": {"loop": ["round 1: said"], "one-shot": []}}
 
-    text = closed_loop.tables([1, 2], [result(0.1, 0.1), result(-0.3, -0.3)], 100)
+    text = closed_loop.tables(["loop", "one-shot"], [1, 2], [result(0.1, 0.1), result(-0.3, -0.3)], 100)
     assert "loop minus one-shot: -10.00 [-30.00, +10.00], ahead in 1 of 2 seeds" in text
     assert "seed 2, loop:\n  round 1: said" in text
 
@@ -109,6 +110,20 @@ def test_careless_clerks_slip_at_their_rates_and_another_teacher_does_the_same_i
             for a, b in zip(ours.calls, theirs.calls, strict=True):
                 same = {k: v for k, v in json.loads(a.arguments).items() if k not in ("note", "summary")}
                 assert same == {k: v for k, v in json.loads(b.arguments).items() if k not in ("note", "summary")}
+
+
+@pytest.mark.parametrize(
+    ("actual", "same"),
+    [
+        ("shall i cancel alfa ?", True),
+        ("may i cancel your rug ?", True),
+        ("alfa is cancelled .", False),  # does not ask
+        ("shall i cancel bravo ?", False),  # another order
+        ("alfa is pending ?", False),  # tells a status
+    ],
+)
+def test_talk_is_judged_by_what_it_does(actual: str, same: bool) -> None:
+    assert pivotrl_desk.same_act("sorry to hear that ! do you agree that alfa stops ?", actual) is same
 
 
 def test_every_turn_of_an_episode_gets_its_advantage_and_all_tokens_count() -> None:

@@ -40,6 +40,8 @@ from nemo_pivotrl.stages.train import train
 
 HISTORY = "loop.jsonl"
 RESULT = "final"
+REHEARSED = "pivots.rehearsed.jsonl"
+"""A later round's pivots and those of the rounds before it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,12 +206,13 @@ def _round(own: Recipe, past: Sequence[Round], fresh: bool, tell: Callable[..., 
         if number == 1 or error.problems[0].field != "select.rule":
             raise
         return Ending("no_pivots", f"none of {len(rows)} candidates is a pivot for the policy of round {number - 1}")
+    if past and own.loop.rehearse:
+        own = replace(own, grpo=replace(own.grpo, pivots=REHEARSED))
+        source = _with_earlier(own, past, source)
     header = read_header(source, "pivots")
     train_rows = [p for p in rows if p.candidate.split == "train" and p.failure is None]
     constant = sum(pivotrl.statistics(p.rewards).variance <= 1e-12 for p in train_rows)
-    pivots = frozenset(
-        row["provenance"]["candidate_id"] for row in read_rows(source) if row["provenance"]["split"] == "train"
-    )
+    pivots = _train_ids(own.path("pivots.jsonl"))
     figures: dict[str, Any] = {
         "round": number,
         "policy": header.policy,
@@ -221,9 +224,11 @@ def _round(own: Recipe, past: Sequence[Round], fresh: bool, tell: Callable[..., 
         "overlap": rounds.overlap(past[-1].pivots, pivots) if past else None,
     }
     shared = f", {figures['overlap']:.2f} shared with the last set" if past else ""
+    earlier = header.extra.get("earlier", 0)
+    rehearsed = f", {earlier} of earlier rounds rehearsed" if earlier else ""
     text = (
         f"round {number}: {len(pivots)} pivots (version {header.extra['version']}) of {len(train_rows)} candidates, "
-        f"{figures['constant_share']:.0%} without signal{shared}"
+        f"{figures['constant_share']:.0%} without signal{shared}{rehearsed}"
     )
     tell("profiled", text, **figures)
     print(f"\n== {said}train")
@@ -239,6 +244,33 @@ def _round(own: Recipe, past: Sequence[Round], fresh: bool, tell: Callable[..., 
     ends = {"accuracy_before": made.accuracy(0), "accuracy_after": made.accuracy(-1)}
     log_summary(own, "loop", {**figures, **ends, "spent": dataclasses.asdict(before + made.trained)}, step=number)
     return made
+
+
+def _train_ids(path: Path) -> frozenset[str]:
+    return frozenset(
+        row["provenance"]["candidate_id"] for row in read_rows(path) if row["provenance"]["split"] == "train"
+    )
+
+
+def _with_earlier(own: Recipe, past: Sequence[Round], source: Path) -> Path:
+    """The round's pivots, its held-out states, and the pivots of earlier rounds that are not among them.
+
+    Those were chosen under an earlier policy, and most of their groups are equal by now: they cost rollouts and no gradient until
+    the policy begins to lose them.
+    """
+    found, known = read_header(source, "pivots"), set(_train_ids(source))
+    earlier: dict[str, dict[str, Any]] = {}
+    for made in past:
+        for row in read_rows(made.recipe.path("pivots.jsonl")):
+            place = row["provenance"]
+            if place["split"] == "train" and place["candidate_id"] not in known:
+                earlier.setdefault(place["candidate_id"], row)
+    version = digest(sorted([*known, *earlier]))
+    header = replace(found, extra=found.extra | {"version": version, "earlier": len(earlier)})
+    with ArtefactWriter(own.path(REHEARSED), header, fresh=True) as writer:
+        writer.write(read_rows(source))
+        writer.write(earlier.values())
+        return writer.finish()
 
 
 def _until(own: Recipe, before: Spent, profiled: Spent) -> Callable[[Sequence[rounds.Row]], Ending | None]:
