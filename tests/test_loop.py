@@ -21,7 +21,7 @@ from nemo_pivotrl.config import Budget, Loop, Recipe
 from nemo_pivotrl.records import InputError, read_header, read_rows
 from nemo_pivotrl.rounds import Ending, Spent
 from nemo_pivotrl.stages import checkpoint, ledger, measure
-from nemo_pivotrl.stages.loop import Round, _candidates, _result, _stop, _until, gains, loop, read_history
+from nemo_pivotrl.stages.loop import REHEARSED, Round, _candidates, _result, _stop, _until, gains, loop, read_history
 from nemo_pivotrl.stages.metrics import read_metrics
 from nemo_pivotrl.stages.train import train
 
@@ -246,6 +246,36 @@ def test_a_later_round_draws_other_samples_and_lets_mastered_candidates_rest(loo
     assert mastered and texts["."].keys() - texts["round-02"].keys() == mastered
     same = sum(texts["."][c] == texts["round-02"][c] for c in texts["round-02"])
     assert same < 0.2 * len(texts["round-02"])  # two training steps hardly change this policy; its seeds do
+
+
+def test_a_later_round_rehearses_the_pivots_before_it(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, recipe = run_dir, of(run_dir, "loop.rehearse=true")
+    trained_on: list[str] = []
+
+    def watched(own: Recipe, *rest: Any) -> Path:
+        trained_on.append(own.grpo.pivots)
+        return train(own, *rest)
+
+    monkeypatch.setattr("nemo_pivotrl.stages.loop.train", watched)
+    loop(recipe)
+    first, second, both = (folder / name for name in ("pivots.jsonl", "round-02/pivots.jsonl", f"round-02/{REHEARSED}"))
+    rows = {path: [row["provenance"] for row in read_rows(path)] for path in (first, second, both)}
+    ids = {path: [p["candidate_id"] for p in found if p["split"] == "train"] for path, found in rows.items()}
+    assert ids[both][: len(ids[second])] == ids[second]
+    assert sorted(ids[both]) == sorted({*ids[first], *ids[second]})  # each once
+    held_out = {path: [p["candidate_id"] for p in found if p["split"] == "validation"] for path, found in rows.items()}
+    assert held_out[both] == held_out[second]
+    header = read_header(both, "pivots")
+    assert header.extra["earlier"] == len(ids[both]) - len(ids[second]) > 0
+    assert header.policy == read_header(second, "pivots").policy
+    said = [e["text"] for e in read_history(folder) if e["event"] == "profiled"]
+    assert "rehearsed" not in said[0] and f"{header.extra['earlier']} of earlier rounds rehearsed" in said[1]
+    assert trained_on == ["pivots.jsonl", REHEARSED]
+    files = [folder / "round-02/pivotrl/metrics.jsonl", folder / "loop.jsonl", both]
+    before = [path.read_bytes() for path in files]
+    shutil.rmtree(folder / "round-02/pivotrl")
+    loop(recipe)
+    assert [path.read_bytes() for path in files] == before
 
 
 def test_rounds_of_limited_profiles_go_through_all_candidates_before_one_comes_again(
