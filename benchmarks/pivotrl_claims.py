@@ -174,7 +174,8 @@ def training(folder: Path, seed: int, name: str, lr: float, settings: Sequence[s
     shutil.copyfile(base / "candidates.jsonl", recipe.path("candidates.jsonl"))
     made = {"sft": by_sft, "e2e": by_episodes, "pivots": by_pivots}[arm.kind](recipe, base / arm.profile)
     policy = str(made.pop("policy"))
-    made |= {"items": scores(recipe, policy), "drift": drift(recipe, policy)}
+    judged = recipe_of(folder, seed, *settings)  # all arms by one verifier
+    made |= {"items": scores(judged, policy), "drift": drift(judged, policy)}
     for heavy in folder.glob("*/step_*"):  # checkpoints; the policy stays
         shutil.rmtree(heavy)
     return made
