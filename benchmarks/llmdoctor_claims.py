@@ -56,7 +56,7 @@ def main() -> None:
     first = {
         (s, name): one
         for s in seeds
-        for name, one in plan.reported_jobs(root / f"seed-{s}", worlds[s], size, best, s < plan.SWEPT_SEEDS).items()
+        for name, one in plan.reported_jobs(root / f"seed-{s}", worlds[s], size, best).items()
     }
     first |= {
         (s, f"patient {h}"): plan.job(root, f"seed-{s}/patient-{h}", arms.make_patient, worlds[s], h)
@@ -70,9 +70,7 @@ def main() -> None:
         for name, one in plan.later_jobs(root / f"seed-{s}", worlds[s], size, best, models).items():
             later[s, name] = one
     last = made(later)
-    report = tables.Report(
-        list(seeds), min(plan.SWEPT_SEEDS, args.seeds), ground, table, best, reported, last, list(size.patients)
-    )
+    report = tables.Report(list(seeds), ground, table, best, reported, last, list(size.patients))
     spent = sum(r["processor_seconds"] for r in (*ground.values(), *found.values(), *reported.values(), *last.values()))
     head = provenance([*seeds])
     head += f"\n- tuning seeds: {', '.join(map(str, tuning))}; {spent / 60:.0f} minutes of a processor for all jobs"

@@ -17,8 +17,6 @@ from llmdoctor_claims_arms import ALONE, BRIEF, KIND, Contestant, Way, World
 from nemo_pivotrl.records import digest
 
 TUNING_SEEDS = (100, 101)
-SWEPT_SEEDS = 3
-"""Of the reported seeds, the first so many for the sweeps; the paper's ablations have all."""
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
@@ -33,14 +31,17 @@ class Size:
     """Of DPO on the patient, in place of weights."""
     patients: tuple[int, ...]
     """Hidden sizes of the other patients."""
+    beyond: tuple[tuple[float, float], ...] = ()
+    """(rate, beta) of DPO on the patient beyond the edges of the grid on which its best lies."""
 
 
 FULL = Size(
     ("manners.doctor_hidden_size=80", "tfpo.pairs_per_step=16"),
-    rates=(1e-4, 3e-4, 1e-3, 3e-3),
+    rates=(3e-5, 1e-4, 3e-4, 1e-3),
     weights=(0.5, 1.0, 2.0),
     betas=(0.1, 0.3, 1.0),
     patients=(64, 128),
+    beyond=((1e-5, 1.0), (3e-5, 3.0)),
 )
 QUICK = Size(
     (
@@ -74,9 +75,10 @@ def tfpo(**fields: Any) -> Contestant:
     return Contestant("tfpo", tfpo=tuple(settings.items()), **{k: v for k, v in fields.items() if k in own})
 
 
-DOCTOR, LITERAL = "LLMdoctor", "LLMdoctor, no anchor"
+DOCTOR, STRONGER, LITERAL = "LLMdoctor", "LLMdoctor, kappa 2", "LLMdoctor, no anchor"
 DOCTORS = {
     DOCTOR: tfpo(),
+    STRONGER: tfpo(kappa=2.0),
     LITERAL: tfpo(anchor="none"),
     "GenARM": Contestant("arm", beta=0.05),
     "DPO on the doctor": Contestant("dpo", beta=0.1),
@@ -135,12 +137,11 @@ def tuning_jobs(root: Path, world: World, size: Size) -> dict[tuple[str, float, 
             jobs[name, rate, 0.0] = job(
                 root, f"tune/{name}", arms.contest, world, contestant, rate, "validation", found
             )
-        for beta in size.betas:
-            contestant = Contestant("dpo", beta=beta, on_patient=True)
-            jobs[TUNED, rate, beta] = job(
-                root, "tune/tuned", arms.contest, world, contestant, rate, "validation", [ALONE]
-            )
         jobs[ARGS, rate, 0.0] = job(root, "tune/search", arms.search, world, rate, "validation", size.weights, True)
+    tuned = [(rate, beta) for rate in size.rates for beta in size.betas]
+    for rate, beta in (*tuned, *size.beyond):
+        contestant = Contestant("dpo", beta=beta, on_patient=True)
+        jobs[TUNED, rate, beta] = job(root, "tune/tuned", arms.contest, world, contestant, rate, "validation", [ALONE])
     jobs[START, 0.0, 0.0] = job(
         root, "tune/start", arms.contest, world, Contestant("none"), 0.0, "validation", ways(size)
     )
@@ -177,7 +178,7 @@ def way_of(choice: Choice) -> Way:
 # ---- reported seeds ----
 
 
-def reported_jobs(root: Path, world: World, size: Size, best: Mapping[str, Choice], swept: bool) -> dict[str, Job]:
+def reported_jobs(root: Path, world: World, size: Size, best: Mapping[str, Choice]) -> dict[str, Job]:
     """What a reported seed trains on its own."""
     every = ways(size)
     jobs = {"patient": job(root, "patient", arms.patient_alone, world)}
@@ -193,7 +194,7 @@ def reported_jobs(root: Path, world: World, size: Size, best: Mapping[str, Choic
     weight = float(best[ARGS][2].split()[1])
     jobs[ARGS] = job(root, "args", arms.search, world, best[ARGS][0], "test", [weight], False)
     jobs[BEST_OF] = job(root, "best-of-n", arms.search, world, best[BEST_OF][0], "test", [], True)
-    for name, contestant in (ABLATIONS | (SWEEPS if swept else {})).items():
+    for name, contestant in (ABLATIONS | SWEEPS).items():
         base = base_of(name)
         mode = way_of(best[base]).mode
         contest(name, contestant, best[base][0], [way for way in every if way.mode == mode])

@@ -17,6 +17,7 @@ from nemo_pivotrl.stages.assess import distinct
 
 TITLE = "# The LLMdoctor paper's claims on the embedded world of manners"
 Rows = Sequence[Mapping[str, Any]]
+OURS = (plan.DOCTOR, plan.STRONGER, plan.LITERAL)
 CORNER = (1.0, -0.2)
 """The best kindness and brevity that an answer can have: `the lamp is lovely .`"""
 
@@ -91,7 +92,6 @@ class Report:
     """Everything that was found, by (seed, name)."""
 
     seeds: list[int]
-    swept: int
     worlds: Mapping[int, Any]
     grid: Mapping[str, Mapping[Any, float]]
     best: Mapping[str, Any]
@@ -99,10 +99,10 @@ class Report:
     last: Mapping[tuple[int, str], Any]
     patients: list[int]
 
-    def rows(self, name: str, label: str = "", seeds: Sequence[int] = ()) -> list[Rows]:
+    def rows(self, name: str, label: str = "") -> list[Rows]:
         """The contestant's answers, one lot a seed, in its tuned way unless another is named."""
         label = label or self.best[name][2]
-        return [self.reported[s, name]["arms"][label] for s in seeds or self.seeds]
+        return [self.reported[s, name]["arms"][label] for s in self.seeds]
 
     def contestants(self) -> dict[str, list[Rows]]:
         """Every way of answering of the first two tables."""
@@ -124,9 +124,8 @@ class Report:
             f"tokens with a reward at theta 0.5: {kept} %. 95 % intervals: seeds are drawn with replacement, then questions.",
             "## LLMdoctor against each opponent\n\n" + self.against(),
             "## Each contestant\n\n" + self.each(),
-            "## Ablations\n\n" + self.variants(plan.ABLATIONS, self.seeds),
-            f"## Sweeps (seeds {', '.join(map(str, self.seeds[: self.swept]))})\n\n"
-            + self.variants(plan.SWEEPS, self.seeds[: self.swept]),
+            "## Ablations\n\n" + self.variants(plan.ABLATIONS),
+            "## Sweeps\n\n" + self.variants(plan.SWEEPS),
             "## Ways of decoding: worth by mode and weight\n\n" + self.decoding(),
             "## One doctor, patients of several sizes\n\n" + self.sizes(),
             "## Two objectives\n\n" + self.fronts() + "\n\n![fronts](llmdoctor_front.svg)",
@@ -141,13 +140,13 @@ class Report:
         every, lines = self.contestants(), []
         for name, theirs in every.items():
             cells = [name]
-            for ours in (plan.DOCTOR, plan.LITERAL):
+            for ours in OURS:
                 found = [wins(a, b) for a, b in zip(every[ours], theirs, strict=True)]
                 other = [wins(b, a) for a, b in zip(every[ours], theirs, strict=True)]
                 assert all(np.allclose(a + b, 1) for a, b in zip(found, other, strict=True)), "the orders contradict"
                 cells.append("" if name == ours else shown(found, 1, 100))
             lines.append(cells)
-        heads = ["opponent", *(f"win + 1/2 tie %: {self._setting(ours)}" for ours in (plan.DOCTOR, plan.LITERAL))]
+        heads = ["opponent", *(f"win + 1/2 tie %: {self._setting(ours)}" for ours in OURS)]
         note = (
             "By the worth of an answer. Both orders were counted and add up to 100 in every question: an oracle that sees "
             "one answer at a time has no order."
@@ -200,17 +199,17 @@ class Report:
     def _labels(self) -> list[str]:
         return [label for label in self.reported[self.seeds[0], plan.DOCTOR]["arms"] if label != ALONE.label]
 
-    def variants(self, variants: Mapping[str, Any], seeds: Sequence[int]) -> str:
+    def variants(self, variants: Mapping[str, Any]) -> str:
         parts = []
         for base in (plan.DOCTOR, plan.LITERAL):
             mode = plan.way_of(self.best[base]).mode
             labels, lines = [label for label in self._labels() if label.startswith(mode)], []
             for name in (base, *(name for name in variants if plan.base_of(name) == base)):
-                ours, theirs = (self.rows(n, self.best[base][2], seeds) for n in (name, base))
+                ours, theirs = (self.rows(n, self.best[base][2]) for n in (name, base))
                 apart = [by_prompt(a, kind) - by_prompt(b, kind) for a, b in zip(ours, theirs, strict=True)]
                 cells = ["" if name == base else shown(apart)]
                 for label in labels:
-                    found = self.rows(name, label, seeds)
+                    found = self.rows(name, label)
                     mean = np.mean([by_prompt(r, kind).mean() for r in found])
                     far = np.mean([by_prompt(r, lambda x: x["kl"]).mean() for r in found])
                     cells.append(f"{mean:.2f} ({far:.3f})")

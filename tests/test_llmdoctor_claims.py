@@ -180,7 +180,8 @@ def test_every_contestant_has_the_same_rates_weights_and_pairs() -> None:
     for (name, rate, beta), job in jobs.items():
         for weight in {w.weight for w in job.arguments[-1]} if name in plan.DOCTORS else {beta}:
             cells.setdefault(name, set()).add((rate, weight))
-    assert {len(cells[name]) for name in (*plan.DOCTORS, plan.TUNED)} == {12}
+    assert {len(cells[name]) for name in plan.DOCTORS} == {12}
+    assert len(cells[plan.TUNED]) == 12 + len(plan.FULL.beyond)  # more for an opponent, never for a doctor
     assert len({job.folder for job in jobs.values()}) == len(jobs)
 
 
