@@ -116,9 +116,10 @@ def base_of(variant: str) -> str:
 
 
 def job(root: Path, name: str, work: Callable[..., Result], *arguments: Any) -> Job:
-    """Its folder is named after its arguments too: other settings are another job."""
+    """Its folder is named after its arguments too: other settings are another job, wherever the folder lies."""
     plain = [dataclasses.asdict(a) if dataclasses.is_dataclass(a) else a for a in arguments]
-    return Job(root / f"{re.sub('[^a-z0-9/]+', '-', name.lower())}-{digest(repr(plain), 8)}", work, arguments)
+    settings = digest(repr(plain).replace(f"{root.parent}/", ""), 8)
+    return Job(root / f"{re.sub('[^a-z0-9/]+', '-', name.lower())}-{settings}", work, arguments)
 
 
 def ways(size: Size) -> list[Way]:

@@ -63,16 +63,19 @@ def hypervolume(points: Sequence[tuple[float, float]], floor: tuple[float, float
     return area
 
 
-def halfway(gap: Sequence[float], end: float) -> float:
-    """The first relative position at which a gap, linear between `PLACES`, is half of `end`; 1 if it never is."""
-    share = np.array(gap) / end
-    for i in range(len(share)):
-        if share[i] >= 0.5:
-            if i == 0:
-                return PLACES[0]
-            step = (0.5 - share[i - 1]) / (share[i] - share[i - 1])
-            return float(PLACES[i - 1] + step * (PLACES[i] - PLACES[i - 1]))
-    return 1.0
+def is_log_value(signal: str) -> bool:
+    """Whether a signal of `early_signal` is log V of TFPO."""
+    return signal.startswith("LLMdoctor") and signal.endswith(" value")
+
+
+def halfway(gap: Sequence[float]) -> float:
+    """The first relative position at which a gap, linear between `PLACES`, is half of its end."""
+    share = np.array(gap) / gap[-1]
+    i = int(np.argmax(share >= 0.5))
+    if i == 0:
+        return PLACES[0]
+    step = (0.5 - share[i - 1]) / (share[i] - share[i - 1])
+    return float(PLACES[i - 1] + step * (PLACES[i] - PLACES[i - 1]))
 
 
 def shown(by_seed: Sequence[np.ndarray], digits: int = 2, scale: float = 1.0) -> str:
@@ -290,31 +293,30 @@ class Report:
         names = list(self.last[self.seeds[0], "early signal"]["gaps"])
         return {name: [self.last[s, "early signal"]["gaps"][name] for s in self.seeds] for name in names}
 
-    def _end(self, gap: Sequence[float]) -> float:
-        """What a gap is measured by: its end, or its largest where the end is pinned to 0 by log V = 0."""
-        return gap[-1] if abs(gap[-1]) > 1e-9 + 0.05 * max(map(abs, gap)) else max(gap, key=abs)
-
     def early(self) -> str:
         lines = []
         for name, by_seed in self._gaps().items():
-            normal = [np.array(gap) / self._end(gap) for gap in by_seed]
-            half = [np.array([halfway(gap, self._end(gap))]) for gap in by_seed]
-            at = [np.mean([g[PLACES.index(p)] for g in normal]) for p in (0.25, 0.5, 0.75)]
-            sizes = ", ".join(f"{self._end(gap):.1f}" for gap in by_seed)
-            lines.append([name.replace("_", " "), shown(half), *(f"{x:.2f}" for x in at), sizes])
+            cells = [""] * 4
+            if not is_log_value(name):
+                normal = [np.array(gap) / gap[-1] for gap in by_seed]
+                at = (np.mean([g[PLACES.index(p)] for g in normal]) for p in (0.25, 0.5, 0.75))
+                cells = [shown([np.array([halfway(gap)]) for gap in by_seed]), *(f"{x:.2f}" for x in at)]
+            whole = [max(gap, key=abs) if is_log_value(name) else gap[-1] for gap in by_seed]
+            lines.append([name.replace("_", " "), *cells, ", ".join(f"{gap:.1f}" for gap in whole)])
         heads = ["signal", "half of the gap is reached at", "gap at 0.25", "at 0.5", "at 0.75", "the whole gap by seed"]
         note = (
-            "Held-out pairs; position 0 is the prompt's end, 1 the answer's. A signal's gap is its mean over chosen "
-            "answers minus that over rejected ones, as a share of its end (of its largest value where log V is pinned to 0 "
-            "there); nats, or rewards."
+            "Held-out pairs; position 0 is the prompt's end, 1 the answer's. A signal's gap is its mean over chosen answers "
+            "minus that over rejected ones, as a share of its end; nats, or rewards. Log V is pinned to 0 at the end, so that "
+            "its gap has no whole: the table has its largest. Intervals over seeds."
         )
         return table(heads, lines) + "\n\n" + note
 
     def draw_early(self) -> str:
         figure, axes = plots.plt.subplots(figsize=(5, 3.4))
         for name, by_seed in self._gaps().items():
-            normal = np.mean([np.array(gap) / self._end(gap) for gap in by_seed], 0)
-            axes.plot(PLACES, normal, linewidth=1.2, label=name.replace("_", " "))
+            if not is_log_value(name):
+                normal = np.mean([np.array(gap) / gap[-1] for gap in by_seed], 0)
+                axes.plot(PLACES, normal, linewidth=1.2, label=name.replace("_", " "))
         axes.set_xlabel("relative position in the answer")
         axes.set_ylabel("gap, share of the whole")
         axes.legend(frameon=False, fontsize=7)

@@ -207,11 +207,16 @@ def test_the_hypervolume_of_two_steps_and_of_a_dominated_point() -> None:
 
 def test_half_of_a_gap_is_reached_between_two_places() -> None:
     places = np.array(arms.PLACES)
-    assert tables.halfway(places.tolist(), 1.0) == pytest.approx(0.5)
-    assert tables.halfway((places**2).tolist(), 1.0) == pytest.approx(math.sqrt(0.5), abs=1e-3)
-    assert tables.halfway((-2 * places).tolist(), -2.0) == pytest.approx(0.5)
-    assert tables.halfway([0.0] * len(places), 1.0) == 1.0
-    assert tables.halfway([1.0] * len(places), 1.0) == 0.0
+    assert tables.halfway(places.tolist()) == pytest.approx(0.5)
+    assert tables.halfway((places**2).tolist()) == pytest.approx(math.sqrt(0.5), abs=1e-3)
+    assert tables.halfway((-2 * places).tolist()) == pytest.approx(0.5)
+    assert tables.halfway([1.0] * len(places)) == 0.0
+    assert tables.halfway([0.0] * (len(places) - 1) + [3.0]) == pytest.approx(0.975)
+
+
+def test_log_v_has_no_whole_gap_and_a_reward_models_value_has() -> None:
+    found = {name: tables.is_log_value(name) for name in ("LLMdoctor, value", "LLMdoctor, flow", "reward model, value")}
+    assert found == {"LLMdoctor, value": True, "LLMdoctor, flow": False, "reward model, value": False}
 
 
 def test_a_signal_is_read_at_relative_positions_of_its_states() -> None:
