@@ -334,8 +334,9 @@ class Report:
                 color = f"C{[*plan.DOCTORS, plan.START].index(name)}"
                 axes.plot(*zip(*points, strict=True), style, color=color, marker="o", markersize=3, linewidth=1.2)
             axes.plot([], [], color=color, label=name)
-        axes.set_xscale("log")
-        axes.set_xlabel("KL an answer, nats (solid: product, dashed: ratio; weights grow to the right)")
+        axes.set_xlim(0, 4)
+        axes.set_ylim(-0.3, 1.05)
+        axes.set_xlabel("KL an answer, nats (solid: product, dashed: ratio, some of it outside)")
         axes.set_ylabel("worth")
         axes.legend(frameon=False, fontsize=7)
         return plots.svg(figure)
