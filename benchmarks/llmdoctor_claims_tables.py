@@ -247,8 +247,9 @@ class Report:
         for size, arms in sorted(every.items()):
             won = [wins(a, b) for a, b in zip(arms[plan.DOCTOR], arms["DPO"], strict=True)]
             worths = [shown([by_prompt(r, kind) for r in arms[name]]) for name in names]
-            lines.append([f"{size:,}", *worths, shown(won, 1, 100)])
-        heads = ["patient's parameters", "patient alone", plan.DOCTOR, plan.LITERAL, plan.TUNED]
+            kept = shown([by_prompt(r, lambda x: x["well_formed"]) for r in arms["DPO"]])
+            lines.append([f"{size:,}", *worths, kept, shown(won, 1, 100)])
+        heads = ["patient's parameters", "patient alone", plan.DOCTOR, plan.LITERAL, plan.TUNED, "well formed by DPO"]
         note = (
             "Worth. The doctors and all pairs come from the patient that the other tables have; patients of other width "
             "learned from the same lessons with the same tokenizer, and DPO trains each of them on the same pairs, with the "
