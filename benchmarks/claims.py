@@ -36,12 +36,15 @@ class Job:
 
 
 def results(jobs: Sequence[Job], processes: int) -> dict[Path, Result]:
-    """Each job's result, those that are missing made by `processes` processes of one thread, in the order given.
+    """Each job's result, those that are missing made by `processes` processes of one thread (0: in this one), in the order given.
 
     A job that was killed begins anew and may find what it left in its folder; what it prints is in `folder/log.txt`.
     """
     missing = [job for job in jobs if not (job.folder / "result.json").exists()]
-    if missing:
+    if not processes:
+        for job in missing:
+            _made(job)
+    elif missing:
         from tqdm import tqdm
 
         os.environ["OMP_NUM_THREADS"] = "1"  # read by torch when a worker imports it

@@ -1,9 +1,10 @@
 """The baselines of benchmarks/ against their papers' formulas by hand, and in training against the start model."""
 
-import importlib.util
+import dataclasses
+import importlib
 import math
 import random
-from types import ModuleType
+import sys
 from typing import Any
 
 import pytest
@@ -13,17 +14,10 @@ from conftest import ROOT
 from nemo_pivotrl import manners, tiny
 from nemo_pivotrl.backends.reference_doctor import DoctorModel
 from nemo_pivotrl.config import Optimizer, Policy, Recipe
+from nemo_pivotrl.stages import tfpo
 
-
-def benchmark(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, ROOT / f"benchmarks/{name}.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-BASELINES = benchmark("llmdoctor_baselines")
+sys.path.append(str(ROOT / "benchmarks"))
+ARMS, BASELINES, SPEED = map(importlib.import_module, ("llmdoctor_claims_arms", "llmdoctor_baselines", "tfpo_speed"))
 
 
 def doubles(*rows: list[float]) -> torch.Tensor:
@@ -64,17 +58,20 @@ def test_the_baselines_train_on_both_answers_of_a_pair_in_micro_batches(tmp_path
         {"prompt_ids": [5, 6, 7], "chosen": side([11, 12, 13, 0]), "rejected": side([11, 14, 0])},
         {"prompt_ids": [9, 10], "chosen": side([15, 0]), "rejected": side([16, 17, 18, 0])},
     ]
-    for name in ("dpo", "arm"):
+    recipe = Recipe()
+    recipe = dataclasses.replace(recipe, tfpo=dataclasses.replace(recipe.tfpo, pairs_per_step=len(pairs)))
+    for name in ("dpo", "arm", "reward"):
+        loss_fn = ARMS.pair_loss(ARMS.Contestant(name, 0.1), recipe, len(pairs))
         policy = Policy(model_name=str(tmp_path), dtype="float64", train_micro_batch_tokens=12)
         backend = DoctorModel(policy, anchored=name == "dpo")
         backend.prepare_for_training(Optimizer(lr=1e-3))
         losses = []
         for _ in range(4):
             backend.prepare_for_training_step()
-            losses.append(BASELINES.run(backend, pairs, BASELINES.CONTESTANTS[name], Recipe())["loss"])
+            losses.append(backend.get_pair_loss_and_metrics(tfpo.batch_of(pairs), loss_fn)["loss"])
             backend.finish_training_step()
         assert losses == sorted(losses, reverse=True) and losses[-1] < losses[0] - 1e-3
-        if name == "dpo":  # nothing has moved yet
+        if name != "arm":  # nothing has moved yet, and the head is 0
             assert losses[0] == pytest.approx(math.log(2), abs=1e-6)
 
 
@@ -93,10 +90,10 @@ def test_well_formed_is_what_the_world_can_answer_about_the_thing_asked() -> Non
         assert not BASELINES.well_formed("how is the lamp", wrong)
 
 
-def test_learning_rates_are_chosen_with_ill_formed_answers_at_the_bottom() -> None:
-    row = {"asked": "how is the lamp", "text": "the lamp is lovely .", "scores": {"kindness": 1.0}}
-    assert BASELINES.worth(row, "kindness") == 1.0
-    assert BASELINES.worth(row | {"text": "lamp lovely lovely"}, "kindness") == -1.0
+def test_an_ill_formed_answer_is_worth_the_least() -> None:
+    assert BASELINES.worth("how is the lamp", "the lamp is lovely .", 1.0) == 1.0
+    assert BASELINES.worth("how is the lamp", "the lamp is lovely .", -0.2) == -0.2
+    assert BASELINES.worth("how is the lamp", "lamp lovely lovely", 1.0) == -1.0
 
 
 def test_validation_and_test_prompts_do_not_meet() -> None:
@@ -104,9 +101,4 @@ def test_validation_and_test_prompts_do_not_meet() -> None:
 
 
 def test_all_forms_of_the_speed_benchmark_are_the_same_loss() -> None:
-    assert benchmark("tfpo_speed").agreement() < 1e-12
-
-
-def test_every_contestant_answers_in_some_way_and_is_chosen_at_weight_1() -> None:
-    assert set(BASELINES.WAYS) == set(BASELINES.CHOSEN_BY) == set(BASELINES.CONTESTANTS)
-    assert {way.weight for way in BASELINES.CHOSEN_BY.values()} == {1.0}
+    assert SPEED.agreement() < 1e-12

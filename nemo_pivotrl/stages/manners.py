@@ -23,8 +23,7 @@ from nemo_pivotrl.stages.sft import Sequence_, conversation, epochs, fit
 def make_manners(recipe: Recipe, fresh: bool = False) -> Path:
     """Write `patient/policy`, `novice/policy` (the doctor's start) and the questions of both splits; returns their folder."""
     shape = recipe.manners
-    rng = random.Random(f"lessons {recipe.seed}")
-    lessons = [manners.lesson(rng) for _ in range(shape.lessons)]
+    lessons = lessons_of(recipe)
     plain = [lesson for lesson in lessons if lesson[0]["role"] != "system"]
     texts = [message["content"] for lesson in lessons for message in lesson]
     tokenizer = tiny.make_tokenizer(texts, shape.vocab_size)
@@ -37,7 +36,7 @@ def make_manners(recipe: Recipe, fresh: bool = False) -> Path:
             part = init.with_name(init.name + ".part")
             tiny.save(tiny.make_model(tokenizer, hidden, layers, shape.heads, recipe.seed), tokenizer, part)
             os.replace(part, init)
-        _teach(recipe, name, init, taught, fresh)
+        teach(recipe, name, init, taught, fresh)
     folder = recipe.path("manners")
     for split in ("train", "test"):
         asked = [[{"role": "user", "content": text}] for text in manners.questions(recipe.seed, split)]
@@ -45,7 +44,14 @@ def make_manners(recipe: Recipe, fresh: bool = False) -> Path:
     return folder
 
 
-def _teach(recipe: Recipe, name: str, init: Path, lessons: Sequence[list[dict[str, Any]]], fresh: bool) -> Path:
+def lessons_of(recipe: Recipe) -> list[list[dict[str, Any]]]:
+    """What the patient is taught: one conversation each."""
+    rng = random.Random(f"lessons {recipe.seed}")
+    return [manners.lesson(rng) for _ in range(recipe.manners.lessons)]
+
+
+def teach(recipe: Recipe, name: str, init: Path, lessons: Sequence[list[dict[str, Any]]], fresh: bool) -> Path:
+    """Fine-tune the model in `init` on the lessons; returns the folder of the checkpoint NAME/policy."""
     shape = recipe.manners
     policy = Policy(model_name=str(init))
     chat = load_chat(policy)
