@@ -91,8 +91,8 @@ ALONE = Way("alone", 1.0)
 
 
 def recipe_of(world: World) -> Recipe:
-    """The tiny recipe in the world's folder, with kindness as the doctor's objective."""
-    own = [f"run_dir={world.run_dir}", f"seed={world.seed}", f"tfpo.objective={KIND}"]
+    """The tiny recipe in the world's folder, with kindness as the doctor's objective, and kappa 1 where a contestant has no other."""
+    own = [f"run_dir={world.run_dir}", f"seed={world.seed}", f"tfpo.objective={KIND}", "tfpo.kappa=1.0"]
     return load_recipe(str(RECIPE), [*own, *world.overrides])
 
 

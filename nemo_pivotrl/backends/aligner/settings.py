@@ -161,7 +161,7 @@ class LLMDoctorModelBlock:
     """Which of the artefact's objectives; required where it holds several: one run trains one doctor."""
     log_prob_forward_micro_batch_size: int = ranged(1, 1)
     """Pairs of one forward pass of the reference."""
-    kappa: float = ranged(1.0, 1e-6)
+    kappa: float = ranged(2.0, 1e-6)
     length_normalize: bool = False
     reduction: Literal["pair_mean", "sum"] = "pair_mean"
     decay: float = ranged(1.0, 1e-6, 1.0)
