@@ -37,8 +37,8 @@ loop.std_window=5 loop.std_ratio=0.75 loop.gain_window=2 loop.patience=100
 """.split()
 """All else is recipes/pivotrl/tiny.yaml. A profile takes 150 of some 1,050 train candidates, as where all would be too many."""
 ARMS = {
-    "loop": ["loop.max_rounds=100", "loop.rehearse=true"],
-    "new pivots alone": ["loop.max_rounds=100"],
+    "loop": ["loop.max_rounds=100"],
+    "new pivots alone": ["loop.max_rounds=100", "loop.rehearse=false"],
     "one-shot": ["loop.max_rounds=1"],
 }
 """What follows the first goes on with its first round, which all have in common. `new pivots alone`: a round trains on those of

@@ -266,8 +266,8 @@ class Loop:
     """So many rounds on end that gain nothing end the run."""
     rest_mastered: bool = True
     """Train candidates that the policy won in every rollout of a round's profile are not profiled again in later rounds."""
-    rehearse: bool = False
-    """Later rounds also train on the pivots of the rounds before them."""
+    rehearse: bool = True
+    """Later rounds also train on the pivots of the rounds before them; without those a round unlearns some of what they taught."""
     retention_period: int = ranged(0, 0)
     """Score `evaluate.retention` every so many steps, validate and save; 0: never."""
     max_retention_loss: float = ranged(0.02, 0.0, 1.0)

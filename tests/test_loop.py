@@ -219,7 +219,7 @@ def test_two_rounds_of_one_run(looped: Path) -> None:
     # one checkpoint is what round 1 published, what round 2 profiled and what it began with
     published = read_header(again / "profiles.jsonl", "profiles").policy
     assert second["policy"] == published == read_header(again / "pivots.jsonl", "pivots").policy != first["policy"]
-    assert second["version"] == read_header(again / "pivots.jsonl", "pivots").extra["version"]
+    assert second["version"] == read_header(again / REHEARSED, "pivots").extra["version"]
     ids = [
         {r["provenance"]["candidate_id"] for r in read_rows(d / "pivots.jsonl") if r["provenance"]["split"] == "train"}
         for d in (looped, again)
