@@ -59,6 +59,7 @@ SMALL_LLMDOCTOR = [
     "assess.limit=6",
     "assess.samples=2",
     "decode.max_new_tokens=24",
+    "decode.mode=ratio",  # reads the doctors' references, too
 ]
 
 
