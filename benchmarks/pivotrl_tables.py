@@ -124,7 +124,24 @@ def claims(shown: Shown) -> str:
             "yes" if min(constant) > 0.5 else "no",
         )
     )
+    kept = interval(
+        [np.array([late_std(p) - late_std(r)]) for p, r in zip(shown.of("pivotrl"), shown.of("random"), strict=True)]
+    )
+    rows.append(
+        (
+            "pivots keep their signal longer than random turns (std of the reward in a group, last fifth of the steps)",
+            "Figure 3",
+            f"{kept[0]:+.2f} [{kept[1]:+.2f}, {kept[2]:+.2f}]",
+            verdict(kept),
+        )
+    )
     return table(("claim", "paper", "here", "holds?"), rows)
+
+
+def late_std(result: Result) -> float:
+    """Mean std of the reward in a group over the last fifth of a training's steps."""
+    steps = result["steps"]
+    return statistics.fmean(row["reward_std"] for row in steps[-max(1, len(steps) // 5) :])
 
 
 def _retention(shown: Shown, away: str) -> list[tuple[str, str, str, str]]:
@@ -197,19 +214,21 @@ def economy(shown: Shown) -> str:
         ours, at_ours = curves(shown, name)
         found = zip(ours.mean(0), at_ours.mean(0), strict=True)
         points.append((ARMS[name].title, *(f"{turns:,.0f}: {100 * share:.1f}" for turns, share in found)))
+    ours, at_ours = curves(shown, "pivotrl")
+
+    def ratio(s: np.ndarray, level: np.ndarray, more: np.ndarray) -> float:
+        """Turns of end-to-end GRPO over PivotRL's, `more` included, to the success `level` [seeds]."""
+        target = float(level[s].mean())
+        needed = reached(ours[s].mean(0), at_ours[s].mean(0), target) + float(more[s].mean())
+        asked = reached(theirs[s].mean(0), at_theirs[s].mean(0), target)
+        return 0.0 if math.isinf(needed) else asked / needed if needed else math.inf
+
+    for which, level in (("end-to-end GRPO's", at_theirs[:, -1]), ("PivotRL's", at_ours[:, -1])):
         for way, before in (("training turns", 0 * profiled), ("with a curtailed profile", profiled)):
-
-            def ratio(
-                s: np.ndarray, ours: np.ndarray = ours, at: np.ndarray = at_ours, more: np.ndarray = before
-            ) -> float:
-                needed = reached(ours[s].mean(0), at[s].mean(0), float(at_theirs[s, -1].mean())) + float(more[s].mean())
-                return float(theirs[s, -1].mean()) / needed if needed else math.inf
-
-            if name != "e2e":
-                low, high = np.quantile([ratio(draw) for draw in draws], [0.025, 0.975], method="nearest")
-                rows.append(
-                    (ARMS[name].title, way, f"{ratio(np.arange(len(shown.seeds))):.1f} [{low:.1f}, {high:.1f}]", "4")
-                )
+            low, high = np.quantile([ratio(draw, level, before) for draw in draws], [0.025, 0.975], method="nearest")
+            middle = ratio(np.arange(len(shown.seeds)), level, before)
+            paper = "4" if which != "PivotRL's" and way == "training turns" else ""
+            rows.append((f"{which} last success", way, f"{middle:.2f} [{low:.2f}, {high:.2f}]", paper))
     steps, parts = len(shown.of("e2e")[0]["steps"]), theirs.shape[1] - 1
     spent = {name: statistics.fmean(r["training_seconds"] for r in shown.of(name)) for name in names}
     profile = statistics.fmean(r["profile_seconds"] for r in shown.of("base"))
@@ -217,10 +236,8 @@ def economy(shown: Shown) -> str:
         [
             f"Success on {TRIAL_TASKS} validation tasks in per cent after so many rollout turns, means of {len(shown.seeds)} seeds:",
             table(("arm", "start", *(f"step {steps * (i + 1) // parts}" for i in range(parts))), points),
-            table(
-                ("arm", "counted", "turns of end-to-end GRPO over its own, to the former's last success", "paper"), rows
-            ),
-            "0 says that it is not reached. Whole trainings, seconds: "
+            table(("to", "counted", "turns of end-to-end GRPO over PivotRL's", "paper"), rows),
+            "0 says that PivotRL does not reach it. Whole trainings, seconds: "
             + ", ".join(f"{ARMS[name].title} {seconds:.0f}" for name, seconds in spent.items())
             + f"; the profile of all K {profile:.0f}. Profile: {statistics.fmean(r['rollouts'] for r in shown.of('base')):,.0f} "
             f"turns, {profiled.mean():,.0f} if curtailed.",
