@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pivotrl_desk as pivotrl_desk  # registers its verifier
+import pivotrl_desk
 from claims import ROOT, Job, Result, provenance, results
 
 from nemo_pivotrl import backends, world
@@ -105,6 +105,7 @@ def recipe_of(home: Path, seed: int, *settings: str) -> Recipe:
     """The recipe of one training in `home`, FOLDER/seed-N/ARM."""
     from nemo_pivotrl.recipe import load_recipe
 
+    pivotrl_desk.register()
     start = home.parents[1] / "start/policy"
     own = [f"run_dir={home}", f"seed={seed}", f"policy.model_name={start}", *SETTINGS, *settings]
     return load_recipe(str(ROOT / "recipes/pivotrl/tiny.yaml"), own)
@@ -115,6 +116,7 @@ def start(folder: Path, settings: Sequence[str]) -> Result:
     from nemo_pivotrl.recipe import load_recipe
     from nemo_pivotrl.stages.sft import warmup
 
+    pivotrl_desk.register()
     home = folder.parent
     warmup(load_recipe(str(ROOT / "recipes/pivotrl/tiny.yaml"), [f"run_dir={home}", "seed=0", *SETTINGS, *settings]))
     return {}
