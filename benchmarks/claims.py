@@ -53,13 +53,15 @@ def results(jobs: Sequence[Job], processes: int) -> dict[Path, Result]:
             ProcessPoolExecutor(processes, context, _ends_with, (os.getpid(),)) as pool,
             tqdm(total=len(missing), unit="job") as bar,
         ):
-            running: set[Future[Path]] = {pool.submit(_made, job) for job in missing}
+            job_of: dict[Future[Path], Job] = {pool.submit(_made, job): job for job in missing}
+            running = set(job_of)
             while running:
                 done, running = wait(running, return_when=FIRST_COMPLETED)
                 for future in done:
                     try:
                         bar.set_postfix_str(future.result().name)
-                    except BaseException:
+                    except BaseException as error:
+                        error.add_note(f"the job of {job_of[future].folder}: its log.txt says how far it came")
                         pool.shutdown(wait=False, cancel_futures=True)
                         raise
                     bar.update()

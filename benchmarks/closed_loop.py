@@ -21,7 +21,7 @@ from claims import ROOT, Job, Result, interval, provenance, results
 from pivotrl_claims import scores
 
 from nemo_pivotrl.config import Recipe
-from nemo_pivotrl.records import write_atomically
+from nemo_pivotrl.records import digest, write_atomically
 
 SETTINGS = """
 num_threads=1 logger.tensorboard=false
@@ -49,7 +49,9 @@ SETS = {"one_turn": "held-out turns", "multi_turn": "whole tasks", "retention": 
 def main() -> None:
     """Run what is missing, then print the tables and write them to `--output`."""
     options = arguments()
-    home, settings = Path(options.folder).resolve(), tuple(options.set)
+    settings = tuple(options.set)
+    given = [SETTINGS, settings, options.rollouts, [ARMS[arm] for arm in options.arms]]
+    home = Path(options.folder).resolve() / digest(given, 8)  # other settings are other results
     results([Job(home / "start", start, (settings,))], 1)
     jobs = [
         Job(home / f"seed-{seed}/runs", every, (seed, options.rollouts, tuple(options.arms), settings))

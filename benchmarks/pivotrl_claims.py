@@ -10,7 +10,8 @@ episodes; SFT takes as many as cost about PivotRL's processor time, its profile 
 does and talk by what it does (`pivotrl_desk.py`). **Every arm's learning rate** is the
 one of `GRID` with the best success on validation tasks of the tuning seeds, which are none of the reported ones.
 
-FOLDER/start is the start policy, FOLDER/seed-N/ARM one training with its result; what is there is not made again.
+FOLDER has a folder for each choice of settings; in it, start is the start policy and seed-N/ARM-LR one training with its result. What
+is there is not made again.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from nemo_pivotrl import backends, world
 from nemo_pivotrl.backends import TokenBatch
 from nemo_pivotrl.config import Recipe
 from nemo_pivotrl.curtailment import Plan
-from nemo_pivotrl.records import write_atomically
+from nemo_pivotrl.records import digest, write_atomically
 from nemo_pivotrl.stages.evaluate import evaluate, play, read_items, sampled
 from nemo_pivotrl.stages.metrics import read_metrics
 from nemo_pivotrl.stages.profile_rows import profile_of_row
@@ -287,7 +288,8 @@ def drift(recipe: Recipe, policy: str) -> float:
 def main() -> None:
     """Run what is missing, then write tables and plots."""
     options = arguments()
-    home, settings, processes = Path(options.folder).resolve(), tuple(options.set), options.processes
+    settings, processes = tuple(options.set), options.processes
+    home = Path(options.folder).resolve() / digest([SETTINGS, settings], 8)  # other settings are other results
     results([Job(home / "start", start, (settings,))], 1)
     tuning, seeds = options.tuning_seeds, options.seeds
     made = results(data_jobs(home, [*tuning, *seeds], [*tuning, *options.sweep_seeds], settings), processes)
@@ -301,7 +303,11 @@ def main() -> None:
     made |= results(grid, processes)
     rates = {name: best(home, made, name, options.grid, tuning) for name in tuned}
     jobs = [
-        Job(home / f"seed-{seed}/{name}", training, (seed, name, rates[arm.like or name], settings))
+        Job(
+            home / f"seed-{seed}/{name}-{rates[arm.like or name]:g}",
+            training,
+            (seed, name, rates[arm.like or name], settings),
+        )
         for name, arm in sorted(EVERY.items(), key=lambda kv: kv[0] != "e2e")
         for seed in (seeds if name in ARMS else options.sweep_seeds)
     ]

@@ -31,7 +31,8 @@ class Shown:
 
     def of(self, name: str, seeds: Sequence[int] | None = None) -> list[Result]:
         """The results of an arm, or of the start policy (`base`, `house-base`), one a seed."""
-        folder = {"base": "data", "house-base": "house"}.get(name, name)
+        rate = f"{name}-{self.rates[EVERY[name].like or name]:g}" if name in EVERY else ""
+        folder = {"base": "data", "house-base": "house"}.get(name, rate)
         return [self.made[f"seed-{seed}/{folder}"] for seed in (self.seeds if seeds is None else seeds)]
 
     def scores(self, name: str, of: str, seeds: Sequence[int] | None = None) -> list[dict[str, float]]:
