@@ -10,18 +10,20 @@ import contextlib
 import errno
 import fcntl
 import hashlib
+import json
 import os
 import shutil
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
-from nemo_pivotrl.core.errors import InputError, Problem
+from nemo_pivotrl.core.errors import InputError, Problem, short
 
 SUMS = "SHA256SUMS"
 """A finished folder's checksums, in the form that `sha256sum -c` reads."""
+MAX_JSON = 1 << 24
 KINDS = ((stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a pipe"), (stat.S_ISSOCK, "a socket"))
 DEVICES = ((stat.S_ISCHR, "a device"), (stat.S_ISBLK, "a device"))
 
@@ -142,19 +144,37 @@ def append_line(path: Path, line: bytes) -> None:
         os.close(handle)
 
 
+def read_json(path: Path, fields: Mapping[str, type], remedy: str) -> dict[str, Any]:
+    """A small JSON object with these fields of these types. Raises InputError for anything else, OSError."""
+    try:
+        with open_input(path) as handle:
+            found = json.loads(handle.read(MAX_JSON))
+        wrong = [name for name, kind in fields.items() if not isinstance(found[name], kind)]
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(Problem(str(path), None, "file", short(f"{error!r}"), remedy)) from None
+    if wrong:
+        raise InputError(Problem(str(path), None, wrong[0], short(found[wrong[0]]), remedy))
+    return dict(found)
+
+
 # ---- folders ----
 
 
 @contextlib.contextmanager
-def replacing_folder(final: Path) -> Iterator[Path]:
-    """A folder to fill that takes the place of `final`, whole, with the checksums of its files. Raises OSError."""
+def replacing_folder(final: Path, summed: str = "") -> Iterator[Path]:
+    """A folder to fill that takes the place of `final`, whole, with the checksums of its files. Raises OSError.
+
+    `summed`: a pattern of files that have checksums elsewhere.
+    """
     part = aside(final)
     if part.is_symlink():
         part.unlink()
     remove_folder(part)
     part.mkdir(parents=True)
     yield part
-    write_sums(part)
+    write_sums(part, summed)
     for path in [*part.rglob("*"), part]:
         if path.is_dir():
             _settle_folder(path)
@@ -183,18 +203,26 @@ def file_sum(path: Path) -> str:
     return hasher.hexdigest()
 
 
-def _sums(paths: Iterable[Path]) -> list[str]:
-    """Several files are read at once: hashing lets other threads run."""
+def file_sums(paths: Iterable[Path]) -> list[str]:
+    """`file_sum` of each; several are read at once, as hashing lets other threads run."""
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         return list(pool.map(file_sum, paths))
 
 
-def write_sums(folder: Path) -> None:
-    """Write `SHA256SUMS` of all files in a folder. Of a folder inside that has sums of its own, only those are listed."""
+def write_sums(folder: Path, summed: str = "") -> None:
+    """Write `SHA256SUMS` of a folder's files, those of the pattern `summed` left out.
+
+    Of a folder inside that has sums of its own, only those are listed.
+    """
     (folder / SUMS).unlink(missing_ok=True)
-    own = [path.parent for path in folder.rglob(SUMS)]
-    chosen = [p for p in sorted(folder.rglob("*")) if p.is_file() and (p.name == SUMS or not set(own) & {*p.parents})]
-    lines = [f"{digest}  {path.relative_to(folder)}\n" for path, digest in zip(chosen, _sums(chosen), strict=True)]
+    listed = {path.parent for path in folder.rglob(SUMS)}
+    elsewhere = {*folder.glob(summed)} if summed else set()
+    chosen = [
+        path
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path not in elsewhere and (path.name == SUMS or not listed & {*path.parents})
+    ]
+    lines = [f"{found}  {path.relative_to(folder)}\n" for path, found in zip(chosen, file_sums(chosen), strict=True)]
     write_atomically(folder / SUMS, "".join(lines))
 
 
@@ -214,22 +242,34 @@ def read_sums(folder: Path) -> dict[str, str]:
     return found
 
 
-def check_sums(folder: Path, remedy: str, under: str = "") -> bool:
-    """Compare a folder's files (those `under` a path in it) with its `SHA256SUMS`; False where it has none.
+def check_sums(folder: Path, remedy: str, under: tuple[str, ...] = ("",)) -> bool:
+    """Compare a folder's files (those whose paths begin so) with its `SHA256SUMS`; False where it has none.
 
     Raises InputError naming every file that is missing or has other bytes, with `remedy`.
     """
-    sums = {name: digest for name, digest in read_sums(folder).items() if name.startswith(under)}
-    there = [name for name in sums if (folder / name).is_file()]
-    found = dict(zip(there, _sums(folder / name for name in there), strict=True))
+    listed = read_sums(folder)
+    wanted = {name: digest for name, digest in listed.items() if name.startswith(under)}
+    there = [name for name in wanted if (folder / name).is_file()]
+    found = dict(zip(there, file_sums(folder / name for name in there), strict=True))
+    compare_sums(folder, wanted, found, remedy)
+    for name in there:
+        if Path(name).name == SUMS:
+            check_sums((folder / name).parent, remedy)
+    return bool(listed)
+
+
+def compare_sums(folder: Path, wanted: Mapping[str, str], found: Mapping[str, str], remedy: str) -> None:
+    """Raises InputError naming every file of `wanted` that `found` lacks or has otherwise."""
     problems = [
-        Problem(str(folder / name), None, "file", "other bytes than were written" if name in found else "missing", remedy)
-        for name, digest in sums.items()
+        Problem(
+            str(folder / name),
+            None,
+            "file",
+            f"{'other bytes than' if name in found else 'nothing where bytes'} were written",
+            remedy,
+        )
+        for name, digest in wanted.items()
         if found.get(name) != digest
     ]
     if problems:
         raise InputError(problems)
-    for name in there:
-        if Path(name).name == SUMS:
-            check_sums((folder / name).parent, remedy)
-    return bool(sums)

@@ -23,11 +23,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from nemo_pivotrl.core.errors import AtWork, InputError, Problem
 
 LOCK = ".lock"
+BESIDE = {"report": ".report.lock"}
+"""Work that writes nothing that other stages read, and may go on beside them; not beside another of its kind."""
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 PATIENCE_S = 1.0
 """Seconds for which a lock is tried: a process that was just killed may still be ending, and shards look at each other."""
@@ -43,13 +45,6 @@ LOCAL_ONLY = {
 
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
-
-
-class HasRunDir(Protocol):
-    """A recipe."""
-
-    @property
-    def run_dir(self) -> str: ...
 
 
 @dataclass
@@ -82,12 +77,13 @@ def one_writer(
 
 
 @contextlib.contextmanager
-def only_writer(folder: Path, work: str, member: str = "", name: str = LOCK) -> Iterator[None]:
+def only_writer(folder: Path, work: str, member: str = "", name: str = "") -> Iterator[None]:
     """Run the block as the only writer of `folder`. Raises AtWork where another process, or another thread, is.
 
     `member`: one of several processes that share the folder by design, e.g. a shard; two of the same name exclude each other,
-    and all of them exclude whoever is no member. `name`: of the lock, for work beside a folder's writer.
+    and all of them exclude whoever is no member. `name`: of the lock, where it is not the folder's.
     """
+    name = name or BESIDE.get(work, LOCK)
     folder.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         if member:
@@ -143,7 +139,9 @@ def _take(path: Path, work: str, mode: int) -> tuple[int, str]:
             break
         except OSError as error:
             if error.errno in NO_LOCKS:
-                _say_once(f"{path.parent}: its file system has no locks ({error.strerror}): see that nothing else writes there")
+                _say_once(
+                    f"{path.parent}: its file system has no locks ({error.strerror}): see that nothing else writes there"
+                )
                 break
             if error.errno not in (errno.EACCES, errno.EAGAIN):
                 os.close(handle)

@@ -1,0 +1,315 @@
+"""Reading recipe files into the dataclasses of `config/recipe.py`, and any such dataclass from a mapping.
+
+A recipe is YAML with an optional `defaults:` chain (paths relative to the file, later ones win) and `${...}`
+interpolation. A NeMo-Aligner config is read too (`config/nemo_aligner.py`). An unknown key, a wrong type or a value
+out of range is an error that names the nearest key or the allowed
+range; all errors of a recipe come at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from nemo_pivotrl.config import Recipe, Verifier
+from nemo_pivotrl.core.atomic import open_input
+from nemo_pivotrl.core.errors import InputError, Problem, short
+
+MAX_BYTES, MAX_VALUES, MAX_DEFAULTS = 1 << 20, 100_000, 50
+"""Bounds of a recipe file, of its values with aliases written out, and of a `defaults:` chain."""
+
+
+def load_recipe(path: str, overrides: Sequence[str] = (), beside: Sequence[str] = ()) -> Recipe:
+    """The recipe at `path` with `key=value` overrides. Raises InputError with every problem found.
+
+    `beside`: sections of the file that are another program's.
+    """
+    from omegaconf import DictConfig, OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    from nemo_pivotrl.config import nemo_aligner as dialect
+
+    parts = [node for _, node in _chain(Path(path))]
+    aligner = any(map(dialect.is_aligner, parts))
+    if aligner:
+        dialect.register_resolvers()
+    try:
+        tree = typing.cast(DictConfig, OmegaConf.merge(dialect.BASE if aligner else {}, *parts))
+        for section in beside:
+            tree.pop(section, None)
+        for override in overrides:
+            _override(tree, override)
+        plain = typing.cast(dict[str, Any], OmegaConf.to_container(tree, resolve=True))
+    except (OmegaConfBaseException, RecursionError) as error:
+        found = "values that refer to themselves" if isinstance(error, RecursionError) else short(str(error))
+        remedy = "name an existing key or environment variable, and give a key one kind of value in all files"
+        raise InputError(Problem(path, None, "interpolation", found, remedy)) from None
+    return dialect.recipe_of(plain, path) if aligner else typing.cast(Recipe, build(Recipe, plain, path))
+
+
+def _override(tree: Any, override: str) -> None:
+    """Set one `key=value` of the command line. Raises InputError."""
+    import yaml
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    key, equals, value = override.partition("=")
+    if not equals or not key:
+        remedy = "write section.key=value, e.g. select.lambda_diff=0.5"
+        raise InputError(Problem("command line", None, override, "no key=value", remedy))
+    try:
+        OmegaConf.update(tree, key, yaml.safe_load(value), force_add=True)
+    except (OmegaConfBaseException, yaml.YAMLError, TypeError, ValueError, RecursionError) as error:
+        raise InputError(Problem("command line", None, key, short(value), short(str(error)))) from None
+
+
+def _chain(path: Path, above: tuple[Path, ...] = (), seen: set[Path] | None = None) -> list[tuple[Path, Any]]:
+    """(path, content) of the files of a `defaults:` chain, the most basic first. Each is loaded once, where it comes first."""
+    from nemo_pivotrl.config.nemo_aligner import defaults_of
+
+    seen = set() if seen is None else seen
+    try:
+        own = path.resolve()
+    except (ValueError, OSError, RuntimeError) as error:  # a NUL, a name that is too long, links in a circle
+        raise InputError(Problem(str(path), None, "recipe", short(str(error)), "give the path of a file")) from None
+    if own in above:
+        raise InputError(Problem(str(path), None, "defaults", "a circle", "a recipe cannot be its own default"))
+    if len(above) >= MAX_DEFAULTS:
+        found = f"more than {MAX_DEFAULTS} files, each the default of the last"
+        raise InputError(Problem(str(path), None, "defaults", found, "put some of them together"))
+    if own in seen:
+        return []
+    seen.add(own)
+    node = _load(path, above)
+    defaults = node.pop("defaults", None)
+    entries = [defaults] if isinstance(defaults, str) else [] if defaults is None else defaults
+    if not _is_list(entries) or any(_is_list(entry) or isinstance(entry, (int, float)) for entry in entries):
+        remedy = "name a file, or a list of files, relative to this one"
+        raise InputError(Problem(str(path), None, "defaults", short(str(defaults)), remedy))
+    return [part for file in defaults_of(list(entries), path.parent) for part in _chain(file, (*above, own), seen)] + [
+        (own, node)
+    ]
+
+
+def _is_list(value: Any) -> bool:
+    from omegaconf import OmegaConf
+
+    return isinstance(value, list) or OmegaConf.is_list(value)
+
+
+def _load(path: Path, above: Sequence[Path]) -> Any:
+    """A recipe file as OmegaConf reads it. Raises InputError for what is no mapping, or no file of a recipe's size."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    try:
+        with open_input(path) as handle:
+            text = handle.read(MAX_BYTES + 1).decode()
+        if len(text) > MAX_BYTES:
+            found, remedy = f"more than {MAX_BYTES} bytes", "a recipe is a page of settings; is this another file?"
+            raise InputError(Problem(str(path), None, "recipe", found, remedy))
+        _check_size(text, path)
+        node = OmegaConf.create(text)
+    except FileNotFoundError:
+        where = str(above[-1]) if above else "command line"
+        raise InputError(
+            Problem(where, None, "recipe", str(path), "no such file; recipes live under recipes/")
+        ) from None
+    except (YAMLError, OmegaConfBaseException, OSError, ValueError, RecursionError) as error:
+        if isinstance(error, InputError):
+            raise
+        mark = getattr(error, "problem_mark", None)
+        found = "nested too deeply" if isinstance(error, RecursionError) else short(str(error))
+        raise InputError(Problem(str(path), mark.line + 1 if mark else None, "YAML", found, "mend the file")) from None
+    if not OmegaConf.is_dict(node):
+        raise InputError(Problem(str(path), 1, "recipe", "no mapping", "a recipe is a YAML mapping of sections"))
+    return node
+
+
+def _check_size(text: str, path: Path) -> None:
+    """Refuse YAML whose aliases make a few lines into a tree without end. Raises InputError and YAMLError."""
+    import yaml
+
+    sizes: dict[int, float] = {}
+
+    def size(node: Any) -> float:
+        if id(node) not in sizes:
+            sizes[id(node)] = math.inf  # met again below itself: a tree without end
+            below = [part for pair in node.value for part in pair] if isinstance(node, yaml.MappingNode) else node.value
+            sizes[id(node)] = 1 + (0 if isinstance(node, yaml.ScalarNode) else sum(map(size, below)))
+        return sizes[id(node)]
+
+    root = yaml.compose(text, Loader=yaml.SafeLoader)
+    if root is not None and size(root) > MAX_VALUES:
+        found = f"more than {MAX_VALUES} values, its aliases written out"
+        raise InputError(Problem(str(path), None, "YAML", found, "write the values down, or fewer aliases"))
+
+
+def build(cls: type[Any], values: Mapping[str, Any], file: str, prefix: str = "") -> Any:
+    """`cls` filled from a mapping, checked; `prefix` begins the field names in errors. Raises InputError with all problems."""
+    problems: list[Problem] = []
+    made = _build(cls, values, prefix, file, problems)
+    if problems:
+        raise InputError(problems)
+    return made
+
+
+def _build(cls: type[Any], values: Mapping[str, Any], prefix: str, file: str, problems: list[Problem]) -> Any:
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    default = _section_default(cls, prefix)
+    arguments = {}
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        if key not in fields:
+            near = difflib.get_close_matches(str(key), fields, n=1, cutoff=0.5)
+            hint = f"did you mean `{near[0]}`?" if near else f"known keys: {', '.join(fields)}"
+            problems.append(Problem(file, None, name, f"unknown key `{key}`", hint))
+        elif dataclasses.is_dataclass(hints[key]):
+            if isinstance(value, Mapping):
+                arguments[key] = _build(typing.cast(type[Any], hints[key]), value, name + ".", file, problems)
+            else:
+                problems.append(Problem(file, None, name, short(value), "this is a section: give it keys"))
+        elif typing.get_origin(hints[key]) is dict and dataclasses.is_dataclass(typing.get_args(hints[key])[1]):
+            arguments[key] = _build_named(typing.get_args(hints[key])[1], value, name, file, problems)
+        else:
+            try:
+                arguments[key] = _convert(hints[key], value)
+            except ValueError as error:
+                problems.append(Problem(file, None, name, short(value), str(error)))
+                continue
+            problems.extend(_out_of_range(fields[key], arguments[key], name, file))
+    return dataclasses.replace(default, **arguments) if default is not None else cls(**arguments)
+
+
+def _build_named(cls: type[Any], value: Any, name: str, file: str, problems: list[Problem]) -> dict[str, Any]:
+    """A mapping from names that the user chooses to sections of one kind."""
+    sections = value if isinstance(value, Mapping) else {name: value}
+    for key, section in sections.items():
+        if not isinstance(section, Mapping):
+            where = f"{name}.{key}" if section is not value else name
+            problems.append(Problem(file, None, where, short(section), "this is a section: give it keys"))
+    return {
+        str(key): _build(cls, section, f"{name}.{key}.", file, problems)
+        for key, section in sections.items()
+        if isinstance(section, Mapping)
+    }
+
+
+def _section_default(cls: type[Any], prefix: str) -> Any:
+    """The default of the section at `prefix`, which may differ from `cls()` (warmup and sft are both Sft)."""
+    node: Any = Recipe()
+    for part in prefix.rstrip(".").split(".") if prefix else []:
+        node = getattr(node, part, None)
+    return node if isinstance(node, cls) else None
+
+
+def _out_of_range(spec: dataclasses.Field[Any], value: Any, name: str, file: str) -> list[Problem]:
+    low, high = spec.metadata.get("low"), spec.metadata.get("high")
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return []
+    if (low is None or value >= low) and (high is None or value <= high) and value == value:
+        return []
+    allowed = (
+        f"a value from {low} to {high}"
+        if high is not None
+        else "a number"
+        if low is None
+        else f"a value at least {low}"
+    )
+    return [Problem(file, None, name, str(value), f"out of range: use {allowed}")]
+
+
+def _convert(hint: Any, value: Any) -> Any:
+    """`value` as type `hint`. Raises ValueError that says what is wanted."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        for option in args:
+            try:
+                return _convert(option, value)
+            except ValueError:
+                continue
+        raise ValueError("expected " + " or ".join(getattr(a, "__name__", str(a)) for a in args))
+    if origin is Literal:
+        if value in args:
+            return value
+        if isinstance(value, (int, float)) and str(value) in args:
+            return str(value)  # YAML reads `compat: 0.7` as a number
+        near = difflib.get_close_matches(str(value), [str(a) for a in args], n=1)
+        raise ValueError(f"use one of {', '.join(map(str, args))}" + (f"; did you mean `{near[0]}`?" if near else ""))
+    if origin is tuple:
+        items = [value] if isinstance(value, str) else value
+        if not isinstance(items, list):
+            raise ValueError("expected a list")
+        return tuple(_convert(args[0], item) for item in items)
+    if origin is dict:
+        if not isinstance(value, Mapping):
+            raise ValueError("expected a mapping")
+        return {str(k): _convert(args[1], v) for k, v in value.items()}
+    if isinstance(value, str) and (bad := [c for c in value if c == "\0" or "\ud800" <= c <= "\udfff"]):
+        raise ValueError(f"remove the character U+{ord(bad[0]):04X}, which no file name or text can hold")
+    if isinstance(value, int) and not isinstance(value, bool) and not -(1 << 63) <= value < 1 << 63:
+        raise ValueError("use a number of 64 bits")
+    if hint is Any:
+        return value
+    if hint is type(None):
+        if value is None:
+            return None
+    elif hint is bool or isinstance(value, bool):
+        if hint is bool and isinstance(value, bool):
+            return value
+    elif hint is float and isinstance(value, (int, float, str)):
+        try:
+            return float(value)  # YAML reads 1e-6 as text
+        except (ValueError, OverflowError):
+            raise ValueError("expected float") from None
+    elif isinstance(value, hint):
+        return value
+    raise ValueError(f"expected {getattr(hint, '__name__', hint)}")
+
+
+def verifier_settings(name: str, compat: str | None, overrides: Sequence[str]) -> Verifier:
+    """A verifier section from a command line: `key=value` is a setting, `limits.key=value` one of that section.
+
+    Raises InputError for what no section takes.
+    """
+    import yaml
+
+    values: dict[str, Any] = {"name": name, "settings": {}} | ({"compat": compat} if compat else {})
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            problem = Problem("command line", None, override, "no key=value", "write --set key=value")
+            raise InputError(problem)
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise InputError(Problem("command line", None, key, text, short(str(error)))) from None
+        first, *rest = key.split(".")
+        if key == "compat":
+            values[key] = value
+            continue
+        node: dict[str, Any] = values
+        for part in [first, *rest][:-1] if first in ("limits", "judge") else ["settings", first, *rest][:-1]:
+            node = node.setdefault(part, {})
+        node[key.split(".")[-1]] = value
+    return typing.cast(Verifier, build(Verifier, values, "command line", "verifier."))
+
+
+def to_yaml(recipe: Recipe) -> str:
+    """The complete recipe, defaults included, for `--print-config`."""
+    import yaml
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: plain(v) for k, v in value.items()}
+        return [plain(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+    return yaml.safe_dump(plain(dataclasses.asdict(recipe)), sort_keys=False)

@@ -1,0 +1,74 @@
+"""What is told to a person who gave bad input: each problem with its place and its remedy, all at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+MAX_PROBLEMS_SHOWN = 20
+TRY_AGAIN = 75
+"""Exit code of a command that another time may succeed: EX_TEMPFAIL."""
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One thing wrong with an input, in the words a person needs to mend it."""
+
+    file: str
+    """Path of the input, or the recipe's path."""
+    line: int | None
+    """1-based line in a JSONL file, 1-based element in a JSON list, None where there are no lines."""
+    field: str
+    """Dotted path of the field, e.g. `messages[3].tool_calls[0].function.arguments`."""
+    found: str
+    """What stands there, shortened."""
+    remedy: str
+    """What to do about it."""
+
+    def __str__(self) -> str:
+        where = self.file if self.line is None else f"{self.file}:{self.line}"
+        return printable(f"{where}: {self.field}: found {self.found}") + printable(f"\n    -> {self.remedy}")
+
+
+class AtWork(RuntimeError):
+    """Another process writes in this run folder. The command prints it and exits with `TRY_AGAIN`; nothing was changed."""
+
+    def __init__(self, folder: str, holder: str):
+        self.folder, self.holder = folder, holder
+        remedy = "wait for it to end, or stop it, then run the same command again; nothing was changed"
+        super().__init__(printable(f"{folder}: at work here: {holder}") + f"\n    -> {remedy}")
+
+    def __reduce__(self) -> tuple[type[AtWork], tuple[str, str]]:
+        return AtWork, (self.folder, self.holder)
+
+
+class InputError(ValueError):
+    """Bad input or a bad recipe: all problems at once. The command prints it and exits with code 2."""
+
+    def __init__(self, problems: Iterable[Problem] | Problem):
+        self.problems = [problems] if isinstance(problems, Problem) else list(problems)
+        shown = "\n".join(f"  {p}" for p in self.problems[:MAX_PROBLEMS_SHOWN])
+        more = len(self.problems) - MAX_PROBLEMS_SHOWN
+        tail = f"\n  ... and {more} more" if more > 0 else ""
+        count = f"{len(self.problems)} problem" + ("s" if len(self.problems) != 1 else "")
+        super().__init__(f"{count}:\n{shown}{tail}")
+
+    def __reduce__(self) -> tuple[type[InputError], tuple[list[Problem]]]:
+        return InputError, (self.problems,)  # from a worker process it arrives with its problems
+
+
+def short(value: object, limit: int = 120) -> str:
+    """`value` as one line of at most `limit` characters, for error messages."""
+    try:
+        text = value if isinstance(value, str) else repr(value)
+    except (ValueError, RecursionError):  # a number of thousands of digits, a value that holds itself
+        text = f"a {type(value).__name__} too large to show"
+    text = printable(" ".join(text.split()))
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def printable(text: str) -> str:
+    """`text` without what a terminal obeys or cannot show (escape sequences, changes of direction), which is written as \\x1b."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
