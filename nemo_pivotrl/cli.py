@@ -71,6 +71,7 @@ TOOLS = {
     "plan": "will it fit, and what will it cost: plan RECIPE [key=value ...] [--json]",
     "preflight": "what would stop a stage, all at once: preflight RECIPE [STAGE] [key=value ...]",
     "compare": "two profiles of the same candidates: what moved, and the pivots: compare A.jsonl B.jsonl [--json] [--lambda L]",
+    "seal": "vouch for artefacts as they stand, of an earlier version or edited by hand: seal FILE.jsonl ...",
     "verify": "score rows of a file: verify --verifier NAME [--set key=value ...] IN.jsonl OUT.jsonl",
     "serve-verifier": "serve a verifier to NeMo-Gym: serve-verifier --verifier NAME [--port N]",
     "serve": "serve the policy, or the patient with its doctors, by vLLM: serve RECIPE [key=value ...] [--port N] [--refit]",
@@ -177,6 +178,9 @@ def tool_parser(tool: str) -> argparse.ArgumentParser:
         made.add_argument("--json", action="store_true", help="print JSON")
         made.add_argument("--no-imports", action="store_true", help="take packages for working; quicker")
         return made
+    if tool == "seal":
+        made.add_argument("files", nargs="+", metavar="FILE.jsonl", help="its rows are read, counted and summed")
+        return made
     if tool == "compare":
         made.add_argument("left", metavar="A.jsonl", help="a profile, e.g. of the start policy")
         made.add_argument("right", metavar="B.jsonl", help="another of the same candidates, e.g. of a checkpoint")
@@ -251,6 +255,14 @@ def run_tool(tool: str, options: argparse.Namespace) -> int | None:
     if tool == "preflight":
         return run_preflight(options)
         return
+    if tool == "seal":
+        from nemo_pivotrl.core.artifacts import seal
+        from nemo_pivotrl.core.lock import only_writer
+
+        for path in map(Path, options.files):
+            with only_writer(path.parent, "seal"):
+                print(f"{path}: sealed with {seal(path)} rows")
+        return None
     if tool == "compare":
         import json
 

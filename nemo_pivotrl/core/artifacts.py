@@ -467,6 +467,13 @@ class ArtefactWriter:
         self._close()
 
 
+def write_artefact(path: Path, header: Header, rows: Iterable[Mapping[str, Any]]) -> Path:
+    """Write an artefact in one go, in the place of any that is there. Raises OSError."""
+    with ArtefactWriter(path, header, fresh=True) as writer:
+        writer.write(rows)
+        return writer.finish()
+
+
 def header_difference(found: bytes, wanted: bytes) -> str:
     """What differs between two header lines, field by field."""
     try:

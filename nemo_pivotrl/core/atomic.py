@@ -262,11 +262,7 @@ def compare_sums(folder: Path, wanted: Mapping[str, str], found: Mapping[str, st
     """Raises InputError naming every file of `wanted` that `found` lacks or has otherwise."""
     problems = [
         Problem(
-            str(folder / name),
-            None,
-            "file",
-            f"{'other bytes than' if name in found else 'nothing where bytes'} were written",
-            remedy,
+            str(folder / name), None, "file", "other bytes than were written" if name in found else "nothing", remedy
         )
         for name, digest in wanted.items()
         if found.get(name) != digest

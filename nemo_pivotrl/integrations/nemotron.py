@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from datetime import UTC, datetime
 from pathlib import Path
 
 from nemo_pivotrl.components import checkpoint
@@ -12,7 +11,7 @@ from nemo_pivotrl.config import Recipe
 from nemo_pivotrl.core.atomic import write_atomically
 from nemo_pivotrl.core.lock import one_writer
 from nemo_pivotrl.pipeline import make_world
-from nemo_pivotrl.pivotrl.export import export
+from nemo_pivotrl.pivotrl.export import export, made_at
 from nemo_pivotrl.pivotrl.extract import extract
 from nemo_pivotrl.pivotrl.profile import profile
 from nemo_pivotrl.pivotrl.select import select
@@ -51,7 +50,7 @@ def model_metadata(path: Path, step: int) -> dict[str, object]:
         "path": str(path),
         "type": "ModelArtifact",
         "metadata": {"step": step, "format": "checkpoint_hf"},
-        "created_at": datetime.now(UTC).isoformat(),
+        "created_at": made_at(),
         "producer": "local",
         "tracking": None,
         "name": "pivotrl/model",

@@ -23,6 +23,7 @@ from nemo_pivotrl.algorithms import llmdoctor
 from nemo_pivotrl.backends import loading
 from nemo_pivotrl.backends.base import Scorer
 from nemo_pivotrl.components.costs import spend
+from nemo_pivotrl.components.lineage import check_lineage
 from nemo_pivotrl.components.progress import progress
 from nemo_pivotrl.config import Patient, Recipe, Reward
 from nemo_pivotrl.core.artifacts import (
@@ -60,6 +61,7 @@ def reward(recipe: Recipe, fresh: bool = False) -> Path:
     )
 
 
+@one_writer
 def write_token_rewards(
     recipe: Recipe,
     chat: Chat,
@@ -69,7 +71,7 @@ def write_token_rewards(
 ) -> Path:
     """As `reward`, for any patient: its template, the digest of its weights, and what scores tokens under it."""
     source = recipe.path("preferences.jsonl")
-    read_header(source, "preferences")
+    check_lineage(recipe, source, read_header(source, "preferences"))
     preferences = [preference_of_row(row) for row in read_rows(source)]
     faces = faces_of(recipe.reward, sorted({p.objective for p in preferences}))
     prompts = FacePrompts(chat, faces, recipe.patient.max_total_sequence_length)

@@ -21,6 +21,7 @@ from nemo_pivotrl.backends import loading
 from nemo_pivotrl.backends.base import TokenBatch
 from nemo_pivotrl.components import checkpoint
 from nemo_pivotrl.components.costs import spend
+from nemo_pivotrl.components.lineage import check_lineage
 from nemo_pivotrl.components.metrics import MetricsLog
 from nemo_pivotrl.components.progress import progress, steps_of
 from nemo_pivotrl.components.rollout import load_chat
@@ -46,6 +47,7 @@ def tfpo(recipe: Recipe, fresh: bool = False) -> Path:
     settings, source = recipe.tfpo, recipe.path("token_rewards.jsonl")
     chat = load_chat(recipe.doctor)
     found = read_header(source, "token_rewards")
+    check_lineage(recipe, source, found)
     if found.tokenizer != chat.fingerprint:
         remedy = "a doctor must share the patient's tokenizer: start from a model with the same vocabulary"
         raise InputError(

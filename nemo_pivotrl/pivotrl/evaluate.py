@@ -20,6 +20,7 @@ from nemo_pivotrl.algorithms import pivotrl
 from nemo_pivotrl.backends import loading
 from nemo_pivotrl.backends.base import Sampler
 from nemo_pivotrl.components.costs import Metered, spend
+from nemo_pivotrl.components.lineage import check_lineage
 from nemo_pivotrl.components.rollout import fits, load_chat, load_recipe_verifier, roll_out, sample_seed
 from nemo_pivotrl.components.trackers import check_dashboards, log_summary
 from nemo_pivotrl.config import Megatron, Policy, Recipe
@@ -45,7 +46,7 @@ def evaluate(recipe: Recipe, fresh: bool = False) -> Path:
     """
     settings, source = recipe.evaluate, recipe.path("candidates.jsonl")
     check_dashboards(recipe)
-    read_header(source, "candidates")
+    check_lineage(recipe, source, read_header(source, "candidates"))
     if not settings.policies:
         raise InputError(
             Problem(

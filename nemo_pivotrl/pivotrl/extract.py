@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from nemo_pivotrl.algorithms import pivotrl
+from nemo_pivotrl.components.lineage import source_digest
 from nemo_pivotrl.config import Extract, Recipe
-from nemo_pivotrl.core.artifacts import ArtefactWriter, Header, canonical_json, digest, file_digest
+from nemo_pivotrl.core.artifacts import Header, canonical_json, digest, write_artefact
 from nemo_pivotrl.core.atomic import write_atomically
 from nemo_pivotrl.core.errors import InputError, Problem, short
 from nemo_pivotrl.core.lock import one_writer
@@ -81,9 +82,7 @@ def extract(recipe: Recipe, fresh: bool = False) -> Path:
     )
     splits = split_by_task([t.task_id for t in trajectories], settings.validation_share, recipe.seed)
     candidates, audit = cut_all(trajectories, splits, settings)
-    parent = digest(
-        [[file_digest(Path(p)) for p in settings.trajectories], settings.tools and file_digest(Path(settings.tools))]
-    )
+    parent = source_digest(recipe, "candidates")
     path = recipe.path("candidates.jsonl")
     audit["published"] = dict(sorted(seen.items()))
     print("\n".join(filter(None, [audit_table(audit), published.explain(seen, settings.agent_ref)])))
@@ -91,9 +90,7 @@ def extract(recipe: Recipe, fresh: bool = False) -> Path:
         remedy = "see the skip audit above; loosen extract.* or add trajectories"
         raise InputError(Problem(str(path), None, "candidates", "none kept", remedy))
     header = Header("candidates", recipe.digest("extract"), parent)
-    with ArtefactWriter(path, header, fresh=True) as writer:
-        writer.write(responses.candidate_to_row(c, settings.agent_ref) for c in candidates)
-        writer.finish()
+    write_artefact(path, header, (responses.candidate_to_row(c, settings.agent_ref) for c in candidates))
     write_atomically(recipe.path("candidates.audit.json"), json.dumps(audit, indent=2, sort_keys=True) + "\n")
     return path
 

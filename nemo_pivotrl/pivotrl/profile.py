@@ -22,6 +22,7 @@ from nemo_pivotrl.algorithms.early_stopping import Plan, expected_rollouts
 from nemo_pivotrl.backends import loading
 from nemo_pivotrl.backends.base import concurrency_of, under_way
 from nemo_pivotrl.components.costs import read_ledgers, spend
+from nemo_pivotrl.components.lineage import check_lineage
 from nemo_pivotrl.components.rollout import load_chat, load_recipe_verifier, sampling
 from nemo_pivotrl.components.trackers import check_dashboards, log_summary
 from nemo_pivotrl.config import Recipe
@@ -106,7 +107,7 @@ def _complete(recipe: Recipe, path: Path) -> Path:
 def prepare(recipe: Recipe) -> Job:
     """Read everything that decides the profile's content. Raises InputError."""
     source = recipe.path("candidates.jsonl")
-    read_header(source, "candidates")
+    check_lineage(recipe, source, read_header(source, "candidates"))
     chat = load_chat(recipe.policy, recipe.verifier.limits)
     verifier, verifier_id = load_recipe_verifier(recipe)
     plan = plan_of(recipe)

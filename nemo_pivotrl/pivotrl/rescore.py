@@ -13,6 +13,7 @@ from itertools import islice
 from pathlib import Path
 
 from nemo_pivotrl.algorithms import pivotrl
+from nemo_pivotrl.components.lineage import check_lineage
 from nemo_pivotrl.components.progress import progress
 from nemo_pivotrl.components.rollout import judge_all, load_recipe_verifier
 from nemo_pivotrl.config import Recipe
@@ -36,6 +37,7 @@ def rescore(recipe: Recipe, fresh: bool = False) -> Path:
         remedy = "give the output a name of its own: the profile is paid-for work"
         raise InputError(Problem("recipe", None, "rescore.output", str(target), remedy))
     found = read_header(source, "profiles")
+    check_lineage(recipe, source, found)
     verifier, verifier_id = load_recipe_verifier(recipe)
     header = dataclasses.replace(
         found, verifier=verifier_id, extra={**found.extra, "rescored_from": file_digest(source), "was": found.verifier}

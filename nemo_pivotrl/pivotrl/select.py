@@ -16,11 +16,11 @@ from typing import Any
 
 from nemo_pivotrl.algorithms import pivotrl
 from nemo_pivotrl.algorithms.early_stopping import Plan
+from nemo_pivotrl.components.lineage import check_lineage
 from nemo_pivotrl.config import Recipe
 from nemo_pivotrl.core.artifacts import (
     ArtefactWriter,
     Header,
-    check_parent,
     digest,
     file_digest,
     placed_rows,
@@ -47,7 +47,7 @@ def select(recipe: Recipe, fresh: bool = False) -> Path:
     """Write the pivot set and print who survived. Raises InputError when nobody does."""
     source, settings = recipe.path(recipe.select.profiles), recipe.select
     found = read_header(source, "profiles")
-    check_parent(source, found, recipe.path("candidates.jsonl"))
+    check_lineage(recipe, source, found)
     train: list[Profile] = []
     places, held_out = array("q"), array("q")
     for place, row in placed_rows(source):

@@ -22,6 +22,7 @@ from nemo_pivotrl.backends import loading
 from nemo_pivotrl.backends.base import TokenBatch
 from nemo_pivotrl.components import checkpoint
 from nemo_pivotrl.components.costs import spend
+from nemo_pivotrl.components.lineage import check_lineage
 from nemo_pivotrl.components.metrics import MetricsLog
 from nemo_pivotrl.components.progress import progress
 from nemo_pivotrl.components.rollout import load_chat
@@ -105,7 +106,7 @@ def makes_start_policy(recipe: Recipe) -> bool:
 
 def _fine_tune(recipe: Recipe, settings: Sft, fresh: bool) -> Path:
     source = recipe.path("candidates.jsonl" if settings.source == "candidates" else recipe.grpo.pivots)
-    read_header(source, ("candidates", "pivots"))
+    check_lineage(recipe, source, read_header(source, ("candidates", "pivots")))
     policy = dataclasses.replace(recipe.policy, model_name=settings.init or recipe.policy.model_name)
     chat = load_chat(policy)
     sequences = _of_candidates(candidates_of(source, "train"), chat, policy)

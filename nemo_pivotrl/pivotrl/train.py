@@ -26,6 +26,7 @@ from nemo_pivotrl.backends import loading
 from nemo_pivotrl.backends.base import Backend, Sampler, TokenBatch
 from nemo_pivotrl.components import checkpoint
 from nemo_pivotrl.components.costs import Metered, spend
+from nemo_pivotrl.components.lineage import check_lineage
 from nemo_pivotrl.components.metrics import MetricsLog, read_metrics
 from nemo_pivotrl.components.progress import progress, steps_of
 from nemo_pivotrl.components.rollout import (
@@ -38,7 +39,7 @@ from nemo_pivotrl.components.rollout import (
     sampling,
 )
 from nemo_pivotrl.config import Grpo, LossFn, Recipe
-from nemo_pivotrl.core.artifacts import check_headers, check_parent, digest, file_digest, read_header
+from nemo_pivotrl.core.artifacts import check_headers, digest, file_digest, read_header
 from nemo_pivotrl.core.errors import InputError, Problem
 from nemo_pivotrl.core.lock import one_writer
 from nemo_pivotrl.core.types import Candidate
@@ -152,7 +153,7 @@ def _check(recipe: Recipe, source: Path, chat: Chat, verifier_id: str) -> None:
         chat_template=chat.template_digest,
         verifier=verifier_id,
     )
-    check_parent(source, found, recipe.path("profiles.jsonl"))
+    check_lineage(recipe, source, found)
     generation = recipe.policy.generation
     problems = []
     if found.extra["sampling"] != sampling(generation):
