@@ -10,7 +10,7 @@ import pytest
 from conftest import recipe_at
 
 from nemo_pivotrl.algorithms import pivotrl
-from nemo_pivotrl.core.artifacts import read_header, read_rows, write_artefact
+from nemo_pivotrl.core.artifacts import Header, read_header, read_rows, write_artefact
 from nemo_pivotrl.pivotrl.profile_rows import plan_in, profile_of_row
 from nemo_pivotrl.pivotrl.profile_statistics import summarise
 from nemo_pivotrl.report.page import report
@@ -56,7 +56,7 @@ def test_a_profile_drawn_in_full_needs_no_control_set(trained: Path, tmp_path: P
     for row in rows:
         row["profile"]["control"] = False
         row["samples"] = (row["samples"] * 8)[:8]
-    path.write_bytes(json_line(told) + b"".join(json_line(row) for row in rows))
+    write_artefact(path, Header(**told["nemo_pivotrl"]), rows)
     page = report(recipe_at(tmp_path / "run")).read_text()
     assert "Control set" not in page and "control set" not in page and "stopped where" not in page
     assert page.count("<svg") == 5 and "at most 8" not in page

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from nemo_pivotrl.config import Recipe, Verifier, World
-from nemo_pivotrl.core.artifacts import Header, read_rows, write_artefact
+from nemo_pivotrl.core.artifacts import Header, canonical_json, read_rows, write_artefact
 from nemo_pivotrl.data.chat_template import Chat
 from nemo_pivotrl.data.gym_rows import candidate_of_row, message_of
 from nemo_pivotrl.demo import service_desk as world
