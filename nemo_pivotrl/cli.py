@@ -12,7 +12,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, NoReturn
 
 from nemo_pivotrl import __version__
-from nemo_pivotrl.core.errors import TRY_AGAIN, AtWork, InputError, printable
+from nemo_pivotrl.core.errors import TRY_AGAIN, AtWork, InputError, printable, short
 
 if TYPE_CHECKING:
     from nemo_pivotrl.backends.launch import Place
@@ -150,7 +150,7 @@ def guarded(command: str, run: Callable[[], int | None]) -> int:
     except OSError as error:
         # a full disk or a missing right: whole rows already written stay in .part and are resumed
         print(
-            f"nemo-pivotrl {command}: {printable(str(error.filename or 'file'))}: {printable(error.strerror or str(error))}\n"
+            f"nemo-pivotrl {command}: {short(error.filename or 'file', 300)}: {printable(error.strerror or str(error))}\n"
             "    -> free space or mend the path, then run the same command again; finished work is kept",
             file=sys.stderr,
         )

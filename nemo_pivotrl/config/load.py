@@ -147,7 +147,11 @@ def _check_size(text: str, path: Path) -> None:
         return sizes[id(node)]
 
     root = yaml.compose(text, Loader=yaml.SafeLoader)
-    if root is not None and size(root) > MAX_VALUES:
+    if root is None:
+        return
+    if root.tag != "tag:yaml.org,2002:map":
+        raise InputError(Problem(str(path), 1, "recipe", "no mapping", "a recipe is a YAML mapping of sections"))
+    if size(root) > MAX_VALUES:
         found = f"more than {MAX_VALUES} values, its aliases written out"
         raise InputError(Problem(str(path), None, "YAML", found, "write the values down, or fewer aliases"))
 

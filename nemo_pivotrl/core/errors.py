@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 MAX_PROBLEMS_SHOWN = 20
+MAX_NAME = 300
+"""Characters of a file's name that are shown: its last ones."""
 TRY_AGAIN = 75
 """Exit code of a command that another time may succeed: EX_TEMPFAIL."""
 
@@ -26,7 +28,8 @@ class Problem:
     """What to do about it."""
 
     def __str__(self) -> str:
-        where = self.file if self.line is None else f"{self.file}:{self.line}"
+        file = self.file if len(self.file) <= MAX_NAME else f"…{self.file[-MAX_NAME:]}"
+        where = file if self.line is None else f"{file}:{self.line}"
         return printable(f"{where}: {self.field}: found {self.found}") + printable(f"\n    -> {self.remedy}")
 
 
