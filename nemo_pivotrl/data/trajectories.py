@@ -324,7 +324,7 @@ _SHAREGPT_ROLES = {
 
 def read_sharegpt(record: dict[str, Any], tools: tuple[dict[str, Any], ...], source: str) -> Trajectory:
     """`conversations` of {from, value}. Calls as `function_call` turns or Hermes `<tool_call>` text in gpt turns."""
-    from nemo_pivotrl.data.chat_template import parse_hermes
+    from nemo_pivotrl.data.tool_parsers import read_hermes
 
     raw, numbered = [], 0
     if record.get("system"):
@@ -344,7 +344,7 @@ def read_sharegpt(record: dict[str, Any], tools: tuple[dict[str, Any], ...], sou
             raw.append({"role": role, "content": value})
             continue
         try:
-            content, calls = parse_hermes(f"<tool_call>{value}</tool_call>" if role == "call" else value, ())
+            content, calls = read_hermes(f"<tool_call>{value}</tool_call>" if role == "call" else value, ())
         except (ValueError, RecursionError) as error:
             raise FieldError(f"{where}.value", value, f"the tool call cannot be read: {error}") from None
         message: Message = {"role": "assistant", "content": content.strip() if calls else value}
