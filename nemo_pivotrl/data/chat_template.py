@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nemo_pivotrl.config import Limits
-from nemo_pivotrl.config.models import ChatSettings
+from nemo_pivotrl.config import ChatSettings, Limits
 from nemo_pivotrl.core.artifacts import digest
 from nemo_pivotrl.core.errors import InputError, Problem, UnrenderableState, short
 from nemo_pivotrl.core.types import Action, Message

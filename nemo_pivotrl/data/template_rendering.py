@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from nemo_pivotrl.config.models import ChatSettings
+from nemo_pivotrl.config import ChatSettings
 from nemo_pivotrl.core.errors import InputError, Problem, UnrenderableState, short
 from nemo_pivotrl.core.types import Message
 
