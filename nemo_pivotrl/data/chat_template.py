@@ -175,7 +175,9 @@ class Chat:
         that behind a stand-in. Raises UnrenderableState, and InputError for a template whose turns do not continue its own
         generation prompt.
         """
-        prompt = self._render(messages, tools, True)
+        return self._turn_behind(self._render(messages, tools, True), messages, tools, action)
+
+    def _turn_behind(self, prompt: Marked, messages: Sequence[Message], tools: Tools, action: Message) -> Turn:
         for state in (messages, [template_probes.USER]):
             begun = prompt if state is messages else self.template.render(state, tools, True)
             whole = self.template.render([*state, action], tools, False)
@@ -286,7 +288,9 @@ class Chat:
 
         Raises InputError as `turn` does, UnrenderableState for a state or turn that the template refuses.
         """
-        turn = self.turn(messages, tools, gym_rows.message_of(expected))
+        return self._lost(self.turn(messages, tools, gym_rows.message_of(expected)), tools, expected)
+
+    def _lost(self, turn: Turn, tools: Tools, expected: Action) -> str:
         ids = self.template.encode(turn.text)
         end = next((place for place, token in enumerate(ids) if token in self.stop_ids), len(ids))
         found = self.parse(self.decode(ids[:end]), tools, turn.opened)
@@ -317,16 +321,16 @@ class Chat:
     def _probe_parser(self) -> str:
         (call,) = template_probes.calls_of(template_probes.ARGUMENTS)
         action = {"role": "assistant", "content": "", "tool_calls": [call]}
-        tools = [template_probes.TOOL]
+        state, tools = [template_probes.USER], [template_probes.TOOL]
         try:
-            turn = self.turn([template_probes.USER], tools, action)
+            turn = self._turn_behind(self.template.render(state, tools, True), state, tools, action)
         except UnrenderableState as error:
             remedy = "the template cannot render a tool call; set policy.chat_template"
             raise InputError(Problem("chat template", None, "tool calls", error.found, remedy)) from error
         expected = gym_rows.action_of(action)
         for name in PARSERS:
             self.parser = name
-            if not self.lost_in_rendering([template_probes.USER], tools, expected):
+            if not self._lost(turn, tools, expected):
                 return name
         raise template_probes.no_parser(turn.text.plain, list(PARSERS))
 

@@ -85,8 +85,13 @@ def find_reasoning(template: Template) -> Reasoning:
         template.reasoning_field = name
         text = _turn(template, content=CONTENT, reasoning_content=REASON)
         before, found, after = text.partition(REASON)
-        if found and CONTENT in after:
-            ends = after.partition(CONTENT)[0].strip()
+        ends = after.partition(CONTENT)[0].strip()
+        if not found or CONTENT not in after:  # some templates write it beside calls alone
+            calls = calls_of(ARGUMENTS)
+            text = _turn(template, *outputs_of(calls), tool_calls=calls, reasoning_content=REASON)
+            before, found, after = text.partition(REASON)
+            ends = next((end for end in REASONING_MARKERS if after.lstrip().startswith(end)), "")
+        if found and ends:
             begins = _beginning(template, before, ends)
             return Reasoning(begins, ends, bool(begins) and prompt.rstrip().endswith(begins))
     template.reasoning_field = ""
@@ -105,7 +110,8 @@ def _beginning(template: Template, before: str, ends: str) -> str:
     if known and before.rstrip().endswith(known):
         return known
     state = template.render([USER], [TOOL], prompt=False).plain
-    own = before[len(state) :] if before.startswith(state) else before
+    header = template.render([USER], [TOOL], prompt=True).plain
+    own = before.removeprefix(header if before.startswith(header) else state)
     words = own.split()
     return words[-1] if words else ""
 
