@@ -31,7 +31,9 @@ TOOLS = [
         },
     }
 ]
-HEAD = "{%- for m in messages -%}<|im_start|>{{ m.role }}\n{% if loop.first and tools %}{{ tools | tojson }}\n{% endif -%}"
+HEAD = (
+    "{%- for m in messages -%}<|im_start|>{{ m.role }}\n{% if loop.first and tools %}{{ tools | tojson }}\n{% endif -%}"
+)
 TAIL = "<|im_end|>\n{% endfor -%}{%- if add_generation_prompt -%}<|im_start|>assistant\n"
 THINK = "{% if m.reasoning_content %}<think>\n{{ m.reasoning_content }}\n</think>\n\n{% endif -%}"
 HERMES = (

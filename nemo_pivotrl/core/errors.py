@@ -43,6 +43,10 @@ class InputError(ValueError):
         return InputError, (self.problems,)  # from a worker process it arrives with its problems
 
 
+UNRENDERABLE = ("template_refuses_state", "not_encodable", "special_token_in_text")
+"""Kinds of `UnrenderableState`. They say something about the row, not about the policy or the machines."""
+
+
 class UnrenderableState(InputError):
     """A state or turn that the chat template refuses or the tokenizer cannot encode. Stages exclude and count it by `kind`."""
 

@@ -185,31 +185,36 @@ class DropCheck:
     def __init__(self, template: Template):
         self.template = template
         self.accepted = set(template.settings.accept_dropped)
-        self.known: dict[str, bool] = {}
+        self.known: dict[tuple[str, bool], bool] = {}
 
     def check(self, messages: Sequence[Message], tools: Sequence[Any]) -> None:
         """Raises InputError naming all that the template drops of such a state, with a remedy."""
-        lost = [what for what in sorted(_holds(messages, tools)) if self.drops(what)]
+        system = bool(messages) and messages[0]["role"] == "system"
+        lost = [what for what in sorted(_holds(messages, tools)) if self.drops(what, system)]
         if lost:
             raise InputError([self._problem(what) for what in lost])
 
-    def drops(self, what: str) -> bool:
-        """Whether the template leaves it out and the recipe has not accepted that."""
-        if what not in self.known:
+    def drops(self, what: str, system: bool) -> bool:
+        """Whether the template leaves it out, in a state that begins with a system message or in another, unaccepted."""
+        if what.removeprefix("later ") in self.accepted:
+            return False
+        if (what, system) not in self.known:
             messages, texts = _dropped_probes()[what]
-            name = what.removeprefix("later ")
+            before: list[Message] = (
+                [{"role": "system", "content": "probe system"}] if system and what != "system" else []
+            )
             try:
-                rendered = self.template.render(messages, [TOOL], prompt=True).plain
-                self.known[what] = name not in self.accepted and not all(text in rendered for text in texts)
+                rendered = self.template.render([*before, *messages], [TOOL], prompt=True).plain
+                self.known[what, system] = not all(text in rendered for text in texts)
             except UnrenderableState:  # then the state itself is refused, or it is not: it is rendered, too
-                self.known[what] = False
-        return self.known[what]
+                self.known[what, system] = False
+        return self.known[what, system]
 
     def _problem(self, what: str) -> Problem:
         name = what.removeprefix("later ")
         remedy = REMEDIES.get(name, "")
         more = f"policy.chat_template, or accept the loss with policy.chat.accept_dropped: [{name}]"
-        found = f"{what.replace('_', ' ')} left out of the prompt by the template"
+        found = f"{what.replace('_', ' ')}, left out of the prompt by the template"
         return Problem("chat template", None, name, found, f"{remedy}, or {more}" if remedy else f"set {more}")
 
 
