@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from nemo_pivotrl.records import Problem, short
+from nemo_pivotrl.core.errors import Problem, short
 
 GZIP, ZSTD, PARQUET = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"PAR1"
 LFS_POINTER = b"version https://git-lfs"

@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nemo_pivotrl.data.readers.markup import calls_of_text, outputs_of_text, split_reasoning
-from nemo_pivotrl.records import Message, short
+from nemo_pivotrl.core.errors import short
+from nemo_pivotrl.core.types import Message
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 DIALECTS = {
@@ -122,9 +123,17 @@ class _Parts:
     """(call id, text) of tool results that stand in a user's message."""
 
 
+OBJECT = "arguments_were_an_object"
+"""Mark of a call while it is read: an object may have gone through a table, a text has not."""
+
+
 def check_messages(raw: Sequence[Any]) -> tuple[Message, ...]:
     """Chat messages in our form. Raises FieldError for the first malformed one."""
-    return tuple(conversation_of(raw).messages)
+    messages = conversation_of(raw).messages
+    for message in messages:
+        for call in message.get("tool_calls", ()):
+            call.pop(OBJECT, None)
+    return tuple(messages)
 
 
 def conversation_of(
@@ -147,7 +156,7 @@ def conversation_of(
             raise FieldError(f"{at}.role", message, "a message is an object with a role and its content")
         role = _role(message, at)
         if role in ("assistant", "call"):
-            _assistant(found, message, role, at, notes, markup=markup, loose=not structured and not markup, after=previous)
+            _assistant(found, message, role, at, notes, markup=markup, loose=bool(tools) and not structured, after=previous)
         elif role == "tool":
             _tool(found, message, at, split=markup or "from" in message)
         else:
@@ -290,11 +299,13 @@ def made_call(name: Any, arguments: Any, call_id: Any, at: str, why: str = "") -
         raise FieldError(at if why else f"{at}.function.name", name, f"{why}a call needs function.name and function.arguments")
     if arguments is None or (isinstance(arguments, str) and not arguments.strip()):
         arguments = "{}"
-    if isinstance(arguments, dict):
+    as_object = isinstance(arguments, dict)
+    if as_object:
         arguments = json.dumps(arguments, ensure_ascii=False)
     if not isinstance(arguments, str):
         raise FieldError(at if why else f"{at}.function.arguments", arguments, f"{why}arguments are a JSON text or an object")
-    return {"id": str(call_id or ""), "type": "function", "function": {"name": name, "arguments": arguments}}
+    call = {"id": str(call_id or ""), "type": "function", "function": {"name": name, "arguments": arguments}}
+    return {**call, OBJECT: True} if as_object else call
 
 
 def call_of(raw: Any, where: str) -> dict[str, Any]:

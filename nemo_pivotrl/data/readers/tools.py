@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nemo_pivotrl.data.readers.messages import FieldError, Notes
-from nemo_pivotrl.records import InputError, Message, Problem
+from nemo_pivotrl.data.readers.messages import OBJECT, FieldError, Notes
+from nemo_pivotrl.core.errors import InputError, Problem
+from nemo_pivotrl.core.types import Message
 
 Tools = tuple[dict[str, Any], ...]
 PYTHON_TYPES = {"dict": "object", "float": "number", "int": "integer", "bool": "boolean", "str": "string", "tuple": "array", "list": "array"}
@@ -106,31 +107,24 @@ def _json_types(schema: Any, depth: int = 0) -> Any:
     return found
 
 
-def without_table_nulls(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], tabled: set[str], notes: Notes) -> tuple[Message, ...]:
+def without_table_nulls(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], notes: Notes) -> tuple[Message, ...]:
     """Messages whose calls' arguments hold no null that only a table put there.
 
     An Arrow table gives every row all columns, so a call carries the arguments of other tools as null. A null goes where the
-    tool does not declare its key. Where the arguments came as an object (`tabled`: ids of such calls), it also goes where the
-    tool declares the key as optional and of a type that is not null.
+    tool does not declare its key. Where the arguments came as an object, it also goes where the tool declares the key as
+    optional and of a type that is not null.
     """
     schemas = {t["function"]["name"]: t["function"].get("parameters") for t in tools}
-    found = []
     for message in messages:
-        calls = message.get("tool_calls")
-        if not calls or not any("null" in call["function"]["arguments"] for call in calls):
-            found.append(message)
-            continue
-        cleaned = []
-        for call in calls:
-            function = call["function"]
-            schema = schemas.get(function["name"])
-            arguments = _cleaned(function["arguments"], schema, call["id"] in tabled) if function["name"] in schemas else None
-            if arguments is not None:
-                notes.said["calls with a table's null arguments: the nulls are read as absent"] += 1
-                call = {**call, "function": {**function, "arguments": arguments}}
-            cleaned.append(call)
-        found.append({**message, "tool_calls": cleaned})
-    return tuple(found)
+        for call in message.get("tool_calls", ()):
+            function, tabled = call["function"], call.pop(OBJECT, False)
+            if "null" not in function["arguments"] or function["name"] not in schemas:
+                continue
+            cleaned = _cleaned(function["arguments"], schemas[function["name"]], tabled)
+            if cleaned is not None:
+                notes.said["calls with null arguments of a table's other rows: read as absent"] += 1
+                function["arguments"] = cleaned
+    return tuple(messages)
 
 
 def _cleaned(text: str, schema: Any, tabled: bool) -> str | None:
