@@ -77,8 +77,8 @@ def to_messages(items: Sequence[Item]) -> list[Message]:
     """Chat messages of Responses items. Reasoning, text and calls of one model response become one assistant message.
 
     A response ends where its outputs begin. Reasoning and text that stand between a call and its output belong to the turn
-    that made the call; after a call without any output a new turn begins. Raises KeyError or ValueError for an item that is none of message, reasoning, function_call,
-    function_call_output, and for content that is not text.
+    that made the call; after a call without any output a new turn begins. Raises KeyError or ValueError for an item that is
+    none of message, reasoning, function_call, function_call_output, and for content that is not text.
     """
     answered = {item["call_id"]: i for i, item in enumerate(items) if item.get("type") == "function_call_output"}
     messages: list[Message] = []
@@ -118,7 +118,13 @@ def _append(turn: Message, key: str, text: str) -> None:
         turn[key] = f"{turn[key]}\n\n{text}" if turn.get(key) else text
 
 
-TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "summary_text": "text", "reasoning_text": "text"}
+TEXT_PARTS = {
+    "text": "text",
+    "input_text": "text",
+    "output_text": "text",
+    "summary_text": "text",
+    "reasoning_text": "text",
+}
 TEXT_PARTS |= {"refusal": "refusal"}
 """Content parts of text, and the field that holds it."""
 
@@ -142,7 +148,9 @@ def _strict_text(content: Any) -> str:
 def _plain_message(kind: str, item: Item) -> Message:
     if kind == "function_call_output":
         output = item["output"]
-        parts = isinstance(output, list) and all(isinstance(p, str) or (isinstance(p, dict) and "type" in p) for p in output)
+        parts = isinstance(output, list) and all(
+            isinstance(p, str) or (isinstance(p, dict) and "type" in p) for p in output
+        )
         text = _strict_text(output) if output is None or isinstance(output, str) or parts else json.dumps(output)
         return {"role": "tool", "tool_call_id": item["call_id"] or "", "content": text}
     if kind != "message":

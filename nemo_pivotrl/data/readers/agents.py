@@ -52,8 +52,9 @@ def read_tau2_bench(record: dict[str, Any], context: Context) -> Draft:
     for message in messages if isinstance(messages, list) else []:
         inner = message.get("tool_messages") if isinstance(message, dict) else None
         for m in inner if isinstance(inner, list) else [message]:
-            if isinstance(m, dict) and (_users_own(m) or (m.get("role") == "tool" and m.get("id") in theirs)):
-                theirs |= {c.get("id") for c in m.get("tool_calls") or [] if isinstance(c, dict)}
+            if isinstance(m, dict) and (_users_own(m) or (m.get("role") == "tool" and str(m.get("id")) in theirs)):
+                calls = m["tool_calls"] if isinstance(m.get("tool_calls"), list) else []
+                theirs |= {str(c.get("id")) for c in calls if isinstance(c, dict)}
                 hidden += 1
                 if isinstance(m.get("content"), str) and m["content"].strip() and m.get("role") == "user":
                     raw.append({"role": "user", "content": m["content"]})
@@ -62,11 +63,15 @@ def read_tau2_bench(record: dict[str, Any], context: Context) -> Draft:
                 raise FieldError("messages[].is_audio", True, "only text is trained")
             raw.append({k: v for k, v in m.items() if k in _TAU2_SAID} if isinstance(m, dict) else m)
     if hidden:
-        context.notes.said["messages between a simulated user and its own tools: not in the agent's view, left out"] += hidden
+        context.notes.said[
+            "messages between a simulated user and its own tools: not in the agent's view, left out"
+        ] += hidden
     known = ("messages", "policy", "reward_info", "termination_reason", *_TAU2_UNUSED, *IDENTITY)
     note_unused(record, known, context.notes)
     kept = {key: value for key, value in record.items() if key not in ("info", "seed")}
-    draft = draft_of(kept, raw if isinstance(messages, list) else messages, context, system=str(record.get("policy") or ""))
+    draft = draft_of(
+        kept, raw if isinstance(messages, list) else messages, context, system=str(record.get("policy") or "")
+    )
     first = next((i for i, m in enumerate(draft.messages) if m["role"] == "assistant"), None)
     if first is not None and not any(m["role"] == "user" for m in draft.messages[:first]):
         draft.untrained.setdefault(first, GREETING)
@@ -77,7 +82,10 @@ def read_tau2_bench(record: dict[str, Any], context: Context) -> Draft:
 
 
 _TAU2_SAID = ("id", "role", "content", "tool_calls", "tool_call_id", "reasoning_content", "error")
-_TAU2_UNUSED = "timestamp start_time end_time duration agent_cost user_cost seed mode speech_environment user_info hallucination_retries_used info".split()
+_TAU2_UNUSED = (
+    *("timestamp", "start_time", "end_time", "duration", "agent_cost", "user_cost", "seed", "mode", "info"),
+    *("speech_environment", "user_info", "hallucination_retries_used"),
+)
 
 
 def _users_own(message: Mapping[str, Any]) -> bool:
@@ -116,7 +124,7 @@ def read_swe_agent(record: dict[str, Any], context: Context) -> Draft:
     steps = [s for s in record.get("trajectory") or [] if isinstance(s, dict) and isinstance(s.get("query"), list)]
     cut = sum("lines omitted)" in str(m.get("content")) for s in steps[-1:] for m in s["query"] if isinstance(m, dict))
     if cut:
-        context.notes.said["SWE-agent outputs that its history processor had shortened when the model was asked: given in full"] += cut
+        context.notes.said["SWE-agent outputs that were shortened when the model was asked: given in full"] += cut
     return draft
 
 
@@ -135,7 +143,9 @@ def read_mini_swe_agent(record: dict[str, Any], context: Context) -> Draft:
             try:
                 raw += [{k: v for k, v in m.items()} for m in to_messages(message.get("output") or [])]
             except (KeyError, TypeError, AttributeError, ValueError) as error:
-                raise FieldError(f"messages[{index}].output", error, "Responses items: message, reasoning, function_call") from None
+                raise FieldError(
+                    f"messages[{index}].output", error, "Responses items: message, reasoning, function_call"
+                ) from None
         elif isinstance(message, dict) and message.get("type") == "function_call_output":
             raw.append({"role": "tool", "tool_call_id": message.get("call_id"), "content": message.get("output")})
         else:
@@ -169,7 +179,11 @@ def claude_code_sessions(lines: Iterable[tuple[int, Any]]) -> list[tuple[int, di
         key = (str(line.get("sessionId")), str(line.get("agentId") or "") if line.get("isSidechain") else "")
         if line.get("type") == "system" and line.get("subtype") == "compact_boundary":
             open_.pop(key, None)
-        if line.get("type") not in ("user", "assistant") or line.get("isMeta") or not isinstance(line.get("message"), dict):
+        if (
+            line.get("type") not in ("user", "assistant")
+            or line.get("isMeta")
+            or not isinstance(line.get("message"), dict)
+        ):
             continue
         if line.get("isSidechain") and not line.get("agentId") and line.get("parentUuid") is None:
             open_.pop(key, None)
@@ -212,7 +226,9 @@ def _blocks(message: Mapping[str, Any]) -> list[Any]:
 
 def read_claude_code(record: dict[str, Any], context: Context) -> Draft:
     """One conversation of a Claude Code session, as `claude_code_sessions` gives it. The log has neither system prompt nor tools."""
-    context.notes.said["Claude Code sessions: the log holds no system prompt and no tools; name the tools in extract.tools"] += 1
+    context.notes.said[
+        "Claude Code sessions: the log holds no system prompt and no tools; name the tools in extract.tools"
+    ] += 1
     raw = [line["message"] for line in record["lines"]]
     named = {"session_id": record["session_id"], "task_id": record["session_id"]}
     return draft_of(named, raw, context)

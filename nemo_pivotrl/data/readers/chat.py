@@ -19,7 +19,17 @@ from nemo_pivotrl.data.readers.fields import MASKED, OUTCOME, REPEAT, ROW, RUN, 
 from nemo_pivotrl.data.readers.markup import json_or_python, python_calls
 from nemo_pivotrl.data.readers.messages import FieldError
 
-MESSAGES = ("messages", "conversations", "conversation", "trajectory", "traj", "dialogue", "dialog", "turns", "chat_history")
+MESSAGES = (
+    "messages",
+    "conversations",
+    "conversation",
+    "trajectory",
+    "traj",
+    "dialogue",
+    "dialog",
+    "turns",
+    "chat_history",
+)
 """Where a record may keep its messages."""
 IDENTITY = (*RUN, *ROW, *TASK, *REPEAT, *OUTCOME, *WITHIN, *MASKED)
 
@@ -100,16 +110,26 @@ def _toolace(record: dict[str, Any], turns: list[Any], context: Context) -> Draf
             try:
                 calls = python_calls(value)
             except ValueError as error:
-                raise FieldError(f"conversations[{index}].value", value, f"the tool call cannot be read: {error}") from None
+                raise FieldError(
+                    f"conversations[{index}].value", value, f"the tool call cannot be read: {error}"
+                ) from None
             if calls:
                 called += len(calls)
-                turn = {"role": "assistant", "content": None, "tool_calls": [{"name": n, "arguments": a} for n, a in calls]}
+                turn = {
+                    "role": "assistant",
+                    "content": None,
+                    "tool_calls": [{"name": n, "arguments": a} for n, a in calls],
+                }
         raw.append(turn)
     if not called:
         return None
-    context.notes.said["system prompts that list tools as text: the list became tools, the order how to write calls is left out"] += 1
+    context.notes.said[
+        "system prompts that list tools as text: the list became tools, the order how to write calls is left out"
+    ] += 1
     kept = re.sub(r"\n[^\n]*$", "", system[:begin].rstrip()) if "\n" in system[:begin].rstrip() else system[:begin]
-    return draft_of({**record, "system": kept.strip(), "tools": tools}, raw, context, markup=True, where="conversations")
+    return draft_of(
+        {**record, "system": kept.strip(), "tools": tools}, raw, context, markup=True, where="conversations"
+    )
 
 
 def _json_list_in(text: str) -> tuple[int, list[Any]] | None:
@@ -195,7 +215,9 @@ def _request_of(record: Mapping[str, Any]) -> Mapping[str, Any]:
             if any(isinstance(inner.get(k), (list, str)) for k in MESSAGES):
                 kwargs = record.get("kwargs")
                 return {**(kwargs if isinstance(kwargs, Mapping) else {}), **inner}
-    remedy = "a log needs the request beside the response (OpenAI batch outputs: join them with the input file by custom_id)"
+    remedy = (
+        "a log needs the request beside the response (OpenAI batch outputs: join them with the input file by custom_id)"
+    )
     raise FieldError("request.messages", "missing", remedy)
 
 
@@ -209,7 +231,9 @@ def _answer_of(response: Any) -> Any:
     choices = response.get("choices")
     if isinstance(choices, list) and choices:
         if len(choices) > 1:
-            raise FieldError("response.choices", f"{len(choices)} choices", "one answer a record; write a record for each")
+            raise FieldError(
+                "response.choices", f"{len(choices)} choices", "one answer a record; write a record for each"
+            )
         message = choices[0].get("message") if isinstance(choices[0], Mapping) else None
         if not isinstance(message, Mapping):
             raise FieldError("response.choices[0].message", message, "the assistant's message")
@@ -217,5 +241,3 @@ def _answer_of(response: Any) -> Any:
     if response.get("content") is not None or response.get("tool_calls"):
         return {"role": response.get("role") or "assistant", **{k: v for k, v in response.items() if k != "role"}}
     return None
-
-

@@ -58,7 +58,7 @@ def _has_messages(record: Mapping[str, Any]) -> bool:
 def _is_anthropic(record: Mapping[str, Any]) -> bool:
     if any("input_schema" in tool for tool in _listed(record, "tools")):
         return True
-    kinds = {"tool_use", "tool_result", "thinking"}
+    kinds = ("tool_use", "tool_result", "thinking")
     blocks = (b for m in _listed(record, "messages") for b in _listed(m, "content"))
     return "messages" in record and any(block.get("type") in kinds for block in blocks)
 
@@ -74,7 +74,11 @@ def _is_events(items: list[Mapping[str, Any]]) -> bool:
 def _is_log(record: Mapping[str, Any]) -> bool:
     response = record.get("response")
     response = response[0] if isinstance(response, list) and response else response
-    body = response.get("body") if isinstance(response, Mapping) and isinstance(response.get("body"), Mapping) else response
+    body = (
+        response.get("body")
+        if isinstance(response, Mapping) and isinstance(response.get("body"), Mapping)
+        else response
+    )
     return isinstance(body, Mapping) and ("choices" in body or ("content" in body and "output" not in body))
 
 
@@ -82,7 +86,11 @@ def _is_responses_log(record: Mapping[str, Any]) -> bool:
     if record.get("object") == "response":
         return True
     response = record.get("response")
-    body = response.get("body") if isinstance(response, Mapping) and isinstance(response.get("body"), Mapping) else response
+    body = (
+        response.get("body")
+        if isinstance(response, Mapping) and isinstance(response.get("body"), Mapping)
+        else response
+    )
     if isinstance(body, Mapping) and isinstance(body.get("output"), list) and not _has_messages(record):
         return True
     return isinstance(record.get("output"), list) and "input" in record
@@ -102,7 +110,10 @@ _LOOKS: tuple[tuple[str, Callable[[Mapping[str, Any]], bool]], ...] = (
     ("atif", lambda r: str(r.get("schema_version", "")).upper().startswith("ATIF")),
     ("mini_swe_agent", lambda r: str(r.get("trajectory_format", "")).startswith("mini-swe-agent")),
     ("swe_agent", lambda r: bool(_listed(r, "history")) and "role" in _listed(r, "history")[0]),
-    ("openhands_events", lambda r: _is_events(_listed(r, "history")) or _is_events([r]) or _is_events(_listed(r, "trajectory"))),
+    (
+        "openhands_events",
+        lambda r: _is_events(_listed(r, "history")) or _is_events([r]) or _is_events(_listed(r, "trajectory")),
+    ),
     ("swe_agent_steps", lambda r: any("observation" in s and "response" in s for s in _listed(r, "trajectory")[:1])),
     ("tau2_bench", is_tau2),
     ("tau_bench", lambda r: isinstance(r.get("traj"), list)),
@@ -120,4 +131,3 @@ _LOOKS: tuple[tuple[str, Callable[[Mapping[str, Any]], bool]], ...] = (
     ("text", lambda r: isinstance(r.get("text"), str)),
 )
 """In this order: the first that fits is the format."""
-

@@ -9,13 +9,12 @@ from typing import Any
 
 from nemo_pivotrl.core.types import Message
 from nemo_pivotrl.data.readers.fields import WEIGHT, Identity, identity_of, whole_weight
-from nemo_pivotrl.data.readers.messages import Conversation, FieldError, Notes, conversation_of
+from nemo_pivotrl.data.readers.messages import ONLY_TEXT, Conversation, FieldError, Notes, conversation_of
 from nemo_pivotrl.data.readers.tools import Tools, tools_of, without_table_nulls
 
 SYSTEM = ("system", "system_prompt", "instructions")
 TOOLS = ("tools", "functions", "available_tools", "tool_definitions", "tool_defs", "tool_schemas")
 MEDIA = ("images", "image", "audios", "audio", "videos", "video")
-ONLY_TEXT = "only text is trained; drop the record, or set extract.on_invalid=skip"
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,13 @@ class Draft:
 
 
 def draft_of(
-    record: Mapping[str, Any], raw: Any, context: Context, *, markup: bool = False, where: str = "messages", system: str = ""
+    record: Mapping[str, Any],
+    raw: Any,
+    context: Context,
+    *,
+    markup: bool = False,
+    where: str = "messages",
+    system: str = "",
 ) -> Draft:
     """The trajectory of a record whose messages are `raw`; its tools, system prompt, weight and identity are read here.
 

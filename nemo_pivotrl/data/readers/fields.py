@@ -21,7 +21,18 @@ OUTCOME = (
     *("reward", "resolved", "success", "is_success", "passed", "is_correct", "correct", "solved", "is_solved"),
     *("target", "score"),
 )
-WITHIN = ("reward_info", "info", "metadata", "extra_info", "report", "result", "evaluation", "eval", "test_result", "metrics")
+WITHIN = (
+    "reward_info",
+    "info",
+    "metadata",
+    "extra_info",
+    "report",
+    "result",
+    "evaluation",
+    "eval",
+    "test_result",
+    "metrics",
+)
 """Objects of a record in which tasks and outcomes are looked for after the record itself."""
 WEIGHT = ("weight", "loss_weight", "loss", "train", "trainable")
 MASKED = ("mask_sample", "masked")

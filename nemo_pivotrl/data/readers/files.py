@@ -1,4 +1,4 @@
-"""The records of a file: JSON lines, a JSON list, one object (also indented), Parquet; gzip and zstd are seen by their first bytes."""
+"""The records of a file: JSON lines, a JSON list, one object (also indented), Parquet; gzip and zstd by their first bytes."""
 
 from __future__ import annotations
 

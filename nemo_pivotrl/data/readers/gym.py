@@ -30,7 +30,11 @@ def read_responses(record: dict[str, Any], context: Context) -> Draft:
         raise FieldError("responses_create_params", found, "`responses_create_params` must be a non-empty dict")
     for key in ELSEWHERE:
         if params.get(key):
-            raise FieldError(f"responses_create_params.{key}", params[key], "a part of the state is not in the record; write it into `input`")
+            raise FieldError(
+                f"responses_create_params.{key}",
+                params[key],
+                "a part of the state is not in the record; write it into `input`",
+            )
     response = record.get("response")
     output = response.get("output") if isinstance(response, Mapping) else None
     if output is not None:
@@ -38,7 +42,7 @@ def read_responses(record: dict[str, Any], context: Context) -> Draft:
     if record.get("expected_action") is not None or record.get("expected_answer") is not None:
         return _pivot_row(record, params, context)
     field = "response" if "response" in record and response is None else "response.output"
-    remedy = "neither a rollout nor a pivot row: a prompt alone holds no turn; collect rollouts (`ng_collect_rollouts`) and give their file"
+    remedy = "a prompt alone holds no turn; collect rollouts of it (`ng_collect_rollouts`) and give their file"
     raise FieldError(field, "missing", remedy)
 
 
@@ -54,15 +58,23 @@ def _as_gym(record: dict[str, Any]) -> dict[str, Any]:
         remedy = "a Responses object holds the output alone; log the request's `input` beside it"
         raise FieldError("input", "missing", remedy)
     shared = {k: response.get(k) for k in ("instructions", "tools") if response.get(k)}
-    params = {**shared, **{k: v for k, v in request.items() if k in ("input", "instructions", "tools", *ELSEWHERE) and v}}
-    rest = {k: v for k, v in record.items() if k not in ("request", "response", "input", "output", "instructions", "tools", "object", "id")}
+    params = {
+        **shared,
+        **{k: v for k, v in request.items() if k in ("input", "instructions", "tools", *ELSEWHERE) and v},
+    }
+    rest = {
+        k: v
+        for k, v in record.items()
+        if k not in ("request", "response", "input", "output", "instructions", "tools", "object", "id")
+    }
     return {**rest, "responses_create_params": params, "response": {"output": response["output"]}}
 
 
 def _rollout(record: dict[str, Any], params: dict[str, Any], output: Any, context: Context) -> Draft:
     """The whole conversation; the turns that its input holds were given, and the reward does not speak of them."""
     given = _input(params)
-    output = [item for part in output for item in (part if isinstance(part, list) else [part])] if isinstance(output, list) else output
+    if isinstance(output, list):  # some agents give a list for each of their steps
+        output = [item for part in output for item in (part if isinstance(part, list) else [part])]
     before = _messages(given, "responses_create_params.input")
     made = _messages(output, "response.output")
     if made[: len(before)] == before:

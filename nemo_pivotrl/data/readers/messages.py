@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from nemo_pivotrl.data.readers.markup import calls_of_text, outputs_of_text, split_reasoning
 from nemo_pivotrl.core.errors import short
 from nemo_pivotrl.core.types import Message
+from nemo_pivotrl.data.readers.markup import calls_of_text, outputs_of_text, split_reasoning
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 DIALECTS = {
@@ -41,7 +41,19 @@ REASONING = {
     "think": ("think", "text"),
     "thought": ("thought", "text", "value"),
 }
-MEDIA = ("image", "image_url", "input_image", "audio", "input_audio", "audio_url", "video", "video_url", "file", "input_file")
+MEDIA = (
+    "image",
+    "image_url",
+    "input_image",
+    "audio",
+    "input_audio",
+    "audio_url",
+    "video",
+    "video_url",
+    "file",
+    "input_file",
+)
+ONLY_TEXT = "only text is trained; drop the record, or set extract.on_invalid=skip"
 SILENT_FIELDS = frozenset(
     "id uuid name index type timestamp ts created created_at model usage cost turn_idx raw_data generation_time_seconds"
     " requestor error annotations cache_control refusal agent message_type is_demo thought action extra object status"
@@ -156,7 +168,9 @@ def conversation_of(
             raise FieldError(f"{at}.role", message, "a message is an object with a role and its content")
         role = _role(message, at)
         if role in ("assistant", "call"):
-            _assistant(found, message, role, at, notes, markup=markup, loose=bool(tools) and not structured, after=previous)
+            _assistant(
+                found, message, role, at, notes, markup=markup, loose=bool(tools) and not structured, after=previous
+            )
         elif role == "tool":
             _tool(found, message, at, split=markup or "from" in message)
         else:
@@ -186,14 +200,16 @@ def _role(message: dict[str, Any], at: str) -> str:
     if role is None:
         found = "missing" if raw is None else raw
         if "parts" in message:
-            raise FieldError(f"{at}.parts", "Gemini contents (role, parts)", "write them as chat messages: role and content")
+            raise FieldError(
+                f"{at}.parts", "Gemini contents (role, parts)", "write them as chat messages: role and content"
+            )
         key = "from" if "from" in message and "role" not in message else "role"
         raise FieldError(f"{at}.{key}", found, f"use one of {', '.join(ROLES if key == 'role' else DIALECTS)}")
     if not any(key in message for key in _SAYING):
         raise FieldError(f"{at}.content", "missing", "a message needs its content, or calls")
     for key in ("images", "audio", "audios", "videos", "image"):
         if message.get(key):
-            raise FieldError(f"{at}.{key}", short(message[key], 60), "only text is trained; drop the record, or set extract.on_invalid=skip")
+            raise FieldError(f"{at}.{key}", short(message[key], 60), ONLY_TEXT)
     return role
 
 
@@ -226,6 +242,8 @@ def _parts(content: Any, where: str) -> _Parts:
 
 def _block(parts: _Parts, block: dict[str, Any], at: str) -> None:
     kind = block.get("type")
+    if kind is not None and not isinstance(kind, str):
+        raise FieldError(f"{at}.type", kind, "the block's kind as text")
     if kind is None:
         kind = next((k for k in ("text", "thinking", "tool_use", "value") if block.get(k) is not None), None)
         kind = "text" if kind == "value" else kind
@@ -242,8 +260,7 @@ def _block(parts: _Parts, block: dict[str, Any], at: str) -> None:
     elif kind == "redacted_thinking":
         pass  # encrypted: there is nothing to read, and nothing that the policy could learn
     elif kind in MEDIA:
-        remedy = "only text is trained; drop the record, or set extract.on_invalid=skip"
-        raise FieldError(f"{at}.type", f"content block {kind!r}", remedy)
+        raise FieldError(f"{at}.type", f"content block {kind!r}", ONLY_TEXT)
     else:
         known = ", ".join([*TEXT, *REASONING, "tool_use", "tool_call", "tool_result"])
         raise FieldError(f"{at}.type", f"content block {kind!r}", f"known blocks: {known}; mend it or drop the record")
@@ -296,14 +313,18 @@ def _written_calls(value: Any, at: str) -> list[dict[str, Any]]:
 def made_call(name: Any, arguments: Any, call_id: Any, at: str, why: str = "") -> dict[str, Any]:
     """A call in our form. Nothing given as arguments is the empty object. Raises FieldError."""
     if not isinstance(name, str) or not name:
-        raise FieldError(at if why else f"{at}.function.name", name, f"{why}a call needs function.name and function.arguments")
+        raise FieldError(
+            at if why else f"{at}.function.name", name, f"{why}a call needs function.name and function.arguments"
+        )
     if arguments is None or (isinstance(arguments, str) and not arguments.strip()):
         arguments = "{}"
     as_object = isinstance(arguments, dict)
     if as_object:
         arguments = json.dumps(arguments, ensure_ascii=False)
     if not isinstance(arguments, str):
-        raise FieldError(at if why else f"{at}.function.arguments", arguments, f"{why}arguments are a JSON text or an object")
+        raise FieldError(
+            at if why else f"{at}.function.arguments", arguments, f"{why}arguments are a JSON text or an object"
+        )
     call = {"id": str(call_id or ""), "type": "function", "function": {"name": name, "arguments": arguments}}
     return {**call, OBJECT: True} if as_object else call
 
@@ -319,7 +340,9 @@ def call_of(raw: Any, where: str) -> dict[str, Any]:
     name = inner.get("name") if inner.get("name") is not None else inner.get("function_name")
     if not isinstance(name, str) or (isinstance(function, str) and name is None):
         raise FieldError(f"{where}.function.name", raw, "a call needs function.name and function.arguments")
-    arguments = next((inner[key] for key in ("arguments", "args", "input", "parameters") if inner.get(key) is not None), None)
+    arguments = next(
+        (inner[key] for key in ("arguments", "args", "input", "parameters") if inner.get(key) is not None), None
+    )
     return made_call(name, arguments, raw.get("id") or raw.get("tool_call_id") or raw.get("call_id"), where)
 
 
@@ -329,7 +352,9 @@ def output_text(output: Any, where: str) -> str:
         return ""
     if isinstance(output, str):
         return output
-    typed = isinstance(output, list) and all(isinstance(b, str) or (isinstance(b, dict) and "type" in b) for b in output)
+    typed = isinstance(output, list) and all(
+        isinstance(b, str) or (isinstance(b, dict) and "type" in b) for b in output
+    )
     if typed or (isinstance(output, dict) and output.get("type") in (*TEXT, *MEDIA)):
         parts = _parts(output, where)
         if parts.calls or parts.outputs:
@@ -368,7 +393,15 @@ def _reasoning(message: dict[str, Any], at: str) -> list[str]:
 
 
 def _assistant(
-    found: Conversation, message: dict[str, Any], role: str, at: str, notes: Notes, *, markup: bool, loose: bool, after: str
+    found: Conversation,
+    message: dict[str, Any],
+    role: str,
+    at: str,
+    notes: Notes,
+    *,
+    markup: bool,
+    loose: bool,
+    after: str,
 ) -> None:
     where, content = _content(message, at)
     untrained = weight_of(message)
@@ -388,7 +421,9 @@ def _assistant(
     if not calls and (markup or loose) and "<tool_call>" in text:
         try:
             spoken, written = calls_of_text(text, found.tools)
-            calls = [made_call(name, arguments, "", where, "the tool call cannot be read: ") for name, arguments in written]
+            calls = [
+                made_call(name, arguments, "", where, "the tool call cannot be read: ") for name, arguments in written
+            ]
             text = spoken
         except (ValueError, RecursionError) as error:
             if markup:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,14 +18,24 @@ from nemo_pivotrl.data.readers.agents import claude_code_sessions, is_claude_cod
 from nemo_pivotrl.data.readers.chat import MESSAGES
 from nemo_pivotrl.data.readers.detect import READERS, REFUSED, format_of
 from nemo_pivotrl.data.readers.drafts import Context, Draft
-from nemo_pivotrl.data.readers.fields import Identity, outcome_of
+from nemo_pivotrl.data.readers.fields import outcome_of
 from nemo_pivotrl.data.readers.files import read_records
 from nemo_pivotrl.data.readers.messages import FieldError, Notes
-from nemo_pivotrl.data.readers.tools import Tools, read_tools
+from nemo_pivotrl.data.readers.tools import read_tools
 
-WRAPPERS = ("data", "trajectories", "rollouts", "examples", "conversations_list", "results", "items", "samples", "rows", "records")
+WRAPPERS = (
+    "data",
+    "trajectories",
+    "rollouts",
+    "examples",
+    "conversations_list",
+    "results",
+    "items",
+    "samples",
+    "rows",
+    "records",
+)
 """Fields under which a file of one object may hold its records."""
-SKIPPABLE = "extract.on_invalid=skip leaves it out and counts it"
 
 
 @dataclass
@@ -136,7 +147,9 @@ def _reader(format: str) -> Callable[..., Any] | None:
         try:
             return getattr(import_module(module), name)
         except (ImportError, AttributeError) as error:
-            raise InputError(Problem("recipe", None, "extract.format", format, f"cannot be imported: {error}")) from None
+            raise InputError(
+                Problem("recipe", None, "extract.format", format, f"cannot be imported: {error}")
+            ) from None
     known = f"use one of auto, {', '.join(READERS)}, or module:function"
     raise InputError(Problem("recipe", None, "extract.format", format, known))
 
@@ -147,7 +160,11 @@ def _gathered(records: list[tuple[int, Any]]) -> list[tuple[int, Any]]:
         return list(claude_code_sessions(records))
     found: list[tuple[int, Any]] = []
     for line, record in records:
-        if isinstance(record, list) and record and all(isinstance(m, dict) and ("role" in m or "from" in m) for m in record):
+        if (
+            isinstance(record, list)
+            and record
+            and all(isinstance(m, dict) and ("role" in m or "from" in m) for m in record)
+        ):
             record = {"messages": record}
         inner = _inner(record)
         found += [(line, record)] if inner is None else enumerate(inner, start=1)
@@ -170,7 +187,9 @@ def _inner(record: Any) -> list[Any] | None:
     return None
 
 
-def _read(record: Any, name: str, reader: Callable[..., Any] | None, context: Context, min_reward: float | None) -> Draft | Trajectory:
+def _read(
+    record: Any, name: str, reader: Callable[..., Any] | None, context: Context, min_reward: float | None
+) -> Draft | Trajectory:
     """Raises FieldError."""
     if not isinstance(record, dict):
         raise FieldError("record", record, "each record is a JSON object")
@@ -180,10 +199,12 @@ def _read(record: Any, name: str, reader: Callable[..., Any] | None, context: Co
         shown = ", ".join(list(record)[:12]) or "an empty object"
         remedy = f"no known format; known are {', '.join(READERS)}; `messages` with role and content is always read"
         raise FieldError("record", f"fields {shown}", remedy)
-    if reader is not None and name not in READERS:  # a user's own
-        return reader(record, context.tools, context.source)
     try:
+        if reader is not None and name not in READERS:  # a user's own
+            return reader(record, context.tools, context.source)
         draft = READERS[name](record, context)
+    except (TypeError, KeyError, AttributeError, IndexError, RecursionError) as error:
+        raise FieldError("record", f"{type(error).__name__}: {error}", f"its shape is not the one of {name}") from error
     except FieldError as error:
         other = format_of(record)
         if reader is not None and other in READERS and READERS[other] is not READERS[name]:
@@ -222,7 +243,8 @@ def _settle(drafts: Iterable[tuple[Draft | Trajectory, str, str]], reading: Read
         file, _, line = source.rpartition(":")
         first = seen.get(trajectory.trajectory_id)
         if first is not None:
-            derived = isinstance(draft, Draft) and draft.identity.run is None or content != first[1] and _derived(draft)
+            named = not isinstance(draft, Draft) or draft.identity.run is not None
+            derived = not named or (content != first[1] and _derived(draft))
             if not derived:
                 found, remedy = trajectory.trajectory_id, f"already used at {first[0]}; ids are unique"
                 problem = Problem(file, int(line), "trajectory_id", found, remedy)
@@ -266,7 +288,7 @@ def _trajectory(draft: Draft | Trajectory, source: str, rows: Counter[str | None
         fields=draft.fields,
         untrained=draft.untrained,
     )
-    return trajectory, task is not None or draft.last_only
+    return trajectory, task is not None or (draft.last_only and run is not None)
 
 
 def _tasks(made: list[tuple[Trajectory, bool]]) -> list[Trajectory]:
@@ -289,9 +311,4 @@ def _opening(messages: Sequence[Message]) -> str:
 
 
 def _replace(trajectory: Trajectory, **changes: Any) -> Trajectory:
-    import dataclasses
-
     return dataclasses.replace(trajectory, **changes)
-
-
-__all__ = ["SKIPPABLE", "FileReading", "Identity", "Reading", "Tools", "read_trajectories"]

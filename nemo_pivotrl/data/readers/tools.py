@@ -7,12 +7,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nemo_pivotrl.data.readers.messages import OBJECT, FieldError, Notes
 from nemo_pivotrl.core.errors import InputError, Problem
 from nemo_pivotrl.core.types import Message
+from nemo_pivotrl.data.readers.messages import OBJECT, FieldError, Notes
 
 Tools = tuple[dict[str, Any], ...]
-PYTHON_TYPES = {"dict": "object", "float": "number", "int": "integer", "bool": "boolean", "str": "string", "tuple": "array", "list": "array"}
+PYTHON_TYPES = {"dict": "object", "float": "number", "int": "integer", "bool": "boolean", "str": "string"}
+PYTHON_TYPES |= {"tuple": "array", "list": "array"}
 """Types that function-calling sets (BFCL, ToolACE) name as Python does, in JSON schema's words. `any` is no type at all."""
 SERVER_TOOLS = "runs on the API's own server and is no function; drop the record, or the tool if no turn uses it"
 
@@ -56,9 +57,15 @@ def _tool(raw: Any, where: str, notes: Notes | None) -> dict[str, Any]:
             raw = None
     function: Any = None
     if isinstance(raw, dict):
-        function = raw["function"] if raw.get("function") is not None else {
-            k: v for k, v in raw.items() if k not in ("type", "strict", "function", "cache_control") and v is not None
-        }
+        function = (
+            raw["function"]
+            if raw.get("function") is not None
+            else {
+                k: v
+                for k, v in raw.items()
+                if k not in ("type", "strict", "function", "cache_control") and v is not None
+            }
+        )
     if isinstance(function, dict) and "input_schema" in function:
         function = {**function, "parameters": function["input_schema"]}
         del function["input_schema"]
@@ -107,7 +114,9 @@ def _json_types(schema: Any, depth: int = 0) -> Any:
     return found
 
 
-def without_table_nulls(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], notes: Notes) -> tuple[Message, ...]:
+def without_table_nulls(
+    messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], notes: Notes
+) -> tuple[Message, ...]:
     """Messages whose calls' arguments hold no null that only a table put there.
 
     An Arrow table gives every row all columns, so a call carries the arguments of other tools as null. A null goes where the
