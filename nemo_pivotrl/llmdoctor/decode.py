@@ -2,7 +2,7 @@
 
 A line of the prompts file is a text, a list of chat messages, or an object: `prompt` or `messages` (and `tools`), and if
 wanted an `id`, an `alpha`, and `beta` by doctor, which replace the recipe's. Texts go to every model as they are;
-messages through each model's own chat template, without a face prompt (B.9 17).
+messages through each model's own chat template, without a face prompt (D17).
 """
 
 from __future__ import annotations

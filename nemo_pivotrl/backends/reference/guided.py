@@ -1,4 +1,4 @@
-"""Guided decoding through transformers on one device: a patient steered by doctors, token by token (B.5).
+"""Guided decoding through transformers on one device: a patient steered by doctors, token by token (equation (34)).
 
 `GuidedGenerator` owns the loop; `GuidedLogitsProcessor` does the same inside transformers' `generate()`. Both mix, gate and
 switch off guidance by `doctors.Guide`.
@@ -61,7 +61,7 @@ class Steering:
     beta: Mapping[str, float] = field(default_factory=dict)
     """Each doctor's exponent, any sign; a doctor that is not named has 0 and does not run."""
     temperature: float = 1.0
-    """Applied to the mixture, as top_k and top_p are (B.9 16); 0 takes the likeliest token."""
+    """Applied to the mixture, as top_k and top_p are (D16); 0 takes the likeliest token."""
     top_k: int = 0
     top_p: float = 1.0
     max_new_tokens: int = 128
@@ -292,7 +292,7 @@ class Decoding:
 
 
 class GuidedGenerator:
-    """Samples from patient^alpha * prod_i (doctor_i / reference_i)^beta_i, request by request (B.5, B.9 16).
+    """Samples from patient^alpha * prod_i (doctor_i / reference_i)^beta_i, request by request (equation (34), D16).
 
     patient, doctors, references: HF causal models on one device. A doctor with a reference is mixed as their ratio.
     doctor_tokenizers: where given, the contract is checked; without them only the widths can be.
@@ -349,7 +349,7 @@ class GuidedGenerator:
     ) -> list[Guided]:
         """One answer for each prompt (token ids), under its own request or the one of all.
 
-        own_prompts: for each request the doctors that read another prompt than the patient, with that prompt (B.9 17).
+        own_prompts: for each request the doctors that read another prompt than the patient, with that prompt (D17).
         An answer depends on its prompt and request only, up to floating-point noise of the batch it is in, and exactly
         when the call is repeated as it was.
         """
