@@ -96,13 +96,13 @@ def sharded(folder: Path) -> dict[str, str]:
 def refused(folder: Path) -> list[str]:
     """What a policy, a patient and a doctor of this folder are refused for: the same, each with its own field."""
     said = []
-    for load, settings in (
+    for load_it, settings in (
         (backends.load, Policy(model_name=str(folder), device="cpu")),
         (backends.load_scorer, Patient(model_name=str(folder), device="cpu")),
         (lambda doctor: backends.load_doctor(doctor, False), Policy(model_name=str(folder), device="cpu")),
     ):
         with pytest.raises(InputError) as caught:
-            load(settings)  # type: ignore[operator]
+            load_it(settings)  # type: ignore[operator]
         said.append(str(caught.value))
         assert len(said[-1].splitlines()) < 45 and str(folder) in said[-1]
     return said

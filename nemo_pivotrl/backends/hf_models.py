@@ -189,6 +189,8 @@ def not_finite(tensor: Tensor) -> str | None:
     """What stands in a tensor beside numbers: NaN, inf or -inf; None if it is finite. Takes no memory of its size."""
     if tensor.numel() == 0 or not (tensor.is_floating_point() or tensor.is_complex()):
         return None
+    if tensor.element_size() == 1:  # 8-bit floats have no order of their own
+        tensor = tensor.float()
     low, high = (float(value) for value in tensor.detach().aminmax())
     if low != low or high != high:
         return "NaN"

@@ -71,17 +71,27 @@ class Engine:
             self.llm.generate(
                 [{"prompt_token_ids": [0]}], vllm.SamplingParams(max_tokens=1, detokenize=False), use_tqdm=False
             )
+            self._check_finite(policy.model_name)
         except (ValueError, NotImplementedError, RuntimeError) as error:
             remedy = "mend the setting, or let policy.sampler be backend (for a patient: patient.backend reference)"
             found = str(error).strip().splitlines()[0][:300] if str(error).strip() else repr(error)
             if not guest and not _engines:
                 vllm.distributed.cleanup_dist_env_and_memory()  # its groups would not fit the next model
+            if isinstance(error, InputError):
+                raise
             raise InputError(Problem("vLLM", None, policy.model_name, found, remedy)) from error
         self.asleep = False
         _engines.append((weakref.ref(self), self.llm, guest))
         weakref.finalize(self, _free).atexit = False
         atexit.unregister(shut_down)
         atexit.register(shut_down)  # before a trainer that is already there takes its process groups down
+
+    def _check_finite(self, folder: str) -> None:
+        """Raise InputError for weights that are no numbers: vLLM samples from NaN without a word."""
+        wrong = sorted({tuple(found) for worker in self.llm.collective_rpc("weights_not_finite") for found in worker})
+        remedy = "the weights are damaged or training diverged: use an earlier checkpoint, or copy the file again"
+        if wrong:
+            raise InputError([Problem(folder, None, name, f"{what} among its values", remedy) for name, what in wrong])
 
     # ---- sampling ----
 
