@@ -7,7 +7,6 @@ Python code is never run. A head that a caller adds (a doctor's log V) is the ca
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -39,6 +38,7 @@ FLOATS = frozenset(("F64", "F32", "F16", "BF16"))
 """Types of tensors, as safetensors names them, whose values are what they say. 8-bit floats are quantised weights without
 their scales."""
 UNQUANTISED = "give the unquantised checkpoint: training and scoring here compute with the weights as they are"
+CAUSAL = "AutoModelForCausalLM"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack")
 
 
@@ -226,8 +226,7 @@ def load_model(
     field: str,
     dtype: torch.dtype,
     device: str | torch.device = "cpu",
-    kind: str = "AutoModelForCausalLM",
-    **options: Any,
+    kind: str = CAUSAL,
 ) -> Any:
     """A transformers model from an HF folder, on `device`, in evaluation mode, every tensor checked.
 
@@ -235,58 +234,64 @@ def load_model(
     is wrong with the folder's files, with the names, types, shapes and values of its tensors, and with what it computes.
     """
     import torch
-    import transformers
 
-    stored = check_weights(folder, field)
-    config = load_config(folder, field)
-    if dtype is torch.float64:
-        options["experts_implementation"] = "eager"  # grouped matmuls know no float64
-    if (Path(folder) / "generation_config.json").exists():
-        json_object(Path(folder) / "generation_config.json")
-    check_shapes(folder, config, stored, kind)
-    with one_screen(folder, field, f"{AGAIN}, or give the config that belongs to the weights"), _quiet():
-        model, report = getattr(transformers, kind).from_pretrained(
-            folder,
-            config=config,
-            dtype=dtype,
-            use_safetensors=True,
-            ignore_mismatched_sizes=True,  # what `check_shapes` cannot see is in the report, and refused below by name
-            output_loading_info=True,
-            **OFFLINE,
-            **options,
-        )
-    problems = _differences(folder, stored, report) + _untied(folder, model, stored)
-    if problems:
+    stored = check_structure(folder, field, kind)
+    exact = {"experts_implementation": "eager"} if dtype is torch.float64 else {}  # grouped matmuls know no float64
+    model = _from_pretrained(folder, field, kind, dtype=dtype, **exact)
+    if problems := _untied(folder, model, stored):
         raise InputError(problems)
     model = model.to(device).eval()
-    file_of = {name: about.file for name, about in stored.items()}
-    check_values(_once(model.state_dict()), file_of, folder)
+    check_values(_once(model.state_dict()), {name: about.file for name, about in stored.items()}, folder)
     check_output(model, folder)
     return model
 
 
-def check_shapes(folder: str, config: Any, stored: Mapping[str, StoredTensor], kind: str) -> None:
-    """Compare the shapes that the config makes with those in the files, on a model without memory.
+def check_engine_model(folder: str, field: str, values: bool) -> None:
+    """What `load_model` checks, for a model that an engine of its own loads: engines leave random what they do not find.
 
-    Raises InputError. It comes before loading, which would give what is misshapen or missing its memory first.
+    values: whether every tensor is read and looked at, too. A quantised checkpoint is the engine's own affair but for its
+    files. Raises InputError.
     """
-    import torch
+    quantised = bool(check_config(folder, field).get("quantization_config"))
+    stored = check_weights(folder, field, quantised) if quantised else check_structure(folder, field)
+    if values:
+        check_values(_read(folder, stored), {name: about.file for name, about in stored.items()}, folder)
+
+
+def _read(folder: str, stored: Mapping[str, StoredTensor]) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of a folder's files, one at a time."""
+    from safetensors import safe_open
+
+    for file in sorted({about.file for about in stored.values()}):
+        with safe_open(str(Path(folder, file)), "pt") as opened:
+            for name in opened.keys():  # noqa: SIM118
+                yield name, opened.get_tensor(name)
+
+
+def check_structure(folder: str, field: str, kind: str = CAUSAL) -> dict[str, StoredTensor]:
+    """Every stored tensor, as `check_weights` has them, once names and shapes are those of the model in config.json.
+
+    transformers loads the files into a model without memory and says what differs: loading in earnest would give what is
+    missing or misshapen its memory first, however much the config asks for. Raises InputError.
+    """
+    stored = check_weights(folder, field)
+    load_config(folder, field)
+    if (Path(folder) / "generation_config.json").exists():
+        json_object(Path(folder) / "generation_config.json")
+    _, report = _from_pretrained(
+        folder, field, kind, device_map="meta", ignore_mismatched_sizes=True, output_loading_info=True
+    )
+    if problems := _differences(folder, stored, report):
+        raise InputError(problems)
+    return stored
+
+
+def _from_pretrained(folder: str, field: str, kind: str, **options: Any) -> Any:
     import transformers
 
-    file = str(Path(folder, "config.json"))
-    with one_screen(file, "config"), torch.device("meta"), _quiet():
-        skeleton = getattr(transformers, kind).from_config(config, trust_remote_code=False)
-        wanted = {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
-        elements = sum(parameter.numel() for parameter in skeleton.parameters())
-    report = [(n, stored[n].shape, wanted[n]) for n in wanted.keys() & stored.keys() if stored[n].shape != wanted[n]]
-    if report:
-        raise InputError(
-            _differences(folder, stored, {"missing_keys": (), "unexpected_keys": (), "mismatched_keys": report})
-        )
-    there = sum(math.prod(about.shape) for about in stored.values())
-    if elements > 2 * there + (1 << 20):
-        remedy = f"the files hold {there:,}: give the config that belongs to these weights"
-        raise InputError(Problem(file, None, "parameters", f"a model of {elements:,}", remedy))
+    remedy = f"give the config that belongs to these weights, or {AGAIN}"
+    with one_screen(folder, field, remedy), _quiet():
+        return getattr(transformers, kind).from_pretrained(folder, use_safetensors=True, **OFFLINE, **options)
 
 
 def _differences(folder: str, stored: Mapping[str, StoredTensor], report: Mapping[str, Any]) -> list[Problem]:

@@ -29,6 +29,7 @@ from torch import Tensor
 from vllm.platforms import current_platform
 from vllm.v1.executor.uniproc_executor import ExecutorWithExternalLauncher
 
+from nemo_pivotrl.backends.hf_models import check_engine_model
 from nemo_pivotrl.backends.vllm.requests import checked, engine_arguments, in_order, request
 from nemo_pivotrl.config import Generation, Policy, Vllm
 from nemo_pivotrl.core.errors import InputError, Problem
@@ -59,6 +60,8 @@ class Engine:
         self.settings = settings
         self.in_one_process = settings.tensor_parallel_size == 1 and not extra.get("distributed_executor_backend")
         self.max_tokens = policy.max_total_sequence_length
+        # on CPUs vLLM packs weights where no worker finds them again; elsewhere the workers look (`_check_finite`)
+        check_engine_model(policy.model_name, "policy.model_name", values=current_platform.is_cpu())
         arguments = {**engine_arguments(policy, settings), **settings.engine_args, **extra}
         if arguments.get("speculative_config") and arguments.get("logits_processors"):
             remedy = "leave it out: vLLM refuses processors beside speculative decoding"

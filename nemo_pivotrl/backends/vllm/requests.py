@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from nemo_pivotrl.backends.hf_models import check_weights
 from nemo_pivotrl.config import Generation, Policy, Vllm
 from nemo_pivotrl.core.errors import InputError, Problem
 from nemo_pivotrl.core.model_folder import json_object
@@ -46,7 +45,6 @@ def engine_arguments(policy: Policy, settings: Vllm) -> dict[str, Any]:
     if policy.dtype == "float64":
         remedy = "vLLM computes in float32 or bfloat16"
         problems.append(Problem("recipe", None, "policy.dtype", policy.dtype, remedy))
-    check_weights(policy.model_name, "policy.model_name", quantised=True)
     config = json_object(Path(policy.model_name, "config.json"))
     most = config.get("max_position_embeddings") or math.inf
     if policy.max_total_sequence_length > most:
