@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import transformers
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from nemo_pivotrl.algorithms.llmdoctor import kl, truncate
 from nemo_pivotrl.backends.doctors import (
@@ -29,8 +29,10 @@ from nemo_pivotrl.backends.doctors import (
     check_contract,
     logits_width,
 )
+from nemo_pivotrl.backends.hf_models import load_model
 from nemo_pivotrl.config import Doctor
 from nemo_pivotrl.core.errors import InputError, Problem
+from nemo_pivotrl.core.model_folder import load_tokenizer
 from nemo_pivotrl.core.types import FinishReason
 
 __all__ = [
@@ -425,18 +427,16 @@ def load_guided(
         raise InputError(problems)
     place = torch.device(device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
     loaded: dict[Path, Any] = {}
-    for folder in folders.values():
+    for key, folder in folders.items():
         if Path(folder).resolve() not in loaded:
-            model = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=DTYPES[dtype], use_safetensors=True, local_files_only=True
-            )
-            loaded[Path(folder).resolve()] = model.to(place).eval().requires_grad_(False)
+            model = load_model(folder, named[key], DTYPES[dtype], place)
+            loaded[Path(folder).resolve()] = model.requires_grad_(False)
     models = {key: loaded[Path(folder).resolve()] for key, folder in folders.items()}
-    tokenizer = settings.pop("tokenizer", None) or AutoTokenizer.from_pretrained(patient, local_files_only=True)
-    tokenizers = {n: AutoTokenizer.from_pretrained(d.path, local_files_only=True) for n, d in doctors.items()}
+    tokenizer = settings.pop("tokenizer", None) or load_tokenizer(patient, "patient.model_name")
+    tokenizers = {n: load_tokenizer(d.path, f"{where}.doctors.{n}.path") for n, d in doctors.items()}
     references = {name: models[f"{name}.reference"] for name in doctors} if mode == "ratio" else {}
     for name, model in references.items():
-        own = AutoTokenizer.from_pretrained(doctors[name].reference, local_files_only=True)
+        own = load_tokenizer(doctors[name].reference, f"{where}.doctors.{name}.reference")
         check_contract(models[""], model, (tokenizer, own), f"{name}.reference")
     return GuidedGenerator(
         models[""],
