@@ -13,7 +13,7 @@ import sys
 from typing import Any
 
 from nemo_pivotrl import config
-from nemo_pivotrl.config.schema import build
+from nemo_pivotrl.config.build import build
 from nemo_pivotrl.core.types import Action, Candidate, ToolCall
 from nemo_pivotrl.pivotrl.verifier_audit import GOLD, RIGHT, WRONG, Audit, run_audit
 from nemo_pivotrl.verifiers.loading import load_verifier

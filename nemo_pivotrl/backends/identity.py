@@ -9,6 +9,7 @@ from typing import Any
 from nemo_pivotrl.config.models import Megatron, Policy
 from nemo_pivotrl.core.artifacts import digest, file_digest
 from nemo_pivotrl.core.errors import InputError, Problem
+from nemo_pivotrl.core.model_folder import AGAIN, regular_file
 
 
 def without_start(megatron: Megatron) -> Megatron:
@@ -36,7 +37,10 @@ def identity_of(model: Policy, megatron: Megatron) -> dict[str, Any]:
 
 def policy_revision(folder: str | Path) -> str:
     """Digest of a checkpoint's weights and config: equal iff the policy is the same."""
-    files = sorted(p for p in Path(folder).iterdir() if p.suffix in (".safetensors", ".bin") or p.name == "config.json")
-    if not any(p.suffix != ".json" for p in files):
+    there = sorted(Path(folder).iterdir()) if Path(folder).is_dir() else []
+    files = [p for p in there if p.suffix == ".safetensors" or p.name == "config.json"]
+    if not any(p.suffix == ".safetensors" for p in files):
         raise InputError(Problem(str(folder), None, "weights", "no .safetensors file", "give an HF checkpoint folder"))
+    if odd := [Problem(str(p), None, "file", why, AGAIN) for p in files if (why := regular_file(p))]:
+        raise InputError(odd)
     return digest([[p.name, file_digest(p)] for p in files])

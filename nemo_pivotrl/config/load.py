@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_pivotrl.config import Recipe, Verifier
-from nemo_pivotrl.config.schema import build
+from nemo_pivotrl.config.build import build
 from nemo_pivotrl.core.errors import InputError, Problem, short
 
 

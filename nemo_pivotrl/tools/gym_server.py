@@ -140,7 +140,7 @@ def serve_in_gym(verifier: Path) -> None:
     """
     import yaml
 
-    from nemo_pivotrl.config.schema import build
+    from nemo_pivotrl.config.build import build
 
     tree = yaml.safe_load(os.environ["NEMO_GYM_CONFIG_DICT"])[os.environ["NEMO_GYM_CONFIG_PATH"]]
     (place,) = tree["resources_servers"].values()

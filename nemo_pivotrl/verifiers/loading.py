@@ -8,7 +8,7 @@ from importlib import import_module
 from typing import Any
 
 from nemo_pivotrl import config
-from nemo_pivotrl.config.schema import build
+from nemo_pivotrl.config.build import build
 from nemo_pivotrl.core.artifacts import digest
 from nemo_pivotrl.core.errors import InputError, Problem
 from nemo_pivotrl.verifiers.base import Bounded, Judging, Verifier
