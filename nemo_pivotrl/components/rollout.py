@@ -15,7 +15,8 @@ from nemo_pivotrl.core.errors import InputError, Problem
 from nemo_pivotrl.core.types import Action, Candidate, Case, Lost, Sample, Verdict
 from nemo_pivotrl.data.chat_template import Chat, load_tokenizer
 from nemo_pivotrl.data.gym_rows import action_to_row
-from nemo_pivotrl.verifiers.base import Bounded, Verifier, VerifierFault, identity, load_verifier, verdicts
+from nemo_pivotrl.verifiers.base import Bounded, Verifier, VerifierFault, verdicts
+from nemo_pivotrl.verifiers.loading import identity, load_verifier
 
 SUSPICIOUS_GROUPS = 3
 """So many groups of improbably identical samples in one wave are a shared seed, not chance."""

@@ -15,7 +15,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, Protocol
 
-from nemo_pivotrl.backends.loading import load_guided_engine, policy_revision
+from nemo_pivotrl.backends.identity import policy_revision
+from nemo_pivotrl.backends.loading import load_guided_engine
 from nemo_pivotrl.backends.reference.guided import Guided, GuidedGenerator, Span, Steering, load_guided
 from nemo_pivotrl.components.costs import spend
 from nemo_pivotrl.components.progress import progress

@@ -22,6 +22,7 @@ from torch import Tensor
 from nemo_pivotrl.algorithms import llmdoctor
 from nemo_pivotrl.backends import loading
 from nemo_pivotrl.backends.base import Scorer
+from nemo_pivotrl.backends.identity import policy_revision, without_start
 from nemo_pivotrl.components.costs import spend
 from nemo_pivotrl.components.progress import progress
 from nemo_pivotrl.config import Patient, Recipe, Reward
@@ -52,8 +53,8 @@ def reward(recipe: Recipe, fresh: bool = False) -> Path:
     return write_token_rewards(
         recipe,
         load_patient_chat(recipe.patient),
-        lambda: loading.policy_revision(recipe.patient.model_name),
-        lambda: loading.load_scorer(recipe.patient, loading.without_start(recipe.megatron), recipe.vllm),
+        lambda: policy_revision(recipe.patient.model_name),
+        lambda: loading.load_scorer(recipe.patient, without_start(recipe.megatron), recipe.vllm),
         fresh,
     )
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -24,6 +23,7 @@ from nemo_pivotrl.core.errors import InputError, Problem, short
 from nemo_pivotrl.core.types import Action, Candidate, Split, Trajectory
 from nemo_pivotrl.data import gym_rows as responses, published
 from nemo_pivotrl.data.readers import Reading, read_trajectories
+from nemo_pivotrl.data.splits import split_by_task
 from nemo_pivotrl.pivotrl.duplicates import without_duplicates
 from nemo_pivotrl.pivotrl.growing_state import GrowingState
 
@@ -99,13 +99,6 @@ def extract(recipe: Recipe, fresh: bool = False) -> Path:
         writer.finish()
     write_atomically(recipe.path("candidates.audit.json"), json.dumps(audit, indent=2, sort_keys=True) + "\n")
     return path
-
-
-def split_by_task(task_ids: Sequence[str], validation_share: float, seed: int) -> dict[str, Split]:
-    """The split of each task. The held-out share is exact to one task and stable under added tasks' order."""
-    tasks = sorted(set(task_ids), key=lambda task: pivotrl.order_key(seed, task))
-    held_out = math.ceil(validation_share * len(tasks)) if len(tasks) > 1 else 0
-    return {task: "validation" if i < held_out else "train" for i, task in enumerate(tasks)}
 
 
 def cut_all(

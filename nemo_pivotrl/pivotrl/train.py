@@ -24,6 +24,7 @@ from nemo_pivotrl.algorithms import pivotrl, round_rules as rounds
 from nemo_pivotrl.algorithms.prefix_tree import prompt_saving
 from nemo_pivotrl.backends import loading
 from nemo_pivotrl.backends.base import Backend, Sampler, TokenBatch
+from nemo_pivotrl.backends.identity import identity_of, policy_revision
 from nemo_pivotrl.components import checkpoint
 from nemo_pivotrl.components.costs import Metered, spend
 from nemo_pivotrl.components.metrics import MetricsLog, read_metrics
@@ -145,7 +146,7 @@ def _check(recipe: Recipe, source: Path, chat: Chat, verifier_id: str) -> None:
     check_headers(
         source,
         found,
-        policy=loading.policy_revision(recipe.policy.model_name),
+        policy=policy_revision(recipe.policy.model_name),
         tokenizer=chat.fingerprint,
         chat_template=chat.template_digest,
         verifier=verifier_id,
@@ -187,7 +188,7 @@ def _identity(recipe: Recipe, source: Path) -> str:
     """What a checkpoint belongs to: pivots and every setting that changes training, but not how long it runs."""
     grpo = dataclasses.asdict(recipe.grpo) | {"max_num_steps": None, "max_num_epochs": None}
     parts = [dataclasses.asdict(x) for x in (recipe.policy, recipe.loss_fn, recipe.verifier)]
-    computed = loading.identity_of(recipe.policy, recipe.megatron)
+    computed = identity_of(recipe.policy, recipe.megatron)
     parts += [computed] if computed else []
     return digest([recipe.seed, grpo, parts, recipe.checkpointing.save_period, file_digest(source)])
 
