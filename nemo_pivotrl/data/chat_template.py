@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_pivotrl.config import ChatSettings, Limits
+from nemo_pivotrl.core import model_folder
 from nemo_pivotrl.core.artifacts import digest
 from nemo_pivotrl.core.errors import InputError, Problem, UnrenderableState, short
 from nemo_pivotrl.core.types import Action, Message
@@ -32,19 +33,8 @@ def load_tokenizer(path: str, chat_template: str | None = None, section: str = "
 
     Raises InputError when there is no tokenizer or it has no chat template.
     """
-    from transformers import AutoTokenizer
-
-    if not Path(path, "tokenizer_config.json").exists():
-        raise InputError(
-            Problem(
-                path,
-                None,
-                f"{section}.model_name",
-                "no tokenizer there",
-                "give an HF checkpoint folder" + (", or run the warmup stage first" if section == "policy" else ""),
-            )
-        )
-    tokenizer = AutoTokenizer.from_pretrained(path)
+    remedy = "give an HF checkpoint folder" + (", or run the warmup stage first" if section == "policy" else "")
+    tokenizer = model_folder.load_tokenizer(path, f"{section}.model_name", remedy)
     if chat_template is not None:
         tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
     if not tokenizer.chat_template:
@@ -68,11 +58,7 @@ def generation_stop_ids(path: str) -> tuple[int, ...]:
     file = Path(path, "generation_config.json")
     if not file.exists():
         return ()
-    try:
-        found = json.loads(file.read_bytes()).get("eos_token_id")
-    except (ValueError, RecursionError, AttributeError) as error:
-        remedy = "fetch it again, or drop it: the tokenizer's eos token and the template's markers are used in any case"
-        raise InputError(Problem(str(file), None, "eos_token_id", short(str(error)), remedy)) from None
+    found = model_folder.json_object(file).get("eos_token_id")
     listed = found if isinstance(found, list) else [] if found is None else [found]
     if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in listed):
         raise InputError(Problem(str(file), None, "eos_token_id", short(found), "a token id, or a list of them"))
