@@ -19,6 +19,7 @@ import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from nemo_pivotrl.core.errors import InputError, Problem, short
 
 FORMAT_VERSION = 1
 HEADER_KEY, SEAL_KEY = "nemo_pivotrl", "sealed"
+ROWS_AT_ONCE = 256
 MAX_HEADER = 1 << 24
 SEAL_WIDTH = len('{"rows":,"sha256":""}') + 12 + 64
 """Bytes that are kept free for a seal: of up to 10^12 rows."""
@@ -469,8 +471,10 @@ class ArtefactWriter:
 
 def write_artefact(path: Path, header: Header, rows: Iterable[Mapping[str, Any]]) -> Path:
     """Write an artefact in one go, in the place of any that is there. Raises OSError."""
+    rest = iter(rows)
     with ArtefactWriter(path, header, fresh=True) as writer:
-        writer.write(rows)
+        while lines := [json_line(row) for row in islice(rest, ROWS_AT_ONCE)]:
+            writer.write_lines(lines, sync=False)
         return writer.finish()
 
 

@@ -2,7 +2,7 @@
 
 A line of the prompts file is a text, a list of chat messages, or an object: `prompt` or `messages` (and `tools`), and if
 wanted an `id`, an `alpha`, and `beta` by doctor, which replace the recipe's. Texts go to every model as they are;
-messages through each model's own chat template, without a face prompt (B.9 17).
+messages through each model's own chat template, without a face prompt (D17).
 """
 
 from __future__ import annotations
@@ -15,12 +15,14 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, Protocol
 
-from nemo_pivotrl.backends.loading import load_guided_engine, policy_revision
+from nemo_pivotrl.backends.identity import policy_revision
+from nemo_pivotrl.backends.loading import load_guided_engine
 from nemo_pivotrl.backends.reference.guided import Guided, GuidedGenerator, Span, Steering, load_guided
 from nemo_pivotrl.components.costs import spend
 from nemo_pivotrl.components.progress import progress
 from nemo_pivotrl.components.rollout import sample_seed
 from nemo_pivotrl.config import Recipe
+from nemo_pivotrl.core import model_folder
 from nemo_pivotrl.core.artifacts import ArtefactWriter, Header, digest, file_digest, is_complete, read_rows
 from nemo_pivotrl.core.errors import InputError, Problem, short
 from nemo_pivotrl.core.lock import one_writer
@@ -124,30 +126,27 @@ def _own_chats(recipe: Recipe, chat: Chat) -> dict[str, Chat]:
     own = {}
     for name, doctor in recipe.decode.doctors.items():
         if _template(doctor.path) not in (None, chat.tokenizer.chat_template):
-            own[name] = Chat(load_tokenizer(doctor.path), "hermes", recipe.patient.template_kwargs)
+            tokenizer, patient = load_tokenizer(doctor.path), recipe.patient
+            own[name] = Chat(tokenizer, "hermes", patient.template_kwargs, settings=patient.chat)
     return own
 
 
 def _template(folder: str) -> str | None:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True).chat_template
+    return model_folder.load_tokenizer(folder, "decode.doctors").chat_template
 
 
 def prompt_ids(
     content: str | Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]], chat: Chat, own_chats: Mapping[str, Chat]
 ) -> Rendered:
-    """Token ids for the patient, and for each doctor whose prompt is another one. InputError: no template renders it."""
-    from jinja2 import TemplateError
+    """Token ids for the patient, and for each doctor whose prompt is another one.
 
+    Raises InputError for what no template renders or no tokenizer encodes.
+    """
     if isinstance(content, str):
+        chat.encode(content)  # refuses what cannot be encoded; the tokenizer's own first token is wanted, too
         return chat.tokenizer.encode(content), {}
-    try:
-        own = {name: other.prompt_ids(content, tools) for name, other in own_chats.items()}
-        return chat.prompt_ids(content, tools), own
-    except (TemplateError, TypeError, KeyError, AttributeError) as error:
-        problem = Problem("chat template", None, "messages", short(str(error)), "the template cannot render them")
-        raise InputError(problem) from None
+    own = {name: other.prompt_ids(content, tools) for name, other in own_chats.items()}
+    return chat.prompt_ids(content, tools), own
 
 
 def _header(recipe: Recipe, chat: Chat) -> Header:

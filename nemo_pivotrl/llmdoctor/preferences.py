@@ -19,7 +19,7 @@ from nemo_pivotrl.core.errors import InputError, Problem
 from nemo_pivotrl.core.lock import one_writer
 from nemo_pivotrl.core.types import Preference
 from nemo_pivotrl.data.preferences import Found, preference_to_row, prompt_digest, read_preferences
-from nemo_pivotrl.pivotrl.extract import split_by_task
+from nemo_pivotrl.data.splits import split_by_task
 
 
 @one_writer

@@ -1,10 +1,10 @@
-"""reward: preferences -> `token_rewards.jsonl`, stage 1 of LLMdoctor (B.3).
+"""reward: preferences -> `token_rewards.jsonl`, stage 1 of LLMdoctor (equations (21) to (23)).
 
 The patient scores both answers of a pair under its two faces, in one batch; how far the faces lie apart on a token is
 its importance, and the label gives the sign. Nothing is generated. A row holds what stage 2 needs and no face: the
 prompt's ids as the doctor will see it, and for each answer its ids, rewards and importance. Pairs that are excluded
-have no row; `token_rewards.json` counts them, beside the diagnostics of B.10 and finding 7 of the field report: the
-rewards of a pair are scale-free, so look at the mean Delta and its noise floor before trusting them.
+have no row; `token_rewards.json` counts them, beside the diagnostics of D20. The rewards of a pair are scale-free, so look at
+the mean Delta and its noise floor before trusting them.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from torch import Tensor
 from nemo_pivotrl.algorithms import llmdoctor
 from nemo_pivotrl.backends import loading
 from nemo_pivotrl.backends.base import Scorer
+from nemo_pivotrl.backends.identity import policy_revision, without_start
 from nemo_pivotrl.components.costs import spend
 from nemo_pivotrl.components.lineage import check_lineage
 from nemo_pivotrl.components.progress import progress
@@ -39,7 +40,7 @@ from nemo_pivotrl.core.atomic import write_atomically
 from nemo_pivotrl.core.errors import InputError, Problem
 from nemo_pivotrl.core.lock import one_writer
 from nemo_pivotrl.core.types import Preference
-from nemo_pivotrl.data.chat_template import Chat, load_tokenizer
+from nemo_pivotrl.data.chat_template import Chat, generation_stop_ids, load_tokenizer
 from nemo_pivotrl.data.preferences import preference_of_row
 from nemo_pivotrl.llmdoctor.contrastive_prompts import Face, FacePrompts, Prepared
 
@@ -55,8 +56,8 @@ def reward(recipe: Recipe, fresh: bool = False) -> Path:
     return write_token_rewards(
         recipe,
         load_patient_chat(recipe.patient),
-        lambda: loading.policy_revision(recipe.patient.model_name),
-        lambda: loading.load_scorer(recipe.patient, loading.without_start(recipe.megatron), recipe.vllm),
+        lambda: policy_revision(recipe.patient.model_name),
+        lambda: loading.load_scorer(recipe.patient, without_start(recipe.megatron), recipe.vllm),
         fresh,
     )
 
@@ -96,7 +97,9 @@ def write_token_rewards(
 
 def load_patient_chat(patient: Patient) -> Chat:
     """The patient's tokenizer and template. Answers are text, so the template need not know tool calls."""
-    return Chat(load_tokenizer(patient.model_name, patient.chat_template, "patient"), "hermes", patient.template_kwargs)
+    tokenizer = load_tokenizer(patient.model_name, patient.chat_template, "patient")
+    stop_ids = generation_stop_ids(patient.model_name)
+    return Chat(tokenizer, "hermes", patient.template_kwargs, settings=patient.chat, stop_ids=stop_ids)
 
 
 def faces_of(settings: Reward, objectives: Sequence[str]) -> dict[str, Face]:
