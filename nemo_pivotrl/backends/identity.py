@@ -48,6 +48,8 @@ def policy_revision(folder: str | Path) -> str:
     if odd := [Problem(str(p), None, "file", why, AGAIN) for p in files if (why := regular_file(p))]:
         raise InputError(odd)
     wanted = read_sums(Path(folder))
+    if bare := [p for p in files if wanted and p.name not in wanted]:
+        raise InputError([Problem(str(p), None, "file", f"no line in {SUMS}", AGAIN) for p in bare])
     more = [path for name in wanted if (path := Path(folder, name)) not in files and path.is_file()]
     paths = [*files, *more]
     found = {str(p.relative_to(folder)): total for p, total in zip(paths, file_sums(paths), strict=True)}

@@ -24,6 +24,7 @@ from nemo_pivotrl.core.atomic import (
     SUMS,
     check_sums,
     read_json,
+    read_sums,
     remove_folder,
     replacing_folder,
     write_atomically,
@@ -153,6 +154,9 @@ def resume(folder: Path, identity: str, trainer: Trainer, fresh: bool) -> int:
                 f"this recipe and its data give {identity}; use another name for the new run, or add fresh=true to drop the old one",
             )
         )
+    listed = read_sums(found[-1])
+    if listed and not (META in listed and any(name.startswith("state/") for name in listed)):
+        raise InputError(Problem(str(found[-1] / SUMS), None, "file", "no line for state or meta.json", _DAMAGED))
     if not check_sums(found[-1], _DAMAGED, ("state/", META)):
         print(f"{found[-1]} was written before checkpoints had checksums: it is resumed unchecked")
     trainer.load_training_state(found[-1] / "state")

@@ -20,7 +20,7 @@ from typing import Any
 from nemo_pivotrl.algorithms import round_rules as rounds
 from nemo_pivotrl.backends.base import Sampler
 from nemo_pivotrl.config import Generation
-from nemo_pivotrl.core.atomic import append_line
+from nemo_pivotrl.core.atomic import append_line, open_input
 from nemo_pivotrl.core.types import Lost, Sample
 
 Entry = dict[str, Any]
@@ -88,8 +88,12 @@ def read_ledger(run_dir: Path) -> list[Entry]:
     """What each process spent on each stage, oldest first; empty where nothing ran. Torn lines are left out."""
     path = run_dir / "ledger.jsonl"
     found: dict[str, Entry] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines() if path.exists() else []):
-        with suppress(ValueError):
+    if not path.exists():
+        return []
+    with open_input(path) as handle:
+        lines = handle.read().splitlines()
+    for number, line in enumerate(lines):
+        with suppress(ValueError, RecursionError):
             entry = json.loads(line)
             if isinstance(entry, dict):
                 found[entry.pop("id", str(number))] = entry

@@ -149,6 +149,8 @@ def read_json(path: Path, fields: Mapping[str, type], remedy: str) -> dict[str, 
     try:
         with open_input(path) as handle:
             found = json.loads(handle.read(MAX_JSON))
+        if not isinstance(found, dict):
+            raise TypeError(f"a {type(found).__name__}")
         wrong = [name for name, kind in fields.items() if not isinstance(found[name], kind)]
     except (ValueError, LookupError, TypeError, RecursionError) as error:
         if isinstance(error, InputError):
@@ -156,7 +158,7 @@ def read_json(path: Path, fields: Mapping[str, type], remedy: str) -> dict[str, 
         raise InputError(Problem(str(path), None, "file", short(f"{error!r}"), remedy)) from None
     if wrong:
         raise InputError(Problem(str(path), None, wrong[0], short(found[wrong[0]]), remedy))
-    return dict(found)
+    return found
 
 
 # ---- folders ----
@@ -239,6 +241,8 @@ def read_sums(folder: Path) -> dict[str, str]:
                 remedy = "damaged: copy the folder again from where it is whole"
                 raise InputError(Problem(str(path), number, "line", line.decode("utf-8", "replace")[:80], remedy))
             found[name] = digest
+    if not found:
+        raise InputError(Problem(str(path), None, "file", "an empty file", "damaged: copy the folder again"))
     return found
 
 

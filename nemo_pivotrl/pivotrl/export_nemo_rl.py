@@ -188,9 +188,7 @@ def _policy(recipe: Recipe, folder: Path) -> dict[str, Any]:
     tensor, context = megatron.tensor_model_parallel_size, megatron.context_parallel_size
     packed = megatron.sequence_packing or context > 1  # NeMo-RL shares sequences among ranks only when they are packed
     return {
-        "model_name": policy.model_name
-        if policy.model_name.startswith("/")
-        else f"{PLACE}/{os.path.relpath(policy.model_name, folder)}",
+        "model_name": _model_name(recipe, folder),
         "tokenizer": {"chat_template_kwargs": dict(policy.template_kwargs) or None},
         "train_global_batch_size": batch // recipe.grpo.num_minibatches,
         "max_total_sequence_length": policy.max_total_sequence_length,
@@ -243,6 +241,14 @@ def _policy(recipe: Recipe, folder: Path) -> dict[str, Any]:
             },
         },
     }
+
+
+def _model_name(recipe: Recipe, folder: Path) -> str:
+    """The policy's folder as the export's recipe names it: from the export on, unless it lies elsewhere by an absolute path."""
+    name = recipe.policy.model_name
+    if Path(name).is_absolute() and not Path(name).is_relative_to(Path(recipe.run_dir).absolute()):
+        return name
+    return f"{PLACE}/{os.path.relpath(name, folder)}"
 
 
 def _served_template(recipe: Recipe) -> dict[str, Any]:
