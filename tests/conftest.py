@@ -21,7 +21,7 @@ from support import threads
 from support.artefacts import made_once
 from support.recipes import SMALL, SMALL_LLMDOCTOR, recipe_at
 
-from nemo_pivotrl.recipe import load_recipe
+from nemo_pivotrl.config.load import load_recipe
 
 __all__ = ["ROOT", "SMALL", "SMALL_LLMDOCTOR", "recipe_at"]
 
@@ -58,11 +58,11 @@ def own_copy(folder: Path, factory: pytest.TempPathFactory, name: str) -> Path:
 
 def trained_run() -> Path:
     def make(folder: Path) -> None:
-        from nemo_pivotrl.stages.extract import extract
-        from nemo_pivotrl.stages.profile import profile
-        from nemo_pivotrl.stages.quickstart import make_world
-        from nemo_pivotrl.stages.select import select
-        from nemo_pivotrl.stages.sft import warmup
+        from nemo_pivotrl.pivotrl.extract import extract
+        from nemo_pivotrl.pivotrl.profile import profile
+        from nemo_pivotrl.pipeline import make_world
+        from nemo_pivotrl.pivotrl.select import select
+        from nemo_pivotrl.pivotrl.sft import warmup
 
         torch.set_num_threads(1)
         recipe = recipe_at(folder)
@@ -74,7 +74,7 @@ def trained_run() -> Path:
 
 def steered_run() -> Path:
     def make(folder: Path) -> None:
-        from nemo_pivotrl.stages.quickstart import run
+        from nemo_pivotrl.pipeline import run
 
         run(load_recipe(str(ROOT / "recipes/llmdoctor/tiny.yaml"), [f"run_dir={folder}", *SMALL_LLMDOCTOR]))
 
