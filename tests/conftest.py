@@ -3,15 +3,14 @@
 import importlib.util
 import os
 import shutil
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 # for the fork server, which imports `support.preload` by its name
-os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+os.environ["PYTHONPATH"] = os.pathsep.join([os.path.dirname(os.path.dirname(__file__)), os.path.dirname(__file__)])
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import hypothesis
@@ -19,7 +18,7 @@ import pytest
 import torch
 from support import threads
 from support.artefacts import made_once
-from support.recipes import SMALL, SMALL_LLMDOCTOR, recipe_at
+from support.recipes import ROOT, SMALL, SMALL_LLMDOCTOR, recipe_at
 
 from nemo_pivotrl.config.load import load_recipe
 
@@ -58,9 +57,9 @@ def own_copy(folder: Path, factory: pytest.TempPathFactory, name: str) -> Path:
 
 def trained_run() -> Path:
     def make(folder: Path) -> None:
+        from nemo_pivotrl.pipeline import make_world
         from nemo_pivotrl.pivotrl.extract import extract
         from nemo_pivotrl.pivotrl.profile import profile
-        from nemo_pivotrl.pipeline import make_world
         from nemo_pivotrl.pivotrl.select import select
         from nemo_pivotrl.pivotrl.sft import warmup
 
@@ -88,7 +87,7 @@ def workers() -> Iterator[Any]:
         pytest.skip("megatron-core is not installed: pip install 'nemo-pivotrl[megatron]'")
     if torch.cuda.is_available():
         pytest.skip("these tests run Megatron on CPUs, which it refuses where there is a CUDA device")
-    from distributed_harness import Workers  # a test in its folder asked for this, so pytest has put that on the path
+    from support.workers import Workers  # a test in its folder asked for this, so pytest has put that on the path
 
     pool = Workers()
     yield pool

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import tiny_hf
 import torch
-from distributed_harness import Workers
 from safetensors.torch import load_file
+from support.workers import Workers
 from torch.distributed.checkpoint import FileSystemReader
 
 HERE = Path(__file__).parent

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import tiny_hf
 import torch
-from conftest import ROOT, SMALL, recipe_at
-from distributed_harness import Workers
+from support.recipes import ROOT, SMALL, recipe_at
+from support.workers import Workers
 
 from nemo_pivotrl.backends.loading import policy_revision
 from nemo_pivotrl.components.metrics import read_metrics

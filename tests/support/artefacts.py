@@ -22,8 +22,8 @@ KEPT = 3
 def made_once(name: str, recipe: Any, make: Callable[[Path], None]) -> Path:
     """The folder that `make(folder)` fills, from the cache where it is there. Do not change what is in it.
 
-    It is known by the package's files, the recipes, the versions of the libraries, this folder's files and `recipe`, which is whatever
-    else decides what is made. Of workers that ask at once, one makes it and the others wait.
+    It is known by the package's files, the recipes, the versions of the libraries, this folder's files, and `recipe`: whatever else
+    decides what is made. Of workers that ask at once, one makes it and the others wait.
     """
     digest = hashlib.sha256(json.dumps([package_digest(), recipe], default=str).encode()).hexdigest()[:20]
     CACHE.mkdir(parents=True, exist_ok=True)

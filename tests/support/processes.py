@@ -70,7 +70,9 @@ class Process:
 
     def printed(self) -> str:
         """What it has printed so far, on both streams."""
-        return "".join(path.read_text(encoding="utf-8", errors="replace") for path in dict.fromkeys((self.out, self.err)))
+        return "".join(
+            path.read_text(encoding="utf-8", errors="replace") for path in dict.fromkeys((self.out, self.err))
+        )
 
 
 def python(

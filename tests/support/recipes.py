@@ -8,6 +8,7 @@ from nemo_pivotrl.config import Recipe
 from nemo_pivotrl.config.load import load_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
+TINY = str(ROOT / "recipes/pivotrl/tiny.yaml")
 SMALL = [
     "num_threads=1",
     "world.warmup_tasks=200",
