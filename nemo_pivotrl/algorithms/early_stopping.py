@@ -1,6 +1,6 @@
 """When a candidate's selection is known before all K rollouts are drawn, and what the drawn ones say about its hit rate. Pure.
 
-Keep iff 0 < k < K and k < lambda*K (Eq. 5, `pivotrl.keep`). After s successes and f failures the final k lies between s and
+Keep iff 0 < k < K and k < lambda*K (equation (4), `pivotrl.keep`). After s successes and f failures the final k lies between s and
 s + (K - s - f); as soon as `keep` is the same over all of that range, no remaining outcome can change the selection, and
 drawing on buys nothing. Where k is 0 so far the range holds both answers until the last draw: a state that the policy never
 solves costs all K. `Plan.ask` never asks for more samples at a time than must be drawn before the next decision is possible,

@@ -14,6 +14,7 @@ from nemo_pivotrl.config.llmdoctor import Decode, Patient
 from nemo_pivotrl.config.models import Megatron, Policy, Vllm
 from nemo_pivotrl.core.artifacts import digest, file_digest
 from nemo_pivotrl.core.errors import InputError, Problem
+from nemo_pivotrl.core.model_folder import AGAIN, regular_file
 
 if TYPE_CHECKING:
     from nemo_pivotrl.backends.reference.doctor import DoctorModel
@@ -165,7 +166,10 @@ def identity_of(model: Policy, megatron: Megatron) -> dict[str, Any]:
 
 def policy_revision(folder: str | Path) -> str:
     """Digest of a checkpoint's weights and config: equal iff the policy is the same."""
-    files = sorted(p for p in Path(folder).iterdir() if p.suffix in (".safetensors", ".bin") or p.name == "config.json")
-    if not any(p.suffix != ".json" for p in files):
+    there = sorted(Path(folder).iterdir()) if Path(folder).is_dir() else []
+    files = [p for p in there if p.suffix == ".safetensors" or p.name == "config.json"]
+    if not any(p.suffix == ".safetensors" for p in files):
         raise InputError(Problem(str(folder), None, "weights", "no .safetensors file", "give an HF checkpoint folder"))
+    if odd := [Problem(str(p), None, "file", why, AGAIN) for p in files if (why := regular_file(p))]:
+        raise InputError(odd)
     return digest([[p.name, file_digest(p)] for p in files])

@@ -93,7 +93,7 @@ def roll_out(
 ) -> list[list[Rollout]]:
     """Rollouts of each candidate, one for each of its seeds.
 
-    A truncated turn and one without a readable action score 0 (A.15 6). A verifier fault is retried `max_retries`
+    A truncated turn and one without a readable action score 0 (P6). A verifier fault is retried `max_retries`
     times, then the rollout carries the failure and no reward, as one does whose turn the sampler has lost. Raises
     InputError when samples repeat as if seeds did.
     """
@@ -134,7 +134,7 @@ def _without(lost: Lost) -> Rollout:
 def judge_all(
     verifier: Verifier, turns: Sequence[tuple[Case, Action, str]], max_retries: int | Callable[[str], int]
 ) -> list[Verdict | VerifierFault]:
-    """Verdicts of (case, action, finish reason); a truncated turn scores 0 whatever it says (A.15 6)."""
+    """Verdicts of (case, action, finish reason); a truncated turn scores 0 whatever it says (P6)."""
     whole = [i for i, (_, _, finish_reason) in enumerate(turns) if finish_reason != "length"]
     found: list[Verdict | VerifierFault] = [Verdict(0.0, "TRUNCATED")] * len(turns)
     for i, result in zip(whole, verdicts(verifier, [turns[i][:2] for i in whole], max_retries), strict=True):

@@ -1,10 +1,10 @@
-"""reward: preferences -> `token_rewards.jsonl`, stage 1 of LLMdoctor (B.3).
+"""reward: preferences -> `token_rewards.jsonl`, stage 1 of LLMdoctor (equations (21) to (23)).
 
 The patient scores both answers of a pair under its two faces, in one batch; how far the faces lie apart on a token is
 its importance, and the label gives the sign. Nothing is generated. A row holds what stage 2 needs and no face: the
 prompt's ids as the doctor will see it, and for each answer its ids, rewards and importance. Pairs that are excluded
-have no row; `token_rewards.json` counts them, beside the diagnostics of B.10 and finding 7 of the field report: the
-rewards of a pair are scale-free, so look at the mean Delta and its noise floor before trusting them.
+have no row; `token_rewards.json` counts them, beside the diagnostics of D20. The rewards of a pair are scale-free, so look at
+the mean Delta and its noise floor before trusting them.
 """
 
 from __future__ import annotations

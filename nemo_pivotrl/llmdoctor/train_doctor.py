@@ -1,4 +1,4 @@
-"""tfpo: token rewards -> doctor, stage 2 of LLMdoctor (B.4). The patient is not loaded: its rewards are in the artefact.
+"""tfpo: token rewards -> doctor, stage 2 of LLMdoctor (equation (32)). The patient is not loaded: its rewards are in the artefact.
 
 One objective makes one doctor: where the artefact holds several, `tfpo.objective` picks one, or each gets its own.
 """

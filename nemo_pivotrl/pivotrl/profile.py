@@ -1,7 +1,6 @@
 """profile: candidates -> profiles. One-turn rollouts of the frozen start policy for each candidate, verified.
 
-Rules (A.5): all outcomes come from one policy revision, a fault is retried and then excludes the candidate, a state that does not
-fit the context is excluded, prompts are rendered as in training, every (k, K) is kept. Each candidate gets as many of K rollouts
+It keeps the rules R1 to R7 of docs/algorithms.md, and stores every (k, K). Each candidate gets as many of K rollouts
 as its selection needs (`algorithms/early_stopping.py`). Work goes on in chunks (`chunks.py`) that any number of processes share
 (`--shard i/n`); whatever is killed, the same command ends with the same bytes.
 """

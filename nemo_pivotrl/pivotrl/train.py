@@ -140,7 +140,7 @@ def _train(
 
 
 def _check(recipe: Recipe, source: Path, chat: Chat, verifier_id: str) -> None:
-    """Pivots must come from this policy, tokenizer, template and verifier (A.5 rules 1, 5, 7; A.15 11)."""
+    """Pivots must come from this policy, tokenizer, template and verifier (R1, R6, R7; P11)."""
     found = read_header(source, "pivots")
     check_headers(
         source,
@@ -156,7 +156,11 @@ def _check(recipe: Recipe, source: Path, chat: Chat, verifier_id: str) -> None:
     if found.extra["sampling"] != sampling(generation):
         profiled = f"profiled with {found.extra['sampling']}"
         problems.append(
-            ("policy.generation", sampling(generation), f"{profiled}; a pivot is one only as it was sampled (A.15 5)")
+            (
+                "policy.generation",
+                sampling(generation),
+                f"{profiled}; a pivot is one only as it was sampled (docs/algorithms.md, P5)",
+            )
         )
     if generation.top_p < 1.0:
         problems.append(
@@ -359,7 +363,7 @@ def _minibatch(
     """Everything of one optimiser step that belongs to the policy that sampled.
 
     Rows without gradient (advantage 0, no KL) are counted in the normaliser and not computed: their gradient is exactly
-    zero (Prop. 3.1), and on random turns they are most of the batch. Rows on which the sampler disagrees with the trainer
+    zero (Proposition 3.1), and on random turns they are most of the batch. Rows on which the sampler disagrees with the trainer
     are not counted; their rewards took part in the group's statistics.
     """
     loss_fn = recipe.loss_fn
@@ -440,7 +444,7 @@ def loss_settings(loss_fn: LossFn) -> pivotrl.LossSettings:
 def policy_loss(
     log_probs: Tensor, data: dict[str, Tensor], settings: pivotrl.LossSettings, normaliser: float
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Hand a micro-batch to Eq. 7. On the first update after sampling the old policy is the current one (ratio 1)."""
+    """Hand a micro-batch to equation (15). On the first update after sampling the old policy is the current one (ratio 1)."""
     return pivotrl.grpo_loss(
         log_probs,
         data.get("old", log_probs.detach()),
