@@ -82,7 +82,7 @@ def steered_run() -> Path:
 
 @pytest.fixture(scope="session")
 def workers() -> Iterator[Any]:
-    """Ranks on this machine's CPUs, over gloo (`distributed/distributed_harness.py`), for the tests in `distributed`."""
+    """Ranks on this machine's CPUs, over gloo (`support/workers.py`), for the tests in `distributed`."""
     if importlib.util.find_spec("megatron") is None or importlib.util.find_spec("megatron.core") is None:
         pytest.skip("megatron-core is not installed: pip install 'nemo-pivotrl[megatron]'")
     if torch.cuda.is_available():

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 import torch.distributed as dist
-from support.ranks import run_ranks
+from support.workers import Workers
 from torch import Tensor
 
 from nemo_pivotrl.backends.megatron import logprobs
@@ -149,7 +149,8 @@ def sharded(form: str, temperature: float) -> dict[str, Tensor]:
 
 
 def on_two_ranks() -> dict[str, dict[str, Tensor]]:
-    """Every sharded case and every wrong variant, in one start of the processes."""
+    """Every sharded case and every wrong variant."""
+    dist.init_process_group("gloo")
     found = {f"{form} {t}": sharded(form, t) for form in ("plain", "chunked", "sequence_parallel") for t in (1.0, 0.7)}
     found["all padding on rank 1"] = padding_alone()
     real = dist.all_reduce
@@ -199,8 +200,8 @@ def padding_alone() -> dict[str, Tensor]:
 
 
 @pytest.fixture(scope="module")
-def two() -> list[dict[str, dict[str, Tensor]]]:
-    return run_ranks(on_two_ranks, 2)
+def two(workers: Workers) -> list[dict[str, dict[str, Tensor]]]:
+    return workers.run(2, "test_megatron_logprobs:on_two_ranks")
 
 
 def apart(found: dict[str, Tensor], rank: int, temperature: float, sequence_parallel: bool = False) -> dict[str, float]:

@@ -3,10 +3,10 @@
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from support import processes
 from support.recipes import ROOT, SMALL, SMALL_LLMDOCTOR
 from support.slurm import environment
 
@@ -78,7 +78,9 @@ REFERENCE = ("algorithms.md", "settings.md")
 
 
 def test_pages_are_short_and_their_links_lead_somewhere() -> None:
-    assert {"algorithms.md", "cluster.md", "design.md", "formats.md", "llmdoctor.md", "pivotrl.md"} <= {p.name for p in DOCS}
+    assert {"algorithms.md", "cluster.md", "design.md", "formats.md", "llmdoctor.md", "pivotrl.md"} <= {
+        p.name for p in DOCS
+    }
     for path in DOCS:
         text = path.read_text(encoding="utf-8")
         assert path.name in REFERENCE or len(text.splitlines()) <= 110, path.name
@@ -191,8 +193,7 @@ def test_the_guides_rounds_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_steering_from_python_runs(steered: Path) -> None:
     (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/llmdoctor.md").read_text(), flags=re.DOTALL)
-    words = [sys.executable, "-W", "error::UserWarning", "-c", code.replace("runs/llmdoctor", str(steered))]
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
+    done = processes.run("-W", "error::UserWarning", "-c", code.replace("runs/llmdoctor", str(steered)))
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert [line.split(" ")[0] for line in lines] == ["-1.0", "0.0", "1.0"] and all(len(line) > 8 for line in lines)

@@ -3,14 +3,13 @@
 import dataclasses
 import importlib
 import math
-import os
-import subprocess
 import sys
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from support.processes import run
 from support.recipes import ROOT
 
 from nemo_pivotrl.backends.reference.guided import Steering
@@ -230,12 +229,12 @@ def test_answers_that_differ_are_counted_in_pairs() -> None:
 
 @pytest.mark.slow
 def test_the_whole_benchmark_at_a_size_that_shows_nothing_resumes_to_the_same_table(tmp_path: Any) -> None:
-    command = [sys.executable, ROOT / "benchmarks/llmdoctor_claims.py", "--quick", "--seeds", "1", "--processes", "0"]
-    command += ["--folder", tmp_path / "jobs", "--out", tmp_path / "out"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [str(ROOT / "benchmarks/llmdoctor_claims.py"), "--quick", "--seeds", "1", "--processes", "0"]
+    command += ["--folder", str(tmp_path / "jobs"), "--out", str(tmp_path / "out")]
     tables_found = []
     for _ in range(2):
-        subprocess.run(command, check=True, env=environment, capture_output=True, cwd=tmp_path)
+        done = run(*command, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
         tables_found.append((tmp_path / "out/llmdoctor_claims.md").read_text(encoding="utf-8"))
     assert tables_found[0] == tables_found[1]
     for heading in (

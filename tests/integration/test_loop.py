@@ -3,10 +3,7 @@
 import dataclasses
 import hashlib
 import json
-import os
 import shutil
-import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -14,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.recipes import ROOT, SMALL, recipe_at
+from support.processes import Process, python
+from support.recipes import SMALL, TINY, recipe_at
+from support.stages import finish, kill_when
 
 from nemo_pivotrl.algorithms import round_rules as rounds
 from nemo_pivotrl.algorithms.round_rules import Ending, Spent
@@ -186,22 +185,17 @@ def looped(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of two rounds, undisturbed, in a process of its own. Not to be changed."""
     folder = tmp_path_factory.mktemp("looped") / "run"
     shutil.copytree(trained, folder)
-    assert start(folder).wait() == 0, (folder / "log.txt").read_text()
+    finish(start(folder))
     return folder
 
 
-def start(folder: Path, *overrides: str) -> subprocess.Popen[bytes]:
+def start(folder: Path, *overrides: str) -> Process:
     """The loop alone, as `run` calls it, in a process of its own."""
     code = (
         "import sys; from nemo_pivotrl.config.load import load_recipe; from nemo_pivotrl.pivotrl.loop import loop;"
         "import torch; torch.set_num_threads(1); loop(load_recipe(sys.argv[1], sys.argv[2:]))"
     )
-    settings = [f"run_dir={folder}", *SMALL, *TWO_ROUNDS, *overrides]
-    with (folder / "log.txt").open("wb") as log:
-        return subprocess.Popen(
-            [sys.executable, "-c", code, str(ROOT / "recipes/pivotrl/tiny.yaml"), *settings],
-            cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=log, stderr=subprocess.STDOUT,
-        )  # fmt: skip
+    return python("-c", code, TINY, f"run_dir={folder}", *SMALL, *TWO_ROUNDS, *overrides, out=folder / "log.txt")
 
 
 def test_two_rounds_of_one_run(looped: Path) -> None:
@@ -318,15 +312,9 @@ def test_a_run_killed_with_9_at_any_moment_ends_with_the_same_bytes(
     shutil.copytree(trained, folder)
     kills = 0
     for moment in moments:
-        process = start(folder)
-        while process.poll() is None and not (folder / moment).exists():
-            time.sleep(0.001)
-        if process.poll() is None:
-            process.send_signal(signal.SIGKILL)
-            kills += 1
-        process.wait()
+        kills += kill_when(start(folder), (folder / moment).exists)
     assert kills >= len(moments) - 1
-    assert start(folder).wait() == 0, (folder / "log.txt").read_text()
+    finish(start(folder))
     assert files(folder) == files(looped)
 
 
@@ -460,19 +448,19 @@ def test_run_audits_once_and_only_before_there_is_a_profile(trained: Path, tmp_p
 
 def test_the_ledger_knows_what_a_killed_process_spent(tmp_path: Path) -> None:
     code = (
-        "import sys, time, os, signal; from pathlib import Path; from nemo_pivotrl.components.costs import spend\n"
+        "import sys, time; from pathlib import Path; from nemo_pivotrl.components.costs import spend\n"
         "with spend(Path(sys.argv[1]), 'profile') as cost:\n"
         "    cost['rollouts'] = 7\n"
-        "    time.sleep(1.6)\n"
-        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    time.sleep(600)\n"
     )
-    for _ in range(2):
-        done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], env={**os.environ, "PYTHONPATH": str(ROOT)})
-        assert done.returncode == -signal.SIGKILL
+    begun, path = time.monotonic(), tmp_path / "ledger.jsonl"
+    for lines in (1, 2):  # each is killed after its first line, which it writes after a second
+        process = python("-c", code, str(tmp_path))
+        assert kill_when(process, lambda: path.exists() and path.read_text().count('"id"') == lines)  # noqa: B023
     with ledger.spend(tmp_path, "profile") as cost:
         cost["rollouts"] = 5
     (entry,) = ledger.by_stage(ledger.read_ledger(tmp_path))
-    assert entry["processes"] == 3 and entry["rollouts"] == 19 and 2.0 <= entry["seconds"] < 4.5
+    assert entry["processes"] == 3 and entry["rollouts"] == 19 and 2.0 <= entry["seconds"] <= time.monotonic() - begun
 
 
 def test_lines_of_one_process_replace_each_other_and_those_of_two_add_up(tmp_path: Path) -> None:

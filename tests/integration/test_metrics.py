@@ -5,11 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import re
 import signal
 import struct
-import subprocess
 import sys
 import textwrap
 from collections.abc import Iterator, Mapping
@@ -17,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.recipes import ROOT
+from support.processes import run
 
 from nemo_pivotrl import config
 from nemo_pivotrl.components import trackers as dashboards
@@ -329,10 +327,7 @@ def resumed(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
     if name != "tensorboard":
         pytest.importorskip(name)
     for first, last, end in ((-1, 6, "kill"), (3, 5, "close"), (4, 9, "close")):
-        job = [sys.executable, "-c", textwrap.dedent(JOB), str(tmp_path), str(first), str(last), name, end]
-        done = subprocess.run(
-            job, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False, timeout=120
-        )
+        done = run("-c", textwrap.dedent(JOB), str(tmp_path), str(first), str(last), name, end)
         assert done.returncode == (-signal.SIGKILL if end == "kill" else 0), done.stderr
         assert "warning:" not in done.stderr
     rows = read_metrics(tmp_path / "quickstart/pivotrl/metrics.jsonl")

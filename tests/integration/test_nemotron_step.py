@@ -2,15 +2,13 @@
 
 import ast
 import json
-import os
 import re
-import subprocess
-import sys
 import tomllib
 from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
+from support.processes import run
 from support.recipes import ROOT
 
 from nemo_pivotrl.config.load import load_recipe
@@ -86,13 +84,8 @@ def test_a_manifests_entry_is_found_or_named(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_step_runs_and_what_it_produces_it_can_consume(tmp_path: Path) -> None:
-    environment = {
-        **os.environ,
-        "RL_OUTPUT_DIR": str(tmp_path),
-        "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}",
-    }
-    words = [sys.executable, str(STEP / "step.py"), "--config", str(STEP / "config/test.yaml"), "grpo.max_num_steps=1"]
-    done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
+    words = [str(STEP / "step.py"), "--config", str(STEP / "config/test.yaml"), "grpo.max_num_steps=1"]
+    done = run(*words, env={"RL_OUTPUT_DIR": str(tmp_path)})
     assert done.returncode == 0, done.stdout + done.stderr
     folder = tmp_path / "pivotrl-test"
     model = json.loads((folder / "pivotrl/policy/metadata.json").read_text())

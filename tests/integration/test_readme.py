@@ -3,9 +3,9 @@
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
+from support import processes
 from support.recipes import ROOT, SMALL
 
 from nemo_pivotrl import cli
@@ -19,18 +19,11 @@ COMMANDS = [
 
 def run(*arguments: str, folder: Path) -> str:
     overrides = [] if "--print-config" in arguments else [f"run_dir={folder}", *SMALL]
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "nemo_pivotrl.cli",
-            *arguments,
-            *[o for o in overrides if o.partition("=")[0] not in " ".join(arguments)],
-        ],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
+    done = processes.run(
+        "-m",
+        "nemo_pivotrl.cli",
+        *arguments,
+        *[o for o in overrides if o.partition("=")[0] not in " ".join(arguments)],
     )
     assert done.returncode == 0, f"{arguments}\n{done.stdout}\n{done.stderr}"
     return done.stdout

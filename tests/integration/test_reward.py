@@ -3,18 +3,13 @@
 import dataclasses
 import json
 import math
-import os
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from support.recipes import ROOT
+from support.processes import kill_when, python
 from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM, LlamaForCausalLM
 
 from nemo_pivotrl import cli
@@ -407,16 +402,9 @@ def test_reward_killed_with_9_and_resumed_writes_the_same_bytes(tmp_path: Path, 
         f"run_dir: {tmp_path}\npatient: {{model_name: {patient}, max_total_sequence_length: 256, batch_tokens: 600}}\n"
         f"reward: {{positive: '{POSITIVE}', negative: '{NEGATIVE}', pairs_per_wave: 4}}\nnum_threads: 1\n"
     )
-    part, log = tmp_path / "token_rewards.jsonl.part", tmp_path / "log.txt"
-    with log.open("wb") as out:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "nemo_pivotrl.cli", "reward", str(tmp_path / "r.yaml")],
-            cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=out, stderr=subprocess.STDOUT,
-        )  # fmt: skip
-    while process.poll() is None and not (part.exists() and part.read_bytes().count(b"\n") > 20):
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL, log.read_text()
+    part = tmp_path / "token_rewards.jsonl.part"
+    process = python("-m", "nemo_pivotrl.cli", "reward", str(tmp_path / "r.yaml"))
+    assert kill_when(process, lambda: part.exists() and part.read_bytes().count(b"\n") > 20), process.printed()
     assert cli.main(["reward", str(tmp_path / "r.yaml")]) == 0
     resumed = (tmp_path / "token_rewards.jsonl").read_bytes()
     assert reward(recipe, fresh=True).read_bytes() == resumed and resumed.count(b"\n") == 161

@@ -2,11 +2,7 @@
 
 import dataclasses
 import json
-import socket
-import subprocess
-import sys
 import threading
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
@@ -17,7 +13,7 @@ from typing import Any
 import pytest
 from hypothesis import given, strategies as st
 from support.guided_models import TOKENIZER, VOCAB, decode_recipe, model
-from support.recipes import ROOT
+from support.processes import free_port, python, serving
 
 from nemo_pivotrl import cli
 from nemo_pivotrl.backends.reference.guided import GuidedGenerator, Steering
@@ -50,33 +46,13 @@ def truth(recipe: str) -> GuidedGenerator:
     return load(load_recipe(recipe))[1]
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 @pytest.fixture(scope="module")
 def server(recipe: str) -> Iterator[str]:
     port = free_port()
-    command = [sys.executable, "-m", "nemo_pivotrl.cli", "serve-guided", recipe, "--port", str(port)]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    process = python("-m", "nemo_pivotrl.cli", "serve-guided", recipe, "--port", str(port))
     url = f"http://127.0.0.1:{port}/v1"
-    try:
-        for _ in range(400):
-            try:
-                urllib.request.urlopen(url + "/models", timeout=1).close()
-                break
-            except (urllib.error.URLError, ConnectionError):
-                assert process.poll() is None, process.stderr.read() if process.stderr else ""
-                time.sleep(0.05)
+    with serving(process, url + "/models"):
         yield url
-    finally:
-        process.terminate()
-        process.wait(20)
-        if process.stderr:
-            assert b"Traceback" not in process.stderr.read()
-            process.stderr.close()
 
 
 def post(url: str, body: Any) -> tuple[int, Any]:

@@ -1,10 +1,6 @@
 """`verify` and `serve-verifier`: rows of every shape in, verdicts out, in order; and a real server on the loopback."""
 
 import json
-import socket
-import subprocess
-import sys
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -12,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.processes import free_port, python, serving
 from support.recipes import ROOT
 
 from nemo_pivotrl import cli
@@ -214,32 +211,13 @@ def test_the_samples_of_a_profile_score_as_they_did(trained: Path, tmp_path: Pat
 # ---- serve-verifier ----
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 @pytest.fixture(scope="module")
 def server() -> Iterator[str]:
     port = free_port()
-    command = [sys.executable, "-m", "nemo_pivotrl.cli", "serve-verifier", "--verifier", "swe", "--port", str(port)]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     url = f"http://127.0.0.1:{port}"
-    try:
-        for _ in range(200):
-            try:
-                urllib.request.urlopen(url + "/health", timeout=1).close()
-                break
-            except (urllib.error.URLError, ConnectionError):
-                assert process.poll() is None, process.stderr.read() if process.stderr else ""
-                time.sleep(0.05)
+    process = python("-m", "nemo_pivotrl.cli", "serve-verifier", "--verifier", "swe", "--port", str(port))
+    with serving(process, url + "/health"):
         yield url
-    finally:
-        process.terminate()
-        process.wait(10)
-        if process.stderr:
-            process.stderr.close()
 
 
 def post(url: str, body: Any) -> tuple[int, Any]:

@@ -7,16 +7,21 @@ an interpreter's own start (which modules a command imports, how long that takes
 from __future__ import annotations
 
 import atexit
+import contextlib
 import multiprocessing
 import os
 import runpy
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 import warnings
-from collections.abc import Callable, Mapping
+import weakref
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +36,11 @@ forks.set_forkserver_preload(["support.preload"])
 class Process:
     """A process that was started by `python`."""
 
-    folder: tempfile.TemporaryDirectory[str] | None = None
-
-    def __init__(self, words: list[str], cwd: Path, env: dict[str, str], out: Path, err: Path):
-        self.words, self.out, self.err = words, out, err
+    def __init__(self, words: list[str], cwd: Path, env: dict[str, str], out: Path | None, err: Path | None):
+        folder = None if out else own_folder(self, "process-")
+        self.out = out = out or Path(str(folder), "out")
+        self.err = err = err or (out if folder is None else folder / "err")
+        self.words = words
         for path in (out, err):
             path.write_bytes(b"")
         # a daemon of multiprocessing is killed when the tests end, whatever has become of the test that started it
@@ -84,13 +90,15 @@ def python(
 ) -> Process:
     """Start `python WORDS`: `-m module`, `-c code` or a script, with its arguments. `env` is added to the environment. `out` and
     `err` get what it prints; `err` is `out` where only that is given."""
-    kept = None if out else tempfile.TemporaryDirectory(prefix="process-", ignore_cleanup_errors=True)
-    err = err or out or Path(kept.name, "err")  # type: ignore[union-attr]
-    out = out or Path(kept.name, "out")  # type: ignore[union-attr]
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    process = Process(list(words), cwd, {**os.environ, "PYTHONPATH": path, **(env or {})}, out, err)
-    process.folder = kept  # until nobody needs what it printed
-    return process
+    return Process(list(words), cwd, {**os.environ, "PYTHONPATH": path, **(env or {})}, out, err)
+
+
+def own_folder(owner: object, prefix: str) -> Path:
+    """A new folder that goes with its owner."""
+    folder = tempfile.mkdtemp(prefix=prefix)
+    weakref.finalize(owner, shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
 
 
 def run(*words: str, timeout_s: float = PATIENCE_S, **options: Any) -> subprocess.CompletedProcess[str]:
@@ -99,6 +107,33 @@ def run(*words: str, timeout_s: float = PATIENCE_S, **options: Any) -> subproces
     code = process.wait(timeout_s)
     out, err = (path.read_text(encoding="utf-8", errors="replace") for path in (process.out, process.err))
     return subprocess.CompletedProcess(list(words), code, out, err)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextlib.contextmanager
+def serving(process: Process, health: str) -> Iterator[Process]:
+    """A server that answers at the address `health`, ended by SIGTERM. It must not print a traceback."""
+
+    def up() -> bool:
+        assert process.poll() is None, process.printed()
+        try:
+            urllib.request.urlopen(health, timeout=5).close()
+        except OSError:
+            return False
+        return True
+
+    try:
+        wait_for(up, f"{process.words} at {health}")
+        yield process
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(60)
+        assert "Traceback" not in process.printed(), process.printed()
 
 
 def kill_when(process: Process, reached: Callable[[], bool]) -> bool:

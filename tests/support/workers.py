@@ -8,16 +8,16 @@ rank's traceback and the end of what it printed, and the next job gets new proce
 from __future__ import annotations
 
 import importlib
-import multiprocessing
 import os
 import socket
 import sys
-import tempfile
 import time
 import traceback
 from multiprocessing.connection import Connection, wait
-from pathlib import Path
 from typing import Any
+
+from support.processes import forks, own_folder
+from support.threads import MOST, threads
 
 TIMEOUT_S = 120.0
 SHOWN_LINES = 30
@@ -31,7 +31,7 @@ class Workers:
     """Up to as many processes as the largest job asked for."""
 
     def __init__(self) -> None:
-        self.logs = Path(tempfile.mkdtemp(prefix="ranks-"))
+        self.logs = own_folder(self, "ranks-")
         self.processes: list[Any] = []
         self.pipes: list[Connection] = []
 
@@ -64,9 +64,8 @@ class Workers:
         return [answers[pipe] for pipe in pipes]
 
     def _start(self, rank: int) -> None:
-        context = multiprocessing.get_context("spawn")
-        here, there = context.Pipe()
-        process = context.Process(target=work, args=(rank, there, str(self.logs / f"{rank}.log")), daemon=True)
+        here, there = forks.Pipe()
+        process = forks.Process(target=work, args=(rank, there, str(self.logs / f"{rank}.log")), daemon=True)
         process.start()
         there.close()
         self.processes.append(process)
@@ -106,6 +105,7 @@ def work(rank: int, pipe: Connection, log: str) -> None:
         module, _, function = job.partition(":")
         try:
             answer = True, getattr(importlib.import_module(module), function)(**arguments)
+            assert threads() <= MOST, f"{threads()} threads while {job} held what it had made"
         except Exception:
             answer = False, traceback.format_exc()
         pipe.send(answer)

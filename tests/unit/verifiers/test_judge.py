@@ -665,7 +665,7 @@ def test_torn_and_foreign_lines_are_passed_over_and_do_no_harm_to_the_next(
 
 APPEND = """
 import sys
-from nemo_pivotrl.verifiers import Ruling
+from nemo_pivotrl.verifiers.base import Ruling
 from nemo_pivotrl.verifiers.judge import _Cache
 cache = _Cache(sys.argv[1])
 print("ready", flush=True)
