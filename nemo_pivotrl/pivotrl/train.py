@@ -24,6 +24,7 @@ from nemo_pivotrl.algorithms import pivotrl, round_rules as rounds
 from nemo_pivotrl.algorithms.prefix_tree import prompt_saving
 from nemo_pivotrl.backends import loading
 from nemo_pivotrl.backends.base import Backend, Sampler, TokenBatch
+from nemo_pivotrl.backends.identity import identity_of, policy_revision
 from nemo_pivotrl.components import checkpoint
 from nemo_pivotrl.components.costs import Metered, spend
 from nemo_pivotrl.components.metrics import MetricsLog, read_metrics
@@ -33,6 +34,7 @@ from nemo_pivotrl.components.rollout import (
     fits,
     load_chat,
     load_recipe_verifier,
+    rendered,
     roll_out,
     sample_seed,
     sampling,
@@ -60,7 +62,7 @@ def train(recipe: Recipe, fresh: bool = False, until: Until | None = None) -> Pa
     chat = load_chat(recipe.policy, recipe.verifier.limits)
     verifier, verifier_id = load_recipe_verifier(recipe)
     _check(recipe, source, chat, verifier_id)
-    pivots = _states(candidates_of(source, "train"), chat, recipe)
+    pivots = _states(candidates_of(source, "train"), chat, recipe, source)
     if not pivots:
         raise InputError(
             Problem(str(source), None, "pivots", "none fits the context", "raise policy.max_total_sequence_length")
@@ -88,7 +90,8 @@ def _train(
     cost: dict[str, Any],
 ) -> Path:
     settings, folder = recipe.grpo, recipe.path(recipe.grpo.name)
-    held_out = _states(candidates_of(recipe.path(settings.pivots), "validation"), chat, recipe)
+    source = recipe.path(settings.pivots)
+    held_out = _states(candidates_of(source, "validation"), chat, recipe, source)
     held_out = sorted(held_out, key=lambda s: pivotrl.order_key(recipe.seed, s.candidate.candidate_id))[
         : settings.val_candidates
     ]
@@ -145,7 +148,7 @@ def _check(recipe: Recipe, source: Path, chat: Chat, verifier_id: str) -> None:
     check_headers(
         source,
         found,
-        policy=loading.policy_revision(recipe.policy.model_name),
+        policy=policy_revision(recipe.policy.model_name),
         tokenizer=chat.fingerprint,
         chat_template=chat.template_digest,
         verifier=verifier_id,
@@ -187,13 +190,14 @@ def _identity(recipe: Recipe, source: Path) -> str:
     """What a checkpoint belongs to: pivots and every setting that changes training, but not how long it runs."""
     grpo = dataclasses.asdict(recipe.grpo) | {"max_num_steps": None, "max_num_epochs": None}
     parts = [dataclasses.asdict(x) for x in (recipe.policy, recipe.loss_fn, recipe.verifier)]
-    computed = loading.identity_of(recipe.policy, recipe.megatron)
+    computed = identity_of(recipe.policy, recipe.megatron)
     parts += [computed] if computed else []
     return digest([recipe.seed, grpo, parts, recipe.checkpointing.save_period, file_digest(source)])
 
 
-def _states(candidates: Sequence[Candidate], chat: Chat, recipe: Recipe) -> list[State]:
-    states = [State(c, chat.prompt_ids(c.messages, c.tools)) for c in candidates]
+def _states(candidates: Sequence[Candidate], chat: Chat, recipe: Recipe, source: Path) -> list[State]:
+    found = rendered(candidates, lambda c: chat.prompt_ids(c.messages, c.tools), source)
+    states = [State(candidate, prompt) for candidate, prompt in found]
     kept = [s for s in states if fits(s.prompt, recipe.policy)]
     if len(kept) < len(states):
         print(f"excluded: {len(states) - len(kept)} of {len(states)} states, context_overflow")

@@ -15,7 +15,7 @@ from support.processes import python
 from support.recipes import ROOT, SMALL, recipe_at
 from support.workers import Workers
 
-from nemo_pivotrl.backends.loading import policy_revision
+from nemo_pivotrl.backends.identity import policy_revision
 from nemo_pivotrl.components.metrics import read_metrics
 
 HERE = Path(__file__).parent
