@@ -1,11 +1,11 @@
 """Every setting of a recipe. `from nemo_pivotrl.config import Recipe, Policy, ...`."""
 
+from nemo_pivotrl.config.demo import Manners, World
 from nemo_pivotrl.config.llmdoctor import (
     Arm,
     Assess,
     Decode,
     Doctor,
-    Manners,
     Oracles,
     Patient,
     Preferences,
@@ -14,25 +14,11 @@ from nemo_pivotrl.config.llmdoctor import (
     ServeGuided,
     Tfpo,
 )
-from nemo_pivotrl.config.models import Generation, Lora, Megatron, Optimizer, Policy, Vllm, ranged
-from nemo_pivotrl.config.recipe import (
-    Budget,
-    Checkpointing,
-    Cluster,
-    Evaluate,
-    Export,
-    Extract,
-    Grpo,
-    Logger,
-    Loop,
-    LossFn,
-    Plan,
-    ProfileStage,
-    Recipe,
-    Select,
-    Sft,
-    World,
-)
+from nemo_pivotrl.config.models import Generation, Lora, Megatron, Optimizer, Policy, Vllm
+from nemo_pivotrl.config.pivotrl import Evaluate, Export, Extract, Grpo, LossFn, ProfileStage, Select, Sft
+from nemo_pivotrl.config.recipe import Recipe
+from nemo_pivotrl.config.run import Budget, Checkpointing, Cluster, Logger, Loop, Plan
+from nemo_pivotrl.config.schema import ranged
 from nemo_pivotrl.config.verify import Audit, Judge, Limits, Rescore, Verifier
 
 __all__ = [

@@ -6,23 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from nemo_pivotrl.config.models import Optimizer, ranged
-
-
-@dataclass(kw_only=True, slots=True, frozen=True)
-class Manners:
-    """The embedded world of LLMdoctor (`demo/answer_styles.py`): a tiny patient, a smaller doctor, questions to ask."""
-
-    lessons: int = ranged(4000, 1)
-    vocab_size: int = ranged(400, 300)
-    hidden_size: int = ranged(96, 8)
-    layers: int = ranged(3, 1)
-    heads: int = ranged(4, 1)
-    doctor_hidden_size: int = ranged(48, 8)
-    doctor_layers: int = ranged(2, 1)
-    num_steps: int = ranged(300, 1)
-    batch_size: int = ranged(32, 1)
-    optimizer: Optimizer = field(default_factory=lambda: Optimizer(lr=4e-3, beta2=0.98, warmup_steps=20))
+from nemo_pivotrl.config.schema import ranged
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)

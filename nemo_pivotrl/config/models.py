@@ -5,10 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-
-def ranged(default: Any, low: float | None = None, high: float | None = None) -> Any:
-    """A field whose value must lie in [low, high]."""
-    return field(default=default, metadata={"low": low, "high": high})
+from nemo_pivotrl.config.schema import ranged
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)

@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from nemo_pivotrl.config.models import ranged
+from nemo_pivotrl.config.schema import ranged
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
