@@ -22,10 +22,7 @@ from nemo_pivotrl.algorithms import pivotrl
 from nemo_pivotrl.backends import loading
 from nemo_pivotrl.backends.base import TokenBatch
 from nemo_pivotrl.backends.identity import identity_of, policy_revision, without_start
-from nemo_pivotrl.components import checkpoint
-from nemo_pivotrl.components.costs import spend
-from nemo_pivotrl.components.metrics import MetricsLog
-from nemo_pivotrl.components.progress import progress
+from nemo_pivotrl.components.loop import Job, Step, run
 from nemo_pivotrl.components.rollout import load_chat, rendered
 from nemo_pivotrl.config import Policy, Recipe, Sft
 from nemo_pivotrl.core.artifacts import digest, file_digest, read_header
@@ -254,38 +251,49 @@ def fit(
     identity: str,
     fresh: bool,
 ) -> Path:
-    """The loop: each part of a step's draw has its own token mean. Resumes from its last checkpoint."""
-    plain = dataclasses.replace(policy.generation, temperature=1.0)  # the likelihood itself, not a tempered one
-    own = policy.model_name == recipe.policy.model_name
-    megatron = recipe.megatron if own else without_start(recipe.megatron)
-    trained = dataclasses.replace(policy, prefix_sharing=False, generation=plain, sampler="backend")
-    backend = loading.load(trained, megatron)
-    backend.prepare_for_training(settings.optimizer)
-    folder = recipe.path(settings.name)
-    first = checkpoint.resume(folder, identity, backend, fresh)
-    log = MetricsLog(folder, first, recipe, "sft")
-    period = max(recipe.checkpointing.save_period, settings.num_steps // 5)
-    tokens = 0.0
-    with (
-        spend(Path(recipe.run_dir), settings.name) as cost,
-        progress(settings.num_steps, first, settings.name, "step") as bar,
-    ):
-        for step in range(first + 1, settings.num_steps + 1):
-            backend.decay = decay(step, settings)
-            backend.prepare_for_training_step()
-            losses = []
-            for part in draw(step):
-                batch, count = token_batch(part)
-                losses.append(backend.get_loss_and_metrics(batch, partial(_loss, normaliser=count))["loss"])
-                tokens += count
-            log.write(step, {"loss": sum(losses), **backend.finish_training_step()}, {})
-            if step % period == 0 or step == settings.num_steps:
-                checkpoint.save(folder, step, identity, {}, backend, chat, recipe.checkpointing)
-            bar.set_postfix(loss=f"{sum(losses):.3f}", refresh=False)
-            bar.update()
-        cost.update(steps=settings.num_steps - first, tokens_trained=int(tokens))
-        log.close()
-        return checkpoint.publish(folder, backend, chat, recipe.checkpointing)
+    """Fine-tune `policy`; returns the policy's folder. draw: the parts of a step, each of which has its own token mean."""
+    kept = recipe.checkpointing
+    job = Job(
+        recipe=recipe,
+        stage="sft",
+        name=settings.name,
+        cost_name=settings.name,
+        identity=identity,
+        chat=chat,
+        steps=settings.num_steps,
+        steps_field="num_steps",
+        checkpointing=dataclasses.replace(kept, save_period=max(kept.save_period, settings.num_steps // 5)),
+    )
+    return run(job, lambda cost: FineTuning(recipe, settings, policy, draw), fresh)
+
+
+class FineTuning:
+    """A policy in training on expert actions (`components.loop.Work`)."""
+
+    def __init__(self, recipe: Recipe, settings: Sft, policy: Policy, draw: Callable[[int], list[list[Sequence_]]]):
+        plain = dataclasses.replace(policy.generation, temperature=1.0)  # the likelihood itself, not a tempered one
+        own = policy.model_name == recipe.policy.model_name
+        megatron = recipe.megatron if own else without_start(recipe.megatron)
+        trained = dataclasses.replace(policy, prefix_sharing=False, generation=plain, sampler="backend")
+        self.settings, self.draw = settings, draw
+        self.trainer = loading.load(trained, megatron)
+        self.trainer.prepare_for_training(settings.optimizer)
+
+    def step(self, number: int) -> Step:
+        """One update by all parts of the draw."""
+        self.trainer.decay = decay(number, self.settings)
+        self.trainer.prepare_for_training_step()
+        losses, tokens = [], 0.0
+        for part in self.draw(number):
+            batch, count = token_batch(part)
+            losses.append(self.trainer.get_loss_and_metrics(batch, partial(_loss, normaliser=count))["loss"])
+            tokens += count
+        metrics = {"loss": sum(losses), **self.trainer.finish_training_step()}
+        return Step(metrics, {"tokens_trained": int(tokens)})
+
+    def validate(self, step: int, last: bool, known: dict[str, float]) -> dict[str, float]:
+        """Nothing is held out."""
+        return {}
 
 
 def decay(step: int, settings: Sft) -> float:

@@ -44,9 +44,6 @@ def test_a_paused_run_exits_with_a_code_of_its_own() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    "is_due" not in (ROOT / "nemo_pivotrl/pivotrl/train.py").read_text(), reason="train does not ask yet"
-)
 def test_training_stops_at_its_deadline_saved_and_the_same_command_ends_as_if_it_had_not(
     trained: Path, tmp_path: Path
 ) -> None:
