@@ -39,6 +39,8 @@ class Action:
     calls: tuple[ToolCall, ...] = ()
     detail: str = ""
     """For `malformed`: why."""
+    reasoning: str = field(default="", compare=False)
+    """What preceded it as reasoning. No verifier looks at it and `expected_action` never holds it; fine-tuning trains it."""
 
 
 @dataclass(frozen=True, slots=True)

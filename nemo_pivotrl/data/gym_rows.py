@@ -7,6 +7,7 @@ add (ids, split, depth) lives under `provenance`, which Gym passes through.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -189,19 +190,20 @@ def action_of(message: Message) -> Action:
         ToolCall(c["function"]["name"], c["function"]["arguments"], c.get("id") or "")
         for c in message.get("tool_calls") or []
     )
-    content = text_of(message.get("content"))
-    return Action("calls", content, calls) if calls else Action("message", content)
+    content, reasoning = text_of(message.get("content")), str(message.get("reasoning_content") or "")
+    return Action("calls" if calls else "message", content, calls, reasoning=reasoning)
 
 
 def message_of(action: Action) -> Message:
-    """The assistant chat message of an action."""
+    """The assistant chat message of an action, with its reasoning where it has any."""
+    thought = {"reasoning_content": action.reasoning} if action.reasoning else {}
     if action.kind != "calls":
-        return {"role": "assistant", "content": action.content}
+        return {"role": "assistant", "content": action.content, **thought}
     calls = [
         {"id": c.call_id, "type": "function", "function": {"name": c.name, "arguments": c.arguments}}
         for c in action.calls
     ]
-    return {"role": "assistant", "content": action.content, "tool_calls": calls}
+    return {"role": "assistant", "content": action.content, **thought, "tool_calls": calls}
 
 
 def expected_to_row(action: Action) -> dict[str, Any]:
@@ -261,6 +263,7 @@ def candidate_to_row(candidate: Candidate, agent_ref: str) -> dict[str, Any]:
             "turn": candidate.turn,
             "depth": candidate.depth,
             "content": candidate.expected.content if candidate.expected.kind == "calls" else "",
+            **({"reasoning": candidate.expected.reasoning} if candidate.expected.reasoning else {}),
         },
         **candidate.fields,
         **_terminus_answer(candidate),
@@ -277,8 +280,9 @@ def _terminus_answer(candidate: Candidate) -> dict[str, str]:
 def candidate_of_row(row: dict[str, Any]) -> Candidate:
     """The candidate of a row that `candidate_to_row` wrote."""
     source, expected = row["provenance"], expected_of_row(row["expected_action"])
-    if source["content"]:
-        expected = Action("calls", source["content"], expected.calls)
+    expected = dataclasses.replace(
+        expected, content=source["content"] or expected.content, reasoning=source.get("reasoning") or ""
+    )
     params = row["responses_create_params"]
     return Candidate(
         candidate_id=source["candidate_id"],
