@@ -87,7 +87,7 @@ def steered(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run directory with a start policy, candidates, profiles and pivots. Tests copy it before they change it."""
-    from nemo_pivotrl.pipeline import make_world
+    from nemo_pivotrl.demo.expert_trajectories import make_expert_trajectories as make_world
     from nemo_pivotrl.pivotrl.extract import extract
     from nemo_pivotrl.pivotrl.profile import profile
     from nemo_pivotrl.pivotrl.select import select

@@ -11,7 +11,7 @@ from nemo_pivotrl.config.llmdoctor import (
     Preferences,
     Rank,
     Reward,
-    ServeGuided,
+    Serve,
     Tfpo,
 )
 from nemo_pivotrl.config.models import Generation, Lora, Megatron, Optimizer, Policy, Vllm
@@ -55,7 +55,7 @@ __all__ = [
     "Rescore",
     "Reward",
     "Select",
-    "ServeGuided",
+    "Serve",
     "Sft",
     "Tfpo",
     "Verifier",

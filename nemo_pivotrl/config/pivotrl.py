@@ -203,10 +203,10 @@ class Evaluate:
     one_turn_candidates: int = ranged(200, 1)
     """Held-out states (validation split); 0 of them is an error."""
     num_generations: int = ranged(4, 1)
-    simulator: Literal["world", "none"] = "none"
-    """Multi-turn success on test tasks, where there is something to simulate."""
+    simulator: Literal["world", "none"] | str = "none"
+    """Whole tasks: `package.module:function`, which makes a simulator (`components/simulation.py`), or `world`, the demo's."""
     trials: int = ranged(2, 1)
     retention: Literal["world", "none"] | str = "none"
-    """Out-of-domain set: the world's puzzles, or a JSONL file of `{"messages": [...], "answer": "..."}`."""
+    """Out-of-domain set: a simulator as above, `world`, or a JSONL file of `{"messages": [...], "answer": "..."}`."""
     temperature: float = ranged(1.0, 0.0, 10.0)
     confidence: float = ranged(0.95, 0.5, 0.999)
