@@ -126,7 +126,7 @@ def start(folder: Path, settings: Sequence[str]) -> Result:
 
 def data(folder: Path, seed: int, settings: Sequence[str]) -> Result:
     """Trajectories, candidates, the start policy's K rollouts of each, the same judged otherwise, and its scores."""
-    from nemo_pivotrl.pipeline import make_world
+    from nemo_pivotrl.demo.expert_trajectories import make_expert_trajectories as make_world
     from nemo_pivotrl.pivotrl.extract import extract
     from nemo_pivotrl.pivotrl.profile import profile
     from nemo_pivotrl.pivotrl.rescore import rescore
