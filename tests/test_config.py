@@ -9,7 +9,8 @@ import pytest
 
 from nemo_pivotrl import cli, config
 from nemo_pivotrl.config import Recipe
-from nemo_pivotrl.config.load import load_recipe, to_yaml
+from nemo_pivotrl.config.load import load_recipe
+from nemo_pivotrl.config.show import to_yaml
 from nemo_pivotrl.core.errors import InputError, Problem
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -237,15 +237,3 @@ def verifier_settings(name: str, compat: str | None, overrides: Sequence[str]) -
             node = node.setdefault(part, {})
         node[key.split(".")[-1]] = value
     return typing.cast(Verifier, build(Verifier, values, "command line", "verifier."))
-
-
-def to_yaml(recipe: Recipe) -> str:
-    """The complete recipe, defaults included, for `--print-config`."""
-    import yaml
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {k: plain(v) for k, v in value.items()}
-        return [plain(v) for v in value] if isinstance(value, (list, tuple)) else value
-
-    return yaml.safe_dump(plain(dataclasses.asdict(recipe)), sort_keys=False)
