@@ -12,7 +12,7 @@ from test_slurm import environment
 
 from nemo_pivotrl import cli
 from nemo_pivotrl.config import Recipe
-from nemo_pivotrl.verifiers.base import VERIFIERS
+from nemo_pivotrl.verifiers.loading import VERIFIERS
 
 SLURM = ROOT / "deploy/slurm"
 DOCS = sorted((ROOT / "docs").glob("*.md"))

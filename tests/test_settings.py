@@ -17,7 +17,7 @@ from nemo_pivotrl.config import Recipe, Sft
 from nemo_pivotrl.config.load import load_recipe
 from nemo_pivotrl.config.schema import Setting, choices, explanations, settings_of
 from nemo_pivotrl.config.show import to_yaml
-from nemo_pivotrl.verifiers.base import SHARED, VERIFIERS
+from nemo_pivotrl.verifiers.loading import SHARED, VERIFIERS
 
 ROOT = Path(nemo_pivotrl.__file__).parents[1]
 LIST, PAGE = Path(__file__).with_name("settings.txt"), ROOT / "docs/settings.md"

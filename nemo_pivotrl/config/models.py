@@ -57,11 +57,30 @@ class Optimizer:
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
+class ChatSettings:
+    """What a chat template is told and allowed to do."""
+
+    roles: dict[str, str] = field(default_factory=dict)
+    """Roles that are renamed before the template sees them, e.g. `developer: system` where it knows no developer."""
+    accept_dropped: tuple[
+        Literal["tools", "calls", "parallel_calls", "text_beside_calls", "tool", "system", "developer"], ...
+    ] = ()
+    """What the template may leave out of the prompt; anything else that it drops is an error."""
+    special_tokens: Literal["as_text", "refuse"] = "as_text"
+    """Special tokens in people's and tools' text: encode them as text, or exclude the state."""
+    date: str = "2026-01-01"
+    """The day that a template with a clock writes (YYYY-MM-DD): a state has the same tokens every day.
+
+    It is a part of the template's fingerprint where the template has a clock.
+    """
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
 class Policy:
     """The start policy (pi_0) and how it is run."""
 
     model_name: str = ""
-    """HF checkpoint folder to start from; of a policy also what is profiled, and the KL reference."""
+    """HF checkpoint folder of the start policy, which is profiled and is the KL reference."""
     backend: Literal["reference", "megatron"] = "reference"
     """What runs and trains the model: transformers on one device, or megatron-core over many processes.
 
@@ -80,8 +99,9 @@ class Policy:
     """Jinja file that replaces the tokenizer's chat template."""
     template_kwargs: dict[str, Any] = field(default_factory=dict)
     """Passed to the chat template, e.g. `enable_thinking: false`."""
+    chat: ChatSettings = field(default_factory=ChatSettings)
     tool_parser: str = "auto"
-    """How the model writes tool calls; `auto` finds out by rendering one."""
+    """How the model writes tool calls, as vLLM names it; `auto` finds out by rendering one."""
     max_total_sequence_length: int = ranged(4096, 16)
     """Prompt plus new tokens.
 

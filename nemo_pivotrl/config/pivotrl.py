@@ -17,9 +17,12 @@ class Extract:
     """Trajectories to candidates."""
 
     trajectories: tuple[str, ...] = ()
-    """Input files: `.json` or `.jsonl`."""
-    format: Literal["openai", "responses", "sharegpt", "tau_bench"] = "openai"
-    """Form of the input files; docs/formats.md has an example of each."""
+    """Input files: JSON, JSON lines or Parquet, also packed by gzip or zstd."""
+    format: str = "auto"
+    """A format of docs/formats.md, `module:function` of your own reader, or `auto`.
+
+    `auto` finds the format by looking at each record.
+    """
     tools: str | None = None
     """JSON file with the tool definitions, for sources that do not carry them."""
     turns: Literal["all", "bash", "tool_calls", "search"] = "all"
@@ -31,9 +34,14 @@ class Extract:
     parallel_calls: Literal["batch", "skip"] = "batch"
     """Turns with several calls: one `function_call_batch` row (Gym 0.6 and later), or the skip audit."""
     on_invalid: Literal["error", "skip"] = "error"
-    """Stop at invalid calls and list them all, or skip and count them.
+    """Stop at invalid input and list all of it, or skip and count it.
 
-    Invalid are unknown tools, arguments that break their schema, and dangling calls.
+    Invalid are records that cannot be read, unknown tools, arguments that break their schema, and dangling calls.
+    """
+    max_state_messages: int = ranged(2000, 1)
+    """A state of more messages is skipped as `state_too_long`.
+
+    Rows hold whole states, so the output grows with the square of this.
     """
     validation_share: float = ranged(0.1, 0.0, 0.9)
     """Share of the tasks held out, decided by task before anything else."""

@@ -81,7 +81,7 @@ class Verifier:
     """Which verifier judges, with its own settings."""
 
     name: str = "single_step"
-    """Which verifier judges; docs/pivotrl.md lists them."""
+    """Which verifier judges: docs/pivotrl.md lists them; `module:class` is one of your own."""
     compat: Literal["0.5", "0.6", "0.7"] = "0.7"
     """NeMo-Gym release whose rules the four families follow, where releases differ."""
     settings: dict[str, Any] = field(default_factory=dict)
@@ -104,6 +104,11 @@ class Audit:
     """Candidates of the sample that are audited when a judge is asked, since every probe may cost a request."""
     max_gold_failures: float = ranged(0.05, 0.0, 1.0)
     """A greater share of candidates whose own expert action does not score 1 stops `audit` and `profile`."""
+    max_round_trip_failures: float = ranged(0.05, 0.0, 1.0)
+    """A greater share of expert actions that the policy's template and parser change stops `profile`.
+
+    The template writes the action and the parser reads it back. `audit` tries all of them, `profile` its sample.
+    """
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
