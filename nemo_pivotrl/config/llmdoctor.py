@@ -242,14 +242,14 @@ class Preferences:
     """Preference files to preferences."""
 
     files: tuple[str, ...] = ()
-    """Preference files: `.json`, `.jsonl`, or either of them with `.gz`."""
-    format: Literal["hh_rlhf", "trl", "nemo_aligner", "ultrafeedback", "helpsteer2", "helpsteer3", "pku_saferlhf"] = (
-        "trl"
-    )
-    """Form of the files; `trl` is prompt, chosen, rejected, as text or as chat messages.
+    """Preference files: JSON, JSON lines or Parquet, also packed by gzip or zstd."""
+    format: str = "auto"
+    """A format of docs/formats.md, or `auto`.
 
-    The others are the data sets as they are published.
+    `auto` finds the format by looking at each record.
     """
+    on_invalid: Literal["error", "skip"] = "error"
+    """Stop at records that cannot be read and list them all, or leave them out, count and name them."""
     objective: str = "helpfulness"
     """What the files' preference is about; `reward.faces` has the prompts for it."""
     objectives: dict[str, tuple[str, ...]] = field(default_factory=dict)
