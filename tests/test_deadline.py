@@ -8,7 +8,7 @@ import pytest
 from conftest import ROOT, SMALL
 
 from nemo_pivotrl import cli
-from nemo_pivotrl.backends.loading import policy_revision
+from nemo_pivotrl.backends.identity import policy_revision
 from nemo_pivotrl.components.checkpoint import RESUME, Paused, is_due, time_limit
 from nemo_pivotrl.core.errors import InputError
 
@@ -44,9 +44,6 @@ def test_a_paused_run_exits_with_a_code_of_its_own() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    "is_due" not in (ROOT / "nemo_pivotrl/pivotrl/train.py").read_text(), reason="train does not ask yet"
-)
 def test_training_stops_at_its_deadline_saved_and_the_same_command_ends_as_if_it_had_not(
     trained: Path, tmp_path: Path
 ) -> None:

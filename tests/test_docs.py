@@ -12,7 +12,7 @@ from test_slurm import environment
 
 from nemo_pivotrl import cli
 from nemo_pivotrl.config import Recipe
-from nemo_pivotrl.verifiers.base import VERIFIERS
+from nemo_pivotrl.verifiers.loading import VERIFIERS
 
 SLURM = ROOT / "deploy/slurm"
 DOCS = sorted((ROOT / "docs").glob("*.md"))
@@ -78,7 +78,9 @@ REFERENCE = ("algorithms.md", "settings.md")
 
 
 def test_pages_are_short_and_their_links_lead_somewhere() -> None:
-    assert {"algorithms.md", "cluster.md", "design.md", "formats.md", "llmdoctor.md", "pivotrl.md"} <= {p.name for p in DOCS}
+    assert {"algorithms.md", "cluster.md", "design.md", "formats.md", "llmdoctor.md", "pivotrl.md"} <= {
+        p.name for p in DOCS
+    }
     for path in DOCS:
         text = path.read_text(encoding="utf-8")
         assert path.name in REFERENCE or len(text.splitlines()) <= 110, path.name

@@ -14,7 +14,7 @@ from nemo_pivotrl.backends.base import TokenBatch
 from nemo_pivotrl.backends.reference.doctor import DoctorModel
 from nemo_pivotrl.components.metrics import read_metrics
 from nemo_pivotrl.config import Lora, Optimizer, Policy, Recipe
-from nemo_pivotrl.config.load import build
+from nemo_pivotrl.config.build import build
 from nemo_pivotrl.core.artifacts import ArtefactWriter, Header
 from nemo_pivotrl.core.errors import InputError
 from nemo_pivotrl.data.chat_template import Chat, load_tokenizer

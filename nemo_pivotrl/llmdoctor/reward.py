@@ -22,6 +22,7 @@ from torch import Tensor
 from nemo_pivotrl.algorithms import llmdoctor
 from nemo_pivotrl.backends import loading
 from nemo_pivotrl.backends.base import Scorer
+from nemo_pivotrl.backends.identity import policy_revision, without_start
 from nemo_pivotrl.components.costs import spend
 from nemo_pivotrl.components.progress import progress
 from nemo_pivotrl.config import Patient, Recipe, Reward
@@ -37,7 +38,7 @@ from nemo_pivotrl.core.artifacts import (
 from nemo_pivotrl.core.atomic import write_atomically
 from nemo_pivotrl.core.errors import InputError, Problem
 from nemo_pivotrl.core.types import Preference
-from nemo_pivotrl.data.chat_template import Chat, load_tokenizer
+from nemo_pivotrl.data.chat_template import Chat, generation_stop_ids, load_tokenizer
 from nemo_pivotrl.data.preferences import preference_of_row
 from nemo_pivotrl.llmdoctor.contrastive_prompts import Face, FacePrompts, Prepared
 
@@ -54,8 +55,8 @@ def reward(recipe: Recipe, fresh: bool = False) -> Path:
     return write_token_rewards(
         recipe,
         load_patient_chat(recipe.patient),
-        lambda: loading.policy_revision(recipe.patient.model_name),
-        lambda: loading.load_scorer(recipe.patient, loading.without_start(recipe.megatron), recipe.vllm),
+        lambda: policy_revision(recipe.patient.model_name),
+        lambda: loading.load_scorer(recipe.patient, without_start(recipe.megatron), recipe.vllm),
         fresh,
     )
 
@@ -96,7 +97,9 @@ def write_token_rewards(
 
 def load_patient_chat(patient: Patient) -> Chat:
     """The patient's tokenizer and template. Answers are text, so the template need not know tool calls."""
-    return Chat(load_tokenizer(patient.model_name, patient.chat_template, "patient"), "hermes", patient.template_kwargs)
+    tokenizer = load_tokenizer(patient.model_name, patient.chat_template, "patient")
+    stop_ids = generation_stop_ids(patient.model_name)
+    return Chat(tokenizer, "hermes", patient.template_kwargs, settings=patient.chat, stop_ids=stop_ids)
 
 
 def faces_of(settings: Reward, objectives: Sequence[str]) -> dict[str, Face]:

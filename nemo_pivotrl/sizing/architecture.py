@@ -252,3 +252,13 @@ def _hybrid(config: Any, need: Any) -> Architecture:
         if "M" in layers
         else None,
     )
+
+
+VOCAB_MULTIPLE = 128
+"""The padded vocabulary is a multiple of this on every tensor-parallel rank, as in Megatron's own trainers."""
+
+
+def padded_vocab_size(vocab_size: int, tp: int) -> int:
+    """The vocabulary size with padding at its end, so that `tp` ranks get equal and well-shaped parts of it."""
+    multiple = VOCAB_MULTIPLE * tp
+    return -(-vocab_size // multiple) * multiple

@@ -13,8 +13,8 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+from nemo_pivotrl.backends.base import as_policy
 from nemo_pivotrl.backends.hf_models import check_engine_model
-from nemo_pivotrl.backends.loading import as_policy
 from nemo_pivotrl.backends.vllm.requests import engine_arguments
 from nemo_pivotrl.config import Recipe
 from nemo_pivotrl.core.errors import InputError, Problem
