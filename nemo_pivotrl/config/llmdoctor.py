@@ -201,11 +201,11 @@ class Preferences:
     """Preference files to preferences."""
 
     files: tuple[str, ...] = ()
-    """`.json`, `.jsonl`, or either of them with `.gz`."""
-    format: Literal["hh_rlhf", "trl", "nemo_aligner", "ultrafeedback", "helpsteer2", "helpsteer3", "pku_saferlhf"] = (
-        "trl"
-    )
-    """`trl`: prompt, chosen, rejected, as text or as chat messages; the others are the data sets as they are published."""
+    """JSON, JSON lines or Parquet, also packed by gzip or zstd."""
+    format: str = "auto"
+    """`auto`: found by looking at each record. Else one of docs/formats.md."""
+    on_invalid: Literal["error", "skip"] = "error"
+    """Records that cannot be read: stop and list them all, or leave them out, count and name them."""
     objective: str = "helpfulness"
     """What the files' preference is about; `reward.faces` has the prompts for it."""
     objectives: dict[str, tuple[str, ...]] = field(default_factory=dict)
