@@ -104,8 +104,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("recipe", metavar="RECIPE", help="YAML recipe, e.g. recipes/pivotrl/tiny.yaml")
     made.add_argument("overrides", nargs="*", metavar="key=value", help="override a setting of the recipe")
     made.add_argument(
-        "--print-config", action="store_true", help="print the complete recipe, defaults included, and stop"
+        "--print-config", action="store_true", help="print the complete recipe, with explanations, and stop"
     )
+    made.add_argument("--changed", action="store_true", help="with --print-config: only what differs from the defaults")
     made.add_argument(
         "--shard", metavar="i/n", help="profile only: work as the i-th of n processes, i from 0; then merge"
     )
@@ -126,16 +127,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if len(arguments) > 1 and arguments[0] == "export" and arguments[1] in EXPORTS:
         arguments = [arguments[0], *arguments[2:], f"export.target={arguments[1]}"]
     options = parser().parse_intermixed_args(arguments)
+    if options.changed and not options.print_config:
+        parser().error("--changed goes with --print-config")
     fresh = "fresh=true" in options.overrides
     overrides = [o for o in options.overrides if o not in ("fresh=true", "fresh=false")]
 
     def run() -> int | None:
-        from nemo_pivotrl.config.load import load_recipe, to_yaml
+        from nemo_pivotrl.config.load import load_recipe
+        from nemo_pivotrl.config.show import to_yaml
 
         recipe = load_recipe(options.recipe, overrides)
         if not options.print_config:
             return run_stage(options.stage, recipe, fresh, options.shard)
-        print(to_yaml(recipe), end="")
+        print(to_yaml(recipe, options.changed), end="")
         return None
 
     return guarded(options.stage, run)

@@ -16,8 +16,8 @@ from nemo_pivotrl import config
 from nemo_pivotrl.core.errors import InputError, Problem
 from nemo_pivotrl.core.plugins import load_plugin
 
-Oracle = Callable[[Sequence[Sequence[dict[str, Any]]], Sequence[str]], list[float]]
-"""(the messages before each answer, the answers) -> scores; more is better."""
+Oracle = Callable[[Sequence[Sequence[dict[str, Any]]], Sequence[str]], Sequence[float | None]]
+"""(the messages before each answer, the answers) -> scores; more is better. None: the oracle has failed, and has none."""
 
 
 def brevity(text: str) -> float:
