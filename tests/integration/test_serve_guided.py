@@ -277,7 +277,7 @@ def test_bad_chats_bodies_paths_and_methods_are_refused_in_openais_shape(server:
 def test_the_server_listens_on_the_loopback_unless_told_and_bad_recipes_exit_2(
     recipe: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.tool_parser("serve-guided").parse_args(["r.yaml"]).host == "127.0.0.1"
+    assert cli.parser_of("serve-guided").parse_args(["r.yaml"]).host == "127.0.0.1"
     assert cli.main(["serve-guided", recipe, "decode.doctors.kind.path=nowhere"]) == 2
     assert "decode.doctors.kind.path" in capsys.readouterr().err
 
