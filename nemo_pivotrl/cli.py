@@ -24,7 +24,10 @@ if TYPE_CHECKING:
     from nemo_pivotrl.config import Recipe
 
 STAGES = {
-    "world": ("nemo_pivotrl.pipeline:make_world", "write the embedded world's expert trajectories"),
+    "world": (
+        "nemo_pivotrl.demo.expert_trajectories:make_expert_trajectories",
+        "write the embedded world's expert trajectories",
+    ),
     "extract": ("nemo_pivotrl.pivotrl.extract:extract", "trajectories -> candidates"),
     "warmup": ("nemo_pivotrl.pivotrl.sft:warmup", "make the start policy by a short SFT"),
     "profile": (
@@ -73,6 +76,8 @@ STAGES = {
 }
 EXPORTS = ("nemo-gym", "nemo-rl", "nemotron")
 """`export nemo-rl RECIPE` is `export RECIPE export.target=nemo-rl`."""
+GONE = {"serve-guided": "it is vLLM's server now: nemo-pivotrl serve RECIPE"}
+"""Commands of earlier versions, and what to use instead."""
 CHECKED = ("profile", "sft", "train", "rank", "reward", "tfpo", "decode", "assess")
 """Stages that load a model which must be there already: `tools/checks.py` looks at all they need before they begin."""
 SETTINGS = (
@@ -132,6 +137,8 @@ def overview() -> argparse.ArgumentParser:
 
 def refuse_command(name: str) -> NoReturn:
     """End with exit code 2 and the nearest command."""
+    if name in GONE:
+        overview().error(f"{name}: {GONE[name]}")
     near = difflib.get_close_matches(name, [*STAGES, *TOOLS], n=1)
     hint = f"did you mean {near[0]}?" if near else f"use one of {', '.join([*STAGES, *TOOLS])}"
     overview().error(f"no command {name!r}; {hint}")
@@ -374,22 +381,6 @@ def run_serve(options: argparse.Namespace) -> None:
     serve(load_recipe(options.recipe, options.overrides), options.host, options.port, options.refit)
 
 
-def serve_guided_arguments(made: argparse.ArgumentParser) -> None:
-    address_arguments(made, 8912)
-    recipe_arguments(made, "YAML recipe: patient and decode are read")
-
-
-def run_serve_guided(options: argparse.Namespace) -> None:
-    """Serve the steered patient until it is interrupted."""
-    from nemo_pivotrl.config.load import load_recipe
-
-    recipe = load_recipe(options.recipe, options.overrides)
-    with missing_module("serve-guided", {"starlette": "serve", "uvicorn": "serve"}, "reference"):
-        from nemo_pivotrl.tools.serve_guided import serve
-
-        serve(recipe, options.host, options.port)
-
-
 TOOLS = {
     "env": Tool("what is installed here, and which recipes could run", env_arguments, run_env),
     "plan": Tool("will it fit, and what will it cost", plan_arguments, run_plan),
@@ -398,7 +389,6 @@ TOOLS = {
     "verify": Tool("score rows of a file", verify_arguments, run_verify),
     "serve-verifier": Tool("serve a verifier to NeMo-Gym", serve_verifier_arguments, run_serve_verifier),
     "serve": Tool("serve the policy, or the patient with its doctors, by vLLM", serve_arguments, run_serve),
-    "serve-guided": Tool("serve the steered policy as OpenAI's API", serve_guided_arguments, run_serve_guided),
 }
 
 

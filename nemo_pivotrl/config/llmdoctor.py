@@ -70,7 +70,7 @@ class Doctor:
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class Decode:
-    """The patient steered by doctors, for the `decode` stage and `serve-guided` (equation (34))."""
+    """The patient steered by doctors, for the `decode` stage and `serve` (equation (34))."""
 
     prompts: str = ""
     """JSONL file, one prompt a line: a text, a list of messages, or an object with `prompt` or `messages`."""
@@ -126,6 +126,8 @@ class Arm:
 class Oracles:
     """What scores an answer. Built in: `kindness`, `brevity`, `sentiment` (`llmdoctor/oracles.py`)."""
 
+    functions: dict[str, str] = field(default_factory=dict)
+    """Objective to `package.module:function`, which gives an answer's text a score; more is better."""
     reward_models: dict[str, str] = field(default_factory=dict)
     """Objective to HF checkpoint folder of a reward model.
 
@@ -181,22 +183,11 @@ class Assess:
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
-class ServeGuided:
-    """Bounds of the OpenAI-compatible server."""
+class Serve:
+    """vLLM's server of the patient steered by its doctors: the command `serve`."""
 
     model: str = "guided"
     """The model's name in requests and answers."""
-    max_body_bytes: int = ranged(8 << 20, 1024, 1 << 28)
-    """Bytes of a request."""
-    max_batch: int = ranged(16, 1)
-    """Answers that are decoded together.
-
-    Those that wait make the next batch.
-    """
-    max_waiting: int = ranged(256, 1)
-    """Answers that may wait; beyond it requests are refused with 429."""
-    max_choices: int = ranged(16, 1)
-    """Answers that one request may ask for: its prompts times `n`."""
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -209,7 +200,7 @@ class Patient:
     """What scores the two faces in the `reward` stage.
 
     `vllm` also decodes in the `decode` stage, with the doctors inside the engine. What else samples from the patient (`rank`,
-    `assess`, `serve-guided`) runs `reference`.
+    `assess`) runs `reference`.
     """
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the `reference` backend runs; `auto` takes CUDA where there is one."""

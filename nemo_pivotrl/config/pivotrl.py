@@ -278,12 +278,15 @@ class Evaluate:
     """Held-out states (validation split); 0 of them is an error."""
     num_generations: int = ranged(4, 1)
     """Samples of each state."""
-    simulator: Literal["world", "none"] = "none"
-    """Multi-turn success on test tasks, where there is something to simulate."""
+    simulator: Literal["world", "none"] | str = "none"
+    """What plays whole test tasks: `world`, the demo's, or `package.module:function`.
+
+    The function makes a simulator out of the recipe (`components/simulation.py`).
+    """
     trials: int = ranged(2, 1)
     """Times that each test task is played."""
     retention: Literal["world", "none"] | str = "none"
-    """Out-of-domain set: the world's puzzles, or a JSONL file of `{"messages": [...], "answer": "..."}`."""
+    """Out-of-domain set: a simulator as above, `world`, or a JSONL file of `{"messages": [...], "answer": "..."}`."""
     temperature: float = ranged(1.0, 0.0, 10.0)
     """Temperature of the sampling; 0 takes the likeliest token."""
     confidence: float = ranged(0.95, 0.5, 0.999)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from nemo_pivotrl.config.demo import Manners, World
-from nemo_pivotrl.config.llmdoctor import Assess, Decode, Oracles, Patient, Preferences, Rank, Reward, ServeGuided, Tfpo
+from nemo_pivotrl.config.llmdoctor import Assess, Decode, Oracles, Patient, Preferences, Rank, Reward, Serve, Tfpo
 from nemo_pivotrl.config.models import Lora, Megatron, Optimizer, Policy, Vllm
 from nemo_pivotrl.config.pivotrl import Evaluate, Export, Extract, Grpo, LossFn, ProfileStage, Select, Sft
 from nemo_pivotrl.config.run import Budget, Checkpointing, Cluster, Logger, Loop, Plan
@@ -69,7 +69,7 @@ class Recipe:
     assess: Assess = field(default_factory=Assess)
     oracles: Oracles = field(default_factory=Oracles)
     rank: Rank = field(default_factory=Rank)
-    serve_guided: ServeGuided = field(default_factory=ServeGuided)
+    serve: Serve = field(default_factory=Serve)
     logger: Logger = field(default_factory=Logger)
     patient: Patient = field(default_factory=Patient)
     preferences: Preferences = field(default_factory=Preferences)

@@ -86,6 +86,7 @@ def test_every_commands_own_help_is_quick_and_imports_nothing_heavy() -> None:
     [
         (["extrakt", "r.yaml"], "did you mean extract?"),
         (["verfy", "--verifier", "swe"], "did you mean verify?"),
+        (["serve-guided", "r.yaml"], "nemo-pivotrl serve RECIPE"),
         (["zzz"], "use one of world, extract"),
         ([], "COMMAND"),
         (["--print-config"], "COMMAND"),
