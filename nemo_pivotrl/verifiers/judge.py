@@ -268,7 +268,7 @@ class JudgeVerifier:
     name: ClassVar[str] = "judge"
     version: ClassVar[str] = "1"
     kind: Literal["auto", "terminal", "search", "message", "action"] = "auto"
-    """The rubric. `auto`: by the expert's action, `terminal` for shells and Terminus turns, `search` for search engines."""
+    """The rubric; `auto` takes `terminal` for shells and Terminus turns, `search` for search engines, else the action's own."""
     limits: config.Limits = field(default_factory=config.Limits)
     judge: Judging | None = None
 

@@ -34,7 +34,6 @@ PROGRAMS = (
 )
 TINY = {"pivotrl": "recipes/pivotrl/tiny.yaml", "llmdoctor": "recipes/llmdoctor/tiny.yaml"}
 ELSEWHERE = {
-    "nemo-pivotrl serve-guided ": "test_serve_guided.py",
     "nemo-pivotrl serve recipes/": "vllm/test_vllm_serve.py",
     "nemo-pivotrl profile RECIPE.yaml policy.sampler=vllm vllm.servers=": "vllm/test_vllm_stages.py",
     "nemo-pivotrl serve-verifier ": "test_verify.py",

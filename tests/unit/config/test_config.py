@@ -10,7 +10,8 @@ from support.recipes import ROOT
 
 from nemo_pivotrl import cli, config
 from nemo_pivotrl.config import Recipe
-from nemo_pivotrl.config.load import load_recipe, to_yaml
+from nemo_pivotrl.config.load import load_recipe
+from nemo_pivotrl.config.show import to_yaml
 from nemo_pivotrl.core.errors import InputError, Problem
 
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
