@@ -48,6 +48,57 @@ def problem_of(folder: Path, *records: Any) -> Problem:
     return problem
 
 
+# ---- refused by name ----
+
+REFUSED: list[tuple[dict[str, Any], str, str]] = [
+    ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "image_url", "only text"),
+    (
+        {"messages": [{"role": "user", "content": [{"type": "input_audio", "input_audio": {}}]}]},
+        "input_audio",
+        "only text",
+    ),
+    ({"messages": [{"role": "user", "content": [{"type": "document", "source": {}}]}]}, "document", "known blocks"),
+    ({"messages": [user("<image> q"), said("a")], "images": ["a.png"]}, "1 of them", "only text"),
+    ({"messages": [{**user("q"), "images": ["a.png"]}, said("a")]}, "a.png", "only text"),
+    ({"messages": [{"role": "user", "parts": [{"text": "q"}]}]}, "Gemini", "role and content"),
+    ({"messages": [{"role": "narrator", "content": "q"}]}, "narrator", "use one of"),
+    ({"messages": [user("q"), said("a")], "tools": [{"type": "web_search"}]}, "web_search", "the API's own server"),
+    (
+        {"instance_id": "x", "history": [{"id": 0, "source": "user", "action": "message", "args": {}}]},
+        "openhands",
+        "llm_completions",
+    ),
+    ({"instance_id": "x", "history": [{"kind": "MessageEvent", "source": "user"}]}, "openhands", "llm_completions"),
+    ({"schema_version": "ATIF-v1.4", "steps": []}, "atif", "chat messages"),
+    ({"prompt": "q", "chosen": "a", "rejected": "b"}, "preferences", "nemo-pivotrl preferences"),
+    ({"instruction": "q", "input": "", "output": "a"}, "alpaca", "messages"),
+    ({"text": "<|im_start|>user"}, "text", "rendered"),
+    ({"object": "response", "output": []}, "missing", "`input`"),
+    ({"input": "q", "output": [{"type": "web_search_call", "id": "w"}]}, "web_search_call", "function_call"),
+    ({"custom_id": "1", "response": {"body": {"choices": [{"message": said("a")}]}}}, "missing", "custom_id"),
+    (
+        {"responses_create_params": {"input": "q", "previous_response_id": "r"}, "response": {"output": []}},
+        "r",
+        "not in the record",
+    ),
+    ({"responses_create_params": {"input": "q"}, "expected_answer": "42"}, "42, a reference answer", "rollouts"),
+    ({"foo": 1, "bar": 2}, "foo, bar", "openai, anthropic"),
+]
+
+
+@pytest.mark.parametrize(("record", "found", "remedy"), REFUSED)
+def test_what_is_not_read_is_refused_by_its_name_with_the_remedy(
+    record: dict[str, Any], found: str, remedy: str, tmp_path: Path
+) -> None:
+    problem = problem_of(tmp_path, record)
+    assert found in problem.found and (remedy in problem.remedy or remedy in problem.found), problem
+
+
+def test_a_refused_format_is_one_problem_a_file_however_many_rows_it_has(tmp_path: Path) -> None:
+    problem = problem_of(tmp_path, *[{"prompt": "q", "chosen": "a", "rejected": "b"}] * 30)
+    assert problem.line == 1 and "29 more" in problem.found
+
+
 # ---- one bad row never ends a stage ----
 
 
