@@ -39,6 +39,8 @@ META = "meta.json"
 SUMMED = "state/*.distcp"
 """Files whose ranks summed them as they wrote them, and check them as they load (`megatron/torch_dist.py`)."""
 _DAMAGED = "damaged: remove this checkpoint's folder, then the same command goes on from the one before"
+HELD = "retention/held"
+"""Metric of a checkpoint whose out-of-domain score was measured: true where it had been kept. Such checkpoints are saved at once."""
 RESUME = TRY_AGAIN
 """Exit code of a run that stopped at its deadline, saved: EX_TEMPFAIL, the same command goes on."""
 
@@ -117,7 +119,7 @@ def prune(folder: Path, settings: Checkpointing) -> None:
 
 def last_held(folder: Path) -> list[Path]:
     """The latest checkpoint whose out-of-domain score was measured and had been kept, if there is one."""
-    return [path for path in steps(folder) if _meta(path)["metrics"].get("retention/held")][-1:]
+    return [path for path in steps(folder) if _meta(path)["metrics"].get(HELD)][-1:]
 
 
 def _step_of(path: Path) -> int:
@@ -182,9 +184,10 @@ def publish(folder: Path, trainer: Trainer, chat: Chat, settings: Checkpointing)
 def published(folder: Path, identity: str) -> int | None:
     """The step of the published policy; None where there is none, another run's, or one older than the latest checkpoint."""
     path, found = folder / PUBLISHED, steps(folder)
-    if not path.exists() or not found:
+    if not path.exists() or not found or not any((folder / "policy").glob("*.safetensors")):
         return None
     told = read_json(path, {"step": int, "identity": str}, "remove it: the policy is published again")
+    check_sums(folder / "policy", f"remove {path}: the policy is published again from the last checkpoint")
     return int(told["step"]) if told == {"step": _meta(found[-1])["step"], "identity": identity} else None
 
 

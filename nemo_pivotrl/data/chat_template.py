@@ -206,6 +206,7 @@ class Chat:
         Both are encoded as one text and cut, for a turn that is encoded alone may begin otherwise. Where a token lies across
         the border it belongs to the turn. Raises as `turn` does.
         """
+        self.dropped.check([*messages, action], tools)
         turn = self.turn(messages, tools, action)
         mark = turn.prompt.mark or turn.text.mark
         text = turn.text.text if turn.text.mark in ("", mark) else turn.text.text.replace(turn.text.mark, mark)
