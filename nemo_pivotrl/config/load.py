@@ -33,7 +33,7 @@ def load_recipe(path: str, overrides: Sequence[str] = (), beside: Sequence[str] 
 
     from nemo_pivotrl.config import nemo_aligner as dialect
 
-    parts = [node for _, node in _chain(Path(path))]
+    parts = _chain(Path(path))
     aligner = any(map(dialect.is_aligner, parts))
     if aligner:
         dialect.register_resolvers()
@@ -67,8 +67,8 @@ def _override(tree: Any, override: str) -> None:
         raise InputError(Problem("command line", None, key, short(value), short(str(error)))) from None
 
 
-def _chain(path: Path, above: tuple[Path, ...] = (), seen: set[Path] | None = None) -> list[tuple[Path, Any]]:
-    """(path, content) of the files of a `defaults:` chain, the most basic first. Each is loaded once, where it comes first."""
+def _chain(path: Path, above: Sequence[Path] = (), seen: set[Path] | None = None) -> list[Any]:
+    """The files of a `defaults:` chain, the most basic first. Each is loaded once, where it comes first."""
     from nemo_pivotrl.config.nemo_aligner import defaults_of
 
     seen = set() if seen is None else seen
@@ -90,9 +90,8 @@ def _chain(path: Path, above: tuple[Path, ...] = (), seen: set[Path] | None = No
     if not _is_list(entries) or any(_is_list(entry) or isinstance(entry, (int, float)) for entry in entries):
         remedy = "name a file, or a list of files, relative to this one"
         raise InputError(Problem(str(path), None, "defaults", short(str(defaults)), remedy))
-    return [part for file in defaults_of(list(entries), path.parent) for part in _chain(file, (*above, own), seen)] + [
-        (own, node)
-    ]
+    below = [part for file in defaults_of(list(entries), path.parent) for part in _chain(file, (*above, own), seen)]
+    return [*below, node]
 
 
 def _is_list(value: Any) -> bool:
