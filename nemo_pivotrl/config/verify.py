@@ -86,7 +86,7 @@ class Verifier:
     """Which verifier judges, with its own settings."""
 
     name: str = "single_step"
-    """Which verifier judges: docs/pivotrl.md lists them; `module:class` is one of your own."""
+    """Which verifier judges: docs/pivotrl.md lists them; `package.module:Class` is one of your own."""
     compat: Literal["0.5", "0.6", "0.7"] = "0.7"
     """NeMo-Gym release whose rules the four families follow, where releases differ."""
     settings: dict[str, Any] = field(default_factory=dict)
