@@ -12,9 +12,10 @@ setup(
     # hydra_plugins is a namespace that Hydra searches; it must not have an __init__.py, so nothing finds it by itself
     packages=[*find_packages(include=["nemo_pivotrl", "nemo_pivotrl.*"]), "hydra_plugins"],
     package_data={
-        "nemo_pivotrl": ["*.jinja", "py.typed"],
+        "nemo_pivotrl": ["py.typed"],
+        "nemo_pivotrl.report": ["*.jinja"],
         "nemo_pivotrl.verifiers": ["*.jsonl"],
-        "nemo_pivotrl.backends.aligner": ["conf/*.yaml"],
+        "nemo_pivotrl.integrations.nemo_aligner": ["conf/*.yaml"],
     },
     install_requires=[
         "torch>=2.4",  # both algorithms
@@ -90,10 +91,10 @@ setup(
     },
     entry_points={
         "console_scripts": ["nemo-pivotrl = nemo_pivotrl.cli:command"],
-        "nemo_run.cli": ["pivotrl = nemo_pivotrl.nemo_run_cli"],  # `nemo pivotrl STAGE`
+        "nemo_run.cli": ["pivotrl = nemo_pivotrl.integrations.nemo_run"],  # `nemo pivotrl STAGE`
         "nemo_aligner.algorithms": [  # our own group: NeMo-Aligner has no registry
-            "pivotrl = nemo_pivotrl.backends.aligner.registration:PIVOTRL",
-            "llmdoctor = nemo_pivotrl.backends.aligner.registration:LLMDOCTOR",
+            "pivotrl = nemo_pivotrl.integrations.nemo_aligner.registration:PIVOTRL",
+            "llmdoctor = nemo_pivotrl.integrations.nemo_aligner.registration:LLMDOCTOR",
         ],
     },
 )

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from nemo_pivotrl.records import write_atomically
+from nemo_pivotrl.core.atomic import write_atomically
 
 ROOT = Path(__file__).resolve().parents[1]
 BOOTSTRAPS = 10000

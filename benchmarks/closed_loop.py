@@ -21,7 +21,8 @@ from claims import ROOT, Job, Result, interval, provenance, results
 from pivotrl_claims import scores
 
 from nemo_pivotrl.config import Recipe
-from nemo_pivotrl.records import digest, write_atomically
+from nemo_pivotrl.core.artifacts import digest
+from nemo_pivotrl.core.atomic import write_atomically
 
 SETTINGS = """
 num_threads=1 logger.tensorboard=false
@@ -80,14 +81,14 @@ def arguments() -> argparse.Namespace:
 
 def recipe_of(home: Path, *settings: str) -> Recipe:
     """The recipe of one run in `home`."""
-    from nemo_pivotrl.recipe import load_recipe
+    from nemo_pivotrl.config.load import load_recipe
 
     return load_recipe(str(ROOT / "recipes/pivotrl/tiny.yaml"), [f"run_dir={home}", *SETTINGS, *settings])
 
 
 def start(folder: Path, settings: Sequence[str]) -> Result:
     """Make the start policy of all runs, `folder`/policy."""
-    from nemo_pivotrl.stages.sft import warmup
+    from nemo_pivotrl.pivotrl.sft import warmup
 
     warmup(recipe_of(folder.parent, *settings))
     return {}
@@ -95,9 +96,9 @@ def start(folder: Path, settings: Sequence[str]) -> Result:
 
 def every(folder: Path, seed: int, rollouts: int, arms: Sequence[str], settings: Sequence[str]) -> Result:
     """Run the arms from the start policy, and score them and it: arm -> scores, and what its rounds said."""
-    from nemo_pivotrl.stages.extract import extract
-    from nemo_pivotrl.stages.loop import loop, read_history
-    from nemo_pivotrl.stages.quickstart import make_world
+    from nemo_pivotrl.pipeline import make_world
+    from nemo_pivotrl.pivotrl.extract import extract
+    from nemo_pivotrl.pivotrl.loop import loop, read_history
 
     found: Result = {"rounds": {}}
     base = folder.parents[1] / "start/policy"

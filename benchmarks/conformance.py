@@ -27,8 +27,9 @@ from conformance_harness import terminal_multi_harness
 from gym_release import BUILD, Outcome, Release, fetch
 
 from nemo_pivotrl import config
-from nemo_pivotrl.records import canonical_json, short
-from nemo_pivotrl.verifiers import Bounded, VerifierFault, load_verifier
+from nemo_pivotrl.core.artifacts import canonical_json
+from nemo_pivotrl.core.errors import short
+from nemo_pivotrl.verifiers.base import Bounded, VerifierFault, load_verifier
 from nemo_pivotrl.verifiers.rows import RowError, case_of, sampled_action
 
 GENERATORS = {

@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from nemo_pivotrl import config
-from nemo_pivotrl.records import Action, Case, ToolCall
-from nemo_pivotrl.verifiers import Bounded, VerifierFault, load_verifier
+from nemo_pivotrl.core.types import Action, Case, ToolCall
+from nemo_pivotrl.verifiers.base import Bounded, VerifierFault, load_verifier
 
 BOUND_MS = 100.0
 CAP_S = 3.0

@@ -19,10 +19,10 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 from transformers import DynamicCache
 
-from nemo_pivotrl import manners
+from nemo_pivotrl.algorithms.llmdoctor import kl
 from nemo_pivotrl.backends.doctors import Stream
-from nemo_pivotrl.backends.guided import Shape, Steering, draw, noise_of
-from nemo_pivotrl.llmdoctor import kl
+from nemo_pivotrl.backends.reference.guided import Shape, Steering, draw, noise_of
+from nemo_pivotrl.demo import answer_styles as manners
 
 # ---- losses; rows 2p and 2p+1 are the chosen and the rejected answer of pair p ----
 

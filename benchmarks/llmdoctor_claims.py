@@ -24,7 +24,8 @@ import llmdoctor_claims_tables as tables
 from claims import ROOT, Job, Result, provenance, results
 from llmdoctor_claims_arms import World
 
-from nemo_pivotrl.records import digest, write_atomically
+from nemo_pivotrl.core.artifacts import digest
+from nemo_pivotrl.core.atomic import write_atomically
 
 
 def main() -> None:

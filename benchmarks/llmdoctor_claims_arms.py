@@ -18,21 +18,22 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from nemo_pivotrl import backends, tiny
-from nemo_pivotrl.backends.guided import Steering
-from nemo_pivotrl.backends.reference_doctor import DoctorModel
-from nemo_pivotrl.chat import load_tokenizer
+from nemo_pivotrl.algorithms.llmdoctor import token_rewards
+from nemo_pivotrl.backends import loading
+from nemo_pivotrl.backends.reference.doctor import DoctorModel
+from nemo_pivotrl.backends.reference.guided import Steering
+from nemo_pivotrl.components.rollout import load_chat, sample_seed
 from nemo_pivotrl.config import Arm, Doctor, Recipe
-from nemo_pivotrl.llmdoctor import token_rewards
-from nemo_pivotrl.oracles import ORACLES, load as load_oracles
-from nemo_pivotrl.recipe import load_recipe
-from nemo_pivotrl.records import read_rows
-from nemo_pivotrl.stages import assess, manners as manners_stage, tfpo
-from nemo_pivotrl.stages.decode import Prompt, load, prompt_ids, read_prompts
-from nemo_pivotrl.stages.preferences import preferences
-from nemo_pivotrl.stages.rank import rank
-from nemo_pivotrl.stages.reward import reward
-from nemo_pivotrl.stages.rollout import load_chat, sample_seed
+from nemo_pivotrl.config.load import load_recipe
+from nemo_pivotrl.core.artifacts import read_rows
+from nemo_pivotrl.data.chat_template import load_tokenizer
+from nemo_pivotrl.demo import answer_styles_models as manners_stage, tiny_models as tiny
+from nemo_pivotrl.llmdoctor import assess, train_doctor as tfpo
+from nemo_pivotrl.llmdoctor.decode import Prompt, load, prompt_ids, read_prompts
+from nemo_pivotrl.llmdoctor.oracles import ORACLES, load as load_oracles
+from nemo_pivotrl.llmdoctor.preferences import preferences
+from nemo_pivotrl.llmdoctor.rank import rank
+from nemo_pivotrl.llmdoctor.reward import reward
 
 RECIPE = Path(__file__).resolve().parents[1] / "recipes/llmdoctor/tiny.yaml"
 KIND, BRIEF = "kindness", "brevity"
@@ -195,7 +196,7 @@ def train(recipe: Recipe, contestant: Contestant, lr: float, folder: Path) -> li
     start = recipe.patient.model_name if contestant.on_patient else recipe.doctor.model_name
     policy = dataclasses.replace(recipe.doctor, model_name=start)
     anchored = contestant.loss == "dpo" or (contestant.loss == "tfpo" and recipe.tfpo.anchor == "reference")
-    backend = backends.load_doctor(policy, anchored)
+    backend = loading.load_doctor(policy, anchored)
     backend.prepare_for_training(dataclasses.replace(policy.optimizer, lr=lr))
     pairs = [rewarded(pair, contestant, recipe) for pair in tfpo._pairs(recipe, recipe.path("token_rewards.jsonl"))[0]]
     loss_fn = pair_loss(contestant, recipe, recipe.tfpo.pairs_per_step)

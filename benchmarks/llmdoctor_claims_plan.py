@@ -14,7 +14,7 @@ import numpy as np
 from claims import Job, Result
 from llmdoctor_claims_arms import ALONE, BRIEF, KIND, Contestant, Way, World
 
-from nemo_pivotrl.records import digest
+from nemo_pivotrl.core.artifacts import digest
 
 TUNING_SEEDS = (100, 101)
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)

@@ -12,8 +12,8 @@ import numpy as np
 from claims import interval
 from llmdoctor_claims_arms import ALONE, BRIEF, CANDIDATES, KIND, PLACES
 
-from nemo_pivotrl import plots
-from nemo_pivotrl.stages.assess import distinct
+from nemo_pivotrl.llmdoctor.assess import distinct
+from nemo_pivotrl.report import plots
 
 TITLE = "# The LLMdoctor paper's claims on the embedded world of manners"
 Rows = Sequence[Mapping[str, Any]]

@@ -29,16 +29,18 @@ from typing import Any
 import pivotrl_desk
 from claims import ROOT, Job, Result, provenance, results
 
-from nemo_pivotrl import backends, world
-from nemo_pivotrl.backends import TokenBatch
+from nemo_pivotrl.algorithms.early_stopping import Plan
+from nemo_pivotrl.backends import loading
+from nemo_pivotrl.backends.base import Backend, Sampler, TokenBatch
+from nemo_pivotrl.components.metrics import read_metrics
+from nemo_pivotrl.components.rollout import load_chat, sample_seed
 from nemo_pivotrl.config import Recipe
-from nemo_pivotrl.curtailment import Plan
-from nemo_pivotrl.records import digest, write_atomically
-from nemo_pivotrl.stages.evaluate import evaluate, play, read_items, sampled
-from nemo_pivotrl.stages.metrics import read_metrics
-from nemo_pivotrl.stages.profile_rows import profile_of_row
-from nemo_pivotrl.stages.rollout import load_chat, sample_seed
-from nemo_pivotrl.stages.sft import puzzle_sizes
+from nemo_pivotrl.core.artifacts import digest
+from nemo_pivotrl.core.atomic import write_atomically
+from nemo_pivotrl.demo import service_desk as world
+from nemo_pivotrl.pivotrl.evaluate import evaluate, play, read_items, sampled
+from nemo_pivotrl.pivotrl.profile_rows import profile_of_row
+from nemo_pivotrl.pivotrl.sft import puzzle_sizes
 
 SETTINGS = """
 num_threads=1 logger.tensorboard=false audit.before_profile=false
@@ -104,7 +106,7 @@ SETS = {"multi_turn": "whole tasks", "one_turn": "held-out turns", "retention": 
 
 def recipe_of(home: Path, seed: int, *settings: str) -> Recipe:
     """The recipe of one training in `home`, FOLDER/seed-N/ARM."""
-    from nemo_pivotrl.recipe import load_recipe
+    from nemo_pivotrl.config.load import load_recipe
 
     pivotrl_desk.register()
     start = home.parents[1] / "start/policy"
@@ -114,8 +116,8 @@ def recipe_of(home: Path, seed: int, *settings: str) -> Recipe:
 
 def start(folder: Path, settings: Sequence[str]) -> Result:
     """Make the start policy, `folder`/policy."""
-    from nemo_pivotrl.recipe import load_recipe
-    from nemo_pivotrl.stages.sft import warmup
+    from nemo_pivotrl.config.load import load_recipe
+    from nemo_pivotrl.pivotrl.sft import warmup
 
     pivotrl_desk.register()
     home = folder.parent
@@ -125,10 +127,10 @@ def start(folder: Path, settings: Sequence[str]) -> Result:
 
 def data(folder: Path, seed: int, settings: Sequence[str]) -> Result:
     """Trajectories, candidates, the start policy's K rollouts of each, the same judged otherwise, and its scores."""
-    from nemo_pivotrl.stages.extract import extract
-    from nemo_pivotrl.stages.profile import profile
-    from nemo_pivotrl.stages.quickstart import make_world
-    from nemo_pivotrl.stages.rescore import rescore
+    from nemo_pivotrl.pipeline import make_world
+    from nemo_pivotrl.pivotrl.extract import extract
+    from nemo_pivotrl.pivotrl.profile import profile
+    from nemo_pivotrl.pivotrl.rescore import rescore
 
     recipe = recipe_of(folder, seed, *settings)
     make_world(recipe)
@@ -163,7 +165,7 @@ def curtailed(rewards: Sequence[float]) -> int:
 
 def rows_of(path: Path) -> list[dict[str, Any]]:
     """The rows of an artefact."""
-    from nemo_pivotrl.records import read_rows
+    from nemo_pivotrl.core.artifacts import read_rows
 
     return list(read_rows(path))
 
@@ -186,7 +188,7 @@ def training(folder: Path, seed: int, name: str, lr: float, settings: Sequence[s
 
 def by_sft(recipe: Recipe, _: Path) -> Result:
     """SFT on all train trajectories."""
-    from nemo_pivotrl.stages.sft import sft
+    from nemo_pivotrl.pivotrl.sft import sft
 
     begun = time.perf_counter()
     policy = sft(recipe)
@@ -196,8 +198,8 @@ def by_sft(recipe: Recipe, _: Path) -> Result:
 
 def by_pivots(recipe: Recipe, profiles: Path) -> Result:
     """PivotRL and what differs from it in what is selected, or how it is judged; training stops for every measurement."""
-    from nemo_pivotrl.stages.select import select
-    from nemo_pivotrl.stages.train import train
+    from nemo_pivotrl.pivotrl.select import select
+    from nemo_pivotrl.pivotrl.train import train
 
     shutil.copyfile(profiles, recipe.path("profiles.jsonl"))
     found = rows_of(select(recipe))
@@ -232,7 +234,7 @@ def by_episodes(recipe: Recipe, _: Path) -> Result:
 
     curve: list[list[float]] = []
 
-    def seen(step: int, backend: backends.Backend, chat: Any, turns: int) -> None:
+    def seen(step: int, backend: Backend, chat: Any, turns: int) -> None:
         if step in measured(recipe):
             curve.append([turns, success(recipe, backend, chat)])
 
@@ -247,10 +249,10 @@ def by_episodes(recipe: Recipe, _: Path) -> Result:
 def trial(recipe: Recipe, policy: str) -> float:
     """Success on validation tasks of the policy in a folder."""
     own = dataclasses.replace(recipe.policy, model_name=policy)
-    return success(recipe, backends.load_sampler(own), load_chat(own))
+    return success(recipe, loading.load_sampler(own), load_chat(own))
 
 
-def success(recipe: Recipe, sampler: backends.Sampler, chat: Any) -> float:
+def success(recipe: Recipe, sampler: Sampler, chat: Any) -> float:
     """Share of validation tasks, which are neither train nor test tasks, that end well."""
     tasks = world.tasks(recipe.seed + 10_000, {"trial": TRIAL_TASKS})["trial"]
     return statistics.fmean(e.success for e in play(tasks, ("trial", recipe.seed), recipe.policy, sampler, chat))
@@ -273,10 +275,10 @@ def drift(recipe: Recipe, policy: str) -> float:
     chat = load_chat(recipe.policy)
     prompts = [chat.prompt_ids(world.Episode(task).messages, ()) for task in tasks]
     seeds = [[sample_seed("drift", recipe.seed, task.task_id)] for task in tasks]
-    first = backends.load_sampler(recipe.policy)
+    first = loading.load_sampler(recipe.policy)
     samples = [s for (s,) in sampled(first.infer(prompts, seeds, chat.stop_ids, recipe.policy.generation))]
     batch = TokenBatch(prompts, range(len(prompts)), [s.token_ids for s in samples], {})
-    after = backends.load(dataclasses.replace(recipe.policy, model_name=policy)).get_inference_log_probs(batch)
+    after = loading.load(dataclasses.replace(recipe.policy, model_name=policy)).get_inference_log_probs(batch)
     tokens = sum(len(s.token_ids) for s in samples)
     kept = [after[i, : len(s.token_ids)] for i, s in enumerate(samples)]
     return sum(sum(s.log_probs) - float(k.sum()) for s, k in zip(samples, kept, strict=True)) / tokens

@@ -9,10 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from nemo_pivotrl import world
 from nemo_pivotrl.config import Limits
-from nemo_pivotrl.records import Action, Case, Verdict
-from nemo_pivotrl.verifiers import VERIFIERS
+from nemo_pivotrl.core.types import Action, Case, Verdict
+from nemo_pivotrl.demo import service_desk as world
+from nemo_pivotrl.verifiers.base import VERIFIERS
 from nemo_pivotrl.verifiers.functional import Functional
 
 STATUS = frozenset({"pending", "shipped"})

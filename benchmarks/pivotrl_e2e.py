@@ -15,16 +15,18 @@ from pathlib import Path
 
 import torch
 
-from nemo_pivotrl import backends, pivotrl, world
-from nemo_pivotrl.backends import TokenBatch
-from nemo_pivotrl.chat import Chat
+from nemo_pivotrl.algorithms import pivotrl
+from nemo_pivotrl.backends import loading
+from nemo_pivotrl.backends.base import Backend, TokenBatch
+from nemo_pivotrl.components.rollout import load_chat
 from nemo_pivotrl.config import Recipe
-from nemo_pivotrl.records import Sample
-from nemo_pivotrl.stages.evaluate import play
-from nemo_pivotrl.stages.measure import padded
-from nemo_pivotrl.stages.rollout import load_chat
-from nemo_pivotrl.stages.sft import world_sizes
-from nemo_pivotrl.stages.train import loss_settings, policy_loss
+from nemo_pivotrl.core.types import Sample
+from nemo_pivotrl.data.chat_template import Chat
+from nemo_pivotrl.demo import service_desk as world
+from nemo_pivotrl.pivotrl.evaluate import play
+from nemo_pivotrl.pivotrl.monitor import padded
+from nemo_pivotrl.pivotrl.sft import world_sizes
+from nemo_pivotrl.pivotrl.train import loss_settings, policy_loss
 
 Turn = tuple[Sequence[int], Sample]
 
@@ -57,7 +59,7 @@ def batch_of(episodes: Sequence[Sequence[Turn]], advantages: Sequence[float]) ->
 
 
 def train(
-    recipe: Recipe, seen: Callable[[int, backends.Backend, Chat, int], None], folder: Path
+    recipe: Recipe, seen: Callable[[int, Backend, Chat, int], None], folder: Path
 ) -> tuple[list[dict[str, float]], float]:
     """Train on the recipe's train tasks; returns (metrics of each step, seconds without `seen`). The policy is in `folder`.
 
@@ -65,7 +67,7 @@ def train(
     chat, turns so far)` is called before the first step (0) and after each.
     """
     chat, settings = load_chat(recipe.policy), recipe.grpo
-    backend = backends.load(recipe.policy)
+    backend = loading.load(recipe.policy)
     backend.prepare_for_training(recipe.policy.optimizer)
     tasks = world.tasks(recipe.seed, world_sizes(recipe))["train"]
     rows, turns, seconds = [], 0, 0.0

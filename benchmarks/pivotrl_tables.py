@@ -334,7 +334,7 @@ def tuning(shown: Shown) -> str:
 
 def plots(shown: Shown) -> str:
     """Three panels as one SVG: retention against success, success against turns, signal over steps."""
-    from nemo_pivotrl import plots as drawn
+    from nemo_pivotrl.report import plots as drawn
 
     figure, (trade, cost, std) = drawn.plt.subplots(1, 3, figsize=(12, 3.6))
     for name in ("base", *ARMS):

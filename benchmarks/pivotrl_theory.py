@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from nemo_pivotrl import pivotrl
+from nemo_pivotrl.algorithms import pivotrl
 
 ACTIONS = 12
 PROBLEMS = 200

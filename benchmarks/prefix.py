@@ -50,9 +50,9 @@ def measure(prompt: int, samples: int, pivots: int, share: bool, folder: str) ->
     """Seconds of a forward and backward pass, the second of two, and the process's peak above what the model takes."""
     import torch
 
-    from nemo_pivotrl import pivotrl
-    from nemo_pivotrl.backends import TokenBatch
-    from nemo_pivotrl.backends.reference import ReferencePolicy
+    from nemo_pivotrl.algorithms import pivotrl
+    from nemo_pivotrl.backends.base import TokenBatch
+    from nemo_pivotrl.backends.reference.policy import ReferencePolicy
     from nemo_pivotrl.config import Policy
 
     torch.set_num_threads(1)
@@ -145,7 +145,7 @@ def _evenly(prompt: int, response: int, pivots: int) -> list[tuple[int, int]]:
 
 def _tokens(turns: list[tuple[int, int]], samples: int = 16) -> tuple[int, int, int]:
     """Tokens of a trajectory's (prompt, response) lengths: whole rows, one pivot sharing its prompt, all pivots sharing."""
-    from nemo_pivotrl.prefix import token_ratio
+    from nemo_pivotrl.algorithms.prefix_tree import token_ratio
 
     maker = random.Random(0)
     trunk = [maker.randrange(2**16) for _ in range(turns[-1][0])]

@@ -22,11 +22,11 @@ from pathlib import Path
 import torch
 
 from nemo_pivotrl.config import Recipe
-from nemo_pivotrl.recipe import load_recipe
-from nemo_pivotrl.stages.extract import extract
-from nemo_pivotrl.stages.profile import profile
-from nemo_pivotrl.stages.quickstart import make_world
-from nemo_pivotrl.stages.sft import warmup
+from nemo_pivotrl.config.load import load_recipe
+from nemo_pivotrl.pipeline import make_world
+from nemo_pivotrl.pivotrl.extract import extract
+from nemo_pivotrl.pivotrl.profile import profile
+from nemo_pivotrl.pivotrl.sft import warmup
 
 TINY = (
     "num_threads=1 logger.tensorboard=false world.warmup_tasks=200 world.train_tasks=24 world.puzzle_warmup_tasks=400 "

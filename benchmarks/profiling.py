@@ -28,16 +28,16 @@ from typing import Any
 
 import numpy as np
 
-from nemo_pivotrl.curtailment import Plan
-from nemo_pivotrl.pivotrl import keep, statistics
-from nemo_pivotrl.records import Header, file_digest
-from nemo_pivotrl.stages.candidates import index_candidates
-from nemo_pivotrl.stages.chunks import Parts, Shard
-from nemo_pivotrl.stages.profile import merge_chunks
-from nemo_pivotrl.stages.profile_statistics import summarise
-from nemo_pivotrl.stages.profile_work import Work
-from nemo_pivotrl.stages.rollout import sample_seeds
-from nemo_pivotrl.stages.waves import Judged, Member, Unit, Wave, pump
+from nemo_pivotrl.algorithms.early_stopping import Plan
+from nemo_pivotrl.algorithms.pivotrl import keep, statistics
+from nemo_pivotrl.components.rollout import sample_seeds
+from nemo_pivotrl.core.artifacts import Header, file_digest
+from nemo_pivotrl.pivotrl.candidate_index import index_candidates
+from nemo_pivotrl.pivotrl.profile import merge_chunks
+from nemo_pivotrl.pivotrl.profile_scheduler import Judged, Member, Unit, Wave, pump
+from nemo_pivotrl.pivotrl.profile_shards import Parts, Shard
+from nemo_pivotrl.pivotrl.profile_statistics import summarise
+from nemo_pivotrl.pivotrl.profile_work import Work
 
 POPULATIONS = {"tau": (0.392, 0.318), "even": (0.355, 0.355), "swe": (0.10, 0.61)}
 K, LAMBDA = 16, 0.6
@@ -182,7 +182,7 @@ def in_memory(size: int, name: str) -> float:
 
 def machinery(size: int, name: str, folder: Path) -> None:
     """Time each part, in processor time of this one process, so that what else the machine does counts little, and print it."""
-    from nemo_pivotrl.recipe import load_recipe
+    from nemo_pivotrl.config.load import load_recipe
 
     recipe = load_recipe(
         "recipes/pivotrl/tiny.yaml", [f"run_dir={folder}", "profile.num_generations=16", "select.lambda_diff=0.6"]

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from nemo_pivotrl.llmdoctor import flow_statistics, subtb
+from nemo_pivotrl.algorithms.llmdoctor import flow_statistics, subtb
 
 Form = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 BATCH, DECAY = 4, 0.99

@@ -24,7 +24,8 @@ from gym_release import Release, fetch
 from hostile import hostile
 from pydantic import TypeAdapter
 
-from nemo_pivotrl.records import Action, Case, ToolCall, canonical_json
+from nemo_pivotrl.core.artifacts import canonical_json
+from nemo_pivotrl.core.types import Action, Case, ToolCall
 from nemo_pivotrl.verifiers.rows import case_of, sampled_action
 
 Run = Callable[[], object]

@@ -24,13 +24,13 @@ import torch
 import vllm
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from nemo_pivotrl import tiny
-from nemo_pivotrl.backends import vllm_doctors
-from nemo_pivotrl.backends.reference import ReferencePolicy
-from nemo_pivotrl.backends.vllm import Engine
-from nemo_pivotrl.backends.vllm_decode import GuidedEngine
-from nemo_pivotrl.backends.vllm_streams import RowStream
+from nemo_pivotrl.backends.reference.policy import ReferencePolicy
+from nemo_pivotrl.backends.vllm import guidance as vllm_doctors
+from nemo_pivotrl.backends.vllm.decode import GuidedEngine
+from nemo_pivotrl.backends.vllm.engine import Engine
+from nemo_pivotrl.backends.vllm.row_stream import RowStream
 from nemo_pivotrl.config import Decode, Doctor, Generation, Patient, Policy, Vllm
+from nemo_pivotrl.demo import tiny_models as tiny
 
 ROWS = 32
 PROMPT = 32

@@ -12,4 +12,4 @@ class NemoPivotrlSearchPath(SearchPathPlugin):
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
         """Called by Hydra for every program."""
-        search_path.append("nemo_pivotrl", "pkg://nemo_pivotrl.backends.aligner.conf")
+        search_path.append("nemo_pivotrl", "pkg://nemo_pivotrl.integrations.nemo_aligner.conf")

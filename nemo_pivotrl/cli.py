@@ -12,51 +12,57 @@ from importlib import import_module
 from typing import TYPE_CHECKING, NoReturn
 
 from nemo_pivotrl import __version__
-from nemo_pivotrl.records import InputError
+from nemo_pivotrl.core.errors import InputError
 
 if TYPE_CHECKING:
-    from nemo_pivotrl.backends.megatron.launch import Place
+    from nemo_pivotrl.backends.launch import Place
     from nemo_pivotrl.config import Recipe
 
 STAGES = {
-    "world": ("nemo_pivotrl.stages.quickstart:make_world", "write the embedded world's expert trajectories"),
-    "extract": ("nemo_pivotrl.stages.extract:extract", "trajectories -> candidates"),
-    "warmup": ("nemo_pivotrl.stages.sft:warmup", "make the start policy by a short SFT"),
+    "world": ("nemo_pivotrl.pipeline:make_world", "write the embedded world's expert trajectories"),
+    "extract": ("nemo_pivotrl.pivotrl.extract:extract", "trajectories -> candidates"),
+    "warmup": ("nemo_pivotrl.pivotrl.sft:warmup", "make the start policy by a short SFT"),
     "profile": (
-        "nemo_pivotrl.stages.profile:profile",
+        "nemo_pivotrl.pivotrl.profile:profile",
         "candidates -> profiles: K verified rollouts of the start policy each",
     ),
-    "merge": ("nemo_pivotrl.stages.profile:merge", "the shards of a profile -> profiles"),
-    "audit": ("nemo_pivotrl.stages.audit:audit", "does the verifier say what is known beforehand?"),
-    "rescore": ("nemo_pivotrl.stages.rescore:rescore", "another verifier or threshold over a profile's samples"),
-    "select": ("nemo_pivotrl.stages.select:select", "profiles -> pivots"),
+    "merge": ("nemo_pivotrl.pivotrl.profile:merge", "the shards of a profile -> profiles"),
+    "audit": ("nemo_pivotrl.pivotrl.verifier_audit:audit", "does the verifier say what is known beforehand?"),
+    "rescore": ("nemo_pivotrl.pivotrl.rescore:rescore", "another verifier or threshold over a profile's samples"),
+    "select": ("nemo_pivotrl.pivotrl.select:select", "profiles -> pivots"),
     "export": (
-        "nemo_pivotrl.stages.export:export",
+        "nemo_pivotrl.pivotrl.export:export",
         "pivots -> NeMo-Gym rows; `export nemo-rl` adds a recipe, `export nemotron` the artefact's files",
     ),
     "nemotron": (
-        "nemo_pivotrl.stages.nemotron:nemotron",
+        "nemo_pivotrl.integrations.nemotron:nemotron",
         "extract to train, with the artefacts of Nemotron's pipeline",
     ),
-    "sft": ("nemo_pivotrl.stages.sft:sft", "fine-tune on the same data, for comparison"),
-    "train": ("nemo_pivotrl.stages.train:train", "pivots -> policy, by single-turn GRPO"),
-    "manners": ("nemo_pivotrl.stages.manners:make_manners", "write the embedded patient, doctor and questions"),
+    "sft": ("nemo_pivotrl.pivotrl.sft:sft", "fine-tune on the same data, for comparison"),
+    "train": ("nemo_pivotrl.pivotrl.train:train", "pivots -> policy, by single-turn GRPO"),
+    "manners": (
+        "nemo_pivotrl.demo.answer_styles_models:make_manners",
+        "write the embedded patient, doctor and questions",
+    ),
     "rank": (
-        "nemo_pivotrl.stages.rank:rank",
+        "nemo_pivotrl.llmdoctor.rank:rank",
         "prompts -> preference files: the patient's own answers, ranked (LLMdoctor)",
     ),
-    "tfpo": ("nemo_pivotrl.stages.tfpo:tfpo", "token rewards -> doctor (LLMdoctor)"),
-    "assess": ("nemo_pivotrl.stages.assess:assess", "steered answers against others, with intervals (LLMdoctor)"),
-    "evaluate": ("nemo_pivotrl.stages.evaluate:evaluate", "policies side by side, with intervals"),
-    "preferences": ("nemo_pivotrl.stages.preferences:preferences", "LLMdoctor: preference files -> preferences"),
+    "tfpo": ("nemo_pivotrl.llmdoctor.train_doctor:tfpo", "token rewards -> doctor (LLMdoctor)"),
+    "assess": ("nemo_pivotrl.llmdoctor.assess:assess", "steered answers against others, with intervals (LLMdoctor)"),
+    "evaluate": ("nemo_pivotrl.pivotrl.evaluate:evaluate", "policies side by side, with intervals"),
+    "preferences": ("nemo_pivotrl.llmdoctor.preferences:preferences", "LLMdoctor: preference files -> preferences"),
     "reward": (
-        "nemo_pivotrl.stages.reward:reward",
+        "nemo_pivotrl.llmdoctor.reward:reward",
         "LLMdoctor: preferences -> token rewards, by the patient's two faces",
     ),
-    "decode": ("nemo_pivotrl.stages.decode:decode", "LLMdoctor: prompts -> answers of the policy steered by doctors"),
-    "report": ("nemo_pivotrl.report:report", "one HTML page and its numbers as JSON"),
+    "decode": (
+        "nemo_pivotrl.llmdoctor.decode:decode",
+        "LLMdoctor: prompts -> answers of the policy steered by doctors",
+    ),
+    "report": ("nemo_pivotrl.report.page:report", "one HTML page and its numbers as JSON"),
     "run": (
-        "nemo_pivotrl.stages.quickstart:run",
+        "nemo_pivotrl.pipeline:run",
         "all stages of the recipe; profile, select and train again when signal fades (loop.max_rounds)",
     ),
 }
@@ -74,7 +80,7 @@ TOOLS = {
 EXPORTS = ("nemo-gym", "nemo-rl", "nemotron")
 """`export nemo-rl RECIPE` is `export RECIPE export.target=nemo-rl`."""
 CHECKED = ("profile", "sft", "train", "rank", "reward", "tfpo", "decode", "assess")
-"""Stages that load a model which must be there already: `stages/preflight.py` looks at all they need before they begin."""
+"""Stages that load a model which must be there already: `tools/checks.py` looks at all they need before they begin."""
 BAD_INPUT = 2
 STARTED = frozenset({"RANK", "WORLD_SIZE", "SLURM_STEP_ID"})
 """Variables of torchrun and srun: without one of them this is the only process, and launch.py, a second's import, is not asked."""
@@ -119,7 +125,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     overrides = [o for o in options.overrides if o not in ("fresh=true", "fresh=false")]
 
     def run() -> int | None:
-        from nemo_pivotrl.recipe import load_recipe, to_yaml
+        from nemo_pivotrl.config.load import load_recipe, to_yaml
 
         recipe = load_recipe(options.recipe, overrides)
         if not options.print_config:
@@ -226,12 +232,12 @@ def run_tool(tool: str, options: argparse.Namespace) -> int | None:
     """Run a command that is no stage; an exit code, if it is not 0."""
     from pathlib import Path
 
-    from nemo_pivotrl.recipe import load_recipe, verifier_settings
+    from nemo_pivotrl.config.load import load_recipe, verifier_settings
 
     if tool == "env":
         import json
 
-        from nemo_pivotrl.stages.env import as_json, as_text, look, survey
+        from nemo_pivotrl.tools.environment import as_json, as_text, look, survey
 
         machine = look(not options.no_imports)
         recipes = survey(Path(options.folder), machine)
@@ -245,33 +251,33 @@ def run_tool(tool: str, options: argparse.Namespace) -> int | None:
     if tool == "compare":
         import json
 
-        from nemo_pivotrl.stages.compare import compare
-        from nemo_pivotrl.stages.compare_text import as_text as told
+        from nemo_pivotrl.pivotrl.compare import compare
+        from nemo_pivotrl.pivotrl.compare_text import as_text as told
 
         found = compare(Path(options.left), Path(options.right), options.lambda_diff)
         print(json.dumps(found, indent=1) if options.json else told(found))
         return None
     if tool == "serve":
-        from nemo_pivotrl.stages.serve_engine import serve as serve_engine
+        from nemo_pivotrl.tools.serve import serve as serve_engine
 
         serve_engine(load_recipe(options.recipe, options.overrides), options.host, options.port, options.refit)
         return None
     if tool == "serve-guided":
         recipe = load_recipe(options.recipe, options.overrides)
         with missing_module(tool, {"starlette": "serve", "uvicorn": "serve"}, "reference"):
-            from nemo_pivotrl.stages.serve_guided import serve as serve_guided
+            from nemo_pivotrl.tools.serve_guided import serve as serve_guided
 
             serve_guided(recipe, options.host, options.port)
         return None
     settings = verifier_settings(options.verifier, options.compat, options.set)
     with missing_module(tool, {"starlette": "serve", "uvicorn": "serve"}, "verifiers"):
         if tool == "verify":
-            from nemo_pivotrl.stages.verify import verify
+            from nemo_pivotrl.tools.verify import verify
 
             counts = verify(settings, Path(options.source), Path(options.target))
             print(", ".join(f"{n} {name}" for name, n in sorted(counts.items())) + f" -> {options.target}")
         else:
-            from nemo_pivotrl.stages.serve import serve
+            from nemo_pivotrl.tools.gym_server import serve
 
             serve(settings, options.host, options.port)
     return None
@@ -281,9 +287,9 @@ def run_plan(options: argparse.Namespace) -> int:
     """Print the plan; 2 where the recipe cannot run as it is."""
     import json
 
-    from nemo_pivotrl.recipe import load_recipe
-    from nemo_pivotrl.stages.plan import plan
-    from nemo_pivotrl.stages.plan_text import as_json, as_text
+    from nemo_pivotrl.config.load import load_recipe
+    from nemo_pivotrl.tools.plan import plan
+    from nemo_pivotrl.tools.plan_text import as_json, as_text
 
     recipe = load_recipe(options.recipe, options.overrides)
     verdict = plan(recipe)
@@ -294,8 +300,8 @@ def run_plan(options: argparse.Namespace) -> int:
 
 def run_preflight(options: argparse.Namespace) -> int:
     """Print what would stop the stages, or that nothing would. Raises InputError with all of it."""
-    from nemo_pivotrl.recipe import load_recipe
-    from nemo_pivotrl.records import Problem
+    from nemo_pivotrl.config.load import load_recipe
+    from nemo_pivotrl.core.errors import Problem
 
     named = [word for word in options.overrides if "=" not in word]
     if wrong := [word for word in named if word not in CHECKED]:
@@ -303,7 +309,7 @@ def run_preflight(options: argparse.Namespace) -> int:
         raise InputError(problem)
     recipe = load_recipe(options.recipe, [word for word in options.overrides if "=" in word])
     with missing_module("preflight", {"httpx": "verifiers", "openapi_schema_validator": "verifiers"}, "reference"):
-        from nemo_pivotrl.stages.preflight import caught, port_problems, preflight, stages_of
+        from nemo_pivotrl.tools.checks import caught, port_problems, preflight, stages_of
 
         world = here().world if os.environ.keys() & STARTED else 1
         problems = port_problems()
@@ -322,7 +328,7 @@ def missing_module(command: str, extras: Mapping[str, str], default: str) -> Ite
     try:
         yield
     except ModuleNotFoundError as error:
-        from nemo_pivotrl.records import Problem
+        from nemo_pivotrl.core.errors import Problem
 
         extra = extras.get((error.name or "").partition(".")[0], default)
         remedy = f"pip install 'nemo-pivotrl[{extra}]'"
@@ -345,8 +351,8 @@ def run_stage(stage: str, recipe: Recipe, fresh: bool, shard: str | None = None)
 
     more = {}
     if shard is not None:
-        from nemo_pivotrl.records import Problem
-        from nemo_pivotrl.stages.chunks import shard_of
+        from nemo_pivotrl.core.errors import Problem
+        from nemo_pivotrl.pivotrl.profile_shards import shard_of
 
         if stage != "profile":
             raise InputError(Problem("command line", None, "--shard", f"stage {stage}", "only profile has shards"))
@@ -355,7 +361,7 @@ def run_stage(stage: str, recipe: Recipe, fresh: bool, shard: str | None = None)
     def call() -> None:
         with missing_module(f"stage {stage}", extras, "reference"):
             if stage in CHECKED:
-                from nemo_pivotrl.stages.preflight import preflight
+                from nemo_pivotrl.tools.checks import preflight
 
                 preflight(recipe, stage, here().world if os.environ.keys() & STARTED else 1)
             getattr(import_module(module), function)(recipe, fresh, **more)
@@ -373,16 +379,16 @@ def run_stage(stage: str, recipe: Recipe, fresh: bool, shard: str | None = None)
 def here() -> Place:
     """Which process of how many this is."""
     with missing_module("many processes", {}, "reference"):
-        from nemo_pivotrl.backends.megatron.launch import place_of
+        from nemo_pivotrl.backends.launch import place_of
     return place_of(os.environ)
 
 
 def one_too_many(place: Place) -> int:
     """Refuse processes that would all run the same stage; the first says so."""
-    from nemo_pivotrl.records import Problem
+    from nemo_pivotrl.core.errors import Problem
 
     if place.rank > 0:
-        from nemo_pivotrl.backends.megatron.launch import SPEAK_S
+        from nemo_pivotrl.backends.launch import SPEAK_S
 
         time.sleep(SPEAK_S)
         return BAD_INPUT
@@ -398,7 +404,7 @@ def command() -> NoReturn:
 def leave_together(code: int) -> NoReturn:
     """End this process; one of many that has worked leaves as torch.distributed needs it."""
     if code == 0 and os.environ.keys() & STARTED and here().world > 1:
-        from nemo_pivotrl.backends.megatron.launch import leave
+        from nemo_pivotrl.backends.launch import leave
 
         leave(code)
     sys.exit(code)

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from nemo_pivotrl.config import Recipe
-from nemo_pivotrl.recipe import load_recipe
+from nemo_pivotrl.config.load import load_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = [
@@ -76,8 +76,8 @@ def _one_thread() -> None:
 @pytest.fixture(scope="session")
 def steered(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A whole small LLMdoctor run. Tests that change what is in it put it back."""
-    from nemo_pivotrl.recipe import load_recipe
-    from nemo_pivotrl.stages.quickstart import run
+    from nemo_pivotrl.config.load import load_recipe
+    from nemo_pivotrl.pipeline import run
 
     folder = tmp_path_factory.mktemp("llmdoctor") / "run"
     run(load_recipe(str(ROOT / "recipes/llmdoctor/tiny.yaml"), [f"run_dir={folder}", *SMALL_LLMDOCTOR]))
@@ -87,11 +87,11 @@ def steered(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run directory with a start policy, candidates, profiles and pivots. Tests copy it before they change it."""
-    from nemo_pivotrl.stages.extract import extract
-    from nemo_pivotrl.stages.profile import profile
-    from nemo_pivotrl.stages.quickstart import make_world
-    from nemo_pivotrl.stages.select import select
-    from nemo_pivotrl.stages.sft import warmup
+    from nemo_pivotrl.pipeline import make_world
+    from nemo_pivotrl.pivotrl.extract import extract
+    from nemo_pivotrl.pivotrl.profile import profile
+    from nemo_pivotrl.pivotrl.select import select
+    from nemo_pivotrl.pivotrl.sft import warmup
 
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("trained") / "run"

@@ -8,17 +8,17 @@ import pytest
 import yaml
 
 from nemo_pivotrl import config
-from nemo_pivotrl.backends.aligner import dialect
-from nemo_pivotrl.backends.aligner.settings import (
+from nemo_pivotrl.cli import main
+from nemo_pivotrl.config import nemo_aligner as dialect
+from nemo_pivotrl.config.load import load_recipe
+from nemo_pivotrl.core.errors import InputError
+from nemo_pivotrl.integrations.nemo_aligner.settings import (
     LengthParams,
     LLMDoctorModelBlock,
     PivotRLModelBlock,
     PivotRLTrainerBlock,
     served_problems,
 )
-from nemo_pivotrl.cli import main
-from nemo_pivotrl.recipe import load_recipe
-from nemo_pivotrl.records import InputError
 
 CONFS = sorted(dialect.CONF.glob("*.yaml"))
 RECIPES = sorted((Path(__file__).resolve().parents[1] / "recipes/aligner").glob("*.yaml"))

@@ -10,15 +10,15 @@ from typing import Any
 import pytest
 import torch
 
-from nemo_pivotrl.backends import TokenBatch
-from nemo_pivotrl.backends.reference import ReferencePolicy
-from nemo_pivotrl.backends.reference_doctor import DoctorModel
+from nemo_pivotrl.algorithms.llmdoctor import TfpoSettings
+from nemo_pivotrl.algorithms.pivotrl import LossSettings, grpo_loss
+from nemo_pivotrl.backends.base import TokenBatch
+from nemo_pivotrl.backends.reference.doctor import DoctorModel
+from nemo_pivotrl.backends.reference.policy import ReferencePolicy
 from nemo_pivotrl.config import Optimizer, Patient, Policy, Recipe
-from nemo_pivotrl.llmdoctor import TfpoSettings
-from nemo_pivotrl.pivotrl import LossSettings, grpo_loss
-from nemo_pivotrl.records import read_rows
-from nemo_pivotrl.stages.reward import reward
-from nemo_pivotrl.stages.tfpo import _run
+from nemo_pivotrl.core.artifacts import read_rows
+from nemo_pivotrl.llmdoctor.reward import reward
+from nemo_pivotrl.llmdoctor.train_doctor import _run
 
 KEPT = ("ids", "importance", "rewards")
 FOLDER = Path(__file__).parent / "aligner"

@@ -8,9 +8,10 @@ import pytest
 from conftest import ROOT, SMALL_LLMDOCTOR
 
 from nemo_pivotrl.config import Recipe
-from nemo_pivotrl.recipe import load_recipe
-from nemo_pivotrl.records import InputError, read_rows
-from nemo_pivotrl.stages.assess import assess, distinct, repetition_diversity
+from nemo_pivotrl.config.load import load_recipe
+from nemo_pivotrl.core.artifacts import read_rows
+from nemo_pivotrl.core.errors import InputError
+from nemo_pivotrl.llmdoctor.assess import assess, distinct, repetition_diversity
 
 
 def recipe(folder: Path, *overrides: str) -> Recipe:

@@ -11,13 +11,16 @@ import pytest
 from conftest import ROOT, recipe_at
 
 from nemo_pivotrl import config
-from nemo_pivotrl.records import Action, Candidate, Case, InputError, ToolCall, Verdict, read_header, read_rows
-from nemo_pivotrl.stages.audit import GOLD, RIGHT, WRONG, audit, run_audit, summarise
-from nemo_pivotrl.stages.profile import profile
-from nemo_pivotrl.stages.rescore import rescore
-from nemo_pivotrl.stages.select import select
-from nemo_pivotrl.stages.train import train
-from nemo_pivotrl.verifiers import VerifierFault, load_verifier, probes
+from nemo_pivotrl.core.artifacts import read_header, read_rows
+from nemo_pivotrl.core.errors import InputError
+from nemo_pivotrl.core.types import Action, Candidate, Case, ToolCall, Verdict
+from nemo_pivotrl.pivotrl.profile import profile
+from nemo_pivotrl.pivotrl.rescore import rescore
+from nemo_pivotrl.pivotrl.select import select
+from nemo_pivotrl.pivotrl.train import train
+from nemo_pivotrl.pivotrl.verifier_audit import GOLD, RIGHT, WRONG, audit, run_audit, summarise
+from nemo_pivotrl.verifiers import probes
+from nemo_pivotrl.verifiers.base import VerifierFault, load_verifier
 
 TOOL = {
     "type": "function",
@@ -150,12 +153,12 @@ def test_the_stage_writes_rows_and_numbers_and_the_sample_is_the_recipes(
 
 
 def test_profile_stops_before_generating_when_the_experts_fail(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from nemo_pivotrl import backends
+    from nemo_pivotrl.backends import loading
 
     def never(*_: object) -> None:
         raise AssertionError("the policy was loaded")
 
-    monkeypatch.setattr(backends, "load", never)
+    monkeypatch.setattr(loading, "load", never)
     impossible = recipe_at(
         run_dir, "verifier.settings.word_count_similarity_threshold=1.0", "profile.num_generations=9"
     )

@@ -11,10 +11,10 @@ import pytest
 import torch
 from conftest import ROOT
 
-from nemo_pivotrl import manners, tiny
-from nemo_pivotrl.backends.reference_doctor import DoctorModel
+from nemo_pivotrl.backends.reference.doctor import DoctorModel
 from nemo_pivotrl.config import Optimizer, Policy, Recipe
-from nemo_pivotrl.stages import tfpo
+from nemo_pivotrl.demo import answer_styles as manners, tiny_models as tiny
+from nemo_pivotrl.llmdoctor import train_doctor as tfpo
 
 sys.path.append(str(ROOT / "benchmarks"))
 ARMS, BASELINES, SPEED = map(importlib.import_module, ("llmdoctor_claims_arms", "llmdoctor_baselines", "tfpo_speed"))

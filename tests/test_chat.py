@@ -9,11 +9,12 @@ from conftest import ROOT
 from hypothesis import given, settings, strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from nemo_pivotrl import chat, tiny
-from nemo_pivotrl.chat import Chat
 from nemo_pivotrl.config import Limits
-from nemo_pivotrl.records import InputError
-from nemo_pivotrl.responses import action_of
+from nemo_pivotrl.core.errors import InputError
+from nemo_pivotrl.data import chat_template as chat
+from nemo_pivotrl.data.chat_template import Chat
+from nemo_pivotrl.data.gym_rows import action_of
+from nemo_pivotrl.demo import tiny_models as tiny
 
 TOOLS = [
     {

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from nemo_pivotrl import cli
-from nemo_pivotrl.records import Action, ArtefactWriter, Candidate, Header, ToolCall, read_rows
-from nemo_pivotrl.responses import candidate_to_row
+from nemo_pivotrl.core.artifacts import ArtefactWriter, Header, read_rows
+from nemo_pivotrl.core.types import Action, Candidate, ToolCall
+from nemo_pivotrl.data.gym_rows import candidate_to_row
 
 ROOT = Path(__file__).resolve().parents[1]
 HEAVY = ["torch", "transformers", "numpy", "omegaconf", "yaml", "matplotlib", "jsonschema"]

@@ -12,12 +12,14 @@ from typing import Any
 import pytest
 
 from nemo_pivotrl import cli
-from nemo_pivotrl.curtailment import Plan
-from nemo_pivotrl.endings import unbiased_rate
-from nemo_pivotrl.records import Action, ArtefactWriter, Candidate, Header, InputError, Profile, ToolCall
-from nemo_pivotrl.stages.compare import compare, significant_to
-from nemo_pivotrl.stages.compare_text import as_text
-from nemo_pivotrl.stages.profile_rows import profile_to_row
+from nemo_pivotrl.algorithms.early_stopping import Plan
+from nemo_pivotrl.algorithms.early_stopping_estimates import unbiased_rate
+from nemo_pivotrl.core.artifacts import ArtefactWriter, Header
+from nemo_pivotrl.core.errors import InputError
+from nemo_pivotrl.core.types import Action, Candidate, Profile, ToolCall
+from nemo_pivotrl.pivotrl.compare import compare, significant_to
+from nemo_pivotrl.pivotrl.compare_text import as_text
+from nemo_pivotrl.pivotrl.profile_rows import profile_to_row
 
 FOUR = Plan(4, curtailed=False)
 SAMPLING = {"temperature": 1.0, "top_p": 1.0, "max_new_tokens": 64}

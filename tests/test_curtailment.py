@@ -7,8 +7,8 @@ import random
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from nemo_pivotrl.curtailment import Plan, beta_binomial, expected_rollouts, interval
-from nemo_pivotrl.pivotrl import Rule, keep, statistics
+from nemo_pivotrl.algorithms.early_stopping import Plan, beta_binomial, expected_rollouts, interval
+from nemo_pivotrl.algorithms.pivotrl import Rule, keep, statistics
 
 RULES: tuple[Rule, ...] = ("adv", "mixed", "adv_with_zeros")
 

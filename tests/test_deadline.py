@@ -8,9 +8,9 @@ import pytest
 from conftest import ROOT, SMALL
 
 from nemo_pivotrl import cli
-from nemo_pivotrl.backends import policy_revision
-from nemo_pivotrl.records import InputError
-from nemo_pivotrl.stages.checkpoint import RESUME, Paused, is_due, time_limit
+from nemo_pivotrl.backends.loading import policy_revision
+from nemo_pivotrl.components.checkpoint import RESUME, Paused, is_due, time_limit
+from nemo_pivotrl.core.errors import InputError
 
 
 @pytest.mark.parametrize(
@@ -45,7 +45,7 @@ def test_a_paused_run_exits_with_a_code_of_its_own() -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(
-    "is_due" not in (ROOT / "nemo_pivotrl/stages/train.py").read_text(), reason="train does not ask yet"
+    "is_due" not in (ROOT / "nemo_pivotrl/pivotrl/train.py").read_text(), reason="train does not ask yet"
 )
 def test_training_stops_at_its_deadline_saved_and_the_same_command_ends_as_if_it_had_not(
     trained: Path, tmp_path: Path

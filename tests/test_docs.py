@@ -12,7 +12,7 @@ from test_slurm import environment
 
 from nemo_pivotrl import cli
 from nemo_pivotrl.config import Recipe
-from nemo_pivotrl.verifiers import VERIFIERS
+from nemo_pivotrl.verifiers.base import VERIFIERS
 
 SLURM = ROOT / "deploy/slurm"
 DOCS = sorted((ROOT / "docs").glob("*.md"))
@@ -41,7 +41,7 @@ ELSEWHERE = {
     "torchrun --nproc-per-node 8 -m nemo_pivotrl.cli train ": "distributed/test_megatron_stages.py",
     "srun nemo-pivotrl train ": "test_slurm.py",
     "nemo pivotrl train ": "aligner/test_nemo_run.py",
-    "python -m nemo_pivotrl.backends.aligner.": "aligner/test_scripts.py",
+    "python -m nemo_pivotrl.integrations.nemo_aligner.": "aligner/test_scripts.py",
     "python deploy/nemotron/rl/pivotrl/step.py ": "test_nemotron_step.py",
 }
 """How a command begins, and the test that runs it."""

@@ -6,8 +6,8 @@ from fractions import Fraction
 
 import pytest
 
-from nemo_pivotrl.curtailment import Plan
-from nemo_pivotrl.endings import endings, same_rate_p_value, unbiased_rate
+from nemo_pivotrl.algorithms.early_stopping import Plan
+from nemo_pivotrl.algorithms.early_stopping_estimates import endings, same_rate_p_value, unbiased_rate
 
 
 def test_ways_to_every_ending_are_those_of_a_hand_drawn_tree() -> None:

@@ -10,10 +10,19 @@ import pytest
 from conftest import ROOT
 
 from nemo_pivotrl import cli
-from nemo_pivotrl.backends.megatron.precision import Probe
 from nemo_pivotrl.config import Logger, Lora, Megatron, Patient, Policy, Recipe, Vllm
-from nemo_pivotrl.stages import env
-from nemo_pivotrl.stages.env import MODULES, Machine, Package, as_text, find, obstacles, survey, why_not_importable
+from nemo_pivotrl.sizing.precision import Probe
+from nemo_pivotrl.tools import environment as env
+from nemo_pivotrl.tools.environment import (
+    MODULES,
+    Machine,
+    Package,
+    as_text,
+    find,
+    obstacles,
+    survey,
+    why_not_importable,
+)
 
 CPU = Machine("3.11.7", dict.fromkeys(MODULES, Package("1.0")), None, (), Probe())
 HOPPER = replace(CPU, gpus=("H100 (9.0)",) * 8, driver="570", probe=Probe("2.8.0", "", (12, 9), (9, 0), "nvidia"))

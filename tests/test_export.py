@@ -18,10 +18,11 @@ from conftest import ROOT, recipe_at
 
 from nemo_pivotrl import cli
 from nemo_pivotrl.config import Recipe
-from nemo_pivotrl.recipe import load_recipe
-from nemo_pivotrl.records import InputError, read_rows
-from nemo_pivotrl.stages import nemo_rl
-from nemo_pivotrl.stages.export import export
+from nemo_pivotrl.config.load import load_recipe
+from nemo_pivotrl.core.artifacts import read_rows
+from nemo_pivotrl.core.errors import InputError
+from nemo_pivotrl.pivotrl import export_nemo_rl as nemo_rl
+from nemo_pivotrl.pivotrl.export import export
 
 AGENT = "single_step_tool_use_with_argument_comparison_agent"
 NEMO_RL = """

@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 
 from nemo_pivotrl.config import Extract, Recipe
-from nemo_pivotrl.records import Action, Candidate, InputError, Message, ToolCall, Trajectory, read_header, read_rows
-from nemo_pivotrl.responses import candidate_of_row
-from nemo_pivotrl.stages.extract import cut_all, dangling_call, extract, is_error, leaks, split_by_task
+from nemo_pivotrl.core.artifacts import read_header, read_rows
+from nemo_pivotrl.core.errors import InputError
+from nemo_pivotrl.core.types import Action, Candidate, Message, ToolCall, Trajectory
+from nemo_pivotrl.data.gym_rows import candidate_of_row
+from nemo_pivotrl.pivotrl.extract import cut_all, dangling_call, extract, is_error, leaks, split_by_task
 
 TAU = Path(__file__).resolve().parents[2] / "shared/data/tau_airline"
 SCHEMA = {"type": "object", "properties": {"q": {"type": "integer"}}, "required": ["q"]}

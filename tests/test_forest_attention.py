@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from nemo_pivotrl.backends.forest_attention import attend, blocks, dense, flex
-from nemo_pivotrl.prefix import Forest, Fork, lay_out, visible
+from nemo_pivotrl.algorithms.prefix_tree import Forest, Fork, lay_out, visible
+from nemo_pivotrl.backends.tree_attention import attend, blocks, dense, flex
 
 EXACT = 1e-12
 

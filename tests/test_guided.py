@@ -22,9 +22,10 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from nemo_pivotrl import cli, tiny
-from nemo_pivotrl.backends import doctors as doctors_module, guided as guided_module
-from nemo_pivotrl.backends.guided import (
+from nemo_pivotrl import cli
+from nemo_pivotrl.backends import doctors as doctors_module
+from nemo_pivotrl.backends.reference import guided as guided_module
+from nemo_pivotrl.backends.reference.guided import (
     Doctors,
     Guided,
     GuidedGenerator,
@@ -34,10 +35,12 @@ from nemo_pivotrl.backends.guided import (
     check_contract,
     load_guided,
 )
-from nemo_pivotrl.chat import Chat
 from nemo_pivotrl.config import Doctor
-from nemo_pivotrl.recipe import load_recipe
-from nemo_pivotrl.records import InputError, read_header, read_rows
+from nemo_pivotrl.config.load import load_recipe
+from nemo_pivotrl.core.artifacts import read_header, read_rows
+from nemo_pivotrl.core.errors import InputError
+from nemo_pivotrl.data.chat_template import Chat
+from nemo_pivotrl.demo import tiny_models as tiny
 
 TEXTS = ["book a flight to oslo", "the quick brown fox", "cancel 12 tickets, please!", "a b c d e"] * 3
 TOKENIZER = tiny.make_tokenizer(TEXTS, 320)
@@ -663,7 +666,7 @@ def test_loaded_folders_decode_as_the_models_do_and_pickles_are_refused(models: 
 
 
 def test_a_doctor_with_a_template_of_its_own_reads_its_own_prompt(folders: Path, tmp_path: Path) -> None:
-    from nemo_pivotrl.stages.decode import load, prompt_ids
+    from nemo_pivotrl.llmdoctor.decode import load, prompt_ids
 
     other = tiny.make_tokenizer(TEXTS, 320)
     other.chat_template = tiny.CHAT_TEMPLATE.replace("<|{{ m.role }}|>", "<|{{ m.role }}|> ")

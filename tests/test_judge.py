@@ -25,15 +25,10 @@ import pytest
 from hypothesis import example, given, settings, strategies as st
 
 from nemo_pivotrl import config
-from nemo_pivotrl.records import Action, Case, InputError, ToolCall, Verdict
-from nemo_pivotrl.verifiers import (
-    Ruling,
-    VerifierFault,
-    judge as judge_module,
-    judge_prompt as prompts,
-    load_verifier,
-    verdicts,
-)
+from nemo_pivotrl.core.errors import InputError
+from nemo_pivotrl.core.types import Action, Case, ToolCall, Verdict
+from nemo_pivotrl.verifiers import judge as judge_module, judge_prompt as prompts
+from nemo_pivotrl.verifiers.base import Ruling, VerifierFault, load_verifier, verdicts
 from nemo_pivotrl.verifiers.judge import Judge, JudgeVerifier, calibrate, connect, refuse_self_judge
 from nemo_pivotrl.verifiers.judge_calibration import CALIBRATION, wilson
 
@@ -681,7 +676,7 @@ for i in range(100):
 ASK = """
 import sys
 from nemo_pivotrl import config
-from nemo_pivotrl.records import Action, Case
+from nemo_pivotrl.core.types import Action, Case
 from nemo_pivotrl.verifiers.judge import connect
 judge = connect(config.Judge(base_url=sys.argv[1], model="referee", api_key_env="JUDGE_KEY", cache=sys.argv[2]))
 print(judge.equivalent("terminal", Case(Action("message", "")), "ls", "dir").votes)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from nemo_pivotrl import llmdoctor
-from nemo_pivotrl.llmdoctor import (
+from nemo_pivotrl.algorithms import llmdoctor
+from nemo_pivotrl.algorithms.llmdoctor import (
     FlowStatistics,
     Layout,
     TfpoSettings,

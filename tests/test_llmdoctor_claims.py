@@ -13,9 +13,9 @@ import pytest
 import torch
 from conftest import ROOT
 
-from nemo_pivotrl import tiny
-from nemo_pivotrl.backends.guided import Steering
+from nemo_pivotrl.backends.reference.guided import Steering
 from nemo_pivotrl.config import Recipe, Tfpo
+from nemo_pivotrl.demo import tiny_models as tiny
 
 sys.path.append(str(ROOT / "benchmarks"))
 arms, opponents, plan, tables = (
@@ -97,8 +97,8 @@ def test_args_without_weight_is_the_patient_over_its_likeliest_tokens_and_with_m
     def answers(weight: float, k: int) -> list[Any]:
         return opponents.args_answers(model, (model, silent), prompts, requests, frozenset({0}), weight, k)
 
-    from nemo_pivotrl.backends.guided import GuidedGenerator
-    from nemo_pivotrl.chat import load_tokenizer
+    from nemo_pivotrl.backends.reference.guided import GuidedGenerator
+    from nemo_pivotrl.data.chat_template import load_tokenizer
 
     alone = GuidedGenerator(model, {}, load_tokenizer(str(tmp_path)), stop_ids=frozenset({0})).generate(
         prompts, requests

@@ -16,14 +16,16 @@ from typing import Any
 import pytest
 from conftest import ROOT, SMALL, recipe_at
 
-from nemo_pivotrl import rounds
+from nemo_pivotrl.algorithms import round_rules as rounds
+from nemo_pivotrl.algorithms.round_rules import Ending, Spent
+from nemo_pivotrl.components import checkpoint, costs as ledger
+from nemo_pivotrl.components.metrics import read_metrics
 from nemo_pivotrl.config import Budget, Loop, Recipe
-from nemo_pivotrl.records import InputError, read_header, read_rows
-from nemo_pivotrl.rounds import Ending, Spent
-from nemo_pivotrl.stages import checkpoint, ledger, measure
-from nemo_pivotrl.stages.loop import REHEARSED, Round, _candidates, _result, _stop, _until, gains, loop, read_history
-from nemo_pivotrl.stages.metrics import read_metrics
-from nemo_pivotrl.stages.train import train
+from nemo_pivotrl.core.artifacts import read_header, read_rows
+from nemo_pivotrl.core.errors import InputError
+from nemo_pivotrl.pivotrl import monitor as measure
+from nemo_pivotrl.pivotrl.loop import REHEARSED, Round, _candidates, _result, _stop, _until, gains, loop, read_history
+from nemo_pivotrl.pivotrl.train import train
 
 TWO_ROUNDS = [
     "loop.max_rounds=2",
@@ -191,7 +193,7 @@ def looped(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def start(folder: Path, *overrides: str) -> subprocess.Popen[bytes]:
     """The loop alone, as `run` calls it, in a process of its own."""
     code = (
-        "import sys; from nemo_pivotrl.recipe import load_recipe; from nemo_pivotrl.stages.loop import loop;"
+        "import sys; from nemo_pivotrl.config.load import load_recipe; from nemo_pivotrl.pivotrl.loop import loop;"
         "import torch; torch.set_num_threads(1); loop(load_recipe(sys.argv[1], sys.argv[2:]))"
     )
     settings = [f"run_dir={folder}", *SMALL, *TWO_ROUNDS, *overrides]
@@ -256,7 +258,7 @@ def test_a_later_round_rehearses_the_pivots_before_it(run_dir: Path, monkeypatch
         trained_on.append(own.grpo.pivots)
         return train(own, *rest)
 
-    monkeypatch.setattr("nemo_pivotrl.stages.loop.train", watched)
+    monkeypatch.setattr("nemo_pivotrl.pivotrl.loop.train", watched)
     loop(recipe)
     first, second, both = (folder / name for name in ("pivots.jsonl", "round-02/pivots.jsonl", f"round-02/{REHEARSED}"))
     rows = {path: [row["provenance"] for row in read_rows(path)] for path in (first, second, both)}
@@ -442,7 +444,7 @@ def test_servers_and_numbered_rounds_are_refused(run_dir: Path) -> None:
 
 
 def test_run_audits_once_and_only_before_there_is_a_profile(trained: Path, tmp_path: Path) -> None:
-    from nemo_pivotrl.stages.quickstart import _pivotrl
+    from nemo_pivotrl.pipeline import _pivotrl
 
     def names(*overrides: str, folder: Path = tmp_path, fresh: bool = False) -> list[str]:
         return [stage.__name__ for stage in _pivotrl(of(folder, "extract.trajectories=[x]", *overrides), fresh)]
@@ -458,7 +460,7 @@ def test_run_audits_once_and_only_before_there_is_a_profile(trained: Path, tmp_p
 
 def test_the_ledger_knows_what_a_killed_process_spent(tmp_path: Path) -> None:
     code = (
-        "import sys, time, os, signal; from pathlib import Path; from nemo_pivotrl.stages.ledger import spend\n"
+        "import sys, time, os, signal; from pathlib import Path; from nemo_pivotrl.components.costs import spend\n"
         "with spend(Path(sys.argv[1]), 'profile') as cost:\n"
         "    cost['rollouts'] = 7\n"
         "    time.sleep(1.6)\n"
@@ -510,8 +512,8 @@ def test_the_run_ledger_counts_what_the_history_counts(looped: Path) -> None:
 
 
 def test_the_report_shows_the_history(looped: Path) -> None:
-    from nemo_pivotrl.report import gather, report
-    from nemo_pivotrl.report_loop import cumulative
+    from nemo_pivotrl.report.page import gather, report
+    from nemo_pivotrl.report.rounds import cumulative
 
     rows, borders = cumulative([accuracies(0.1, 0.2, 0.3), accuracies(0.3, 0.4)])
     assert [row["step"] for row in rows] == [0, 1, 2, 2, 3] and borders == [2]

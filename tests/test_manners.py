@@ -4,9 +4,9 @@ import random
 
 import pytest
 
-from nemo_pivotrl import manners
-from nemo_pivotrl.manners import Manner, answer, kindness, lesson, questions
-from nemo_pivotrl.oracles import brevity
+from nemo_pivotrl.demo import answer_styles as manners
+from nemo_pivotrl.demo.answer_styles import Manner, answer, kindness, lesson, questions
+from nemo_pivotrl.llmdoctor.oracles import brevity
 
 
 @pytest.mark.parametrize("seed", range(5))

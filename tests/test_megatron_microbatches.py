@@ -6,8 +6,8 @@ import pytest
 import torch
 from hypothesis import given, strategies as st
 
-from nemo_pivotrl.backends.megatron.legality import multiple_of, round_up
 from nemo_pivotrl.backends.megatron.microbatches import context_part, lay_out, schedule
+from nemo_pivotrl.sizing.layout_rules import multiple_of, round_up
 
 
 @given(

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from nemo_pivotrl.backends.megatron.precision import (
+from nemo_pivotrl.config import Megatron
+from nemo_pivotrl.core.errors import InputError
+from nemo_pivotrl.sizing.precision import (
     Probe,
     check_fp8,
     fp8_fields,
@@ -18,8 +20,6 @@ from nemo_pivotrl.backends.megatron.precision import (
     token_multiple,
     which_apex,
 )
-from nemo_pivotrl.config import Megatron
-from nemo_pivotrl.records import InputError
 
 HOPPER = Probe("2.8.0", "", (12, 9), (9, 0), "nvidia")
 BLACKWELL = replace(HOPPER, capability=(10, 0))

@@ -20,10 +20,9 @@ import pytest
 from conftest import ROOT
 
 from nemo_pivotrl import config
-from nemo_pivotrl.config import Logger, Policy, Recipe
-from nemo_pivotrl.records import InputError
-from nemo_pivotrl.stages import dashboards
-from nemo_pivotrl.stages.dashboards import (
+from nemo_pivotrl.components import trackers as dashboards
+from nemo_pivotrl.components.metrics import MetricsLog, read_metrics
+from nemo_pivotrl.components.trackers import (
     Run,
     Sink,
     check_dashboards,
@@ -33,7 +32,8 @@ from nemo_pivotrl.stages.dashboards import (
     offline_step,
     without_secrets,
 )
-from nemo_pivotrl.stages.metrics import MetricsLog, read_metrics
+from nemo_pivotrl.config import Logger, Policy, Recipe
+from nemo_pivotrl.core.errors import InputError
 
 QUIET = Logger(tensorboard=False)
 
@@ -308,7 +308,7 @@ JOB = """
     import os, signal, sys
     from pathlib import Path
     from nemo_pivotrl.config import Grpo, Logger, Recipe
-    from nemo_pivotrl.stages.metrics import MetricsLog
+    from nemo_pivotrl.components.metrics import MetricsLog
 
     folder, first, last, name, end = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], sys.argv[5]
     logger = Logger(**{"tensorboard": False, name: True}, tags=("mine",), mlflow_tracking_uri=f"sqlite:///{folder}/mlflow.db")

@@ -13,11 +13,12 @@ import pytest
 from conftest import ROOT
 from omegaconf import OmegaConf
 
-from nemo_pivotrl.backends.aligner.dialect import register_resolver
-from nemo_pivotrl.nemotron_step import manifest_entry, register_resolvers
-from nemo_pivotrl.recipe import load_recipe
-from nemo_pivotrl.records import InputError, read_rows
-from nemo_pivotrl.stages.extract import extract
+from nemo_pivotrl.config.load import load_recipe
+from nemo_pivotrl.config.nemo_aligner import register_resolver
+from nemo_pivotrl.core.artifacts import read_rows
+from nemo_pivotrl.core.errors import InputError
+from nemo_pivotrl.integrations.nemotron_step import manifest_entry, register_resolvers
+from nemo_pivotrl.pivotrl.extract import extract
 
 STEP = ROOT / "deploy/nemotron/rl/pivotrl"
 TYPES = {"training_jsonl", "checkpoint_hf", "checkpoint_megatron", "checkpoint_lora", "packed_parquet", "eval_results"}

@@ -6,9 +6,10 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
-from nemo_pivotrl import oracles, tiny
 from nemo_pivotrl.config import Oracles
-from nemo_pivotrl.records import InputError
+from nemo_pivotrl.core.errors import InputError
+from nemo_pivotrl.demo import tiny_models as tiny
+from nemo_pivotrl.llmdoctor import oracles
 
 
 def test_brevity_counts_words_not_marks() -> None:

@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 
-from nemo_pivotrl import pivotrl
-from nemo_pivotrl.pivotrl import LossSettings, group_advantages, grpo_loss, keep, kl_k3, statistics
-from nemo_pivotrl.records import Action, Candidate, Profile, ToolCall
+from nemo_pivotrl.algorithms import pivotrl
+from nemo_pivotrl.algorithms.pivotrl import LossSettings, group_advantages, grpo_loss, keep, kl_k3, statistics
+from nemo_pivotrl.core.types import Action, Candidate, Profile, ToolCall
 
 PLAIN = LossSettings(
     clip_low=0.2,

@@ -21,8 +21,10 @@ import pivotrl_e2e
 import pivotrl_tables
 import pivotrl_theory
 
-from nemo_pivotrl import backends, world
-from nemo_pivotrl.records import Sample
+from nemo_pivotrl.backends import loading
+from nemo_pivotrl.backends.base import TokenBatch
+from nemo_pivotrl.core.types import Sample
+from nemo_pivotrl.demo import service_desk as world
 
 
 def test_an_interval_over_seeds_is_wider_than_one_over_their_items_together() -> None:
@@ -167,11 +169,11 @@ def test_end_to_end_training_raises_the_chance_of_what_ended_well(
     rows, _ = pivotrl_e2e.train(recipe, lambda step, *rest: seen.append((step, rest[-1])), tmp_path / "policy")
     assert [step for step, _ in seen] == [0, 1]
     assert seen[1][1] == rows[0]["turns"] == sum(len(turns) for turns, _ in taken)
-    after = backends.load(dataclasses.replace(recipe.policy, model_name=str(tmp_path / "policy")))
+    after = loading.load(dataclasses.replace(recipe.policy, model_name=str(tmp_path / "policy")))
     gain = 0.0
     for turns, advantage in taken:
         for prompt, sample in turns:
-            now = after.get_inference_log_probs(backends.TokenBatch([prompt], [0], [sample.token_ids], {}))
+            now = after.get_inference_log_probs(TokenBatch([prompt], [0], [sample.token_ids], {}))
             gain += advantage * (float(now.sum()) - sum(sample.log_probs))
     assert rows[0]["mixed_group_share"] > 0 and gain > 0
 

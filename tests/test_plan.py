@@ -13,22 +13,15 @@ import pytest
 from conftest import ROOT
 
 from nemo_pivotrl import cli
-from nemo_pivotrl.backends.megatron.architecture import Architecture, read_architecture
-from nemo_pivotrl.backends.megatron.flops import active_parameters, cache_bytes, forward_flops, model_bytes
-from nemo_pivotrl.backends.megatron.memory import (
-    Layout,
-    MicroBatch,
-    activation_bytes,
-    layout_of,
-    stage_parameters,
-    state_bytes,
-)
-from nemo_pivotrl.backends.megatron.shapes import PUBLISHED, published
 from nemo_pivotrl.config import Cluster, Generation, Lora, Megatron, Plan as Told, Policy, Recipe
-from nemo_pivotrl.recipe import load_recipe
-from nemo_pivotrl.records import InputError
-from nemo_pivotrl.stages.plan import Verdict, lora_parameters, plan
-from nemo_pivotrl.stages.plan_costs import pivotrl_costs, step_tokens
+from nemo_pivotrl.config.load import load_recipe
+from nemo_pivotrl.core.errors import InputError
+from nemo_pivotrl.sizing.architecture import Architecture, read_architecture
+from nemo_pivotrl.sizing.flops import active_parameters, cache_bytes, forward_flops, model_bytes
+from nemo_pivotrl.sizing.known_models import PUBLISHED, published
+from nemo_pivotrl.sizing.memory import Layout, MicroBatch, activation_bytes, layout_of, stage_parameters, state_bytes
+from nemo_pivotrl.tools.plan import Verdict, lora_parameters, plan
+from nemo_pivotrl.tools.plan_costs import pivotrl_costs, step_tokens
 
 SUPER = "NVIDIA-Nemotron-3-Super-120B-A12B-BF16"
 RECIPES = ROOT / "recipes/pivotrl"

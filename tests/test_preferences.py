@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from nemo_pivotrl.config import Preferences, Recipe
-from nemo_pivotrl.preferences import READERS, Found, preference_of_row, read_preferences
-from nemo_pivotrl.records import InputError, Problem, read_header, read_rows
-from nemo_pivotrl.stages.preferences import preferences
+from nemo_pivotrl.core.artifacts import read_header, read_rows
+from nemo_pivotrl.core.errors import InputError, Problem
+from nemo_pivotrl.data.preferences import READERS, Found, preference_of_row, read_preferences
+from nemo_pivotrl.llmdoctor.preferences import preferences
 
 
 def user(text: str) -> dict[str, str]:

@@ -9,8 +9,8 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from nemo_pivotrl import prefix
-from nemo_pivotrl.prefix import Fork, Segment, lay_out, packs, token_ratio, visible
+from nemo_pivotrl.algorithms import prefix_tree as prefix
+from nemo_pivotrl.algorithms.prefix_tree import Fork, Segment, lay_out, packs, token_ratio, visible
 
 IDS = st.lists(st.integers(0, 2), min_size=1, max_size=7)  # few ids, so that prefixes are shared in every way
 ROWS = st.lists(st.tuples(IDS, IDS), min_size=1, max_size=12)

@@ -16,12 +16,13 @@ import pytest
 import torch
 from conftest import ROOT, SMALL, recipe_at
 
-from nemo_pivotrl import backends, cli
-from nemo_pivotrl.backends.megatron.precision import Probe
+from nemo_pivotrl import cli
+from nemo_pivotrl.backends import loading
 from nemo_pivotrl.config import Megatron, Recipe
-from nemo_pivotrl.records import InputError, Problem
-from nemo_pivotrl.stages.preflight import port_problems, preflight
-from nemo_pivotrl.tiny import CHAT_TEMPLATE
+from nemo_pivotrl.core.errors import InputError, Problem
+from nemo_pivotrl.demo.tiny_models import CHAT_TEMPLATE
+from nemo_pivotrl.sizing.precision import Probe
+from nemo_pivotrl.tools.checks import port_problems, preflight
 
 HOPPER = Probe(transformer_engine="2.3", cuda=(12, 9), capability=(9, 0))
 BARE = Probe()
@@ -63,7 +64,7 @@ def test_everything_that_is_wrong_is_said_at_once(
 ) -> None:
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10, 9, 1))
-    monkeypatch.setattr(backends, "load_sampler", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(loading, "load_sampler", lambda *_: pytest.fail("a model was loaded"))
     arguments = [str(ROOT / "recipes/pivotrl/tiny.yaml"), f"run_dir={tmp_path}", *SMALL, "policy.sampler=vllm"]
     arguments += ["policy.model_name=nowhere", "vllm.servers=[rollouts]", "verifier.settings={no_such: 1}"]
     assert cli.main(["profile", *arguments]) == cli.BAD_INPUT

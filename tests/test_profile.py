@@ -19,13 +19,16 @@ import pytest
 from conftest import ROOT, SMALL, recipe_at
 from test_stages import finish, kill_when, start
 
-from nemo_pivotrl import backends, cli
+from nemo_pivotrl import cli
+from nemo_pivotrl.backends import loading
 from nemo_pivotrl.config import Recipe
-from nemo_pivotrl.records import Action, Case, InputError, Lost, Sample, Verdict, read_rows
-from nemo_pivotrl.stages import profile_work
-from nemo_pivotrl.stages.chunks import Shard, shard_of
-from nemo_pivotrl.stages.profile import merge, prepare, profile
-from nemo_pivotrl.stages.select import select
+from nemo_pivotrl.core.artifacts import read_rows
+from nemo_pivotrl.core.errors import InputError
+from nemo_pivotrl.core.types import Action, Case, Lost, Sample, Verdict
+from nemo_pivotrl.pivotrl import profile_work
+from nemo_pivotrl.pivotrl.profile import merge, prepare, profile
+from nemo_pivotrl.pivotrl.profile_shards import Shard, shard_of
+from nemo_pivotrl.pivotrl.select import select
 
 QUIET = ["audit.before_profile=false"]
 
@@ -161,7 +164,7 @@ class Dead(BaseException):
 
 def dying(monkeypatch: pytest.MonkeyPatch, rng: random.Random) -> None:
     """Let one of the next writes of the profile stop at a random byte, as a kill between two system calls does."""
-    from nemo_pivotrl.stages import chunks
+    from nemo_pivotrl.pivotrl import profile_shards as chunks
 
     left, write, publish = [rng.randrange(1, 26)], chunks.Journal.write, chunks.Parts.publish
 
@@ -195,8 +198,8 @@ def test_deaths_at_random_bytes_end_with_the_same_bytes(
     run_dir: Path, trained: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected, rng, deaths = sha(trained / "profiles.jsonl"), random.Random(17), 0
-    whole = backends.load_sampler(recipe_at(run_dir).policy)  # the reference policy, loaded once
-    monkeypatch.setattr(backends, "load_sampler", lambda *_: whole)
+    whole = loading.load_sampler(recipe_at(run_dir).policy)  # the reference policy, loaded once
+    monkeypatch.setattr(loading, "load_sampler", lambda *_: whole)
     while deaths < 16:  # fifty real kills are in benchmarks/profile_kills.py
         recipe = recipe_at(run_dir, *QUIET)
         with monkeypatch.context() as patch:
@@ -292,7 +295,7 @@ def test_what_a_dead_shard_left_is_taken_over_with_its_rollouts(
 
 def counting(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many turns are drawn from now on."""
-    load, count = backends.load_sampler, [0]
+    load, count = loading.load_sampler, [0]
 
     def loaded(*arguments: Any) -> Any:
         sampler = load(*arguments)
@@ -305,7 +308,7 @@ def counting(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         sampler.infer = counted
         return sampler
 
-    monkeypatch.setattr(backends, "load_sampler", loaded)
+    monkeypatch.setattr(loading, "load_sampler", loaded)
     return count
 
 
@@ -314,7 +317,7 @@ def test_one_shard_runs_once_and_shards_are_counted_from_zero(
 ) -> None:
     recipe = recipe_at(run_dir, *QUIET)
     job = prepare(recipe)
-    from nemo_pivotrl.stages.profile import open_parts
+    from nemo_pivotrl.pivotrl.profile import open_parts
 
     parts = open_parts(recipe, job, Shard(1, 2), False)
     with pytest.raises(InputError, match="another process is at work"):
@@ -361,7 +364,7 @@ class Wavering:
         self.name, self.version, self.concurrency, self.asks_judge = inner.name, inner.version, 1, False
 
     def verify(self, case: Case, actual: Action) -> Verdict:
-        from nemo_pivotrl.verifiers import VerifierFault
+        from nemo_pivotrl.verifiers.base import VerifierFault
 
         self.calls += 1
         if self.every and self.calls % self.every == 0:
@@ -370,7 +373,7 @@ class Wavering:
 
 
 def wavering(monkeypatch: pytest.MonkeyPatch, every: int, kind: str = "judge_timeout") -> None:
-    from nemo_pivotrl.stages.rollout import load_recipe_verifier
+    from nemo_pivotrl.components.rollout import load_recipe_verifier
 
     def load(recipe: Recipe) -> tuple[Any, str]:
         verifier, name = load_recipe_verifier(recipe)
@@ -449,7 +452,7 @@ def test_too_many_failures_stop_the_run_early_and_lose_nothing(
 
 
 def test_a_sampler_that_ignores_its_seeds_is_found(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    load = backends.load_sampler
+    load = loading.load_sampler
 
     def loaded(*arguments: Any) -> Any:
         sampler = load(*arguments)
@@ -457,7 +460,7 @@ def test_a_sampler_that_ignores_its_seeds_is_found(run_dir: Path, monkeypatch: p
         sampler.infer = lambda prompts, seeds, *rest: infer(prompts, [[1] * len(s) for s in seeds], *rest)
         return sampler
 
-    monkeypatch.setattr(backends, "load_sampler", loaded)
+    monkeypatch.setattr(loading, "load_sampler", loaded)
     with pytest.raises(InputError, match="ignores the per-sample seed"):
         profile(recipe_at(run_dir, *QUIET))
 
@@ -465,7 +468,7 @@ def test_a_sampler_that_ignores_its_seeds_is_found(run_dir: Path, monkeypatch: p
 def test_a_lost_turn_is_drawn_again_before_its_candidate_is_given_up(
     run_dir: Path, trained: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    load, count = backends.load_sampler, iter(range(1 << 30))
+    load, count = loading.load_sampler, iter(range(1 << 30))
 
     def lossy(*arguments: Any) -> Any:
         sampler = load(*arguments)
@@ -477,7 +480,7 @@ def test_a_lost_turn_is_drawn_again_before_its_candidate_is_given_up(
         sampler.infer = some
         return sampler
 
-    monkeypatch.setattr(backends, "load_sampler", lossy)
+    monkeypatch.setattr(loading, "load_sampler", lossy)
     profile(recipe_at(run_dir, *QUIET, "profile.max_retries=9"))
     for row, clean in zip(read_rows(run_dir / "profiles.jsonl"), read_rows(trained / "profiles.jsonl"), strict=True):
         assert [s["text"] for s in row["samples"]] == [s["text"] for s in clean["samples"]]
@@ -493,8 +496,8 @@ def test_a_line_that_is_no_candidate_is_named(run_dir: Path) -> None:
 
 
 def test_the_plan_survives_the_header(run_dir: Path) -> None:
-    from nemo_pivotrl.records import Header
-    from nemo_pivotrl.stages.profile_rows import plan_in
+    from nemo_pivotrl.core.artifacts import Header
+    from nemo_pivotrl.pivotrl.profile_rows import plan_in
 
     job = prepare(recipe_at(run_dir, "profile.lambda_interval=[0.1,0.9]", "profile.curtail=sequential"))
     header = Header(**json.loads(job.header.to_line())["nemo_pivotrl"])

@@ -16,11 +16,13 @@ from conftest import recipe_at
 from test_profile import said
 from test_vllm_servers import StandIn
 
-from nemo_pivotrl import backends
-from nemo_pivotrl.backends.vllm_requests import SEEDS
-from nemo_pivotrl.records import InputError, Sample, read_rows
-from nemo_pivotrl.stages.profile import profile
-from nemo_pivotrl.stages.select import select
+from nemo_pivotrl.backends import loading
+from nemo_pivotrl.backends.vllm.requests import SEEDS
+from nemo_pivotrl.core.artifacts import read_rows
+from nemo_pivotrl.core.errors import InputError
+from nemo_pivotrl.core.types import Sample
+from nemo_pivotrl.pivotrl.profile import profile
+from nemo_pivotrl.pivotrl.select import select
 
 Policy = Callable[[dict[str, Any]], dict[str, Any]]
 FAULTY = ["audit.before_profile=false", "profile.max_failure_share=1", "profile.max_retries=1"]
@@ -40,7 +42,7 @@ def drawn(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple
     shutil.copytree(trained, folder)
     (folder / "profiles.jsonl").unlink()
     found: dict[tuple[tuple[int, ...], int], Sample] = {}
-    load = backends.load_sampler
+    load = loading.load_sampler
 
     def noting(*arguments: Any) -> Any:
         sampler = load(*arguments)
@@ -56,7 +58,7 @@ def drawn(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple
         return sampler
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(backends, "load_sampler", noting)
+        patch.setattr(loading, "load_sampler", noting)
         profile(recipe_at(folder, "profile.curtail=none", "audit.before_profile=false"))
     return found
 

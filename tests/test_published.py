@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from nemo_pivotrl.published import count, explain, labels_of, marks
-from nemo_pivotrl.recipe import load_recipe
-from nemo_pivotrl.records import read_rows
-from nemo_pivotrl.stages.extract import extract
+from nemo_pivotrl.config.load import load_recipe
+from nemo_pivotrl.core.artifacts import read_rows
+from nemo_pivotrl.data.published import count, explain, labels_of, marks
+from nemo_pivotrl.pivotrl.extract import extract
 
 TOOL = {
     "type": "function",

@@ -9,10 +9,10 @@ import pytest
 from conftest import ROOT
 
 from nemo_pivotrl.config import Preferences, Rank
-from nemo_pivotrl.preferences import read_preferences
-from nemo_pivotrl.recipe import load_recipe
-from nemo_pivotrl.records import InputError
-from nemo_pivotrl.stages.rank import rank, ranked
+from nemo_pivotrl.config.load import load_recipe
+from nemo_pivotrl.core.errors import InputError
+from nemo_pivotrl.data.preferences import read_preferences
+from nemo_pivotrl.llmdoctor.rank import rank, ranked
 
 ASKED = {"a": [{"role": "user", "content": "how is the tea"}]}
 

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
-from nemo_pivotrl.readers import read_trajectories
-from nemo_pivotrl.records import InputError, Problem, Trajectory
+from nemo_pivotrl.core.errors import InputError, Problem
+from nemo_pivotrl.core.types import Trajectory
+from nemo_pivotrl.data.trajectories import read_trajectories
 
 TOOL = {
     "type": "function",

@@ -9,7 +9,7 @@ from pathlib import Path
 from conftest import ROOT, SMALL
 
 from nemo_pivotrl import cli
-from nemo_pivotrl.recipe import load_recipe
+from nemo_pivotrl.config.load import load_recipe
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = [

@@ -15,8 +15,8 @@ from omegaconf import OmegaConf
 
 from nemo_pivotrl import cli
 from nemo_pivotrl.config import Recipe
-from nemo_pivotrl.recipe import _chain, build, load_recipe
-from nemo_pivotrl.stages.plan import plan
+from nemo_pivotrl.config.load import _chain, build, load_recipe
+from nemo_pivotrl.tools.plan import plan
 
 FOLDER = ROOT / "recipes"
 OURS = sorted(p for family in ("pivotrl", "llmdoctor") for p in (FOLDER / family).rglob("*.yaml"))

@@ -6,16 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from nemo_pivotrl.records import (
-    ArtefactWriter,
-    Header,
-    InputError,
-    Problem,
-    check_headers,
-    json_line,
-    read_header,
-    read_rows,
-)
+from nemo_pivotrl.core.artifacts import ArtefactWriter, Header, check_headers, json_line, read_header, read_rows
+from nemo_pivotrl.core.errors import InputError, Problem
 
 HEADER = Header(
     "profiles", "c0ffee", parent="p1", tokenizer="t1", verifier="tool_call 1 ab", extra={"num_generations": 16}

@@ -16,11 +16,12 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from nemo_pivotrl.backends import TokenBatch, load, policy_revision
-from nemo_pivotrl.backends.reference import ReferencePolicy
+from nemo_pivotrl.algorithms.pivotrl import sft_loss
+from nemo_pivotrl.backends.base import TokenBatch
+from nemo_pivotrl.backends.loading import load, policy_revision
+from nemo_pivotrl.backends.reference.policy import ReferencePolicy
 from nemo_pivotrl.config import Generation, Lora, Optimizer, Policy
-from nemo_pivotrl.pivotrl import sft_loss
-from nemo_pivotrl.records import InputError
+from nemo_pivotrl.core.errors import InputError
 
 VOCAB, STOP = 23, frozenset({7})
 SHAPE = {

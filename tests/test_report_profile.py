@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 from conftest import recipe_at
 
-from nemo_pivotrl import pivotrl
-from nemo_pivotrl.records import json_line, read_header, read_rows
-from nemo_pivotrl.report import report
-from nemo_pivotrl.stages.profile_rows import plan_in, profile_of_row
-from nemo_pivotrl.stages.profile_statistics import summarise
+from nemo_pivotrl.algorithms import pivotrl
+from nemo_pivotrl.core.artifacts import json_line, read_header, read_rows
+from nemo_pivotrl.pivotrl.profile_rows import plan_in, profile_of_row
+from nemo_pivotrl.pivotrl.profile_statistics import summarise
+from nemo_pivotrl.report.page import report
 
 
 def test_the_page_shows_what_was_saved_the_control_set_repeats_failures_and_tokens(

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from nemo_pivotrl.records import Action, Candidate, Message, ToolCall, json_line
-from nemo_pivotrl.responses import (
+from nemo_pivotrl.core.artifacts import json_line
+from nemo_pivotrl.core.types import Action, Candidate, Message, ToolCall
+from nemo_pivotrl.data.gym_rows import (
     action_of,
     candidate_of_row,
     candidate_to_row,

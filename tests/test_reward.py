@@ -17,18 +17,23 @@ import torch
 from conftest import ROOT
 from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM, LlamaForCausalLM
 
-from nemo_pivotrl import backends, cli, tiny
-from nemo_pivotrl.backends import scorer as scorer_file
-from nemo_pivotrl.backends.scorer import ReferenceScorer
+from nemo_pivotrl import cli
+from nemo_pivotrl.backends import loading
+from nemo_pivotrl.backends.base import Scorer
+from nemo_pivotrl.backends.reference import scorer as scorer_file
+from nemo_pivotrl.backends.reference.scorer import ReferenceScorer
+from nemo_pivotrl.components.costs import read_ledger
 from nemo_pivotrl.config import Patient, Policy, Preferences, Recipe, Reward, Tfpo
-from nemo_pivotrl.faces import FacePrompts, placed
-from nemo_pivotrl.preferences import preference_of_row
-from nemo_pivotrl.records import InputError, Preference, read_header, read_rows
-from nemo_pivotrl.stages import reward as stage
-from nemo_pivotrl.stages.ledger import read_ledger
-from nemo_pivotrl.stages.preferences import preferences
-from nemo_pivotrl.stages.reward import faces_of, load_patient_chat, reward
-from nemo_pivotrl.stages.tfpo import tfpo
+from nemo_pivotrl.core.artifacts import read_header, read_rows
+from nemo_pivotrl.core.errors import InputError
+from nemo_pivotrl.core.types import Preference
+from nemo_pivotrl.data.preferences import preference_of_row
+from nemo_pivotrl.demo import tiny_models as tiny
+from nemo_pivotrl.llmdoctor import reward as stage
+from nemo_pivotrl.llmdoctor.contrastive_prompts import FacePrompts, placed
+from nemo_pivotrl.llmdoctor.preferences import preferences
+from nemo_pivotrl.llmdoctor.reward import faces_of, load_patient_chat, reward
+from nemo_pivotrl.llmdoctor.train_doctor import tfpo
 
 POSITIVE, NEGATIVE = "help the customer well", "never mind, be vague about it"
 NO_SYSTEM = (
@@ -217,11 +222,11 @@ def test_a_model_whose_logits_do_not_follow_from_its_last_hidden_state_is_refuse
 
 def test_pickled_weights_and_a_missing_checkpoint_are_refused(tmp_path: Path, patient: Path) -> None:
     with pytest.raises(InputError, match="HF checkpoint folder"):
-        backends.load_scorer(Patient(model_name=str(tmp_path)))
+        loading.load_scorer(Patient(model_name=str(tmp_path)))
     (tmp_path / "config.json").write_text((patient / "config.json").read_text())
     (tmp_path / "pytorch_model.bin").write_bytes(b"cos\nsystem\n")
     with pytest.raises(InputError, match=r"no \.safetensors file"):
-        backends.load_scorer(Patient(model_name=str(tmp_path)))
+        loading.load_scorer(Patient(model_name=str(tmp_path)))
 
 
 # ---- ids and prompts ----
@@ -230,7 +235,7 @@ def test_pickled_weights_and_a_missing_checkpoint_are_refused(tmp_path: Path, pa
 class Recording:
     """A scorer that keeps what it was asked."""
 
-    def __init__(self, scorer: backends.Scorer):
+    def __init__(self, scorer: Scorer):
         self.scorer, self.calls = scorer, []  # type: ignore[var-annotated]
 
     def log_probs(self, sequences: Any) -> list[torch.Tensor]:
@@ -241,7 +246,7 @@ class Recording:
 def recorded(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> list[list[tuple[list[int], list[int]]]]:
     spy = Recording(ReferenceScorer(recipe.patient))
     with monkeypatch.context() as patched:
-        patched.setattr(backends, "load_scorer", lambda *_: spy)
+        patched.setattr(loading, "load_scorer", lambda *_: spy)
         reward(recipe, fresh=True)
     return spy.calls
 
@@ -357,7 +362,7 @@ def test_the_header_names_patient_tokenizer_template_both_faces_and_every_number
 ) -> None:
     base = read_header(reward(recipe_for(tmp_path / "a", patient)), "token_rewards")
     recipe = recipe_for(tmp_path / "a", patient)
-    assert base.policy == backends.policy_revision(patient) and base.parent and base.tokenizer and base.chat_template
+    assert base.policy == loading.policy_revision(patient) and base.parent and base.tokenizer and base.chat_template
     assert base.extra["tau"] == 1.0 and base.extra["theta"] == 0.5 and base.extra["eps"] == 1e-6
     faces = base.extra["faces"]["helpfulness"]
     assert set(faces) == {"positive", "negative"} and faces["positive"] != faces["negative"]
@@ -381,7 +386,7 @@ def test_resuming_after_a_cut_at_any_byte_writes_the_same_bytes_and_diagnostics(
     path = reward(recipe)
     whole, summary = path.read_bytes(), (tmp_path / "token_rewards.json").read_bytes()
     scorer = ReferenceScorer(recipe.patient)
-    monkeypatch.setattr(backends, "load_scorer", lambda *_: scorer)
+    monkeypatch.setattr(loading, "load_scorer", lambda *_: scorer)
     ends = [i + 1 for i, byte in enumerate(whole) if byte == 10]
     cuts = {0, 1, 50, *ends[::3], *(end - 1 for end in ends[::4]), *range(77, len(whole), len(whole) // 8)}
     for cut in sorted(cuts):
@@ -390,7 +395,7 @@ def test_resuming_after_a_cut_at_any_byte_writes_the_same_bytes_and_diagnostics(
         assert reward(recipe).read_bytes() == whole, cut
         assert (tmp_path / "token_rewards.json").read_bytes() == summary, cut
     calls = Recording(scorer)
-    monkeypatch.setattr(backends, "load_scorer", lambda *_: calls)
+    monkeypatch.setattr(loading, "load_scorer", lambda *_: calls)
     reward(recipe)
     assert calls.calls == []  # complete: nothing is scored again
 

@@ -13,11 +13,14 @@ import pytest
 import torch
 from conftest import recipe_at
 
-from nemo_pivotrl import backends, pivotrl
-from nemo_pivotrl.records import InputError, Lost, Sample, read_rows
-from nemo_pivotrl.stages.evaluate import sampled
-from nemo_pivotrl.stages.profile import profile
-from nemo_pivotrl.stages.train import train
+from nemo_pivotrl.algorithms import pivotrl
+from nemo_pivotrl.backends import loading
+from nemo_pivotrl.core.artifacts import read_rows
+from nemo_pivotrl.core.errors import InputError
+from nemo_pivotrl.core.types import Lost, Sample
+from nemo_pivotrl.pivotrl.evaluate import sampled
+from nemo_pivotrl.pivotrl.profile import profile
+from nemo_pivotrl.pivotrl.train import train
 
 MANY = ["profile.max_failure_share=1.0", "profile.max_retries=0", "profile.curtail=none"]
 
@@ -30,7 +33,7 @@ def run_dir(trained: Path, tmp_path: Path) -> Path:
 
 def losing(monkeypatch: pytest.MonkeyPatch, every: int) -> None:
     """Of what the sampler draws, lose every so-manyth turn: an injected fault."""
-    load, count = backends.load, iter(range(1 << 30))
+    load, count = loading.load, iter(range(1 << 30))
 
     def broken(*arguments: Any, **named: Any) -> Any:
         backend = load(*arguments, **named)
@@ -45,7 +48,7 @@ def losing(monkeypatch: pytest.MonkeyPatch, every: int) -> None:
         backend.infer = lossy
         return backend
 
-    monkeypatch.setattr(backends, "load", broken)
+    monkeypatch.setattr(loading, "load", broken)
 
 
 def test_a_profile_excludes_candidates_that_lost_a_turn_and_scores_none_of_them(
@@ -91,7 +94,7 @@ def test_an_evaluation_stops_at_a_lost_turn() -> None:
 
 def shifted(monkeypatch: pytest.MonkeyPatch, shift: Sequence[float]) -> None:
     """Let the sampler report its k-th turn's log-probabilities too low by so much: another arithmetic, injected."""
-    load = backends.load
+    load = loading.load
 
     def other(*arguments: Any, **named: Any) -> Any:
         backend = load(*arguments, **named)
@@ -109,7 +112,7 @@ def shifted(monkeypatch: pytest.MonkeyPatch, shift: Sequence[float]) -> None:
         backend.infer = wrong
         return backend
 
-    monkeypatch.setattr(backends, "load", other)
+    monkeypatch.setattr(loading, "load", other)
 
 
 STEP = ["grpo.max_num_steps=1", "grpo.val_period=0"]

@@ -10,8 +10,8 @@ from hypothesis import given, settings, strategies as st
 from openapi_schema_validator import OAS32Validator
 
 from nemo_pivotrl import config
-from nemo_pivotrl.records import Action, Case, ToolCall
-from nemo_pivotrl.verifiers import load_verifier
+from nemo_pivotrl.core.types import Action, Case, ToolCall
+from nemo_pivotrl.verifiers.base import load_verifier
 from nemo_pivotrl.verifiers.bounds import LimitExceeded
 from nemo_pivotrl.verifiers.schema import bounded, is_valid, matches
 

@@ -10,27 +10,12 @@ from typing import Any
 import pytest
 from conftest import recipe_at
 
-from nemo_pivotrl import pivotrl
+from nemo_pivotrl.algorithms import pivotrl
 from nemo_pivotrl.config import Recipe
-from nemo_pivotrl.records import (
-    Action,
-    Candidate,
-    Profile,
-    ToolCall,
-    json_line,
-    placed_rows,
-    read_rows,
-    rows_at,
-)
-from nemo_pivotrl.stages.profile_rows import light_of_row, profile_of_row, profile_to_row
-from nemo_pivotrl.stages.select import (
-    FATES,
-    fate,
-    length_band,
-    select,
-    survival_tables,
-    survivals,
-)
+from nemo_pivotrl.core.artifacts import json_line, placed_rows, read_rows, rows_at
+from nemo_pivotrl.core.types import Action, Candidate, Profile, ToolCall
+from nemo_pivotrl.pivotrl.profile_rows import light_of_row, profile_of_row, profile_to_row
+from nemo_pivotrl.pivotrl.select import FATES, fate, length_band, select, survival_tables, survivals
 
 
 def whole(recipe: Recipe) -> bytes:

@@ -20,11 +20,11 @@ from hypothesis import given, strategies as st
 from test_guided import TOKENIZER, VOCAB, decode_recipe, model
 
 from nemo_pivotrl import cli
-from nemo_pivotrl.backends.guided import GuidedGenerator, Steering
-from nemo_pivotrl.chat import Chat
-from nemo_pivotrl.recipe import load_recipe
-from nemo_pivotrl.stages.decode import load
-from nemo_pivotrl.stages.guided_batches import Batches, Busy, Growing, Job, Piece
+from nemo_pivotrl.backends.reference.guided import GuidedGenerator, Steering
+from nemo_pivotrl.config.load import load_recipe
+from nemo_pivotrl.data.chat_template import Chat
+from nemo_pivotrl.llmdoctor.decode import load
+from nemo_pivotrl.tools.guided_batches import Batches, Busy, Growing, Job, Piece
 
 GREEDY = {"temperature": 0, "max_tokens": 10}
 PROMPT = "book a flight to oslo"

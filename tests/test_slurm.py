@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from conftest import ROOT, SMALL
 
-from nemo_pivotrl.records import read_rows
-from nemo_pivotrl.stages.checkpoint import time_limit
+from nemo_pivotrl.components.checkpoint import time_limit
+from nemo_pivotrl.core.artifacts import read_rows
 
 SCRIPTS = ROOT / "deploy/slurm"
 

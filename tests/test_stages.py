@@ -14,17 +14,19 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, SMALL, recipe_at
 
-from nemo_pivotrl import world
-from nemo_pivotrl.records import Action, Case, InputError, Verdict, read_header, read_rows
-from nemo_pivotrl.stages import rollout
-from nemo_pivotrl.stages.evaluate import bootstrap, evaluate, holds, read_items, summarise
-from nemo_pivotrl.stages.metrics import read_metrics
-from nemo_pivotrl.stages.profile import profile
-from nemo_pivotrl.stages.profile_rows import profile_of_row
-from nemo_pivotrl.stages.select import select
-from nemo_pivotrl.stages.sft import merge, sft
-from nemo_pivotrl.stages.train import train
-from nemo_pivotrl.verifiers import VerifierFault
+from nemo_pivotrl.components import rollout
+from nemo_pivotrl.components.metrics import read_metrics
+from nemo_pivotrl.core.artifacts import read_header, read_rows
+from nemo_pivotrl.core.errors import InputError
+from nemo_pivotrl.core.types import Action, Case, Verdict
+from nemo_pivotrl.demo import service_desk as world
+from nemo_pivotrl.pivotrl.evaluate import bootstrap, evaluate, holds, read_items, summarise
+from nemo_pivotrl.pivotrl.profile import profile
+from nemo_pivotrl.pivotrl.profile_rows import profile_of_row
+from nemo_pivotrl.pivotrl.select import select
+from nemo_pivotrl.pivotrl.sft import merge, sft
+from nemo_pivotrl.pivotrl.train import train
+from nemo_pivotrl.verifiers.base import VerifierFault
 from nemo_pivotrl.verifiers.single_step import SingleStep
 
 
@@ -189,7 +191,7 @@ class Faulty(Answering):
 def patched(monkeypatch: pytest.MonkeyPatch, times: int, stage: str = "profile") -> None:
     import importlib
 
-    module = importlib.import_module(f"nemo_pivotrl.stages.{stage}")
+    module = importlib.import_module(f"nemo_pivotrl.pivotrl.{stage}")
     identity = rollout.load_recipe_verifier(recipe_at(Path("unused")))[1]
     monkeypatch.setattr(module, "load_recipe_verifier", lambda recipe: (Faulty(times), identity))
 
@@ -273,7 +275,7 @@ def test_a_state_that_does_not_fit_is_excluded_and_counted_and_no_zero(
 
 
 def test_a_sampler_that_ignores_seeds_is_caught(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from nemo_pivotrl.backends.reference import ReferencePolicy
+    from nemo_pivotrl.backends.reference.policy import ReferencePolicy
 
     real = ReferencePolicy.infer
     # an almost uniform policy whose samples nevertheless repeat
@@ -291,7 +293,7 @@ def test_a_sampler_that_ignores_seeds_is_caught(trained: Path, monkeypatch: pyte
 
 
 def test_headers_chain_and_rows_carry_no_seed(trained: Path) -> None:
-    from nemo_pivotrl.records import file_digest
+    from nemo_pivotrl.core.artifacts import file_digest
 
     profiles, pivots = (
         read_header(trained / "profiles.jsonl", "profiles"),
@@ -326,7 +328,7 @@ def test_metrics_reach_tensorboard_and_a_missing_dashboard_names_its_extra(
 
 
 def test_evaluate_and_report_tell_the_same_numbers(run_dir: Path) -> None:
-    from nemo_pivotrl.report import report
+    from nemo_pivotrl.report.page import report
 
     train(recipe_at(run_dir))
     policies = [
@@ -358,9 +360,9 @@ def test_evaluate_and_report_tell_the_same_numbers(run_dir: Path) -> None:
 def test_model_output_in_the_report_is_text_and_not_markup() -> None:
     from jinja2 import Environment, PackageLoader, select_autoescape
 
-    pages = Environment(loader=PackageLoader("nemo_pivotrl", "."), autoescape=select_autoescape(default=True))
+    pages = Environment(loader=PackageLoader("nemo_pivotrl.report", "."), autoescape=select_autoescape(default=True))
     row = {"sample": "<script>alert(1)</script>", "category": "x"}
-    page = pages.get_template("report.html.jinja").render(
+    page = pages.get_template("page.html.jinja").render(
         run_dir="r", samples=[{"state": "s", "expected": "e", "labels": ["a", "b"], "before": row, "after": row}]
     )
     assert "<script>" not in page and "&lt;script&gt;" in page
@@ -432,8 +434,8 @@ def test_an_episode_fails_for_a_write_without_asking_and_for_a_wrong_end_state()
 def test_a_trajectorys_pivots_stay_together_where_that_saves_enough_and_each_is_drawn_once_an_epoch(
     trained: Path,
 ) -> None:
-    from nemo_pivotrl.stages.select import candidates_of
-    from nemo_pivotrl.stages.train import State, _draw, together
+    from nemo_pivotrl.pivotrl.select import candidates_of
+    from nemo_pivotrl.pivotrl.train import State, _draw, together
 
     found = candidates_of(trained / "pivots.jsonl", "train")[:6]
     owners = ["a", "b", "a", "c", "b", "a"]

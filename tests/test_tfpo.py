@@ -10,15 +10,16 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from nemo_pivotrl import tiny
-from nemo_pivotrl.backends import TokenBatch
-from nemo_pivotrl.backends.reference_doctor import DoctorModel
-from nemo_pivotrl.chat import Chat, load_tokenizer
+from nemo_pivotrl.backends.base import TokenBatch
+from nemo_pivotrl.backends.reference.doctor import DoctorModel
+from nemo_pivotrl.components.metrics import read_metrics
 from nemo_pivotrl.config import Lora, Optimizer, Policy, Recipe
-from nemo_pivotrl.recipe import build
-from nemo_pivotrl.records import ArtefactWriter, Header, InputError
-from nemo_pivotrl.stages.metrics import read_metrics
-from nemo_pivotrl.stages.tfpo import _run, batch_of, tfpo, tfpo_settings
+from nemo_pivotrl.config.load import build
+from nemo_pivotrl.core.artifacts import ArtefactWriter, Header
+from nemo_pivotrl.core.errors import InputError
+from nemo_pivotrl.data.chat_template import Chat, load_tokenizer
+from nemo_pivotrl.demo import tiny_models as tiny
+from nemo_pivotrl.llmdoctor.train_doctor import _run, batch_of, tfpo, tfpo_settings
 
 PROMPTS, RESPONSES = [[5, 6, 7, 8], [9, 10]], [[11, 12, 13, 0], [11, 14, 0], [15, 0], [16, 17, 18, 19, 0]]
 
@@ -274,7 +275,7 @@ def test_what_does_not_fit_together_is_refused_with_the_remedy(start: str, chat:
     with pytest.raises(InputError, match="share the patient's tokenizer"):
         tfpo(recipe(tmp_path, start))
     with pytest.raises(InputError, match="small model with the patient's tokenizer"):
-        from nemo_pivotrl.backends import load_doctor
+        from nemo_pivotrl.backends.loading import load_doctor
 
         load_doctor(Policy(model_name=str(tmp_path / "nowhere")), anchored=False)
 

@@ -15,7 +15,7 @@ import pytest
 from conftest import ROOT
 
 from nemo_pivotrl import cli
-from nemo_pivotrl.records import read_rows
+from nemo_pivotrl.core.artifacts import read_rows
 
 GOLDEN = ROOT.parent / "shared/golden"
 FAMILIES = {
@@ -305,8 +305,8 @@ def test_hostile_rollouts_get_a_verdict_and_the_server_lives(server: str) -> Non
 
 
 def test_a_fault_is_masked_and_never_a_bare_zero() -> None:
-    from nemo_pivotrl.stages.serve import response_fields
-    from nemo_pivotrl.verifiers import VerifierFault
+    from nemo_pivotrl.tools.gym_server import response_fields
+    from nemo_pivotrl.verifiers.base import VerifierFault
 
     added = response_fields("terminus", VerifierFault("judge_timeout", "no answer in 5 s"))
     assert added["mask_sample"] is True and added["instance_config"] == {"mask_sample": True}

@@ -16,9 +16,10 @@ from typing import Any
 
 import pytest
 
-from nemo_pivotrl.backends.vllm_servers import Servers
+from nemo_pivotrl.backends.vllm.servers import Servers
 from nemo_pivotrl.config import Generation, Policy, Vllm
-from nemo_pivotrl.records import InputError, Lost, Sample
+from nemo_pivotrl.core.errors import InputError
+from nemo_pivotrl.core.types import Lost, Sample
 
 GENERATION = Generation(max_new_tokens=4)
 STOPS = frozenset({2})

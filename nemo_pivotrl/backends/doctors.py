@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, LogitsProcessor, PreTrainedTokenizerBase
 
-from nemo_pivotrl.llmdoctor import entropy_gate, guided_logits, mixture, unguided
-from nemo_pivotrl.records import InputError, Problem, short
+from nemo_pivotrl.algorithms.llmdoctor import entropy_gate, guided_logits, mixture, unguided
+from nemo_pivotrl.core.errors import InputError, Problem, short
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from nemo_pivotrl.config import Generation
-from nemo_pivotrl.records import Sample
+from nemo_pivotrl.core.types import Sample
 
 Row = tuple[int, int]
 """Number of a prompt, and which of its seeds."""

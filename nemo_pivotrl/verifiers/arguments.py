@@ -22,7 +22,7 @@ from typing import Any
 from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
 
 from nemo_pivotrl.config import Limits
-from nemo_pivotrl.records import short
+from nemo_pivotrl.core.errors import short
 from nemo_pivotrl.verifiers.bounds import LimitExceeded, decode_json
 from nemo_pivotrl.verifiers.shell import same_command
 from nemo_pivotrl.verifiers.swe import category_of

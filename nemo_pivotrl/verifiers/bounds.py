@@ -13,7 +13,7 @@ from itertools import accumulate, repeat
 from typing import Any
 
 from nemo_pivotrl.config import Limits
-from nemo_pivotrl.records import Action
+from nemo_pivotrl.core.types import Action
 
 STEP = 8
 """Units of `Limits.max_work` that one inner step of difflib's search costs (measured: 80 to 150 ns)."""

@@ -20,9 +20,10 @@ from functools import cached_property
 from typing import Any, ClassVar, Literal
 
 from nemo_pivotrl.config import Limits, ranged
-from nemo_pivotrl.records import Action, Case, InputError, Problem, ToolCall, Verdict, short
-from nemo_pivotrl.verifiers import Judging, VerifierFault
+from nemo_pivotrl.core.errors import InputError, Problem, short
+from nemo_pivotrl.core.types import Action, Case, ToolCall, Verdict
 from nemo_pivotrl.verifiers.arguments import Comparison, compare_objects, same_json
+from nemo_pivotrl.verifiers.base import Judging, VerifierFault
 from nemo_pivotrl.verifiers.bounds import LimitExceeded, decode_json
 from nemo_pivotrl.verifiers.edits import compare_edits, edit_of, other_arguments
 from nemo_pivotrl.verifiers.shell import same_command

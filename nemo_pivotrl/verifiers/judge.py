@@ -28,8 +28,10 @@ from typing import Any, ClassVar, Literal
 import httpx
 
 from nemo_pivotrl import config
-from nemo_pivotrl.records import Action, Case, InputError, Problem, Verdict, digest, json_line, short
-from nemo_pivotrl.verifiers import Judging, Ruling, VerifierFault
+from nemo_pivotrl.core.artifacts import digest, json_line
+from nemo_pivotrl.core.errors import InputError, Problem, short
+from nemo_pivotrl.core.types import Action, Case, Verdict
+from nemo_pivotrl.verifiers.base import Judging, Ruling, VerifierFault
 from nemo_pivotrl.verifiers.bounds import decode_json
 from nemo_pivotrl.verifiers.judge_calibration import Calibration, calibrate
 from nemo_pivotrl.verifiers.judge_prompt import RUBRIC_VERSION, prompt, read_verdict, shown, shown_context

@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nemo_pivotrl.records import Action, Case, InputError, Problem, canonical_json, short
-from nemo_pivotrl.verifiers import Judging, VerifierFault
+from nemo_pivotrl.core.artifacts import canonical_json
+from nemo_pivotrl.core.errors import InputError, Problem, short
+from nemo_pivotrl.core.types import Action, Case
+from nemo_pivotrl.verifiers.base import Judging, VerifierFault
 from nemo_pivotrl.verifiers.judge_prompt import RUBRICS
 
 CALIBRATION = Path(__file__).with_name("judge_calibration.jsonl")

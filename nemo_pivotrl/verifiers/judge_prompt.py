@@ -13,8 +13,9 @@ import re
 import secrets
 import unicodedata
 
-from nemo_pivotrl.records import Case, canonical_json, digest
-from nemo_pivotrl.responses import text_of
+from nemo_pivotrl.core.artifacts import canonical_json, digest
+from nemo_pivotrl.core.types import Case
+from nemo_pivotrl.data.gym_rows import text_of
 
 RUBRICS = {
     "terminal": "Both actions are input to the same terminal. They are the same if either would leave the machine in the same "

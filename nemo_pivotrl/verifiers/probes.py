@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from nemo_pivotrl.records import Action, Case, ToolCall
+from nemo_pivotrl.core.types import Action, Case, ToolCall
 from nemo_pivotrl.verifiers.arguments import PATH_NAME, snake
 from nemo_pivotrl.verifiers.swe import category_of
 from nemo_pivotrl.verifiers.terminus import TURN

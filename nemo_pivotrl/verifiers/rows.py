@@ -10,8 +10,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from nemo_pivotrl.records import Action, Case, ToolCall
-from nemo_pivotrl.responses import expected_of_row, to_messages, verifier_fields
+from nemo_pivotrl.core.types import Action, Case, ToolCall
+from nemo_pivotrl.data.gym_rows import expected_of_row, to_messages, verifier_fields
 
 
 class RowError(ValueError):

@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from nemo_pivotrl.config import Limits, ranged
-from nemo_pivotrl.records import Action, Case, ToolCall, Verdict
-from nemo_pivotrl.verifiers import VerifierFault
+from nemo_pivotrl.core.types import Action, Case, ToolCall, Verdict
+from nemo_pivotrl.verifiers.base import VerifierFault
 from nemo_pivotrl.verifiers.bounds import LimitExceeded, decode_json
 
 PAIR_WORK = 192

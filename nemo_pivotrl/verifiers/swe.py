@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from nemo_pivotrl.config import Limits, ranged
-from nemo_pivotrl.records import Action, Case, ToolCall, Verdict
+from nemo_pivotrl.core.types import Action, Case, ToolCall, Verdict
 from nemo_pivotrl.verifiers.bounds import LimitExceeded, decode_json, ratio
 
 MAX_COMPARED_CHARS = 2000

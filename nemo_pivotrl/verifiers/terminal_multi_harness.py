@@ -18,8 +18,8 @@ from openapi_schema_validator import OAS32Validator, validate
 from referencing import Registry
 
 from nemo_pivotrl.config import Limits, ranged
-from nemo_pivotrl.records import Action, Case, ToolCall, Verdict
-from nemo_pivotrl.verifiers import VerifierFault
+from nemo_pivotrl.core.types import Action, Case, ToolCall, Verdict
+from nemo_pivotrl.verifiers.base import VerifierFault
 from nemo_pivotrl.verifiers.bounds import LimitExceeded, decode_json, ratio
 from nemo_pivotrl.verifiers.schema import bounded, is_valid as follows
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from nemo_pivotrl.config import Limits, ranged
-from nemo_pivotrl.records import Action, Case, Verdict
-from nemo_pivotrl.verifiers import Judging, VerifierFault
+from nemo_pivotrl.core.types import Action, Case, Verdict
+from nemo_pivotrl.verifiers.base import Judging, VerifierFault
 from nemo_pivotrl.verifiers.bounds import Ratio, decode_json, ratio
 
 NUMBER = (int, float)

@@ -20,8 +20,8 @@ def pivotrl_model(
     architecture: Any = tiny_aligner.ARCHITECTURE,
 ) -> tuple[Any, Any, Any, Any]:
     """(config, Lightning trainer, state, model) of a tiny policy, in its distributed place but not yet set up."""
-    from nemo_pivotrl.backends.aligner import launch
-    from nemo_pivotrl.backends.aligner.actor import MegatronGPTPivotRLActorModel
+    from nemo_pivotrl.integrations.nemo_aligner import launch
+    from nemo_pivotrl.integrations.nemo_aligner.actor import MegatronGPTPivotRLActorModel
 
     cfg = tiny_aligner.config("pivotrl", folder, PIVOTRL | overrides)
     lightning, state = launch.lightning(cfg, "pivotrl")
@@ -57,8 +57,8 @@ class FirstLetter:
         self.fails_on = fails_on
 
     def verify(self, case: Any, actual: Any) -> Any:
-        from nemo_pivotrl.records import Verdict
-        from nemo_pivotrl.verifiers import VerifierFault
+        from nemo_pivotrl.core.types import Verdict
+        from nemo_pivotrl.verifiers.base import VerifierFault
 
         text = actual.content.strip().lower()
         if self.fails_on and text[:1] in self.fails_on:
@@ -68,7 +68,7 @@ class FirstLetter:
 
 def make_trainer(cfg: Any, lightning: Any, state: Any, model: Any, verifier: Any = None) -> tuple[Any, Any]:
     """Our trainer with a verifier that has signal, and the logger it writes to."""
-    from nemo_pivotrl.backends.aligner import train_gpt_pivotrl
+    from nemo_pivotrl.integrations.nemo_aligner import train_gpt_pivotrl
 
     trainer = train_gpt_pivotrl.make_trainer(cfg, lightning, model, state)
     trainer.rm.verifier = verifier or FirstLetter()
@@ -115,7 +115,7 @@ def resumable(folder: Path, die: bool, **overrides: Any) -> dict[str, Any]:
 
 def resumable_doctor(folder: Path, die: bool, **overrides: Any) -> dict[str, Any]:
     """LLMdoctor with checkpoints in FOLDER/logs, from the last of them if there is one."""
-    from nemo_pivotrl.backends.aligner import train_gpt_llmdoctor
+    from nemo_pivotrl.integrations.nemo_aligner import train_gpt_llmdoctor
 
     cfg, lightning, state, model = doctor_model(folder, SAVING | overrides, head=False)
     trainer = train_gpt_llmdoctor.make_trainer(cfg, lightning, model, state)
@@ -129,7 +129,7 @@ def resumable_doctor(folder: Path, die: bool, **overrides: Any) -> dict[str, Any
 
 def save_nemo(folder: Path, golden: bool = False) -> dict[str, Any]:
     """Write the talkative policy, or the one of `golden.json`, as FOLDER/start.nemo."""
-    from nemo_pivotrl.backends.aligner import launch
+    from nemo_pivotrl.integrations.nemo_aligner import launch
 
     weights = None if golden else tiny_aligner.talkative_weights(folder)
     cfg, lightning, _, model = pivotrl_model(folder, {}, weights)
@@ -142,7 +142,7 @@ def script(folder: Path, name: str, arguments: list[str]) -> dict[str, Any]:
     """A launch script with a command line, and what its trainer logged."""
     import importlib
 
-    module = importlib.import_module(f"nemo_pivotrl.backends.aligner.{name}")
+    module = importlib.import_module(f"nemo_pivotrl.integrations.nemo_aligner.{name}")
     logger, made = tiny_aligner.JsonLines(), module.make_trainer
     trainers: list[Any] = []
 
@@ -162,7 +162,7 @@ def script(folder: Path, name: str, arguments: list[str]) -> dict[str, Any]:
 
 def extract(folder: Path, arguments: list[str]) -> dict[str, Any]:
     """Stage 1 by its own command line."""
-    from nemo_pivotrl.backends.aligner import extract_token_rewards
+    from nemo_pivotrl.integrations.nemo_aligner import extract_token_rewards
 
     sys.argv = ["extract_token_rewards.py", *arguments]
     extract_token_rewards.main()
@@ -199,7 +199,7 @@ def loss(folder: Path, tp: int, pp: int, dp: int, mbs: int, kl: bool = False) ->
     from nemo_aligner.utils import parallel_state
     from nemo_aligner.utils.train_utils import clip_gradients
 
-    from nemo_pivotrl.backends.aligner import launch
+    from nemo_pivotrl.integrations.nemo_aligner import launch
 
     rows = len(tiny_policy.RESPONSES)
     settings = {
@@ -258,9 +258,9 @@ def served_model(folder: Path, settings: dict[str, Any], tp: int, pp: int, dp: i
 
 def export(folder: Path, hf_folder: str, tp: int, pp: int, dp: int, multiple: int, rename: bool) -> dict[str, Any]:
     """The policy as an HF folder FOLDER/there; `rename`: with Transformer Engine's names for the norms."""
-    from nemo_pivotrl.backends.aligner import exported
-    from nemo_pivotrl.backends.megatron.architecture import read_architecture
-    from nemo_pivotrl.records import InputError
+    from nemo_pivotrl.core.errors import InputError
+    from nemo_pivotrl.integrations.nemo_aligner import exported
+    from nemo_pivotrl.sizing.architecture import read_architecture
 
     _, _, _, model = served_model(folder, {"model.make_vocab_size_divisible_by": multiple}, tp, pp, dp)
     if rename:
@@ -297,7 +297,8 @@ def train_served(
 
     import tiny_served
 
-    from nemo_pivotrl.records import InputError, Lost
+    from nemo_pivotrl.core.errors import InputError
+    from nemo_pivotrl.core.types import Lost
 
     settings = tiny_served.settings(hf_folder, url, **(servers or {})) | overrides
     cfg, lightning, state, model = served_model(folder, settings, tp, pp, dp)
@@ -345,9 +346,9 @@ def refusals(folder: Path, hf_folder: str, cases: list[dict[str, Any]], without_
     """What a served policy says to each of these overrides before anything is asked of a server."""
     import tiny_served
 
-    from nemo_pivotrl.backends.aligner.served import ServedTurns
-    from nemo_pivotrl.backends.aligner.settings import PivotRLModelBlock, read_block
-    from nemo_pivotrl.records import InputError
+    from nemo_pivotrl.core.errors import InputError
+    from nemo_pivotrl.integrations.nemo_aligner.served import ServedTurns
+    from nemo_pivotrl.integrations.nemo_aligner.settings import PivotRLModelBlock, read_block
 
     if without_httpx:
         sys.modules["httpx"] = None  # type: ignore[assignment]
@@ -367,7 +368,7 @@ def train_world(folder: Path, warmup: int, steps: int, seed: int = 1) -> dict[st
     """PivotRL on turns of the embedded world under its own verifier, from a policy that `warmup` steps of SFT made."""
     import tiny_world
 
-    from nemo_pivotrl.backends.aligner import train_gpt_pivotrl
+    from nemo_pivotrl.integrations.nemo_aligner import train_gpt_pivotrl
 
     home = folder / "world"
     tiny_world.write_world(home, pivots=4)
@@ -387,8 +388,8 @@ def train_world(folder: Path, warmup: int, steps: int, seed: int = 1) -> dict[st
         "trainer.pivotrl.gradient_clip_val": 0.35,
     }
     cfg = tiny_aligner.config("pivotrl", home, PIVOTRL | settings | tiny_world.MODEL | {"model.seed": seed})
-    from nemo_pivotrl.backends.aligner import launch
-    from nemo_pivotrl.backends.aligner.actor import MegatronGPTPivotRLActorModel
+    from nemo_pivotrl.integrations.nemo_aligner import launch
+    from nemo_pivotrl.integrations.nemo_aligner.actor import MegatronGPTPivotRLActorModel
 
     lightning, state = launch.lightning(cfg, "pivotrl")
     torch.manual_seed(seed)
@@ -415,8 +416,8 @@ DOCTOR: dict[str, Any] = {
 
 def doctor_model(folder: Path, overrides: dict[str, Any], head: bool) -> tuple[Any, Any, Any, Any]:
     """(config, Lightning trainer, state, model) of a tiny doctor; its head at zero, or at `tiny_policy.head`."""
-    from nemo_pivotrl.backends.aligner import launch
-    from nemo_pivotrl.backends.aligner.doctor_model import MegatronGPTLLMDoctorModel
+    from nemo_pivotrl.integrations.nemo_aligner import launch
+    from nemo_pivotrl.integrations.nemo_aligner.doctor_model import MegatronGPTLLMDoctorModel
 
     cfg = tiny_aligner.config("llmdoctor", folder, DOCTOR | overrides)
     lightning, state = launch.lightning(cfg, "llmdoctor")
@@ -437,8 +438,8 @@ def doctor_loss(folder: Path, tp: int, pp: int, dp: int, mbs: int, anchor: str) 
     from nemo_aligner.utils.train_utils import clip_gradients
     from nemo_aligner.utils.utils import retrieve_model_state_dict_in_cpu
 
-    from nemo_pivotrl.backends.aligner import launch
-    from nemo_pivotrl.backends.aligner.doctor_data import collate_pairs
+    from nemo_pivotrl.integrations.nemo_aligner import launch
+    from nemo_pivotrl.integrations.nemo_aligner.doctor_data import collate_pairs
 
     settings = {"model.micro_batch_size": mbs, "model.llmdoctor.anchor": anchor}
     cfg, lightning, _, model = doctor_model(folder, tiny_aligner.layout(tp, pp, dp) | settings, head=True)
@@ -458,7 +459,7 @@ def doctor_loss(folder: Path, tp: int, pp: int, dp: int, mbs: int, anchor: str) 
 
 def train_doctor(folder: Path, tp: int = 1, pp: int = 1, dp: int = 1, **overrides: Any) -> dict[str, Any]:
     """A few steps of LLMdoctor's second stage."""
-    from nemo_pivotrl.backends.aligner import train_gpt_llmdoctor
+    from nemo_pivotrl.integrations.nemo_aligner import train_gpt_llmdoctor
 
     cfg, lightning, state, model = doctor_model(folder, tiny_aligner.layout(tp, pp, dp) | overrides, head=False)
     trainer = train_gpt_llmdoctor.make_trainer(cfg, lightning, model, state)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-PACKAGE = HERE.parents[1] / "nemo_pivotrl/backends/aligner"
+PACKAGE = HERE.parents[1] / "nemo_pivotrl/integrations/nemo_aligner"
 CHECKLIST = {
     "the trainer resumes and restores all state": ["test_a_killed_run_resumes_with_the_same_losses"],
     "the trainer supports TP, PP and DP": [

@@ -9,8 +9,8 @@ import fiddle
 import nemo_run
 import pytest
 
-from nemo_pivotrl import nemo_run_cli
-from nemo_pivotrl.records import InputError
+from nemo_pivotrl.core.errors import InputError
+from nemo_pivotrl.integrations import nemo_run as nemo_run_cli
 
 RECIPE = Path(__file__).resolve().parents[2] / "recipes/pivotrl/tiny.yaml"
 CLUSTER = {"SLURM_ACCOUNT": "acc", "SLURM_PARTITION": "batch", "CONTAINER": "nvcr.io/x:1"}
@@ -61,7 +61,7 @@ def test_the_slurm_executor_says_what_the_env_file_says(
 
 DRY_RUN = """
 import fiddle, nemo_run
-from nemo_pivotrl.nemo_run_cli import slurm
+from nemo_pivotrl.integrations.nemo_run import slurm
 executor = fiddle.build(slurm(nodes=2, gpus_per_node=4))
 executor.tunnel = nemo_run.LocalTunnel(job_dir="jobs")
 with nemo_run.Experiment("pivotrl", base_dir=".") as experiment:

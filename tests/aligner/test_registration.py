@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 
 import nemo_pivotrl
-from nemo_pivotrl.backends.aligner.registration import LLMDOCTOR, PIVOTRL, algorithms, trust
+from nemo_pivotrl.integrations.nemo_aligner.registration import LLMDOCTOR, PIVOTRL, algorithms, trust
 
-PACKAGE = Path(nemo_pivotrl.__file__).parent / "backends/aligner"
-MODULES = sorted(f"nemo_pivotrl.backends.aligner.{p.stem}" for p in PACKAGE.glob("*.py") if p.stem != "__init__")
+PACKAGE = Path(nemo_pivotrl.__file__).parent / "integrations/nemo_aligner"
+MODULES = sorted(
+    f"nemo_pivotrl.integrations.nemo_aligner.{p.stem}" for p in PACKAGE.glob("*.py") if p.stem != "__init__"
+)
 HERE = Path(__file__).parent
 PREAMBLE = (
     "import os; os.environ['NVIDIA_PYTORCH_VERSION'] = 'none'\n"  # NeMo 2.1 wants it anywhere but in NGC's containers
@@ -37,7 +39,7 @@ def python(code: str, cwd: Path, **environment: str) -> str:
 def test_both_algorithms_are_registered_as_entry_points_and_by_a_call(tmp_path: Path) -> None:
     assert algorithms() == {"pivotrl": PIVOTRL, "llmdoctor": LLMDOCTOR}
     assert PIVOTRL.conf.exists() and LLMDOCTOR.conf.exists()
-    code = "import nemo_pivotrl\nfrom nemo_pivotrl.backends.aligner.registration import algorithms\n"
+    code = "import nemo_pivotrl\nfrom nemo_pivotrl.integrations.nemo_aligner.registration import algorithms\n"
     assert python(code + "print(nemo_pivotrl.register() == algorithms())", tmp_path).splitlines()[-1] == "True"
 
 
@@ -50,7 +52,7 @@ def test_every_module_imports_without_tensorrt_llm_apex_and_transformer_engine(t
 
 
 def test_naming_the_algorithms_imports_nothing_of_nvidias(tmp_path: Path) -> None:
-    code = "import sys, nemo_pivotrl\nfrom nemo_pivotrl.backends.aligner.registration import algorithms\nalgorithms()\n"
+    code = "import sys, nemo_pivotrl\nfrom nemo_pivotrl.integrations.nemo_aligner.registration import algorithms\nalgorithms()\n"
     code += "print(sorted({m.partition('.')[0] for m in sys.modules} & {'torch', 'nemo', 'nemo_aligner', 'megatron'}))"
     assert python(code, tmp_path).splitlines()[-1] == "[]"
 
@@ -60,8 +62,8 @@ import inspect
 from nemo_aligner.algorithms.dpo import DPOTrainer
 from nemo_aligner.data.nlp.datasets import DPOModelDataset, RLHFDataset
 from nemo_aligner.models import alignable_interface as ours
-from nemo_pivotrl.backends.aligner.registration import LLMDOCTOR, PIVOTRL
-from nemo_pivotrl.backends.aligner.versions import without_tensorrt_llm
+from nemo_pivotrl.integrations.nemo_aligner.registration import LLMDOCTOR, PIVOTRL
+from nemo_pivotrl.integrations.nemo_aligner.versions import without_tensorrt_llm
 with without_tensorrt_llm():
     from nemo_aligner.algorithms.reinforce import ReinforceTrainer
     from nemo_aligner.models.nlp.gpt.megatron_gpt_ppo_actor import MegatronGPTActorModel
@@ -88,7 +90,7 @@ def test_classes_are_subclasses_with_the_constructor_keywords_of_their_parents(t
 
 SCRIPT = """
 from nemo.core.config import hydra_runner
-from nemo_pivotrl.backends.aligner.dialect import register_resolvers
+from nemo_pivotrl.config.nemo_aligner import register_resolvers
 register_resolvers()
 @hydra_runner(config_path=".", config_name="mine")
 def main(cfg):
@@ -123,8 +125,8 @@ def test_nemo_may_instantiate_our_classes_where_it_asks(monkeypatch: pytest.Monk
 
 
 def test_a_wrong_version_is_named_with_the_one_that_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
-    from nemo_pivotrl.backends.aligner.versions import require
-    from nemo_pivotrl.records import InputError
+    from nemo_pivotrl.core.errors import InputError
+    from nemo_pivotrl.integrations.nemo_aligner.versions import require
 
     require()
     real = importlib.metadata.version

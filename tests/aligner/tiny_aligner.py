@@ -10,17 +10,18 @@ import tiny_policy
 import torch
 from omegaconf import OmegaConf, open_dict
 
-from nemo_pivotrl.backends.megatron.architecture import Architecture
 from nemo_pivotrl.backends.megatron.mapping import entries
-from nemo_pivotrl.chat import Chat
 from nemo_pivotrl.config import Verifier
-from nemo_pivotrl.preferences import preference_to_row
-from nemo_pivotrl.records import Action, Candidate, Header, Preference, canonical_json
-from nemo_pivotrl.responses import candidate_to_row
-from nemo_pivotrl.tiny import make_tokenizer
-from nemo_pivotrl.verifiers import identity, load_verifier
+from nemo_pivotrl.core.artifacts import Header, canonical_json
+from nemo_pivotrl.core.types import Action, Candidate, Preference
+from nemo_pivotrl.data.chat_template import Chat
+from nemo_pivotrl.data.gym_rows import candidate_to_row
+from nemo_pivotrl.data.preferences import preference_to_row
+from nemo_pivotrl.demo.tiny_models import make_tokenizer
+from nemo_pivotrl.sizing.architecture import Architecture
+from nemo_pivotrl.verifiers.base import identity, load_verifier
 
-CONF = Path(__file__).resolve().parents[2] / "nemo_pivotrl/backends/aligner/conf"
+CONF = Path(__file__).resolve().parents[2] / "nemo_pivotrl/integrations/nemo_aligner/conf"
 WORDS = (
     "alpha bravo charlie delta echo foxtrot golf hotel india juliet kilo lima mike november oscar papa quebec".split()
 )
@@ -154,7 +155,7 @@ def write_preferences(folder: Path) -> None:
 
 def config(algorithm: str, folder: Path, overrides: dict[str, Any]) -> Any:
     """The package's own YAML with what a tiny model on CPUs needs."""
-    from nemo_pivotrl.backends.aligner import launch
+    from nemo_pivotrl.integrations.nemo_aligner import launch
 
     launch.prepare()
     cfg = OmegaConf.load(CONF / f"gpt_{algorithm}.yaml")

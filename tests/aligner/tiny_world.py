@@ -9,15 +9,15 @@ from typing import Any
 
 import torch
 
-from nemo_pivotrl import world
-from nemo_pivotrl.chat import Chat
 from nemo_pivotrl.config import Recipe, Verifier, World
-from nemo_pivotrl.records import Header, canonical_json, read_rows
-from nemo_pivotrl.responses import candidate_of_row, message_of
-from nemo_pivotrl.stages.extract import extract
-from nemo_pivotrl.stages.quickstart import make_world
-from nemo_pivotrl.tiny import make_tokenizer
-from nemo_pivotrl.verifiers import identity, load_verifier
+from nemo_pivotrl.core.artifacts import Header, canonical_json, read_rows
+from nemo_pivotrl.data.chat_template import Chat
+from nemo_pivotrl.data.gym_rows import candidate_of_row, message_of
+from nemo_pivotrl.demo import service_desk as world
+from nemo_pivotrl.demo.tiny_models import make_tokenizer
+from nemo_pivotrl.pipeline import make_world
+from nemo_pivotrl.pivotrl.extract import extract
+from nemo_pivotrl.verifiers.base import identity, load_verifier
 
 MAX_LENGTH = 40
 MODEL: dict[str, Any] = {

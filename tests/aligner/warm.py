@@ -7,9 +7,4 @@ shims.install()
 import jobs  # noqa: E402, F401
 import torch.utils.tensorboard  # noqa: E402, F401
 
-from nemo_pivotrl.backends.aligner import (  # noqa: E402, F401
-    actor,
-    doctor_model,
-    train_gpt_llmdoctor,
-    train_gpt_pivotrl,
-)
+from nemo_pivotrl.integrations.nemo_aligner import actor, doctor_model, train_gpt_llmdoctor, train_gpt_pivotrl  # noqa: E402, F401

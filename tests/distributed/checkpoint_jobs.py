@@ -79,7 +79,7 @@ def resume(folder: str, kind: str, layout: dict[str, Any], source: str, export: 
 
 def refusal(folder: str, kind: str, layout: dict[str, Any], source: str) -> dict[str, Any]:
     """Why a checkpoint is not loaded, and whether the weights were left as they were."""
-    from nemo_pivotrl.records import InputError
+    from nemo_pivotrl.core.errors import InputError
 
     run = Run(folder, kind, layout)
     before = [p.detach().clone() for p in run.backend.stage.parameters()]

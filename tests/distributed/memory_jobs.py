@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from nemo_pivotrl import pivotrl
-from nemo_pivotrl.backends import TokenBatch
+from nemo_pivotrl.algorithms import pivotrl
+from nemo_pivotrl.backends.base import TokenBatch
 from nemo_pivotrl.backends.megatron.parallel import initialize
 from nemo_pivotrl.config import Megatron, Optimizer, Policy
 

@@ -11,9 +11,9 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from nemo_pivotrl.backends.megatron.architecture import read_architecture
 from nemo_pivotrl.backends.megatron.parallel import Groups, initialize
 from nemo_pivotrl.config import Megatron
+from nemo_pivotrl.sizing.architecture import read_architecture
 
 
 def settings(**layout: Any) -> Megatron:
@@ -91,7 +91,7 @@ def gather(tensor: Tensor, group: Any) -> list[Tensor]:
 def refusal(folder: str, layout: dict[str, Any]) -> dict[str, str]:
     """Field to "found -> remedy" of everything for which a model is not built."""
     from nemo_pivotrl.backends.megatron import model
-    from nemo_pivotrl.records import InputError
+    from nemo_pivotrl.core.errors import InputError
 
     try:
         megatron = settings(**layout)

@@ -13,8 +13,8 @@ import torch.distributed as dist
 from torch import Tensor
 from train_jobs import TFPO, VOCABULARY, bend, megatron_of, policy_of
 
-from nemo_pivotrl import llmdoctor, pivotrl
-from nemo_pivotrl.backends import TokenBatch
+from nemo_pivotrl.algorithms import llmdoctor, pivotrl
+from nemo_pivotrl.backends.base import TokenBatch
 
 
 @dataclass
@@ -135,8 +135,8 @@ def both(folder: str, layout: dict[str, Any], kind: str, seeds: list[int], budge
 @contextmanager
 def harmed(harm: str) -> Iterator[None]:
     """A mistake one could make, which the comparison must find."""
-    from nemo_pivotrl import prefix
-    from nemo_pivotrl.backends import forest_mamba
+    from nemo_pivotrl.algorithms import prefix_tree as prefix
+    from nemo_pivotrl.backends import tree_mamba as forest_mamba
 
     right, cut = prefix.lay_out, forest_mamba.pieces
 

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 import train_jobs
 
-from nemo_pivotrl.backends import TokenBatch
+from nemo_pivotrl.backends.base import TokenBatch
 from nemo_pivotrl.config import Generation
-from nemo_pivotrl.records import Sample
+from nemo_pivotrl.core.types import Sample
 
 GENERATIONS = {
     "plain": Generation(max_new_tokens=12, batch_tokens=120),
@@ -34,7 +34,7 @@ def seeds(number: int = 5) -> list[list[int]]:
 
 
 def reference(folder: str, kind: str, number: int = 5) -> list[list[Sample]]:
-    from nemo_pivotrl.backends.reference import ReferencePolicy
+    from nemo_pivotrl.backends.reference.policy import ReferencePolicy
 
     backend = ReferencePolicy(train_jobs.policy_of(folder, 10**6))
     return backend.infer(prompts(number), seeds(number), STOP, GENERATIONS[kind])
@@ -42,7 +42,7 @@ def reference(folder: str, kind: str, number: int = 5) -> list[list[Sample]]:
 
 def slowly(folder: str, kind: str, number: int = 5) -> list[list[Sample]]:
     """The same without any cache, one row at a time: the reference backend samples no hybrid models."""
-    from nemo_pivotrl.backends.reference import ReferencePolicy
+    from nemo_pivotrl.backends.reference.policy import ReferencePolicy
     from nemo_pivotrl.backends.sampling import Turns
 
     model = ReferencePolicy(train_jobs.policy_of(folder, 10**6)).model

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from nemo_pivotrl import cli
+from nemo_pivotrl.backends.launch import Patience, place_of
 from nemo_pivotrl.backends.megatron import workers
-from nemo_pivotrl.backends.megatron.launch import Patience, place_of
 from nemo_pivotrl.config import Megatron
-from nemo_pivotrl.records import InputError, Problem
+from nemo_pivotrl.core.errors import InputError, Problem
 
 PATIENCE = Patience(join=60.0, collective=60.0, beat=0.2, dead=4.0, stuck=60.0, leave=5.0)
 
@@ -48,7 +48,7 @@ def scores(folder: str, layout: dict[str, Any], sequences: list[Any]) -> Any:
     """A scorer's answers on rank 0."""
     import train_jobs
 
-    from nemo_pivotrl import backends
+    from nemo_pivotrl.backends import loading
     from nemo_pivotrl.config import Patient
 
     found: list[Any] = []
@@ -56,7 +56,7 @@ def scores(folder: str, layout: dict[str, Any], sequences: list[Any]) -> Any:
     megatron = train_jobs.megatron_of(layout)
 
     def work() -> None:
-        found.extend(backends.load_scorer(patient, megatron).log_probs(sequences))
+        found.extend(loading.load_scorer(patient, megatron).log_probs(sequences))
 
     workers.run_together(work, megatron, place_of(os.environ))
     workers._crew = None
@@ -71,8 +71,6 @@ def spread(folder: str, layout: dict[str, Any]) -> Any:
     """Two models at a time, one of them let go of; what is set is set everywhere; errors are told apart."""
     import train_jobs
 
-    from nemo_pivotrl import backends
-
     megatron, seen, sizes = train_jobs.megatron_of(layout), {}, []
     execute = workers.Crew._execute
 
@@ -84,9 +82,11 @@ def spread(folder: str, layout: dict[str, Any]) -> Any:
 
     workers.Crew._execute = noted  # type: ignore[method-assign]
 
+    from nemo_pivotrl.backends import loading
+
     def work() -> None:
         policy, batch = train_jobs.policy_of(folder), train_jobs.grpo_batch()
-        first, second = backends.load(policy, megatron), backends.load(policy, megatron)
+        first, second = loading.load(policy, megatron), loading.load(policy, megatron)
         second.decay = 0.5  # type: ignore[attr-defined]
         del first
         metrics = second.get_loss_and_metrics(batch, partial(total, scale=2.0), forward_only=True)

@@ -16,7 +16,7 @@ import train_jobs
 from distributed_harness import Workers
 from safetensors.torch import load_file, save_file
 
-from nemo_pivotrl.records import InputError
+from nemo_pivotrl.core.errors import InputError
 
 TP, PP, EP = (f"{axis}_model_parallel_size" for axis in ("tensor", "pipeline", "expert"))
 PLAIN = {"use_distributed_optimizer": False}
@@ -259,7 +259,7 @@ def test_a_rank_that_cannot_write_is_named_by_all(workers: Workers, model: Any, 
 def test_an_export_after_resharding_is_the_policy_in_transformers(
     workers: Workers, model: Any, begun: Any, tmp_path: Path, name: str, source: str, target: str
 ) -> None:
-    from nemo_pivotrl.backends.reference import ReferencePolicy
+    from nemo_pivotrl.backends.reference.policy import ReferencePolicy
 
     ranks, layout = LAYOUTS[target]
     arguments = {"folder": str(model(name)), "kind": "grpo", "layout": layout, "export": str(tmp_path / "policy")}
@@ -281,8 +281,8 @@ def tensors(folder: Path) -> list[str]:
 
 def test_an_export_that_lacks_a_tensor_or_has_it_in_another_shape_is_refused(model: Any, tmp_path: Path) -> None:
     pytest.importorskip("megatron.core")
-    from nemo_pivotrl.backends.megatron.architecture import read_architecture
     from nemo_pivotrl.backends.megatron.weights import check_export
+    from nemo_pivotrl.sizing.architecture import read_architecture
 
     source = model("qwen3_moe")
     architecture = read_architecture(source)

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from nemo_pivotrl.backends.megatron.launch import Place, as_torchrun, first_host, place_of
-from nemo_pivotrl.records import InputError
+from nemo_pivotrl.backends.launch import Place, as_torchrun, first_host, place_of
+from nemo_pivotrl.core.errors import InputError
 
 HERE = Path(__file__).parent
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "29500"}
@@ -145,7 +145,7 @@ def test_a_rank_that_never_comes_is_named() -> None:
 def test_a_finished_process_leaves_before_its_teardown_can_fail(tmp_path: Path) -> None:
     program = f"""
 import atexit, os, pathlib
-from nemo_pivotrl.backends.megatron.launch import leave
+from nemo_pivotrl.backends.launch import leave
 
 class Group:
     def __del__(self):

@@ -9,15 +9,9 @@ import pytest
 import tiny_hf
 from distributed_harness import Workers
 
-from nemo_pivotrl.backends.megatron.architecture import Architecture, read_architecture
-from nemo_pivotrl.backends.megatron.memory import (
-    MicroBatch,
-    activation_bytes,
-    layout_of,
-    stage_parameters,
-    state_bytes,
-)
 from nemo_pivotrl.config import Megatron
+from nemo_pivotrl.sizing.architecture import Architecture, read_architecture
+from nemo_pivotrl.sizing.memory import MicroBatch, activation_bytes, layout_of, stage_parameters, state_bytes
 
 TP, PP, EP = (f"{axis}_model_parallel_size" for axis in ("tensor", "pipeline", "expert"))
 CP, SP = "context_parallel_size", {"sequence_parallel": True}

@@ -17,8 +17,8 @@ import torch
 from conftest import ROOT, SMALL, recipe_at
 from distributed_harness import Workers
 
-from nemo_pivotrl.backends import policy_revision
-from nemo_pivotrl.stages.metrics import read_metrics
+from nemo_pivotrl.backends.loading import policy_revision
+from nemo_pivotrl.components.metrics import read_metrics
 
 HERE = Path(__file__).parent
 TP2 = "megatron.tensor_model_parallel_size=2"
@@ -60,7 +60,7 @@ def close(found: list[dict[str, Any]], want: list[dict[str, Any]]) -> None:
 
 
 def test_training_on_two_ranks_is_training_on_one_device(start: Any, straight: Any) -> None:
-    from nemo_pivotrl.stages.train import train
+    from nemo_pivotrl.pivotrl.train import train
 
     folder, (first, second) = straight
     assert (first["code"], second["code"], second["out"]) == (0, 0, "")
@@ -126,7 +126,7 @@ def test_a_second_model_an_attribute_and_what_cannot_be_sent(tmp_path: Path, wor
 
 
 def test_the_scorer_is_the_reference_scorer(tmp_path: Path, workers: Workers) -> None:
-    from nemo_pivotrl.backends.scorer import ReferenceScorer
+    from nemo_pivotrl.backends.reference.scorer import ReferenceScorer
     from nemo_pivotrl.config import Patient
 
     tiny_hf.make("qwen3", tmp_path / "hf")

@@ -108,7 +108,7 @@ def test_a_resumed_run_is_the_same_to_the_bit_and_its_export_is_the_policy(
     folder, _ = expected(name, "grpo")
     answers = workers.run(2, "train_jobs:resume", folder=str(folder), target=str(tmp_path), layout=layout)
     assert [a["equal"] for a in answers] == [True] * 2
-    from nemo_pivotrl.backends.reference import ReferencePolicy
+    from nemo_pivotrl.backends.reference.policy import ReferencePolicy
 
     exported = ReferencePolicy(train_jobs.policy_of(str(tmp_path / "policy"), 10**6))
     found = exported.get_inference_log_probs(train_jobs.grpo_batch())

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemo_pivotrl import llmdoctor, pivotrl
-from nemo_pivotrl.backends import TokenBatch
+from nemo_pivotrl.algorithms import llmdoctor, pivotrl
+from nemo_pivotrl.backends.base import TokenBatch
 from nemo_pivotrl.config import Generation, Megatron, Optimizer, Policy
 
 VOCABULARY = 131
@@ -116,8 +116,8 @@ def bend(head: torch.nn.Linear | None) -> None:
 
 def reference(folder: str, kind: str) -> dict[str, Any]:
     """Metrics, gradients by HF name and gradient norm from the reference backend, on one device."""
-    from nemo_pivotrl.backends.reference import ReferencePolicy
-    from nemo_pivotrl.backends.reference_doctor import DoctorModel
+    from nemo_pivotrl.backends.reference.doctor import DoctorModel
+    from nemo_pivotrl.backends.reference.policy import ReferencePolicy
 
     settings = policy_of(folder, 10**6)
     if kind == "tfpo":
@@ -152,10 +152,10 @@ def reference(folder: str, kind: str) -> dict[str, Any]:
 
 def train(folder: str, kind: str, layout: dict[str, Any], budget: int = 80) -> dict[str, Any]:
     """On one rank: the same from Megatron, the step taken twice, and what this rank saw."""
-    from nemo_pivotrl.backends.megatron.architecture import read_architecture
     from nemo_pivotrl.backends.megatron.doctor import MegatronDoctor
     from nemo_pivotrl.backends.megatron.parallel import initialize
     from nemo_pivotrl.backends.megatron.train import MegatronPolicy
+    from nemo_pivotrl.sizing.architecture import read_architecture
 
     megatron = megatron_of(layout)
     groups = initialize(megatron, seed=1)

@@ -14,7 +14,7 @@ import pytest
 import torch
 from vllm_models import llama, saved
 
-from nemo_pivotrl.backends.vllm import Engine
+from nemo_pivotrl.backends.vllm.engine import Engine
 from nemo_pivotrl.config import Generation, Policy, Vllm
 
 SMALL = Vllm(kv_cache_gib=0.06, max_num_seqs=64)

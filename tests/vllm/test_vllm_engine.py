@@ -12,10 +12,11 @@ from conftest import SMALL, policy
 from torch import Tensor
 from vllm_models import KINDS, VOCAB, llama, saved
 
-from nemo_pivotrl.backends.vllm import Engine
-from nemo_pivotrl.backends.vllm_requests import checked, in_order
+from nemo_pivotrl.backends.vllm.engine import Engine
+from nemo_pivotrl.backends.vllm.requests import checked, in_order
 from nemo_pivotrl.config import Generation, Vllm
-from nemo_pivotrl.records import InputError, Lost, Sample
+from nemo_pivotrl.core.errors import InputError
+from nemo_pivotrl.core.types import Lost, Sample
 
 PROMPTS = [[7, 8, 9, 10, 11], [7, 8, 9, 10, 11, 12, 13], [200, 3, 40, 5], [9]]
 STOPS = frozenset({1, 17, 90})

@@ -11,15 +11,15 @@ import torch
 from conftest import SMALL
 from vllm_models import llama, nemotron_h, qwen3, saved
 
-from nemo_pivotrl import tiny
 from nemo_pivotrl.backends.doctors import Span
-from nemo_pivotrl.backends.guided import GuidedGenerator, Steering, load_guided
-from nemo_pivotrl.backends.vllm import Engine
-from nemo_pivotrl.backends.vllm_decode import GuidedEngine
-from nemo_pivotrl.backends.vllm_doctors import NAMES, Guidance, Wish, read_wish
-from nemo_pivotrl.backends.vllm_streams import RowStream, check_streams
+from nemo_pivotrl.backends.reference.guided import GuidedGenerator, Steering, load_guided
+from nemo_pivotrl.backends.vllm.decode import GuidedEngine
+from nemo_pivotrl.backends.vllm.engine import Engine
+from nemo_pivotrl.backends.vllm.guidance import NAMES, Guidance, Wish, read_wish
+from nemo_pivotrl.backends.vllm.row_stream import RowStream, check_streams
 from nemo_pivotrl.config import Decode, Doctor, Patient
-from nemo_pivotrl.records import InputError
+from nemo_pivotrl.core.errors import InputError
+from nemo_pivotrl.demo import tiny_models as tiny
 
 TIGHT = 1e-5
 TEXTS = ["book a flight to oslo", "cancel twelve tickets, please", "who are you", "tell me about the weather in may"]
@@ -185,7 +185,7 @@ def test_weight_0_and_no_weights_are_the_patient_to_the_bit(
     off = {"guidance.beta.kind": 2.0, "guidance.spans": ["", ""]}
     guided = [(t.token_ids, logs(t)) for t in sampled(engine, prompts, extra_args={"guidance.beta.kind": 1.0})]
     silent = [(t.token_ids, logs(t)) for t in sampled(engine, prompts, extra_args=zero)]
-    from nemo_pivotrl.backends import as_policy
+    from nemo_pivotrl.backends.loading import as_policy
 
     plain = Engine(as_policy(Patient(model_name=folders["patient"], max_total_sequence_length=128)), SMALL)
     try:
@@ -202,8 +202,8 @@ def test_weight_0_and_no_weights_are_the_patient_to_the_bit(
 
 def test_an_engine_without_a_section_of_ours_does_nothing(folders: dict[str, str]) -> None:
     """The class given to an engine that nobody configured, as an entry point would: no crash, no change."""
-    from nemo_pivotrl.backends import as_policy
-    from nemo_pivotrl.backends.vllm_guide import Guide
+    from nemo_pivotrl.backends.loading import as_policy
+    from nemo_pivotrl.backends.vllm.guide import Guide
 
     policy = as_policy(Patient(model_name=folders["patient"], max_total_sequence_length=64))
     engines = [Engine(policy, SMALL, **extra) for extra in ({}, {"logits_processors": [Guide]})]

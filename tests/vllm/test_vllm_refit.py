@@ -13,12 +13,13 @@ from test_vllm_engine import PROMPTS, STOPS, TIGHT, apart, drawn, truth
 from torch import Tensor
 from vllm_models import KINDS, llama, saved
 
-from nemo_pivotrl import backends
-from nemo_pivotrl.backends import TokenBatch
-from nemo_pivotrl.backends.vllm import Engine
-from nemo_pivotrl.backends.vllm_refit import Fingerprint, Refitted, checksum, read_folder
+from nemo_pivotrl.backends import loading
+from nemo_pivotrl.backends.base import TokenBatch
+from nemo_pivotrl.backends.vllm.engine import Engine
+from nemo_pivotrl.backends.vllm.refit import Fingerprint, Refitted, checksum, read_folder
 from nemo_pivotrl.config import Generation, Lora, Optimizer, Policy
-from nemo_pivotrl.records import InputError, Sample
+from nemo_pivotrl.core.errors import InputError
+from nemo_pivotrl.core.types import Sample
 
 GENERATION = Generation(max_new_tokens=16)
 
@@ -26,7 +27,7 @@ GENERATION = Generation(max_new_tokens=16)
 @pytest.fixture(scope="module", params=["llama", "qwen3", "qwen3-moe"])  # the first tied, the others not
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     folder = saved(KINDS[request.param](), tmp_path_factory.mktemp(request.param))
-    made = backends.load(policy(folder, generation=GENERATION), vllm=SMALL)
+    made = loading.load(policy(folder, generation=GENERATION), vllm=SMALL)
     yield made
     made.sampler.close()
 
@@ -128,7 +129,7 @@ def test_from_a_folder_and_tensor_by_tensor_is_the_same(pair: Any, tmp_path: Pat
 
 def test_adapters_arrive_merged(tmp_path: Path) -> None:
     folder = saved(llama(tied=True), tmp_path / "start")
-    made: Any = backends.load(policy(folder, lora=Lora(enabled=True, r=4, alpha=8), generation=GENERATION), vllm=SMALL)
+    made: Any = loading.load(policy(folder, lora=Lora(enabled=True, r=4, alpha=8), generation=GENERATION), vllm=SMALL)
     try:
         with torch.no_grad():
             for name, parameter in made.trainer.model.named_parameters():
@@ -182,7 +183,7 @@ def test_an_engine_of_several_processes_takes_no_tensors(pair: Any, monkeypatch:
 
 
 def test_policies_without_vllm_are_what_they_were(tied: str) -> None:
-    from nemo_pivotrl.backends.reference import ReferencePolicy
+    from nemo_pivotrl.backends.reference.policy import ReferencePolicy
 
-    assert isinstance(backends.load(Policy(model_name=tied)), ReferencePolicy)
-    assert isinstance(backends.load_sampler(Policy(model_name=tied)), ReferencePolicy)
+    assert isinstance(loading.load(Policy(model_name=tied)), ReferencePolicy)
+    assert isinstance(loading.load_sampler(Policy(model_name=tied)), ReferencePolicy)

@@ -16,9 +16,9 @@ from vllm.v1.sample.logits_processor import _load_custom_logitsprocs
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsContext, LogitsProcRequestState
 from vllm.v1.worker.gpu.sample.logits_processor.loader import _load_v2_logitsprocs_by_fqcns
 
-from nemo_pivotrl.backends import vllm_guide
-from nemo_pivotrl.backends.guided import Steering, load_guided
-from nemo_pivotrl.backends.vllm_doctors import CLASS, guide_arguments
+from nemo_pivotrl.backends.reference.guided import Steering, load_guided
+from nemo_pivotrl.backends.vllm import guide as vllm_guide
+from nemo_pivotrl.backends.vllm.guidance import CLASS, guide_arguments
 from nemo_pivotrl.config import Decode, Patient
 
 __all__ = ["folders"]

@@ -18,12 +18,13 @@ import torch
 from test_vllm_guide import TEXTS, folders
 from vllm_world import ROOT, Process
 
-from nemo_pivotrl.backends.guided import GuidedGenerator, Steering, load_guided
+from nemo_pivotrl.backends.reference.guided import GuidedGenerator, Steering, load_guided
 from nemo_pivotrl.config import Doctor
-from nemo_pivotrl.recipe import load_recipe
-from nemo_pivotrl.records import InputError, read_rows
-from nemo_pivotrl.stages.decode import decode
-from nemo_pivotrl.stages.serve_engine import command
+from nemo_pivotrl.config.load import load_recipe
+from nemo_pivotrl.core.artifacts import read_rows
+from nemo_pivotrl.core.errors import InputError
+from nemo_pivotrl.llmdoctor.decode import decode
+from nemo_pivotrl.tools.serve import command
 
 __all__ = ["folders"]
 TIGHT = 1e-5
@@ -163,7 +164,7 @@ def test_the_servers_command_says_what_the_recipe_says(recipe_file: str, capsys:
     flags = dict(pairwise(arguments))
     assert flags["--logprobs-mode"] == "processed_logprobs" and flags["--host"] == "127.0.0.1"
     assert (
-        flags["--logits-processors"] == "nemo_pivotrl.backends.vllm_guide:Guide"
+        flags["--logits-processors"] == "nemo_pivotrl.backends.vllm.guide:Guide"
         and "VLLM_SERVER_DEV_MODE" not in environment
     )
     assert json.loads(flags["--additional-config"])["nemo_pivotrl"]["beta"] == {"kind": 0.7}

@@ -16,15 +16,15 @@ import pytest
 import torch
 from vllm_world import ROOT, SMALL, Process, recipe_at
 
-from nemo_pivotrl.backends.vllm_servers import Servers
+from nemo_pivotrl.backends.vllm.servers import Servers
 from nemo_pivotrl.config import Vllm
-from nemo_pivotrl.records import read_header, read_rows
-from nemo_pivotrl.stages.extract import extract
-from nemo_pivotrl.stages.profile import profile
-from nemo_pivotrl.stages.quickstart import make_world
-from nemo_pivotrl.stages.select import select
-from nemo_pivotrl.stages.sft import warmup
-from nemo_pivotrl.stages.train import train
+from nemo_pivotrl.core.artifacts import read_header, read_rows
+from nemo_pivotrl.pipeline import make_world
+from nemo_pivotrl.pivotrl.extract import extract
+from nemo_pivotrl.pivotrl.profile import profile
+from nemo_pivotrl.pivotrl.select import select
+from nemo_pivotrl.pivotrl.sft import warmup
+from nemo_pivotrl.pivotrl.train import train
 
 
 @pytest.fixture(scope="module")
@@ -110,9 +110,9 @@ def test_a_profile_over_two_servers_loses_nothing_when_one_is_killed(
     assert all(row["samples"] and all(s["tokens"] > 0 for s in row["samples"]) for row in rows)
 
     # the one that is left serves training: refitted after every step, and the trainer agrees with it
-    from nemo_pivotrl import backends
+    from nemo_pivotrl.backends import loading
 
-    reference = backends.load_scorer(patient_of(recipe.policy.model_name))
+    reference = loading.load_scorer(patient_of(recipe.policy.model_name))
     for ours, theirs in zip(reference.log_probs(sequences), there, strict=True):
         assert float((ours - theirs).abs().max()) <= 1e-5
     recipe = recipe_at(folder, addresses, "vllm.backoff_s=0.05", "loss_fn.max_sampler_mismatch=1e-4")

@@ -13,7 +13,7 @@ import urllib.request
 from pathlib import Path
 
 from nemo_pivotrl.config import Recipe
-from nemo_pivotrl.recipe import load_recipe
+from nemo_pivotrl.config.load import load_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = [

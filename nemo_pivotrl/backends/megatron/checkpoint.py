@@ -33,9 +33,9 @@ from megatron.core.utils import make_sharded_tensor_for_checkpoint
 from torch import Tensor, nn
 
 from nemo_pivotrl.backends.megatron import torch_dist
-from nemo_pivotrl.backends.megatron.architecture import Architecture, read_architecture
 from nemo_pivotrl.backends.megatron.parallel import Groups
-from nemo_pivotrl.records import InputError, Problem, short
+from nemo_pivotrl.core.errors import InputError, Problem, short
+from nemo_pivotrl.sizing.architecture import Architecture, read_architecture
 
 if TYPE_CHECKING:
     from nemo_pivotrl.backends.megatron.train import MegatronPolicy

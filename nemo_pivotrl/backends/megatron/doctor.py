@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from nemo_pivotrl.backends import TokenBatch
+from nemo_pivotrl.backends.base import TokenBatch
 from nemo_pivotrl.backends.megatron.microbatches import Rows
 from nemo_pivotrl.backends.megatron.parallel import Groups
 from nemo_pivotrl.backends.megatron.train import MegatronPolicy, _data_of

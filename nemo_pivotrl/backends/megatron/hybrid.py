@@ -30,9 +30,9 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.nn import functional
 
-from nemo_pivotrl.backends.forest_mamba import convolve, scan
-from nemo_pivotrl.backends.megatron.architecture import Architecture
 from nemo_pivotrl.backends.megatron.local_layers import ForestParams, Norm, StreamAttention, te_with_forests
+from nemo_pivotrl.backends.tree_mamba import convolve, scan
+from nemo_pivotrl.sizing.architecture import Architecture
 
 
 def build_hybrid(architecture: Architecture, te: bool, common: dict[str, Any]) -> nn.Module:

@@ -13,9 +13,9 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from torch import Tensor, nn
 
-from nemo_pivotrl.backends.forest_attention import attend
+from nemo_pivotrl.algorithms.prefix_tree import Forest, visible
 from nemo_pivotrl.backends.megatron.microbatches import context_part
-from nemo_pivotrl.prefix import Forest, visible
+from nemo_pivotrl.backends.tree_attention import attend
 
 
 class Norm:

@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
-from nemo_pivotrl.backends.megatron.architecture import Architecture, Mamba, Moe
+from nemo_pivotrl.sizing.architecture import Architecture, Mamba, Moe
 
 VOCAB_MULTIPLE = 128
 """The padded vocabulary is a multiple of this on every tensor-parallel rank, as in Megatron's own trainers."""

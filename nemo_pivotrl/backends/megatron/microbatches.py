@@ -6,7 +6,7 @@ do not suffice, a rank runs a filler without rows, whose loss is a connected zer
 time on different ranks are of about the same size.
 
 Three forms with the same numbers: rows padded on the right to the widest; packed one after another into one stream
-(Transformer Engine's THD), each padded to `multiple` alone; or a forest of shared prefixes (`prefix.py`), one stream, too.
+(Transformer Engine's THD), each padded to `multiple` alone; or a forest of shared prefixes (`prefix_tree.py`), one stream, too.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from nemo_pivotrl.backends.megatron.legality import round_up
-from nemo_pivotrl.prefix import Forest
+from nemo_pivotrl.algorithms.prefix_tree import Forest
+from nemo_pivotrl.sizing.layout_rules import round_up
 
 
 @dataclass(frozen=True, slots=True)

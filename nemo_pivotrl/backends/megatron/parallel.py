@@ -19,9 +19,9 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from torch.distributed import ProcessGroup
 
-from nemo_pivotrl.backends.megatron.legality import layout_problems
 from nemo_pivotrl.config import Megatron
-from nemo_pivotrl.records import InputError, Problem
+from nemo_pivotrl.core.errors import InputError, Problem
+from nemo_pivotrl.sizing.layout_rules import layout_problems
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,10 +16,10 @@ import torch
 from torch import nn
 
 from nemo_pivotrl.backends.megatron import torch_dist
-from nemo_pivotrl.backends.megatron.architecture import Architecture
 from nemo_pivotrl.backends.megatron.checkpoint import weights
 from nemo_pivotrl.backends.megatron.parallel import Groups
-from nemo_pivotrl.records import InputError, Problem
+from nemo_pivotrl.core.errors import InputError, Problem
+from nemo_pivotrl.sizing.architecture import Architecture
 
 EMBEDDING = "embedding.word_embeddings.weight"
 NEMO_FOLDERS = ("weights", "model_weights")

@@ -29,7 +29,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from nemo_pivotrl.backends.megatron.parallel import Groups
 from nemo_pivotrl.backends.sampling import Row, Turns, pad, positions, shares
 from nemo_pivotrl.config import Generation
-from nemo_pivotrl.records import InputError, Problem, Sample
+from nemo_pivotrl.core.errors import InputError, Problem
+from nemo_pivotrl.core.types import Sample
 
 MASKED_TOKENS = 4096
 """Length of a prompt up to which prompts of unequal lengths decode together."""
@@ -48,7 +49,7 @@ def sample(
     row_multiple: int,
     tick: Callable[[str], None],
 ) -> list[list[Sample]]:
-    """One sample for every seed of every prompt, on every rank; see `backends.Sampler.infer`.
+    """One sample for every seed of every prompt, on every rank; see `backends.base.Sampler.infer`.
 
     stage: a `stage.Stage`. row_multiple: what the rows of a forward pass must be a multiple of (FP8). tick: called with
     every step.

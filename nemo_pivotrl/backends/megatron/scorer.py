@@ -6,14 +6,14 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from nemo_pivotrl.backends import TokenBatch
+from nemo_pivotrl.backends.base import TokenBatch
 from nemo_pivotrl.backends.megatron.parallel import Groups
 from nemo_pivotrl.backends.megatron.train import MegatronPolicy
 from nemo_pivotrl.config import Generation, Megatron, Patient, Policy
 
 
 class MegatronScorer(MegatronPolicy):
-    """A frozen causal language model that scores given tokens. See `backends.Scorer`; `patient.dtype` and `device` are
+    """A frozen causal language model that scores given tokens. See `backends.base.Scorer`; `patient.dtype` and `device` are
     the `megatron` section's business here."""
 
     def __init__(self, patient: Patient, megatron: Megatron, groups: Groups):

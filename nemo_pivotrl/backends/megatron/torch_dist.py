@@ -40,7 +40,7 @@ from torch.distributed import checkpoint
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from nemo_pivotrl.records import InputError, Problem, short
+from nemo_pivotrl.core.errors import InputError, Problem, short
 
 SUMS = "crc32.json"
 """File name to CRC-32, beside the shards."""

@@ -1,4 +1,4 @@
-"""Training over megatron-core: the verbs of `backends.Trainer` on any layout of ranks.
+"""Training over megatron-core: the verbs of `backends.base.Trainer` on any layout of ranks.
 
 Every rank is given the same batch and calls the same verbs; each data-parallel rank takes its share of the rows.
 
@@ -23,31 +23,32 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from nemo_pivotrl import prefix
-from nemo_pivotrl.backends import TokenBatch
+from nemo_pivotrl.algorithms import prefix_tree as prefix
+from nemo_pivotrl.algorithms.prefix_tree import packs, token_ratio
+from nemo_pivotrl.backends.base import TokenBatch
 from nemo_pivotrl.backends.megatron import checkpoint
-from nemo_pivotrl.backends.megatron.architecture import read_architecture
-from nemo_pivotrl.backends.megatron.legality import multiple_of, training_problems
 from nemo_pivotrl.backends.megatron.microbatches import Rows, lay_out, schedule
 from nemo_pivotrl.backends.megatron.model import build_model
 from nemo_pivotrl.backends.megatron.parallel import Groups
-from nemo_pivotrl.backends.megatron.precision import token_multiple
+from nemo_pivotrl.backends.megatron.pipeline_stage import Stage
 from nemo_pivotrl.backends.megatron.sampler import sample
-from nemo_pivotrl.backends.megatron.stage import Stage
 from nemo_pivotrl.backends.megatron.weights import export_hf, save_hf
 from nemo_pivotrl.config import Generation, Megatron, Optimizer, Policy
-from nemo_pivotrl.prefix import packs, token_ratio
-from nemo_pivotrl.records import InputError, Sample
+from nemo_pivotrl.core.errors import InputError
+from nemo_pivotrl.core.types import Sample
+from nemo_pivotrl.sizing.architecture import read_architecture
+from nemo_pivotrl.sizing.layout_rules import multiple_of, training_problems
+from nemo_pivotrl.sizing.precision import token_multiple
 
 if TYPE_CHECKING:
-    from nemo_pivotrl.backends import LossFn
+    from nemo_pivotrl.backends.base import LossFn
 
 Work = Callable[[Rows, Tensor, Tensor | None], tuple[Tensor, dict[str, Tensor]]]
 """(rows, log-probs [n, T], log V [n, T+1] or None) of one micro-batch -> (loss, metrics)."""
 
 
 class MegatronPolicy:
-    """A causal language model that samples, scores and trains. See `backends.Backend`.
+    """A causal language model that samples, scores and trains. See `backends.base.Backend`.
 
     Raises InputError for what it cannot do: LoRA, a reference beside FP8 weights, `allgather` between unequal ranks.
     """

@@ -20,10 +20,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from nemo_pivotrl.backends.megatron.architecture import Architecture, read_architecture
 from nemo_pivotrl.backends.megatron.mapping import Entry, entries, plain_name
 from nemo_pivotrl.backends.megatron.parallel import Groups
-from nemo_pivotrl.records import InputError, Problem
+from nemo_pivotrl.core.errors import InputError, Problem
+from nemo_pivotrl.sizing.architecture import Architecture, read_architecture
 
 CARRIED = ("mtp.",)
 """Tensors that begin so are not part of the policy (multi-token prediction heads). `save_hf` copies them as they were."""

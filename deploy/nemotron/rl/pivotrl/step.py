@@ -23,7 +23,7 @@
 
 from pathlib import Path
 
-from nemo_pivotrl.nemotron_step import main
+from nemo_pivotrl.integrations.nemotron_step import main
 
 if __name__ == "__main__":
     main(Path(__file__).parent / "config/default.yaml")

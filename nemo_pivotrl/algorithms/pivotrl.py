@@ -1,0 +1,283 @@
+"""The PivotRL paper (arXiv 2603.21383) in one file, pure: cutting, statistics, selection, advantages, loss.
+
+Shapes: `P` pivots, `G` samples of a pivot, `N` = P*G sequences, `T` response tokens (padded). Log-probabilities are in
+nats, of the sampled token under the distribution it was sampled from. `A.15 n` names the row of the specification's
+table of choices that a default follows.
+
+Deviations from the paper, all switchable:
+- the loss is a mean over the batch's tokens (`token_level_loss`), not of sequences (A.15 9); NVIDIA's recipes do so;
+- the ratio is per token, Eq. 7 writes it per action (`ratio_level`, A.15 9);
+- beta defaults to 0 (A.15 11), Eq. 7 has a KL term;
+- the standard deviation is the sample one (A.15 7), Eq. 7 does not say;
+- selection is decided on integers, so that no rounding can keep or drop a pivot (A.15 2).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from nemo_pivotrl.core.types import Profile, Trajectory
+
+Rule = Literal["random", "mixed", "adv", "adv_with_zeros"]
+
+
+def cut(trajectory: Trajectory) -> Iterator[tuple[int, int]]:
+    """(index in messages, depth) of every assistant turn: each one is a candidate (Algorithm 1, step 1).
+
+    `depth` counts the assistant turns before it. A ready-made pivot row (`last_only`) gives its last turn alone.
+    """
+    turns = [i for i, message in enumerate(trajectory.messages) if message["role"] == "assistant"]
+    for depth, index in enumerate(turns):
+        if not trajectory.last_only or index == len(trajectory.messages) - 1:
+            yield index, depth
+
+
+@dataclass(frozen=True, slots=True)
+class GroupStatistics:
+    """Outcomes of a candidate's K rollouts."""
+
+    count: int
+    """K."""
+    successes: int
+    """k: rollouts with reward 1. Meaningful for binary rewards only."""
+    mean: float
+    variance: float
+    """Population variance (1/K); only its being positive decides (A.5)."""
+    binary: bool
+
+
+def statistics(rewards: Sequence[float]) -> GroupStatistics:
+    """Statistics of one candidate's rewards. Raises ValueError for none, or for a reward outside [0, 1]."""
+    if not rewards:
+        raise ValueError("a candidate without rollouts has no statistics; exclude it")
+    if any(not 0.0 <= r <= 1.0 for r in rewards):
+        raise ValueError(f"rewards lie in [0, 1], got {[r for r in rewards if not 0.0 <= r <= 1.0]}")
+    count, mean = len(rewards), math.fsum(rewards) / len(rewards)
+    variance = math.fsum((r - mean) ** 2 for r in rewards) / count
+    return GroupStatistics(count, sum(r == 1.0 for r in rewards), mean, variance, all(r in (0.0, 1.0) for r in rewards))
+
+
+def keep(stats: GroupStatistics, rule: Rule, lambda_diff: float, inclusive: bool = False) -> bool:
+    """Whether a candidate is a pivot under `rule` (Eq. 5 for `adv`; A.15 2-4).
+
+    Binary rewards are decided on integers: mixed iff 0 < k < K, hard iff k < lambda_diff*K - 1e-9 (or <= with
+    `inclusive`). Other rewards use variance > 1e-12 and the mean; Theorem 3.3 assumes binary ones.
+    """
+    if rule == "random":
+        return True
+    if stats.binary:
+        mixed = 0 < stats.successes < stats.count
+        bound = lambda_diff * stats.count
+        hard = stats.successes <= bound + 1e-9 if inclusive else stats.successes < bound - 1e-9
+    else:
+        mixed = stats.variance > 1e-12
+        hard = stats.mean <= lambda_diff + 1e-12 if inclusive else stats.mean < lambda_diff - 1e-12
+    if rule == "mixed":
+        return mixed
+    return hard and (mixed if rule == "adv" else stats.mean < 1.0)
+
+
+def order_key(seed: int, candidate_id: str) -> str:
+    """A random order that depends on seed and id alone, so that subsets are nested and resumable."""
+    return hashlib.sha256(f"{seed} {candidate_id}".encode()).hexdigest()
+
+
+def select(
+    profiles: Iterable[Profile],
+    rule: Rule,
+    lambda_diff: float,
+    seed: int,
+    inclusive: bool = False,
+    limit: int = 0,
+    max_message_ratio: float = 1.0,
+) -> list[Profile]:
+    """The pivots among `profiles`, in their order. Failed candidates are never selected.
+
+    `limit` keeps that many, chosen by hash. `random` without a limit keeps as many as `adv` would, so that the two can
+    be compared. `max_message_ratio` bounds the share of talking turns (A.15 15).
+    """
+    usable = [(p, statistics(p.rewards)) for p in profiles if p.failure is None]
+    kept = [p for p, stats in usable if keep(stats, rule, lambda_diff, inclusive)]
+    if rule == "random":
+        adv = select([p for p, _ in usable], "adv", lambda_diff, seed, inclusive, limit, max_message_ratio)
+        limit = limit or len(adv)
+        if limit == 0:
+            return []
+    talking = [p for p in kept if p.candidate.expected.kind == "message"]
+    if max_message_ratio < 1.0:
+        allowed = math.floor(max_message_ratio * (len(kept) - len(talking)) / (1.0 - max_message_ratio) + 1e-9)
+        dropped = {p.candidate.candidate_id for p in talking}
+        dropped -= {p.candidate.candidate_id for p in _subset(talking, allowed, seed)}
+        kept = [p for p in kept if p.candidate.candidate_id not in dropped]
+    return _subset(kept, limit, seed) if limit else kept
+
+
+def _subset(profiles: list[Profile], size: int, seed: int) -> list[Profile]:
+    chosen = {
+        p.candidate.candidate_id
+        for p in sorted(profiles, key=lambda p: order_key(seed, p.candidate.candidate_id))[:size]
+    }
+    return [p for p in profiles if p.candidate.candidate_id in chosen]
+
+
+def group_advantages(
+    rewards: Tensor,
+    valid: Tensor,
+    leave_one_out: bool = False,
+    normalize: bool = True,
+    tolerance: float = 1e-6,
+    delta: float = 1e-6,
+    clip: float | None = None,
+) -> Tensor:
+    """Advantages [P, G] of rewards [P, G] within each pivot's group (Eq. 7; A.15 7-8).
+
+    `valid` [P, G] bool: samples that exist; the others are left out of every statistic and get 0. A group whose valid
+    rewards span at most `tolerance`, or with fewer than two of them, gets exactly 0 (Prop. 3.1). Default: group mean
+    and sample standard deviation (G-1), divided by std + `delta`. `leave_one_out` reproduces NeMo-RL: mean and sample
+    std of the *other* samples, no division where that std is 0 (within `tolerance`, so that rounding cannot explode).
+    Computed in float64, returned in the rewards' dtype.
+    """
+    raw, mask = rewards.double(), valid.double()
+    count = mask.sum(1, keepdim=True)
+    high = raw.masked_fill(~valid, -math.inf).amax(1, keepdim=True)
+    low = raw.masked_fill(~valid, math.inf).amin(1, keepdim=True)
+    has_signal = (count >= 2) & (high - low > tolerance)
+    total = (raw * mask).sum(1, keepdim=True)
+    if leave_one_out:
+        others = (count - 1).clamp(min=1)
+        mean = (total - raw * mask) / others
+        # spread of the others around their own mean, one pass per sample: [P, G, G]
+        apart = (raw[:, None, :] - mean[:, :, None]) ** 2 * mask[:, None, :]
+        apart = apart.sum(2) - (raw - mean) ** 2 * mask
+        std = (apart.clamp(min=0) / (others - 1).clamp(min=1)).sqrt()
+        divisor = torch.where((std > tolerance) & (others > 1), std + delta, torch.ones_like(std))
+    else:
+        mean = total / count.clamp(min=1)
+        std = (((raw - mean) ** 2 * mask).sum(1, keepdim=True) / (count - 1).clamp(min=1)).sqrt()
+        divisor = std + delta
+    advantages = raw - mean
+    if normalize:
+        advantages = advantages / divisor
+    if clip is not None:
+        advantages = advantages.clamp(-clip, clip)
+    return torch.where(has_signal & valid, advantages, torch.zeros_like(advantages)).to(rewards.dtype)
+
+
+def kl_k3(log_probs: Tensor, ref_log_probs: Tensor) -> Tensor:
+    """Per-token k3 estimate (nats, >= 0) of KL(policy || reference): e^d - d - 1 with d = reference - policy.
+
+    d is clamped to +-20, beyond which e^d would overflow the loss.
+    """
+    d = (ref_log_probs - log_probs).clamp(-20.0, 20.0)
+    return d.exp() - d - 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class LossSettings:
+    """Numbers of Eq. 7; the recipe's `loss_fn` section holds the defaults."""
+
+    clip_low: float
+    clip_high: float
+    clip_dual: float | None
+    sequence_ratio: bool
+    token_mean: bool
+    kl_beta: float
+    tis_cap: float | None
+    """Cap of the truncated importance weight; None: no correction."""
+    tis_floor: float
+
+
+def grpo_loss(
+    log_probs: Tensor,
+    old_log_probs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    normaliser: float,
+    settings: LossSettings,
+    ref_log_probs: Tensor | None = None,
+    sampler_log_probs: Tensor | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Clipped policy-gradient loss of Eq. 7 and its metrics, as sums already divided by the global `normaliser`.
+
+    log_probs, old_log_probs, mask and the optional ones are [N, T]; advantages [N] or [N, T]. `mask` is 1 on the
+    sampled action's tokens that train. `normaliser` is the global count over all micro-batches and ranks: trained
+    tokens (`token_mean`), or trained sequences. Micro-batches therefore add up to the batch, and an empty one gives a
+    connected zero. `ref_log_probs` is required when kl_beta > 0, `sampler_log_probs` when tis_cap is set.
+    """
+    if settings.kl_beta > 0 and ref_log_probs is None:
+        raise ValueError("kl_beta > 0 needs ref_log_probs of the profiling policy")
+    if settings.tis_cap is not None and sampler_log_probs is None:
+        raise ValueError("truncated importance sampling needs sampler_log_probs")
+    mask = mask.to(log_probs.dtype)
+    advantages = advantages[:, None] if advantages.dim() == 1 else advantages
+    lengths = mask.sum(1, keepdim=True).clamp(min=1)
+    log_ratio = (log_probs - old_log_probs) * mask
+    if settings.sequence_ratio:
+        # one ratio a sequence, the geometric mean of its tokens'; the gradient still reaches every token
+        log_ratio = (log_ratio.sum(1, keepdim=True) / lengths).expand_as(log_probs)
+    ratio = log_ratio.exp()
+    clipped = ratio.clamp(1.0 - settings.clip_low, 1.0 + settings.clip_high)
+    gain = torch.minimum(ratio * advantages, clipped * advantages)
+    if settings.clip_dual is not None:
+        gain = torch.where(advantages < 0, torch.maximum(gain, settings.clip_dual * advantages), gain)
+    per_token = -gain
+    if settings.tis_cap is not None and sampler_log_probs is not None:
+        weight = (old_log_probs - sampler_log_probs).exp().clamp(settings.tis_floor, settings.tis_cap)
+        per_token = per_token * weight.detach()
+    if settings.kl_beta > 0 and ref_log_probs is not None:
+        per_token = per_token + settings.kl_beta * kl_k3(log_probs, ref_log_probs)
+    share = mask / normaliser if settings.token_mean else mask / lengths / normaliser
+    loss = (per_token * share).sum()
+    with torch.no_grad():
+        binding = (clipped * advantages < ratio * advantages).to(mask.dtype)
+        metrics = {
+            "loss": loss.detach(),
+            "ratio": (ratio * share).sum(),
+            "clip_share": (binding * share).sum(),
+            "policy_kl": (kl_k3(log_probs, old_log_probs) * share).sum(),
+        }
+        if ref_log_probs is not None:
+            metrics["kl"] = (kl_k3(log_probs, ref_log_probs) * share).sum()
+        if sampler_log_probs is not None:
+            metrics["sampler_mismatch"] = ((old_log_probs - sampler_log_probs).abs() * share).sum()
+    return loss, metrics
+
+
+def sequence_error(old_log_probs: Tensor, sampler_log_probs: Tensor, mask: Tensor) -> Tensor:
+    """How far trainer and sampler disagree on each sample: mean of exp(|difference|) over its tokens [N], 1 where they agree.
+
+    All arguments [N, T]; differences (nats) are clamped at 20. A sample without tokens has 1. NeMo-RL masks samples by this
+    number (`seq_logprob_error_threshold`); unlike the importance weight it grows whichever side is the likelier.
+    """
+    apart = (old_log_probs - sampler_log_probs).abs().clamp(max=20.0).exp() - 1.0
+    mask = mask.to(apart.dtype)
+    return 1.0 + (apart * mask).sum(1) / mask.sum(1).clamp(min=1)
+
+
+def sft_loss(log_probs: Tensor, mask: Tensor, normaliser: float) -> tuple[Tensor, dict[str, Tensor]]:
+    """Negative log-likelihood (nats a token) of expert tokens [N, T], divided by the global token count."""
+    loss = -(log_probs * mask.to(log_probs.dtype)).sum() / normaliser
+    return loss, {"loss": loss.detach()}
+
+
+def identical_groups(
+    groups: Sequence[Sequence[tuple[tuple[int, ...], float]]], bound: float = math.log(1e-6)
+) -> list[int]:
+    """Groups whose samples are all the same although chance would hardly make them so: a shared seed (A.16 6).
+
+    groups: per pivot, (token ids, summed log-probability in nats) of each sample at temperature > 0. A group of G
+    identical samples has chance exp((G-1) * log p); it is suspicious below exp(`bound`). A policy that is simply sure
+    of itself has log p near 0 and is not.
+    """
+    found = []
+    for index, group in enumerate(groups):
+        if len(group) > 1 and len({ids for ids, _ in group}) == 1 and (len(group) - 1) * group[0][1] < bound:
+            found.append(index)
+    return found

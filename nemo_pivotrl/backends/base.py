@@ -1,0 +1,111 @@
+"""What a stage may ask of a backend, in the verbs of NeMo-Aligner's interfaces.
+
+A backend computes per-token log-probabilities and samples tokens; it knows nothing of either paper. The loss is an
+argument: a pure function of tensors, already normalised by a global count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from nemo_pivotrl.config.models import Generation, Optimizer
+from nemo_pivotrl.core.errors import InputError, Problem
+from nemo_pivotrl.core.types import Lost, Sample
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    LossFn = Callable[[Tensor, dict[str, Tensor]], tuple[Tensor, dict[str, Tensor]]]
+    """(log_probs [N, T], rows' data) -> (loss, metrics that add up over micro-batches)."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenBatch:
+    """Responses to prompts, as token ids. A prompt stands here once however many responses it has."""
+
+    prompts: Sequence[Sequence[int]]
+    prompt_of: Sequence[int]
+    """For each of the N responses, the index of its prompt."""
+    responses: Sequence[Sequence[int]]
+    data: dict[str, Tensor]
+    """Tensors with N rows that the loss wants beside the log-probabilities; token-wise ones are padded to T."""
+
+    @property
+    def prompts_of_rows(self) -> list[Sequence[int]]:
+        """The prompt of each of the N responses."""
+        return [self.prompts[p] for p in self.prompt_of]
+
+
+class Sampler(Protocol):
+    """Generates turns."""
+
+    def infer(
+        self,
+        prompts: Sequence[Sequence[int]],
+        seeds: Sequence[Sequence[int]],
+        stop_ids: frozenset[int],
+        generation: Generation,
+    ) -> list[list[Sample | Lost]]:
+        """One sample for every seed of every prompt. The same seed at the same prompt gives the same sample.
+
+        Where servers sample, one that they failed to give after all retries is `Lost`."""
+        ...
+
+
+class Trainer(Protocol):
+    """Trains a policy. Verbs and their order are NeMo-Aligner's."""
+
+    @property
+    def in_one_process(self) -> bool:
+        """Whether `weights` can be asked for."""
+        ...
+
+    def prepare_for_training(self, optimizer: Optimizer) -> None: ...
+    def prepare_for_training_step(self) -> None: ...
+    def get_loss_and_metrics(
+        self, batch: TokenBatch, loss_fn: LossFn, forward_only: bool = False
+    ) -> dict[str, float]: ...
+    def finish_training_step(self) -> dict[str, float]: ...
+    def get_inference_log_probs(self, batch: TokenBatch, reference: bool = False) -> Tensor: ...
+    def save_training_state(self, folder: Path) -> None:
+        """Write what a bit-exact resume needs into a new folder. All of it is on disk on return. Raises OSError."""
+        ...
+
+    def load_training_state(self, folder: Path) -> None:
+        """Undo `save_training_state`. Raises InputError for a damaged folder and for another model's."""
+        ...
+
+    def export(self, folder: Path) -> None: ...
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor of `export`, by its HF name, one at a time. Only where the model is in one process."""
+        ...
+
+
+class Backend(Sampler, Trainer, Protocol):
+    """A policy that samples and trains."""
+
+
+class Scorer(Protocol):
+    """Scores given tokens; generates and trains nothing."""
+
+    def log_probs(self, sequences: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Tensor]:
+        """For each (prompt ids, response ids): log-probability [T] (nats) of every response token, on the CPU."""
+        ...
+
+
+def concurrency_of(sampler: Sampler) -> int:
+    """How many rollouts a sampler wants to be asked for at a time, by several threads; 1: `infer` is for one thread alone."""
+    return int(getattr(sampler, "concurrency", 1))
+
+
+def under_way(sampler: Sampler) -> int:
+    """Rollouts that were asked of a concurrent sampler and have not come."""
+    return int(getattr(sampler, "under_way", 0))
+
+
+def there(field: str, folder: str, remedy: str) -> None:
+    if not Path(folder, "config.json").exists():
+        raise InputError(Problem("recipe", None, field, folder or "nothing", remedy))

@@ -1,0 +1,74 @@
+"""A Hugging Face reward model as an oracle: a sequence classifier with one output, which reads the whole conversation
+through its own chat template."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nemo_pivotrl.config import Oracles
+from nemo_pivotrl.core.errors import InputError, Problem
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class RewardModel:
+    """`(conversations, answers) -> scores` by the checkpoint of one objective."""
+
+    def __init__(self, objective: str, settings: Oracles):
+        try:
+            from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+        except ImportError as error:
+            remedy = "pip install 'nemo-pivotrl[reference]'"
+            raise InputError(Problem("environment", None, "oracles.reward_models", str(error), remedy)) from error
+        folder, where = settings.reward_models[objective], f"oracles.reward_models.{objective}"
+
+        def refuse(found: str, remedy: str) -> InputError:
+            return InputError(Problem("recipe", None, where, found, remedy))
+
+        if not Path(folder, "config.json").exists():
+            raise refuse(folder or "nothing", "give an HF checkpoint folder")
+        outputs = AutoConfig.from_pretrained(folder, local_files_only=True).num_labels
+        if outputs != 1:
+            raise refuse(f"{outputs} outputs", "a reward model has one (`num_labels: 1` in its config.json)")
+        self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        if self.tokenizer.chat_template is None:
+            raise refuse("no chat template", "add the one it was trained with to its tokenizer")
+        self.model, report = AutoModelForSequenceClassification.from_pretrained(
+            folder, dtype=DTYPES[settings.dtype], use_safetensors=True, local_files_only=True, output_loading_info=True
+        )
+        if report["missing_keys"]:  # transformers would leave them random
+            raise refuse(f"no weights for {sorted(report['missing_keys'])}", "give a trained reward model")
+        device = settings.device if settings.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+        self.model = self.model.to(device).eval().requires_grad_(False)
+        self.batch_tokens, self.objective = settings.batch_tokens, objective
+
+    @torch.no_grad()
+    def __call__(self, asked: Sequence[Sequence[dict[str, Any]]], answers: Sequence[str]) -> list[float]:
+        """A score for each answer to its messages. One conversation runs with others of its length only: what a
+        classifier makes of padding is the architecture's own affair."""
+        texts = [
+            self.tokenizer.apply_chat_template([*messages, {"role": "assistant", "content": answer}], tokenize=False)
+            for messages, answer in zip(asked, answers, strict=True)
+        ]
+        ids = [self.tokenizer.encode(text, add_special_tokens=False) for text in texts]
+        limit = getattr(self.model.config, "max_position_embeddings", None)
+        longest = max(map(len, ids), default=0)
+        if limit and longest > limit:
+            remedy = f"the reward model reads {limit}: lower decode.max_new_tokens or shorten the prompts"
+            raise InputError(Problem("oracle", None, self.objective, f"{longest} tokens", remedy))
+        by_length: dict[int, list[int]] = {}
+        for n, row in enumerate(ids):
+            by_length.setdefault(len(row), []).append(n)
+        scores = [0.0] * len(ids)
+        for length, rows in by_length.items():
+            size = max(1, self.batch_tokens // length)
+            for start in range(0, len(rows), size):
+                chunk = rows[start : start + size]
+                found = self.model(input_ids=torch.tensor([ids[n] for n in chunk], device=self.model.device)).logits
+                for n, score in zip(chunk, found[:, 0].float().tolist(), strict=True):
+                    scores[n] = score
+        return scores

@@ -1,0 +1,333 @@
+"""LLMdoctor inside an engine, but for the engine's own classes: what a request may ask, and what its rows get.
+
+A request carries `guidance.alpha`, `guidance.beta.NAME` and `guidance.spans` (markers in pairs: where one begins and where it ends,
+the patient decodes alone) in SamplingParams' `extra_args`, over HTTP in `vllm_xargs`. One without any of them has the engine's
+defaults. A request whose weights leave the patient as it is never has its logits touched.
+
+`guidance.draw`, which only this package sends, has the token drawn here as the reference backend draws it, from the request's
+own random numbers, and its record kept: the engine then finds one token with all the probability.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from nemo_pivotrl.algorithms.llmdoctor import kl
+from nemo_pivotrl.backends.doctors import Doctors, Mixed, Span, Watch, check_contract, mix_rows
+from nemo_pivotrl.backends.reference.guided import DTYPES, Shape, Steering, Token, draw, noise_of
+from nemo_pivotrl.backends.vllm.row_stream import RowStream, check_streams
+from nemo_pivotrl.config import Decode, Patient
+from nemo_pivotrl.core.errors import InputError, Problem, short
+
+CLASS = "nemo_pivotrl.backends.vllm.guide:Guide"
+SECTION = "nemo_pivotrl"
+"""Ours in the engine's `additional_config`."""
+NAMES = "NEMO_PIVOTRL_DOCTORS"
+"""Environment variable with the doctors' names: requests are checked in a process that does not see the engine's config."""
+PREFIX = "guidance."
+RECORDS: dict[int, list[Token]] = {}
+"""What was drawn here, by the number that the request gave in `guidance.draw`."""
+
+
+# ---- what an engine is started with ----
+
+
+def guide_arguments(patient: Patient, decode: Decode, where: str = "decode") -> tuple[dict[str, Any], dict[str, str]]:
+    """Arguments of an engine with the recipe's doctors, and what its environment must have. Raises InputError."""
+    lacking = [n for n, d in decode.doctors.items() if decode.mode == "ratio" and not d.reference]
+    folders = {f"{n}.path": d.path for n, d in decode.doctors.items()}
+    folders |= {
+        f"{n}.reference": d.reference for n, d in decode.doctors.items() if decode.mode == "ratio" and d.reference
+    }
+    remedy = "mode: ratio divides each doctor by the model it was trained from; name its folder"
+    problems = [Problem("recipe", None, f"{where}.doctors.{n}.reference", "nothing", remedy) for n in lacking]
+    for name, folder in folders.items():
+        if not list(Path(folder).glob("*.safetensors")):
+            field_name, found = f"{where}.doctors.{name}", folder or "nothing"
+            problems.append(Problem("recipe", None, field_name, found, "give an HF checkpoint folder with safetensors"))
+    if problems:
+        raise InputError(problems)
+    settings = {
+        "patient": patient.model_name,
+        "dtype": patient.dtype,
+        "doctors": {n: d.path for n, d in decode.doctors.items()},
+        "references": {n: d.reference for n, d in decode.doctors.items()} if decode.mode == "ratio" else {},
+        "alpha": decode.alpha,
+        "beta": {n: d.beta for n, d in decode.doctors.items()},
+        "spans": [[start, end] for start, end in decode.off_markers.items()],
+        "min_entropy": decode.min_entropy,
+    }
+    arguments = {"logits_processors": [CLASS], "additional_config": {SECTION: settings}}
+    return arguments, {NAMES: json.dumps(sorted(decode.doctors))}
+
+
+# ---- what a request asks ----
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """A request's guidance. None: the engine's default."""
+
+    alpha: float | None = None
+    beta: Mapping[str, float] = field(default_factory=dict)
+    spans: tuple[Span, ...] | None = None
+    own_prompts: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    """Doctors that read another prompt than the patient."""
+    draw: Mapping[str, Any] | None = None
+    """Arguments of Steering, and `number`."""
+    given: bool = False
+
+
+def read_wish(extra: Mapping[str, Any] | None, names: Sequence[str] | None) -> Wish:
+    """The guidance in a request's extra arguments; names: the engine's doctors, None where there is no engine of ours.
+
+    Raises ValueError that says which field is wrong, what stands there and what may.
+    """
+    asked = {key[len(PREFIX) :]: value for key, value in (extra or {}).items() if key.startswith(PREFIX)}
+    if not asked:
+        return Wish()
+    if names is None:
+        raise ValueError(f"{PREFIX}{next(iter(asked))}: no doctors here; start the server with `nemo-pivotrl serve`")
+    beta: dict[str, float] = {}
+    own: dict[str, list[int]] = {}
+    alpha, spans, drawn = None, None, None
+    for key, value in asked.items():
+        kind, _, name = key.partition(".")
+        if kind in ("beta", "prompt") and name not in names:
+            raise ValueError(
+                f"{PREFIX}{key}: no doctor {short(name, 60)!r}; the doctors are {', '.join(names) or 'none'}"
+            )
+        if key == "alpha":
+            alpha = _number(key, value)
+        elif kind == "beta":
+            beta[name] = _number(key, value)
+        elif key == "spans":
+            spans = _spans(value)
+        elif kind == "prompt":
+            if not isinstance(value, list) or not value or not all(type(i) is int and i >= 0 for i in value):
+                raise ValueError(f"{PREFIX}{key}: a list of token ids, not {short(value, 60)}")
+            own[name] = value
+        elif key == "draw" and isinstance(value, dict):
+            drawn = value
+        else:
+            known = "alpha, beta.NAME, spans, prompt.NAME"
+            raise ValueError(f"{PREFIX}{short(key, 60)}: unknown; known after {PREFIX!r}: {known}")
+    return Wish(alpha, beta, spans, own, drawn, True)
+
+
+def _number(key: str, value: Any) -> float:
+    try:
+        found = float(value) if not isinstance(value, (bool, list, dict)) else math.nan
+    except (TypeError, ValueError):
+        found = math.nan
+    if not math.isfinite(found) or abs(found) > 1e6:
+        raise ValueError(f"{PREFIX}{key}: a finite number, not {short(value, 60)}")
+    return found
+
+
+def _spans(value: Any) -> tuple[Span, ...]:
+    texts = value if isinstance(value, list) else [value]
+    if len(texts) % 2 or not all(isinstance(t, str) for t in texts) or not all(texts[::2]):
+        raise ValueError(f"{PREFIX}spans: markers in pairs, [start, end, ...], no start empty, not {short(value, 60)}")
+    return tuple(Span(start, end) for start, end in zip(texts[::2], texts[1::2], strict=True))
+
+
+def names_here() -> list[str] | None:
+    """The doctors that requests may name, as the process was told."""
+    given = os.environ.get(NAMES)
+    return None if given is None else list(json.loads(given))
+
+
+# ---- a batch ----
+
+
+@dataclass(eq=False)
+class Row:
+    """One request in the engine's batch that is guided or recorded."""
+
+    prompt: Sequence[int]
+    output: Sequence[int]
+    """All that was sampled; the engine's own list where it keeps one."""
+    alpha: float
+    beta: list[float]
+    watch: Watch
+    own_prompts: Mapping[str, Sequence[int]]
+    steering: Steering | None = None
+    noise: Any = None
+    number: int = -1
+    read: int = 0
+    """Tokens of `output` that doctors and watch have been given."""
+
+
+class Guidance:
+    """The doctors of an engine. On a rank that does not `compute` it knows the requests and none of the models."""
+
+    def __init__(self, settings: Mapping[str, Any], device: torch.device, compute: bool = True):
+        self.settings, self.device = settings, device
+        self.names = list(settings["doctors"])
+        self.defaults = [float(settings["beta"].get(name, 0.0)) for name in self.names]
+        self.tokenizer = AutoTokenizer.from_pretrained(settings["patient"], local_files_only=True)
+        self.spans = tuple(Span(*pair) for pair in settings["spans"])
+        self.doctors: Doctors | None = None
+        self.streams: dict[tuple[str, str], RowStream] = {}
+        """By folder, and by doctor for those whose rows have prompts of their own."""
+        if compute:
+            self.models = self._load()
+
+    def _load(self) -> dict[str, Any]:
+        """Every folder once; the contract and the layers checked."""
+        models: dict[str, Any] = {}
+        patient = _Width(self.settings["patient"])
+        for name in self.names:
+            for kind in ("doctors", "references"):
+                folder = self.settings[kind].get(name)
+                if folder is None or _same(folder, self.settings["patient"]):
+                    continue  # the patient's own logits stand for it, unless a row has another prompt
+                if folder not in models:
+                    made = AutoModelForCausalLM.from_pretrained(
+                        folder, dtype=DTYPES[self.settings["dtype"]], use_safetensors=True, local_files_only=True
+                    )
+                    models[folder] = made.to(self.device).eval().requires_grad_(False)
+                    check_streams(name, models[folder])
+                tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+                check_contract(patient, models[folder], (self.tokenizer, tokenizer), name)
+        known = {n: models.get(self.settings["doctors"][n], patient) for n in self.names}
+        self.doctors = Doctors(known, self.tokenizer, {}, (), self.settings["min_entropy"])
+        return models
+
+    def row(self, extra: Mapping[str, Any] | None, prompt: Sequence[int], output: Sequence[int]) -> Row | None:
+        """A request that enters the batch; None for one whose logits are nobody's business here."""
+        wish = read_wish(extra, self.names)
+        alpha = wish.alpha if wish.alpha is not None else 1.0 if wish.given else float(self.settings["alpha"])
+        beta = [wish.beta.get(n, 0.0) for n in self.names] if wish.given else list(self.defaults)
+        if alpha == 1.0 and not any(beta) and wish.draw is None:
+            return None
+        spans = self.spans if wish.spans is None else wish.spans
+        watch = Watch.after(self.tokenizer, spans, prompt)
+        made = Row(prompt, output, alpha, beta, watch, wish.own_prompts)
+        if wish.draw is not None:
+            made.steering = Steering(**{k: v for k, v in wish.draw.items() if k != "number"})
+            made.noise, made.number = noise_of(made.steering, prompt), wish.draw["number"]
+            RECORDS[made.number] = []
+        return made
+
+    def drop(self, row: Row) -> None:
+        """A request has left the batch."""
+        for stream in self.streams.values():
+            if row in stream:
+                stream.drop(row)
+
+    @torch.no_grad()
+    def scores(self, logits: Tensor, rows: Sequence[Row]) -> Tensor:
+        """What the engine's sampler gets [n, V] for rows with the patient's logits [n, V]."""
+        assert self.doctors is not None, "this rank has no models"
+        for row in rows:
+            self._follow(row)
+        alpha = torch.tensor([row.alpha for row in rows], device=logits.device)
+        beta = torch.tensor([row.beta for row in rows], device=logits.device).reshape(len(rows), len(self.names))
+        off = torch.tensor([row.watch.inside is not None for row in rows], device=logits.device)
+        mixed = mix_rows(
+            self.doctors, logits, alpha, beta, off, lambda name, needed: self._read(name, needed, rows, logits)
+        )
+        drawn = [i for i, row in enumerate(rows) if row.steering is not None]
+        # an unguided row that is not drawn here passes to the bit, padding columns included
+        scores = torch.where(mixed.guided[:, None], mixed.scores, logits)
+        return self._drawn(mixed, scores, rows, drawn) if drawn else scores
+
+    def _follow(self, row: Row) -> None:
+        """Hand on what was sampled since the last step."""
+        new = list(row.output[row.read :])
+        if any(token < 0 for token in new):
+            raise RuntimeError("the engine schedules ahead of its samples: pass the processor as `logits_processors`")
+        for stream in self.streams.values():
+            if row in stream:
+                stream.extend(row, new)
+        for token in new:
+            row.watch.read(token)
+        row.read += len(new)
+
+    def _read(self, name: str, needed: Tensor, rows: Sequence[Row], patient: Tensor) -> list[Tensor]:
+        """A doctor's logits [n, V], its reference's behind them; anything in rows that do not need it."""
+        chosen = needed.nonzero()[:, 0].tolist()
+        found = []
+        for kind in ("doctors", "references"):
+            folder = self.settings[kind].get(name)
+            if folder is None:
+                continue
+            if _same(folder, self.settings["patient"]):
+                found.append(patient)
+                continue
+            own = [i for i in chosen if name in rows[i].own_prompts]
+            shared = [i for i in chosen if name not in rows[i].own_prompts]
+            out: Tensor | None = None
+            for at, label in ((shared, ""), (own, name)):
+                if not at:
+                    continue
+                stream = self.streams.setdefault((folder, label), RowStream(self.models[folder]))
+                for i in at:
+                    if rows[i] not in stream:  # its first step with this doctor
+                        start = rows[i].own_prompts[name] if label else rows[i].prompt
+                        stream.add(rows[i], [*start, *rows[i].output[: rows[i].read]])
+                part = stream.logits([rows[i] for i in at])
+                out = part.new_zeros(len(rows), part.shape[1]) if out is None else out
+                out[at] = part
+            assert out is not None, "a doctor that nobody needs was asked"
+            found.append(out)
+        return found
+
+    def _drawn(self, mixed: Mixed, scores: Tensor, rows: Sequence[Row], drawn: Sequence[int]) -> Tensor:
+        """Draw these rows' tokens and note what guidance did to them; all other tokens are excluded."""
+        index = torch.tensor(list(drawn), device=scores.device)
+        asked: list[Steering] = [rows[i].steering for i in drawn]  # type: ignore[misc]
+        shape = Shape(
+            torch.tensor([float(s.temperature) for s in asked], device=scores.device),
+            torch.tensor([s.top_k for s in asked], device=scores.device),
+            torch.tensor([float(s.top_p) for s in asked], device=scores.device),
+        )
+        chance = [rows[i].noise[min(len(rows[i].output), len(rows[i].noise) - 1)] for i in drawn]
+        uniform = torch.tensor(chance, dtype=torch.float64, device=scores.device)
+        log_probs, alone = mixed.log_probs[index], mixed.alone[index]
+        token, log_prob = draw(mixed.scores[index], shape, uniform)
+        own, _ = draw(torch.where(mixed.guided[index, None], alone, mixed.scores[index]), shape, uniform)
+        columns = (
+            token,
+            log_prob,
+            alone.gather(1, token[:, None])[:, 0],
+            log_probs.gather(1, token[:, None])[:, 0],
+            kl(log_probs, alone).clamp(min=0),
+            (log_probs.argmax(1) != alone.argmax(1)) & mixed.guided[index],
+            own != token,
+        )
+        for i, values in zip(drawn, zip(*(c.tolist() for c in columns), strict=True), strict=True):
+            # a step may be thrown away and repeated (a chunk of a prompt, a request put back into the queue)
+            records = RECORDS[rows[i].number]
+            del records[len(rows[i].output) :]
+            records.append(Token(*values))
+        forced = torch.full_like(scores[index], -torch.inf).scatter(1, token[:, None], 0.0)
+        return scores.index_copy(0, index, forced)
+
+
+class _Width:
+    """The patient as the contract sees it, whose weights are the engine's."""
+
+    def __init__(self, folder: str):
+        from transformers import AutoConfig
+
+        self.config = AutoConfig.from_pretrained(folder, local_files_only=True)
+
+    def get_output_embeddings(self) -> None:
+        return None
+
+
+def _same(first: str, second: str) -> bool:
+    return Path(first).resolve() == Path(second).resolve()

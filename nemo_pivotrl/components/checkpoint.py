@@ -1,0 +1,203 @@
+"""Complete training states on disk: written atomically, resumed exactly, the best few kept.
+
+`FOLDER/step_00010/` holds `policy/` (an ordinary HF checkpoint), `state/` (weights in training, optimiser, random state, in
+the backend's own form) and `meta.json`. A folder appears by rename, when all of it is on disk, so what is there is whole.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from nemo_pivotrl.backends.base import Trainer
+from nemo_pivotrl.config import Checkpointing
+from nemo_pivotrl.core.atomic import write_atomically
+from nemo_pivotrl.core.errors import InputError, Problem
+from nemo_pivotrl.data.chat_template import Chat
+
+STARTED = time.monotonic()
+"""What `checkpoint_must_save_by` counts from: the import of this file, right after the process began."""
+RESUME = 75
+"""Exit code of a run that stopped at its deadline, saved: EX_TEMPFAIL, the same command goes on."""
+
+
+class Paused(SystemExit):
+    """A run that stopped at its deadline after a checkpoint; every process of it exits with RESUME."""
+
+    def __init__(self, where: Path):
+        super().__init__(RESUME)
+        self.where = where
+
+
+def time_limit(must_save_by: str) -> float:
+    """Seconds of DD:HH:MM:SS, inf for an empty text. Raises InputError for any other form and for no time at all."""
+    if not must_save_by:
+        return math.inf
+    parts = [int(part) for part in re.findall(r"\d+", must_save_by)]
+    good = re.fullmatch(r"\d+:\d\d:\d\d:\d\d", must_save_by) and parts[1] < 24 and max(parts[2:]) < 60 and any(parts)
+    if not good:
+        remedy = "write DD:HH:MM:SS, e.g. 00:03:45:00 for three and three quarter hours, in quotes"
+        raise InputError(Problem("recipe", None, "checkpointing.checkpoint_must_save_by", must_save_by, remedy))
+    days, hours, minutes, seconds = parts
+    return float(((days * 24 + hours) * 60 + minutes) * 60 + seconds)
+
+
+def is_due(limit_s: float, elapsed_s: float, slowest_step_s: float) -> bool:
+    """Whether to save and stop now: another step as slow as the slowest would pass the limit (all in seconds)."""
+    return elapsed_s + slowest_step_s >= limit_s
+
+
+@contextmanager
+def _whole(final: Path) -> Iterator[Path]:
+    """A folder to fill that becomes `final` by rename, or nothing. A failed write is an OSError, whoever noticed it."""
+    from safetensors import SafetensorError
+
+    part = final.with_name(final.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    try:
+        yield part
+    except (RuntimeError, SafetensorError) as error:
+        raise OSError(0, f"the checkpoint could not be written ({error})", str(part)) from error
+    _sync(part)
+    _remove(final)
+    os.replace(part, final)
+
+
+def _sync(folder: Path) -> None:
+    """Force a folder to disk: a rename may be kept by a power cut that the files' contents do not survive."""
+    for path in [*folder.rglob("*"), folder]:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _remove(folder: Path) -> None:
+    """Delete a folder so that a kill in the middle leaves no half of it under its name."""
+    if folder.exists():
+        doomed = folder.with_name(folder.name + ".old")
+        shutil.rmtree(doomed, ignore_errors=True)
+        os.replace(folder, doomed)
+        shutil.rmtree(doomed)
+
+
+def save(
+    folder: Path,
+    step: int,
+    identity: str,
+    metrics: dict[str, float],
+    trainer: Trainer,
+    chat: Chat,
+    settings: Checkpointing,
+) -> None:
+    """Write the state after `step` steps, then drop checkpoints that are neither the latest nor among the best."""
+    with _whole(folder / f"step_{step:05d}") as part:
+        trainer.export(part / "policy")
+        chat.tokenizer.save_pretrained(part / "policy")
+        trainer.save_training_state(part / "state")
+        meta = json.dumps({"step": step, "identity": identity, "metrics": metrics})
+        (part / "meta.json").write_text(meta, encoding="utf-8")
+    prune(folder, settings)
+
+
+def prune(folder: Path, settings: Checkpointing) -> None:
+    """Keep the latest checkpoint, the best few by the recipe's metric, and the latest that held the out-of-domain score."""
+    for doomed in folder.glob("*.old"):  # left by a kill in the middle of a deletion
+        shutil.rmtree(doomed)
+    found = steps(folder)
+    sign = -1.0 if settings.higher_is_better else 1.0
+    scored = [p for p in found if settings.metric_name in _meta(p)["metrics"]]
+    scored.sort(key=lambda p: (sign * _meta(p)["metrics"][settings.metric_name], _step_of(p)))
+    keep = {*scored[: settings.keep_top_k], *found[-1:], *last_held(folder)}
+    for path in found:
+        if path not in keep:
+            _remove(path)
+
+
+def last_held(folder: Path) -> list[Path]:
+    """The latest checkpoint whose out-of-domain score was measured and had been kept, if there is one."""
+    return [path for path in steps(folder) if _meta(path)["metrics"].get("retention/held")][-1:]
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step_"))
+
+
+def steps(folder: Path) -> list[Path]:
+    """Whole checkpoints in order of step."""
+    return sorted((p for p in folder.glob("step_*") if p.name.removeprefix("step_").isdigit()), key=_step_of)
+
+
+def _meta(path: Path) -> dict[str, Any]:
+    return json.loads((path / "meta.json").read_text(encoding="utf-8"))
+
+
+def resume(folder: Path, identity: str, trainer: Trainer, fresh: bool) -> int:
+    """Restore the latest state and return its step, 0 where there is none (or `fresh`, which drops all).
+
+    Raises InputError when the state belongs to another recipe or other data.
+    """
+    if fresh:
+        shutil.rmtree(folder, ignore_errors=True)
+    found = steps(folder)
+    if not found:
+        return 0
+    meta = _meta(found[-1])
+    if meta["identity"] != identity:
+        raise InputError(
+            Problem(
+                str(found[-1]),
+                None,
+                "identity",
+                meta["identity"],
+                f"this recipe and its data give {identity}; use another name for the new run, or add fresh=true to drop the old one",
+            )
+        )
+    trainer.load_training_state(found[-1] / "state")
+    return int(meta["step"])
+
+
+PUBLISHED = "published.json"
+
+
+def publish(folder: Path, trainer: Trainer, chat: Chat, settings: Checkpointing) -> Path:
+    """Write the final policy as `FOLDER/policy`."""
+    prune(folder, settings)  # a run that was killed while pruning has one too many
+    (folder / PUBLISHED).unlink(missing_ok=True)
+    with _whole(folder / "policy") as part:
+        trainer.export(part)
+        chat.tokenizer.save_pretrained(part)
+    if found := steps(folder):
+        meta = _meta(found[-1])
+        write_atomically(folder / PUBLISHED, json.dumps({key: meta[key] for key in ("step", "identity")}))
+    return folder / "policy"
+
+
+def published(folder: Path, identity: str) -> int | None:
+    """The step of the published policy; None where there is none, another run's, or one older than the latest checkpoint."""
+    path, found = folder / PUBLISHED, steps(folder)
+    if not path.exists() or not found:
+        return None
+    told = json.loads(path.read_text(encoding="utf-8"))
+    return int(told["step"]) if told == {"step": _meta(found[-1])["step"], "identity": identity} else None
+
+
+def share(source: Path, final: Path) -> Path:
+    """`final` with the files of `source`: hard links, or copies where the file system knows none."""
+    with _whole(final) as part:
+        for path in sorted(source.iterdir()):
+            try:
+                os.link(path, part / path.name)
+            except OSError:
+                shutil.copyfile(path, part / path.name)
+    return final

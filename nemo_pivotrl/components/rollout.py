@@ -1,0 +1,163 @@
+"""One-turn rollouts: sample, read the action, verify. Profiling, training and evaluation all come through here."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from nemo_pivotrl.algorithms import pivotrl
+from nemo_pivotrl.backends.base import Sampler
+from nemo_pivotrl.config import Generation, Limits, Policy, Recipe
+from nemo_pivotrl.core.errors import InputError, Problem
+from nemo_pivotrl.core.types import Action, Candidate, Case, Lost, Sample, Verdict
+from nemo_pivotrl.data.chat_template import Chat, load_tokenizer
+from nemo_pivotrl.data.gym_rows import action_to_row
+from nemo_pivotrl.verifiers.base import Bounded, Verifier, VerifierFault, identity, load_verifier, verdicts
+
+SUSPICIOUS_GROUPS = 3
+"""So many groups of improbably identical samples in one wave are a shared seed, not chance."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """One sampled turn, judged. `failure` names the fault when it could not be judged; then there is no verdict."""
+
+    sample: Sample
+    text: str
+    action: Action
+    verdict: Verdict | None
+    failure: str | None = None
+
+
+def load_chat(policy: Policy, limits: Limits | None = None) -> Chat:
+    """The recipe's tokenizer and template."""
+    tokenizer = load_tokenizer(policy.model_name, policy.chat_template)
+    return Chat(tokenizer, policy.tool_parser, policy.template_kwargs, limits)
+
+
+def load_recipe_verifier(recipe: Recipe) -> tuple[Bounded, str]:
+    """The recipe's verifier and its identity for headers. Raises InputError where the policy would judge itself."""
+    settings = recipe.verifier
+    if not settings.judge.cache:
+        cache = str(recipe.path("judge_cache.jsonl"))
+        settings = dataclasses.replace(settings, judge=dataclasses.replace(settings.judge, cache=cache))
+    verifier = load_verifier(settings)
+    if verifier.asks_judge:
+        from nemo_pivotrl.verifiers.judge import refuse_self_judge
+
+        refuse_self_judge(settings.judge, recipe.policy.model_name)
+    return verifier, identity(verifier, settings)
+
+
+def sample_seed(*parts: object) -> int:
+    """A 64-bit seed that depends on its parts alone: the same rollout is drawn whatever ran before it."""
+    return int.from_bytes(hashlib.sha256(" ".join(map(str, parts)).encode()).digest()[:8], "big")
+
+
+def sample_seeds(parts: Sequence[object], last: Iterable[int]) -> list[int]:
+    """`sample_seed(*parts, k)` of every k in `last`, with the parts hashed once."""
+    begun, seeds = hashlib.sha256((" ".join(map(str, parts)) + " ").encode()), []
+    for k in last:
+        whole = begun.copy()
+        whole.update(b"%d" % k)
+        seeds.append(int.from_bytes(whole.digest()[:8], "big"))
+    return seeds
+
+
+def sampling(generation: Generation) -> dict[str, float]:
+    """The settings that decide what a state's samples look like; profiling and training must agree on them."""
+    return {
+        "temperature": generation.temperature,
+        "top_p": generation.top_p,
+        "max_new_tokens": generation.max_new_tokens,
+    }
+
+
+def fits(prompt: Sequence[int], policy: Policy) -> bool:
+    """Whether a state leaves room for a whole turn."""
+    return len(prompt) + policy.generation.max_new_tokens <= policy.max_total_sequence_length
+
+
+def roll_out(
+    sampler: Sampler,
+    chat: Chat,
+    verifier: Verifier,
+    candidates: Sequence[Candidate],
+    prompts: Sequence[Sequence[int]],
+    seeds: Sequence[Sequence[int]],
+    generation: Generation,
+    max_retries: int,
+) -> list[list[Rollout]]:
+    """Rollouts of each candidate, one for each of its seeds.
+
+    A truncated turn and one without a readable action score 0 (A.15 6). A verifier fault is retried `max_retries`
+    times, then the rollout carries the failure and no reward, as one does whose turn the sampler has lost. Raises
+    InputError when samples repeat as if seeds did.
+    """
+    samples = sampler.infer(prompts, seeds, chat.stop_ids, generation)
+    if generation.temperature > 0:
+        groups = [[(s.token_ids, sum(s.log_probs)) for s in group if isinstance(s, Sample)] for group in samples]
+        repeated = pivotrl.identical_groups(groups)
+        if len(repeated) >= min(SUSPICIOUS_GROUPS, len(groups)) and repeated:
+            raise InputError(
+                Problem(
+                    "sampler",
+                    None,
+                    "samples",
+                    f"{len(repeated)} of {len(groups)} groups hold the same improbable completion in every sample",
+                    "the sampler ignores the per-sample seed; drop request seeds from the rows and check the backend",
+                )
+            )
+    turns = [
+        (candidate, sample, text, chat.parse(text, candidate.tools))
+        for candidate, group in zip(candidates, samples, strict=True)
+        for sample, text in ((s, chat.decode(s.token_ids)) for s in group if isinstance(s, Sample))
+    ]
+    judged = judge_all(
+        verifier, [(c.case, action, sample.finish_reason) for c, sample, _, action in turns], max_retries
+    )
+    rollouts = iter(
+        Rollout(sample, text, action, *_outcome(result))
+        for (_, sample, text, action), result in zip(turns, judged, strict=True)
+    )
+    return [[_without(s) if isinstance(s, Lost) else next(rollouts) for s in group] for group in samples]
+
+
+def _without(lost: Lost) -> Rollout:
+    """What stands for a turn that was never generated: no tokens, no action, no verdict."""
+    return Rollout(Sample((), (), "stop"), "", Action("none"), None, lost.kind)
+
+
+def judge_all(
+    verifier: Verifier, turns: Sequence[tuple[Case, Action, str]], max_retries: int | Callable[[str], int]
+) -> list[Verdict | VerifierFault]:
+    """Verdicts of (case, action, finish reason); a truncated turn scores 0 whatever it says (A.15 6)."""
+    whole = [i for i, (_, _, finish_reason) in enumerate(turns) if finish_reason != "length"]
+    found: list[Verdict | VerifierFault] = [Verdict(0.0, "TRUNCATED")] * len(turns)
+    for i, result in zip(whole, verdicts(verifier, [turns[i][:2] for i in whole], max_retries), strict=True):
+        found[i] = result
+    return found
+
+
+def _outcome(result: Verdict | VerifierFault) -> tuple[Verdict | None, str | None]:
+    return (None, result.kind) if isinstance(result, VerifierFault) else (result, None)
+
+
+def drawn_row(sample: Sample, text: str, action: Action) -> dict[str, Any]:
+    """What a profile stores of a sampled turn; `judged_row` adds what the verifier said."""
+    return {
+        "text": text,
+        "tokens": len(sample.token_ids),
+        "log_prob": round(sum(sample.log_probs), 6),
+        "finish_reason": sample.finish_reason,
+        "action": action_to_row(action),
+    }
+
+
+def judged_row(drawn: dict[str, Any], verdict: Verdict) -> dict[str, Any]:
+    """A stored turn with its verdict."""
+    kept = {key: value for key, value in drawn.items() if key not in ("action", "fault")}
+    return {**kept, "reward": verdict.reward, "category": verdict.category, "action": drawn["action"]}

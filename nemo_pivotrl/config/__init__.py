@@ -1,0 +1,65 @@
+"""Every setting of a recipe. `from nemo_pivotrl.config import Recipe, Policy, ...`."""
+
+from nemo_pivotrl.config.demo import Manners, World
+from nemo_pivotrl.config.llmdoctor import (
+    Arm,
+    Assess,
+    Decode,
+    Doctor,
+    Oracles,
+    Patient,
+    Preferences,
+    Rank,
+    Reward,
+    ServeGuided,
+    Tfpo,
+)
+from nemo_pivotrl.config.models import Generation, Lora, Megatron, Optimizer, Policy, Vllm
+from nemo_pivotrl.config.pivotrl import Evaluate, Export, Extract, Grpo, LossFn, ProfileStage, Select, Sft
+from nemo_pivotrl.config.recipe import Recipe
+from nemo_pivotrl.config.run import Budget, Checkpointing, Cluster, Logger, Loop, Plan
+from nemo_pivotrl.config.schema import ranged
+from nemo_pivotrl.config.verify import Audit, Judge, Limits, Rescore, Verifier
+
+__all__ = [
+    "Arm",
+    "Assess",
+    "Audit",
+    "Budget",
+    "Checkpointing",
+    "Cluster",
+    "Decode",
+    "Doctor",
+    "Evaluate",
+    "Export",
+    "Extract",
+    "Generation",
+    "Grpo",
+    "Judge",
+    "Limits",
+    "Logger",
+    "Loop",
+    "Lora",
+    "LossFn",
+    "Manners",
+    "Megatron",
+    "Optimizer",
+    "Oracles",
+    "Patient",
+    "Plan",
+    "Policy",
+    "Preferences",
+    "ProfileStage",
+    "Rank",
+    "Recipe",
+    "Rescore",
+    "Reward",
+    "Select",
+    "ServeGuided",
+    "Sft",
+    "Tfpo",
+    "Verifier",
+    "Vllm",
+    "World",
+    "ranged",
+]

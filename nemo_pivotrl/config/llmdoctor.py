@@ -1,0 +1,236 @@
+"""Settings of LLMdoctor's stages. `B.9 n` in a docstring is the row of the algorithm specification's table of choices that a
+default follows; `recipe.py` has the recipe that they are part of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from nemo_pivotrl.config.schema import ranged
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Tfpo:
+    """Stage 2 of LLMdoctor: flow-guided training of the doctor on token rewards."""
+
+    name: str = "doctor"
+    """Folder under run_dir for checkpoints, metrics and the final doctor."""
+    objective: str = ""
+    """Which of the artefact's objectives; empty: all. Where it holds several, each doctor's folder is NAME-OBJECTIVE."""
+    pairs_per_step: int = ranged(32, 1)
+    max_num_steps: int = ranged(100, -1)
+    """-1: as many as `max_num_epochs` have."""
+    max_num_epochs: int = ranged(1, 1)
+    """With `max_num_steps: -1`: how often each pair is drawn."""
+    val_period: int = ranged(10, 0)
+    """Measure the held-out pairs every so many steps; 0: never."""
+    val_pairs: int = ranged(128, 1)
+    kappa: float = ranged(2.0, 1e-6)
+    """Nats of log Q a unit of reward. B.9 6 begins with 1; 2 is what the sweep in benchmarks/results/llmdoctor_claims.md says."""
+    length_normalize: bool = False
+    """B.9 6: divide kappa by the answer's number of tokens."""
+    reduction: Literal["pair_mean", "sum"] = "pair_mean"
+    """B.9 9."""
+    decay: float = ranged(1.0, 1e-6, 1.0)
+    """Weight decay^(n-m) of a sub-trajectory of n-m tokens; 1.0 is the paper."""
+    anchor: Literal["none", "reference"] = "none"
+    """B.9 10: `none` is the paper's loss, which has no language prior; `reference` is what to use for a real doctor."""
+    value_weight: float = ranged(1.0, 0.0)
+    """B.9 13: the paper's lambda."""
+    gamma: float = ranged(0.1, 0.0)
+    """B.9 13: margin of the value hinge."""
+    value_pairs: Literal["divergence", "position"] = "divergence"
+    """B.9 11."""
+    linear_margin: bool = False
+    """B.9 12: hinge on V instead of log V."""
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Doctor:
+    """One trained doctor and its weight."""
+
+    path: str = ""
+    """HF checkpoint folder (safetensors) with the patient's tokenizer."""
+    beta: float = ranged(1.0)
+    """Its exponent (B.9 16: 1); any sign, 0 switches it off. A prompt's row or a request may give another."""
+    reference: str = ""
+    """`mode: ratio` only: HF checkpoint folder of the model that the doctor was trained from."""
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Decode:
+    """The patient steered by doctors, for the `decode` stage and `serve-guided` (B.5)."""
+
+    prompts: str = ""
+    """JSONL file, one prompt a line: a text, a list of messages, or an object with `prompt` or `messages`."""
+    output: str = "decoded.jsonl"
+    doctors: dict[str, Doctor] = field(default_factory=dict)
+    """Name to doctor; none decodes from the patient alone."""
+    mode: Literal["product", "ratio"] = "product"
+    """B.9 16: the paper's product, or each doctor divided by its reference: a clean tilt of an anchored doctor."""
+    alpha: float = ranged(1.0)
+    """The patient's exponent (B.9 16: 1)."""
+    temperature: float = ranged(1.0, 0.0, 10.0)
+    """Of the mixture (B.9 16: 1), as top_k and top_p are; 0 takes the likeliest token."""
+    top_k: int = ranged(0, 0)
+    """0: off."""
+    top_p: float = ranged(1.0, 0.01, 1.0)
+    max_new_tokens: int = ranged(128, 1)
+    """Of a request to the server: the most it may ask for."""
+    num_samples: int = ranged(1, 1)
+    """Answers to each prompt."""
+    guidance_off: tuple[Literal["reasoning", "tool_calls"], ...] = ()
+    """Pieces of the answer in which the patient decodes alone; their markers are found in the chat template."""
+    off_markers: dict[str, str] = field(default_factory=dict)
+    """More such pieces: text that begins one, to text that ends it ("": the answer's end)."""
+    min_entropy: float = ranged(0.0, 0.0)
+    """Nats; where the patient's next-token entropy is lower, it decodes alone. 0: off."""
+    batch_tokens: int = ranged(16384, 16)
+    """Prompt plus new tokens of all rows that are decoded together; bounds the KV caches."""
+    answers_per_wave: int = ranged(256, 1)
+    """Made durable together, all of a prompt in one wave: kill -9 loses at most one."""
+    token_records: bool = True
+    """Write every token's log-probabilities, KL and changes, not only the answer's means."""
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Arm:
+    """One way of answering, to be compared with the others."""
+
+    alpha: float = ranged(1.0)
+    beta: dict[str, float] = field(default_factory=dict)
+    """Doctor to exponent; a doctor that is not named is off."""
+    temperature: float = ranged(1.0, 0.0, 10.0)
+    top_p: float = ranged(1.0, 0.01, 1.0)
+    best_of: int = ranged(1, 1)
+    """Sample so many and keep the one that the first objective's oracle likes best."""
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Oracles:
+    """What scores an answer. Built in: `kindness`, `brevity`, `sentiment` (`llmdoctor/oracles.py`)."""
+
+    reward_models: dict[str, str] = field(default_factory=dict)
+    """Objective to HF checkpoint folder of a reward model: a sequence classifier with one output."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    batch_tokens: int = ranged(16384, 16)
+    """Padded tokens of one forward pass of a reward model."""
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Rank:
+    """Preferences out of the patient's own answers, ranked by oracles."""
+
+    prompts: str = ""
+    """JSONL file as `decode.prompts`, every line with `messages`."""
+    objectives: tuple[str, ...] = ()
+    """One preference file each, from the same answers: ranked/OBJECTIVE.jsonl."""
+    answers_per_prompt: int = ranged(16, 2)
+    answers_per_pair: int = ranged(4, 2)
+    """Best and worst of so many answers to a prompt make a pair."""
+    min_gap: float = ranged(0.0, 0.0)
+    """Pairs whose scores differ by no more than this prefer nothing."""
+    temperature: float = ranged(1.0, 0.01, 10.0)
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Assess:
+    """Steered answers against others, by oracles."""
+
+    arms: dict[str, Arm] = field(default_factory=dict)
+    """The first is what the others are compared with. Doctors are those of `decode.doctors`."""
+    objectives: tuple[str, ...] = ()
+    """Oracles, or reward models of `oracles`; best-of-n goes by the first."""
+    prompts: str = ""
+    """JSONL file as `decode.prompts`."""
+    limit: int = ranged(0, 0)
+    """Only the first so many prompts; 0: all."""
+    samples: int = ranged(2, 1)
+    """Answers to each prompt by each arm."""
+    shown: int = ranged(4, 0)
+    """Prompts whose first answer keeps what guidance did to every token, for the report."""
+    confidence: float = ranged(0.95, 0.5, 0.999)
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class ServeGuided:
+    """Bounds of the OpenAI-compatible server."""
+
+    model: str = "guided"
+    """The model's name in requests and answers."""
+    max_body_bytes: int = ranged(8 << 20, 1024, 1 << 28)
+    max_batch: int = ranged(16, 1)
+    """Answers that are decoded together; those that wait make the next batch."""
+    max_waiting: int = ranged(256, 1)
+    """Answers that may wait; beyond it requests are refused with 429."""
+    max_choices: int = ranged(16, 1)
+    """Answers that one request may ask for: its prompts times `n`."""
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Patient:
+    """The large frozen model that is aligned at test time, and how it is run. Both faces are this model."""
+
+    model_name: str = ""
+    """HF checkpoint folder with safetensors weights."""
+    backend: Literal["reference", "megatron", "vllm"] = "reference"
+    """What scores the two faces in the `reward` stage; `vllm` also decodes in the `decode` stage, with the doctors inside the
+    engine. What else samples from the patient (`rank`, `assess`, `serve-guided`) runs `reference`."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+    """Of the weights. Log-probabilities are float32 or better in any case; bfloat16 raises the noise floor of Delta."""
+    chat_template: str | None = None
+    """Jinja file that replaces the tokenizer's chat template."""
+    template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Passed to the chat template, e.g. `enable_thinking: false`."""
+    max_total_sequence_length: int = ranged(4096, 16)
+    """Prompt with a face, plus answer. A pair that does not fit is excluded and counted, never cut."""
+    batch_tokens: int = ranged(16384, 16)
+    """Tokens of one forward pass, padding included; a longer sequence runs alone. No row depends on it beyond rounding noise."""
+    prefix_sharing: bool = True
+    """As the policy's: here a face's prompt runs once for both answers."""
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Preferences:
+    """Preference files to preferences."""
+
+    files: tuple[str, ...] = ()
+    """`.json`, `.jsonl`, or either of them with `.gz`."""
+    format: Literal["hh_rlhf", "trl", "nemo_aligner", "ultrafeedback", "helpsteer2", "helpsteer3", "pku_saferlhf"] = (
+        "trl"
+    )
+    """`trl`: prompt, chosen, rejected, as text or as chat messages; the others are the data sets as they are published."""
+    objective: str = "helpfulness"
+    """What the files' preference is about; `reward.faces` has the prompts for it."""
+    objectives: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """Where there are several: each with its own files, beside `files`, in the same format."""
+    validation_share: float = ranged(0.1, 0.0, 0.9)
+    """Share of the prompts held out; all pairs of a prompt are on the same side."""
+    better_by: Literal["better_response_id", "safer_response_id"] = "better_response_id"
+    """`pku_saferlhf` only: the label that says which answer is chosen (helpfulness or harmlessness)."""
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Reward:
+    """Stage 1: token rewards from how far the patient's two faces lie apart."""
+
+    positive: str = "You want the user to succeed. Be accurate, complete and clear on what was asked, and courteous."
+    """System prompt of the positive face, while `faces` is empty (B.9 1: helpful, accurate, polite)."""
+    negative: str = "You do not care about the user. Stay vague, leave out what would matter, and stray from the topic."
+    """System prompt of the negative face, while `faces` is empty (B.9 1: vague, incomplete, off-topic)."""
+    faces: dict[str, dict[str, str]] = field(default_factory=dict)
+    """Objective to its own `{positive: ..., negative: ...}`. Once it names any, it must name every objective in use."""
+    tau: float = ranged(1.0, 1e-6)
+    """Temperature of the tanh (B.9 4)."""
+    theta: float = ranged(0.5, 0.0, 0.999999)
+    """Tokens with S <= theta get reward 0 (B.9 4). 0.1 keeps 80-90 % of the tokens, 0.76 those above the mean Delta."""
+    eps: float = ranged(1e-6, 1e-12, 1.0)
+    """Added to the mean Delta, in nats (B.9 4)."""
+    pairs_per_wave: int = ranged(64, 1)
+    """Scored and made durable together: kill -9 loses at most one wave."""
+    noise_pairs: int = ranged(1, 0)
+    """Pairs of each wave whose positive face is scored a second time, sequence by sequence: the noise floor (B.10)."""
+    weak_importance: float = ranged(0.02, 0.0)
+    """Nats a token: pairs with a lower mean Delta, or one below ten noise floors, are weak; half being weak warns."""

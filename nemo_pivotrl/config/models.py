@@ -1,0 +1,175 @@
+"""Settings of models: how one is run, trained, spread over processes and served. `recipe.py` has the recipe that they are part of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from nemo_pivotrl.config.schema import ranged
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Lora:
+    """Low-rank adapters through peft; off means that all weights train."""
+
+    enabled: bool = False
+    r: int = ranged(16, 1)
+    alpha: int = ranged(32, 1)
+    target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Generation:
+    """How a turn is sampled, in profiling and in training alike (A.15 5: temperature 1, top-p 1)."""
+
+    temperature: float = ranged(1.0, 0.0, 10.0)
+    top_p: float = ranged(1.0, 0.01, 1.0)
+    max_new_tokens: int = ranged(512, 1)
+    batch_tokens: int = ranged(16384, 16)
+    """Prompt plus new tokens of all rows that are decoded together; bounds the KV cache."""
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Optimizer:
+    """AdamW (A.15 13: 1e-6 constant, no weight decay, gradient clip 1.0)."""
+
+    lr: float = ranged(1e-6, 0.0, 1.0)
+    weight_decay: float = ranged(0.0, 0.0, 1.0)
+    beta1: float = ranged(0.9, 0.0, 0.99999)
+    beta2: float = ranged(0.999, 0.0, 0.99999)
+    eps: float = ranged(1e-8, 0.0, 1.0)
+    max_grad_norm: float = ranged(1.0, 0.0)
+    warmup_steps: int = ranged(0, 0)
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Policy:
+    """The start policy (pi_0) and how it is run."""
+
+    model_name: str = ""
+    """HF checkpoint folder of the start policy; the profiling policy and the KL reference are this one."""
+    backend: Literal["reference", "megatron"] = "reference"
+    """`reference`: transformers on one device. `megatron`: megatron-core over torch.distributed, as `megatron` says; of a
+    doctor, what trains it (`tfpo`), for guided decoding runs `reference`."""
+    sampler: Literal["backend", "vllm"] = "backend"
+    """What generates turns: the backend itself, or vLLM as the `vllm` section says, refitted after every training step."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+    chat_template: str | None = None
+    """Jinja file that replaces the tokenizer's chat template."""
+    template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Passed to the chat template, e.g. `enable_thinking: false`."""
+    tool_parser: str = "auto"
+    max_total_sequence_length: int = ranged(4096, 16)
+    """Prompt plus new tokens. A state that does not fit is excluded and counted, never scored 0."""
+    train_micro_batch_tokens: int = ranged(16384, 16)
+    """Padded tokens of one forward and backward pass."""
+    prefix_sharing: bool = True
+    """Run prompts that samples share, and prefixes that prompts share, once (`prefix_tree.py`): the same log-probabilities and the
+    same gradient for fewer tokens. `off` runs every sample with its whole prompt."""
+    lora: Lora = field(default_factory=Lora)
+    generation: Generation = field(default_factory=Generation)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Megatron:
+    """How the `megatron` backend spreads a model and in which precision it computes. Names are Megatron's own."""
+
+    tensor_model_parallel_size: int = ranged(1, 1)
+    """Ranks that share each layer's matrices. It divides the model's key-value heads or is a multiple of them; in a hybrid it
+    divides the Mamba groups."""
+    pipeline_model_parallel_size: int = ranged(1, 1)
+    """Ranks that hold consecutive layers; must divide the number of layers."""
+    context_parallel_size: int = ranged(1, 1)
+    """Ranks that share a sequence's tokens; sequences are padded to a multiple of twice this."""
+    expert_model_parallel_size: int = ranged(1, 1)
+    """Ranks that share a layer's experts; must divide their number. Taken out of the data-parallel ranks."""
+    expert_tensor_parallel_size: int = ranged(1, 1)
+    """Ranks that share each expert's matrices."""
+    sequence_parallel: bool = False
+    """Also split norms and residuals along the sequence, over the tensor-parallel ranks. A mixture of experts with
+    `tensor_model_parallel_size` above 1 needs it."""
+    use_distributed_optimizer: bool = True
+    """Spread the optimiser's state over the data-parallel ranks."""
+    grad_reduce_in_fp32: bool = True
+    """Keep and sum gradients in float32; false: in the weights' precision, for half the memory."""
+    sequence_packing: bool = False
+    """Lay the rows of a micro-batch one after another into one stream instead of padding them to the longest. Not for models
+    with Mamba layers."""
+    moe_token_dispatcher_type: Literal["allgather", "alltoall", "flex"] = "alltoall"
+    """How tokens reach their experts; `flex` needs DeepEP."""
+    moe_grouped_gemm: bool = True
+    """One kernel for all of a rank's experts; needs Transformer Engine, so `cpu` ignores it."""
+    moe_freeze_router: bool = True
+    """Leave routers as they are: the experts that profiled are the experts that train."""
+    recompute: Literal["none", "selective", "full"] = "selective"
+    """Activations that are computed again in the backward pass: none, the attention scores, or all of every layer."""
+    bf16: bool = True
+    """Weights and matrix products in bfloat16, with the optimiser's own copy in float32; false: all in float32."""
+    fp8: Literal["none", "hybrid", "e4m3"] = "none"
+    """Matrix products in FP8: e4m3 throughout, or e5m2 for output gradients (`hybrid`). Needs Transformer Engine."""
+    fp8_recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] = "tensorwise"
+    """How FP8 tensors are scaled. `blockwise` needs CUDA 12.9, `mxfp8` Blackwell."""
+    fp8_param: bool = False
+    """Keep the weights themselves in FP8."""
+    first_last_layers_bf16: bool = True
+    """With `tensorwise` or `blockwise`: leave the outermost layers in bfloat16."""
+    num_layers_at_start_in_bf16: int = ranged(2, 0)
+    num_layers_at_end_in_bf16: int = ranged(2, 0)
+    load: str = ""
+    """A torch_dist checkpoint of Megatron-LM (the folder with `latest_checkpointed_iteration.txt`, or one `iter_*` in it) or of
+    NeMo (the folder with `weights`), to start from in place of the weights in `policy.model_name`, which then needs to
+    hold no more than config.json and the tokenizer. Any layout of ranks may have written it."""
+    logprob_chunk_tokens: int = ranged(1024, 1)
+    """Response tokens whose logits exist at the same time, in float32; fewer take less memory and more launches."""
+    cpu: bool = False
+    """Run on CPUs over gloo: for tests and for trying a recipe out. It replaces parts of torch.cuda and of megatron-core in
+    this process by CPU twins (`backends/megatron/cpu.py`) and refuses to where there is a CUDA device."""
+    distributed_timeout_minutes: int = ranged(30, 1)
+    """A collective that waits longer ends the job."""
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Vllm:
+    """vLLM for `policy.sampler: vllm` and `patient.backend: vllm`: an engine in this process, or servers."""
+
+    servers: tuple[str, ...] = ()
+    """Addresses of OpenAI-compatible servers of the policy, e.g. http://127.0.0.1:8000; empty: an engine in this process.
+    `nemo-pivotrl serve` starts one that can be refitted."""
+    model: str = ""
+    """Name under which all servers serve the policy; empty: what each says it serves."""
+    api_key_env: str = "VLLM_API_KEY"
+    """Environment variable that holds the servers' key; unset means that none is sent."""
+    concurrency: int = ranged(64, 1)
+    """Requests that one server holds at a time; the others wait here."""
+    timeout_s: float = ranged(600.0, 0.1)
+    """Of one request, and how long all servers may be away before the stage stops."""
+    max_retries: int = ranged(6, 0)
+    """Of a request: lost connections, time-outs, 408, 409, 425, 429, 5xx, malformed answers. After that its sample is
+    lost: counted, and never scored."""
+    backoff_s: float = ranged(0.5, 0.001)
+    """First pause before a request or a lost server is tried again; doubled up to 30 s, with jitter."""
+    eject_after: int = ranged(3, 1)
+    """Failures in a row after which a server gets no more requests until it is healthy again. A lost connection is enough."""
+    colocated: bool = False
+    """The engine is spread over the ranks of the job (`policy.backend: megatron`), on the same devices."""
+    sleep: bool = False
+    """Give the engine's memory back between rollouts: for one that shares its device with the trainer."""
+    tensor_parallel_size: int = ranged(1, 1)
+    """Of the engine. A colocated one takes all ranks of the job."""
+    gpu_memory_utilization: float = ranged(0.9, 0.01, 1.0)
+    """Share of a GPU's memory that the engine may use."""
+    kv_cache_gib: float = ranged(1.0, 0.01)
+    """Of an engine on CPUs."""
+    enforce_eager: bool = False
+    """Neither compile nor capture graphs: slower steps, and an engine that starts in seconds. Always so on CPUs."""
+    max_num_seqs: int = ranged(256, 1)
+    """Sequences that are decoded at a time."""
+    engine_args: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of `vllm.LLM`, as they are."""
+    refit_folder: str = ""
+    """Where weights pass from the trainer to servers, and to engines in several processes; all of them must see it. Empty: a
+    folder in memory (/dev/shm), which only this machine sees."""
+    refit_tolerance: float = ranged(0.05, 0.0)
+    """Nats a token, as a mean: after a refit the engine's log-probabilities of a probe may differ so much from the trainer's."""

@@ -1,0 +1,87 @@
+"""The recipe: every section of it, and what all stages share. `config/load.py` reads recipe files into it.
+
+Each setting is declared once, with its default, its range and its explanation, in the file of its section: `pivotrl.py`,
+`llmdoctor.py`, `models.py`, `run.py`, `verify.py`, `demo.py`. A verifier's own settings are the fields of its class.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from nemo_pivotrl.config.demo import Manners, World
+from nemo_pivotrl.config.llmdoctor import Assess, Decode, Oracles, Patient, Preferences, Rank, Reward, ServeGuided, Tfpo
+from nemo_pivotrl.config.models import Lora, Megatron, Optimizer, Policy, Vllm
+from nemo_pivotrl.config.pivotrl import Evaluate, Export, Extract, Grpo, LossFn, ProfileStage, Select, Sft
+from nemo_pivotrl.config.run import Budget, Checkpointing, Cluster, Logger, Loop, Plan
+from nemo_pivotrl.config.schema import ranged
+from nemo_pivotrl.config.verify import Audit, Rescore, Verifier
+from nemo_pivotrl.core.artifacts import digest
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Recipe:
+    """All of it."""
+
+    algorithm: Literal["pivotrl", "llmdoctor"] = "pivotrl"
+    """Whose stages `run` goes through."""
+    run_dir: str = "runs/default"
+    seed: int = ranged(0, 0)
+    num_threads: int = ranged(0, 0)
+    """CPU threads for torch; 0: torch's own choice. Bit-exact resume needs the same number."""
+    policy: Policy = field(default_factory=Policy)
+    megatron: Megatron = field(default_factory=Megatron)
+    """For `policy.backend: megatron` and `doctor.backend: megatron`."""
+    vllm: Vllm = field(default_factory=Vllm)
+    """For `policy.sampler: vllm` and `patient.backend: vllm`."""
+    world: World = field(default_factory=World)
+    warmup: Sft = field(default_factory=lambda: Sft(name="start", source="candidates"))
+    extract: Extract = field(default_factory=Extract)
+    verifier: Verifier = field(default_factory=Verifier)
+    audit: Audit = field(default_factory=Audit)
+    rescore: Rescore = field(default_factory=Rescore)
+    profile: ProfileStage = field(default_factory=ProfileStage)
+    select: Select = field(default_factory=Select)
+    export: Export = field(default_factory=Export)
+    sft: Sft = field(default_factory=Sft)
+    grpo: Grpo = field(default_factory=Grpo)
+    loss_fn: LossFn = field(default_factory=LossFn)
+    loop: Loop = field(default_factory=Loop)
+    budget: Budget = field(default_factory=Budget)
+    doctor: Policy = field(default_factory=lambda: Policy(lora=Lora(r=8, alpha=16), optimizer=Optimizer(lr=1e-4)))
+    """LLMdoctor's start model and how it trains (B.9 14: LoRA r 8, alpha 16, or full)."""
+    tfpo: Tfpo = field(default_factory=Tfpo)
+    manners: Manners = field(default_factory=Manners)
+    checkpointing: Checkpointing = field(default_factory=Checkpointing)
+    cluster: Cluster = field(default_factory=Cluster)
+    plan: Plan = field(default_factory=Plan)
+    evaluate: Evaluate = field(default_factory=Evaluate)
+    decode: Decode = field(default_factory=Decode)
+    assess: Assess = field(default_factory=Assess)
+    oracles: Oracles = field(default_factory=Oracles)
+    rank: Rank = field(default_factory=Rank)
+    serve_guided: ServeGuided = field(default_factory=ServeGuided)
+    logger: Logger = field(default_factory=Logger)
+    patient: Patient = field(default_factory=Patient)
+    preferences: Preferences = field(default_factory=Preferences)
+    reward: Reward = field(default_factory=Reward)
+
+    @property
+    def rollout_seed(self) -> str:
+        """What the seeds of a round's rollouts begin with; a round repeats none of another's."""
+        return str(self.seed) if self.loop.round == 1 else f"{self.seed} round {self.loop.round}"
+
+    @property
+    def home(self) -> Path:
+        """The run directory of the whole run, of which this recipe may be a round."""
+        return Path(self.run_dir) if self.loop.round == 1 else Path(self.run_dir).parent
+
+    def path(self, name: str) -> Path:
+        """`name` inside the run directory."""
+        return Path(self.run_dir) / name
+
+    def digest(self, *sections: str) -> str:
+        """Hash of the named sections and the seed: what an artefact's header carries as its config hash."""
+        return digest([self.seed, {name: dataclasses.asdict(getattr(self, name)) for name in sections}])

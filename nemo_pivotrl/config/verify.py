@@ -1,0 +1,99 @@
+"""Settings of verification: the verifier, its limits and judge, the audit and rescoring. `recipe.py` has the recipe that they are
+part of; `A.15 n` in a docstring is the row of the algorithm specification's table of choices that a default follows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from nemo_pivotrl.config.schema import ranged
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Limits:
+    """What of a sampled action is looked at at all. Beyond a limit the action scores 0 as `LIMIT_EXCEEDED`, at once."""
+
+    max_chars: int = ranged(1 << 17, 256, 1 << 24)
+    """Characters of an action: its text, or the names and arguments of its calls."""
+    max_calls: int = ranged(4096, 1, 1 << 16)
+    """Parallel calls of one turn."""
+    max_depth: int = ranged(100, 4, 300)
+    """Nesting of JSON arguments; deeper ones are a decode error. Python's own limit depends on who calls."""
+    max_values: int = ranged(4096, 16, 1 << 20)
+    """JSON values in one call's arguments; more are a decode error."""
+    max_work: int = ranged(3_000_000, 10_000)
+    """Character comparisons of one verdict, in units of roughly 20 ns. Counted, not timed: a verdict never depends on
+    how busy the machine is."""
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Judge:
+    """An LLM that judges equivalence, behind any OpenAI-compatible endpoint."""
+
+    base_url: str = ""
+    """E.g. http://127.0.0.1:8000/v1; empty: no judge."""
+    model: str = ""
+    api_key_env: str = "OPENAI_API_KEY"
+    """Environment variable that holds the key; unset means that none is sent."""
+    votes: int = ranged(1, 1, 99)
+    """Answers per order; the majority of them is that order's verdict."""
+    both_orders: bool = True
+    """Ask with the two actions swapped too; equivalent only if both orders say so."""
+    temperature: float = ranged(0.0, 0.0, 2.0)
+    max_tokens: int = ranged(1024, 16)
+    extra_body: dict[str, Any] = field(default_factory=dict)
+    """Added to every request, e.g. `chat_template_kwargs: {enable_thinking: false}`; null drops a field."""
+    max_action_chars: int = ranged(8192, 64)
+    """A longer action is cut in the middle before it is shown; the cut is marked."""
+    max_context_chars: int = ranged(8192, 0)
+    """End of the state that is shown to the judge; 0: none."""
+    timeout_s: float = ranged(120.0, 0.1)
+    max_retries: int = ranged(4, 0)
+    """Of a request: connection, time-out, 408, 409, 425, 429, 5xx, and an answer without a verdict."""
+    backoff_s: float = ranged(0.5, 0.0)
+    """First pause; doubled up to 30 s, with jitter."""
+    concurrency: int = ranged(32, 1)
+    cache: str = ""
+    """JSONL file of verdicts keyed by content; empty: `judge_cache.jsonl` in the run directory."""
+    calibration: str = ""
+    """JSONL file of labelled pairs; empty: the small set that comes with the package."""
+    min_agreement: float = ranged(0.9, 0.0, 1.0)
+    """`audit` stops when the judge agrees less than this with the calibration set."""
+    allow_self_judge: bool = False
+    """Let the policy judge itself."""
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Verifier:
+    """Which verifier judges, with its own settings."""
+
+    name: str = "single_step"
+    compat: Literal["0.5", "0.6", "0.7"] = "0.7"
+    """NeMo-Gym release whose rules the four families follow, where releases differ."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """The verifier's own, e.g. `word_count_similarity_threshold`; its file lists them."""
+    limits: Limits = field(default_factory=Limits)
+    judge: Judge = field(default_factory=Judge)
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Audit:
+    """What the verifier does with actions whose verdict is known. `profile` runs it first, on a sample."""
+
+    before_profile: bool = True
+    sample: int = ranged(200, 0)
+    """Candidates that are audited, chosen by hash; 0: all."""
+    foreign_actions: int = ranged(3, 0)
+    """Other rows' actions that each candidate is tried with."""
+    judged_sample: int = ranged(20, 0)
+    """Candidates of the sample that are audited when a judge is asked, since every probe may cost a request."""
+    max_gold_failures: float = ranged(0.05, 0.0, 1.0)
+    """More candidates than this whose own expert action does not score 1 stop `audit` and `profile`."""
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Rescore:
+    """Another verifier or threshold over the samples of a profile."""
+
+    profiles: str = "profiles.jsonl"
+    output: str = "profiles.rescored.jsonl"

@@ -1,0 +1,50 @@
+"""What is told to a person who gave bad input: each problem with its place and its remedy, all at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+MAX_PROBLEMS_SHOWN = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One thing wrong with an input, in the words a person needs to mend it."""
+
+    file: str
+    """Path of the input, or the recipe's path."""
+    line: int | None
+    """1-based line in a JSONL file, 1-based element in a JSON list, None where there are no lines."""
+    field: str
+    """Dotted path of the field, e.g. `messages[3].tool_calls[0].function.arguments`."""
+    found: str
+    """What stands there, shortened."""
+    remedy: str
+    """What to do about it."""
+
+    def __str__(self) -> str:
+        where = self.file if self.line is None else f"{self.file}:{self.line}"
+        return f"{where}: {self.field}: found {self.found}\n    -> {self.remedy}"
+
+
+class InputError(ValueError):
+    """Bad input or a bad recipe: all problems at once. The command prints it and exits with code 2."""
+
+    def __init__(self, problems: Iterable[Problem] | Problem):
+        self.problems = [problems] if isinstance(problems, Problem) else list(problems)
+        shown = "\n".join(f"  {p}" for p in self.problems[:MAX_PROBLEMS_SHOWN])
+        more = len(self.problems) - MAX_PROBLEMS_SHOWN
+        tail = f"\n  ... and {more} more" if more > 0 else ""
+        count = f"{len(self.problems)} problem" + ("s" if len(self.problems) != 1 else "")
+        super().__init__(f"{count}:\n{shown}{tail}")
+
+    def __reduce__(self) -> tuple[type[InputError], tuple[list[Problem]]]:
+        return InputError, (self.problems,)  # from a worker process it arrives with its problems
+
+
+def short(value: object, limit: int = 120) -> str:
+    """`value` as one line of at most `limit` characters, for error messages."""
+    text = value if isinstance(value, str) else repr(value)
+    text = " ".join(text.split())
+    return text if len(text) <= limit else text[: limit - 1] + "…"

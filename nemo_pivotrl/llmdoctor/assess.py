@@ -1,0 +1,289 @@
+"""assess: how good are steered answers, what do they cost, and how far from the patient are they? (LLMdoctor)
+
+Every arm answers the same prompts with the same seeds. An oracle scores each answer; arms are compared pair by pair with
+the first: win, tie, lose. An oracle sees one answer at a time, so there is no order to swap.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nemo_pivotrl.backends import loading
+from nemo_pivotrl.backends.reference.guided import Guided, GuidedGenerator, Steering
+from nemo_pivotrl.components.costs import spend
+from nemo_pivotrl.components.progress import progress
+from nemo_pivotrl.components.rollout import sample_seed
+from nemo_pivotrl.config import Arm, Recipe
+from nemo_pivotrl.core.artifacts import ArtefactWriter, Header, digest, file_digest, is_complete, json_line, read_rows
+from nemo_pivotrl.core.atomic import write_atomically
+from nemo_pivotrl.core.errors import InputError, Problem
+from nemo_pivotrl.data.chat_template import Chat
+from nemo_pivotrl.llmdoctor import oracles
+from nemo_pivotrl.llmdoctor.decode import Prompt, Rendered, load, prompt_ids, read_prompts
+from nemo_pivotrl.pivotrl.evaluate import bootstrap
+
+Row = dict[str, Any]
+
+
+def assess(recipe: Recipe, fresh: bool = False) -> Path:
+    """Write `assessment.jsonl` (one row an answer) and `assessment.json`, and print the table. Resumes after kill -9 to the
+    same answers; times differ."""
+    _check(recipe)
+    settings, path = recipe.assess, recipe.path("assessment.jsonl")
+    header = Header("assessment", _digest(recipe), policy=loading.policy_revision(recipe.patient.model_name))
+    if not is_complete(path, header, fresh):
+        judges = oracles.load(settings.objectives, recipe.oracles)
+        chat, generator, own = load(recipe)
+        asked = _prompts(recipe)
+        exam = _Exam(recipe, asked, [prompt_ids(p.content, p.tools, chat, own) for p in asked], chat, generator, judges)
+        with ArtefactWriter(path, header, fresh) as writer, spend(Path(recipe.run_dir), "assess") as cost:
+            each = len(asked) * settings.samples
+            done, skip = divmod(writer.rows_done, each)
+            arms = list(settings.arms.items())
+            with progress(len(arms), done, "assess", "arm") as bar:
+                for label, arm in arms[done:]:
+                    # a torn arm is answered again, and only what is missing of it is written
+                    writer.write(exam.answers(label, arm)[skip:])
+                    skip = 0
+                    bar.update(1)
+            writer.finish()
+            cost.update(answers=each * len(arms))
+    rows = list(read_rows(path))
+    summary = summarise(rows, recipe)
+    write_atomically(recipe.path("assessment.json"), json_line(summary).decode())
+    print(table(summary))
+    return path
+
+
+def _check(recipe: Recipe) -> None:
+    settings, problems = recipe.assess, []
+    if not settings.arms:
+        problems.append(Problem("recipe", None, "assess.arms", "none", "name at least one way of answering"))
+    for label, arm in settings.arms.items():
+        for name in arm.beta:
+            if name not in recipe.decode.doctors:
+                remedy = f"use one of decode.doctors: {', '.join(recipe.decode.doctors) or 'none'}"
+                problems.append(Problem("recipe", None, f"assess.arms.{label}.beta", name, remedy))
+    if not settings.objectives:
+        remedy = f"name some of {', '.join(oracles.known(recipe.oracles))}"
+        problems.append(Problem("recipe", None, "assess.objectives", "none", remedy))
+    problems += oracles.check("assess.objectives", settings.objectives, recipe.oracles)
+    if not settings.prompts:
+        problems.append(Problem("recipe", None, "assess.prompts", "nothing", "give a JSONL file, one prompt a line"))
+    if problems:
+        raise InputError(problems)
+
+
+def _digest(recipe: Recipe) -> str:
+    doctors = {
+        name: [loading.policy_revision(d.path), loading.policy_revision(d.reference) if d.reference else ""]
+        for name, d in recipe.decode.doctors.items()
+    }
+    kept = {k: v for k, v in dataclasses.asdict(recipe.decode).items() if k not in ("prompts", "output", "doctors")}
+    asked = dataclasses.asdict(recipe.assess) | {
+        "prompts": file_digest(Path(recipe.assess.prompts)),
+        "confidence": None,
+    }
+    models = {
+        name: loading.policy_revision(folder)
+        for name, folder in recipe.oracles.reward_models.items()
+        if name in recipe.assess.objectives
+    }
+    return digest([recipe.seed, asked, kept, doctors, recipe.patient.dtype, models, recipe.oracles.dtype])
+
+
+def _prompts(recipe: Recipe) -> list[Prompt]:
+    found = read_prompts(Path(recipe.assess.prompts), recipe)
+    return found[: recipe.assess.limit or None]
+
+
+@dataclasses.dataclass
+class _Exam:
+    """The prompts and everything that answers and scores them."""
+
+    recipe: Recipe
+    asked: Sequence[Prompt]
+    rendered: Sequence[Rendered]
+    chat: Chat
+    generator: GuidedGenerator
+    judges: Mapping[str, oracles.Oracle]
+
+    def answers(self, label: str, arm: Arm) -> list[Row]:
+        """The arm's answers, the best of each lot where it samples several."""
+        settings = self.recipe.assess
+        work = [(p, k, n) for p in range(len(self.asked)) for k in range(settings.samples) for n in range(arm.best_of)]
+        requests = [
+            Steering(
+                alpha=arm.alpha,
+                beta=arm.beta,
+                temperature=arm.temperature,
+                top_p=arm.top_p,
+                max_new_tokens=self.recipe.decode.max_new_tokens,
+                seed=sample_seed("assess", self.recipe.seed, self.asked[p].prompt_id, k, n),
+            )
+            for p, k, n in work
+        ]
+        begun = time.perf_counter()
+        with _forwards(self.generator) as forwards:
+            answers = self.generator.generate(
+                [self.rendered[p][0] for p, _, _ in work], requests, [self.rendered[p][1] for p, _, _ in work]
+            )
+        seconds = time.perf_counter() - begun
+        spent = sum(len(answer.tokens) for answer in answers)
+        texts = [self.chat.decode(answer.token_ids).strip() for answer in answers]
+        asked = [_messages(self.asked[p]) for p, _, _ in work]
+        scores = {objective: judge(asked, texts) for objective, judge in self.judges.items()}
+        rows = [
+            self._row(label, p, k, text, answer) | {"scores": {o: found[i] for o, found in scores.items()}}
+            for i, ((p, k, _), text, answer) in enumerate(zip(work, texts, answers, strict=True))
+        ]
+        lots = [rows[i : i + arm.best_of] for i in range(0, len(rows), arm.best_of)]
+        best = [max(lot, key=lambda row: row["scores"][settings.objectives[0]]) for lot in lots]
+        kept = sum(row["tokens"] for row in best)
+        cost = {
+            "seconds_per_token": seconds / kept,
+            "forwards_per_token": {name: count / kept for name, count in forwards.items()},
+            "tokens_spent": spent / len(best),
+        }
+        return [row | cost for row in best]
+
+    def _row(self, label: str, p: int, k: int, text: str, answer: Guided) -> Row:
+        row = {
+            "arm": label,
+            "prompt": p,
+            "sample": k,
+            "asked": _messages(self.asked[p])[-1]["content"],
+            "text": text,
+            "tokens": len(answer.tokens),
+            "kl": float(np.mean([t.kl for t in answer.tokens])),
+            "changed": float(np.mean([t.changed_token for t in answer.tokens])),
+        }
+        if p < self.recipe.assess.shown and k == 0:
+            row["trace"] = [
+                [
+                    self.chat.tokenizer.decode([t.token_id]),
+                    *(round(x, 4) for x in (t.patient_log_prob, t.mixed_log_prob, t.kl)),
+                    t.changed_token,
+                ]
+                for t in answer.tokens
+            ]
+        return row
+
+
+def _messages(prompt: Prompt) -> list[dict[str, Any]]:
+    """The prompt as a reward model reads it."""
+    return [{"role": "user", "content": prompt.content}] if isinstance(prompt.content, str) else list(prompt.content)
+
+
+@contextmanager
+def _forwards(generator: GuidedGenerator) -> Iterator[Counter[str]]:
+    """Counts the tokens that each model reads after the prompts, rows that wait for their batch to end included."""
+    counts: Counter[str] = Counter()
+    names: dict[int, tuple[str, Any]] = {id(generator.patient): ("patient", generator.patient)}
+    for name, model in generator.doctors.models.items():
+        names.setdefault(id(model), (name, model))
+    for name, model in generator.doctors.references.items():
+        names.setdefault(id(model), (f"{name} reference", model))
+
+    def count(name: str) -> Any:
+        def hook(_: Any, __: Any, given: dict[str, Any]) -> None:
+            if given["past_key_values"].get_seq_length():
+                counts[name] += given["input_ids"].numel()
+
+        return hook
+
+    hooks = [model.register_forward_pre_hook(count(name), with_kwargs=True) for name, model in names.values()]
+    try:
+        yield counts
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def distinct(texts: Sequence[str], n: int) -> float:
+    """Different word n-grams over all of them, between the answers to one prompt; 0 where there are none."""
+    grams = [tuple(words[i : i + n]) for words in map(str.split, texts) for i in range(len(words) - n + 1)]
+    return len(set(grams)) / len(grams) if grams else 0.0
+
+
+def repetition_diversity(text: str) -> float:
+    """The field's diversity of one answer: the product over n = 2, 3, 4 of its share of different word n-grams."""
+    return float(np.prod([distinct([text], n) or 1.0 for n in (2, 3, 4)]))
+
+
+def summarise(rows: Sequence[Row], recipe: Recipe) -> dict[str, Any]:
+    """Per arm and objective: mean score and, against the first arm, win, tie and lose shares with bootstrap intervals
+    over prompts; KL and changed tokens; diversity; cost."""
+    settings = recipe.assess
+    by_arm: dict[str, list[Row]] = {label: [r for r in rows if r["arm"] == label] for label in settings.arms}
+    first = by_arm[next(iter(settings.arms))]
+    arms = {}
+    for label, mine in by_arm.items():
+        texts: dict[int, list[str]] = {}
+        for row in mine:
+            texts.setdefault(row["prompt"], []).append(row["text"])
+        several = [group for group in texts.values() if len(group) > 1]
+        arms[label] = {
+            "setting": dataclasses.asdict(settings.arms[label]),
+            "objectives": {o: _against(mine, first, o, recipe) for o in settings.objectives},
+            "kl": float(np.mean([r["kl"] for r in mine])),
+            "changed": float(np.mean([r["changed"] for r in mine])),
+            "distinct_2": float(np.mean([distinct(group, 2) for group in several])) if several else None,
+            "different_answers": float(np.mean([a != b for g in several for a, b in combinations(g, 2)]))
+            if several
+            else None,
+            "diversity": float(np.mean([repetition_diversity(r["text"]) for r in mine])),
+            "tokens": float(np.mean([r["tokens"] for r in mine])),
+            "tokens_spent": mine[0]["tokens_spent"],
+            "seconds_per_token": mine[0]["seconds_per_token"],
+            "forwards_per_token": mine[0]["forwards_per_token"],
+        }
+    prompts = len({row["prompt"] for row in rows})
+    return {"arms": arms, "confidence": settings.confidence, "prompts": prompts, "samples": settings.samples}
+
+
+def _against(mine: Sequence[Row], first: Sequence[Row], objective: str, recipe: Recipe) -> dict[str, Any]:
+    prompts = sorted({row["prompt"] for row in mine})
+
+    def interval(values: dict[int, list[float]]) -> list[float]:
+        means = np.array([np.mean(values[p]) for p in prompts])
+        return [float(means.mean()), *bootstrap(means, recipe.assess.confidence, recipe.seed)]
+
+    score: dict[int, list[float]] = {}
+    compared: dict[str, dict[int, list[float]]] = {"win": {}, "tie": {}, "lose": {}}
+    for row, other in zip(mine, first, strict=True):
+        a, b = row["scores"][objective], other["scores"][objective]
+        score.setdefault(row["prompt"], []).append(a)
+        for name, holds in (("win", a > b), ("tie", a == b), ("lose", a < b)):
+            compared[name].setdefault(row["prompt"], []).append(float(holds))
+    return {"score": interval(score)} | {name: interval(values) for name, values in compared.items()}
+
+
+def table(summary: dict[str, Any]) -> str:
+    """The summary as text."""
+    lines = []
+    for objective in next(iter(summary["arms"].values()))["objectives"]:
+        figures = "".join(f"{name:>9}" for name in ("KL", "changed", "tokens", "spent", "forwards"))
+        lines.append(f"{objective:<22}{'score':>24}{'win %':>22}{'tie %':>8}{'lose %':>8}{figures}")
+        for label, arm in summary["arms"].items():
+            o = arm["objectives"][objective]
+            score = "{:.3f} [{:.3f}, {:.3f}]".format(*o["score"])
+            win = "{:.1f} [{:.1f}, {:.1f}]".format(*(100 * x for x in o["win"]))
+            lines.append(
+                f"{label:<22}{score:>24}{win:>22}{100 * o['tie'][0]:>8.1f}{100 * o['lose'][0]:>8.1f}{arm['kl']:>9.4f}"
+                f"{arm['changed']:>9.3f}{arm['tokens']:>9.1f}{arm['tokens_spent']:>9.1f}"
+                f"{sum(arm['forwards_per_token'].values()):>9.2f}"
+            )
+    size = f"{summary['prompts']} prompts x {summary['samples']} answers"
+    lines.append(f"{size}; {summary['confidence']:.0%} intervals over prompts; KL in nats a token")
+    lines.append("forwards: tokens that all models read after the prompt, for a token of the answer")
+    return "\n".join(lines)

@@ -1,0 +1,324 @@
+"""decode: prompts -> answers of a patient steered by doctors, with what guidance did to every token.
+
+A line of the prompts file is a text, a list of chat messages, or an object: `prompt` or `messages` (and `tools`), and if
+wanted an `id`, an `alpha`, and `beta` by doctor, which replace the recipe's. Texts go to every model as they are;
+messages through each model's own chat template, without a face prompt (B.9 17).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import fmean
+from typing import Any, Protocol
+
+from nemo_pivotrl.backends.loading import load_guided_engine, policy_revision
+from nemo_pivotrl.backends.reference.guided import Guided, GuidedGenerator, Span, Steering, load_guided
+from nemo_pivotrl.components.costs import spend
+from nemo_pivotrl.components.progress import progress
+from nemo_pivotrl.components.rollout import sample_seed
+from nemo_pivotrl.config import Recipe
+from nemo_pivotrl.core.artifacts import ArtefactWriter, Header, digest, file_digest, is_complete, read_rows
+from nemo_pivotrl.core.errors import InputError, Problem, short
+from nemo_pivotrl.data.chat_template import Chat, load_tokenizer
+from nemo_pivotrl.llmdoctor.reward import load_patient_chat
+
+FIGURES = ("log_prob", "patient_log_prob", "mixed_log_prob", "kl")
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One line of the prompts file."""
+
+    prompt_id: str
+    content: str | tuple[dict[str, Any], ...]
+    """A text, or chat messages."""
+    tools: tuple[dict[str, Any], ...]
+    alpha: float
+    beta: Mapping[str, float]
+    line: int
+
+
+class Generator(Protocol):
+    """What decodes: the reference backend or vLLM."""
+
+    def check(
+        self, prompts: Sequence[Sequence[int]], requests: Sequence[Steering], own_prompts: Sequence[OwnPrompts] | None
+    ) -> None: ...
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], requests: Sequence[Steering], own_prompts: Sequence[OwnPrompts] | None
+    ) -> list[Guided]: ...
+
+
+OwnPrompts = Mapping[str, Sequence[int]]
+Rendered = tuple[list[int], dict[str, list[int]]]
+"""A prompt's token ids, and those of doctors that read another prompt."""
+
+
+def decode(recipe: Recipe, fresh: bool = False) -> Path:
+    """Write the decoded artefact and print what guidance changed. Raises InputError for what cannot be decoded."""
+    settings = recipe.decode
+    if not settings.prompts:
+        problem = Problem("recipe", None, "decode.prompts", "nothing", "give a JSONL file, one prompt a line")
+        raise InputError(problem)
+    prompts = read_prompts(Path(settings.prompts), recipe)
+    chat, generator, own_chats = load_engine(recipe) if recipe.patient.backend == "vllm" else load(recipe)
+    rendered = _render_all(recipe, prompts, chat, generator, own_chats)
+    header = _header(recipe, chat)
+    path = recipe.path(settings.output)
+    if is_complete(path, header, fresh):
+        print(f"{path} is complete; fresh=true makes it anew")
+        return path
+    with ArtefactWriter(path, header, fresh) as writer, spend(Path(recipe.run_dir), "decode") as cost:
+        _decode_rest(recipe, prompts, rendered, writer, chat, generator)
+        path = writer.finish()
+        rows = list(read_rows(path))
+        cost.update(answers=len(rows), tokens_generated=sum(len(r["token_ids"]) for r in rows))
+    tokens = sum(len(r["token_ids"]) for r in rows)
+    if tokens:
+        kl, changed = (sum(r[key] * len(r["token_ids"]) for r in rows) / tokens for key in ("kl", "changed"))
+        print(f"{len(rows)} answers, {tokens} tokens: KL {kl:.4f} nats a token, {changed:.1%} of the tokens changed")
+    return path
+
+
+def load(recipe: Recipe) -> tuple[Chat, GuidedGenerator, dict[str, Chat]]:
+    """The patient's template, the generator, and the templates of doctors whose own is another."""
+    chat, settings = load_patient_chat(recipe.patient), recipe.decode
+    generator = load_guided(
+        recipe.patient.model_name,
+        settings.doctors,
+        settings.mode,
+        recipe.patient.dtype,
+        recipe.patient.device,
+        tokenizer=chat.tokenizer,
+        stop_ids=chat.stop_ids,
+        spans=_spans(recipe, chat),
+        min_entropy=settings.min_entropy,
+        batch_tokens=settings.batch_tokens,
+        where="decode",
+    )
+    return chat, generator, _own_chats(recipe, chat)
+
+
+def load_engine(recipe: Recipe) -> tuple[Chat, Generator, dict[str, Chat]]:
+    """As `load`, with the patient inside vLLM and the doctors in its sampler. Raises InputError where vLLM is missing."""
+    chat = load_patient_chat(recipe.patient)
+    generator = load_guided_engine(
+        recipe.patient, recipe.decode, recipe.vllm, chat.tokenizer, chat.stop_ids, _spans(recipe, chat)
+    )
+    return chat, generator, _own_chats(recipe, chat)
+
+
+def _spans(recipe: Recipe, chat: Chat) -> list[Span]:
+    named = [Span(*chat.markers(piece)) for piece in recipe.decode.guidance_off]
+    return named + [Span(start, end) for start, end in recipe.decode.off_markers.items()]
+
+
+def _own_chats(recipe: Recipe, chat: Chat) -> dict[str, Chat]:
+    own = {}
+    for name, doctor in recipe.decode.doctors.items():
+        if _template(doctor.path) not in (None, chat.tokenizer.chat_template):
+            own[name] = Chat(load_tokenizer(doctor.path), "hermes", recipe.patient.template_kwargs)
+    return own
+
+
+def _template(folder: str) -> str | None:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True).chat_template
+
+
+def prompt_ids(
+    content: str | Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]], chat: Chat, own_chats: Mapping[str, Chat]
+) -> Rendered:
+    """Token ids for the patient, and for each doctor whose prompt is another one. InputError: no template renders it."""
+    from jinja2 import TemplateError
+
+    if isinstance(content, str):
+        return chat.tokenizer.encode(content), {}
+    try:
+        own = {name: other.prompt_ids(content, tools) for name, other in own_chats.items()}
+        return chat.prompt_ids(content, tools), own
+    except (TemplateError, TypeError, KeyError, AttributeError) as error:
+        problem = Problem("chat template", None, "messages", short(str(error)), "the template cannot render them")
+        raise InputError(problem) from None
+
+
+def _header(recipe: Recipe, chat: Chat) -> Header:
+    settings = asdict(recipe.decode)
+    kept = {k: v for k, v in settings.items() if k not in ("prompts", "output", "doctors")}
+    doctors = {}
+    for name, doctor in recipe.decode.doctors.items():
+        reference = policy_revision(doctor.reference) if recipe.decode.mode == "ratio" else ""
+        doctors[name] = {"beta": doctor.beta, "revision": policy_revision(doctor.path), "reference": reference}
+    return Header(
+        stage="decoded",
+        config_hash=digest([recipe.seed, recipe.patient.dtype, kept]),
+        parent=file_digest(Path(recipe.decode.prompts)),
+        tokenizer=chat.fingerprint,
+        chat_template=chat.template_digest,
+        policy=policy_revision(recipe.patient.model_name),
+        extra={"doctors": doctors},
+    )
+
+
+def _decode_rest(
+    recipe: Recipe,
+    prompts: Sequence[Prompt],
+    rendered: Sequence[Rendered],
+    writer: ArtefactWriter,
+    chat: Chat,
+    generator: Generator,
+) -> None:
+    """Decode what is not written yet. Waves begin at fixed places, so a resumed one repeats exactly."""
+    each = recipe.decode.num_samples
+    size = max(1, recipe.decode.answers_per_wave // each)  # prompts in a wave
+    total = len(prompts) * each
+    first = writer.rows_done // (size * each) * size if writer.rows_done < total else len(prompts)
+    skip = writer.rows_done - first * each
+    with progress(total, writer.rows_done, "decode", "answer") as bar:
+        for start in range(first, len(prompts), size):
+            wave = list(zip(prompts[start : start + size], rendered[start : start + size], strict=True))
+            rows = _decode_wave(recipe, wave, chat, generator)
+            writer.write(rows[skip:])
+            bar.update(len(rows) - skip)
+            skip = 0
+
+
+def _decode_wave(
+    recipe: Recipe, wave: Sequence[tuple[Prompt, Rendered]], chat: Chat, generator: Generator
+) -> list[dict[str, Any]]:
+    samples = [(prompt, k, text) for prompt, text in wave for k in range(recipe.decode.num_samples)]
+    requests = [_steering(recipe, prompt, k) for prompt, k, _ in samples]
+    answers = generator.generate([text[0] for *_, text in samples], requests, [text[1] for *_, text in samples])
+    return [
+        _row(prompt, k, request, answer, chat, recipe.decode.token_records)
+        for (prompt, k, _), request, answer in zip(samples, requests, answers, strict=True)
+    ]
+
+
+def _steering(recipe: Recipe, prompt: Prompt, sample: int) -> Steering:
+    s = recipe.decode
+    return Steering(
+        alpha=prompt.alpha,
+        beta=prompt.beta,
+        temperature=s.temperature,
+        top_k=s.top_k,
+        top_p=s.top_p,
+        max_new_tokens=s.max_new_tokens,
+        seed=sample_seed("decode", recipe.seed, prompt.prompt_id, sample),
+    )
+
+
+def _render_all(
+    recipe: Recipe,
+    prompts: Sequence[Prompt],
+    chat: Chat,
+    generator: Generator,
+    own_chats: Mapping[str, Chat],
+) -> list[Rendered]:
+    """Every prompt's token ids. Raises InputError naming every line that no model can read, before anything is decoded."""
+    rendered, problems = [], []
+    for prompt in prompts:
+        try:
+            text = prompt_ids(prompt.content, prompt.tools, chat, own_chats)
+            generator.check([text[0]], [_steering(recipe, prompt, 0)], [text[1]])
+            rendered.append(text)
+        except InputError as error:
+            problems += [replace(p, file=recipe.decode.prompts, line=prompt.line) for p in error.problems]
+    if problems:
+        raise InputError(problems)
+    return rendered
+
+
+def _row(
+    prompt: Prompt, sample: int, request: Steering, answer: Guided, chat: Chat, token_records: bool
+) -> dict[str, Any]:
+    tokens = answer.tokens
+    row: dict[str, Any] = {
+        "id": prompt.prompt_id,
+        "sample": sample,
+        "text": chat.decode(answer.token_ids),
+        "finish_reason": answer.finish_reason,
+        "token_ids": list(answer.token_ids),
+        "alpha": request.alpha,
+        "beta": dict(request.beta),
+        "seed": request.seed,
+        "log_prob": round(sum(answer.log_probs), 6),
+        "kl": round(fmean(t.kl for t in tokens), 6),
+        "changed": round(fmean(t.changed_token for t in tokens), 6),
+    }
+    if token_records:
+        columns: dict[str, Any] = {key: [round(getattr(t, key), 6) for t in tokens] for key in FIGURES}
+        flags = {key: [int(getattr(t, key)) for t in tokens] for key in ("changed_argmax", "changed_token")}
+        row["tokens"] = columns | flags
+    return row
+
+
+# ---- the prompts file ----
+
+
+def read_prompts(path: Path, recipe: Recipe) -> list[Prompt]:
+    """All prompts of the file. Raises InputError naming every line that is none."""
+    if not path.exists():
+        raise InputError(Problem("recipe", None, "decode.prompts", str(path), "no such file"))
+    prompts: list[Prompt] = []
+    problems: list[Problem] = []
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            prompts.append(_prompt(json.loads(line), number, recipe))
+        except _LineError as error:
+            problems.append(Problem(str(path), number, *error.args))
+        except (ValueError, RecursionError) as error:
+            problems.append(
+                Problem(str(path), number, "line", short(line.decode("utf-8", "replace")), f"not JSON ({error})")
+            )
+    if not prompts and not problems:
+        problems.append(Problem(str(path), None, "file", "no prompt", "one JSON value a line"))
+    if problems:
+        raise InputError(problems)
+    return prompts
+
+
+class _LineError(Exception):
+    """Field, what stands there, remedy."""
+
+
+def _prompt(value: Any, number: int, recipe: Recipe) -> Prompt:
+    row = {"prompt": value} if isinstance(value, str) else {"messages": value} if isinstance(value, list) else value
+    if not isinstance(row, dict):
+        raise _LineError("line", short(value), "a text, a list of messages, or an object")
+    if "messages" in row:
+        content: Any = row["messages"]
+        if not (isinstance(content, list) and content and all(isinstance(m, dict) and "role" in m for m in content)):
+            raise _LineError("messages", short(content), "a list of {role, content}")
+        content = tuple(content)
+    else:
+        content = row.get("prompt")
+        if not isinstance(content, str) or not content:
+            raise _LineError("prompt", short(content), "give `prompt`, a text, or `messages`")
+    beta = row.get("beta", {})
+    if not isinstance(beta, dict):
+        raise _LineError("beta", short(beta), "a mapping from doctor to number")
+    strangers = sorted(set(beta) - set(recipe.decode.doctors))
+    if strangers:
+        known = ", ".join(recipe.decode.doctors) or "none"
+        raise _LineError("beta", ", ".join(strangers), f"the recipe's doctors are {known}")
+    weights = {name: _number(f"beta.{name}", beta.get(name, d.beta)) for name, d in recipe.decode.doctors.items()}
+    alpha = _number("alpha", row.get("alpha", recipe.decode.alpha))
+    tools = row.get("tools") or []
+    if not (isinstance(tools, list) and all(isinstance(t, dict) for t in tools)):
+        raise _LineError("tools", short(tools), "a list of tool definitions")
+    return Prompt(str(row.get("id", number)), content, tuple(tools), alpha, weights, number)
+
+
+def _number(field: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise _LineError(field, short(value), "a finite number")
+    return float(value)

@@ -1,0 +1,349 @@
+"""reward: preferences -> `token_rewards.jsonl`, stage 1 of LLMdoctor (B.3).
+
+The patient scores both answers of a pair under its two faces, in one batch; how far the faces lie apart on a token is
+its importance, and the label gives the sign. Nothing is generated. A row holds what stage 2 needs and no face: the
+prompt's ids as the doctor will see it, and for each answer its ids, rewards and importance. Pairs that are excluded
+have no row; `token_rewards.json` counts them, beside the diagnostics of B.10 and finding 7 of the field report: the
+rewards of a pair are scale-free, so look at the mean Delta and its noise floor before trusting them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nemo_pivotrl.algorithms import llmdoctor
+from nemo_pivotrl.backends import loading
+from nemo_pivotrl.backends.base import Scorer
+from nemo_pivotrl.components.costs import spend
+from nemo_pivotrl.components.progress import progress
+from nemo_pivotrl.config import Patient, Recipe, Reward
+from nemo_pivotrl.core.artifacts import (
+    ArtefactWriter,
+    Header,
+    digest,
+    file_digest,
+    is_complete,
+    read_header,
+    read_rows,
+)
+from nemo_pivotrl.core.atomic import write_atomically
+from nemo_pivotrl.core.errors import InputError, Problem
+from nemo_pivotrl.core.types import Preference
+from nemo_pivotrl.data.chat_template import Chat, load_tokenizer
+from nemo_pivotrl.data.preferences import preference_of_row
+from nemo_pivotrl.llmdoctor.contrastive_prompts import Face, FacePrompts, Prepared
+
+DIGITS = 6
+"""Decimals of rewards and importance: below the noise of a float32 patient."""
+NOISE_MARGIN = 10
+"""Mean Delta below so many times the noise floor is weak."""
+
+
+def reward(recipe: Recipe, fresh: bool = False) -> Path:
+    """Write `token_rewards.jsonl` and `token_rewards.json`; returns the artefact. Raises InputError for bad input."""
+    return write_token_rewards(
+        recipe,
+        load_patient_chat(recipe.patient),
+        lambda: loading.policy_revision(recipe.patient.model_name),
+        lambda: loading.load_scorer(recipe.patient, loading.without_start(recipe.megatron), recipe.vllm),
+        fresh,
+    )
+
+
+def write_token_rewards(
+    recipe: Recipe,
+    chat: Chat,
+    revision: Callable[[], str],
+    load_scorer: Callable[[], Scorer],
+    fresh: bool,
+) -> Path:
+    """As `reward`, for any patient: its template, the digest of its weights, and what scores tokens under it."""
+    source = recipe.path("preferences.jsonl")
+    read_header(source, "preferences")
+    preferences = [preference_of_row(row) for row in read_rows(source)]
+    faces = faces_of(recipe.reward, sorted({p.objective for p in preferences}))
+    prompts = FacePrompts(chat, faces, recipe.patient.max_total_sequence_length)
+    header = make_header(recipe, source, prompts, revision())
+    path = recipe.path("token_rewards.jsonl")
+    if is_complete(path, header, fresh):
+        print(f"{path} is complete; fresh=true makes it anew")
+    else:
+        scorer = load_scorer()
+        with ArtefactWriter(path, header, fresh) as writer, spend(Path(recipe.run_dir), "reward") as cost:
+            cost.update(_reward_rest(recipe, preferences, prompts, scorer, writer))
+            if next(writer.rows(), None) is None:
+                reasons = dict(_excluded(preferences, set(), prompts))
+                remedy = "raise patient.max_total_sequence_length, or set patient.chat_template or template_kwargs"
+                raise InputError(Problem(str(source), None, "preferences", f"none usable: {reasons}", remedy))
+            path = writer.finish()
+    summary = summarise(read_rows(path), preferences, prompts, recipe.reward)
+    write_atomically(recipe.path("token_rewards.json"), json.dumps(summary, indent=2, sort_keys=True) + "\n")
+    print(table(summary, recipe.reward))
+    return path
+
+
+def load_patient_chat(patient: Patient) -> Chat:
+    """The patient's tokenizer and template. Answers are text, so the template need not know tool calls."""
+    return Chat(load_tokenizer(patient.model_name, patient.chat_template, "patient"), "hermes", patient.template_kwargs)
+
+
+def faces_of(settings: Reward, objectives: Sequence[str]) -> dict[str, Face]:
+    """The two prompts of each objective in use. Raises InputError with everything that is wrong with them."""
+    named = settings.faces or {o: {"positive": settings.positive, "negative": settings.negative} for o in objectives}
+    where = "reward.faces" if settings.faces else "reward"
+    problems = [
+        Problem(
+            "recipe", None, f"{where}.{objective}", f"keys {', '.join(pair) or 'none'}", "give positive and negative"
+        )
+        for objective, pair in named.items()
+        if set(pair) != {"positive", "negative"}
+    ]
+    problems += [
+        Problem("recipe", None, where, f"no faces for {o!r}", f"add it; preferences.objective or {', '.join(named)}?")
+        for o in objectives
+        if o not in named
+    ]
+    if problems:
+        raise InputError(problems)
+    found = {objective: Face(pair["positive"], pair["negative"]) for objective, pair in named.items()}
+    for objective, face in found.items():
+        if not face.positive.strip() or not face.negative.strip() or face.positive == face.negative:
+            remedy = "two different prompts that are not empty; where they agree there is nothing to measure"
+            problems.append(Problem("recipe", None, f"{where}.{objective}", str(tuple(face)), remedy))
+    if problems:
+        raise InputError(problems)
+    return {objective: found[objective] for objective in objectives}
+
+
+def make_header(recipe: Recipe, source: Path, prompts: FacePrompts, revision: str) -> Header:
+    """Everything that decides the rows; settings of cost alone (batches, waves' warnings) are left out."""
+    settings, patient = recipe.reward, recipe.patient
+    decides = [settings.tau, settings.theta, settings.eps, settings.pairs_per_wave, settings.noise_pairs]
+    return Header(
+        stage="token_rewards",
+        config_hash=digest([*decides, patient.max_total_sequence_length, patient.dtype]),
+        parent=file_digest(source),
+        tokenizer=prompts.chat.fingerprint,
+        chat_template=prompts.chat.template_digest,
+        policy=revision,
+        extra={
+            "faces": {o: {name: digest(text) for name, text in f._asdict().items()} for o, f in prompts.faces.items()},
+            "face_placement": prompts.placement,
+            "tau": settings.tau,
+            "theta": settings.theta,
+            "eps": settings.eps,
+            "dtype": patient.dtype,
+        },
+    )
+
+
+def _reward_rest(
+    recipe: Recipe,
+    preferences: Sequence[Preference],
+    prompts: FacePrompts,
+    scorer: Scorer,
+    writer: ArtefactWriter,
+) -> dict[str, int]:
+    """Score what is not written yet, wave by wave. Waves begin at fixed places, so a resumed one repeats exactly: the
+    wave of the last written row is scored again, and only its missing rows are added."""
+    size = recipe.reward.pairs_per_wave
+    place = {p.preference_id: i for i, p in enumerate(preferences)}
+    written = [place[row["preference_id"]] for row in writer.rows()]
+    start = written[-1] // size * size if written else 0
+    skip = sum(i >= start for i in written)
+    cost = {"pairs": 0, "tokens_scored": 0}
+    with progress(len(preferences), start, "reward", "pair") as bar:
+        for first in range(start, len(preferences), size):
+            wave = preferences[first : first + size]
+            prepared = [p for p in map(prompts.prepare, wave) if isinstance(p, Prepared)]
+            writer.write(reward_wave(prepared, recipe, scorer)[skip:])
+            cost["pairs"] += len(prepared)
+            cost["tokens_scored"] += 2 * sum(len(p.chosen) + len(p.rejected) for p in prepared)
+            bar.update(len(wave))
+            skip = 0
+    return cost
+
+
+def reward_wave(prepared: Sequence[Prepared], recipe: Recipe, scorer: Scorer) -> list[dict[str, Any]]:
+    """The rows of a wave's pairs. The first few pairs measure the noise floor: their positive face, scored again."""
+    rows: dict[str, dict[str, Any]] = {}
+    again = {p.preference.preference_id for p in prepared[: recipe.reward.noise_pairs]}
+    for group in pair_batches(prepared, recipe.patient.batch_tokens):
+        sequences = [
+            (face, answer) for p in group for answer in (p.chosen, p.rejected) for face in (p.positive, p.negative)
+        ]
+        log_probs = scorer.log_probs(sequences)
+        positive, negative = log_probs[0::2], log_probs[1::2]
+        second = list(positive)
+        for k, p in enumerate(group):
+            if p.preference.preference_id in again:
+                second[2 * k] = scorer.log_probs([(p.positive, p.chosen)])[0]
+                second[2 * k + 1] = scorer.log_probs([(p.positive, p.rejected)])[0]
+        made = _rows(group, positive, negative, second, again, recipe.reward)
+        rows |= {row["preference_id"]: row for row in made}
+    return [rows[p.preference.preference_id] for p in prepared]
+
+
+def pair_batches(prepared: Sequence[Prepared], budget: int) -> Iterator[list[Prepared]]:
+    """Pairs whose four sequences each go through the patient together, shortest first."""
+    held: list[Prepared] = []
+    for p in sorted(prepared, key=lambda p: (p.longest, p.preference.preference_id)):
+        if held and 4 * (len(held) + 1) * p.longest > budget:
+            yield held
+            held = []
+        held.append(p)
+    if held:
+        yield held
+
+
+def _rows(
+    group: Sequence[Prepared],
+    positive: Sequence[Tensor],
+    negative: Sequence[Tensor],
+    second: Sequence[Tensor],
+    again: set[str],
+    settings: Reward,
+) -> list[dict[str, Any]]:
+    """Rows of a batch of pairs; log-probabilities come answer by answer: chosen, rejected, chosen, ..."""
+    pos, neg, twice = (_padded(t) for t in (positive, negative, second))
+    lengths = torch.tensor([len(t) for t in positive])
+    mask = torch.arange(pos.shape[1]) < lengths[:, None]
+    chosen = torch.arange(len(positive)) % 2 == 0
+    found = llmdoctor.token_rewards(pos, neg, mask, chosen, settings.tau, settings.theta, settings.eps)
+    measured = llmdoctor.reward_diagnostics(found, pos, neg, mask, chosen, twice)
+    assert measured.noise is not None, "a second scoring was given"
+
+    def answer(n: int, ids: Sequence[int]) -> dict[str, Any]:
+        return {
+            "ids": list(ids),
+            "rewards": _rounded(found.rewards[n, : len(ids)]),
+            "importance": _rounded(found.importance[n, : len(ids)]),
+            "agreement": round(float(measured.agreement[n]), DIGITS),
+            "ended": True,
+        }
+
+    rows = []
+    for k, p in enumerate(group):
+        preference = p.preference
+        row: dict[str, Any] = {
+            "preference_id": preference.preference_id,
+            "split": preference.split,
+            "objective": preference.objective,
+            "prompt_ids": p.neutral,
+            "chosen": answer(2 * k, p.chosen),
+            "rejected": answer(2 * k + 1, p.rejected),
+        }
+        if preference.preference_id in again:
+            row["noise"] = float(f"{float(measured.noise[2 * k : 2 * k + 2].mean()):.3g}")
+        rows.append(row)
+    return rows
+
+
+def _padded(rows: Sequence[Tensor]) -> Tensor:
+    return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
+
+
+def _rounded(values: Tensor) -> list[float]:
+    return [round(v, DIGITS) + 0.0 for v in values.tolist()]
+
+
+def _excluded(preferences: Sequence[Preference], kept: set[str], prompts: FacePrompts) -> Counter[str]:
+    """Why the pairs that have no row have none."""
+    missing = (prompts.prepare(p) for p in preferences if p.preference_id not in kept)
+    return Counter(reason for reason in missing if isinstance(reason, str))
+
+
+def summarise(
+    rows: Iterable[dict[str, Any]], preferences: Sequence[Preference], prompts: FacePrompts, settings: Reward
+) -> dict[str, Any]:
+    """The diagnostics, objective by objective, and the excluded pairs. Computed from the artefact, so that a resumed run
+    and a second look report the same."""
+    of: dict[str, _Tally] = {}
+    kept: set[str] = set()
+    for row in rows:
+        of.setdefault(row["objective"], _Tally()).add(row)
+        kept.add(row["preference_id"])
+    excluded = _excluded(preferences, kept, prompts)
+    return {
+        "pairs": len(kept),
+        "excluded": dict(sorted(excluded.items())),
+        "face_placement": prompts.placement,
+        "settings": {"tau": settings.tau, "theta": settings.theta, "eps": settings.eps},
+        "objectives": {objective: tally.summary(settings) for objective, tally in sorted(of.items())},
+    }
+
+
+@dataclasses.dataclass
+class _Tally:
+    """Sums over the rows of one objective."""
+
+    splits: Counter[str] = dataclasses.field(default_factory=Counter)
+    tokens: int = 0
+    kept: int = 0
+    deltas: list[float] = dataclasses.field(default_factory=list)
+    """Mean importance (nats a token) of each pair."""
+    agreements: dict[str, list[float]] = dataclasses.field(default_factory=lambda: {"chosen": [], "rejected": []})
+    noises: list[float] = dataclasses.field(default_factory=list)
+
+    def add(self, row: dict[str, Any]) -> None:
+        self.splits[row["split"]] += 1
+        importance = row["chosen"]["importance"] + row["rejected"]["importance"]
+        self.tokens += len(importance)
+        self.kept += sum(r != 0 for r in row["chosen"]["rewards"] + row["rejected"]["rewards"])
+        self.deltas.append(sum(importance) / len(importance))
+        for side, found in self.agreements.items():
+            found.append(row[side]["agreement"])
+        if "noise" in row:
+            self.noises.append(row["noise"])
+
+    def summary(self, settings: Reward) -> dict[str, Any]:
+        """What `token_rewards.json` says of an objective. Delta in nats a token."""
+        noise = sum(self.noises) / len(self.noises) if self.noises else None
+        floor = max(settings.weak_importance, NOISE_MARGIN * (noise or 0.0))
+        ordered = sorted(self.deltas)
+        return {
+            "pairs": dict(sorted(self.splits.items())),
+            "tokens": self.tokens,
+            "kept_share": round(self.kept / self.tokens, 4),
+            "delta_mean": round(sum(ordered) / len(ordered), DIGITS),
+            "delta_quartiles": [round(ordered[(len(ordered) - 1) * q // 4], DIGITS) for q in (1, 2, 3)],
+            "delta_weak_below": round(floor, DIGITS),
+            "weak_share": round(sum(d < floor for d in ordered) / len(ordered), 4),
+            "noise_floor": noise,
+            "noise_pairs": len(self.noises),
+            "agreement": {side: round(sum(found) / len(found), 4) for side, found in self.agreements.items()},
+        }
+
+
+def table(summary: dict[str, Any], settings: Reward) -> str:
+    """The diagnostics as text, with a warning where the faces hardly differ."""
+    lines = [f"{summary['pairs']} pairs rewarded, {sum(summary['excluded'].values())} excluded"]
+    lines += [f"    {reason:<26} {count:>7}" for reason, count in summary["excluded"].items()]
+    for objective, found in summary["objectives"].items():
+        noise = "not measured" if found["noise_floor"] is None else f"{found['noise_floor']:.2g} nats"
+        low, middle, high = found["delta_quartiles"]
+        agreement = ", ".join(f"{side} {share:.2f}" for side, share in found["agreement"].items())
+        lines += [
+            f"{objective}: {', '.join(f'{s} {n}' for s, n in found['pairs'].items())} pairs, {found['tokens']} answer tokens",
+            f"  kept share   {found['kept_share']:.1%} of the tokens have a reward at theta {settings.theta:g}; "
+            "theta 0.1 keeps 80-90 %, 0.9 about 20 %",
+            f"  mean Delta   {found['delta_mean']:.4f} nats a token; quartiles over pairs {low:.4f} {middle:.4f} {high:.4f}",
+            f"  noise floor  {noise} a token: one face scored twice, in different batches",
+            f"  agreement    {agreement}: share of Delta from tokens that the answer's own face prefers; 0.5 is chance",
+        ]
+        if found["weak_share"] >= 0.5:
+            lines += [
+                f"  WARNING: the faces hardly differ: {found['weak_share']:.0%} of the pairs have a mean Delta below "
+                f"{found['delta_weak_below']:g} nats.",
+                "    -> rewards are scale-free and would amplify noise; write faces that differ more (reward.faces), "
+                "or use a patient that follows its system prompt",
+            ]
+    return "\n".join(lines)

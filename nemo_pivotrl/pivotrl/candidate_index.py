@@ -1,0 +1,139 @@
+"""The candidates file as a profile reads it: by place, a chunk at a time, without ever holding all of it.
+
+One pass finds where each row begins; a row is taken apart only when its candidate is drawn for. A million candidates take 8 MB.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+import json
+from array import array
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nemo_pivotrl.algorithms import pivotrl
+from nemo_pivotrl.core.errors import InputError, Problem, short
+from nemo_pivotrl.core.types import Candidate
+from nemo_pivotrl.data import gym_rows as responses
+
+MARK = b'"provenance":{"candidate_id":'
+"""Begins the field that `responses.candidate_to_row` writes; inside a JSON text its quotes would be escaped."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A row of the candidates file."""
+
+    line: bytes
+    candidate_id: str
+    trajectory_id: str
+    split: str
+
+
+@dataclass(frozen=True, slots=True)
+class Index:
+    """Where the rows of a candidates file begin, in chunks of `chunk` of them."""
+
+    path: Path
+    seed: int
+    chunk: int
+    offsets: array[int]
+    ids: list[str]
+    """Digest of each chunk's candidate ids."""
+
+    def __len__(self) -> int:
+        return len(self.offsets)
+
+    @property
+    def chunks(self) -> int:
+        return len(self.ids)
+
+    def place(self, number: int, place: int) -> int:
+        """Which candidate the `place`-th of a chunk is."""
+        return number * self.chunk + place
+
+    def rows_of(self, number: int) -> int:
+        """How many candidates a chunk has."""
+        return min(self.chunk, len(self.offsets) - number * self.chunk)
+
+    def read(self, number: int) -> Iterator[Entry]:
+        """The rows of a chunk."""
+        with self.path.open("rb") as file:
+            for offset in self.offsets[number * self.chunk : (number + 1) * self.chunk]:
+                file.seek(offset)
+                yield entry_of(file.readline(), self.path)
+
+    def sample(self, size: int) -> list[Candidate]:
+        """So many candidates chosen by hash (0: all), in the file's order."""
+        keyed = ((pivotrl.order_key(self.seed, e.candidate_id), n) for n, e in enumerate(self._entries()))
+        chosen = {n for _, n in heapq.nsmallest(size, keyed)} if size and size < len(self) else None
+        return [
+            responses.candidate_of_row(json.loads(e.line))
+            for n, e in enumerate(self._entries())
+            if chosen is None or n in chosen
+        ]
+
+    def _entries(self) -> Iterator[Entry]:
+        for number in range(self.chunks):
+            yield from self.read(number)
+
+
+def index_candidates(path: Path, seed: int, limit: int, chunk: int) -> Index:
+    """The index of a candidates artefact; with a `limit`, of so many of each split, chosen by hash. Raises InputError."""
+    offsets, keys = array("q"), {"train": array("Q"), "validation": array("Q")}
+    with path.open("rb") as file:
+        at = len(file.readline())
+        for number, line in enumerate(file, start=2):
+            offsets.append(at)
+            at += len(line)
+            if limit:
+                entry = entry_of(line, path, number)
+                keys[entry.split].append(int(pivotrl.order_key(seed, entry.candidate_id)[:16], 16))
+    if limit:
+        bounds = {split: sorted(found)[min(limit, len(found)) - 1] for split, found in keys.items() if found}
+        whole = Index(path, seed, max(1, len(offsets)), offsets, [""])
+        chosen = (
+            offset
+            for offset, e in zip(offsets, whole.read(0), strict=True)
+            if int(pivotrl.order_key(seed, e.candidate_id)[:16], 16) <= bounds[e.split]
+        )
+        offsets = array("q", chosen)
+    index = Index(path, seed, chunk, offsets, [""] * -(-len(offsets) // chunk))
+    for number in range(index.chunks):
+        hasher = hashlib.sha256()
+        for entry in index.read(number):
+            hasher.update(entry.candidate_id.encode() + b"\n")
+        index.ids[number] = hasher.hexdigest()[:16]
+    return index
+
+
+def entry_of(line: bytes, path: Path, number: int | None = None) -> Entry:
+    """What of a row is needed to plan with it. Raises InputError for a line that is no candidate."""
+    at = line.rfind(MARK)
+    try:
+        if at < 0:
+            row = json.loads(line)
+            source, trajectory = row["provenance"], row["trajectory_id"]
+        else:
+            source, _ = json.JSONDecoder().raw_decode(line[at + len(b'"provenance":') :].decode())
+            trajectory = _text_before(line, at)
+        return Entry(line, str(source["candidate_id"]), str(trajectory), _split(source))
+    except (ValueError, KeyError, TypeError) as error:
+        remedy = f"no candidate ({type(error).__name__}: {error}); run extract again"
+        raise InputError(Problem(str(path), number, "line", short(line.decode("utf-8", "replace")), remedy)) from None
+
+
+def _split(source: dict[str, Any]) -> str:
+    if source["split"] not in ("train", "validation"):
+        raise ValueError(f"split {source['split']!r}")
+    return str(source["split"])
+
+
+def _text_before(line: bytes, at: int) -> str:
+    """The row's trajectory id, which stands before its provenance."""
+    mark = b'"trajectory_id":'
+    found, _ = json.JSONDecoder().raw_decode(line[line.rindex(mark, 0, at) + len(mark) : at].decode())
+    return str(found)

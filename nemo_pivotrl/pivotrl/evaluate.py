@@ -1,0 +1,395 @@
+"""evaluate: policies side by side, in domain and out of domain, with confidence intervals.
+
+Three sets: `one_turn` (held-out states, the verifier's reward), `multi_turn` (whole episodes in a simulator, where there
+is one), `retention` (something unrelated that must not be lost). Every policy gets the same items and the same seeds.
+Intervals are percentile bootstraps over items, because samples of one item are not independent.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nemo_pivotrl.algorithms import pivotrl
+from nemo_pivotrl.backends import loading
+from nemo_pivotrl.backends.base import Sampler
+from nemo_pivotrl.components.costs import Metered, spend
+from nemo_pivotrl.components.rollout import fits, load_chat, load_recipe_verifier, roll_out, sample_seed
+from nemo_pivotrl.components.trackers import check_dashboards, log_summary
+from nemo_pivotrl.config import Megatron, Policy, Recipe
+from nemo_pivotrl.core.artifacts import ArtefactWriter, Header, digest, file_digest, read_header, read_rows
+from nemo_pivotrl.core.atomic import write_atomically
+from nemo_pivotrl.core.errors import InputError, Problem
+from nemo_pivotrl.core.types import Action, Lost, Message, Sample
+from nemo_pivotrl.data.chat_template import Chat
+from nemo_pivotrl.demo import service_desk as world
+from nemo_pivotrl.pivotrl.select import candidates_of
+from nemo_pivotrl.pivotrl.sft import puzzle_sizes, world_sizes
+
+BOOTSTRAPS = 2000
+Row = dict[str, Any]
+
+
+def evaluate(recipe: Recipe, fresh: bool = False) -> Path:
+    """Write `evaluation.jsonl` (a line for each policy and set) and `evaluation.json`; print the table.
+
+    The JSON holds means, intervals and paired differences from the first policy.
+    """
+    settings, source = recipe.evaluate, recipe.path("candidates.jsonl")
+    check_dashboards(recipe)
+    read_header(source, "candidates")
+    if not settings.policies:
+        raise InputError(
+            Problem(
+                "recipe",
+                None,
+                "evaluate.policies",
+                "nothing",
+                "name at least one policy: {base: FOLDER, trained: FOLDER}",
+            )
+        )
+    revisions = {}
+    for label, folder in settings.policies.items():
+        if not Path(folder, "config.json").exists():
+            raise InputError(
+                Problem(
+                    "recipe",
+                    None,
+                    f"evaluate.policies.{label}",
+                    folder,
+                    "no HF checkpoint there; run the stage that writes it",
+                )
+            )
+        revisions[label] = loading.policy_revision(folder)
+    header = Header(
+        stage="evaluation",
+        config_hash=_settings_digest(recipe),
+        parent=file_digest(source),
+        verifier=load_recipe_verifier(recipe)[1],
+        extra={"policies": revisions},
+    )
+    path = recipe.path("evaluation.jsonl")
+    if fresh or not path.exists() or read_header(path, "evaluation") != header:
+        with ArtefactWriter(path, header, fresh) as writer, spend(Path(recipe.run_dir), "evaluate") as cost:
+            done = {(row["policy"], row["set"]) for row in writer.rows()}
+            for label, folder in settings.policies.items():
+                _evaluate_policy(recipe, label, folder, writer, done, cost)
+            writer.finish()
+    summary = summarise(list(read_items(path)), next(iter(settings.policies)), settings.confidence, recipe.seed)
+    write_atomically(recipe.path("evaluation.json"), json.dumps(summary, indent=2) + "\n")
+    print(table(summary))
+    log_summary(recipe, "evaluate", summary["policies"])
+    return path
+
+
+def _settings_digest(recipe: Recipe) -> str:
+    policy, source = recipe.policy, Path(recipe.evaluate.retention)
+    computed = loading.identity_of(policy, recipe.megatron) or policy.dtype
+    kept = [dataclasses.asdict(policy.generation), policy.max_total_sequence_length, computed, policy.chat_template]
+    questions = file_digest(source) if source.is_file() else ""
+    return digest([recipe.digest("evaluate", "verifier", "world"), kept, policy.template_kwargs, questions])
+
+
+def read_items(path: Path) -> Iterator[Row]:
+    """One row an item, with its policy and set."""
+    for row in read_rows(path):
+        for item in row["items"]:
+            yield {"policy": row["policy"], "set": row["set"], **item}
+
+
+def _evaluate_policy(
+    recipe: Recipe, label: str, folder: str, writer: ArtefactWriter, done: set[tuple[str, str]], cost: dict[str, Any]
+) -> None:
+    sets = {name: run for name, run in SETS.items() if _wanted(recipe, name)}
+    if all((label, name) in done for name in sets):
+        return
+    generation = dataclasses.replace(recipe.policy.generation, temperature=recipe.evaluate.temperature)
+    policy = dataclasses.replace(
+        recipe.policy,
+        model_name=folder,
+        generation=generation,
+        lora=dataclasses.replace(recipe.policy.lora, enabled=False),
+    )
+    if recipe.vllm.servers:  # they serve the policy alone, and here are several
+        policy = dataclasses.replace(policy, sampler="backend")
+    backend = Metered(loading.load_sampler(policy, _megatron(recipe, folder), recipe.vllm), cost)
+    chat = load_chat(policy, recipe.verifier.limits)
+    for name, run in sets.items():
+        if (label, name) not in done:
+            # one row for a whole set: after a crash it is there with all its items or not at all
+            writer.write([{"policy": label, "set": name, "items": run(recipe, policy, backend, chat)}])
+
+
+def _megatron(recipe: Recipe, folder: str) -> Megatron:
+    start = Path(folder).resolve() == Path(recipe.policy.model_name).resolve()
+    return recipe.megatron if start else loading.without_start(recipe.megatron)
+
+
+def _wanted(recipe: Recipe, name: str) -> bool:
+    settings = recipe.evaluate
+    return {"one_turn": True, "multi_turn": settings.simulator != "none", "retention": settings.retention != "none"}[
+        name
+    ]
+
+
+def one_turn(recipe: Recipe, policy: Policy, backend: Sampler, chat: Chat) -> list[Row]:
+    """Verified reward on held-out states."""
+    settings = recipe.evaluate
+    found = candidates_of(recipe.path("candidates.jsonl"), "validation")
+    prompts = {c.candidate_id: chat.prompt_ids(c.messages, c.tools) for c in found}
+    held_out = sorted(
+        (c for c in found if fits(prompts[c.candidate_id], policy)),
+        key=lambda c: pivotrl.order_key(recipe.seed, c.candidate_id),
+    )
+    held_out = held_out[: settings.one_turn_candidates]
+    if not held_out:
+        raise InputError(
+            Problem(
+                str(recipe.path("candidates.jsonl")),
+                None,
+                "validation split",
+                "empty",
+                "raise extract.validation_share",
+            )
+        )
+    verifier, _ = load_recipe_verifier(recipe)
+    seeds = [
+        [sample_seed("one_turn", recipe.seed, c.candidate_id, k) for k in range(settings.num_generations)]
+        for c in held_out
+    ]
+    groups = roll_out(
+        backend,
+        chat,
+        verifier,
+        held_out,
+        [prompts[c.candidate_id] for c in held_out],
+        seeds,
+        policy.generation,
+        recipe.profile.max_retries,
+    )
+    return [
+        {
+            "item": c.candidate_id,
+            "family": c.action_name,
+            "scores": [r.verdict.reward for r in group if r.verdict],
+            "failed": sum(r.verdict is None for r in group),
+            "sample": group[0].text,
+            "category": group[0].verdict.category if group[0].verdict else group[0].failure,
+        }
+        for c, group in zip(held_out, groups, strict=True)
+    ]
+
+
+def play(
+    tasks: Sequence[world.Task],
+    seed_parts: Sequence[object],
+    policy: Policy,
+    backend: Sampler,
+    chat: Chat,
+    seen: Callable[[int, Sequence[int], Sample], None] | None = None,
+) -> list[world.Episode]:
+    """Play one episode of each task, all turns of a wave together. A state that outgrows the context ends unsuccessfully.
+
+    `seen` is told every turn: (number of its task, prompt ids, sample).
+    """
+    episodes = [world.Episode(task) for task in tasks]
+    for turn in range(world.MAX_TURNS):
+        running = [(i, e) for i, e in enumerate(episodes) if not e.done]
+        prompts = {i: chat.prompt_ids(e.messages, e.tools) for i, e in running}
+        for i, episode in running:
+            if not fits(prompts[i], policy):
+                episode.step(Action("malformed", detail="context overflow"))
+        running = [(i, e) for i, e in running if not e.done]
+        if not running:
+            break
+        seeds = [[sample_seed(*seed_parts, tasks[i].task_id, turn)] for i, _ in running]
+        groups = sampled(backend.infer([prompts[i] for i, _ in running], seeds, chat.stop_ids, policy.generation))
+        for (i, episode), (sample,) in zip(running, groups, strict=True):
+            if seen is not None:
+                seen(i, prompts[i], sample)
+            whole = sample.finish_reason == "stop"
+            episode.step(
+                chat.parse(chat.decode(sample.token_ids), episode.tools)
+                if whole
+                else Action("malformed", detail="truncated")
+            )
+    return episodes
+
+
+def sampled(groups: Sequence[Sequence[Sample | Lost]]) -> list[list[Sample]]:
+    """All of them. Raises InputError for a lost one: an episode cannot go on without its turn, and must not fail by it."""
+    lost = [s for group in groups for s in group if isinstance(s, Lost)]
+    if lost:
+        found = f"{len(lost)} turns were lost ({lost[0].kind}: {lost[0].detail})"
+        raise InputError(
+            Problem("sampler", None, "samples", found, "mend the sampler, then run the same command again")
+        )
+    return [[s for s in group if isinstance(s, Sample)] for group in groups]
+
+
+def multi_turn(recipe: Recipe, policy: Policy, backend: Sampler, chat: Chat) -> list[Row]:
+    """Success of whole episodes on the world's test tasks."""
+    tasks = world.tasks(recipe.seed, world_sizes(recipe))["test"]
+    return _played(recipe, tasks, "multi_turn", policy, backend, chat)
+
+
+def retention(recipe: Recipe, policy: Policy, backend: Sampler, chat: Chat) -> list[Row]:
+    """Accuracy on the out-of-domain set: the world's puzzles, or questions with answers from a file."""
+    source = recipe.evaluate.retention
+    if source == "world":
+        tasks = world.tasks(recipe.seed, puzzle_sizes(recipe), world.puzzle_task)["test"]
+        return _played(recipe, tasks, "retention", policy, backend, chat)
+    questions = read_questions(Path(source))
+    prompts = [chat.prompt_ids(messages, ()) for messages, _ in questions]
+    seeds = [
+        [sample_seed("retention", recipe.seed, i, k) for k in range(recipe.evaluate.trials)]
+        for i in range(len(questions))
+    ]
+    groups = sampled(backend.infer(prompts, seeds, chat.stop_ids, policy.generation))
+    rows = []
+    for number, ((_, answer), group) in enumerate(zip(questions, groups, strict=True)):
+        texts = [chat.parse(chat.decode(s.token_ids)).content for s in group]
+        rows.append(
+            {
+                "item": str(number),
+                "family": "questions",
+                "scores": [float(holds(t, answer)) for t in texts],
+                "failed": 0,
+                "sample": texts[0],
+            }
+        )
+    return rows
+
+
+def holds(text: str, answer: str) -> bool:
+    """Whether the answer's words stand together in the text, case and punctuation aside."""
+    words = ["".join(ch for ch in w if ch.isalnum()) for w in text.lower().split()]
+    wanted = ["".join(ch for ch in w if ch.isalnum()) for w in answer.lower().split()]
+    return any(words[i : i + len(wanted)] == wanted for i in range(len(words) - len(wanted) + 1))
+
+
+def read_questions(path: Path) -> list[tuple[list[Message], str]]:
+    """`{"messages": [...], "answer": "..."}` a line. Raises InputError with every bad line."""
+    if not path.exists():
+        raise InputError(
+            Problem(str(path), None, "evaluate.retention", str(path), "no such file; use world, none, or a JSONL file")
+        )
+    questions, problems = [], []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            row = json.loads(line)
+            questions.append((list(row["messages"]), str(row["answer"])))
+        except (ValueError, KeyError, TypeError) as error:
+            problems.append(Problem(str(path), number, "line", line[:80], f"needs messages and answer ({error!r})"))
+    if problems or not questions:
+        raise InputError(problems or Problem(str(path), None, "file", "no questions", "the file is empty"))
+    return questions
+
+
+def _played(
+    recipe: Recipe, tasks: Sequence[world.Task], name: str, policy: Policy, backend: Sampler, chat: Chat
+) -> list[Row]:
+    trials = [play(tasks, (name, recipe.seed, trial), policy, backend, chat) for trial in range(recipe.evaluate.trials)]
+    rows = []
+    for number, task in enumerate(tasks):
+        episodes = [trial[number] for trial in trials]
+        rows.append(
+            {
+                "item": task.task_id,
+                "family": task.family,
+                "scores": [float(e.success) for e in episodes],
+                "turns": sum(e.turns for e in episodes),
+                "failed": 0,
+            }
+        )
+    return rows
+
+
+SETS: dict[str, Callable[[Recipe, Policy, Sampler, Chat], list[Row]]] = {
+    "one_turn": one_turn,
+    "multi_turn": multi_turn,
+    "retention": retention,
+}
+
+
+def bootstrap(means: np.ndarray, confidence: float, seed: int) -> tuple[float, float]:
+    """Percentile interval of the mean of item means [items]."""
+    rng = np.random.default_rng(seed)
+    draws = rng.integers(0, len(means), (BOOTSTRAPS, len(means)))
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(means[draws].mean(1), [tail, 1 - tail])
+    return float(low), float(high)
+
+
+def summarise(rows: Sequence[Row], first: str, confidence: float, seed: int) -> dict[str, Any]:
+    """Per policy and set: mean, interval, failed samples, and the paired difference from policy `first`.
+
+    An item all of whose samples failed has no score, which is not a score of 0; a set without any is an InputError.
+    """
+    scores: dict[str, dict[str, dict[str, float]]] = {}
+    failed: Counter[tuple[str, str]] = Counter()
+    for row in rows:
+        items = scores.setdefault(row["policy"], {}).setdefault(row["set"], {})
+        failed[row["policy"], row["set"]] += row.get("failed", 0)
+        if row["scores"]:
+            items[row["item"]] = float(np.mean(row["scores"]))
+    empty = [
+        Problem("evaluation", None, f"{label} {name}", "no score", "every sample failed; mend the verifier")
+        for label, sets in scores.items()
+        for name, items in sets.items()
+        if not items
+    ]
+    if empty:
+        raise InputError(empty)
+    summary: dict[str, Any] = {"confidence": confidence, "policies": {}}
+    for label, sets in scores.items():
+        summary["policies"][label] = {}
+        for name, items in sets.items():
+            means = np.array([items[i] for i in sorted(items)])
+            low, high = bootstrap(means, confidence, seed)
+            entry = {
+                "mean": float(means.mean()),
+                "low": low,
+                "high": high,
+                "items": len(items),
+                "failed": failed[label, name],
+            }
+            shared = sorted(items.keys() & scores[first].get(name, {}).keys())
+            if label != first and shared:
+                apart = np.array([items[i] - scores[first][name][i] for i in shared])
+                low, high = bootstrap(apart, confidence, seed)
+                entry["difference"] = {"mean": float(apart.mean()), "low": low, "high": high}
+            summary["policies"][label][name] = entry
+    return summary
+
+
+TITLES = {"one_turn": "held-out turns", "multi_turn": "whole tasks", "retention": "out of domain"}
+
+
+def table(summary: dict[str, Any]) -> str:
+    """The before/after table, in per cent with intervals; differences from the first policy in brackets."""
+    names = [n for n in TITLES if any(n in sets for sets in summary["policies"].values())]
+    lines = [f"{'policy':<12}" + "".join(f"{TITLES[n]:>34}" for n in names)]
+    for label, sets in summary["policies"].items():
+        cells = []
+        for name in names:
+            entry = sets.get(name)
+            text = f"{100 * entry['mean']:.1f} [{100 * entry['low']:.1f}, {100 * entry['high']:.1f}]" if entry else "-"
+            if entry and "difference" in entry:
+                text += f" ({100 * entry['difference']['mean']:+.1f})"
+            cells.append(f"{text:>34}")
+        lines.append(f"{label:<12}" + "".join(cells))
+    first = next(iter(summary["policies"]))
+    lost = sum(entry["failed"] for sets in summary["policies"].values() for entry in sets.values())
+    if lost:
+        lines.append(f"{lost} samples could not be judged and count nowhere")
+    lines.append(
+        f"per cent, {summary['confidence']:.0%} bootstrap intervals over items; in brackets the change from {first}"
+    )
+    return "\n".join(lines)

@@ -1,0 +1,280 @@
+"""sft and warmup: supervised fine-tuning on expert actions.
+
+`warmup` makes the start policy: a tiny model from nothing on the embedded world, or an HF model warmed on the train
+candidates. `sft` is the arm PivotRL is compared with: the same data, ordinary SFT.
+
+Turns of one trajectory share their prefix: where one turn's prompt and action begin the next turn's prompt, they make
+one sequence with several trained spans, which costs a pass over the trajectory instead of one for every turn.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import random
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from nemo_pivotrl.algorithms import pivotrl
+from nemo_pivotrl.backends import loading
+from nemo_pivotrl.backends.base import TokenBatch
+from nemo_pivotrl.components import checkpoint
+from nemo_pivotrl.components.costs import spend
+from nemo_pivotrl.components.metrics import MetricsLog
+from nemo_pivotrl.components.progress import progress
+from nemo_pivotrl.components.rollout import load_chat
+from nemo_pivotrl.config import Policy, Recipe, Sft
+from nemo_pivotrl.core.artifacts import digest, file_digest, read_header
+from nemo_pivotrl.core.errors import InputError, Problem
+from nemo_pivotrl.core.types import Candidate, Message
+from nemo_pivotrl.data import gym_rows as responses
+from nemo_pivotrl.data.chat_template import Chat
+from nemo_pivotrl.demo import service_desk as world, tiny_models as tiny
+from nemo_pivotrl.pivotrl.select import candidates_of
+
+COPY_BATCH = 128
+"""Copying puzzles a step at the beginning of a tiny model's life; they are short."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Sequence_:
+    """Token ids with 1 where the token is an expert's."""
+
+    ids: tuple[int, ...]
+    trained: tuple[int, ...]
+
+
+def merge(examples: Iterable[tuple[Sequence[int], Sequence[int]]]) -> list[Sequence_]:
+    """Sequences that train every (prompt ids, action ids) once, prefixes merged. Order: longest first."""
+    merged: list[tuple[tuple[int, ...], list[int]]] = []
+    for prompt, action in sorted(examples, key=lambda e: -len(e[0]) - len(e[1])):
+        ids = (*prompt, *action)
+        home = next((trained for held, trained in merged if held[: len(ids)] == ids), None)
+        if home is None:
+            home = [0] * len(ids)
+            merged.append((ids, home))
+        home[len(prompt) : len(ids)] = [1] * len(action)
+    return [Sequence_(ids, tuple(trained)) for ids, trained in merged]
+
+
+def token_batch(sequences: Sequence[Sequence_]) -> tuple[TokenBatch, float]:
+    """The batch and its number of trained tokens. What precedes the first trained token is the prompt."""
+    starts = [s.trained.index(1) for s in sequences]
+    rest = [s.trained[start:] for s, start in zip(sequences, starts, strict=True)]
+    width = max(len(r) for r in rest)
+    mask = torch.tensor([[*r, *[0] * (width - len(r))] for r in rest], dtype=torch.float32)
+    batch = TokenBatch(
+        [s.ids[:start] for s, start in zip(sequences, starts, strict=True)],
+        range(len(sequences)),
+        [s.ids[start:] for s, start in zip(sequences, starts, strict=True)],
+        {"mask": mask},
+    )
+    return batch, float(mask.sum())
+
+
+def sft(recipe: Recipe, fresh: bool = False) -> Path:
+    """Fine-tune the start policy on the expert actions of `sft.source`; returns the policy's folder."""
+    if recipe.sft.source == "world":
+        raise InputError(
+            Problem(
+                "recipe", None, "sft.source", "world", "only warmup starts from the world; use candidates or pivots"
+            )
+        )
+    return _fine_tune(recipe, recipe.sft, fresh)
+
+
+def warmup(recipe: Recipe, fresh: bool = False) -> Path:
+    """Make the start policy at policy.model_name."""
+    if not makes_start_policy(recipe):
+        found, target = recipe.policy.model_name, recipe.path(recipe.warmup.name) / "policy"
+        remedy = f"the warmup would write {target}; point policy.model_name there, or leave the warmup out"
+        raise InputError(Problem("recipe", None, "policy.model_name", found, remedy))
+    return _warm_tiny(recipe, fresh) if recipe.warmup.source == "world" else _fine_tune(recipe, recipe.warmup, fresh)
+
+
+def makes_start_policy(recipe: Recipe) -> bool:
+    """Whether policy.model_name is what the warmup writes, rather than a checkpoint the user brought."""
+    return Path(recipe.policy.model_name).resolve() == (recipe.path(recipe.warmup.name) / "policy").resolve()
+
+
+def _fine_tune(recipe: Recipe, settings: Sft, fresh: bool) -> Path:
+    source = recipe.path("candidates.jsonl" if settings.source == "candidates" else recipe.grpo.pivots)
+    read_header(source, ("candidates", "pivots"))
+    policy = dataclasses.replace(recipe.policy, model_name=settings.init or recipe.policy.model_name)
+    chat = load_chat(policy)
+    sequences = _of_candidates(candidates_of(source, "train"), chat, policy)
+    if not sequences:
+        raise InputError(
+            Problem(
+                str(source), None, "train split", "no turn fits the context", "raise policy.max_total_sequence_length"
+            )
+        )
+    identity = _identity(recipe, settings, policy, chat, file_digest(source))
+
+    def draw(step: int) -> list[list[Sequence_]]:
+        return [epochs(sequences, settings.batch_size, step, recipe.seed)]
+
+    return fit(recipe, settings, policy, chat, draw, identity, fresh)
+
+
+def _identity(recipe: Recipe, settings: Sft, policy: Policy, chat: Chat, data: str) -> str:
+    """What a checkpoint belongs to: start weights, data and every setting that changes fine-tuning."""
+    kept = [
+        loading.identity_of(policy, recipe.megatron) or policy.dtype,
+        policy.max_total_sequence_length,
+        policy.train_micro_batch_tokens,
+        dataclasses.asdict(policy.lora),
+    ]
+    start = loading.policy_revision(policy.model_name)
+    return digest(
+        [recipe.seed, dataclasses.asdict(settings), kept, start, chat.fingerprint, chat.template_digest, data]
+    )
+
+
+def _of_candidates(candidates: Sequence[Candidate], chat: Chat, policy: Policy) -> list[Sequence_]:
+    by_trajectory: dict[str, list[tuple[list[int], list[int]]]] = {}
+    for c in candidates:
+        example = _example(c.messages, c.tools, responses.message_of(c.expected), chat)
+        if len(example[0]) + len(example[1]) <= policy.max_total_sequence_length:
+            by_trajectory.setdefault(c.trajectory_id, []).append(example)
+    return [s for examples in by_trajectory.values() for s in merge(examples)]
+
+
+def _example(
+    state: Sequence[Message], tools: Sequence[dict[str, object]], action: Message, chat: Chat
+) -> tuple[list[int], list[int]]:
+    return chat.prompt_ids(state, tools), chat.action_ids(state, tools, action)
+
+
+def epochs(sequences: Sequence[Sequence_], size: int, step: int, seed: int) -> list[Sequence_]:
+    """Batch of a 1-based step out of an endless run of shuffled epochs."""
+    places = range((step - 1) * size, step * size)
+    orders = {
+        epoch: random.Random(f"{seed} {epoch}").sample(range(len(sequences)), len(sequences))
+        for epoch in {p // len(sequences) for p in places}
+    }
+    return [sequences[orders[p // len(sequences)][p % len(sequences)]] for p in places]
+
+
+def _warm_tiny(recipe: Recipe, fresh: bool) -> Path:
+    """A tiny model from nothing: first copying puzzles, then the desk and all puzzles side by side."""
+    shape, settings = recipe.world, recipe.warmup
+    desk, puzzles = warmup_trajectories(recipe)
+    init = recipe.path(f"{settings.name}.init-{digest([recipe.seed, dataclasses.asdict(shape)], 8)}")
+    if not init.exists():
+        tokenizer = tiny.make_tokenizer((text for t in [*desk, *puzzles] for text in _texts(t)), shape.vocab_size)
+        part = init.with_name(init.name + ".part")
+        tiny.save(
+            tiny.make_model(tokenizer, shape.hidden_size, shape.layers, shape.heads, recipe.seed), tokenizer, part
+        )
+        os.replace(part, init)
+    policy = dataclasses.replace(recipe.policy, model_name=str(init))
+    chat = load_chat(policy)
+    desk_sequences, puzzle_sequences = ([conversation(t, chat) for t in some] for some in (desk, puzzles))
+    looks_back = ("repeat", "recall")
+    copying = [s for s, t in zip(puzzle_sequences, puzzles, strict=True) if t["family"] in looks_back]
+    identity = _identity(recipe, settings, policy, chat, digest(dataclasses.asdict(shape)))
+
+    def draw(step: int) -> list[list[Sequence_]]:
+        if step <= settings.copy_steps:
+            return [epochs(copying, COPY_BATCH, step, recipe.seed)]
+        parts = [epochs(desk_sequences, settings.batch_size, step, recipe.seed)]
+        return (
+            [*parts, epochs(puzzle_sequences, settings.puzzle_batch_size, step, recipe.seed)]
+            if settings.puzzle_batch_size
+            else parts
+        )
+
+    return fit(recipe, settings, policy, chat, draw, identity, fresh)
+
+
+def warmup_trajectories(recipe: Recipe) -> tuple[list[dict], list[dict]]:
+    """Conversations the tiny start policy learns from; their tasks are shared with no other split."""
+    rng = random.Random(f"experts {recipe.seed}")
+    desk = world.tasks(recipe.seed, world_sizes(recipe))["warmup"]
+    puzzles = world.tasks(recipe.seed, puzzle_sizes(recipe), world.puzzle_task)["warmup"]
+    with_family = [{**world.expert_trajectory(t, rng), "family": t.family} for t in puzzles]
+    careless, slipping = random.Random(f"slips {recipe.seed}"), recipe.world.slips
+    clerks = [world.expert_trajectory(t, rng, slips=world.draw_slips(careless, slipping)) for t in desk]
+    return clerks, with_family
+
+
+def world_sizes(recipe: Recipe) -> dict[str, int]:
+    """How many desk tasks each split of the embedded world has."""
+    return {"warmup": recipe.world.warmup_tasks, "train": recipe.world.train_tasks, "test": recipe.world.test_tasks}
+
+
+def puzzle_sizes(recipe: Recipe) -> dict[str, int]:
+    """The same for the out-of-domain puzzles, which nobody trains on after the warm-up."""
+    return {"warmup": recipe.world.puzzle_warmup_tasks, "test": recipe.world.puzzle_test_tasks}
+
+
+def _texts(trajectory: dict) -> Iterable[str]:
+    for message in trajectory["messages"]:
+        yield message["content"]
+        for call in message.get("tool_calls", []):
+            yield f'{{"name": "{call["function"]["name"]}", "arguments": {call["function"]["arguments"]}}}'
+
+
+def conversation(trajectory: dict, chat: Chat) -> Sequence_:
+    messages, tools = trajectory["messages"], trajectory["tools"]
+    turns = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+    return merge(_example(messages[:i], tools, messages[i], chat) for i in turns)[0]
+
+
+def fit(
+    recipe: Recipe,
+    settings: Sft,
+    policy: Policy,
+    chat: Chat,
+    draw: Callable[[int], list[list[Sequence_]]],
+    identity: str,
+    fresh: bool,
+) -> Path:
+    """The loop: each part of a step's draw has its own token mean. Resumes from its last checkpoint."""
+    plain = dataclasses.replace(policy.generation, temperature=1.0)  # the likelihood itself, not a tempered one
+    own = policy.model_name == recipe.policy.model_name
+    megatron = recipe.megatron if own else loading.without_start(recipe.megatron)
+    trained = dataclasses.replace(policy, prefix_sharing=False, generation=plain, sampler="backend")
+    backend = loading.load(trained, megatron)
+    backend.prepare_for_training(settings.optimizer)
+    folder = recipe.path(settings.name)
+    first = checkpoint.resume(folder, identity, backend, fresh)
+    log = MetricsLog(folder, first, recipe, "sft")
+    period = max(recipe.checkpointing.save_period, settings.num_steps // 5)
+    tokens = 0.0
+    with (
+        spend(Path(recipe.run_dir), settings.name) as cost,
+        progress(settings.num_steps, first, settings.name, "step") as bar,
+    ):
+        for step in range(first + 1, settings.num_steps + 1):
+            backend.decay = decay(step, settings)
+            backend.prepare_for_training_step()
+            losses = []
+            for part in draw(step):
+                batch, count = token_batch(part)
+                losses.append(backend.get_loss_and_metrics(batch, partial(_loss, normaliser=count))["loss"])
+                tokens += count
+            log.write(step, {"loss": sum(losses), **backend.finish_training_step()}, {})
+            if step % period == 0 or step == settings.num_steps:
+                checkpoint.save(folder, step, identity, {}, backend, chat, recipe.checkpointing)
+            bar.set_postfix(loss=f"{sum(losses):.3f}", refresh=False)
+            bar.update()
+        cost.update(steps=settings.num_steps - first, tokens_trained=int(tokens))
+        log.close()
+        return checkpoint.publish(folder, backend, chat, recipe.checkpointing)
+
+
+def decay(step: int, settings: Sft) -> float:
+    """Factor on the learning rate: 1 until `decay_from` of the steps, then linear to 0.1."""
+    start = settings.decay_from * settings.num_steps
+    return 1.0 if step <= start else 1.0 - 0.9 * (step - start) / (settings.num_steps - start)
+
+
+def _loss(
+    log_probs: torch.Tensor, data: dict[str, torch.Tensor], normaliser: float
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    return pivotrl.sft_loss(log_probs, data["mask"], normaliser)

