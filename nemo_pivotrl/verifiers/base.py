@@ -65,6 +65,12 @@ class Verifier(Protocol):
         ...
 
 
+def harness_of(fields: Mapping[str, Any]) -> str:
+    """The agent harness that a row's fields name, or ''."""
+    metadata = fields.get("metadata")
+    return str(fields.get("harness") or (metadata.get("harness") if isinstance(metadata, dict) else "") or "")
+
+
 @dataclasses.dataclass(frozen=True)
 class Ruling:
     """What a judge said of two actions."""

@@ -23,8 +23,8 @@ Redirect = tuple[str, str, str, str]
 MARKS = frozenset((ACTIVE, BEGIN, END, WHOLE))
 RAW_WORDS = frozenset("find awk gawk echo printf test expr exec eval command builtin trap set let xargs parallel".split())
 """Commands whose words say what their place says, `--x=y` included."""
-SCRIPTS = frozenset("python python3 node bash sh ruby perl".split())
-"""Interpreters: their first operand is a file, and all after it is that file's."""
+SCRIPTS = re.compile(r"python[\d.]*|node|bash|sh|ruby|perl")
+"""Interpreters: their first word is a file, and all after it is that file's."""
 WRAPPERS = frozenset("sudo nohup timeout".split())
 """Commands that run the command after them."""
 PAGERS = frozenset("git man systemctl journalctl less more bat psql mysql ls".split())
@@ -138,7 +138,7 @@ def read_simple(
     if skipped:
         inner, redirects = read_simple(words[skipped:], redirects, rules, used)
         return ("wrapped", *words[:skipped], inner), redirects
-    if name in SCRIPTS:
+    if SCRIPTS.fullmatch(name):
         return ("script", name, *_script(words[1:], rules, used)), redirects
     if name == "find":
         return (name, *("." if word == "./" and "shell_paths" in rules else word for word in words[1:])), redirects
@@ -149,7 +149,7 @@ def read_simple(
 
 
 def _is_standard(base: str) -> bool:
-    return base in RAW_WORDS or base in SCRIPTS or base in WRAPPERS or any(k.split()[0] == base for k in option_table())
+    return base in RAW_WORDS or SCRIPTS.fullmatch(base) is not None or base in WRAPPERS or any(k.split()[0] == base for k in option_table())
 
 
 def _wrapped(name: str, words: Sequence[str]) -> int:
@@ -211,9 +211,9 @@ def _kill(words: list[str]) -> list[str]:
 
 
 def _script(words: Sequence[str], rules: frozenset[str], used: set[str]) -> list[str]:
-    """An interpreter's words: options as they are, the script's path in one spelling, its own words with options split."""
-    at = next((i for i, word in enumerate(words) if not word.startswith("-")), len(words))
-    if any(word in ("-c", "-e", "-m") for word in words[:at]) or at == len(words):
+    """An interpreter's words: those of `-c`, `-m` and the like as they are, a script's path in one spelling, its own split."""
+    at = 1 if words[:1] in (["-u"], ["-x"]) else 0
+    if len(words) <= at or words[at].startswith("-"):
         return list(words)
     return [*words[:at], clean_operand(words[at], rules, used), *_split_values(words[at + 1 :], rules, used)]
 
@@ -303,6 +303,10 @@ def _known_idiom(
     used: set[str],
 ) -> tuple[str, list[tuple[str, str]], list[str], tuple[Redirect, ...]]:
     """Idioms that need the options read: `sed -n 1,5p` is `head -n 5`, `grep -r x` is `grep -r x .`, a filter of one file."""
+    if key in ("grep", "sed") and [option for option, _ in free if option in ("e", "f")] == ["e"]:
+        used.add("shell_idioms")
+        operands = [next(value for option, value in free if option == "e"), *operands]
+        free = [pair for pair in free if pair[0] != "e"]
     names = {option for option, _ in free}
     if key == "sed" and len(operands) in (1, 2) and (
         (names == {"n"} and (lines := re.fullmatch(r"(?:1,(\d+)|(1))p", operands[0])))

@@ -20,6 +20,8 @@ PLAIN = re.compile(r"[^\s;|&<>()\\'\"$`*?\[{~]+")
 SIMPLE_EXPANSION = re.compile(r"\$(?:([A-Za-z_]\w*|[0-9?!#@*$-])|\{(\w+)\})", re.ASCII)
 BRACES = re.compile(r"\{[^\s{}'\"\\]*(?:,|\.\.)[^\s{}'\"\\]*\}")
 """Braces that the shell expands; `{}` and `stash@{0}` are plain characters."""
+CLASS = re.compile(r"\[\S+\]")
+"""Brackets that may match file names; `[` alone is a command."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +129,8 @@ class Lexer:
         """Whether `~`, `[` or `{` means something here."""
         if char == "~":
             return not parts or parts[-1].endswith(("=", ":"))
-        return "]" in self.text[self.at :] if char == "[" else BRACES.match(self.text, self.at) is not None
+        pattern = CLASS if char == "[" else BRACES
+        return pattern.match(self.text, self.at) is not None
 
     def _expansion(self, mark: str) -> str:
         """`$x` and `${x}` alike; anything else as it is written, up to where its bracket closes."""
