@@ -310,7 +310,13 @@ def test_a_cd_to_where_the_shell_is_known_to_be_does_nothing_and_any_other_does(
     for program in ("cd /repo && make", "cd /repo/; make", "cd /repo && cd /repo && make"):
         assert same(program, "make", directory="/repo") and not same(program, "make")
         assert not same(program, "make", ALL - {"shell_cd_prefix"}, "/repo")
-    for program in ("cd /other && make", "cd repo && make", "cd /repo > f && make", "X=1 cd /repo && make", "cd /repo || make"):
+    for program in (
+        "cd /other && make",
+        "cd repo && make",
+        "cd /repo > f && make",
+        "X=1 cd /repo && make",
+        "cd /repo || make",
+    ):
         assert not same(program, "make", directory="/repo"), program
 
 

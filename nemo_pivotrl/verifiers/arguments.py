@@ -39,7 +39,9 @@ SQL_NAMES = {"sql", "sql_query", "sql_statement", "statement", "statements"}
 BODY_NAMES = {"body", "data", "payload", "json", "json_body", "request_body", "json_data"}
 SHELL_TOOL = re.compile(r"(^|_)(bash|shell|terminal|exec|execute|command)(_|$)")
 SQL_TOOL = re.compile(r"(^|_)(sql|sqlite|mysql|postgres|postgresql|bigquery|snowflake|duckdb|database|db)(_|$)")
-SEARCH_TOOL = re.compile(r"^search$|(^|_)(web|internet|google|bing|duckduckgo|brave|tavily|serp|serper|wikipedia|news)(_|$)")
+SEARCH_TOOL = re.compile(
+    r"^search$|(^|_)(web|internet|google|bing|duckduckgo|brave|tavily|serp|serper|wikipedia|news)(_|$)"
+)
 MEDIA_TOOL = re.compile(r"video|audio|clip|trim|media|song|movie|record|timer")
 PATH_NAME = re.compile(r"(^|_)(path|file|filename|filepath|dir|directory|folder|cwd|workdir)s?$")
 FOLDER_NAME = re.compile(r"(^|_)(dir|directory|folder|cwd|workdir)$")
@@ -292,7 +294,10 @@ def _of_kind(c: Reading, text: str, schema: Mapping[str, Any], kind: str) -> For
     elif kind == "date":
         rule, found = "dates", values.moment(text, loose=False)
     elif kind == "when" and (DATE.fullmatch(text) or CLOCK.fullmatch(text) or values.NAMED_DATE.fullmatch(text)):
-        rule, found = "dates", values.moment(text, loose=not re.search("iso|yyyy", str(schema.get("description")).lower()))
+        rule, found = (
+            "dates",
+            values.moment(text, loose=not re.search("iso|yyyy", str(schema.get("description")).lower())),
+        )
     elif kind == "url":
         rule, found = "urls", values.url(text)
     elif kind == "path":

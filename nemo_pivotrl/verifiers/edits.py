@@ -23,7 +23,9 @@ WHOLE = ("file_text", "content", "contents", "text")
 INSERT_AT = ("insert_line", "line", "line_number")
 FORMS = {"create": WHOLE, "str_replace": OLD, "insert": INSERT_AT}
 """Sub-command of an editor -> arguments of which it needs one."""
-SOURCE = re.compile(r"\.(c|cc|cpp|cs|css|go|h|hpp|html|java|js|json|jsx|kt|php|py|rb|rs|scss|sql|swift|toml|ts|tsx|xml|ya?ml)$")
+SOURCE = re.compile(
+    r"\.(c|cc|cpp|cs|css|go|h|hpp|html|java|js|json|jsx|kt|php|py|rb|rs|scss|sql|swift|toml|ts|tsx|xml|ya?ml)$"
+)
 """Files in which blanks at a line's end say nothing."""
 
 

@@ -56,7 +56,10 @@ RULES: dict[str, tuple[bool, str]] = {
     "urls": (True, "URLs up to case of the host, default port, escapes, and order of differently named query fields"),
     "paths": (True, "paths up to `.` and doubled slashes, those of folders up to a last slash"),
     "json_text": (True, "texts that are a JSON object, as JSON"),
-    "sql": (True, "SQL up to case of keywords, blanks, comments, a last semicolon, and the order of what AND, OR and IN join"),
+    "sql": (
+        True,
+        "SQL up to case of keywords, blanks, comments, a last semicolon, and the order of what AND, OR and IN join",
+    ),
     "python_tokens": (True, "Python code up to comments, blank lines, indentation width and quotes"),
     "edit_effect": (True, "edits with the same result, where the row or the trace shows the file"),
     "search_tokens": (
@@ -83,9 +86,7 @@ RULES: dict[str, tuple[bool, str]] = {
 CALL_WORK = 2000
 """Units of `Limits.max_work` that reading one call costs besides what is in it."""
 
-KINDS = (
-    "text exact prose query sql shell keys python path folder url date when place phone body edit"
-).split()
+KINDS = ("text exact prose query sql shell keys python path folder url date when place phone body edit").split()
 """What an argument may hold: `exact` is itself alone, `when` a date or time in words too, `body` JSON, `keys` a terminal's."""
 
 Calls = Sequence[tuple[ToolCall, dict[str, Any] | None]]
@@ -179,7 +180,7 @@ class Functional:
             return Verdict(0.0, "DIFFERENT_COUNT", f"{len(expected.calls)} calls expected, {len(actual.calls)} made")
         wanted = [(call, self._arguments(call, fault=True)) for call in expected.calls]
         found = [(call, self._arguments(call, fault=False)) for call in actual.calls]
-        if not Counter(map(_plain, wanted)) - Counter(map(_plain, found)):
+        if Counter(map(_plain, wanted)) <= Counter(map(_plain, found)):
             return Verdict(1.0, "EQUAL")
         try:
             return self._compare_calls(case, wanted, found)
@@ -192,21 +193,22 @@ class Functional:
         ours, theirs = (self._forms(case, calls, self.switched_on, used, left) for calls in (wanted, found))
         missing = Counter(form.key for form in ours) - Counter(form.key for form in theirs if form is not None)
         if not missing:
-            rules = self._needed(case, wanted, found, used, left)
-            return Verdict(1.0, "EQUIVALENT", rules=rules)
+            needed = self._needed(case, wanted, found, used, left)
+            return Verdict(1.0, "EQUAL" if needed is None else "EQUIVALENT", rules=needed or ())
         form = next(form for form in ours if form is not None and form.key in missing)
         call = wanted[ours.index(form)][0]
         alike = [(i, other) for i, other in enumerate(theirs) if found[i][0].name == form.name]
         if not alike:
             names = ", ".join(sorted({call.name for call, _ in found}))
             return Verdict(0.0, "DIFFERENT_TOOL", f"{form.name} expected, found {short(names)}")
-        rest = Counter(form.key for form in ours)
-        spare = [(i, o) for i, o in alike if o is None or rest[o.key] == 0]
+        spare = [(i, other) for i, other in alike if other is None or other.key != form.key]
         if not spare:
             return Verdict(0.0, "DIFFERENT_COUNT", f"{form.name} expected more often")
         readable = [(i, other) for i, other in spare if other is not None]
         if not readable:
-            return Verdict(0.0, "UNDECODABLE", f"arguments: {short(found[spare[0][0]][0].arguments, 60)} is no JSON object")
+            return Verdict(
+                0.0, "UNDECODABLE", f"arguments: {short(found[spare[0][0]][0].arguments, 60)} is no JSON object"
+            )
         place, other = min(readable, key=lambda pair: len(_differences(form, pair[1])))
         differences = _differences(form, other)
         arguments = wanted[ours.index(form)][1] or {}, found[place][1] or {}
@@ -226,18 +228,24 @@ class Functional:
         category = "JUDGED_SAME" if ruling.same else otherwise
         return Verdict(float(ruling.same), category, ruling.detail, figures={"votes": ruling.votes})
 
-    def _needed(self, case: Case, wanted: Calls, found: Calls, used: set[str], left: list[int]) -> tuple[str, ...]:
-        """Rules without any one of which the calls would differ; none where finding out would take too much work."""
-        needed = []
-        for rule in sorted(used):
-            without = self.switched_on - {rule}
-            try:
-                ours, theirs = (self._forms(case, calls, without, set(), left) for calls in (wanted, found))
-            except LimitExceeded:
-                return ()
-            if Counter(f.key for f in ours if f) - Counter(f.key for f in theirs if f):
-                needed.append(rule)
-        return tuple(needed)
+    def _needed(
+        self, case: Case, wanted: Calls, found: Calls, used: set[str], left: list[int]
+    ) -> tuple[str, ...] | None:
+        """Rules without any one of which the calls would differ; None where they are the same without any rule.
+
+        Empty where either of two rules would do, and where finding out would take too much work.
+        """
+
+        def same(rules: frozenset[str]) -> bool:
+            ours, theirs = (self._forms(case, calls, rules, set(), left) for calls in (wanted, found))
+            return not Counter(f.key for f in ours if f) - Counter(f.key for f in theirs if f)
+
+        try:
+            if same(frozenset()):
+                return None
+            return tuple(rule for rule in sorted(used) if not same(self.switched_on - {rule}))
+        except LimitExceeded:
+            return ()
 
     def _forms(
         self, case: Case, calls: Calls, rules: frozenset[str], used: set[str], left: list[int]
@@ -245,11 +253,18 @@ class Functional:
         """The form of each call, None for one whose arguments cannot be read. `left`: work that may still be spent."""
         made = []
         for call, arguments in calls:
-            made.append(None if arguments is None else self._form(case, call, arguments, rules, used, left))
+            unread = arguments is None and self.mode == "arguments"
+            made.append(None if unread else self._form(case, call, arguments or {}, rules, used, left))
         return made
 
     def _form(
-        self, case: Case, call: ToolCall, arguments: dict[str, Any], rules: frozenset[str], used: set[str], left: list[int]
+        self,
+        case: Case,
+        call: ToolCall,
+        arguments: dict[str, Any],
+        rules: frozenset[str],
+        used: set[str],
+        left: list[int],
     ) -> CallForm:
         schema = _schema(case, call.name)
         files, directory = self._state(case, call)
@@ -261,7 +276,11 @@ class Functional:
             kept = without_whole_range(call.name, kept)
             edit = edit_of(call.name, kept)
             if edit is not None:
-                found.append(("edit", "edit", read_edit(c, edit, files)))
+                properties = schema.get("properties")
+                known = {"replace_all", *(properties if isinstance(properties, Mapping) else ())}
+                # under names that no schema declares the tool may find nothing
+                spelled = *sorted(edit.read - known), "command" in kept
+                found.append(("edit", "edit", (spelled, read_edit(c, edit, files))))
                 kept = other_arguments(edit, kept)
             found += [(name, kind, form) for name, (kind, form) in read_arguments(c, kept, schema).items()]
         used |= c.used
@@ -350,7 +369,9 @@ def _plain(call: tuple[ToolCall, dict[str, Any] | None]) -> tuple[str, str]:
 def _differences(ours: CallForm, theirs: CallForm) -> dict[str, str]:
     """Argument -> what it is, of those that differ."""
     left, right = ({name: (kind, form) for name, kind, form in side.arguments} for side in (ours, theirs))
-    differing = sorted(name for name in left.keys() | right.keys() if left.get(name, ("",))[1:] != right.get(name, ("",))[1:])
+    differing = sorted(
+        name for name in left.keys() | right.keys() if left.get(name, ("",))[1:] != right.get(name, ("",))[1:]
+    )
     return {name: left.get(name, right.get(name, ("text",)))[0] for name in differing}
 
 

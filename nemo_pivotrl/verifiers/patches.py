@@ -16,7 +16,16 @@ from nemo_pivotrl.verifiers.values import clean_path
 MAX_LINES = 4000
 HUNK = re.compile(r"@@ -(\d{1,9})(?:,(\d{1,9}))? \+\d{1,9}(?:,(\d{1,9}))? @@.*")
 GIT_FILE = re.compile(r"diff --git a/(.+) b/(.+)")
-FACTS = ("old mode ", "new mode ", "new file mode ", "deleted file mode ", "rename from ", "rename to ", "copy from ", "copy to ")
+FACTS = (
+    "old mode ",
+    "new mode ",
+    "new file mode ",
+    "deleted file mode ",
+    "rename from ",
+    "rename to ",
+    "copy from ",
+    "copy to ",
+)
 NOTED = ("index ", "similarity index ", "dissimilarity index ")
 """Lines that say nothing of their own."""
 STARRED = ("*** Update File: ", "*** Add File: ", "*** Delete File: ", "*** Move to: ")
@@ -168,7 +177,11 @@ def apply_changes(changes: Sequence[Change], text: str) -> str | None:
         end = at + len(change.gone)
         quoted_before = change.before is None or (0 < at <= len(lines) and lines[at - 1] == change.before)
         quoted_after = change.after is None or (end < len(lines) and lines[end] == change.after)
-        if not 0 <= at <= end <= len(lines) or tuple(lines[at:end]) != change.gone or not (quoted_before and quoted_after):
+        if (
+            not 0 <= at <= end <= len(lines)
+            or tuple(lines[at:end]) != change.gone
+            or not (quoted_before and quoted_after)
+        ):
             return None
         lines[at:end] = change.put
         shift += len(change.put) - len(change.gone)

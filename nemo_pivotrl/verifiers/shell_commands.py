@@ -21,7 +21,9 @@ Form = tuple[Any, ...]
 Redirect = tuple[str, str, str, str]
 """Descriptor, operator, target (or the text of a here-document), and `'` for a text that is not expanded."""
 MARKS = frozenset((ACTIVE, BEGIN, END, WHOLE))
-RAW_WORDS = frozenset("find awk gawk echo printf test expr exec eval command builtin trap set let xargs parallel".split())
+RAW_WORDS = frozenset(
+    "find awk gawk echo printf test expr exec eval command builtin trap set let xargs parallel".split()
+)
 """Commands whose words say what their place says, `--x=y` included."""
 SCRIPTS = re.compile(r"python[\d.]*|node|bash|sh|ruby|perl")
 """Interpreters: their first word is a file, and all after it is that file's."""
@@ -33,7 +35,9 @@ STANDARD = ("/bin/", "/usr/bin/")
 """Where the tools of the system lie."""
 SIGNALS = {"HUP": "1", "INT": "2", "QUIT": "3", "KILL": "9", "USR1": "10", "USR2": "12", "TERM": "15", "CONT": "18"}
 """Numbers of signals on Linux; source: signal(7)."""
-OPTIONAL_VALUE = frozenset("color colour abbrev decorate backup preserve reflink interactive in-place update cov".split())
+OPTIONAL_VALUE = frozenset(
+    "color colour abbrev decorate backup preserve reflink interactive in-place update cov".split()
+)
 """Long options of tools at large whose value, if any, must be glued to them."""
 ONE_FILE = {"grep": "HlLrRZT", "head": "v", "tail": "vfF", "sort": "o", "uniq": "", "cut": "", "sed": "is"}
 """Filters that say the same of a file by its name and on their input, but with these options."""
@@ -149,13 +153,20 @@ def read_simple(
 
 
 def _is_standard(base: str) -> bool:
-    return base in RAW_WORDS or SCRIPTS.fullmatch(base) is not None or base in WRAPPERS or any(k.split()[0] == base for k in option_table())
+    return (
+        base in RAW_WORDS
+        or SCRIPTS.fullmatch(base) is not None
+        or base in WRAPPERS
+        or any(k.split()[0] == base for k in option_table())
+    )
 
 
 def _wrapped(name: str, words: Sequence[str]) -> int:
     """How many words come before the command that `sudo`, `nohup` or `timeout 5` runs; 0 where that is not plain."""
     skipped = 2 if name == "timeout" else 1
-    plain = name in WRAPPERS and len(words) > skipped and not any(w[:1] == "-" or "=" in w for w in words[1 : skipped + 1])
+    plain = (
+        name in WRAPPERS and len(words) > skipped and not any(w[:1] == "-" or "=" in w for w in words[1 : skipped + 1])
+    )
     return skipped if plain else 0
 
 
@@ -168,9 +179,7 @@ def _entry(name: str, words: Sequence[str]) -> tuple[str, Options | None]:
     return name, None
 
 
-def _idiom(
-    words: list[str], redirects: tuple[Redirect, ...], used: set[str]
-) -> tuple[list[str], tuple[Redirect, ...]]:
+def _idiom(words: list[str], redirects: tuple[Redirect, ...], used: set[str]) -> tuple[list[str], tuple[Redirect, ...]]:
     """A few other spellings: `[ x ]`, `kill -KILL`, `chmod +x`, `git --no-pager`, `egrep`, a script on the input."""
     before = list(words), redirects
     name = words[0]
@@ -268,7 +277,9 @@ def _known(
     free = sorted((pair for pair in read if pair[0] and pair not in placed), key=lambda pair: pair[0])
     orders = [tuple(option for option, _ in read if option in group) for group in options.order]
     kept = tuple(order for order in orders if len(set(order)) > 1)
-    operands = [f"-{option} {value}" if option else value for option, value in read if not option or (option, value) in placed]
+    operands = [
+        f"-{option} {value}" if option else value for option, value in read if not option or (option, value) in placed
+    ]
     if "shell_idioms" in rules:
         key, free, operands, redirects = _known_idiom(key, free, operands, redirects, rules, used)
     if options.unordered and "shell_operand_order" in rules and not _nested(operands):
@@ -291,7 +302,9 @@ def _nested(operands: Sequence[str]) -> bool:
     if not all(is_literal(word) for word in operands):
         return True
     whole = {posixpath.normpath(word) for word in operands}
-    return any("/".join(parts[:i]) in whole for parts in (path.split("/") for path in whole) for i in range(1, len(parts)))
+    return any(
+        "/".join(parts[:i]) in whole for parts in (path.split("/") for path in whole) for i in range(1, len(parts))
+    )
 
 
 def _known_idiom(
@@ -308,9 +321,13 @@ def _known_idiom(
         operands = [next(value for option, value in free if option == "e"), *operands]
         free = [pair for pair in free if pair[0] != "e"]
     names = {option for option, _ in free}
-    if key == "sed" and len(operands) in (1, 2) and (
-        (names == {"n"} and (lines := re.fullmatch(r"(?:1,(\d+)|(1))p", operands[0])))
-        or (not names and (lines := re.fullmatch(r"(\d+)q", operands[0])))
+    if (
+        key == "sed"
+        and len(operands) in (1, 2)
+        and (
+            (names == {"n"} and (lines := re.fullmatch(r"(?:1,(\d+)|(1))p", operands[0])))
+            or (not names and (lines := re.fullmatch(r"(\d+)q", operands[0])))
+        )
     ):
         used.add("shell_idioms")
         key, free, operands = "head", [("n", lines[1] or "1")], operands[1:]

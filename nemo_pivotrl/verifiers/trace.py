@@ -19,7 +19,9 @@ from nemo_pivotrl.verifiers.values import clean_path
 
 MAX_FILE_CHARS = 200_000
 NUMBERED = re.compile(r" *(\d{1,7})\t(.*)")
-CUT = re.compile(r"<response clipped>|\[truncated|characters? (?:omitted|truncated)|lines? (?:omitted|truncated)", re.IGNORECASE)
+CUT = re.compile(
+    r"<response clipped>|\[truncated|characters? (?:omitted|truncated)|lines? (?:omitted|truncated)", re.IGNORECASE
+)
 FAILED = re.compile(r"\s*(?:error\b|no replacement|invalid|no such file|.{0,80}did not appear verbatim)", re.IGNORECASE)
 WHERE = re.compile(r"\[Current working directory: (/[^\]\n]*)\]")
 READS_ONLY = re.compile(r"(?:cat|cd|echo|grep|head|ls|nl|pwd|pytest|rg|tail|tree|wc|which)(?:\s|$)")
