@@ -26,7 +26,7 @@ def calls(*made: tuple[str, Any]) -> Action:
 
 
 def load(**settings: Any) -> Bounded:
-    return load_verifier(config.Verifier(name="functional", settings=settings))
+    return load_verifier(config.Verifier(name="functional", message="any", settings=settings))
 
 
 def tool(name: str, properties: dict[str, Any] | None = None, required: tuple[str, ...] = ()) -> dict[str, Any]:

@@ -666,7 +666,7 @@ def test_torn_and_foreign_lines_are_passed_over_and_do_no_harm_to_the_next(
 
 APPEND = """
 import sys
-from nemo_pivotrl.verifiers import Ruling
+from nemo_pivotrl.verifiers.base import Ruling
 from nemo_pivotrl.verifiers.judge import _Cache
 cache = _Cache(sys.argv[1])
 print("ready", flush=True)
@@ -934,7 +934,8 @@ def test_an_outage_is_a_fault_of_every_verifier_that_asks(serve: Callable[..., S
     server = serve(always(Raw(503)))
     for name, own, texts, fields in (
         ("judge", {}, ("Hello.", "Good day."), {}),
-        ("functional", {"ask_judge": ["message"]}, ("Hello.", "Good day."), {}),
+        ("functional", {}, ("Hello.", "Good day."), {}),
+        ("single_step", {}, ("Hello.", "Good day."), {}),
         ("terminus", {"enable_llm_judge": True}, (turn("ls\n"), turn("pwd\n")), {"harness": "terminus_2"}),
     ):
         made = load_verifier(config.Verifier(name=name, settings=own, judge=described(server, max_retries=0)))

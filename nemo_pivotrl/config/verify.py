@@ -70,10 +70,19 @@ class Verifier:
     name: str = "single_step"
     compat: Literal["0.5", "0.6", "0.7"] = "0.7"
     """NeMo-Gym release whose rules the four families follow, where releases differ."""
+    message: Literal["judge", "exclude", "any"] | None = None
+    """What a turn is worth where the expert talks, for verifiers that do not compare talk. `judge`: the judge compares it.
+    `exclude`: it is no candidate. `any`: any text scores 1, which teaches to talk and nothing about what to say. Unset:
+    `judge` where `judge.base_url` names one, else `exclude`."""
     settings: dict[str, Any] = field(default_factory=dict)
     """The verifier's own, e.g. `word_count_similarity_threshold`; its file lists them."""
     limits: Limits = field(default_factory=Limits)
     judge: Judge = field(default_factory=Judge)
+
+    @property
+    def talk(self) -> Literal["judge", "exclude", "any"]:
+        """`message`, decided."""
+        return self.message or ("judge" if self.judge.base_url else "exclude")
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)

@@ -24,6 +24,8 @@ from nemo_pivotrl.core.errors import InputError, Problem, short
 from nemo_pivotrl.core.types import Action, Candidate, Message, Split, Trajectory
 from nemo_pivotrl.data import gym_rows as responses, published, trajectories as readers
 from nemo_pivotrl.data.splits import split_by_task
+from nemo_pivotrl.verifiers.base import is_talk
+from nemo_pivotrl.verifiers.loading import excludes_talk
 
 BASH_TOOLS = frozenset(
     [
@@ -78,7 +80,8 @@ def extract(recipe: Recipe, fresh: bool = False) -> Path:
         settings.trajectories, settings.format, settings.tools, lambda record: seen.update(published.marks(record))
     )
     splits = split_by_task([t.task_id for t in trajectories], settings.validation_share, recipe.seed)
-    candidates, audit = cut_all(trajectories, splits, settings)
+    talk_excluded = excludes_talk(recipe.verifier)
+    candidates, audit = cut_all(trajectories, splits, settings, talk_excluded)
     parent = digest(
         [[file_digest(Path(p)) for p in settings.trajectories], settings.tools and file_digest(Path(settings.tools))]
     )
@@ -88,7 +91,8 @@ def extract(recipe: Recipe, fresh: bool = False) -> Path:
     if not candidates:
         remedy = "see the skip audit above; loosen extract.* or add trajectories"
         raise InputError(Problem(str(path), None, "candidates", "none kept", remedy))
-    header = Header("candidates", recipe.digest("extract"), parent)
+    extra = {"message": "exclude"} if talk_excluded else {}
+    header = Header("candidates", recipe.digest("extract"), parent, extra=extra)
     with ArtefactWriter(path, header, fresh=True) as writer:
         writer.write(responses.candidate_to_row(c, settings.agent_ref) for c in candidates)
         writer.finish()
@@ -97,14 +101,16 @@ def extract(recipe: Recipe, fresh: bool = False) -> Path:
 
 
 def cut_all(
-    trajectories: Sequence[Trajectory], splits: dict[str, Split], settings: Extract
+    trajectories: Sequence[Trajectory], splits: dict[str, Split], settings: Extract, talk_excluded: bool = False
 ) -> tuple[list[Candidate], dict[str, Any]]:
-    """Candidates and the audit. Raises InputError with all invalid turns unless `on_invalid: skip`."""
+    """Candidates and the audit. Raises InputError with all invalid turns unless `on_invalid: skip`.
+
+    `talk_excluded`: a turn in which the expert talks is no candidate (`verifier.message`).
+    """
     skipped: Counter[str] = Counter()
     problems: list[Problem] = []
     found: list[Candidate] = []
     turns = 0
-    validators = _Validators()
     for trajectory in trajectories:
         cuts = list(pivotrl.cut(trajectory))
         turns += len(cuts)
@@ -113,7 +119,7 @@ def cut_all(
             skipped[whole] += len(cuts)
             continue
         for index, depth in cuts:
-            reason, problem = _skip_turn(trajectory, index, settings, validators)
+            reason, problem = _skip_turn(trajectory, index, settings, talk_excluded)
             if problem is not None and settings.on_invalid == "error":
                 problems.append(problem)
             if reason:
@@ -157,7 +163,7 @@ def _skip_whole(trajectory: Trajectory, settings: Extract) -> str:
 
 
 def _skip_turn(
-    trajectory: Trajectory, index: int, settings: Extract, validators: _Validators
+    trajectory: Trajectory, index: int, settings: Extract, talk_excluded: bool
 ) -> tuple[str, Problem | None]:
     """Why this turn is no candidate ('' if it is one), and the problem to report if it is invalid rather than unwanted."""
     state, message = trajectory.messages[:index], trajectory.messages[index]
@@ -165,6 +171,8 @@ def _skip_turn(
     unwanted = _unwanted(trajectory, index, action, settings)
     if unwanted:
         return unwanted, None
+    if talk_excluded and is_talk(action, trajectory.fields):
+        return "message_excluded", None
     file, _, line = trajectory.source.rpartition(":")
     where = f"messages[{index}]"
     dangling = dangling_call(state)
@@ -177,7 +185,7 @@ def _skip_turn(
             "every call needs its output before the next turn; mend it or set extract.on_invalid=skip",
         )
     for number, call in enumerate(action.calls):
-        reason, found, remedy = validators.check(call.name, call.arguments, trajectory.tools)
+        reason, found, remedy = check_call(call.name, call.arguments, trajectory.tools)
         if reason:
             at = f"{where}.tool_calls[{number}].function." + ("name" if reason == "unknown_tool" else "arguments")
             return reason, Problem(file, int(line), at, found, f"{remedy}; mend it or set extract.on_invalid=skip")
@@ -260,39 +268,26 @@ def leaks(state: Sequence[Message], action: Action) -> bool:
     return not action.calls and len(action.content.split()) >= LEAK_MIN_WORDS and action.content.strip() in told
 
 
-class _Validators:
-    """JSON-schema validators of tools, compiled once each."""
+def check_call(name: str, arguments: str, tools: Sequence[dict[str, Any]]) -> tuple[str, str, str]:
+    """(reason, found, remedy), all '' for a call that its tool's schema allows."""
+    from nemo_pivotrl.verifiers.schema import BadSchema, difference
 
-    def __init__(self) -> None:
-        self._compiled: dict[str, Any] = {}
-
-    def check(self, name: str, arguments: str, tools: Sequence[dict[str, Any]]) -> tuple[str, str, str]:
-        """(reason, found, remedy), all '' for a valid call."""
-        from jsonschema import Draft202012Validator, SchemaError
-
-        schema = next((t["function"].get("parameters") or {} for t in tools if t["function"]["name"] == name), None)
-        if schema is None:
-            return (
-                "unknown_tool",
-                repr(name),
-                f"declared tools: {', '.join(t['function']['name'] for t in tools) or 'none'}",
-            )
-        try:
-            value = json.loads(arguments)
-        except (ValueError, RecursionError) as error:
-            return "invalid_arguments", short(arguments), f"not JSON ({short(str(error), 60)})"
-        key = canonical_json(schema)
-        if key not in self._compiled:
-            try:
-                Draft202012Validator.check_schema(schema)
-            except SchemaError as error:
-                return "invalid_schema", short(error.message), f"the schema of tool {name!r} is itself invalid"
-            self._compiled[key] = Draft202012Validator(schema)
-        error = next(self._compiled[key].iter_errors(value), None)
-        if error is None and isinstance(value, dict):
-            return "", "", ""
-        message = error.message if error else f"{type(value).__name__} instead of an object"
-        return "invalid_arguments", short(arguments), f"against the schema of {name!r}: {short(message)}"
+    schema = next((t["function"].get("parameters") or {} for t in tools if t["function"]["name"] == name), None)
+    if schema is None:
+        declared = ", ".join(t["function"]["name"] for t in tools) or "none"
+        return "unknown_tool", repr(name), f"declared tools: {declared}"
+    try:
+        value = json.loads(arguments)
+    except (ValueError, RecursionError) as error:
+        return "invalid_arguments", short(arguments), f"not JSON ({short(str(error), 60)})"
+    try:
+        message = difference(schema, value)
+    except BadSchema as error:
+        return "invalid_schema", short(str(error)), f"the schema of tool {name!r} is itself invalid"
+    if not message and isinstance(value, dict):
+        return "", "", ""
+    message = message or f"{type(value).__name__} instead of an object"
+    return "invalid_arguments", short(arguments), f"against the schema of {name!r}: {short(message)}"
 
 
 def _candidate(trajectory: Trajectory, index: int, depth: int, split: Split) -> Candidate:

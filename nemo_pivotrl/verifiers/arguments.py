@@ -284,7 +284,8 @@ def read_text(c: Reading, text: str, schema: Mapping[str, Any], kind: str) -> Fo
 
 def _of_kind(c: Reading, text: str, schema: Mapping[str, Any], kind: str) -> Form | None:
     """The form of a text whose kind is known; None where it is not of that kind after all."""
-    rule, found = "", None
+    rule: str = ""
+    found: Any = None
     if kind in ("shell", "keys"):
         form, used = read_command(text, c.rules, c.spend, c.directory)
         c.used |= used

@@ -112,7 +112,7 @@ class Functional:
 
     name: ClassVar[str] = "functional"
     version: ClassVar[str] = "2"
-    takes_any_text: ClassVar[bool] = True
+    talk_rule: ClassVar[str] = "decided"
     reads_state: ClassVar[bool] = True
     mode: Literal["arguments", "tool_name"] = "arguments"
     """`tool_name`: the tool's name alone decides, as in the paper's SWE-Bench runs."""
@@ -191,7 +191,7 @@ class Functional:
         used: set[str] = set()
         left = [self.limits.max_work]
         ours, theirs = (self._forms(case, calls, self.switched_on, used, left) for calls in (wanted, found))
-        missing = Counter(form.key for form in ours) - Counter(form.key for form in theirs if form is not None)
+        missing = Counter(form.key for form in ours if form is not None) - Counter(form.key for form in theirs if form is not None)
         if not missing:
             needed = self._needed(case, wanted, found, used, left)
             return Verdict(1.0, "EQUAL" if needed is None else "EQUIVALENT", rules=needed or ())
@@ -214,8 +214,8 @@ class Functional:
         arguments = wanted[ours.index(form)][1] or {}, found[place][1] or {}
         kinds = {_judged_kind(kind, name, arguments) for name, kind in differences.items()}
         if len(wanted) == len(found) == 1 and kinds <= set(self.ask_judge):
-            said = (f"{made.name}({made.arguments})" for made in (call, found[place][0]))
-            return self._ruling(case, "action", *said, "DIFFERENT_ARGUMENTS")
+            ours_said, theirs_said = (f"{made.name}({made.arguments})" for made in (call, found[place][0]))
+            return self._ruling(case, "action", ours_said, theirs_said, "DIFFERENT_ARGUMENTS")
         shown = [
             f"{name}: {' is not '.join(short(side.get(name, '(absent)'), 60) for side in arguments)}"
             for name in differences

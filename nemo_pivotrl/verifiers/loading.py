@@ -33,7 +33,7 @@ ALIASES = {
 """Names of NeMo-Gym's servers, and the one name of version 0.1."""
 
 
-SHARED = {"compat", "limits", "judge"}
+SHARED = {"compat", "limits", "judge", "message"}
 """Fields that a verifier gets from the recipe's sections of the same name, not from its own settings."""
 
 
@@ -44,22 +44,7 @@ def load_verifier(
 
     `judge_factory` makes the judge of a verifier that asks one; the default connects to `settings.judge`.
     """
-    name = ALIASES.get(settings.name, settings.name)
-    if name not in VERIFIERS:
-        raise InputError(Problem(where, None, "verifier.name", settings.name, f"use one of {', '.join(VERIFIERS)}"))
-    module, _, cls_name = VERIFIERS[name].partition(":")
-    try:
-        cls = getattr(import_module(module), cls_name)
-    except ModuleNotFoundError as error:
-        raise InputError(
-            Problem(
-                "environment",
-                None,
-                f"verifier {name}",
-                f"no module {error.name}",
-                "pip install 'nemo-pivotrl[verifiers]'",
-            )
-        ) from None
+    cls = verifier_class(settings, where)
     given = {f.name for f in dataclasses.fields(cls)} & SHARED
     misplaced = [
         Problem(where, None, f"verifier.settings.{key}", str(value), f"this is a section of its own: verifier.{key}")
@@ -71,11 +56,33 @@ def load_verifier(
     shared: dict[str, Any] = {"compat": settings.compat, "limits": settings.limits}
     checked = build(cls, settings.settings, where, "verifier.settings.")
     made = dataclasses.replace(checked, **{k: v for k, v in shared.items() if k in given})
-    if "judge" in given and made.asks_judge:
+    asks = "judge" in given and made.asks_judge
+    judged_talk = bool(getattr(cls, "talk_rule", "")) and settings.talk == "judge"
+    judge = None
+    if asks or judged_talk:
         from nemo_pivotrl.verifiers.judge import connect
 
-        made = dataclasses.replace(made, judge=(judge_factory or connect)(settings.judge))
-    return Bounded(made, settings.limits)
+        judge = (judge_factory or connect)(settings.judge)
+    made = dataclasses.replace(made, judge=judge) if asks else made
+    return Bounded(made, settings.limits, settings.talk, judge if judged_talk else None)
+
+
+def verifier_class(settings: config.Verifier, where: str = "recipe") -> Any:
+    """The class of a verifier. Raises InputError for an unknown name or a missing package."""
+    name = ALIASES.get(settings.name, settings.name)
+    if name not in VERIFIERS:
+        raise InputError(Problem(where, None, "verifier.name", settings.name, f"use one of {', '.join(VERIFIERS)}"))
+    module, _, cls_name = VERIFIERS[name].partition(":")
+    try:
+        return getattr(import_module(module), cls_name)
+    except ModuleNotFoundError as error:
+        remedy = "pip install 'nemo-pivotrl[verifiers]'"
+        raise InputError(Problem("environment", None, f"verifier {name}", f"no module {error.name}", remedy)) from None
+
+
+def excludes_talk(settings: config.Verifier) -> bool:
+    """Whether turns in which the expert talks are no candidates."""
+    return settings.talk == "exclude" and bool(getattr(verifier_class(settings), "talk_rule", ""))
 
 
 def identity(verifier: Verifier, settings: config.Verifier) -> str:
@@ -87,7 +94,9 @@ def identity(verifier: Verifier, settings: config.Verifier) -> str:
         from nemo_pivotrl.verifiers.judge_prompt import RUBRIC_VERSION
 
         judge["rubric"] = RUBRIC_VERSION
-    decides = [settings.compat, dict(settings.settings), dataclasses.asdict(settings.limits), judge]
+    decides: list[Any] = [settings.compat, dict(settings.settings), dataclasses.asdict(settings.limits), judge]
+    if getattr(verifier_class(settings), "talk_rule", ""):
+        decides.append(settings.talk)
     return f"{verifier.name} {verifier.version} {digest(decides, 8)}"
 
 

@@ -188,15 +188,15 @@ def _without_idle_parts(program: Program, used: set[str]) -> Program:
             used.add("shell_idioms")
             program = program[:-2]
     found: list[Any] = []
-    for index, part in enumerate(program):
+    for part in program:
         source = found[-2] if len(found) > 1 and found[-1] == "|" and isinstance(found[-2], Command) else None
         starts = len(found) < 3 or found[-3] in (";", "&&", "||")
-        if source and starts and isinstance(part, Command) and part.words and _reads_one_file(source):
-            if not any(d == "0" for d, *_ in part.redirects):
-                used.add("shell_idioms")
-                found[-2:] = [replace(part, redirects=(("0", "<", source.words[1], ""), *part.redirects))]
-                continue
-        found.append(program[index])
+        takes = isinstance(part, Command) and part.words and not any(d == "0" for d, *_ in part.redirects)
+        if source and starts and takes and _reads_one_file(source):
+            used.add("shell_idioms")
+            found[-2:] = [replace(part, redirects=(("0", "<", source.words[1], ""), *part.redirects))]
+            continue
+        found.append(part)
     return tuple(found)
 
 

@@ -91,6 +91,7 @@ class SingleStep:
 
     name: ClassVar[str] = "single_step"
     version: ClassVar[str] = "2"
+    talk_rule: ClassVar[str] = "released"
     word_count_similarity_threshold: float = ranged(0.1, 0.0, 1.0)
     floating_point_comparison_threshold: float = ranged(1e-6, 0.0)
     parallel_tool_call_rewarding: bool = False
