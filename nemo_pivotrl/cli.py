@@ -19,7 +19,10 @@ if TYPE_CHECKING:
     from nemo_pivotrl.config import Recipe
 
 STAGES = {
-    "world": ("nemo_pivotrl.pipeline:make_world", "write the embedded world's expert trajectories"),
+    "world": (
+        "nemo_pivotrl.demo.expert_trajectories:make_expert_trajectories",
+        "write the embedded world's expert trajectories",
+    ),
     "extract": ("nemo_pivotrl.pivotrl.extract:extract", "trajectories -> candidates"),
     "warmup": ("nemo_pivotrl.pivotrl.sft:warmup", "make the start policy by a short SFT"),
     "profile": (
@@ -74,7 +77,6 @@ TOOLS = {
     "verify": "score rows of a file: verify --verifier NAME [--set key=value ...] IN.jsonl OUT.jsonl",
     "serve-verifier": "serve a verifier to NeMo-Gym: serve-verifier --verifier NAME [--port N]",
     "serve": "serve the policy, or the patient with its doctors, by vLLM: serve RECIPE [key=value ...] [--port N] [--refit]",
-    "serve-guided": "serve the steered policy as OpenAI's API: serve-guided RECIPE [key=value ...] [--port N]",
 }
 """Commands that are no stage: they take files or requests, not artefacts."""
 EXPORTS = ("nemo-gym", "nemo-rl", "nemotron")
@@ -102,8 +104,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("recipe", metavar="RECIPE", help="YAML recipe, e.g. recipes/pivotrl/tiny.yaml")
     made.add_argument("overrides", nargs="*", metavar="key=value", help="override a setting of the recipe")
     made.add_argument(
-        "--print-config", action="store_true", help="print the complete recipe, defaults included, and stop"
+        "--print-config", action="store_true", help="print the complete recipe, with explanations, and stop"
     )
+    made.add_argument("--changed", action="store_true", help="with --print-config: only what differs from the defaults")
     made.add_argument(
         "--shard", metavar="i/n", help="profile only: work as the i-th of n processes, i from 0; then merge"
     )
@@ -114,6 +117,9 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one stage. Exit code 0: done, 2: bad input (one screen on stderr), 130: interrupted."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments and arguments[0] == "serve-guided":
+        print("nemo-pivotrl serve-guided: it is vLLM's server now: nemo-pivotrl serve RECIPE", file=sys.stderr)
+        return BAD_INPUT
     if arguments and arguments[0] in TOOLS:
         tool, rest = arguments[0], spread_settings(arguments[1:])
         options = tool_parser(tool).parse_intermixed_args(rest)
@@ -121,16 +127,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if len(arguments) > 1 and arguments[0] == "export" and arguments[1] in EXPORTS:
         arguments = [arguments[0], *arguments[2:], f"export.target={arguments[1]}"]
     options = parser().parse_intermixed_args(arguments)
+    if options.changed and not options.print_config:
+        parser().error("--changed goes with --print-config")
     fresh = "fresh=true" in options.overrides
     overrides = [o for o in options.overrides if o not in ("fresh=true", "fresh=false")]
 
     def run() -> int | None:
-        from nemo_pivotrl.config.load import load_recipe, to_yaml
+        from nemo_pivotrl.config.load import load_recipe
+        from nemo_pivotrl.config.show import to_yaml
 
         recipe = load_recipe(options.recipe, overrides)
         if not options.print_config:
             return run_stage(options.stage, recipe, fresh, options.shard)
-        print(to_yaml(recipe), end="")
+        print(to_yaml(recipe, options.changed), end="")
         return None
 
     return guarded(options.stage, run)
@@ -182,14 +191,14 @@ def tool_parser(tool: str) -> argparse.ArgumentParser:
         return made
     if tool != "verify":
         made.add_argument("--host", default="127.0.0.1", help="address to listen on (default: loopback only)")
-        made.add_argument("--port", type=int, default={"serve-verifier": 8911, "serve-guided": 8912}.get(tool, 8000))
+        made.add_argument("--port", type=int, default=8911 if tool == "serve-verifier" else 8000)
     if tool == "serve":
         made.add_argument(
             "--refit",
             action="store_true",
             help="take weights from a trainer; opens vLLM's development endpoints, which must not face a network you do not own",
         )
-    if tool in ("serve", "serve-guided"):
+    if tool == "serve":
         made.add_argument("recipe", metavar="RECIPE", help="YAML recipe: policy or patient, decode and vllm are read")
         made.add_argument("overrides", nargs="*", metavar="key=value", help="override a setting of the recipe")
         return made
@@ -261,13 +270,6 @@ def run_tool(tool: str, options: argparse.Namespace) -> int | None:
         from nemo_pivotrl.tools.serve import serve as serve_engine
 
         serve_engine(load_recipe(options.recipe, options.overrides), options.host, options.port, options.refit)
-        return None
-    if tool == "serve-guided":
-        recipe = load_recipe(options.recipe, options.overrides)
-        with missing_module(tool, {"starlette": "serve", "uvicorn": "serve"}, "reference"):
-            from nemo_pivotrl.tools.serve_guided import serve as serve_guided
-
-            serve_guided(recipe, options.host, options.port)
         return None
     settings = verifier_settings(options.verifier, options.compat, options.set)
     with missing_module(tool, {"starlette": "serve", "uvicorn": "serve"}, "verifiers"):

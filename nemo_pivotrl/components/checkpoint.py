@@ -25,6 +25,8 @@ from nemo_pivotrl.data.chat_template import Chat
 
 STARTED = time.monotonic()
 """What `checkpoint_must_save_by` counts from: the import of this file, right after the process began."""
+HELD = "retention/held"
+"""Metric of a checkpoint whose out-of-domain score was measured: true where it had been kept. Such checkpoints are saved at once."""
 RESUME = 75
 """Exit code of a run that stopped at its deadline, saved: EX_TEMPFAIL, the same command goes on."""
 
@@ -126,7 +128,7 @@ def prune(folder: Path, settings: Checkpointing) -> None:
 
 def last_held(folder: Path) -> list[Path]:
     """The latest checkpoint whose out-of-domain score was measured and had been kept, if there is one."""
-    return [path for path in steps(folder) if _meta(path)["metrics"].get("retention/held")][-1:]
+    return [path for path in steps(folder) if _meta(path)["metrics"].get(HELD)][-1:]
 
 
 def _step_of(path: Path) -> int:
@@ -186,7 +188,7 @@ def publish(folder: Path, trainer: Trainer, chat: Chat, settings: Checkpointing)
 def published(folder: Path, identity: str) -> int | None:
     """The step of the published policy; None where there is none, another run's, or one older than the latest checkpoint."""
     path, found = folder / PUBLISHED, steps(folder)
-    if not path.exists() or not found:
+    if not path.exists() or not found or not any((folder / "policy").glob("*.safetensors")):
         return None
     told = json.loads(path.read_text(encoding="utf-8"))
     return int(told["step"]) if told == {"step": _meta(found[-1])["step"], "identity": identity} else None

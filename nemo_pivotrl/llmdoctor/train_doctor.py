@@ -20,10 +20,8 @@ from nemo_pivotrl.algorithms.llmdoctor import TfpoSettings, plan, tfpo_loss
 from nemo_pivotrl.backends import loading
 from nemo_pivotrl.backends.base import TokenBatch
 from nemo_pivotrl.backends.identity import identity_of, policy_revision
-from nemo_pivotrl.components import checkpoint
-from nemo_pivotrl.components.costs import spend
-from nemo_pivotrl.components.metrics import MetricsLog
-from nemo_pivotrl.components.progress import progress, steps_of
+from nemo_pivotrl.components.loop import Job, Step, run
+from nemo_pivotrl.components.progress import steps_of
 from nemo_pivotrl.components.rollout import load_chat
 from nemo_pivotrl.config import Recipe
 from nemo_pivotrl.core.artifacts import digest, file_digest, read_header, read_rows
@@ -65,40 +63,44 @@ def _train(recipe: Recipe, source: Path, chat: Chat, fresh: bool) -> Path:
     """Train the doctor of `tfpo.objective` in the folder `tfpo.name`."""
     settings = recipe.tfpo
     train, held_out = _pairs(recipe, source)
-    steps = steps_of(settings.max_num_steps, settings.max_num_epochs, len(train), settings.pairs_per_step)
-    settings = dataclasses.replace(settings, max_num_steps=steps)
-    loss_settings = tfpo_settings(recipe)
-    backend = loading.load_doctor(recipe.doctor, anchored=settings.anchor == "reference", megatron=recipe.megatron)
-    backend.prepare_for_training(recipe.doctor.optimizer)
-    folder, identity = recipe.path(settings.name), _identity(recipe, source, chat)
-    first = checkpoint.resume(folder, identity, backend, fresh)
-    if first > settings.max_num_steps:
-        remedy = f"{folder} is already at step {first}; ask for at least that, or add fresh=true"
-        raise InputError(Problem("recipe", None, "tfpo.max_num_steps", str(settings.max_num_steps), remedy))
-    log = MetricsLog(folder, first if first else -1, recipe, "tfpo")
-    with (
-        spend(Path(recipe.run_dir), f"tfpo {settings.name}") as cost,
-        progress(settings.max_num_steps, first, settings.name, "step") as bar,
-    ):
-        if first == 0 and settings.val_period and held_out:
-            log.write(0, validate(backend, held_out, loss_settings), {})
-        for step in range(first + 1, settings.max_num_steps + 1):
-            backend.prepare_for_training_step()
-            metrics = _run(backend, _draw(train, step, recipe), loss_settings)
-            metrics |= backend.finish_training_step()
-            last = step == settings.max_num_steps
-            if settings.val_period and held_out and (step % settings.val_period == 0 or last):
-                metrics |= validate(backend, held_out, loss_settings)
-            log.write(step, metrics, {})
-            if step % recipe.checkpointing.save_period == 0 or last:
-                checkpoint.save(folder, step, identity, metrics, backend, chat, _best_by_loss(recipe))
-            bar.set_postfix(loss=f"{metrics['loss']:.4f}", ordered=f"{metrics['ordered']:.2f}", refresh=False)
-            bar.update()
-        cost.update(
-            steps=settings.max_num_steps - first, pairs=(settings.max_num_steps - first) * settings.pairs_per_step
-        )
-        log.close()
-        return checkpoint.publish(folder, backend, chat, _best_by_loss(recipe))
+    job = Job(
+        recipe=recipe,
+        stage="tfpo",
+        name=settings.name,
+        cost_name=f"tfpo {settings.name}",
+        identity=_identity(recipe, source, chat),
+        chat=chat,
+        steps=steps_of(settings.max_num_steps, settings.max_num_epochs, len(train), settings.pairs_per_step),
+        steps_field="tfpo.max_num_steps",
+        checkpointing=_best_by_loss(recipe),
+        shown=("loss", "ordered"),
+    )
+    return run(job, lambda cost: DoctorTraining(recipe, train, held_out), fresh)
+
+
+class DoctorTraining:
+    """A doctor in training on pairs with token rewards (`components.loop.Work`)."""
+
+    def __init__(self, recipe: Recipe, train: Sequence[Pair], held_out: Sequence[Pair]):
+        self.recipe, self.train, self.held_out = recipe, train, held_out
+        self.settings = tfpo_settings(recipe)
+        anchored = recipe.tfpo.anchor == "reference"
+        self.trainer = loading.load_doctor(recipe.doctor, anchored=anchored, megatron=recipe.megatron)
+        self.trainer.prepare_for_training(recipe.doctor.optimizer)
+
+    def step(self, number: int) -> Step:
+        """One update by `tfpo.pairs_per_step` pairs."""
+        self.trainer.prepare_for_training_step()
+        metrics = _run(self.trainer, _draw(self.train, number, self.recipe), self.settings)
+        return Step(metrics | self.trainer.finish_training_step(), {"pairs": self.recipe.tfpo.pairs_per_step})
+
+    def validate(self, step: int, last: bool, known: dict[str, float]) -> dict[str, float]:
+        """The step's metrics on held-out pairs, under `val/`; before the first step and after the last one, too."""
+        period = self.recipe.tfpo.val_period
+        if not (period and self.held_out) or "val/loss" in known or (step % period and not last):
+            return {}
+        found = _run(self.trainer, self.held_out, self.settings, forward_only=True)
+        return {f"val/{name}": value for name, value in found.items()}
 
 
 def tfpo_settings(recipe: Recipe) -> TfpoSettings:
@@ -196,8 +198,3 @@ def _loss(
     rows = torch.arange(len(mask), device=log_probs.device).view(-1, 2)
     layout = plan(token_ids, data["rewards"], mask, data["ended"], rows, settings)
     return tfpo_loss(log_probs, log_values, layout, pairs, settings, reference)
-
-
-def validate(backend: DoctorModel, held_out: Sequence[Pair], settings: TfpoSettings) -> dict[str, float]:
-    """The same metrics on held-out pairs, under `val/`."""
-    return {f"val/{name}": value for name, value in _run(backend, held_out, settings, forward_only=True).items()}

@@ -10,11 +10,11 @@ one sequence with several trained spans, which costs a pass over the trajectory 
 from __future__ import annotations
 
 import dataclasses
-import os
 import random
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 import torch
 
@@ -22,22 +22,19 @@ from nemo_pivotrl.algorithms import pivotrl
 from nemo_pivotrl.backends import loading
 from nemo_pivotrl.backends.base import TokenBatch
 from nemo_pivotrl.backends.identity import identity_of, policy_revision, without_start
-from nemo_pivotrl.components import checkpoint
-from nemo_pivotrl.components.costs import spend
-from nemo_pivotrl.components.metrics import MetricsLog
-from nemo_pivotrl.components.progress import progress
-from nemo_pivotrl.components.rollout import load_chat
+from nemo_pivotrl.components.loop import Job, Step, run
+from nemo_pivotrl.components.rollout import load_chat, rendered
 from nemo_pivotrl.config import Policy, Recipe, Sft
 from nemo_pivotrl.core.artifacts import digest, file_digest, read_header
 from nemo_pivotrl.core.errors import InputError, Problem
-from nemo_pivotrl.core.types import Candidate, Message
+from nemo_pivotrl.core.plugins import load_plugin
+from nemo_pivotrl.core.types import Action, Candidate, Message
 from nemo_pivotrl.data import gym_rows as responses
 from nemo_pivotrl.data.chat_template import Chat
-from nemo_pivotrl.demo import service_desk as world, tiny_models as tiny
 from nemo_pivotrl.pivotrl.select import candidates_of
 
-COPY_BATCH = 128
-"""Copying puzzles a step at the beginning of a tiny model's life; they are short."""
+EMBEDDED = "nemo_pivotrl.demo.start_policy:make_start_policy"
+"""What `warmup.source: world` runs."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -93,7 +90,9 @@ def warmup(recipe: Recipe, fresh: bool = False) -> Path:
         found, target = recipe.policy.model_name, recipe.path(recipe.warmup.name) / "policy"
         remedy = f"the warmup would write {target}; point policy.model_name there, or leave the warmup out"
         raise InputError(Problem("recipe", None, "policy.model_name", found, remedy))
-    return _warm_tiny(recipe, fresh) if recipe.warmup.source == "world" else _fine_tune(recipe, recipe.warmup, fresh)
+    if recipe.warmup.source == "world":
+        return cast("Path", load_plugin(EMBEDDED, "warmup.source")(recipe, fresh))
+    return _fine_tune(recipe, recipe.warmup, fresh)
 
 
 def makes_start_policy(recipe: Recipe) -> bool:
@@ -106,14 +105,14 @@ def _fine_tune(recipe: Recipe, settings: Sft, fresh: bool) -> Path:
     read_header(source, ("candidates", "pivots"))
     policy = dataclasses.replace(recipe.policy, model_name=settings.init or recipe.policy.model_name)
     chat = load_chat(policy)
-    sequences = _of_candidates(candidates_of(source, "train"), chat, policy)
+    sequences = _of_candidates(candidates_of(source, "train"), chat, policy, source)
     if not sequences:
         raise InputError(
             Problem(
                 str(source), None, "train split", "no turn fits the context", "raise policy.max_total_sequence_length"
             )
         )
-    identity = _identity(recipe, settings, policy, chat, file_digest(source))
+    identity = identity_for(recipe, settings, policy, chat, file_digest(source))
 
     def draw(step: int) -> list[list[Sequence_]]:
         return [epochs(sequences, settings.batch_size, step, recipe.seed)]
@@ -121,7 +120,7 @@ def _fine_tune(recipe: Recipe, settings: Sft, fresh: bool) -> Path:
     return fit(recipe, settings, policy, chat, draw, identity, fresh)
 
 
-def _identity(recipe: Recipe, settings: Sft, policy: Policy, chat: Chat, data: str) -> str:
+def identity_for(recipe: Recipe, settings: Sft, policy: Policy, chat: Chat, data: str) -> str:
     """What a checkpoint belongs to: start weights, data and every setting that changes fine-tuning."""
     kept = [
         identity_of(policy, recipe.megatron) or policy.dtype,
@@ -135,19 +134,38 @@ def _identity(recipe: Recipe, settings: Sft, policy: Policy, chat: Chat, data: s
     )
 
 
-def _of_candidates(candidates: Sequence[Candidate], chat: Chat, policy: Policy) -> list[Sequence_]:
+def _of_candidates(candidates: Sequence[Candidate], chat: Chat, policy: Policy, source: Path) -> list[Sequence_]:
+    examples = rendered(
+        candidates, lambda c: _example(c.messages, c.tools, responses.message_of(c.expected), chat), source, "turns"
+    )
+    kept = [(c, e) for c, e in examples if len(e[0]) + len(e[1]) <= policy.max_total_sequence_length]
+    if len(kept) < len(examples):
+        print(f"excluded: {len(examples) - len(kept)} of {len(examples)} turns, context_overflow")
+    if told := _about_reasoning([c.expected for c, _ in kept], chat):
+        print(told)
     by_trajectory: dict[str, list[tuple[list[int], list[int]]]] = {}
-    for c in candidates:
-        example = _example(c.messages, c.tools, responses.message_of(c.expected), chat)
-        if len(example[0]) + len(example[1]) <= policy.max_total_sequence_length:
-            by_trajectory.setdefault(c.trajectory_id, []).append(example)
-    return [s for examples in by_trajectory.values() for s in merge(examples)]
+    for c, example in kept:
+        by_trajectory.setdefault(c.trajectory_id, []).append(example)
+    return [s for of_one in by_trajectory.values() for s in merge(of_one)]
+
+
+def _about_reasoning(turns: Sequence[Action], chat: Chat) -> str:
+    """What is to be said of the reasoning in the trained turns; '' where all is trained as it is."""
+    thought = sum(bool(turn.reasoning) for turn in turns)
+    if thought and not chat.template.reasoning_field:
+        return f"{thought} of {len(turns)} turns have reasoning, which the chat template does not write: they are trained without it"
+    if thought < len(turns) and chat.reasoning.opened:
+        return (
+            f"{len(turns) - thought} of {len(turns)} turns have no reasoning: the chat template's prompt opens it, so they are "
+            "trained to end it at once; policy.template_kwargs may turn it off"
+        )
+    return ""
 
 
 def _example(
     state: Sequence[Message], tools: Sequence[dict[str, object]], action: Message, chat: Chat
 ) -> tuple[list[int], list[int]]:
-    return chat.prompt_ids(state, tools), chat.action_ids(state, tools, action)
+    return chat.example_ids(state, tools, action)
 
 
 def epochs(sequences: Sequence[Sequence_], size: int, step: int, seed: int) -> list[Sequence_]:
@@ -158,66 +176,6 @@ def epochs(sequences: Sequence[Sequence_], size: int, step: int, seed: int) -> l
         for epoch in {p // len(sequences) for p in places}
     }
     return [sequences[orders[p // len(sequences)][p % len(sequences)]] for p in places]
-
-
-def _warm_tiny(recipe: Recipe, fresh: bool) -> Path:
-    """A tiny model from nothing: first copying puzzles, then the desk and all puzzles side by side."""
-    shape, settings = recipe.world, recipe.warmup
-    desk, puzzles = warmup_trajectories(recipe)
-    init = recipe.path(f"{settings.name}.init-{digest([recipe.seed, dataclasses.asdict(shape)], 8)}")
-    if not init.exists():
-        tokenizer = tiny.make_tokenizer((text for t in [*desk, *puzzles] for text in _texts(t)), shape.vocab_size)
-        part = init.with_name(init.name + ".part")
-        tiny.save(
-            tiny.make_model(tokenizer, shape.hidden_size, shape.layers, shape.heads, recipe.seed), tokenizer, part
-        )
-        os.replace(part, init)
-    policy = dataclasses.replace(recipe.policy, model_name=str(init))
-    chat = load_chat(policy)
-    desk_sequences, puzzle_sequences = ([conversation(t, chat) for t in some] for some in (desk, puzzles))
-    looks_back = ("repeat", "recall")
-    copying = [s for s, t in zip(puzzle_sequences, puzzles, strict=True) if t["family"] in looks_back]
-    identity = _identity(recipe, settings, policy, chat, digest(dataclasses.asdict(shape)))
-
-    def draw(step: int) -> list[list[Sequence_]]:
-        if step <= settings.copy_steps:
-            return [epochs(copying, COPY_BATCH, step, recipe.seed)]
-        parts = [epochs(desk_sequences, settings.batch_size, step, recipe.seed)]
-        return (
-            [*parts, epochs(puzzle_sequences, settings.puzzle_batch_size, step, recipe.seed)]
-            if settings.puzzle_batch_size
-            else parts
-        )
-
-    return fit(recipe, settings, policy, chat, draw, identity, fresh)
-
-
-def warmup_trajectories(recipe: Recipe) -> tuple[list[dict], list[dict]]:
-    """Conversations the tiny start policy learns from; their tasks are shared with no other split."""
-    rng = random.Random(f"experts {recipe.seed}")
-    desk = world.tasks(recipe.seed, world_sizes(recipe))["warmup"]
-    puzzles = world.tasks(recipe.seed, puzzle_sizes(recipe), world.puzzle_task)["warmup"]
-    with_family = [{**world.expert_trajectory(t, rng), "family": t.family} for t in puzzles]
-    careless, slipping = random.Random(f"slips {recipe.seed}"), recipe.world.slips
-    clerks = [world.expert_trajectory(t, rng, slips=world.draw_slips(careless, slipping)) for t in desk]
-    return clerks, with_family
-
-
-def world_sizes(recipe: Recipe) -> dict[str, int]:
-    """How many desk tasks each split of the embedded world has."""
-    return {"warmup": recipe.world.warmup_tasks, "train": recipe.world.train_tasks, "test": recipe.world.test_tasks}
-
-
-def puzzle_sizes(recipe: Recipe) -> dict[str, int]:
-    """The same for the out-of-domain puzzles, which nobody trains on after the warm-up."""
-    return {"warmup": recipe.world.puzzle_warmup_tasks, "test": recipe.world.puzzle_test_tasks}
-
-
-def _texts(trajectory: dict) -> Iterable[str]:
-    for message in trajectory["messages"]:
-        yield message["content"]
-        for call in message.get("tool_calls", []):
-            yield f'{{"name": "{call["function"]["name"]}", "arguments": {call["function"]["arguments"]}}}'
 
 
 def conversation(trajectory: dict, chat: Chat) -> Sequence_:
@@ -235,38 +193,49 @@ def fit(
     identity: str,
     fresh: bool,
 ) -> Path:
-    """The loop: each part of a step's draw has its own token mean. Resumes from its last checkpoint."""
-    plain = dataclasses.replace(policy.generation, temperature=1.0)  # the likelihood itself, not a tempered one
-    own = policy.model_name == recipe.policy.model_name
-    megatron = recipe.megatron if own else without_start(recipe.megatron)
-    trained = dataclasses.replace(policy, prefix_sharing=False, generation=plain, sampler="backend")
-    backend = loading.load(trained, megatron)
-    backend.prepare_for_training(settings.optimizer)
-    folder = recipe.path(settings.name)
-    first = checkpoint.resume(folder, identity, backend, fresh)
-    log = MetricsLog(folder, first, recipe, "sft")
-    period = max(recipe.checkpointing.save_period, settings.num_steps // 5)
-    tokens = 0.0
-    with (
-        spend(Path(recipe.run_dir), settings.name) as cost,
-        progress(settings.num_steps, first, settings.name, "step") as bar,
-    ):
-        for step in range(first + 1, settings.num_steps + 1):
-            backend.decay = decay(step, settings)
-            backend.prepare_for_training_step()
-            losses = []
-            for part in draw(step):
-                batch, count = token_batch(part)
-                losses.append(backend.get_loss_and_metrics(batch, partial(_loss, normaliser=count))["loss"])
-                tokens += count
-            log.write(step, {"loss": sum(losses), **backend.finish_training_step()}, {})
-            if step % period == 0 or step == settings.num_steps:
-                checkpoint.save(folder, step, identity, {}, backend, chat, recipe.checkpointing)
-            bar.set_postfix(loss=f"{sum(losses):.3f}", refresh=False)
-            bar.update()
-        cost.update(steps=settings.num_steps - first, tokens_trained=int(tokens))
-        log.close()
-        return checkpoint.publish(folder, backend, chat, recipe.checkpointing)
+    """Fine-tune `policy`; returns the policy's folder. draw: the parts of a step, each of which has its own token mean."""
+    kept = recipe.checkpointing
+    job = Job(
+        recipe=recipe,
+        stage="sft",
+        name=settings.name,
+        cost_name=settings.name,
+        identity=identity,
+        chat=chat,
+        steps=settings.num_steps,
+        steps_field="num_steps",
+        checkpointing=dataclasses.replace(kept, save_period=max(kept.save_period, settings.num_steps // 5)),
+    )
+    return run(job, lambda cost: FineTuning(recipe, settings, policy, draw), fresh)
+
+
+class FineTuning:
+    """A policy in training on expert actions (`components.loop.Work`)."""
+
+    def __init__(self, recipe: Recipe, settings: Sft, policy: Policy, draw: Callable[[int], list[list[Sequence_]]]):
+        plain = dataclasses.replace(policy.generation, temperature=1.0)  # the likelihood itself, not a tempered one
+        own = policy.model_name == recipe.policy.model_name
+        megatron = recipe.megatron if own else without_start(recipe.megatron)
+        trained = dataclasses.replace(policy, prefix_sharing=False, generation=plain, sampler="backend")
+        self.settings, self.draw = settings, draw
+        self.trainer = loading.load(trained, megatron)
+        self.trainer.prepare_for_training(settings.optimizer)
+
+    def step(self, number: int) -> Step:
+        """One update by all parts of the draw."""
+        self.trainer.decay = decay(number, self.settings)
+        self.trainer.prepare_for_training_step()
+        losses, tokens = [], 0.0
+        for part in self.draw(number):
+            batch, count = token_batch(part)
+            losses.append(self.trainer.get_loss_and_metrics(batch, partial(_loss, normaliser=count))["loss"])
+            tokens += count
+        metrics = {"loss": sum(losses), **self.trainer.finish_training_step()}
+        return Step(metrics, {"tokens_trained": int(tokens)})
+
+    def validate(self, step: int, last: bool, known: dict[str, float]) -> dict[str, float]:
+        """Nothing is held out."""
+        return {}
 
 
 def decay(step: int, settings: Sft) -> float:

@@ -25,15 +25,15 @@ from nemo_pivotrl.algorithms.prefix_tree import prompt_saving
 from nemo_pivotrl.backends import loading
 from nemo_pivotrl.backends.base import Backend, Sampler, TokenBatch
 from nemo_pivotrl.backends.identity import identity_of, policy_revision
-from nemo_pivotrl.components import checkpoint
-from nemo_pivotrl.components.costs import Metered, spend
-from nemo_pivotrl.components.metrics import MetricsLog, read_metrics
-from nemo_pivotrl.components.progress import progress, steps_of
+from nemo_pivotrl.components.costs import Metered
+from nemo_pivotrl.components.loop import Job, Step, run
+from nemo_pivotrl.components.progress import steps_of
 from nemo_pivotrl.components.rollout import (
     Rollout,
     fits,
     load_chat,
     load_recipe_verifier,
+    rendered,
     roll_out,
     sample_seed,
     sampling,
@@ -56,88 +56,59 @@ def train(recipe: Recipe, fresh: bool = False, until: Until | None = None) -> Pa
 
     `until` ends the training before its last step; without it the out-of-domain score does, where it is measured.
     """
-    until = until or partial(rounds.lost, loop=recipe.loop)
     settings, source = recipe.grpo, recipe.path(recipe.grpo.pivots)
     chat = load_chat(recipe.policy, recipe.verifier.limits)
     verifier, verifier_id = load_recipe_verifier(recipe)
     _check(recipe, source, chat, verifier_id)
-    pivots = _states(candidates_of(source, "train"), chat, recipe)
+    pivots = _states(candidates_of(source, "train"), chat, recipe, source)
     if not pivots:
         raise InputError(
             Problem(str(source), None, "pivots", "none fits the context", "raise policy.max_total_sequence_length")
         )
-    steps = steps_of(settings.max_num_steps, settings.max_num_epochs, len(pivots), settings.num_prompts_per_step)
-    folder, identity = recipe.path(settings.name), _identity(recipe, source)
-    if not fresh and (done := checkpoint.published(folder, identity)) is not None:
-        rows = [row for row in read_metrics(folder / "metrics.jsonl") if row["step"] <= done]
-        if done == steps or (done < steps and until(rows) is not None):
-            print(f"{folder / 'policy'} is complete, at step {done}; fresh=true trains anew")
-            return folder / "policy"
-    with spend(Path(recipe.run_dir), f"train {settings.name}") as cost:
-        return _train(recipe, fresh, until, chat, verifier, pivots, steps, identity, cost)
+    job = Job(
+        recipe=recipe,
+        stage="train",
+        name=settings.name,
+        cost_name=f"train {settings.name}",
+        identity=_identity(recipe, source),
+        chat=chat,
+        steps=steps_of(settings.max_num_steps, settings.max_num_epochs, len(pivots), settings.num_prompts_per_step),
+        steps_field="grpo.max_num_steps",
+        checkpointing=recipe.checkpointing,
+        shown=("reward", "mixed_group_share"),
+        ended=until or partial(rounds.lost, loop=recipe.loop),
+    )
+    return run(job, lambda cost: PolicyTraining(recipe, chat, verifier, pivots, cost), fresh)
 
 
-def _train(
-    recipe: Recipe,
-    fresh: bool,
-    until: Until,
-    chat: Chat,
-    verifier: Verifier,
-    pivots: Sequence[State],
-    steps: int,
-    identity: str,
-    cost: dict[str, Any],
-) -> Path:
-    settings, folder = recipe.grpo, recipe.path(recipe.grpo.name)
-    held_out = _states(candidates_of(recipe.path(settings.pivots), "validation"), chat, recipe)
-    held_out = sorted(held_out, key=lambda s: pivotrl.order_key(recipe.seed, s.candidate.candidate_id))[
-        : settings.val_candidates
-    ]
-    limit, slowest = checkpoint.time_limit(recipe.checkpointing.checkpoint_must_save_by), 0.0
-    units = together(pivots, settings.keep_together if recipe.policy.prefix_sharing else 1.0)
-    anchored = recipe.loss_fn.reference_policy_kl_penalty > 0 or settings.val_kl
-    backend = loading.load(recipe.policy, recipe.megatron, with_reference=anchored, vllm=recipe.vllm)
-    backend.prepare_for_training(recipe.policy.optimizer)
-    first = checkpoint.resume(folder, identity, backend, fresh)
-    if first > steps:
-        remedy = f"{folder} is already at step {first}; ask for at least that, or add fresh=true"
-        raise InputError(Problem("recipe", None, "grpo.max_num_steps", str(settings.max_num_steps), remedy))
-    log = MetricsLog(folder, first if first else -1, recipe, "train")
-    monitor = Monitor(recipe, backend, chat, verifier, held_out)
-    rows: list[rounds.Row] = list(read_metrics(log.path))
-    cost |= {"steps": 0, "tokens_trained": 0}
+class PolicyTraining:
+    """A policy in training on pivots (`components.loop.Work`)."""
 
-    def note(step: int, row: dict[str, float], timing: dict[str, float]) -> None:
-        log.write(step, row, timing)
-        rows.append({"step": step, **row})
-        cost["tokens_trained"] += round(row.get("tokens_trained", 0.0))
+    def __init__(self, recipe: Recipe, chat: Chat, verifier: Verifier, pivots: Sequence[State], cost: dict[str, Any]):
+        settings = recipe.grpo
+        source = recipe.path(settings.pivots)
+        held_out = _states(candidates_of(source, "validation"), chat, recipe, source)
+        held_out = sorted(held_out, key=lambda s: pivotrl.order_key(recipe.seed, s.candidate.candidate_id))
+        anchored = recipe.loss_fn.reference_policy_kl_penalty > 0 or settings.val_kl
+        self.recipe, self.chat, self.verifier, self.pivots, self.cost = recipe, chat, verifier, pivots, cost
+        self.units = together(pivots, settings.keep_together if recipe.policy.prefix_sharing else 1.0)
+        self.trainer = loading.load(recipe.policy, recipe.megatron, with_reference=anchored, vllm=recipe.vllm)
+        self.trainer.prepare_for_training(recipe.policy.optimizer)
+        self.monitor = Monitor(recipe, self.trainer, chat, verifier, held_out[: settings.val_candidates])
+        self.meter = Metered(self.trainer, cost)
+        """Of the step that runs."""
 
-    with progress(steps, first, settings.name, "step") as bar:
-        if first == 0 and (row := monitor.measure(meter := Metered(backend, cost), 0, False, {})):
-            note(0, row | meter.costs(), {})
-        ending = until(rows) if first else None
-        for step in range(first + 1, steps + 1):
-            if ending is not None:
-                break
-            meter = Metered(backend, cost)
-            row, timing = _step(recipe, step, _draw(pivots, units, step, recipe), backend, meter, chat, verifier)
-            row |= monitor.measure(meter, step, step == steps, row)
-            ending = until([*rows, {"step": step, **row, **meter.costs()}])
-            last = step == steps or ending is not None
-            row |= monitor.measure(meter, step, last, row)
-            note(step, row | meter.costs(), timing)
-            cost["steps"] += 1
-            slowest = max(slowest, timing["seconds"])
-            due = not last and checkpoint.is_due(limit, time.monotonic() - checkpoint.STARTED, slowest)
-            if step % recipe.checkpointing.save_period == 0 or last or due or "retention/held" in row:
-                checkpoint.save(folder, step, identity, row, backend, chat, recipe.checkpointing)
-            bar.set_postfix(reward=f"{row['reward']:.3f}", mixed=f"{row['mixed_group_share']:.2f}", refresh=False)
-            bar.update()
-            if due:
-                log.close()
-                raise checkpoint.Paused(folder)
-        log.close()
-        return checkpoint.publish(folder, backend, chat, recipe.checkpointing)
+    def step(self, number: int) -> Step:
+        """Sample, judge and update. Every sample of the step is counted in its row, those of its validations too."""
+        self.meter = Metered(self.trainer, self.cost)
+        drawn = _draw(self.pivots, self.units, number, self.recipe)
+        metrics, timing = _step(self.recipe, number, drawn, self.trainer, self.meter, self.chat, self.verifier)
+        return Step(metrics | self.meter.costs(), {"tokens_trained": round(metrics["tokens_trained"])}, timing)
+
+    def validate(self, step: int, last: bool, known: rounds.Row) -> dict[str, float]:
+        """What `Monitor` finds due, with what the step has cost by then."""
+        found = self.monitor.measure(self.meter, step, last, known)
+        return found | self.meter.costs() if found else {}
 
 
 def _check(recipe: Recipe, source: Path, chat: Chat, verifier_id: str) -> None:
@@ -193,8 +164,9 @@ def _identity(recipe: Recipe, source: Path) -> str:
     return digest([recipe.seed, grpo, parts, recipe.checkpointing.save_period, file_digest(source)])
 
 
-def _states(candidates: Sequence[Candidate], chat: Chat, recipe: Recipe) -> list[State]:
-    states = [State(c, chat.prompt_ids(c.messages, c.tools)) for c in candidates]
+def _states(candidates: Sequence[Candidate], chat: Chat, recipe: Recipe, source: Path) -> list[State]:
+    found = rendered(candidates, lambda c: chat.prompt_ids(c.messages, c.tools), source)
+    states = [State(candidate, prompt) for candidate, prompt in found]
     kept = [s for s in states if fits(s.prompt, recipe.policy)]
     if len(kept) < len(states):
         print(f"excluded: {len(states) - len(kept)} of {len(states)} states, context_overflow")

@@ -247,7 +247,9 @@ def _read_list(c: Reading, value: list[Any], schema: Mapping[str, Any], kind: st
     scripts = {i for i in range(1, len(value)) if value[i - 1] in ("-c", "-lc", "-ic")} if words else set()
     forms = [read_value(c, v, inner, "text" if words and i not in scripts else kind) for i, v in enumerate(value)]
     if schema.get("uniqueItems") is True and c.on("set_order"):
-        return "set", *sorted(forms, key=repr)
+        keys = [repr(form) for form in forms]
+        c.spend(8 * sum(map(len, keys)))
+        return "set", *(form for _, form in sorted(zip(keys, forms, strict=True), key=lambda pair: pair[0]))
     return "list", *forms
 
 

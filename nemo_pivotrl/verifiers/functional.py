@@ -117,7 +117,7 @@ class Functional:
     mode: Literal["arguments", "tool_name"] = "arguments"
     """`tool_name`: the tool's name alone decides, as in the paper's SWE-Bench runs."""
     rules: dict[str, bool] = field(default_factory=dict)
-    """Rules to switch on or off; the others are as in RULES."""
+    """Rules to switch on or off; the others are as in RULES of `nemo_pivotrl/verifiers/functional.py`."""
     kinds: dict[str, str] = field(default_factory=dict)
     """What an argument holds, where its name and schema do not say: `tool.argument` or `argument` to one of KINDS."""
     ignored_arguments: tuple[str, ...] = ()
@@ -125,8 +125,10 @@ class Functional:
     extra_calls: bool = False
     """Accept calls beyond the expert's."""
     ask_judge: tuple[Literal["shell", "query", "sql", "prose", "python", "edit"], ...] = ()
-    """Kinds whose differences the judge decides; it is asked only when nothing else differs. `prose` is every text of
-    several words that is none of the others."""
+    """Kinds whose differences the judge decides; it is asked only when nothing else differs.
+
+    `prose` is every text of several words that is none of the others.
+    """
     limits: Limits = field(default_factory=Limits)
     judge: Judging | None = None
 
@@ -191,7 +193,9 @@ class Functional:
         used: set[str] = set()
         left = [self.limits.max_work]
         ours, theirs = (self._forms(case, calls, self.switched_on, used, left) for calls in (wanted, found))
-        missing = Counter(form.key for form in ours if form is not None) - Counter(form.key for form in theirs if form is not None)
+        missing = Counter(form.key for form in ours if form is not None) - Counter(
+            form.key for form in theirs if form is not None
+        )
         if not missing:
             needed = self._needed(case, wanted, found, used, left)
             return Verdict(1.0, "EQUAL" if needed is None else "EQUIVALENT", rules=needed or ())
