@@ -117,11 +117,12 @@ def _convert(hint: Any, value: Any) -> Any:
     """`value` as type `hint`. Raises ValueError that says what is wanted."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):
-        for option in args:
+        for option in sorted(args, key=lambda option: typing.get_origin(option) is Literal):
             try:
                 return _convert(option, value)
             except ValueError:
-                continue
+                if typing.get_origin(option) is Literal:
+                    raise  # it names what may stand here; None, the other choice, is not written
         raise ValueError("expected " + " or ".join(getattr(a, "__name__", str(a)) for a in args))
     if origin is Literal:
         if value in args:
