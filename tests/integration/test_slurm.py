@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.fork_door import fork_door
 from support.processes import wait_for
 from support.recipes import SMALL
 from support.slurm import SCRIPTS, environment
@@ -52,10 +53,13 @@ def test_the_whole_pipeline_runs_as_jobs_and_trains_in_two_processes(
         (tmp_path / "run" / name).symlink_to(trained / name)
     cpu = ["policy.backend=megatron", "megatron.cpu=true", "megatron.bf16=false"]
     extra = " ".join([f"run_dir={tmp_path}/run", *SMALL, *cpu, "grpo.max_num_steps=2"])
-    launch(tmp_path, "all", EXTRA_HYDRA_ARGS=extra, GPUS_PER_NODE="2", NUM_SHARDS=str(shards))
+    with fork_door(tmp_path) as python:
+        command = f"{python} -m nemo_pivotrl.cli"
+        settings = {"EXTRA_HYDRA_ARGS": extra, "GPUS_PER_NODE": "2", "NUM_SHARDS": str(shards)}
+        launch(tmp_path, "all", COMMAND_PREFIX=command, **settings)
     log = "".join(path.read_text() for path in sorted((tmp_path / "logs/test").glob("*.log")))
     assert all(set(job["codes"]) == {0} for job in jobs(tmp_path)), log
-    started = [step["command"][3] for step in steps(tmp_path)]
+    started = [step["command"][step["command"].index("nemo_pivotrl.cli") + 1] for step in steps(tmp_path)]
     assert started == ["extract", *["profile"] * shards, *["merge"] * (shards > 1), "select", "train"]
     assert [step["tasks"] for step in steps(tmp_path)] == [1] * (len(started) - 1) + [2]
     assert (tmp_path / "run/pivotrl/policy/config.json").exists()
