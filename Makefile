@@ -61,6 +61,7 @@ VLLM := tests/vllm
 $(VENV_VLLM)/.installed: $(VLLM)/requirements.txt $(VLLM)/constraints.txt
 	$(PYTHON) -m venv $(VENV_VLLM)
 	$(VENV_VLLM)/bin/python -m pip install -q -c $(VLLM)/constraints.txt -r $(VLLM)/requirements.txt
+	$(VENV_VLLM)/bin/python -m pip install -q --no-deps -c constraints.txt trl  # its chat templates are tested, not its code
 	$(VENV_VLLM)/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec triton
 	touch $@
 
@@ -79,6 +80,7 @@ $(STAMP): setup.py constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[reference,megatron,verifiers,serve,report,dev]'
+	$(BIN)/python -m pip install -q --no-deps -c constraints.txt trl  # its chat templates are tested, not its code
 	touch $@
 
 SMOLLM2 := runs/smollm2/base/config.json
@@ -104,9 +106,12 @@ $(CONFORMANCE)/.installed: benchmarks/conformance-requirements.txt constraints.t
 	$(CONFORMANCE)/bin/python -m pip install -q -r benchmarks/conformance-requirements.txt
 	touch $@
 
-# NeMo-Gym's own verifiers (public wheels) and ours on the same random cases; not part of `make test`
-conformance: $(CONFORMANCE)/.installed
+# NeMo-Gym's own verifiers (public wheels) and ours on the same random cases, and every example file of its environments through
+# `extract` and `audit`; not part of `make test`
+conformance: $(CONFORMANCE)/.installed $(STAMP)
 	PYTHONPATH=. $(CONFORMANCE)/bin/python benchmarks/conformance.py $(ARGS)
+	PYTHONPATH=. $(BIN)/python benchmarks/gym_examples.py extract
+	PYTHONPATH=. $(CONFORMANCE)/bin/python benchmarks/gym_examples.py verify
 
 verifier-speed: $(CONFORMANCE)/.installed
 	PYTHONPATH=. $(CONFORMANCE)/bin/python benchmarks/verifier_speed.py $(ARGS)

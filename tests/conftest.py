@@ -68,7 +68,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def trained_run() -> Path:
     def make(folder: Path) -> None:
-        from nemo_pivotrl.pipeline import make_world
+        from nemo_pivotrl.demo.expert_trajectories import make_expert_trajectories as make_world
         from nemo_pivotrl.pivotrl.extract import extract
         from nemo_pivotrl.pivotrl.profile import profile
         from nemo_pivotrl.pivotrl.select import select

@@ -11,7 +11,7 @@ from nemo_pivotrl.config.llmdoctor import (
     Preferences,
     Rank,
     Reward,
-    ServeGuided,
+    Serve,
     Tfpo,
 )
 from nemo_pivotrl.config.models import ChatSettings, Generation, Lora, Megatron, Optimizer, Policy, Vllm
@@ -56,7 +56,7 @@ __all__ = [
     "Rescore",
     "Reward",
     "Select",
-    "ServeGuided",
+    "Serve",
     "Sft",
     "Tfpo",
     "Verifier",

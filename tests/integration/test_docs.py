@@ -35,7 +35,6 @@ PROGRAMS = (
 )
 TINY = {"pivotrl": "recipes/pivotrl/tiny.yaml", "llmdoctor": "recipes/llmdoctor/tiny.yaml"}
 ELSEWHERE = {
-    "nemo-pivotrl serve-guided ": "test_serve_guided.py",
     "nemo-pivotrl serve recipes/": "vllm/test_vllm_serve.py",
     "nemo-pivotrl profile RECIPE.yaml policy.sampler=vllm vllm.servers=": "vllm/test_vllm_stages.py",
     "nemo-pivotrl serve-verifier ": "test_verify.py",
@@ -74,7 +73,7 @@ def run(words: list[str], folder: Path, small: list[str]) -> None:
     ), named
 
 
-REFERENCE = ("algorithms.md", "settings.md")
+REFERENCE = ("algorithms.md", "formats.md", "settings.md")
 """Pages to look things up in; the others are read from top to bottom and stay short."""
 
 

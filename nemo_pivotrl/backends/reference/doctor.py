@@ -17,7 +17,7 @@ from nemo_pivotrl.algorithms.prefix_tree import lay_out, packs
 from nemo_pivotrl.backends.base import TokenBatch
 from nemo_pivotrl.backends.reference.policy import ReferencePolicy, _fit
 from nemo_pivotrl.backends.reference.tree import log_probs, run
-from nemo_pivotrl.backends.sampling import pad, positions
+from nemo_pivotrl.backends.sampling import check_finite, pad, positions
 from nemo_pivotrl.config import Optimizer, Policy
 
 PairLoss = Callable[[Tensor, Tensor, Tensor | None, Tensor, dict[str, Tensor]], tuple[Tensor, dict[str, Tensor]]]
@@ -108,7 +108,7 @@ class DoctorModel(ReferencePolicy):
                 loss.backward()
             for key, value in metrics.items():
                 totals[key] = totals.get(key, 0.0) + float(value)
-        return totals | {"token_ratio": self._token_ratio(batch, plan, keep_last=True)}
+        return check_finite(totals | {"token_ratio": self._token_ratio(batch, plan, keep_last=True)})
 
     @torch.no_grad()
     def _reference_log_probs(

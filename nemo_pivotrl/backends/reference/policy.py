@@ -25,10 +25,10 @@ from nemo_pivotrl.algorithms.prefix_tree import lay_out, packs, token_ratio
 from nemo_pivotrl.backends.base import TokenBatch
 from nemo_pivotrl.backends.hf_models import load_model
 from nemo_pivotrl.backends.reference.tree import log_probs, prepare, run
-from nemo_pivotrl.backends.sampling import Turns, chunks, pad, positions
+from nemo_pivotrl.backends.sampling import Turns, check_finite, check_log_probs, chunks, pad, positions
 from nemo_pivotrl.config import Generation, Optimizer, Policy
-from nemo_pivotrl.core.errors import InputError, Problem, short
-from nemo_pivotrl.core.types import Sample
+from nemo_pivotrl.core.errors import InputError, NotFiniteError, Problem, short
+from nemo_pivotrl.core.types import Lost, Sample
 
 if TYPE_CHECKING:
     from nemo_pivotrl.backends.base import LossFn
@@ -76,11 +76,12 @@ class ReferencePolicy:
         seeds: Sequence[Sequence[int]],
         stop_ids: frozenset[int],
         generation: Generation,
-    ) -> list[list[Sample]]:
+    ) -> list[list[Sample | Lost]]:
         """One sample per seed and prompt. Batches are formed by length; a sample depends on its seed and prompt only
-        up to floating-point noise of the batch it is in, and exactly when the call is repeated as it was."""
+        up to floating-point noise of the batch it is in, and exactly when the call is repeated as it was. One whose
+        logits are NaN is drawn again alone, then it is `Lost`."""
         self.model.eval()
-        out: list[list[Sample | None]] = [[None] * len(s) for s in seeds]
+        out: list[list[Sample | Lost | None]] = [[None] * len(s) for s in seeds]
         rows = [
             (p, k)
             for p in sorted(range(len(prompts)), key=lambda p: (len(prompts[p]), p))
@@ -91,7 +92,8 @@ class ReferencePolicy:
         ):
             samples = self._sample_rows(prompts, seeds, chunk, stop_ids, generation)
             for (p, k), sample in zip(chunk, samples, strict=True):
-                out[p][k] = sample
+                lost = isinstance(sample, Lost) and len(chunk) > 1
+                out[p][k] = self._sample_rows(prompts, seeds, [(p, k)], stop_ids, generation)[0] if lost else sample
         return [[s for s in group if s is not None] for group in out]
 
     def _sample_rows(
@@ -101,7 +103,7 @@ class ReferencePolicy:
         rows: Sequence[tuple[int, int]],
         stop_ids: frozenset[int],
         generation: Generation,
-    ) -> list[Sample]:
+    ) -> list[Sample | Lost]:
         unique = list(dict.fromkeys(p for p, _ in rows))
         place = {p: i for i, p in enumerate(unique)}
         cache, logits, mask = self._prefill(self.model, [prompts[p] for p in unique], [place[p] for p, _ in rows])
@@ -204,7 +206,7 @@ class ReferencePolicy:
             else:
                 found = self._rows(self.reference if reference else self.model, batch, rows)
             out[rows, : found.shape[1]] = found.float().cpu()
-        return out
+        return check_log_probs(out)
 
     # ---- training ----
 
@@ -250,7 +252,7 @@ class ReferencePolicy:
                 loss.backward()
             for key, value in metrics.items():
                 totals[key] = totals.get(key, 0.0) + float(value)
-        return totals | {"token_ratio": self._token_ratio(batch, packs_of_rows)}
+        return check_finite(totals | {"token_ratio": self._token_ratio(batch, packs_of_rows)})
 
     def _token_ratio(self, batch: TokenBatch, plan: Sequence[Sequence[int]], keep_last: bool = False) -> float:
         """Tokens of the rows one by one over those run; 1 without sharing."""
@@ -259,14 +261,13 @@ class ReferencePolicy:
         return token_ratio(batch.prompts_of_rows, batch.responses, plan, keep_last)
 
     def finish_training_step(self) -> dict[str, float]:
-        """Clip, step, and return gradient norm and learning rate. Raises FloatingPointError on a non-finite gradient."""
+        """Clip, step, and return gradient norm and learning rate. Raises NotFiniteError on a non-finite gradient."""
         assert self.optimizer is not None, "prepare_for_training first"
         settings, self.steps = self.optimizer_settings, self.steps + 1
         norm = float(torch.nn.utils.clip_grad_norm_(self._trainable(), settings.max_grad_norm or math.inf))
         if not math.isfinite(norm):
-            raise FloatingPointError(
-                f"gradient norm {norm} at step {self.steps}: lower policy.optimizer.lr or check the data"
-            )
+            remedy = f"lower {self.section}.optimizer.lr or check the data; the last checkpoint is whole"
+            raise NotFiniteError(Problem("training", None, f"step {self.steps}", f"gradient norm {norm}", remedy))
         scale = min(1.0, self.steps / settings.warmup_steps) if settings.warmup_steps else 1.0
         for group in self.optimizer.param_groups:
             group["lr"] = settings.lr * scale * self.decay

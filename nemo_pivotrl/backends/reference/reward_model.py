@@ -3,6 +3,7 @@ through its own chat template."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -41,9 +42,12 @@ class RewardModel:
         self.batch_tokens, self.objective = settings.batch_tokens, objective
 
     @torch.no_grad()
-    def __call__(self, asked: Sequence[Sequence[dict[str, Any]]], answers: Sequence[str]) -> list[float]:
-        """A score for each answer to its messages. One conversation runs with others of its length only: what a
-        classifier makes of padding is the architecture's own affair."""
+    def __call__(self, asked: Sequence[Sequence[dict[str, Any]]], answers: Sequence[str]) -> list[float | None]:
+        """A score for each answer to its messages; None where the model gave NaN or infinity, twice.
+
+        One conversation runs with others of its length only: what a classifier makes of padding is the architecture's own
+        affair.
+        """
         texts = [
             self.tokenizer.apply_chat_template([*messages, {"role": "assistant", "content": answer}], tokenize=False)
             for messages, answer in zip(asked, answers, strict=True)
@@ -57,12 +61,18 @@ class RewardModel:
         by_length: dict[int, list[int]] = {}
         for n, row in enumerate(ids):
             by_length.setdefault(len(row), []).append(n)
-        scores = [0.0] * len(ids)
+        scores: list[float | None] = [None] * len(ids)
         for length, rows in by_length.items():
             size = max(1, self.batch_tokens // length)
             for start in range(0, len(rows), size):
                 chunk = rows[start : start + size]
-                found = self.model(input_ids=torch.tensor([ids[n] for n in chunk], device=self.model.device)).logits
-                for n, score in zip(chunk, found[:, 0].float().tolist(), strict=True):
-                    scores[n] = score
+                for n, score in zip(chunk, self._scores([ids[n] for n in chunk]), strict=True):
+                    (again,) = [score] if math.isfinite(score) else self._scores([ids[n]])
+                    scores[n] = again if math.isfinite(again) else None
         return scores
+
+    def _scores(self, rows: list[list[int]]) -> list[float]:
+        """The model's output for conversations of one length."""
+        logits = self.model(input_ids=torch.tensor(rows, device=self.model.device)).logits
+        found: list[float] = logits[:, 0].float().tolist()
+        return found

@@ -92,6 +92,183 @@ RIGHT = {
 }
 
 
+def rated(text: str, *ratings: Any) -> dict[str, Any]:
+    aspects = ("helpfulness", "honesty", "instruction_following", "truthfulness")
+    return {"response": text, "annotations": {a: {"Rating": r} for a, r in zip(aspects, ratings, strict=True)}}
+
+
+TRANSCRIPT = [{"role": "user", "content": "Why?"}]
+OTHERS: dict[str, list[dict[str, Any]]] = {
+    "nemo_rl": [
+        {
+            "context": TRANSCRIPT,
+            "completions": [
+                {"rank": 1, "completion": [said("No.")]},
+                {"rank": 0, "completion": [said("Because.")]},
+            ],
+            "task_name": "x",
+        },
+    ],
+    "ultrafeedback": [
+        {
+            "source": "s",
+            "instruction": "Why?",
+            "models": ["a", "b", "c"],
+            "completions": [
+                rated("No.", "1", "2", "1", "2"),
+                rated("Well.", "3", "3", "3", "3"),
+                {**rated("Because.", "5", "5", "4", "5"), "overall_score": 1.0},
+            ],
+        },
+        {
+            "instruction": "Why?",
+            "completions": [{"response": "No.", "overall_score": 3}, {"response": "Because.", "overall_score": 8.5}],
+        },
+    ],
+    "trl": [
+        {"question": "Why?", "chosen": "Because.", "rejected": "No."},
+        {"instruction": "Why?", "input": "", "output": ["x"], "chosen": "Because.", "rejected": "No."},
+        {
+            "prompt": "Why?",
+            "chosen": [user("Why?"), said("Because.")],
+            "rejected": [user("Why?"), said("No.")],
+            "chosen-rating": 5.0,
+            "rejected-rating": 2.0,
+        },
+        {
+            "conversations": [{"from": "human", "value": "Why?"}],
+            "chosen": {"from": "gpt", "value": "Because."},
+            "rejected": {"from": "gpt", "value": "No."},
+        },
+        {"messages": [user("Why?"), said("Because.")], "rejected_response": "No."},
+        {"messages": [user("Why?"), said("Because.")], "rejected_messages": [user("Why?"), said("No.")]},
+        {
+            "chosen_messages": [
+                {"role": r, "content": [{"type": "text", "value": t}]}
+                for r, t in (("user", "Why?"), ("assistant", "Because."))
+            ],
+            "rejected_messages": [
+                {"role": r, "content": [{"type": "text", "value": t}]}
+                for r, t in (("user", "Why?"), ("assistant", "No."))
+            ],
+        },
+        {"prompt": "Why?", "chosen": [said("Because.")], "rejected": [said("No.")], "tools": [], "images": None},
+    ],
+    "openai_dpo": [
+        {
+            "input": {"messages": TRANSCRIPT, "tools": []},
+            "preferred_output": [said("Because.")],
+            "non_preferred_output": [said("No.")],
+        },
+    ],
+    "distilabel": [{"instruction": "Why?", "generations": ["No.", "Because."], "ratings": [1, 4]}],
+}
+
+
+@pytest.mark.parametrize(("format", "row"), [(f, r) for f, rows in OTHERS.items() for r in rows])
+def test_each_published_shape_is_found_by_looking_and_says_the_same_pair(format: str, row: Any, tmp_path: Path) -> None:
+    found = read(tmp_path, "auto", row)
+    (kept,) = found.preferences
+    assert kept.prompt == (user("Why?"),) and (kept.chosen, kept.rejected) == ("Because.", "No.")
+    assert found.files == {f"{tmp_path}/in.jsonl": {format: 1}}
+
+
+@pytest.mark.parametrize("format", RIGHT)
+def test_auto_takes_each_row_for_its_format(format: str, tmp_path: Path) -> None:
+    found = read(tmp_path, "auto", *RIGHT[format])
+    assert found.preferences == read(tmp_path, format, *RIGHT[format]).preferences
+    (taken,) = found.files.values()
+    assert set(taken) == {format}
+
+
+def test_a_system_column_begins_the_prompt_once(tmp_path: Path) -> None:
+    row = {"system": "Be brief.", "prompt": "q", "chosen": "a", "rejected": "b"}
+    said_twice = {**row, "prompt": [{"role": "system", "content": "Be brief."}, user("q")]}
+    other = {**row, "prompt": [{"role": "system", "content": "Be kind."}, user("q")]}
+    first, second = read(tmp_path, "auto", row, said_twice, other).preferences
+    assert first.prompt == ({"role": "system", "content": "Be brief."}, user("q"))
+    assert second.prompt[0] == {"role": "system", "content": "Be brief.\n\nBe kind."}
+
+
+@pytest.mark.parametrize("column", [{"tools": [{"name": "f"}]}, {"images": ["x.png"]}, {"documents": [{"text": "d"}]}])
+def test_a_column_that_changes_the_prompt_is_refused_by_its_name(column: dict[str, Any], tmp_path: Path) -> None:
+    (problem,) = problems(tmp_path, "auto", {"prompt": "q", "chosen": "a", "rejected": "b", **column})
+    assert problem.field == next(iter(column)) and "two answers as text" in problem.remedy
+
+
+@pytest.mark.parametrize(
+    ("row", "remedy"),
+    [
+        ({"prompt": "q", "completion": "a", "label": True}, "no other to compare with"),
+        ({"text": "q a", "label": 4}, "reward model"),
+        ({"messages": [user("q"), said("a")]}, "nemo-pivotrl extract"),
+        ({"prompt": "q"}, "nemo-pivotrl rank"),
+    ],
+)
+def test_another_kind_of_file_is_refused_by_its_name_with_the_command_that_reads_it(
+    row: Any, remedy: str, tmp_path: Path
+) -> None:
+    (problem,) = problems(tmp_path, "auto", row)
+    assert problem.field == "record" and remedy in problem.remedy
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "q", "chosen": "a", "rejected": "b", "chosen-rating": 4.0, "rejected-rating": 4.0},
+        {"prompt": "q", "chosen": "a", "rejected": "b", "chosen_rating": 4, "rejected_rating": 4},
+        {"system": "", "input": "q", "chosen": "a", "rejected": "b", "status": "tie"},
+        {"instruction": "q", "generations": ["a", "b"], "ratings": [3, 3]},
+        {"context": [user("q")], "completions": [{"rank": 0, "completion": [said(t)]} for t in "ab"]},
+    ],
+)
+def test_ties_are_counted_in_every_format(row: Any, tmp_path: Path) -> None:
+    assert read(tmp_path, "auto", row).skipped == {"tie": 1}
+
+
+def test_rating_rows_of_helpsteer2_pair_up(tmp_path: Path) -> None:
+    def row(prompt: str, response: str, helpfulness: int) -> dict[str, Any]:
+        return {"prompt": prompt, "response": response, "helpfulness": helpfulness, "verbosity": 2}
+
+    rows = [row("q", "a", 1), row("q", "b", 4), row("r", "a", 3), row("r", "b", 3), row("s", "alone", 2)]
+    found = read(tmp_path, "auto", *rows)
+    (kept,) = found.preferences
+    assert (kept.chosen, kept.rejected, found.records) == ("b", "a", 5)
+    assert found.skipped == {"joined_with_the_row_before": 2, "tie": 1, "rating_without_another": 1}
+
+
+def test_skip_leaves_bad_records_out_and_names_them(tmp_path: Path) -> None:
+    good = {"prompt": "q", "chosen": "a", "rejected": "b"}
+    path = written(tmp_path, [good, {"prompt": "q"}, "text", {**good, "images": ["x"]}, {**good, "prompt": "other"}])
+    Path(path).write_text(Path(path).read_text() + "{broken\n")
+    found = read_preferences(Preferences(files=(path,), on_invalid="skip"))
+    assert (found.records, len(found.preferences), dict(found.skipped)) == (6, 2, {"unreadable": 4})
+    assert sorted((p.line, p.field) for p in found.left_out) == [
+        (2, "chosen"),
+        (3, "record"),
+        (4, "images"),
+        (6, "line"),
+    ]
+
+
+def test_parquet_and_zstd_hold_the_same_rows_as_lines(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    rows = [
+        {"prompt": f"q{i}", "chosen": [said("a")], "rejected": [said("b")], "images": None, "score": 1.5}
+        for i in range(150)
+    ]
+    plain = Path(written(tmp_path, rows))
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "t.parquet")
+    with pyarrow.output_stream(str(tmp_path / "t.jsonl.zst"), compression="zstd") as stream:
+        stream.write(plain.read_bytes())
+    want = [p.prompt for p in read_preferences(Preferences(files=(str(plain),))).preferences]
+    for name in ("t.parquet", "t.jsonl.zst"):
+        found = read_preferences(Preferences(files=(str(tmp_path / name),)))
+        assert [p.prompt for p in found.preferences] == want
+        assert found.unused == {"score": 150}
+
+
 @pytest.mark.parametrize("format", RIGHT)
 def test_every_format_says_the_same_pair_which_is_kept_once(format: str, tmp_path: Path) -> None:
     found = read(tmp_path, format, *RIGHT[format], objective="helpful")
@@ -105,7 +282,7 @@ def test_every_format_says_the_same_pair_which_is_kept_once(format: str, tmp_pat
 
 
 def test_every_format_of_the_setting_has_a_reader() -> None:
-    assert set(READERS) == {*RIGHT, "pku_saferlhf"}
+    assert set(READERS) == {*RIGHT, *OTHERS, "pku_saferlhf"}
 
 
 def test_pku_saferlhf_is_read_by_the_label_the_recipe_names(tmp_path: Path) -> None:
