@@ -1,8 +1,8 @@
 """profile: candidates -> profiles. One-turn rollouts of the frozen start policy for each candidate, verified.
 
 It keeps the rules R1 to R7 of docs/algorithms.md, and stores every (k, K). Each candidate gets as many of K rollouts
-as its selection needs (`algorithms/early_stopping.py`). Work goes on in chunks (`profile_shards.py`) that any number of processes share
-(`--shard i/n`); whatever is killed, the same command ends with the same bytes.
+as its selection needs (`algorithms/early_stopping.py`). Work goes on in chunks (`profile_shards.py`) that any number of
+processes share (`--shard i/n`); whatever is killed, the same command ends with the same bytes.
 """
 
 from __future__ import annotations

@@ -64,11 +64,11 @@ HELP = """
 import sys, time
 from nemo_pivotrl import cli
 for name in [None, *cli.STAGES, *cli.TOOLS]:
-    begun = time.perf_counter()
+    begun = time.process_time()
     try:
         cli.main([name, "--help"] if name else ["--help"])
     except SystemExit as end:
-        print(name, end.code, time.perf_counter() - begun, file=sys.stderr)
+        print(name, end.code, time.process_time() - begun, file=sys.stderr)
 print([m for m in HEAVY if m in sys.modules], file=sys.stderr)
 """
 
