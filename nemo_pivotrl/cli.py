@@ -32,7 +32,7 @@ STAGES = {
     "merge": ("nemo_pivotrl.pivotrl.profile:merge", "the shards of a profile -> profiles"),
     "audit": ("nemo_pivotrl.pivotrl.verifier_audit:audit", "does the verifier say what is known beforehand?"),
     "rescore": ("nemo_pivotrl.pivotrl.rescore:rescore", "another verifier or threshold over a profile's samples"),
-    "select": ("nemo_pivotrl.pivotrl.select:select", "profiles -> pivots"),
+    "select": ("nemo_pivotrl.pivotrl.select:select_pivots", "profiles -> pivots"),
     "export": (
         "nemo_pivotrl.pivotrl.export:export",
         "pivots -> NeMo-Gym rows; `export nemo-rl` adds a recipe, `export nemotron` the artefact's files",
@@ -51,12 +51,12 @@ STAGES = {
         "nemo_pivotrl.llmdoctor.rank:rank",
         "prompts -> preference files: the patient's own answers, ranked (LLMdoctor)",
     ),
-    "tfpo": ("nemo_pivotrl.llmdoctor.train_doctor:tfpo", "token rewards -> doctor (LLMdoctor)"),
+    "tfpo": ("nemo_pivotrl.llmdoctor.train_doctor:train_doctor", "token rewards -> doctor (LLMdoctor)"),
     "assess": ("nemo_pivotrl.llmdoctor.assess:assess", "steered answers against others, with intervals (LLMdoctor)"),
     "evaluate": ("nemo_pivotrl.pivotrl.evaluate:evaluate", "policies side by side, with intervals"),
     "preferences": ("nemo_pivotrl.llmdoctor.preferences:preferences", "LLMdoctor: preference files -> preferences"),
     "reward": (
-        "nemo_pivotrl.llmdoctor.reward:reward",
+        "nemo_pivotrl.llmdoctor.reward:build_rewards",
         "LLMdoctor: preferences -> token rewards, by the patient's two faces",
     ),
     "decode": (

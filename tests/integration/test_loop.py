@@ -412,14 +412,14 @@ def test_the_last_rows_measurements_do_not_undo_the_decision_to_end_a_round(tmp_
 
 def test_a_policy_without_pivots_ends_the_run(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module = sys.modules[loop.__module__]
-    real = module.select
+    real = module.select_pivots
 
     def select(recipe: Recipe, fresh: bool = False) -> Path:
         if recipe.loop.round > 1:
             recipe = dataclasses.replace(recipe, select=dataclasses.replace(recipe.select, rule="adv", lambda_diff=0.0))
         return real(recipe, fresh)
 
-    monkeypatch.setattr(module, "select", select)
+    monkeypatch.setattr(module, "select_pivots", select)
     loop(of(run_dir))
     assert read_history(run_dir)[-1]["why"] == "no_pivots" and read_history(run_dir)[-1]["result"]["round"] == 1
 
