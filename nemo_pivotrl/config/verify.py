@@ -38,6 +38,12 @@ class Judge:
     """Name of the model that judges."""
     api_key_env: str = "OPENAI_API_KEY"
     """Environment variable that holds the key; unset means that none is sent."""
+    api_key_host: str = ""
+    """Host, or host:port, that the key belongs to; it is sent to no other.
+
+    Empty: api.openai.com for OPENAI_API_KEY; every other variable needs its host named. The key travels over https, or on this
+    machine.
+    """
     votes: int = ranged(1, 1, 99)
     """Answers per order; the majority of them is that order's verdict."""
     both_orders: bool = True

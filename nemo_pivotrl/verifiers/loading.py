@@ -93,7 +93,16 @@ def _class_of(named: str, where: str) -> type[Any]:
 def identity(verifier: Verifier, settings: config.Verifier) -> str:
     """`name version digest-of-settings`: what artefact headers carry. How a judge is reached is not part of it."""
     judge = dataclasses.asdict(settings.judge) if verifier.asks_judge else {}
-    for transport in ("base_url", "api_key_env", "timeout_s", "max_retries", "backoff_s", "concurrency", "cache"):
+    for transport in (
+        "base_url",
+        "api_key_env",
+        "api_key_host",
+        "timeout_s",
+        "max_retries",
+        "backoff_s",
+        "concurrency",
+        "cache",
+    ):
         judge.pop(transport, None)
     if judge:
         from nemo_pivotrl.verifiers.judge_prompt import RUBRIC_VERSION

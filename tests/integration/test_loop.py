@@ -435,9 +435,9 @@ def test_run_audits_once_and_only_before_there_is_a_profile(trained: Path, tmp_p
     from nemo_pivotrl.pipeline import _pivotrl
 
     def names(*overrides: str, folder: Path = tmp_path, fresh: bool = False) -> list[str]:
-        return [stage.__name__ for stage in _pivotrl(of(folder, "extract.trajectories=[x]", *overrides), fresh)]
+        return list(_pivotrl(of(folder, "extract.trajectories=[x]", *overrides), fresh))
 
-    assert names()[:4] == ["extract", "audit", "warmup", "loop"] and names()[-1] == "evaluate"
+    assert names()[:4] == ["extract", "audit", "warmup", "profile"] and names()[-1] == "evaluate"
     assert "audit" not in names("audit.before_profile=false") and "audit" not in names(folder=trained)
     assert "audit" in names(folder=trained, fresh=True)
     assert "warmup" not in names("policy.model_name=/elsewhere", folder=trained)

@@ -487,5 +487,7 @@ def test_stage_2_trains_a_doctor_on_the_artefact_as_it_is(tmp_path: Path, patien
     recipe = recipe_for(tmp_path, patient)
     build_rewards(recipe)
     small = Policy(model_name=str(patient), device="cpu", max_total_sequence_length=256)
-    doctor = train_doctor(dataclasses.replace(recipe, doctor=small, tfpo=Tfpo(max_num_steps=1, pairs_per_step=4, val_period=1)))
+    doctor = train_doctor(
+        dataclasses.replace(recipe, doctor=small, tfpo=Tfpo(max_num_steps=1, pairs_per_step=4, val_period=1))
+    )
     assert (doctor / "model.safetensors").read_bytes() != (patient / "model.safetensors").read_bytes()

@@ -19,7 +19,7 @@ from nemo_pivotrl.core.artifacts import ArtefactWriter, Header
 from nemo_pivotrl.core.errors import InputError
 from nemo_pivotrl.data.chat_template import Chat, load_tokenizer
 from nemo_pivotrl.demo import tiny_models as tiny
-from nemo_pivotrl.llmdoctor.train_doctor import _run, batch_of, train_doctor, tfpo_settings
+from nemo_pivotrl.llmdoctor.train_doctor import _run, batch_of, tfpo_settings, train_doctor
 
 PROMPTS, RESPONSES = [[5, 6, 7, 8], [9, 10]], [[11, 12, 13, 0], [11, 14, 0], [15, 0], [16, 17, 18, 19, 0]]
 

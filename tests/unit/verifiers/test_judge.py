@@ -1,11 +1,16 @@
 """The LLM judge against a real HTTP server that answers as scripted: well, badly, late, not at all, or with a trick."""
 
+import base64
+import contextlib
 import dataclasses
 import email.utils
+import gzip
+import itertools
 import json
 import logging
 import os
 import re
+import socket
 import subprocess
 import sys
 import threading
@@ -27,7 +32,7 @@ from hypothesis import example, given, settings, strategies as st
 from nemo_pivotrl import config
 from nemo_pivotrl.core.errors import InputError
 from nemo_pivotrl.core.types import Action, Case, ToolCall, Verdict
-from nemo_pivotrl.verifiers import judge as judge_module, judge_prompt as prompts
+from nemo_pivotrl.verifiers import judge as judge_module, judge_endpoint as endpoint_module, judge_prompt as prompts
 from nemo_pivotrl.verifiers.base import Ruling, VerifierFault, verdicts
 from nemo_pivotrl.verifiers.judge import Judge, JudgeVerifier, calibrate, connect, refuse_self_judge
 from nemo_pivotrl.verifiers.judge_calibration import CALIBRATION, wilson
@@ -179,7 +184,13 @@ def _environment(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempP
 
 
 def described(server: Server | str, **values: Any) -> config.Judge:
-    quick = {"timeout_s": 10.0, "max_retries": 2, "backoff_s": 0.001, "api_key_env": "JUDGE_KEY"}
+    quick = {
+        "timeout_s": 10.0,
+        "max_retries": 2,
+        "backoff_s": 0.001,
+        "api_key_env": "JUDGE_KEY",
+        "api_key_host": "127.0.0.1",
+    }
     url = server if isinstance(server, str) else server.url
     return config.Judge(base_url=url, model="referee", **{**quick, **values})
 
@@ -398,7 +409,7 @@ NO_JSON = Raw(body=b'{"choices": [{"message": ')
 HTML = Raw(body=b"<html>Bad gateway</html>", headers=(("Content-Type", "text/html"),))
 CUT_OFF = Raw(body=json.dumps({"choices": [{"finish_reason": "length", "message": {"content": "J SAME"}}]}).encode())
 NO_TEXT = Raw(body=b'{"choices": [{"message": {"content": null, "tool_calls": []}}]}')
-HUGE = Raw(body=b" " * (judge_module.MAX_ANSWER + 2))
+HUGE = Raw(body=b" " * (endpoint_module.MAX_ANSWER + 2))
 QUOTE = "The second action says that\nJ0123456789ab SAME"
 
 
@@ -478,6 +489,143 @@ def test_a_redirect_is_not_followed(serve: Callable[..., Server]) -> None:
     server = serve(always(Raw(307, headers=(("Location", f"{elsewhere.url}/chat/completions"),))))
     assert fault_of(Judge(described(server))).kind == "judge_refused"
     assert elsewhere.asked == [] and len(server.asked) == 1
+
+
+# ---- one deadline ----
+
+
+class Slow:
+    """A server that sends its pieces one by one, for ever where they are without end."""
+
+    def __init__(self, pieces: Callable[[], Iterator[bytes]], pause: float = 0.02):
+        self.pieces, self.pause, self.closed = pieces, pause, threading.Event()
+        self.socket = socket.create_server(("127.0.0.1", 0))
+        self.thread = threading.Thread(target=self.run, daemon=True)
+        self.thread.start()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.socket.getsockname()[1]}/v1"
+
+    def run(self) -> None:
+        connection, _ = self.socket.accept()
+        with connection, contextlib.suppress(OSError):
+            connection.recv(65536)
+            for piece in self.pieces():
+                connection.sendall(piece)
+                time.sleep(self.pause)
+        self.closed.set()
+
+
+def _byte_by_byte(start: bytes, more: bytes) -> Callable[[], Iterator[bytes]]:
+    return lambda: itertools.chain((start[i : i + 1] for i in range(len(start))), itertools.repeat(more))
+
+
+DRIPS = {
+    "status line": _byte_by_byte(b"HTTP/1.1 200 ", b"O"),
+    "a header": _byte_by_byte(b"HTTP/1.1 200 OK\r\nX-Slow: ", b"a"),
+    "headers": _byte_by_byte(b"HTTP/1.1 200 OK\r\n", b"X: a\r\n"),
+    "100 Continue": _byte_by_byte(b"", b"HTTP/1.1 100 Continue\r\n\r\n"),
+    "a body": _byte_by_byte(b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n", b" "),
+    "chunks": _byte_by_byte(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", b"1\r\n \r\n"),
+    "nothing": lambda: itertools.repeat(b""),
+}
+
+
+@pytest.mark.parametrize("what", DRIPS)
+def test_one_deadline_holds_from_connect_to_the_last_byte(what: str) -> None:
+    server = Slow(DRIPS[what])
+    judge = Judge(described(server.url, timeout_s=0.25, max_retries=0))
+    begun = time.monotonic()
+    fault = fault_of(judge)
+    assert fault.kind == "judge_timeout" and time.monotonic() - begun < 5
+    assert what == "nothing" or server.closed.wait(5), "the connection is given up"
+    judge.close()
+    server.socket.close()
+
+
+def test_continues_without_a_pause_do_not_hold_the_deadline_up() -> None:
+    server = Slow(DRIPS["100 Continue"], pause=0)
+    judge = Judge(described(server.url, timeout_s=0.25, max_retries=0))
+    assert fault_of(judge).kind == "judge_timeout" and server.closed.wait(5)
+    server.socket.close()
+
+
+@pytest.mark.parametrize("packed", ["gzip", "br", "deflate"])
+def test_a_packed_answer_is_not_unpacked(serve: Callable[..., Server], packed: str) -> None:
+    bomb = gzip.compress(b" " * (8 << 20), 9)
+    server = serve(always(Raw(200, bomb, (("Content-Encoding", packed),))))
+    assert "packed as" in str(fault_of(Judge(described(server, max_retries=0))))
+    assert server.asked[0].headers["Accept-Encoding"] == "identity"
+
+
+# ---- whose key ----
+
+
+@pytest.mark.parametrize(
+    ("url", "values", "sent"),
+    [
+        ("https://api.openai.com/v1", {"api_key_env": "OPENAI_API_KEY"}, True),
+        ("https://API.OpenAI.com:443/v1", {"api_key_env": "OPENAI_API_KEY"}, True),
+        ("http://127.0.0.1:8000/v1", {"api_key_env": "OPENAI_API_KEY"}, False),
+        ("https://evil.example/v1", {"api_key_env": "OPENAI_API_KEY"}, False),
+        ("https://api.openai.com.evil.example/v1", {"api_key_env": "OPENAI_API_KEY"}, False),
+        ("https://evil.example/api.openai.com/v1", {"api_key_env": "OPENAI_API_KEY"}, False),
+        ("http://evil.example/v1", {"api_key_env": "OPENAI_API_KEY"}, False),
+        ("https://mine.example/v1", {"api_key_host": "mine.example"}, True),
+        ("https://mine.example:8443/v1", {"api_key_host": "mine.example:8443"}, True),
+        ("http://localhost:8000/v1", {"api_key_host": "localhost"}, True),
+        ("http://[::1]:8000/v1", {"api_key_host": "::1"}, True),
+        ("http://127.0.0.9/v1", {"api_key_host": "127.0.0.9:80"}, True),
+        ("https://mine.example/v1", {"api_key_env": "NO_SUCH_VARIABLE", "api_key_host": ""}, False),
+    ],
+)
+def test_a_key_goes_to_its_own_host(
+    url: str, values: dict[str, str], sent: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    settings = dataclasses.replace(described(url), **{"api_key_host": "", **values})  # type: ignore[arg-type]
+    with caplog.at_level(logging.INFO):
+        assert endpoint_module.key_for(settings) == (KEY if sent else "")
+    said = [r.getMessage() for r in caplog.records]
+    assert len(said) == (not sent and values.get("api_key_env") == "OPENAI_API_KEY") and KEY not in str(said)
+
+
+@pytest.mark.parametrize(
+    ("url", "host", "field"),
+    [
+        ("https://mine.example/v1", "", "api_key_host"),  # whose it is stands nowhere
+        ("https://evil.example/v1", "mine.example", "api_key_host"),
+        ("https://mine.example.evil/v1", "mine.example", "api_key_host"),
+        ("https://mine.example:8443/v1", "mine.example:443", "api_key_host"),
+        ("http://mine.example/v1", "mine.example", "base_url"),
+        ("http://127.0.0.1.evil.example/v1", "127.0.0.1.evil.example", "base_url"),
+        ("http://0.0.0.0:8000/v1", "0.0.0.0", "base_url"),
+    ],
+)
+def test_a_key_that_would_go_elsewhere_or_in_the_clear_is_refused(url: str, host: str, field: str) -> None:
+    with pytest.raises(InputError) as caught:
+        connect(described(url, api_key_host=host))
+    assert caught.value.problems[0].field == f"verifier.judge.{field}" and KEY not in str(caught.value)
+
+
+def test_the_default_key_is_not_sent_to_whatever_address_a_recipe_names(
+    serve: Callable[..., Server], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    server = serve()
+    connect(config.Judge(base_url=server.url, model="m")).equivalent("message", CASE, "x", "y")
+    assert server.asked and all("Authorization" not in asked.headers for asked in server.asked)
+
+
+def test_a_message_shows_no_control_characters_and_no_piece_of_the_key(serve: Callable[..., Server]) -> None:
+    forms = KEY, KEY[:10] + " " + KEY[10:], KEY[::-1], base64.b64encode(KEY.encode()).decode()
+    body = "\x1b]0;title\x07\x1b[2J \u202eback\u202c " + " | ".join(forms)
+    server = serve(always(Raw(400, body.encode())))
+    said = str(fault_of(Judge(described(server))))
+    assert said.isprintable() and "title" in said
+    for form in (KEY, KEY[::-1], base64.b64encode(KEY.encode()).decode()):
+        assert not any(form[i : i + 8] in said for i in range(len(form) - 7))
 
 
 # ---- pauses ----
@@ -675,11 +823,12 @@ for i in range(100):
     cache.put(f"{sys.argv[2]} {i}", Ruling(True, "9/9 " * 300, "x"))
 """
 ASK = """
-import sys
+import dataclasses, sys
 from nemo_pivotrl import config
 from nemo_pivotrl.core.types import Action, Case
 from nemo_pivotrl.verifiers.judge import connect
-judge = connect(config.Judge(base_url=sys.argv[1], model="referee", api_key_env="JUDGE_KEY", cache=sys.argv[2]))
+settings = config.Judge(base_url=sys.argv[1], model="referee", api_key_env="JUDGE_KEY", api_key_host="127.0.0.1")
+judge = connect(dataclasses.replace(settings, cache=sys.argv[2]))
 print(judge.equivalent("terminal", Case(Action("message", "")), "ls", "dir").votes)
 """
 
