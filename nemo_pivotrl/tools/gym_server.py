@@ -66,7 +66,7 @@ def create_app(settings: config.Verifier) -> Starlette:
             body = await _body(request)
             if not isinstance(body, Mapping):
                 raise RowError("body", body, "a JSON object: the row with `response`")
-            case = case_of(body, with_messages=verifier.asks_judge, family=name)
+            case = case_of(body, with_messages=verifier.reads_state, family=name)
             action = sampled_action(body, "\n" if name == "terminus" else "")
         except RowError as error:
             return _bad_request(error.field, f"{error.remedy}; found {short(error.found)}")
