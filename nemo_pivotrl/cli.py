@@ -192,6 +192,13 @@ def tool_parser(tool: str) -> argparse.ArgumentParser:
     if tool != "verify":
         made.add_argument("--host", default="127.0.0.1", help="address to listen on (default: loopback only)")
         made.add_argument("--port", type=int, default=8911 if tool == "serve-verifier" else 8000)
+        made.add_argument(
+            "--token-file", metavar="FILE", help="requests must carry this token; needed off the loopback"
+        )
+    if tool == "serve-verifier":
+        made.add_argument(
+            "--allow-host", action="append", default=[], metavar="NAME", help="another name of this server"
+        )
     if tool == "serve":
         made.add_argument(
             "--refit",
@@ -269,7 +276,13 @@ def run_tool(tool: str, options: argparse.Namespace) -> int | None:
     if tool == "serve":
         from nemo_pivotrl.tools.serve import serve as serve_engine
 
-        serve_engine(load_recipe(options.recipe, options.overrides), options.host, options.port, options.refit)
+        serve_engine(
+            load_recipe(options.recipe, options.overrides),
+            options.host,
+            options.port,
+            options.refit,
+            options.token_file,
+        )
         return None
     settings = verifier_settings(options.verifier, options.compat, options.set)
     with missing_module(tool, {"starlette": "serve", "uvicorn": "serve"}, "verifiers"):
@@ -281,7 +294,7 @@ def run_tool(tool: str, options: argparse.Namespace) -> int | None:
         else:
             from nemo_pivotrl.tools.gym_server import serve
 
-            serve(settings, options.host, options.port)
+            serve(settings, options.host, options.port, options.token_file, options.allow_host)
     return None
 
 
