@@ -203,6 +203,11 @@ def create_app(settings: config.Verifier, token: str = "", names: frozenset[str]
         assert isinstance(error, HTTPException)
         return Response(json.dumps({"detail": error.detail}), error.status_code, error.headers, "application/json")
 
+    async def failed(request: Request, error: Exception) -> Response:
+        return Response(
+            json.dumps({"detail": f"{type(error).__name__} in the server"}), 500, media_type="application/json"
+        )
+
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
         yield
@@ -216,7 +221,7 @@ def create_app(settings: config.Verifier, token: str = "", names: frozenset[str]
         Route("/reverify_mode", mode),
         Route("/health", health),
     ]
-    app = Starlette(routes=routes, exception_handlers={HTTPException: refused}, lifespan=lifespan)
+    app = Starlette(routes=routes, exception_handlers={HTTPException: refused, Exception: failed}, lifespan=lifespan)
     return Guard(app, token, names)
 
 
