@@ -57,9 +57,68 @@ def test_help_lists_every_stage_within_a_second_and_imports_nothing_heavy() -> N
     assert shown.returncode == 0 and shown.stderr == ""
     assert all(f"\n  {stage} " in shown.stdout for stage in cli.STAGES)
     assert fastest < 1.0
-    snippet = "import sys\nfrom nemo_pivotrl import cli\ntry: cli.main(['--help'])\n"
-    snippet += f"finally: print([m for m in {HEAVY} if m in sys.modules], file=sys.stderr)"
-    assert command("-c", snippet).stderr == "[]\n"
+
+
+HELP = """
+import sys, time
+from nemo_pivotrl import cli
+for name in [None, *cli.STAGES, *cli.TOOLS]:
+    begun = time.perf_counter()
+    try:
+        cli.main([name, "--help"] if name else ["--help"])
+    except SystemExit as end:
+        print(name, end.code, time.perf_counter() - begun, file=sys.stderr)
+print([m for m in HEAVY if m in sys.modules], file=sys.stderr)
+"""
+
+
+def test_every_commands_own_help_is_quick_and_imports_nothing_heavy() -> None:
+    shown = command("-c", HELP.replace("HEAVY", repr(HEAVY)))
+    *rows, heavy = shown.stderr.splitlines()
+    assert heavy == "[]" and len(rows) == 1 + len(cli.STAGES) + len(cli.TOOLS)
+    for name, code, took in (row.split(" ") for row in rows):
+        assert code == "0" and float(took) < 1.0, name
+        assert name == "None" or f"usage: nemo-pivotrl {name} [-h]" in shown.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["extrakt", "r.yaml"], "did you mean extract?"),
+        (["verfy", "--verifier", "swe"], "did you mean verify?"),
+        (["serve-guided", "r.yaml"], "nemo-pivotrl serve RECIPE"),
+        (["zzz"], "use one of world, extract"),
+        ([], "COMMAND"),
+        (["--print-config"], "COMMAND"),
+        (["select"], "RECIPE"),
+        (["select", "r.yaml", "--lambda", "1"], "unrecognized arguments: --lambda"),
+        (["compare", "a.jsonl"], "B.jsonl"),
+        (["compare", "a.jsonl", "b.jsonl", "--lambda", "2"], "2 is no number from 0 to 1"),
+    ],
+)
+def test_a_wrong_command_line_exits_2_and_says_what_is_missing(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(arguments)
+    assert caught.value.code == 2 and said in capsys.readouterr().err
+
+
+def test_options_and_overrides_may_stand_in_any_order(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "r.yaml").write_text("seed: 1\n")
+    shown = set()
+    words = ["select.limit=3", str(tmp_path / "r.yaml"), "--print-config", "seed=2", "--changed"]
+    for order in ([1, 0, 3, 2, 4], [2, 1, 0, 4, 3], [1, 2, 0, 3, 4], [2, 4, 1, 3, 0]):
+        assert cli.main(["select", *(words[i] for i in order)]) == 0
+        shown.add(capsys.readouterr().out)
+    assert len(shown) == 1 and "seed: 2" in shown.pop()
+
+
+def test_export_takes_its_target_as_a_word(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "r.yaml").write_text("seed: 1\n")
+    for target in cli.EXPORTS:
+        assert cli.main(["export", target, str(tmp_path / "r.yaml"), "--print-config"]) == 0
+        assert f"  target: {target} " in capsys.readouterr().out
 
 
 def test_a_recipe_typo_exits_2_with_the_cure_on_stderr_and_no_traceback(tmp_path: Path) -> None:

@@ -293,4 +293,4 @@ def test_a_fault_is_masked_and_never_a_bare_zero() -> None:
 
 
 def test_the_server_listens_on_the_loopback_unless_told() -> None:
-    assert cli.tool_parser("serve-verifier").parse_args(["--verifier", "swe"]).host == "127.0.0.1"
+    assert cli.parser_of("serve-verifier").parse_args(["--verifier", "swe"]).host == "127.0.0.1"
