@@ -90,7 +90,7 @@ def judge(verifier: Bounded, name: str, raw: bytes) -> Answer:
         body = _read(raw)
         if not isinstance(body, Mapping):
             raise RowError("body", body, "a JSON object: the row with `response`")
-        case = case_of(body, with_messages=verifier.asks_judge, family=name)
+        case = case_of(body, with_messages=verifier.reads_state, family=name)
         action = sampled_action(body, "\n" if name == "terminus" else "")
         (result,) = verdicts(verifier, [(case, action)], MAX_RETRIES)
         added = response_fields(name, result)

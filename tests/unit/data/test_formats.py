@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 
-from nemo_pivotrl.core.errors import InputError, Problem
 from nemo_pivotrl.core.types import Trajectory
 from nemo_pivotrl.data.readers import Reading, read_trajectories
 
@@ -39,13 +38,6 @@ def read(folder: Path, *records: Any, name: str = "in.jsonl", **settings: Any) -
 
 def turns(trajectory: Trajectory) -> list[str]:
     return [turn(m) for m in trajectory.messages]
-
-
-def problem_of(folder: Path, *records: Any) -> Problem:
-    with pytest.raises(InputError) as caught:
-        read(folder, *records)
-    (problem,) = caught.value.problems
-    return problem
 
 
 def session(kind: str, uuid: str, parent: str | None, message: dict[str, Any], **more: Any) -> dict[str, Any]:

@@ -1083,7 +1083,8 @@ def test_an_outage_is_a_fault_of_every_verifier_that_asks(serve: Callable[..., S
     server = serve(always(Raw(503)))
     for name, own, texts, fields in (
         ("judge", {}, ("Hello.", "Good day."), {}),
-        ("functional", {"ask_judge": ["message"]}, ("Hello.", "Good day."), {}),
+        ("functional", {}, ("Hello.", "Good day."), {}),
+        ("single_step", {}, ("Hello.", "Good day."), {}),
         ("terminus", {"enable_llm_judge": True}, (turn("ls\n"), turn("pwd\n")), {"harness": "terminus_2"}),
     ):
         made = load_verifier(config.Verifier(name=name, settings=own, judge=described(server, max_retries=0)))
