@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.artefacts import made_once, own_copy
 from support.processes import Process, python
 from support.recipes import SMALL, TINY, recipe_at
 from support.stages import finish, kill_when
@@ -183,10 +184,12 @@ def files(folder: Path) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def looped(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of two rounds, undisturbed, in a process of its own. Not to be changed."""
-    folder = tmp_path_factory.mktemp("looped") / "run"
-    shutil.copytree(trained, folder)
-    finish(start(folder))
-    return folder
+
+    def make(folder: Path) -> None:
+        shutil.copytree(trained, folder)
+        finish(start(folder))
+
+    return own_copy(made_once("looped", TWO_ROUNDS, make), tmp_path_factory, "looped")
 
 
 def start(folder: Path, *overrides: str) -> Process:
