@@ -345,10 +345,12 @@ def run_verify(options: argparse.Namespace) -> None:
 def address_arguments(made: argparse.ArgumentParser, port: int) -> None:
     made.add_argument("--host", default="127.0.0.1", help="address to listen on (default: loopback only)")
     made.add_argument("--port", type=int, default=port, help=f"port to listen on (default: {port})")
+    made.add_argument("--token-file", metavar="FILE", help="requests must carry this token; needed off the loopback")
 
 
 def serve_verifier_arguments(made: argparse.ArgumentParser) -> None:
     address_arguments(made, 8911)
+    made.add_argument("--allow-host", action="append", default=[], metavar="NAME", help="another name of this server")
     verifier_arguments(made)
 
 
@@ -360,7 +362,7 @@ def run_serve_verifier(options: argparse.Namespace) -> None:
     with missing_module("serve-verifier", {"starlette": "serve", "uvicorn": "serve"}, "verifiers"):
         from nemo_pivotrl.tools.gym_server import serve
 
-        serve(settings, options.host, options.port)
+        serve(settings, options.host, options.port, options.token_file, options.allow_host)
 
 
 def serve_arguments(made: argparse.ArgumentParser) -> None:
@@ -378,7 +380,7 @@ def run_serve(options: argparse.Namespace) -> None:
     from nemo_pivotrl.config.load import load_recipe
     from nemo_pivotrl.tools.serve import serve
 
-    serve(load_recipe(options.recipe, options.overrides), options.host, options.port, options.refit)
+    serve(load_recipe(options.recipe, options.overrides), options.host, options.port, options.refit, options.token_file)
 
 
 TOOLS = {
