@@ -286,7 +286,8 @@ def _unwanted(trajectory: Trajectory, index: int, action: Action, settings: Extr
     if settings.turns == "all":
         return ""
     if not action.calls:
-        return "not_a_tool_call"
+        commands = settings.turns == "bash" and responses.is_terminus(trajectory.fields)
+        return "" if commands else "not_a_tool_call"
     names = [c.name.lower() for c in action.calls]
     if settings.turns == "bash":
         return "" if all(name in BASH_TOOLS for name in names) else "not_a_bash_action"
