@@ -37,7 +37,7 @@ STAGES = {
     "merge": ("nemo_pivotrl.pivotrl.profile:merge", "the shards of a profile -> profiles"),
     "audit": ("nemo_pivotrl.pivotrl.verifier_audit:audit", "does the verifier say what is known beforehand?"),
     "rescore": ("nemo_pivotrl.pivotrl.rescore:rescore", "another verifier or threshold over a profile's samples"),
-    "select": ("nemo_pivotrl.pivotrl.select:select", "profiles -> pivots"),
+    "select": ("nemo_pivotrl.pivotrl.select:select_pivots", "profiles -> pivots"),
     "export": (
         "nemo_pivotrl.pivotrl.export:export",
         "pivots -> NeMo-Gym rows; `export nemo-rl` adds a recipe, `export nemotron` the artefact's files",
@@ -56,12 +56,12 @@ STAGES = {
         "nemo_pivotrl.llmdoctor.rank:rank",
         "LLMdoctor: prompts -> preference files: the patient's own answers, ranked",
     ),
-    "tfpo": ("nemo_pivotrl.llmdoctor.train_doctor:tfpo", "LLMdoctor: token rewards -> doctor"),
+    "tfpo": ("nemo_pivotrl.llmdoctor.train_doctor:train_doctor", "LLMdoctor: token rewards -> doctor"),
     "assess": ("nemo_pivotrl.llmdoctor.assess:assess", "LLMdoctor: steered answers against others, with intervals"),
     "evaluate": ("nemo_pivotrl.pivotrl.evaluate:evaluate", "policies side by side, with intervals"),
     "preferences": ("nemo_pivotrl.llmdoctor.preferences:preferences", "LLMdoctor: preference files -> preferences"),
     "reward": (
-        "nemo_pivotrl.llmdoctor.reward:reward",
+        "nemo_pivotrl.llmdoctor.reward:build_rewards",
         "LLMdoctor: preferences -> token rewards, by the patient's two faces",
     ),
     "decode": (
@@ -345,10 +345,12 @@ def run_verify(options: argparse.Namespace) -> None:
 def address_arguments(made: argparse.ArgumentParser, port: int) -> None:
     made.add_argument("--host", default="127.0.0.1", help="address to listen on (default: loopback only)")
     made.add_argument("--port", type=int, default=port, help=f"port to listen on (default: {port})")
+    made.add_argument("--token-file", metavar="FILE", help="requests must carry this token; needed off the loopback")
 
 
 def serve_verifier_arguments(made: argparse.ArgumentParser) -> None:
     address_arguments(made, 8911)
+    made.add_argument("--allow-host", action="append", default=[], metavar="NAME", help="another name of this server")
     verifier_arguments(made)
 
 
@@ -360,7 +362,7 @@ def run_serve_verifier(options: argparse.Namespace) -> None:
     with missing_module("serve-verifier", {"starlette": "serve", "uvicorn": "serve"}, "verifiers"):
         from nemo_pivotrl.tools.gym_server import serve
 
-        serve(settings, options.host, options.port)
+        serve(settings, options.host, options.port, options.token_file, options.allow_host)
 
 
 def serve_arguments(made: argparse.ArgumentParser) -> None:
@@ -378,7 +380,7 @@ def run_serve(options: argparse.Namespace) -> None:
     from nemo_pivotrl.config.load import load_recipe
     from nemo_pivotrl.tools.serve import serve
 
-    serve(load_recipe(options.recipe, options.overrides), options.host, options.port, options.refit)
+    serve(load_recipe(options.recipe, options.overrides), options.host, options.port, options.refit, options.token_file)
 
 
 TOOLS = {

@@ -13,7 +13,7 @@ from nemo_pivotrl.config import Recipe
 from nemo_pivotrl.core.errors import InputError, Problem, short
 
 GONE = {
-    "serve_guided": "remove it: `nemo-pivotrl serve` is vLLM's server, which has bounds of its own (`vllm.engine_args`)",
+    "serve_guided": "remove it: `serve` is vLLM's server now; `serve.model` has its model's name, `vllm.engine_args` its bounds",
     "warmup.puzzle_batch_size": "remove it: a step of the demo's warm-up has 32 puzzles",
     "sft.puzzle_batch_size": "remove it: only the demo's warm-up has puzzles",
 }
@@ -117,11 +117,12 @@ def _convert(hint: Any, value: Any) -> Any:
     """`value` as type `hint`. Raises ValueError that says what is wanted."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):
-        for option in args:
+        for option in sorted(args, key=lambda option: typing.get_origin(option) is Literal):
             try:
                 return _convert(option, value)
             except ValueError:
-                continue
+                if typing.get_origin(option) is Literal:
+                    raise  # it names what may stand here; None, the other choice, is not written
         raise ValueError("expected " + " or ".join(getattr(a, "__name__", str(a)) for a in args))
     if origin is Literal:
         if value in args:

@@ -44,7 +44,7 @@ from nemo_pivotrl.pivotrl.profile_work import (
     too_many,
     transient,
 )
-from nemo_pivotrl.pivotrl.verifier_audit import audit_first
+from nemo_pivotrl.pivotrl.verifier_audit import audit_first, refuse_excluded_talk
 
 FORECAST_PROMPTS = 64
 
@@ -101,7 +101,7 @@ def _complete(recipe: Recipe, path: Path) -> Path:
 def prepare(recipe: Recipe) -> Job:
     """Read everything that decides the profile's content. Raises InputError."""
     source = recipe.path("candidates.jsonl")
-    read_header(source, "candidates")
+    refuse_excluded_talk(recipe, source)
     chat = load_chat(recipe.policy, recipe.verifier.limits)
     verifier, verifier_id = load_recipe_verifier(recipe)
     plan = plan_of(recipe.profile, recipe.select)

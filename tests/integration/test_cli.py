@@ -4,7 +4,6 @@ import json
 import resource
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -49,25 +48,27 @@ def extract_recipe(folder: Path, trajectories: int = 40) -> str:
 
 
 def test_help_lists_every_stage_within_a_second_and_imports_nothing_heavy() -> None:
-    fastest = float("inf")
-    for _ in range(3):
-        begun = time.perf_counter()
-        shown = command("-m", "nemo_pivotrl.cli", "--help")
-        fastest = min(fastest, time.perf_counter() - begun)
+    def seconds() -> float:
+        used = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return used.ru_utime + used.ru_stime
+
+    begun = seconds()
+    shown = command("-m", "nemo_pivotrl.cli", "--help")
+    took = seconds() - begun  # of a processor, whatever else it does
     assert shown.returncode == 0 and shown.stderr == ""
     assert all(f"\n  {stage} " in shown.stdout for stage in cli.STAGES)
-    assert fastest < 1.0
+    assert took < 1.0
 
 
 HELP = """
 import sys, time
 from nemo_pivotrl import cli
 for name in [None, *cli.STAGES, *cli.TOOLS]:
-    begun = time.perf_counter()
+    begun = time.process_time()
     try:
         cli.main([name, "--help"] if name else ["--help"])
     except SystemExit as end:
-        print(name, end.code, time.perf_counter() - begun, file=sys.stderr)
+        print(name, end.code, time.process_time() - begun, file=sys.stderr)
 print([m for m in HEAVY if m in sys.modules], file=sys.stderr)
 """
 
