@@ -53,7 +53,7 @@ NOISE_MARGIN = 10
 
 
 @one_writer
-def reward(recipe: Recipe, fresh: bool = False) -> Path:
+def build_rewards(recipe: Recipe, fresh: bool = False) -> Path:
     """Write `token_rewards.jsonl` and `token_rewards.json`; returns the artefact. Raises InputError for bad input."""
     return write_token_rewards(
         recipe,

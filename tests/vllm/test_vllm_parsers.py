@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from template_cases import LINES, MALFORMED, SHAPES, USER, calling, template, tokenizer_with, tool
+from support.template_cases import LINES, MALFORMED, SHAPES, USER, calling, template, tokenizer_with, tool
 from transformers import PreTrainedTokenizerFast
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest, ChatCompletionToolsParam
 from vllm.tool_parsers import ToolParserManager

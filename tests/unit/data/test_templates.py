@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT
-from template_cases import LINES, MALFORMED, SHAPES, USER, calling, optional, template, tokenizer_with, tool
+from support.recipes import ROOT
+from support.template_cases import LINES, MALFORMED, SHAPES, USER, calling, optional, template, tokenizer_with, tool
 
 from nemo_pivotrl.config import ChatSettings
 from nemo_pivotrl.core.errors import InputError, UnrenderableState
