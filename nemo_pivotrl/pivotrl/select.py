@@ -41,7 +41,7 @@ ROWS_AT_ONCE = 256
 DEPTHS = ((0, 0), (1, 1), (2, 2), (3, 4), (5, 8), (9, 16), (17, 10**9))
 
 
-def select(recipe: Recipe, fresh: bool = False) -> Path:
+def select_pivots(recipe: Recipe, fresh: bool = False) -> Path:
     """Write the pivot set and print who survived. Raises InputError when nobody does."""
     source, settings = recipe.path(recipe.select.profiles), recipe.select
     found = read_header(source, "profiles")
