@@ -10,7 +10,7 @@ from nemo_pivotrl.components import checkpoint
 from nemo_pivotrl.config import Recipe
 from nemo_pivotrl.core.atomic import write_atomically
 from nemo_pivotrl.core.lock import one_writer
-from nemo_pivotrl.pipeline import make_world
+from nemo_pivotrl.demo.expert_trajectories import make_expert_trajectories
 from nemo_pivotrl.pivotrl.export import export, made_at
 from nemo_pivotrl.pivotrl.extract import extract
 from nemo_pivotrl.pivotrl.profile import profile
@@ -23,7 +23,7 @@ from nemo_pivotrl.pivotrl.train import train
 def nemotron(recipe: Recipe, fresh: bool = False) -> Path:
     """Every stage from extraction to training, resuming what is unfinished, then the artefacts; returns the policy."""
     if recipe.path("world/trajectories.jsonl") in map(Path, recipe.extract.trajectories):
-        make_world(recipe, fresh)
+        make_expert_trajectories(recipe, fresh)
     extract(recipe, fresh)
     if makes_start_policy(recipe):
         warmup(recipe, fresh)
