@@ -13,7 +13,7 @@ from nemo_pivotrl.config import Recipe
 from nemo_pivotrl.core.errors import InputError, Problem, short
 
 GONE = {
-    "serve_guided": "remove it: the command `serve` is vLLM's server now, `serve.model` its model's name, `vllm.engine_args` its bounds",
+    "serve_guided": "remove it: `serve` is vLLM's server now, `serve.model` its name, `vllm.engine_args` its bounds",
     "warmup.puzzle_batch_size": "remove it: a step of the demo's warm-up has 32 puzzles",
     "sft.puzzle_batch_size": "remove it: only the demo's warm-up has puzzles",
 }
