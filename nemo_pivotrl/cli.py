@@ -103,6 +103,8 @@ class Tool(NamedTuple):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command. Exit code 0: done, 2: bad input (one screen on stderr), 130: interrupted."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments and arguments[0] == "help":
+        arguments = [*arguments[1:2], "--help"]
     if not arguments or (arguments[0] not in STAGES and arguments[0] not in TOOLS):
         overview().parse_args(arguments[:1])  # --help and --version end here
         refuse_command(arguments[0])
@@ -111,9 +113,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if name in TOOLS:
         options = parser.parse_intermixed_args(spread_settings(rest))
         return guarded(name, lambda: TOOLS[name].run(options))
-    if name == "export" and rest and rest[0] in EXPORTS:
-        rest = [*rest[1:], f"export.target={rest[0]}"]
+    target = [f"export.target={rest.pop(0)}"] if name == "export" and rest and rest[0] in EXPORTS else []
     options = parser.parse_intermixed_args(rest)
+    options.overrides = [*options.overrides, *target]
     if options.changed and not options.print_config:
         parser.error("--changed goes with --print-config")
     return guarded(name, lambda: stage_command(name, options))
@@ -166,7 +168,9 @@ def recipe_arguments(made: argparse.ArgumentParser, recipe: str, others: str = "
     """RECIPE and key=value, and what `others` says may stand among them."""
     made.add_argument("recipe", metavar="RECIPE", help=recipe)
     metavar = "STAGE | key=value" if others else "key=value"
-    made.add_argument("overrides", nargs="*", metavar=metavar, help=f"{others}override a setting of the recipe")
+    made.add_argument(
+        "overrides", nargs="*", default=[], metavar=metavar, help=f"{others}override a setting of the recipe"
+    )
 
 
 def stage_command(stage: str, options: argparse.Namespace) -> int | None:
