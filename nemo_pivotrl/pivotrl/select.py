@@ -158,7 +158,7 @@ def fate(profile: Profile, pivots: set[str], lambda_diff: float) -> str:
     stats = pivotrl.statistics(profile.rewards)
     if stats.variance <= 1e-12:
         return "all 0" if stats.mean == 0.0 else "all 1" if stats.mean == 1.0 else "all equal"
-    return "not drawn" if pivotrl.keep(stats, "adv", lambda_diff) else "too easy"
+    return "not drawn" if pivotrl.keep_pivot(stats, "adv", lambda_diff) else "too easy"
 
 
 def length_band(tokens: int) -> str:
