@@ -23,7 +23,7 @@ from nemo_pivotrl.pivotrl.train import train
 from nemo_pivotrl.pivotrl.verifier_audit import audit
 
 sys.path.insert(0, str(ROOT / "tests/nightly"))
-import torture  # noqa: E402
+import torture
 
 RECIPE = str(ROOT / "recipes/pivotrl/tiny.yaml")
 
