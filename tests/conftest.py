@@ -71,12 +71,12 @@ def trained_run() -> Path:
         from nemo_pivotrl.demo.expert_trajectories import make_expert_trajectories as make_world
         from nemo_pivotrl.pivotrl.extract import extract
         from nemo_pivotrl.pivotrl.profile import profile
-        from nemo_pivotrl.pivotrl.select import select
+        from nemo_pivotrl.pivotrl.select import select_pivots
         from nemo_pivotrl.pivotrl.sft import warmup
 
         torch.set_num_threads(1)
         recipe = recipe_at(folder)
-        for stage in (make_world, extract, warmup, profile, select):
+        for stage in (make_world, extract, warmup, profile, select_pivots):
             stage(recipe)
 
     return made_once("trained", SMALL, make)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -159,6 +160,12 @@ def pad(rows: Sequence[Sequence[int]], left: bool, device: torch.device) -> tupl
         ids[i, where] = torch.tensor(row, dtype=torch.long)
         mask[i, where] = 1
     return ids.to(device), mask.to(device)
+
+
+def select_rows(cache: Any, rows: Tensor) -> None:
+    """Keep these rows of a transformers cache, in this order. Its Mamba layers know the verb under another name alone."""
+    for layer in cache.layers:
+        getattr(layer, "batch_select_indices", layer.reorder_cache)(rows)
 
 
 def positions(mask: Tensor) -> Tensor:

@@ -90,7 +90,7 @@ class Verifier:
     compat: Literal["0.5", "0.6", "0.7"] = "0.7"
     """NeMo-Gym release whose rules the four families follow, where releases differ."""
     message: Literal["judge", "exclude", "any"] | None = None
-    """What decides where the expert talks; unset: `judge` if `judge.base_url` names one, else `exclude`.
+    """What decides where the expert talks (P23); unset: `judge` if `judge.base_url` names one, else `exclude`.
 
     For verifiers that do not compare talk. `judge`: the judge compares it. `exclude`: such a turn is no candidate. `any`: any
     text scores 1, which teaches to talk and nothing about what to say.

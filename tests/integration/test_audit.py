@@ -16,7 +16,7 @@ from nemo_pivotrl.core.errors import InputError
 from nemo_pivotrl.core.types import Action, Candidate, Case, ToolCall, Verdict
 from nemo_pivotrl.pivotrl.profile import profile
 from nemo_pivotrl.pivotrl.rescore import rescore
-from nemo_pivotrl.pivotrl.select import select
+from nemo_pivotrl.pivotrl.select import select_pivots
 from nemo_pivotrl.pivotrl.train import train
 from nemo_pivotrl.pivotrl.verifier_audit import GOLD, RIGHT, WRONG, audit, run_audit, summarise, tables
 from nemo_pivotrl.verifiers import probes
@@ -216,7 +216,7 @@ def test_another_verifier_gives_another_pivot_set_which_select_and_train_follow(
     rates = [row["pass_rate"] for row in rescored]
     assert rates != [row["pass_rate"] for row in read_rows(run_dir / "profiles.jsonl")]
     assert all(row["pass_rate"] == sum(s["reward"] for s in row["samples"]) / len(row["samples"]) for row in rescored)
-    select(recipe_at(run_dir, *exact, "select.rule=random", "select.limit=4"))
+    select_pivots(recipe_at(run_dir, *exact, "select.rule=random", "select.limit=4"))
     assert read_header(run_dir / "pivots.jsonl", "pivots").verifier.startswith("exact ")
     with pytest.raises(InputError, match="verifier: found 'exact"):
         train(recipe_at(run_dir))

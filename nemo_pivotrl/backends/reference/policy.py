@@ -25,7 +25,7 @@ from nemo_pivotrl.algorithms.prefix_tree import lay_out, packs, token_ratio
 from nemo_pivotrl.backends.base import TokenBatch
 from nemo_pivotrl.backends.hf_models import load_model
 from nemo_pivotrl.backends.reference.tree import log_probs, prepare, run
-from nemo_pivotrl.backends.sampling import Turns, check_finite, check_log_probs, chunks, pad, positions
+from nemo_pivotrl.backends.sampling import Turns, check_finite, check_log_probs, chunks, pad, positions, select_rows
 from nemo_pivotrl.config import Generation, Optimizer, Policy
 from nemo_pivotrl.core.errors import InputError, NotFiniteError, Problem, short
 from nemo_pivotrl.core.types import Lost, Sample
@@ -116,7 +116,7 @@ class ReferencePolicy:
             staying = turns.leave()
             if staying is not None:
                 index = torch.tensor(staying, device=self.device)
-                cache.batch_select_indices(index)
+                select_rows(cache, index)
                 mask, token = mask[index], token[index]
             mask = torch.cat([mask, mask.new_ones(len(token), 1)], 1)
             output = self.model(
@@ -133,7 +133,7 @@ class ReferencePolicy:
     ) -> tuple[DynamicCache, Tensor, Tensor]:
         """Run each prompt once and hand it to its N rows: cache, next-token logits [N, V], attention mask [N, P]."""
         ids, mask = pad(prompts, left=True, device=self.device)
-        cache = DynamicCache()
+        cache = DynamicCache(config=model.config)  # it says which layers are Mamba
         output = model(
             input_ids=ids,
             attention_mask=mask,
@@ -143,7 +143,7 @@ class ReferencePolicy:
             logits_to_keep=1,
         )
         rows = torch.tensor(list(prompt_of), device=self.device)
-        cache.batch_select_indices(rows)
+        select_rows(cache, rows)
         return cache, output.logits[rows, -1], mask[rows]
 
     # ---- log-probabilities ----
