@@ -7,6 +7,7 @@ import difflib
 import types
 import typing
 from collections.abc import Mapping
+from operator import attrgetter
 from typing import Any, Literal
 
 from nemo_pivotrl.config import Recipe
@@ -61,17 +62,19 @@ def _build(cls: type[Any], values: Mapping[str, Any], prefix: str, file: str, pr
 
 
 def _without_effect(recipe: Recipe, file: str) -> list[Problem]:
-    """Settings of the doctor that only a policy has a use for: no stage samples turns from a doctor alone."""
-    usual, remedy = (
-        Recipe().doctor,
-        "remove it: no stage samples from a doctor alone; `decode` says how answers are sampled",
-    )
-    found = [("sampler", recipe.doctor.sampler, usual.sampler)]
-    for spec in dataclasses.fields(usual.generation):
-        values = (getattr(node.generation, spec.name) for node in (recipe.doctor, usual))
-        found.append((f"generation.{spec.name}", *values))
+    """Settings that were changed and that nothing reads in this recipe: sections of one kind do not all use all of theirs."""
+    usual, found = Recipe(), []
+    doctor = "remove it: no stage samples from a doctor alone; `decode` says how answers are sampled"
+    for name in ("sampler", *(f"generation.{spec.name}" for spec in dataclasses.fields(usual.doctor.generation))):
+        found.append((f"doctor.{name}", attrgetter(f"doctor.{name}"), doctor))
+    copying = "remove it: only `warmup` with `source: world` begins with copying"
+    found.append(("sft.copy_steps", attrgetter("sft.copy_steps"), copying))
+    if recipe.warmup.source != "world":
+        found.append(("warmup.copy_steps", attrgetter("warmup.copy_steps"), copying))
     return [
-        Problem(file, None, f"doctor.{name}", str(value), remedy) for name, value, default in found if value != default
+        Problem(file, None, name, str(read(recipe)), remedy)
+        for name, read, remedy in found
+        if read(recipe) != read(usual)
     ]
 
 
@@ -140,6 +143,10 @@ def _convert(hint: Any, value: Any) -> Any:
         if not isinstance(value, Mapping):
             raise ValueError("expected a mapping")
         return {str(k): _convert(args[1], v) for k, v in value.items()}
+    if isinstance(value, str) and (bad := [c for c in value if c == "\0" or "\ud800" <= c <= "\udfff"]):
+        raise ValueError(f"remove the character U+{ord(bad[0]):04X}, which no file name or text can hold")
+    if hint in (int, Any) and isinstance(value, int) and not -(1 << 63) <= value < 1 << 63:
+        raise ValueError("use a number of 64 bits")
     if hint is Any:
         return value
     if hint is type(None):

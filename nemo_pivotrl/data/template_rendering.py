@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from nemo_pivotrl.config import ChatSettings
 from nemo_pivotrl.core.errors import InputError, Problem, UnrenderableState, short
 from nemo_pivotrl.core.types import Message
+from nemo_pivotrl.data import template_sandbox
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -62,9 +63,7 @@ class Template:
         if mark:
             prepared, tools = self._broken_up(prepared, mark), self._broken_up(list(tools), mark)
         try:
-            text = self.tokenizer.apply_chat_template(
-                prepared, tools=list(tools) or None, add_generation_prompt=prompt, tokenize=False, **self.kwargs
-            )
+            text = template_sandbox.render(self.tokenizer, prepared, tools, prompt, **self.kwargs)
         except InputError:
             raise
         except Exception as error:  # whatever a template does with a state that it was not written for
@@ -151,11 +150,7 @@ class Template:
         return self._segment(text.text if isinstance(text, Marked) else text, inside)
 
     def _encode(self, text: str, **kwargs: Any) -> list[int]:
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            found = f"a lone surrogate {text[error.start]!r} after {text[max(0, error.start - 30) : error.start]!r}"
-            raise UnrenderableState("not_encodable", found, "it is excluded; mend the text, which was cut") from None
+        check_encodable(text)
         return list(self.tokenizer.encode(text, add_special_tokens=False, **kwargs))
 
     def _encode_marked(self, text: Marked, inside: bool) -> list[int]:
@@ -201,6 +196,15 @@ class Marked:
     def plain(self) -> str:
         """The text as a person sees it."""
         return self.text.replace(self.mark, "") if self.mark else self.text
+
+
+def check_encodable(text: str) -> None:
+    """Raises UnrenderableState for a text without a UTF-8 form."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        found = f"a lone surrogate {text[error.start]!r} after {text[max(0, error.start - 30) : error.start]!r}"
+        raise UnrenderableState("not_encodable", found, "it is excluded; mend the text, which was cut") from None
 
 
 def _moment(date: str) -> datetime.datetime:

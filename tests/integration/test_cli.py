@@ -43,7 +43,8 @@ def extract_recipe(folder: Path, trajectories: int = 40) -> str:
         for i in range(trajectories)
     ]
     (folder / "in.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
-    (folder / "r.yaml").write_text(f"run_dir: {folder}/run\nextract: {{trajectories: {folder}/in.jsonl}}\n")
+    settings = f"run_dir: {folder}/run\nextract: {{trajectories: {folder}/in.jsonl}}\nverifier: {{message: any}}\n"
+    (folder / "r.yaml").write_text(settings)
     return str(folder / "r.yaml")
 
 
@@ -91,7 +92,8 @@ def test_every_commands_own_help_is_quick_and_imports_nothing_heavy() -> None:
         (["zzz"], "use one of world, extract"),
         ([], "COMMAND"),
         (["--print-config"], "COMMAND"),
-        (["select"], "RECIPE"),
+        (["select"], "required: RECIPE\n"),
+        (["export", "nemo-rl"], "required: RECIPE\n"),
         (["select", "r.yaml", "--lambda", "1"], "unrecognized arguments: --lambda"),
         (["compare", "a.jsonl"], "B.jsonl"),
         (["compare", "a.jsonl", "b.jsonl", "--lambda", "2"], "2 is no number from 0 to 1"),
@@ -113,6 +115,13 @@ def test_options_and_overrides_may_stand_in_any_order(tmp_path: Path, capsys: py
         assert cli.main(["select", *(words[i] for i in order)]) == 0
         shown.add(capsys.readouterr().out)
     assert len(shown) == 1 and "seed: 2" in shown.pop()
+
+
+@pytest.mark.parametrize(("words", "usage"), [([], "nemo-pivotrl STAGE"), (["plan"], "nemo-pivotrl plan [-h]")])
+def test_help_is_a_word_too(words: list[str], usage: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["help", *words])
+    assert caught.value.code == 0 and f"usage: {usage}" in capsys.readouterr().out
 
 
 def test_export_takes_its_target_as_a_word(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -186,7 +195,9 @@ def test_a_full_disk_exits_2_leaves_the_part_and_the_same_command_then_finishes(
     shown = capsys.readouterr().err
     assert "File too large" in shown and "run the same command again" in shown and "Traceback" not in shown
     assert not (run / "candidates.jsonl").exists()
-    assert (run / "candidates.jsonl.part").read_bytes() == whole[: len(whole) // 2]
+    part, room = (run / "candidates.jsonl.part").read_bytes(), len(whole) // 2
+    header = whole.index(b"\n")  # with the place of the seal, which is filled in at the end
+    assert len(part) == room and part[header:] == whole[header:room]
     assert cli.main(["extract", recipe]) == 0
     assert (run / "candidates.jsonl").read_bytes() == whole and not (run / "candidates.jsonl.part").exists()
 
