@@ -457,7 +457,7 @@ def tfpo_loss(
 # ---- stage 3: guided decoding ----
 
 
-def mixture(
+def mix_logits(
     patient: Tensor,
     doctors: Sequence[Tensor],
     alpha: Tensor,

@@ -40,7 +40,7 @@ SETTINGS = (
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command. Exit code 0: done, 2: bad input (one screen on stderr), 130: interrupted."""
+    """Run one command. Exit code 0: done, 2: bad input (one screen on stderr), 75: another is at work there, 130: interrupted."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments and arguments[0] == "help":
         arguments = [*arguments[1:2], "--help"]

@@ -6,7 +6,7 @@ import contextlib
 import sys
 from collections.abc import Callable, Iterator, Mapping
 
-from nemo_pivotrl.core.errors import InputError
+from nemo_pivotrl.core.errors import TRY_AGAIN, AtWork, InputError, printable, short
 
 BAD_INPUT = 2
 
@@ -18,10 +18,13 @@ def guarded(command: str, run: Callable[[], int | None]) -> int:
     except InputError as error:
         print(f"nemo-pivotrl {command}: {error}", file=sys.stderr)
         return BAD_INPUT
+    except AtWork as error:
+        print(f"nemo-pivotrl {command}: {error}", file=sys.stderr)
+        return TRY_AGAIN
     except OSError as error:
         # a full disk or a missing right: whole rows already written stay in .part and are resumed
         print(
-            f"nemo-pivotrl {command}: {error.filename or 'file'}: {error.strerror or error}\n"
+            f"nemo-pivotrl {command}: {short(error.filename or 'file', 300)}: {printable(error.strerror or str(error))}\n"
             "    -> free space or mend the path, then run the same command again; finished work is kept",
             file=sys.stderr,
         )

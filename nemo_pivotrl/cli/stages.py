@@ -6,6 +6,7 @@ Nothing heavy is imported before a stage's function is.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 import time
@@ -115,7 +116,7 @@ def run_stage(stage: str, recipe: Recipe, fresh: bool, shard: str | None = None)
         more["shard"] = shard_of(shard)
 
     def call() -> None:
-        with missing_module(f"stage {stage}", extras, "reference"):
+        with missing_module(f"stage {stage}", extras, "reference"), alone(stage, recipe, shard):
             if stage in CHECKED:
                 from nemo_pivotrl.tools.checks import preflight
 
@@ -130,6 +131,15 @@ def run_stage(stage: str, recipe: Recipe, fresh: bool, shard: str | None = None)
         return run_together(call, recipe.megatron, place)
     call()
     return 0
+
+
+def alone(stage: str, recipe: Recipe, shard: str | None) -> contextlib.AbstractContextManager[None]:
+    """The lock of the stage's run folder, before anything heavy is imported."""
+    from pathlib import Path
+
+    from nemo_pivotrl.core.lock import only_writer
+
+    return only_writer(Path(recipe.run_dir), stage, f"shard {shard}" if shard else "")
 
 
 def here() -> Place:

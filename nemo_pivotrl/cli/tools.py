@@ -123,6 +123,22 @@ def run_preflight(options: argparse.Namespace) -> int:
     return 0
 
 
+def seal_arguments(made: argparse.ArgumentParser) -> None:
+    made.add_argument("files", nargs="+", metavar="FILE.jsonl", help="its rows are read, counted and summed")
+
+
+def run_seal(options: argparse.Namespace) -> None:
+    """Seal artefacts as they stand."""
+    from pathlib import Path
+
+    from nemo_pivotrl.core.artifacts import seal
+    from nemo_pivotrl.core.lock import only_writer
+
+    for path in map(Path, options.files):
+        with only_writer(path.parent, "seal"):
+            print(f"{path}: sealed with {seal(path)} rows")
+
+
 def compare_arguments(made: argparse.ArgumentParser) -> None:
     made.add_argument("left", metavar="A.jsonl", help="a profile, e.g. of the start policy")
     made.add_argument("right", metavar="B.jsonl", help="another of the same candidates, e.g. of a checkpoint")
@@ -220,6 +236,7 @@ TOOLS = {
     "plan": Tool("will it fit, and what will it cost", plan_arguments, run_plan),
     "preflight": Tool("what would stop a stage, all at once", preflight_arguments, run_preflight),
     "compare": Tool("two profiles of the same candidates: what moved, and the pivots", compare_arguments, run_compare),
+    "seal": Tool("vouch for artefacts as they stand: of an earlier version, or edited", seal_arguments, run_seal),
     "verify": Tool("score rows of a file", verify_arguments, run_verify),
     "serve-verifier": Tool("serve a verifier to NeMo-Gym", serve_verifier_arguments, run_serve_verifier),
     "serve": Tool("serve the policy, or the patient with its doctors, by vLLM", serve_arguments, run_serve),
