@@ -156,6 +156,7 @@ _HARMONY_MESSAGE = re.compile(
     r"(?P<end><\|end\|>|<\|call\|>|<\|return\|>|\Z)",
     re.DOTALL,
 )
+_HARMONY_ANALYSIS = re.compile(r"<\|channel\|>analysis<\|message\|>([^<]*+(?:<(?!\|end\|>)[^<]*+)*+)")
 _HARMONY_CALL = re.compile(r"\bto=functions\.([^\s<]+)")
 
 
@@ -182,3 +183,8 @@ def read_harmony(text: str, tools: Tools) -> tuple[str, list[ToolCall]]:
     if not finished or not (calls or content):
         raise ValueError("reasoning never ended")
     return "".join(content), calls
+
+
+def harmony_reasoning(text: str) -> str:
+    """What an answer of gpt-oss says in its analysis channel."""
+    return "\n".join(found.strip() for found in _HARMONY_ANALYSIS.findall(text))

@@ -296,6 +296,23 @@ def test_reasoning_reaches_a_template_under_the_name_that_it_reads() -> None:
         )
 
 
+def test_what_was_thought_is_kept_apart_from_what_is_done() -> None:
+    for name in ("nemotron_3_super", "qwen3", "gptoss", "gemma4_v5"):
+        chat = chat_of(name)
+        for action in (calling(1, 1, "It is so."), Action("message", "An answer.", reasoning="It is so.")):
+            turn = chat.turn([USER], [tool({"type": "integer"})], message_of(action))
+            ids = chat.encode(turn.text.plain)
+            read = chat.parse(
+                chat.decode([i for i in ids if i not in chat.stop_ids]), [tool({"type": "integer"})], turn.opened
+            )
+            assert (read.kind, read.reasoning) == (action.kind, "It is so."), name
+
+
+def test_a_template_that_draws_lots_is_refused() -> None:
+    with pytest.raises(InputError, match="random"):
+        Chat(tokenizer_with(template("qwen3") + "{{ ['a', 'b'] | random }}"))
+
+
 def test_a_sentencepiece_answer_has_no_blank_that_the_template_does_not_write() -> None:
     from tokenizers import Tokenizer, decoders, models, normalizers, trainers
     from transformers import PreTrainedTokenizerFast
