@@ -70,7 +70,7 @@ class Audit:
     undeclared: list[str] = field(default_factory=list)
     """Candidates whose expert calls a tool that the state does not declare."""
     constants: dict[str, list[str]] = field(default_factory=dict)
-    """Constant answer -> candidates that it wins, the best answers first; those that win one candidate alone are left out."""
+    """Constant answer -> candidates that it wins, the best answers first; those that win in one task alone are left out."""
 
     def gold_failures(self) -> list[str]:
         return [c for c, tried in self.probes.items() if any(p.failed for p in tried if p.side == GOLD)]
@@ -209,11 +209,9 @@ def _constants(
     for answer in probes.constants([candidate.expected for candidate in candidates]):
         kind = [c for c in chosen if c.expected.kind == answer.kind]
         results = verdicts(verifier, [(c.case, answer) for c in kind], max_retries)
-        wins = [
-            c.candidate_id for c, r in zip(kind, results, strict=True) if isinstance(r, Verdict) and r.reward == 1.0
-        ]
-        if len(wins) > 1:
-            won[_said(answer)] = wins
+        wins = [c for c, r in zip(kind, results, strict=True) if isinstance(r, Verdict) and r.reward == 1.0]
+        if len({c.task_id for c in wins}) > 1:  # of one task it may be the answer
+            won[_said(answer)] = [c.candidate_id for c in wins]
     return dict(sorted(won.items(), key=lambda pair: -len(pair[1])))
 
 

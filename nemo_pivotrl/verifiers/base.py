@@ -28,12 +28,21 @@ class VerifierFault(RuntimeError):
 class Verifier(Protocol):
     """What a stage needs of a verifier."""
 
-    name: str
-    version: str
-    concurrency: int
-    """How many verdicts may be asked for at a time; 1 for what computes."""
-    asks_judge: bool
-    """Whether a verdict may need an LLM judge."""
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def version(self) -> str: ...
+
+    @property
+    def concurrency(self) -> int:
+        """How many verdicts may be asked for at a time; 1 for what computes."""
+        ...
+
+    @property
+    def asks_judge(self) -> bool:
+        """Whether a verdict may need an LLM judge."""
+        ...
 
     def verify(self, case: Case, actual: Action) -> Verdict:
         """Judge `actual` against `case.expected`. Raises VerifierFault when it cannot."""
