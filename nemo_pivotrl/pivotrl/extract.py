@@ -224,6 +224,10 @@ def reading_text(audit: dict[str, Any]) -> str:
             f"left out by extract.on_invalid=skip: {audit['left_out']}; all are named in candidates.audit.json"
         )
         lines += [f"  {problem}" for problem in audit["named"][:SHOWN]]
+    if audit["trajectories"] > 1 and sum(audit["tasks"].values()) == 1:
+        lines.append(
+            "all trajectories are of one task, or open alike: nothing is held out; give each record its task_id"
+        )
     near = audit["skipped"].get("near_duplicate_state", 0)
     if near > 0.2 * max(audit["turns"], 1):
         lines.append(f"{near} of {audit['turns']} turns fell to extract.near_duplicate; 1.0 turns it off")
