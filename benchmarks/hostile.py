@@ -15,7 +15,8 @@ from typing import Any
 
 from nemo_pivotrl import config
 from nemo_pivotrl.core.types import Action, Case, ToolCall
-from nemo_pivotrl.verifiers.base import Bounded, VerifierFault, load_verifier
+from nemo_pivotrl.verifiers.base import Bounded, VerifierFault
+from nemo_pivotrl.verifiers.loading import load_verifier
 
 BOUND_MS = 100.0
 CAP_S = 3.0

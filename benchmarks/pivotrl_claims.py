@@ -93,9 +93,9 @@ HOUSE = {
 }
 """The same with an expert who words things as the start policy does: what SFT's trouble is due to."""
 SWEEP = {
-    "lambda-0.9": Arm("lambda 0.9 (A.15 2: 0.6)", ("select.lambda_diff=0.9",), like="pivotrl"),
-    "leave-one-out": Arm("leave-one-out (A.15 7: group)", ("grpo.use_leave_one_out_baseline=true",), like="pivotrl"),
-    "kl-0.1": Arm("KL 0.1 (A.15 11: 0)", ("loss_fn.reference_policy_kl_penalty=0.1",), like="pivotrl"),
+    "lambda-0.9": Arm("lambda 0.9 (P2: 0.6)", ("select.lambda_diff=0.9",), like="pivotrl"),
+    "leave-one-out": Arm("leave-one-out (P7: group)", ("grpo.use_leave_one_out_baseline=true",), like="pivotrl"),
+    "kl-0.1": Arm("KL 0.1 (P11: 0)", ("loss_fn.reference_policy_kl_penalty=0.1",), like="pivotrl"),
 }
 EVERY = ARMS | HOUSE | SWEEP
 SETS = {"multi_turn": "whole tasks", "one_turn": "held-out turns", "retention": "out of domain"}

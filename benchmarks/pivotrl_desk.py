@@ -12,8 +12,8 @@ from typing import ClassVar
 from nemo_pivotrl.config import Limits
 from nemo_pivotrl.core.types import Action, Case, Verdict
 from nemo_pivotrl.demo import service_desk as world
-from nemo_pivotrl.verifiers.base import VERIFIERS
 from nemo_pivotrl.verifiers.functional import Functional
+from nemo_pivotrl.verifiers.loading import VERIFIERS
 
 STATUS = frozenset({"pending", "shipped"})
 

@@ -86,7 +86,7 @@ def document(shown: Shown, origin: str) -> str:
         signal(shown),
         "## Whose wording the expert has",
         house(shown),
-        "## Sweeps of the choices in A.15",
+        "## Sweeps of choices of docs/algorithms.md",
         sweep(shown),
         "## Learning rates",
         tuning(shown),

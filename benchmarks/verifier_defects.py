@@ -13,10 +13,10 @@ import sys
 from typing import Any
 
 from nemo_pivotrl import config
-from nemo_pivotrl.config.load import build
+from nemo_pivotrl.config.build import build
 from nemo_pivotrl.core.types import Action, Candidate, ToolCall
 from nemo_pivotrl.pivotrl.verifier_audit import GOLD, RIGHT, WRONG, Audit, run_audit
-from nemo_pivotrl.verifiers.base import load_verifier
+from nemo_pivotrl.verifiers.loading import load_verifier
 
 
 def tool(name: str, **properties: Any) -> dict[str, Any]:

@@ -20,7 +20,8 @@ from nemo_pivotrl.pivotrl.select import select
 from nemo_pivotrl.pivotrl.train import train
 from nemo_pivotrl.pivotrl.verifier_audit import GOLD, RIGHT, WRONG, audit, run_audit, summarise
 from nemo_pivotrl.verifiers import probes
-from nemo_pivotrl.verifiers.base import VerifierFault, load_verifier
+from nemo_pivotrl.verifiers.base import VerifierFault
+from nemo_pivotrl.verifiers.loading import load_verifier
 
 TOOL = {
     "type": "function",

@@ -202,7 +202,9 @@ def test_print_config_loads_back_equal_for_awkward_values(tmp_path: Path) -> Non
 
 
 def test_every_setting_is_used_outside_the_file_that_declares_it() -> None:
-    sources = [p.read_text(encoding="utf-8") for p in (ROOT / "nemo_pivotrl").rglob("*.py") if p.parent.name != "config"]
+    sources = [
+        p.read_text(encoding="utf-8") for p in (ROOT / "nemo_pivotrl").rglob("*.py") if p.parent.name != "config"
+    ]
     read_as_attribute_or_named_in_a_table = r"\.([a-z_0-9]+)\b|\"([a-z_0-9]+)\":"
     used = {name for pair in re.findall(read_as_attribute_or_named_in_a_table, "\n".join(sources)) for name in pair}
     sections = [c for c in vars(config).values() if dataclasses.is_dataclass(c)]

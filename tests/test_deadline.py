@@ -8,7 +8,7 @@ import pytest
 from conftest import ROOT, SMALL
 
 from nemo_pivotrl import cli
-from nemo_pivotrl.backends.loading import policy_revision
+from nemo_pivotrl.backends.identity import policy_revision
 from nemo_pivotrl.components.checkpoint import RESUME, Paused, is_due, time_limit
 from nemo_pivotrl.core.errors import InputError
 

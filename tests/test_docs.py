@@ -12,7 +12,7 @@ from test_slurm import environment
 
 from nemo_pivotrl import cli
 from nemo_pivotrl.config import Recipe
-from nemo_pivotrl.verifiers.base import VERIFIERS
+from nemo_pivotrl.verifiers.loading import VERIFIERS
 
 SLURM = ROOT / "deploy/slurm"
 DOCS = sorted((ROOT / "docs").glob("*.md"))
@@ -73,11 +73,17 @@ def run(words: list[str], folder: Path, small: list[str]) -> None:
     ), named
 
 
-def test_there_are_five_short_pages_whose_links_lead_somewhere() -> None:
-    assert [path.name for path in DOCS] == ["cluster.md", "design.md", "formats.md", "llmdoctor.md", "pivotrl.md"]
+REFERENCE = ("algorithms.md", "settings.md")
+"""Pages to look things up in; the others are read from top to bottom and stay short."""
+
+
+def test_pages_are_short_and_their_links_lead_somewhere() -> None:
+    assert {"algorithms.md", "cluster.md", "design.md", "formats.md", "llmdoctor.md", "pivotrl.md"} <= {
+        p.name for p in DOCS
+    }
     for path in DOCS:
         text = path.read_text(encoding="utf-8")
-        assert len(text.splitlines()) <= 110, path.name
+        assert path.name in REFERENCE or len(text.splitlines()) <= 110, path.name
         for target in re.findall(r"\]\(([^)]+)\)", text):
             assert (path.parent / target).exists(), f"{path.name}: {target}"
 

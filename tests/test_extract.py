@@ -12,7 +12,8 @@ from nemo_pivotrl.core.artifacts import read_header, read_rows
 from nemo_pivotrl.core.errors import InputError
 from nemo_pivotrl.core.types import Action, Candidate, Message, ToolCall, Trajectory
 from nemo_pivotrl.data.gym_rows import candidate_of_row
-from nemo_pivotrl.pivotrl.extract import cut_all, dangling_call, extract, is_error, leaks, split_by_task
+from nemo_pivotrl.data.splits import split_by_task
+from nemo_pivotrl.pivotrl.extract import cut_all, dangling_call, extract, is_error, leaks
 
 TAU = Path(__file__).resolve().parents[2] / "shared/data/tau_airline"
 SCHEMA = {"type": "object", "properties": {"q": {"type": "integer"}}, "required": ["q"]}

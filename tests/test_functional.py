@@ -12,9 +12,10 @@ from hypothesis import assume, given, settings, strategies as st
 from nemo_pivotrl import config
 from nemo_pivotrl.core.errors import InputError
 from nemo_pivotrl.core.types import Action, Case, ToolCall, Verdict
-from nemo_pivotrl.verifiers.base import Bounded, Ruling, VerifierFault, load_verifier
+from nemo_pivotrl.verifiers.base import Bounded, Ruling, VerifierFault
 from nemo_pivotrl.verifiers.edits import read_patch
 from nemo_pivotrl.verifiers.functional import RULES, Functional
+from nemo_pivotrl.verifiers.loading import load_verifier
 
 Made = tuple[str, dict[str, Any]]
 

@@ -13,7 +13,8 @@ from hypothesis import given, settings, strategies as st
 
 from nemo_pivotrl import config
 from nemo_pivotrl.core.types import Action, Case, ToolCall
-from nemo_pivotrl.verifiers.base import VERIFIERS, Bounded, VerifierFault, load_verifier
+from nemo_pivotrl.verifiers.base import Bounded, VerifierFault
+from nemo_pivotrl.verifiers.loading import VERIFIERS, load_verifier
 
 SECONDS = 0.3
 """The aim is 0.1 s of processor time, best of three; a busy machine gets three times that. The number is printed."""

@@ -28,9 +28,10 @@ from nemo_pivotrl import config
 from nemo_pivotrl.core.errors import InputError
 from nemo_pivotrl.core.types import Action, Case, ToolCall, Verdict
 from nemo_pivotrl.verifiers import judge as judge_module, judge_prompt as prompts
-from nemo_pivotrl.verifiers.base import Ruling, VerifierFault, load_verifier, verdicts
+from nemo_pivotrl.verifiers.base import Ruling, VerifierFault, verdicts
 from nemo_pivotrl.verifiers.judge import Judge, JudgeVerifier, calibrate, connect, refuse_self_judge
 from nemo_pivotrl.verifiers.judge_calibration import CALIBRATION, wilson
+from nemo_pivotrl.verifiers.loading import load_verifier
 
 KEY = "sk-test-5f2c9e7d1b"
 CASE = Case(Action("message", "unused"))

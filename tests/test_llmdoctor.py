@@ -89,7 +89,7 @@ def test_rewards_of_a_hand_computed_table() -> None:
 def slow_rewards(
     positive: list[float], negative: list[float], sign: int, tau: float, theta: float, eps: float
 ) -> list[float]:
-    """One answer without padding, B.3 line by line."""
+    """One answer without padding, equations (21) to (23) line by line."""
     delta = [abs(p - n) for p, n in zip(positive, negative, strict=True)]
     mean = sum(delta) / len(delta)
     smoothed = [math.tanh(d / (mean + eps) / tau) for d in delta]
@@ -146,9 +146,7 @@ def test_the_threshold_is_strict() -> None:
 
 
 @pytest.mark.parametrize(("theta", "bound"), [(0.1, 0.10), (0.5, 0.55), (0.7, 0.87), (0.762, 1.0), (0.9, 1.47)])
-def test_theta_keeps_tokens_above_the_multiple_of_the_mean_that_the_specification_lists(
-    theta: float, bound: float
-) -> None:
+def test_theta_keeps_tokens_above_the_multiple_of_the_mean_that_the_page_lists(theta: float, bound: float) -> None:
     importance = torch.empty(1, 50_000, dtype=torch.float64).exponential_(generator=rng(0))
     mask = torch.ones_like(importance, dtype=torch.bool)
     found = rewards_of(-importance, torch.zeros_like(importance), mask, [True], theta=theta)
@@ -254,7 +252,7 @@ def slow_subtb(c: Callable[[int, int], Tensor], length: int, s: TfpoSettings, sk
 
 
 def slow_tfpo(b: Batch, s: TfpoSettings, normaliser: float, wrong: str = "") -> Tensor:
-    """B.4 pair by pair. `wrong` names a variant that somebody published or could write."""
+    """Equation (32) pair by pair. `wrong` names a variant that somebody published or could write."""
     columns = [row.nonzero()[:, 0].tolist() for row in b.mask]
     values, flows = [], []
     for row, places in enumerate(columns):

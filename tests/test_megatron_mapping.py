@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from transformers import LlamaConfig, NemotronHConfig, Qwen3Config, Qwen3MoeConfig
 
-from nemo_pivotrl.backends.megatron.mapping import entries, padded_vocab_size
+from nemo_pivotrl.backends.megatron.mapping import entries
 from nemo_pivotrl.core.errors import InputError
-from nemo_pivotrl.sizing.architecture import read_architecture
+from nemo_pivotrl.sizing.architecture import padded_vocab_size, read_architecture
 
 SIZES: dict[str, Any] = {
     "vocab_size": 300,

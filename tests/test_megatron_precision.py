@@ -8,18 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from nemo_pivotrl.backends.installed import probe, which_apex
 from nemo_pivotrl.config import Megatron
 from nemo_pivotrl.core.errors import InputError
-from nemo_pivotrl.sizing.precision import (
-    Probe,
-    check_fp8,
-    fp8_fields,
-    mamba_projection,
-    probe,
-    require_fp8,
-    token_multiple,
-    which_apex,
-)
+from nemo_pivotrl.sizing.precision import Probe, check_fp8, fp8_fields, mamba_projection, require_fp8, token_multiple
 
 HOPPER = Probe("2.8.0", "", (12, 9), (9, 0), "nvidia")
 BLACKWELL = replace(HOPPER, capability=(10, 0))

@@ -31,9 +31,7 @@ def outcomes(successes: int, count: int) -> list[float]:
 
 
 @pytest.mark.parametrize(("count", "low", "high"), [(4, 1, 2), (8, 1, 4), (16, 1, 9), (32, 1, 19), (64, 1, 38)])
-def test_adv_at_lambda_0_6_keeps_exactly_the_success_counts_of_the_specification(
-    count: int, low: int, high: int
-) -> None:
+def test_adv_at_lambda_0_6_keeps_exactly_the_success_counts_of_the_page(count: int, low: int, high: int) -> None:
     kept = [k for k in range(count + 1) if keep(statistics(outcomes(k, count)), "adv", 0.6)]
     assert kept == list(range(low, high + 1))
 
@@ -138,7 +136,7 @@ def advantages(rewards: list[float], **settings: object) -> list[float]:
         (15, 0.250, -3.75),
     ],
 )
-def test_group_mean_and_sample_std_give_the_table_of_the_specification(k: int, success: float, failure: float) -> None:
+def test_group_mean_and_sample_std_give_the_table_of_the_page(k: int, success: float, failure: float) -> None:
     found = advantages(outcomes(k, 16))
     assert found[0] == pytest.approx(success, abs=0.006) and found[-1] == pytest.approx(failure, abs=0.006)
     assert sum(found) == pytest.approx(0.0, abs=1e-9)
@@ -195,7 +193,7 @@ def test_advantage_clip_and_no_normalisation() -> None:
 
 
 def slow_loss(lp, old, adv, mask, normaliser, s: LossSettings, ref=None, sampler=None) -> float:  # type: ignore[no-untyped-def]
-    """Eq. 7 token by token in Python floats."""
+    """Equation (15) token by token in Python floats."""
     total = 0.0
     for n in range(len(lp)):
         tokens = [t for t in range(len(lp[n])) if mask[n][t]]

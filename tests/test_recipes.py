@@ -15,7 +15,8 @@ from omegaconf import OmegaConf
 
 from nemo_pivotrl import cli
 from nemo_pivotrl.config import Recipe
-from nemo_pivotrl.config.load import _chain, build, load_recipe
+from nemo_pivotrl.config.build import build
+from nemo_pivotrl.config.load import _chain, load_recipe
 from nemo_pivotrl.tools.plan import plan
 
 FOLDER = ROOT / "recipes"

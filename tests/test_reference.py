@@ -18,7 +18,8 @@ from transformers import (
 
 from nemo_pivotrl.algorithms.pivotrl import sft_loss
 from nemo_pivotrl.backends.base import TokenBatch
-from nemo_pivotrl.backends.loading import load, policy_revision
+from nemo_pivotrl.backends.identity import policy_revision
+from nemo_pivotrl.backends.loading import load
 from nemo_pivotrl.backends.reference.policy import ReferencePolicy
 from nemo_pivotrl.config import Generation, Lora, Optimizer, Policy
 from nemo_pivotrl.core.errors import InputError

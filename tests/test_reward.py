@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM, 
 from nemo_pivotrl import cli
 from nemo_pivotrl.backends import loading
 from nemo_pivotrl.backends.base import Scorer
+from nemo_pivotrl.backends.identity import policy_revision
 from nemo_pivotrl.backends.reference import scorer as scorer_file
 from nemo_pivotrl.backends.reference.scorer import ReferenceScorer
 from nemo_pivotrl.components.costs import read_ledger
@@ -362,7 +363,7 @@ def test_the_header_names_patient_tokenizer_template_both_faces_and_every_number
 ) -> None:
     base = read_header(reward(recipe_for(tmp_path / "a", patient)), "token_rewards")
     recipe = recipe_for(tmp_path / "a", patient)
-    assert base.policy == loading.policy_revision(patient) and base.parent and base.tokenizer and base.chat_template
+    assert base.policy == policy_revision(patient) and base.parent and base.tokenizer and base.chat_template
     assert base.extra["tau"] == 1.0 and base.extra["theta"] == 0.5 and base.extra["eps"] == 1e-6
     faces = base.extra["faces"]["helpfulness"]
     assert set(faces) == {"positive", "negative"} and faces["positive"] != faces["negative"]

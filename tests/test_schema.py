@@ -11,8 +11,8 @@ from openapi_schema_validator import OAS32Validator
 
 from nemo_pivotrl import config
 from nemo_pivotrl.core.types import Action, Case, ToolCall
-from nemo_pivotrl.verifiers.base import load_verifier
 from nemo_pivotrl.verifiers.bounds import LimitExceeded
+from nemo_pivotrl.verifiers.loading import load_verifier
 from nemo_pivotrl.verifiers.schema import bounded, is_valid, matches
 
 SECONDS = 0.3  # three times the aim: the machine may be busy

@@ -16,11 +16,12 @@ from conftest import ROOT, SMALL, recipe_at
 
 from nemo_pivotrl.components import rollout
 from nemo_pivotrl.components.metrics import read_metrics
+from nemo_pivotrl.components.statistics import bootstrap
 from nemo_pivotrl.core.artifacts import read_header, read_rows
 from nemo_pivotrl.core.errors import InputError
 from nemo_pivotrl.core.types import Action, Case, Verdict
 from nemo_pivotrl.demo import service_desk as world
-from nemo_pivotrl.pivotrl.evaluate import bootstrap, evaluate, holds, read_items, summarise
+from nemo_pivotrl.pivotrl.evaluate import evaluate, holds, read_items, summarise
 from nemo_pivotrl.pivotrl.profile import profile
 from nemo_pivotrl.pivotrl.profile_rows import profile_of_row
 from nemo_pivotrl.pivotrl.select import select

@@ -14,7 +14,7 @@ from nemo_pivotrl.backends.base import TokenBatch
 from nemo_pivotrl.backends.reference.doctor import DoctorModel
 from nemo_pivotrl.components.metrics import read_metrics
 from nemo_pivotrl.config import Lora, Optimizer, Policy, Recipe
-from nemo_pivotrl.config.load import build
+from nemo_pivotrl.config.build import build
 from nemo_pivotrl.core.artifacts import ArtefactWriter, Header
 from nemo_pivotrl.core.errors import InputError
 from nemo_pivotrl.data.chat_template import Chat, load_tokenizer
@@ -114,7 +114,7 @@ def test_micro_batches_give_the_loss_and_the_gradient_of_the_whole_batch(start: 
 def test_the_stage_counts_every_token_of_an_answer_and_none_of_its_padding(start: str) -> None:
     settings = tfpo_settings(build(Recipe, {"tfpo": {"anchor": "reference", "kappa": 2.0}}, "test"))
     metrics = _run(doctor(start), pairs_of((1.0, -1.0)), settings, forward_only=True)
-    # untrained and anchored: twice the variance of log Q, which runs from 0 to +-2 L in equal steps (B.11 5)
+    # untrained and anchored: twice the variance of log Q, which runs from 0 to +-2 L in equal steps (equation (30))
     states = [len(answer) + 1 for answer in RESPONSES]
     assert metrics["subtb"] == pytest.approx(sum(4 * n * (n + 1) / 6 for n in states) / 4, abs=1e-5)
     lengths = [n - 1 for n in states]
@@ -208,7 +208,7 @@ def test_a_doctor_learns_the_preference_in_its_direction_and_the_export_is_an_or
         folder = tmp_path / str(sign)
         folder.mkdir()
         write_rewards(folder, chat, sign)
-        # without an anchor the doctor first has to lose the language prior it starts with (B.4.4): more steps
+        # without an anchor the doctor first has to lose the language prior it starts with (D10): more steps
         out = tfpo(recipe(folder, start, anchor=anchor, max_num_steps=80 if anchor == "none" else 12))
         assert {p.name for p in out.iterdir()} >= {"config.json", "model.safetensors", "tokenizer.json"}
         learnt[sign] = margin(out, chat)

@@ -11,7 +11,8 @@ from hypothesis import example, given, settings, strategies as st
 from nemo_pivotrl import config
 from nemo_pivotrl.core.errors import InputError
 from nemo_pivotrl.core.types import Action, Case, ToolCall
-from nemo_pivotrl.verifiers.base import Bounded, Verifier, VerifierFault, identity, load_verifier
+from nemo_pivotrl.verifiers.base import Bounded, Verifier, VerifierFault
+from nemo_pivotrl.verifiers.loading import identity, load_verifier
 from nemo_pivotrl.verifiers.single_step import max_matching, word_overlap
 
 GOLDEN = Path(__file__).resolve().parents[2] / "shared/golden/single_step.jsonl"

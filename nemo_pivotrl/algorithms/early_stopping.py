@@ -1,6 +1,6 @@
 """When a candidate's selection is known before all K rollouts are drawn, and what the drawn ones say about its hit rate. Pure.
 
-Keep iff 0 < k < K and k < lambda*K (Eq. 5, `pivotrl.keep`). After s successes and f failures the final k lies between s and
+Keep iff 0 < k < K and k < lambda*K (equation (4), `pivotrl.keep`). After s successes and f failures the final k lies between s and
 s + (K - s - f); as soon as `keep` is the same over all of that range, no remaining outcome can change the selection, and
 drawing on buys nothing. Where k is 0 so far the range holds both answers until the last draw: a state that the policy never
 solves costs all K. `Plan.ask` never asks for more samples at a time than must be drawn before the next decision is possible,
@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
 from nemo_pivotrl.algorithms.pivotrl import Rule, keep, statistics
+from nemo_pivotrl.config import ProfileStage, Select
+from nemo_pivotrl.core.errors import InputError, Problem
 
 
 @dataclass(frozen=True)
@@ -189,3 +191,29 @@ def interval(successes: int, failures: int, confidence: float = 0.95) -> tuple[f
     low = float(betaincinv(successes + 0.5, failures + 0.5, tail)) if successes else 0.0
     high = float(betaincinv(successes + 0.5, failures + 0.5, 1.0 - tail)) if failures else 1.0
     return low, high
+
+
+def plan_of(settings: ProfileStage, select: Select) -> Plan:
+    """How many rollouts a candidate gets. Raises InputError for an interval or prior that is none."""
+    given = settings.lambda_interval or (select.lambda_diff, select.lambda_diff)
+    problems = []
+    if len(given) != 2 or not 0 <= given[0] <= select.lambda_diff <= given[1] <= 1:
+        remedy = f"give [low, high] around select.lambda_diff, which is {select.lambda_diff}"
+        problems.append(Problem("recipe", None, "profile.lambda_interval", str(list(given)), remedy))
+    if len(settings.prior) != 2 or min(settings.prior, default=0.0) <= 0:
+        problems.append(
+            Problem("recipe", None, "profile.prior", str(list(settings.prior)), "give [a, b], both positive")
+        )
+    if problems:
+        raise InputError(problems)
+    return Plan(
+        settings.num_generations,
+        "adv" if select.rule == "random" else select.rule,
+        given[0],
+        given[1],
+        select.inclusive,
+        settings.error_rate if settings.curtail == "sequential" else 0.0,
+        (settings.prior[0], settings.prior[1]),
+        min(settings.min_wave, settings.num_generations),
+        settings.curtail != "none",
+    )

@@ -2,19 +2,19 @@
 
 Shapes: `N` answers (rows), `T` tokens, `S` = T+1 states, `P` pairs; when decoding `R` requests, `V` vocabulary columns,
 `D` doctors. State s is the prompt and the answer's first s tokens: a token is an edge from its state to the next. Logs
-are natural, in nats. `B.n` are sections of the specification, `B.9 n` rows of its table of choices; nobody here could
+are natural, in nats. `D1`, `equation (22)` and the like are numbers of docs/algorithms.md; nobody here could
 read more of the paper than its abstract, so a default of that table is a choice, never "the paper's value".
 
 Deviations from the paper as others report it:
-- log Q is kappa times the running reward (B.9 6). A running sum as Q itself is <= 0 on every rejected prefix;
-- the head gives log V (B.9 7), 0 at the state after EOS (B.9 8) and one value for both answers at the prompt: with
+- log Q is kappa times the running reward (D6). A running sum as Q itself is <= 0 on every rejected prefix;
+- the head gives log V (D7), 0 at the state after EOS (D8) and one value for both answers at the prompt: with
   either missing, V can absorb any policy and the preference is not identified. `ended` False leaves an end free;
-- squared residuals are averaged over the sub-trajectories of an answer, the paper sums them (`reduction`, B.9 9). Both
-  come from moments, in O(T): over all pairs m < n, sum (c_n - c_m)^2 = S * sum (c - mean)^2 (B.4.4);
+- squared residuals are averaged over the sub-trajectories of an answer, the paper sums them (`reduction`, D9). Both
+  come from moments, in O(T): over all pairs m < n, sum (c_n - c_m)^2 = S * sum (c - mean)^2 (equation (28));
 - sub-trajectories may be weighted by decay^(n-m) (`decay`; 1 is the paper);
-- log pi may be taken relative to a reference (`anchor`, B.9 10); the paper has none and so no language prior (B.4.4 4);
-- the value hinge compares the two answers where they part (B.9 11), the only prefix at which data has two next tokens;
-- `mixture` divides by a reference where it is given one (B.9 16).
+- log pi may be taken relative to a reference (`anchor`, D10); the paper has none and so no language prior;
+- the value hinge compares the two answers where they part (D11), the only prefix at which data has two next tokens;
+- `mixture` divides by a reference where it is given one (D16).
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class TokenRewards(NamedTuple):
 def token_rewards(
     positive: Tensor, negative: Tensor, mask: Tensor, chosen: Tensor, tau: float, theta: float, eps: float
 ) -> TokenRewards:
-    """Importance, smoothing, threshold and sign of B.3 (B.9 3-5; that table sets tau 1.0, theta 0.5, eps 1e-6).
+    """Importance, smoothing, threshold and sign: equations (21) to (23), D3 to D5.
 
     positive, negative [N, T]: log-probabilities (nats) of the same answer tokens under the patient's two faces, from
     the same engine in the same precision. mask [N, T] bool: answer tokens, EOS included, prompt and padding not; the
@@ -94,7 +94,7 @@ def reward_diagnostics(
     chosen: Tensor,
     positive_again: Tensor | None = None,
 ) -> RewardDiagnostics:
-    """Diagnostics of `token_rewards`. positive_again [N, T]: the positive face scored a second time (B.10)."""
+    """Diagnostics of `token_rewards`. positive_again [N, T]: the positive face scored a second time (D20)."""
     tokens = mask.sum(1)
     right_face = torch.where(chosen[:, None], positive > negative, negative > positive)
     total = found.importance.sum(1)
@@ -134,7 +134,7 @@ class Layout:
 
 
 def log_q_steps(rewards: Tensor, mask: Tensor, kappa: float, length_normalize: bool) -> Tensor:
-    """Growth of log Q by each token [N, T], nats: log Q(s_t) = sum of the first t of them, log Q(s_0) = 0 (B.9 6)."""
+    """Growth of log Q by each token [N, T], nats: log Q(s_t) = sum of the first t of them, log Q(s_0) = 0 (D6)."""
     steps = kappa * _wide(rewards).masked_fill(~mask, 0.0)
     return steps / mask.sum(1, keepdim=True).clamp(min=1) if length_normalize else steps
 
@@ -283,7 +283,7 @@ def flow_statistics(gain: Tensor, log_values: Tensor, state: Tensor, decay: floa
 
 
 def subtb(flow: FlowStatistics, reduction: Literal["pair_mean", "sum"]) -> Tensor:
-    """Squared SubTB residuals (nats^2) of each answer [N], averaged or summed over its sub-trajectories (B.9 9)."""
+    """Squared SubTB residuals (nats^2) of each answer [N], averaged or summed over its sub-trajectories (D9)."""
     if reduction == "sum":
         return flow.pair_sum
     return flow.pair_sum / torch.where(flow.pair_weight > 0, flow.pair_weight, torch.ones_like(flow.pair_weight))
@@ -352,7 +352,7 @@ def tfpo_loss_of(
     """TFPO loss of a batch's statistics and its metrics, as sums already divided by the global number of pairs.
 
     `normaliser` counts the pairs of all micro-batches and data-parallel ranks: SubTB is then the mean over answers,
-    chosen and rejected alike (B.9 9), the hinge the mean over pairs, where a pair without a comparison adds 0.
+    chosen and rejected alike (D9), the hinge the mean over pairs, where a pair without a comparison adds 0.
     Micro-batches add up to the batch; one with everything masked gives a connected zero.
     """
     better, worse = layout.pairs.unbind(1)
@@ -385,7 +385,7 @@ def tfpo_loss(
     settings: Tfpo,
     reference_log_probs: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """SubTB over all sub-trajectories plus the value hinge (B.4), and metrics; see `tfpo_loss_of` for the normaliser.
+    """SubTB over all sub-trajectories plus the value hinge (equation (32)), and metrics; see `tfpo_loss_of` for the normaliser.
 
     log_probs, reference_log_probs [N, T], of the token taken in each state; log_values [N, T+1], log V of each state,
     both from one forward pass. Metrics, a mean over pairs each: `subtb`,
@@ -427,10 +427,10 @@ def mixture(
     vocab_size: int,
     references: Sequence[Tensor | None] | None = None,
 ) -> Tensor:
-    """Normalised log-probabilities [R, V] of patient^alpha * prod_i (doctor_i / reference_i)^beta_i (B.5, B.9 16).
+    """Normalised log-probabilities [R, V] of patient^alpha * prod_i (doctor_i / reference_i)^beta_i (equation (34), D16).
 
     patient [R, V], doctors [R, >= vocab_size] each: next-token logits or log-probabilities, each normalised over the
-    first `vocab_size` columns in fp32; columns beyond are padding (B.9 18) and come out as -inf. alpha [R], beta [R, D],
+    first `vocab_size` columns in fp32; columns beyond are padding (D18) and come out as -inf. alpha [R], beta [R, D],
     of any sign. references: for each doctor None (the paper's product) or the model that it was trained from (ratio).
 
     A model with weight 0 in a row is not read there: it may hold anything, and beta 0 with alpha 1 gives the patient's
@@ -479,7 +479,7 @@ def entropy_gate(patient: Tensor, beta: Tensor, minimum: Tensor, vocab_size: int
 
 
 def truncate(log_probs: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
-    """Log-probabilities [R, V] to sample from: temperature, then top-k, then top-p of what top-k left (B.9 16).
+    """Log-probabilities [R, V] to sample from: temperature, then top-k, then top-p of what top-k left (D16).
 
     Apply it to the mixture, not to the patient. All settings [R]: temperature 0 keeps the argmax alone, top_k 0 and
     top_p 1 keep all. Top-p keeps the fewest likeliest tokens whose mass reaches it, one at least; lower ids win ties.

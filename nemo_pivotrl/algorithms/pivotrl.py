@@ -1,15 +1,15 @@
 """The PivotRL paper (arXiv 2603.21383) in one file, pure: cutting, statistics, selection, advantages, loss.
 
 Shapes: `P` pivots, `G` samples of a pivot, `N` = P*G sequences, `T` response tokens (padded). Log-probabilities are in
-nats, of the sampled token under the distribution it was sampled from. `A.15 n` names the row of the specification's
-table of choices that a default follows.
+nats, of the sampled token under the distribution it was sampled from. `P1`, `equation (3)`
+and the like are numbers of docs/algorithms.md.
 
 Deviations from the paper, all switchable:
-- the loss is a mean over the batch's tokens (`token_level_loss`), not of sequences (A.15 9); NVIDIA's recipes do so;
-- the ratio is per token, Eq. 7 writes it per action (`ratio_level`, A.15 9);
-- beta defaults to 0 (A.15 11), Eq. 7 has a KL term;
-- the standard deviation is the sample one (A.15 7), Eq. 7 does not say;
-- selection is decided on integers, so that no rounding can keep or drop a pivot (A.15 2).
+- the loss is a mean over the batch's tokens (`token_level_loss`), not of sequences (P9); NVIDIA's recipes do so;
+- the ratio is per token, the paper writes it per action (`ratio_level`, P9);
+- beta defaults to 0 (P11), the paper has a KL term;
+- the standard deviation is the sample one (P7), the paper does not say;
+- selection is decided on integers, so that no rounding can keep or drop a pivot (P2).
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class GroupStatistics:
     """k: rollouts with reward 1. Meaningful for binary rewards only."""
     mean: float
     variance: float
-    """Population variance (1/K); only its being positive decides (A.5)."""
+    """Population variance (1/K); only its being positive decides (equation (3))."""
     binary: bool
 
 
@@ -67,7 +67,7 @@ def statistics(rewards: Sequence[float]) -> GroupStatistics:
 
 
 def keep(stats: GroupStatistics, rule: Rule, lambda_diff: float, inclusive: bool = False) -> bool:
-    """Whether a candidate is a pivot under `rule` (Eq. 5 for `adv`; A.15 2-4).
+    """Whether a candidate is a pivot under `rule` (equations (3) and (4) for `adv`; P2 to P4).
 
     Binary rewards are decided on integers: mixed iff 0 < k < K, hard iff k < lambda_diff*K - 1e-9 (or <= with
     `inclusive`). Other rewards use variance > 1e-12 and the mean; Theorem 3.3 assumes binary ones.
@@ -103,7 +103,7 @@ def select(
     """The pivots among `profiles`, in their order. Failed candidates are never selected.
 
     `limit` keeps that many, chosen by hash. `random` without a limit keeps as many as `adv` would, so that the two can
-    be compared. `max_message_ratio` bounds the share of talking turns (A.15 15).
+    be compared. `max_message_ratio` bounds the share of talking turns (P15).
     """
     usable = [(p, statistics(p.rewards)) for p in profiles if p.failure is None]
     kept = [p for p, stats in usable if keep(stats, rule, lambda_diff, inclusive)]
@@ -138,10 +138,10 @@ def group_advantages(
     delta: float = 1e-6,
     clip: float | None = None,
 ) -> Tensor:
-    """Advantages [P, G] of rewards [P, G] within each pivot's group (Eq. 7; A.15 7-8).
+    """Advantages [P, G] of rewards [P, G] within each pivot's group (equations (8) and (9); P7, P8).
 
     `valid` [P, G] bool: samples that exist; the others are left out of every statistic and get 0. A group whose valid
-    rewards span at most `tolerance`, or with fewer than two of them, gets exactly 0 (Prop. 3.1). Default: group mean
+    rewards span at most `tolerance`, or with fewer than two of them, gets exactly 0 (Proposition 3.1). Default: group mean
     and sample standard deviation (G-1), divided by std + `delta`. `leave_one_out` reproduces NeMo-RL: mean and sample
     std of the *other* samples, no division where that std is 0 (within `tolerance`, so that rounding cannot explode).
     Computed in float64, returned in the rewards' dtype.
@@ -191,7 +191,7 @@ def grpo_loss(
     ref_log_probs: Tensor | None = None,
     sampler_log_probs: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Clipped policy-gradient loss of Eq. 7 and its metrics, as sums already divided by the global `normaliser`.
+    """Clipped policy-gradient loss of equation (15) and its metrics, as sums already divided by the global `normaliser`.
 
     log_probs, old_log_probs, mask and the optional ones are [N, T]; advantages [N] or [N, T]. `mask` is 1 on the
     sampled action's tokens that train. `normaliser` is the global count over all micro-batches and ranks: trained
@@ -282,7 +282,7 @@ def sft_loss(
 def identical_groups(
     groups: Sequence[Sequence[tuple[tuple[int, ...], float]]], bound: float = math.log(1e-6)
 ) -> list[int]:
-    """Groups whose samples are all the same although chance would hardly make them so: a shared seed (A.16 6).
+    """Groups whose samples are all the same although chance would hardly make them so: a shared seed (R5).
 
     groups: per pivot, (token ids, summed log-probability in nats) of each sample at temperature > 0. A group of G
     identical samples has chance exp((G-1) * log p); it is suspicious below exp(`bound`). A policy that is simply sure

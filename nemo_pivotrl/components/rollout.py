@@ -15,7 +15,8 @@ from nemo_pivotrl.core.errors import InputError, Problem
 from nemo_pivotrl.core.types import Action, Candidate, Case, Lost, Sample, Verdict
 from nemo_pivotrl.data.chat_template import Chat, load_tokenizer
 from nemo_pivotrl.data.gym_rows import action_to_row
-from nemo_pivotrl.verifiers.base import Bounded, Verifier, VerifierFault, identity, load_verifier, verdicts
+from nemo_pivotrl.verifiers.base import Bounded, Verifier, VerifierFault, verdicts
+from nemo_pivotrl.verifiers.loading import identity, load_verifier
 
 SUSPICIOUS_GROUPS = 3
 """So many groups of improbably identical samples in one wave are a shared seed, not chance."""
@@ -93,7 +94,7 @@ def roll_out(
 ) -> list[list[Rollout]]:
     """Rollouts of each candidate, one for each of its seeds.
 
-    A truncated turn and one without a readable action score 0 (A.15 6). A verifier fault is retried `max_retries`
+    A truncated turn and one without a readable action score 0 (P6). A verifier fault is retried `max_retries`
     times, then the rollout carries the failure and no reward, as one does whose turn the sampler has lost. Raises
     InputError when samples repeat as if seeds did.
     """
@@ -134,7 +135,7 @@ def _without(lost: Lost) -> Rollout:
 def judge_all(
     verifier: Verifier, turns: Sequence[tuple[Case, Action, str]], max_retries: int | Callable[[str], int]
 ) -> list[Verdict | VerifierFault]:
-    """Verdicts of (case, action, finish reason); a truncated turn scores 0 whatever it says (A.15 6)."""
+    """Verdicts of (case, action, finish reason); a truncated turn scores 0 whatever it says (P6)."""
     whole = [i for i, (_, _, finish_reason) in enumerate(turns) if finish_reason != "length"]
     found: list[Verdict | VerifierFault] = [Verdict(0.0, "TRUNCATED")] * len(turns)
     for i, result in zip(whole, verdicts(verifier, [turns[i][:2] for i in whole], max_retries), strict=True):

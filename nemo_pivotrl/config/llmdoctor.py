@@ -1,5 +1,7 @@
-"""Settings of LLMdoctor's stages. `B.9 n` in a docstring is the row of the algorithm specification's table of choices that a
-default follows; `recipe.py` has the recipe that they are part of."""
+"""Settings of LLMdoctor's stages. `recipe.py` has the recipe that they are part of.
+
+`D1`, `equation (22)` and the like in a docstring are numbers of docs/algorithms.md.
+"""
 
 from __future__ import annotations
 
@@ -26,23 +28,23 @@ class Tfpo:
     """Measure the held-out pairs every so many steps; 0: never."""
     val_pairs: int = ranged(128, 1)
     kappa: float = ranged(2.0, 1e-6)
-    """Nats of log Q a unit of reward. B.9 6 begins with 1; 2 is what the sweep in benchmarks/results/llmdoctor_claims.md says."""
+    """Nats of log Q a unit of reward. D6 begins with 1; 2 is what the sweep in benchmarks/results/llmdoctor_claims.md says."""
     length_normalize: bool = False
-    """B.9 6: divide kappa by the answer's number of tokens."""
+    """D6: divide kappa by the answer's number of tokens."""
     reduction: Literal["pair_mean", "sum"] = "pair_mean"
-    """B.9 9."""
+    """D9."""
     decay: float = ranged(1.0, 1e-6, 1.0)
     """Weight decay^(n-m) of a sub-trajectory of n-m tokens; 1.0 is the paper."""
     anchor: Literal["none", "reference"] = "none"
-    """B.9 10: `none` is the paper's loss, which has no language prior; `reference` is what to use for a real doctor."""
+    """D10: `none` is the paper's loss, which has no language prior; `reference` is what to use for a real doctor."""
     value_weight: float = ranged(1.0, 0.0)
-    """B.9 13: the paper's lambda."""
+    """D13: the paper's lambda."""
     gamma: float = ranged(0.1, 0.0)
-    """B.9 13: margin of the value hinge."""
+    """D13: margin of the value hinge."""
     value_pairs: Literal["divergence", "position"] = "divergence"
-    """B.9 11."""
+    """D11."""
     linear_margin: bool = False
-    """B.9 12: hinge on V instead of log V."""
+    """D12: hinge on V instead of log V."""
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -52,14 +54,14 @@ class Doctor:
     path: str = ""
     """HF checkpoint folder (safetensors) with the patient's tokenizer."""
     beta: float = ranged(1.0)
-    """Its exponent (B.9 16: 1); any sign, 0 switches it off. A prompt's row or a request may give another."""
+    """Its exponent (D16: 1); any sign, 0 switches it off. A prompt's row or a request may give another."""
     reference: str = ""
     """`mode: ratio` only: HF checkpoint folder of the model that the doctor was trained from."""
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class Decode:
-    """The patient steered by doctors, for the `decode` stage and `serve-guided` (B.5)."""
+    """The patient steered by doctors, for the `decode` stage and `serve-guided` (equation (34))."""
 
     prompts: str = ""
     """JSONL file, one prompt a line: a text, a list of messages, or an object with `prompt` or `messages`."""
@@ -67,11 +69,11 @@ class Decode:
     doctors: dict[str, Doctor] = field(default_factory=dict)
     """Name to doctor; none decodes from the patient alone."""
     mode: Literal["product", "ratio"] = "product"
-    """B.9 16: the paper's product, or each doctor divided by its reference: a clean tilt of an anchored doctor."""
+    """D16: the paper's product, or each doctor divided by its reference: a clean tilt of an anchored doctor."""
     alpha: float = ranged(1.0)
-    """The patient's exponent (B.9 16: 1)."""
+    """The patient's exponent (D16: 1)."""
     temperature: float = ranged(1.0, 0.0, 10.0)
-    """Of the mixture (B.9 16: 1), as top_k and top_p are; 0 takes the likeliest token."""
+    """Of the mixture (D16: 1), as top_k and top_p are; 0 takes the likeliest token."""
     top_k: int = ranged(0, 0)
     """0: off."""
     top_p: float = ranged(1.0, 0.01, 1.0)
@@ -217,20 +219,20 @@ class Reward:
     """Stage 1: token rewards from how far the patient's two faces lie apart."""
 
     positive: str = "You want the user to succeed. Be accurate, complete and clear on what was asked, and courteous."
-    """System prompt of the positive face, while `faces` is empty (B.9 1: helpful, accurate, polite)."""
+    """System prompt of the positive face, while `faces` is empty (D1: helpful, accurate, polite)."""
     negative: str = "You do not care about the user. Stay vague, leave out what would matter, and stray from the topic."
-    """System prompt of the negative face, while `faces` is empty (B.9 1: vague, incomplete, off-topic)."""
+    """System prompt of the negative face, while `faces` is empty (D1: vague, incomplete, off-topic)."""
     faces: dict[str, dict[str, str]] = field(default_factory=dict)
     """Objective to its own `{positive: ..., negative: ...}`. Once it names any, it must name every objective in use."""
     tau: float = ranged(1.0, 1e-6)
-    """Temperature of the tanh (B.9 4)."""
+    """Temperature of the tanh (D4)."""
     theta: float = ranged(0.5, 0.0, 0.999999)
-    """Tokens with S <= theta get reward 0 (B.9 4). 0.1 keeps 80-90 % of the tokens, 0.76 those above the mean Delta."""
+    """Tokens with S <= theta get reward 0 (D4). 0.1 keeps 80-90 % of the tokens, 0.76 those above the mean Delta."""
     eps: float = ranged(1e-6, 1e-12, 1.0)
-    """Added to the mean Delta, in nats (B.9 4)."""
+    """Added to the mean Delta, in nats (D4)."""
     pairs_per_wave: int = ranged(64, 1)
     """Scored and made durable together: kill -9 loses at most one wave."""
     noise_pairs: int = ranged(1, 0)
-    """Pairs of each wave whose positive face is scored a second time, sequence by sequence: the noise floor (B.10)."""
+    """Pairs of each wave whose positive face is scored a second time, sequence by sequence: the noise floor (D20)."""
     weak_importance: float = ranged(0.02, 0.0)
     """Nats a token: pairs with a lower mean Delta, or one below ten noise floors, are weak; half being weak warns."""

@@ -20,7 +20,7 @@ class Lora:
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class Generation:
-    """How a turn is sampled, in profiling and in training alike (A.15 5: temperature 1, top-p 1)."""
+    """How a turn is sampled, in profiling and in training alike (P5: temperature 1, top-p 1)."""
 
     temperature: float = ranged(1.0, 0.0, 10.0)
     top_p: float = ranged(1.0, 0.01, 1.0)
@@ -31,7 +31,7 @@ class Generation:
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class Optimizer:
-    """AdamW (A.15 13: 1e-6 constant, no weight decay, gradient clip 1.0)."""
+    """AdamW (P13: 1e-6 constant, no weight decay, gradient clip 1.0)."""
 
     lr: float = ranged(1e-6, 0.0, 1.0)
     weight_decay: float = ranged(0.0, 0.0, 1.0)

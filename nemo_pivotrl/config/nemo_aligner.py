@@ -24,7 +24,7 @@ from nemo_pivotrl.integrations.nemo_aligner.settings import (
     read_block,
 )
 
-CONF = Path(__file__).parent / "conf"
+CONF = Path(__file__).parents[1] / "integrations/nemo_aligner/conf"
 ALGORITHMS = ("pivotrl", "llmdoctor")
 TOP = ("name", "trainer", "exp_manager", "pretrained_checkpoint", "model", "hydra")
 """Sections of a config. Below `trainer` and `model` only our own blocks have a schema: the rest is NeMo's."""

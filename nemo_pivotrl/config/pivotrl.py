@@ -1,6 +1,6 @@
 """Settings of PivotRL's stages. Names follow NeMo-RL where it has one. `recipe.py` has the recipe that they are part of.
 
-`A.15 n` in a docstring is the row of the algorithm specification's table of choices that a default follows.
+`P1`, `equation (3)` and the like in a docstring are numbers of docs/algorithms.md.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Extract:
     tools: str | None = None
     """JSON file with the tool definitions, for sources that do not carry them."""
     turns: Literal["all", "bash", "tool_calls", "search"] = "all"
-    """Which turns count (A.8.1): all of them (tau), bash actions (terminal), non-error tool calls (SWE), search steps."""
+    """Which turns count (P19): all of them (tau), bash actions (terminal), non-error tool calls (SWE), search steps."""
     min_reward: float = ranged(1.0)
     """Trajectories below it are skipped: experts are successful ones."""
     unrewarded: Literal["keep", "skip"] = "keep"
@@ -41,7 +41,7 @@ class Extract:
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class ProfileStage:
-    """K one-turn rollouts of the frozen start policy for every candidate (A.15 1: K = 16, at least 4)."""
+    """K one-turn rollouts of the frozen start policy for every candidate (P1: K = 16, at least 4)."""
 
     num_generations: int = ranged(16, 4, 256)
     curtail: Literal["exact", "sequential", "none"] = "exact"
@@ -79,16 +79,16 @@ class Select:
     """Profiles to pivots. Pure and instant: change it as often as you like."""
 
     rule: Literal["random", "mixed", "adv", "adv_with_zeros"] = "adv"
-    """A.15 4. `adv` is the paper's Eq. 5."""
+    """P4. `adv` is equation (4), the paper's rule."""
     lambda_diff: float = ranged(0.6, 0.0, 1.0)
-    """A.15 2: keep iff k < lambda_diff * K, decided on integers."""
+    """P2: keep iff k < lambda_diff * K, decided on integers."""
     inclusive: bool = False
     """k <= lambda_diff * K instead."""
     limit: int = ranged(0, 0)
     """At most this many pivots of the train split, chosen by hash; 0: all. `random` without a limit takes as many as
     `adv` would."""
     max_message_ratio: float = ranged(1.0, 0.0, 1.0)
-    """Largest share of talking turns among train pivots (A.15 15); 1.0: off."""
+    """Largest share of talking turns among train pivots (P15); 1.0: off."""
     undecided: Literal["refuse", "by_rate"] = "refuse"
     """What to do with candidates whose curtailed samples do not decide this rule and lambda_diff: stop, or go by the hit rate
     of the samples there are."""
@@ -147,9 +147,9 @@ class Grpo:
     """The pivots of a trajectory follow each other in an epoch when that saves more than this share of their prompts'
     tokens (`prefix_tree.py`); 1.0: never. Each pivot is still drawn once an epoch, but those of a step are then more alike."""
     num_minibatches: int = ranged(1, 1)
-    """Optimiser steps a rollout batch is divided into (A.15 12: one)."""
+    """Optimiser steps a rollout batch is divided into (P12: one)."""
     use_leave_one_out_baseline: bool = False
-    """NeMo-RL's leave-one-out mean and std instead of the group's (A.15 7)."""
+    """NeMo-RL's leave-one-out mean and std instead of the group's (P7)."""
     normalize_rewards: bool = True
     zero_variance_tolerance: float = ranged(1e-6, 0.0)
     """A group whose rewards span less than this has no signal: all its advantages are exactly 0."""
@@ -171,25 +171,24 @@ class Grpo:
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class LossFn:
-    """Eq. 7 and its options."""
+    """The loss of equation (15) and its options."""
 
     ratio_clip_min: float = ranged(0.2, 0.0, 1.0)
     ratio_clip_max: float = ranged(0.2, 0.0)
     ratio_clip_c: float | None = ranged(None, 1.0)
     """Dual clip: bounds the loss of a bad action whose ratio exploded. None: off."""
     ratio_level: Literal["token", "sequence"] = "token"
-    """A.15 9."""
+    """P9."""
     token_level_loss: bool = True
     """Mean over the batch's tokens; false: mean over sequences of their token means."""
     reference_policy_kl_penalty: float = ranged(0.0, 0.0)
-    """beta of the k3 estimator against the profiling policy (A.15 11)."""
+    """beta of the k3 estimator against the profiling policy (P11)."""
     use_importance_sampling_correction: bool = False
-    """Weight tokens by old-policy over sampler probability, truncated (A.15 12)."""
+    """Weight tokens by old-policy over sampler probability, truncated (P12)."""
     truncated_importance_sampling_ratio: float = ranged(5.0, 0.0)
     truncated_importance_sampling_ratio_min: float = ranged(0.0, 0.0)
     seq_logprob_error_threshold: float | None = ranged(None, 1.0)
-    """Leave out samples whose mean exp(|old-policy minus sampler log-probability|) over tokens is above it (A.7, NeMo-RL: 2).
-    None: off."""
+    """Leave out samples whose disagreement between trainer and sampler, equation (16), is above it; None: off. NeMo-RL has 2."""
     max_sampler_mismatch: float | None = ranged(None, 0.0)
     """Nats: stop where the old policy's and the sampler's log-probabilities differ more than this, as a mean over a step's
     tokens: the sampler has other weights, or another arithmetic. None: off."""

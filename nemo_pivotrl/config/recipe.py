@@ -51,7 +51,7 @@ class Recipe:
     loop: Loop = field(default_factory=Loop)
     budget: Budget = field(default_factory=Budget)
     doctor: Policy = field(default_factory=lambda: Policy(lora=Lora(r=8, alpha=16), optimizer=Optimizer(lr=1e-4)))
-    """LLMdoctor's start model and how it trains (B.9 14: LoRA r 8, alpha 16, or full)."""
+    """LLMdoctor's start model and how it trains (D14: LoRA r 8, alpha 16, or full)."""
     tfpo: Tfpo = field(default_factory=Tfpo)
     manners: Manners = field(default_factory=Manners)
     checkpointing: Checkpointing = field(default_factory=Checkpointing)

@@ -10,7 +10,7 @@ from nemo_pivotrl.config.schema import ranged
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class Loop:
-    """Rounds of profile, select and train, for `run`. One round is the paper's single profile (A.15 16: re-profiling is off)."""
+    """Rounds of profile, select and train, for `run`. One round is the paper's single profile (P16: re-profiling is off)."""
 
     max_rounds: int = ranged(1, 1)
     round: int = ranged(1, 1)

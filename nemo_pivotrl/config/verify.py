@@ -1,5 +1,5 @@
 """Settings of verification: the verifier, its limits and judge, the audit and rescoring. `recipe.py` has the recipe that they are
-part of; `A.15 n` in a docstring is the row of the algorithm specification's table of choices that a default follows."""
+part of."""
 
 from __future__ import annotations
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_pivotrl.config import Limits
+from nemo_pivotrl.core import model_folder
 from nemo_pivotrl.core.artifacts import digest
 from nemo_pivotrl.core.errors import InputError, Problem, short
 from nemo_pivotrl.core.types import Action, Message, ToolCall
@@ -37,19 +38,8 @@ def load_tokenizer(path: str, chat_template: str | None = None, section: str = "
 
     Raises InputError when there is no tokenizer or it has no chat template.
     """
-    from transformers import AutoTokenizer
-
-    if not Path(path, "tokenizer_config.json").exists():
-        raise InputError(
-            Problem(
-                path,
-                None,
-                f"{section}.model_name",
-                "no tokenizer there",
-                "give an HF checkpoint folder" + (", or run the warmup stage first" if section == "policy" else ""),
-            )
-        )
-    tokenizer = AutoTokenizer.from_pretrained(path)
+    remedy = "give an HF checkpoint folder" + (", or run the warmup stage first" if section == "policy" else "")
+    tokenizer = model_folder.load_tokenizer(path, f"{section}.model_name", remedy)
     if chat_template is not None:
         tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
     if not tokenizer.chat_template:

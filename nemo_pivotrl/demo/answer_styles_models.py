@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from nemo_pivotrl.backends import loading
+from nemo_pivotrl.backends.identity import policy_revision
 from nemo_pivotrl.components.rollout import load_chat
 from nemo_pivotrl.config import Policy, Recipe, Sft
 from nemo_pivotrl.core.artifacts import digest
@@ -65,5 +65,5 @@ def teach(recipe: Recipe, name: str, init: Path, lessons: Sequence[list[dict[str
     def draw(step: int) -> list[list[Sequence_]]:
         return [epochs(sequences, shape.batch_size, step, recipe.seed)]
 
-    identity = digest([recipe.seed, name, dataclasses.asdict(shape), loading.policy_revision(init)])
+    identity = digest([recipe.seed, name, dataclasses.asdict(shape), policy_revision(init)])
     return fit(recipe, settings, policy, chat, draw, identity, fresh)

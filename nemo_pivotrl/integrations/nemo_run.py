@@ -20,7 +20,8 @@ import nemo_run
 
 from nemo_pivotrl.cli import STAGES, guarded, run_stage
 from nemo_pivotrl.config import Recipe
-from nemo_pivotrl.config.load import build, load_recipe
+from nemo_pivotrl.config.build import build
+from nemo_pivotrl.config.load import load_recipe
 from nemo_pivotrl.core.errors import InputError, Problem
 
 

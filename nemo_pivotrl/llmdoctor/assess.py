@@ -17,11 +17,12 @@ from typing import Any
 
 import numpy as np
 
-from nemo_pivotrl.backends import loading
+from nemo_pivotrl.backends.identity import policy_revision
 from nemo_pivotrl.backends.reference.guided import Guided, GuidedGenerator, Steering
 from nemo_pivotrl.components.costs import spend
 from nemo_pivotrl.components.progress import progress
 from nemo_pivotrl.components.rollout import sample_seed
+from nemo_pivotrl.components.statistics import bootstrap
 from nemo_pivotrl.config import Arm, Recipe
 from nemo_pivotrl.core.artifacts import ArtefactWriter, Header, digest, file_digest, is_complete, json_line, read_rows
 from nemo_pivotrl.core.atomic import write_atomically
@@ -29,7 +30,6 @@ from nemo_pivotrl.core.errors import InputError, Problem
 from nemo_pivotrl.data.chat_template import Chat
 from nemo_pivotrl.llmdoctor import oracles
 from nemo_pivotrl.llmdoctor.decode import Prompt, Rendered, load, prompt_ids, read_prompts
-from nemo_pivotrl.pivotrl.evaluate import bootstrap
 
 Row = dict[str, Any]
 
@@ -39,7 +39,7 @@ def assess(recipe: Recipe, fresh: bool = False) -> Path:
     same answers; times differ."""
     _check(recipe)
     settings, path = recipe.assess, recipe.path("assessment.jsonl")
-    header = Header("assessment", _digest(recipe), policy=loading.policy_revision(recipe.patient.model_name))
+    header = Header("assessment", _digest(recipe), policy=policy_revision(recipe.patient.model_name))
     if not is_complete(path, header, fresh):
         judges = oracles.load(settings.objectives, recipe.oracles)
         chat, generator, own = load(recipe)
@@ -85,7 +85,7 @@ def _check(recipe: Recipe) -> None:
 
 def _digest(recipe: Recipe) -> str:
     doctors = {
-        name: [loading.policy_revision(d.path), loading.policy_revision(d.reference) if d.reference else ""]
+        name: [policy_revision(d.path), policy_revision(d.reference) if d.reference else ""]
         for name, d in recipe.decode.doctors.items()
     }
     kept = {k: v for k, v in dataclasses.asdict(recipe.decode).items() if k not in ("prompts", "output", "doctors")}
@@ -94,7 +94,7 @@ def _digest(recipe: Recipe) -> str:
         "confidence": None,
     }
     models = {
-        name: loading.policy_revision(folder)
+        name: policy_revision(folder)
         for name, folder in recipe.oracles.reward_models.items()
         if name in recipe.assess.objectives
     }

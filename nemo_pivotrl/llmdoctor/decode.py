@@ -2,7 +2,7 @@
 
 A line of the prompts file is a text, a list of chat messages, or an object: `prompt` or `messages` (and `tools`), and if
 wanted an `id`, an `alpha`, and `beta` by doctor, which replace the recipe's. Texts go to every model as they are;
-messages through each model's own chat template, without a face prompt (B.9 17).
+messages through each model's own chat template, without a face prompt (D17).
 """
 
 from __future__ import annotations
@@ -15,12 +15,14 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, Protocol
 
-from nemo_pivotrl.backends.loading import load_guided_engine, policy_revision
+from nemo_pivotrl.backends.identity import policy_revision
+from nemo_pivotrl.backends.loading import load_guided_engine
 from nemo_pivotrl.backends.reference.guided import Guided, GuidedGenerator, Span, Steering, load_guided
 from nemo_pivotrl.components.costs import spend
 from nemo_pivotrl.components.progress import progress
 from nemo_pivotrl.components.rollout import sample_seed
 from nemo_pivotrl.config import Recipe
+from nemo_pivotrl.core import model_folder
 from nemo_pivotrl.core.artifacts import ArtefactWriter, Header, digest, file_digest, is_complete, read_rows
 from nemo_pivotrl.core.errors import InputError, Problem, short
 from nemo_pivotrl.data.chat_template import Chat, load_tokenizer
@@ -127,9 +129,7 @@ def _own_chats(recipe: Recipe, chat: Chat) -> dict[str, Chat]:
 
 
 def _template(folder: str) -> str | None:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True).chat_template
+    return model_folder.load_tokenizer(folder, "decode.doctors").chat_template
 
 
 def prompt_ids(

@@ -17,7 +17,7 @@ from nemo_pivotrl.core.atomic import write_atomically
 from nemo_pivotrl.core.errors import InputError, Problem
 from nemo_pivotrl.core.types import Preference
 from nemo_pivotrl.data.preferences import Found, preference_to_row, prompt_digest, read_preferences
-from nemo_pivotrl.pivotrl.extract import split_by_task
+from nemo_pivotrl.data.splits import split_by_task
 
 
 def preferences(recipe: Recipe, fresh: bool = False) -> Path:

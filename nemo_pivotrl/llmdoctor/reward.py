@@ -1,10 +1,10 @@
-"""reward: preferences -> `token_rewards.jsonl`, stage 1 of LLMdoctor (B.3).
+"""reward: preferences -> `token_rewards.jsonl`, stage 1 of LLMdoctor (equations (21) to (23)).
 
 The patient scores both answers of a pair under its two faces, in one batch; how far the faces lie apart on a token is
 its importance, and the label gives the sign. Nothing is generated. A row holds what stage 2 needs and no face: the
 prompt's ids as the doctor will see it, and for each answer its ids, rewards and importance. Pairs that are excluded
-have no row; `token_rewards.json` counts them, beside the diagnostics of B.10 and finding 7 of the field report: the
-rewards of a pair are scale-free, so look at the mean Delta and its noise floor before trusting them.
+have no row; `token_rewards.json` counts them, beside the diagnostics of D20. The rewards of a pair are scale-free, so look at
+the mean Delta and its noise floor before trusting them.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from torch import Tensor
 from nemo_pivotrl.algorithms import llmdoctor
 from nemo_pivotrl.backends import loading
 from nemo_pivotrl.backends.base import Scorer
+from nemo_pivotrl.backends.identity import policy_revision, without_start
 from nemo_pivotrl.components.costs import spend
 from nemo_pivotrl.components.progress import progress
 from nemo_pivotrl.config import Patient, Recipe, Reward
@@ -52,8 +53,8 @@ def reward(recipe: Recipe, fresh: bool = False) -> Path:
     return write_token_rewards(
         recipe,
         load_patient_chat(recipe.patient),
-        lambda: loading.policy_revision(recipe.patient.model_name),
-        lambda: loading.load_scorer(recipe.patient, loading.without_start(recipe.megatron), recipe.vllm),
+        lambda: policy_revision(recipe.patient.model_name),
+        lambda: loading.load_scorer(recipe.patient, without_start(recipe.megatron), recipe.vllm),
         fresh,
     )
 

@@ -1,4 +1,4 @@
-"""tfpo: token rewards -> doctor, stage 2 of LLMdoctor (B.4). The patient is not loaded: its rewards are in the artefact.
+"""tfpo: token rewards -> doctor, stage 2 of LLMdoctor (equation (32)). The patient is not loaded: its rewards are in the artefact.
 
 One objective makes one doctor: where the artefact holds several, `tfpo.objective` picks one, or each gets its own.
 """
@@ -19,6 +19,7 @@ from nemo_pivotrl.algorithms import pivotrl
 from nemo_pivotrl.algorithms.llmdoctor import TfpoSettings, plan, tfpo_loss
 from nemo_pivotrl.backends import loading
 from nemo_pivotrl.backends.base import TokenBatch
+from nemo_pivotrl.backends.identity import identity_of, policy_revision
 from nemo_pivotrl.components.loop import Job, Step, run
 from nemo_pivotrl.components.progress import steps_of
 from nemo_pivotrl.components.rollout import load_chat
@@ -121,8 +122,8 @@ def _identity(recipe: Recipe, source: Path, chat: Chat) -> str:
     free = ("max_num_steps", "max_num_epochs", "val_period", "val_pairs")
     kept = dataclasses.asdict(recipe.tfpo) | dict.fromkeys(free)
     doctor = dataclasses.asdict(recipe.doctor) | {"model_name": None, "device": None, "generation": None}
-    doctor |= loading.identity_of(recipe.doctor, recipe.megatron)
-    start = loading.policy_revision(recipe.doctor.model_name)
+    doctor |= identity_of(recipe.doctor, recipe.megatron)
+    start = policy_revision(recipe.doctor.model_name)
     return digest([recipe.seed, kept, doctor, start, chat.fingerprint, file_digest(source)])
 
 

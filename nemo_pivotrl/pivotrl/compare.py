@@ -1,7 +1,6 @@
 """compare: two profiles of the same candidates, e.g. of two checkpoints: which hit rates moved, and what that does to the pivots.
 
-Says when labels have drifted and pivots are due for another profile, and which labels of another model must not be reused (A.5: rows
-that one model solved at 0.163 were solved at 0.43 by another).
+Says when labels have drifted and pivots are due for another profile, and which labels of another model must not be reused (R7).
 
 Curtailed samples stop for what they have seen, so k/n of them is no plain average. Where the ending is one of the header's plan,
 rates are estimated without that bias (`endings.unbiased_rate`), and the test of two rates counts the ways to both endings

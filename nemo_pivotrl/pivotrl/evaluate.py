@@ -19,8 +19,10 @@ import numpy as np
 from nemo_pivotrl.algorithms import pivotrl
 from nemo_pivotrl.backends import loading
 from nemo_pivotrl.backends.base import Sampler
+from nemo_pivotrl.backends.identity import identity_of, policy_revision, without_start
 from nemo_pivotrl.components.costs import Metered, spend
 from nemo_pivotrl.components.rollout import fits, load_chat, load_recipe_verifier, roll_out, sample_seed
+from nemo_pivotrl.components.statistics import bootstrap
 from nemo_pivotrl.components.trackers import check_dashboards, log_summary
 from nemo_pivotrl.config import Megatron, Policy, Recipe
 from nemo_pivotrl.core.artifacts import ArtefactWriter, Header, digest, file_digest, read_header, read_rows
@@ -32,7 +34,6 @@ from nemo_pivotrl.demo import service_desk as world
 from nemo_pivotrl.pivotrl.select import candidates_of
 from nemo_pivotrl.pivotrl.sft import puzzle_sizes, world_sizes
 
-BOOTSTRAPS = 2000
 Row = dict[str, Any]
 
 
@@ -66,7 +67,7 @@ def evaluate(recipe: Recipe, fresh: bool = False) -> Path:
                     "no HF checkpoint there; run the stage that writes it",
                 )
             )
-        revisions[label] = loading.policy_revision(folder)
+        revisions[label] = policy_revision(folder)
     header = Header(
         stage="evaluation",
         config_hash=_settings_digest(recipe),
@@ -90,7 +91,7 @@ def evaluate(recipe: Recipe, fresh: bool = False) -> Path:
 
 def _settings_digest(recipe: Recipe) -> str:
     policy, source = recipe.policy, Path(recipe.evaluate.retention)
-    computed = loading.identity_of(policy, recipe.megatron) or policy.dtype
+    computed = identity_of(policy, recipe.megatron) or policy.dtype
     kept = [dataclasses.asdict(policy.generation), policy.max_total_sequence_length, computed, policy.chat_template]
     questions = file_digest(source) if source.is_file() else ""
     return digest([recipe.digest("evaluate", "verifier", "world"), kept, policy.template_kwargs, questions])
@@ -128,7 +129,7 @@ def _evaluate_policy(
 
 def _megatron(recipe: Recipe, folder: str) -> Megatron:
     start = Path(folder).resolve() == Path(recipe.policy.model_name).resolve()
-    return recipe.megatron if start else loading.without_start(recipe.megatron)
+    return recipe.megatron if start else without_start(recipe.megatron)
 
 
 def _wanted(recipe: Recipe, name: str) -> bool:
@@ -316,15 +317,6 @@ SETS: dict[str, Callable[[Recipe, Policy, Sampler, Chat], list[Row]]] = {
     "multi_turn": multi_turn,
     "retention": retention,
 }
-
-
-def bootstrap(means: np.ndarray, confidence: float, seed: int) -> tuple[float, float]:
-    """Percentile interval of the mean of item means [items]."""
-    rng = np.random.default_rng(seed)
-    draws = rng.integers(0, len(means), (BOOTSTRAPS, len(means)))
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(means[draws].mean(1), [tail, 1 - tail])
-    return float(low), float(high)
 
 
 def summarise(rows: Sequence[Row], first: str, confidence: float, seed: int) -> dict[str, Any]:

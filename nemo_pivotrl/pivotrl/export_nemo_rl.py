@@ -12,7 +12,8 @@ from typing import Any, cast
 
 from nemo_pivotrl.config import Recipe
 from nemo_pivotrl.core.errors import InputError, Problem
-from nemo_pivotrl.verifiers.base import Judging, load_verifier
+from nemo_pivotrl.verifiers.base import Judging
+from nemo_pivotrl.verifiers.loading import load_verifier
 
 GYM_FAMILIES = {
     "single_step": ("single_step_tool_use_with_argument_comparison", "tool_simulation_agent"),

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import re
 import zlib
 from collections import Counter
@@ -24,6 +23,7 @@ from nemo_pivotrl.core.atomic import write_atomically
 from nemo_pivotrl.core.errors import InputError, Problem, short
 from nemo_pivotrl.core.types import Action, Candidate, Message, Split, Trajectory
 from nemo_pivotrl.data import gym_rows as responses, published, trajectories as readers
+from nemo_pivotrl.data.splits import split_by_task
 
 BASH_TOOLS = frozenset(
     [
@@ -94,13 +94,6 @@ def extract(recipe: Recipe, fresh: bool = False) -> Path:
         writer.finish()
     write_atomically(recipe.path("candidates.audit.json"), json.dumps(audit, indent=2, sort_keys=True) + "\n")
     return path
-
-
-def split_by_task(task_ids: Sequence[str], validation_share: float, seed: int) -> dict[str, Split]:
-    """The split of each task. The held-out share is exact to one task and stable under added tasks' order."""
-    tasks = sorted(set(task_ids), key=lambda task: pivotrl.order_key(seed, task))
-    held_out = math.ceil(validation_share * len(tasks)) if len(tasks) > 1 else 0
-    return {task: "validation" if i < held_out else "train" for i, task in enumerate(tasks)}
 
 
 def cut_all(

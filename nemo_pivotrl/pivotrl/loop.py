@@ -17,7 +17,7 @@ from typing import Any
 
 from nemo_pivotrl.algorithms import pivotrl, round_rules as rounds
 from nemo_pivotrl.algorithms.round_rules import Ending, Spent
-from nemo_pivotrl.backends import loading
+from nemo_pivotrl.backends.identity import policy_revision, without_start
 from nemo_pivotrl.components import checkpoint, costs as ledger
 from nemo_pivotrl.components.metrics import read_metrics
 from nemo_pivotrl.components.trackers import check_dashboards, log_summary
@@ -96,7 +96,7 @@ def loop(recipe: Recipe, fresh: bool = False) -> Path:
         f"{stop.why}: {stop.text}; the result is {why}",
         why=stop.why,
         rounds=len(past),
-        result={"round": number, "policy": loading.policy_revision(result)},
+        result={"round": number, "policy": policy_revision(result)},
     )
     return result
 
@@ -149,7 +149,7 @@ def _prepared(recipe: Recipe, past: Sequence[Round]) -> Recipe:
         recipe,
         run_dir=str(recipe.path(f"round-{number:02d}")),
         policy=replace(recipe.policy, model_name=str(past[-1].policy)),
-        megatron=loading.without_start(recipe.megatron),
+        megatron=without_start(recipe.megatron),
         loop=replace(recipe.loop, round=number),
         verifier=replace(
             recipe.verifier, judge=replace(judge, cache=judge.cache or str(recipe.path("judge_cache.jsonl")))

@@ -14,6 +14,7 @@ from torch import Tensor
 from nemo_pivotrl.algorithms import pivotrl, round_rules as rounds
 from nemo_pivotrl.backends.base import Backend, Sampler, TokenBatch
 from nemo_pivotrl.components.rollout import Rollout, roll_out, sample_seed
+from nemo_pivotrl.components.statistics import bootstrap
 from nemo_pivotrl.config import Recipe
 from nemo_pivotrl.core.artifacts import ArtefactWriter, Header, digest, file_digest, read_header, read_rows
 from nemo_pivotrl.core.errors import InputError, Problem
@@ -156,7 +157,7 @@ def retention(recipe: Recipe, sampler: Sampler, chat: Chat, step: int) -> dict[s
     now = {row["item"]: float(np.mean(row["scores"])) for row in rows}
     start = _baseline(recipe, now, step)
     apart = np.array([now[item] - start[item] for item in sorted(start)])
-    low, high = evaluate.bootstrap(apart, recipe.evaluate.confidence, recipe.seed)
+    low, high = bootstrap(apart, recipe.evaluate.confidence, recipe.seed)
     change = float(apart.mean())
     return {
         "retention/accuracy": float(np.mean([now[item] for item in sorted(now)])),

@@ -1,7 +1,6 @@
 """profile: candidates -> profiles. One-turn rollouts of the frozen start policy for each candidate, verified.
 
-Rules (A.5): all outcomes come from one policy revision, a fault is retried and then excludes the candidate, a state that does not
-fit the context is excluded, prompts are rendered as in training, every (k, K) is kept. Each candidate gets as many of K rollouts
+It keeps the rules R1 to R7 of docs/algorithms.md, and stores every (k, K). Each candidate gets as many of K rollouts
 as its selection needs (`algorithms/early_stopping.py`). Work goes on in chunks (`chunks.py`) that any number of processes share
 (`--shard i/n`); whatever is killed, the same command ends with the same bytes.
 """
@@ -18,9 +17,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from nemo_pivotrl.algorithms.early_stopping import Plan, expected_rollouts
+from nemo_pivotrl.algorithms.early_stopping import expected_rollouts, plan_of
 from nemo_pivotrl.backends import loading
 from nemo_pivotrl.backends.base import concurrency_of, under_way
+from nemo_pivotrl.backends.identity import identity_of, policy_revision
 from nemo_pivotrl.components.costs import read_ledgers, spend
 from nemo_pivotrl.components.rollout import load_chat, load_recipe_verifier, sampling
 from nemo_pivotrl.components.trackers import check_dashboards, log_summary
@@ -102,14 +102,14 @@ def prepare(recipe: Recipe) -> Job:
     read_header(source, "candidates")
     chat = load_chat(recipe.policy, recipe.verifier.limits)
     verifier, verifier_id = load_recipe_verifier(recipe)
-    plan = plan_of(recipe)
+    plan = plan_of(recipe.profile, recipe.select)
     header = Header(
         stage="profiles",
         config_hash=profile_digest(recipe),
         parent=file_digest(source),
         tokenizer=chat.fingerprint,
         chat_template=chat.template_digest,
-        policy=loading.policy_revision(recipe.policy.model_name),
+        policy=policy_revision(recipe.policy.model_name),
         verifier=verifier_id,
         extra={
             "num_generations": recipe.profile.num_generations,
@@ -122,39 +122,12 @@ def prepare(recipe: Recipe) -> Job:
     return Job(header, index, chat, verifier, verifier_id, plan)
 
 
-def plan_of(recipe: Recipe) -> Plan:
-    """How many rollouts a candidate gets. Raises InputError for an interval or prior that is none."""
-    settings, select = recipe.profile, recipe.select
-    given = settings.lambda_interval or (select.lambda_diff, select.lambda_diff)
-    problems = []
-    if len(given) != 2 or not 0 <= given[0] <= select.lambda_diff <= given[1] <= 1:
-        remedy = f"give [low, high] around select.lambda_diff, which is {select.lambda_diff}"
-        problems.append(Problem("recipe", None, "profile.lambda_interval", str(list(given)), remedy))
-    if len(settings.prior) != 2 or min(settings.prior, default=0.0) <= 0:
-        problems.append(
-            Problem("recipe", None, "profile.prior", str(list(settings.prior)), "give [a, b], both positive")
-        )
-    if problems:
-        raise InputError(problems)
-    return Plan(
-        settings.num_generations,
-        "adv" if select.rule == "random" else select.rule,
-        given[0],
-        given[1],
-        select.inclusive,
-        settings.error_rate if settings.curtail == "sequential" else 0.0,
-        (settings.prior[0], settings.prior[1]),
-        min(settings.min_wave, settings.num_generations),
-        settings.curtail != "none",
-    )
-
-
 def profile_digest(recipe: Recipe) -> str:
     """Hash of what decides a rollout's content. How many of them are drawn stands in the header's `plan`; what only decides when
     and where they are drawn is left out."""
     kept = {"num_generations": recipe.profile.num_generations, "limit": recipe.profile.limit}
     policy = recipe.policy
-    computed = loading.identity_of(policy, recipe.megatron) or policy.dtype
+    computed = identity_of(policy, recipe.megatron) or policy.dtype
     drawn = [] if policy.sampler == "backend" else [policy.sampler]  # other samples from the same seeds
     return digest([recipe.rollout_seed, kept, policy.max_total_sequence_length, computed, *drawn])
 

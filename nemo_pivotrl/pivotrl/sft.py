@@ -21,6 +21,7 @@ import torch
 from nemo_pivotrl.algorithms import pivotrl
 from nemo_pivotrl.backends import loading
 from nemo_pivotrl.backends.base import TokenBatch
+from nemo_pivotrl.backends.identity import identity_of, policy_revision, without_start
 from nemo_pivotrl.components.loop import Job, Step, run
 from nemo_pivotrl.components.rollout import load_chat
 from nemo_pivotrl.config import Policy, Recipe, Sft
@@ -120,12 +121,12 @@ def _fine_tune(recipe: Recipe, settings: Sft, fresh: bool) -> Path:
 def _identity(recipe: Recipe, settings: Sft, policy: Policy, chat: Chat, data: str) -> str:
     """What a checkpoint belongs to: start weights, data and every setting that changes fine-tuning."""
     kept = [
-        loading.identity_of(policy, recipe.megatron) or policy.dtype,
+        identity_of(policy, recipe.megatron) or policy.dtype,
         policy.max_total_sequence_length,
         policy.train_micro_batch_tokens,
         dataclasses.asdict(policy.lora),
     ]
-    start = loading.policy_revision(policy.model_name)
+    start = policy_revision(policy.model_name)
     return digest(
         [recipe.seed, dataclasses.asdict(settings), kept, start, chat.fingerprint, chat.template_digest, data]
     )
@@ -253,7 +254,7 @@ class FineTuning:
     def __init__(self, recipe: Recipe, settings: Sft, policy: Policy, draw: Callable[[int], list[list[Sequence_]]]):
         plain = dataclasses.replace(policy.generation, temperature=1.0)  # the likelihood itself, not a tempered one
         own = policy.model_name == recipe.policy.model_name
-        megatron = recipe.megatron if own else loading.without_start(recipe.megatron)
+        megatron = recipe.megatron if own else without_start(recipe.megatron)
         trained = dataclasses.replace(policy, prefix_sharing=False, generation=plain, sampler="backend")
         self.settings, self.draw = settings, draw
         self.trainer = loading.load(trained, megatron)

@@ -24,6 +24,7 @@ from nemo_pivotrl.algorithms import pivotrl, round_rules as rounds
 from nemo_pivotrl.algorithms.prefix_tree import prompt_saving
 from nemo_pivotrl.backends import loading
 from nemo_pivotrl.backends.base import Backend, Sampler, TokenBatch
+from nemo_pivotrl.backends.identity import identity_of, policy_revision
 from nemo_pivotrl.components.costs import Metered
 from nemo_pivotrl.components.loop import Job, Step, run
 from nemo_pivotrl.components.progress import steps_of
@@ -109,12 +110,12 @@ class PolicyTraining:
 
 
 def _check(recipe: Recipe, source: Path, chat: Chat, verifier_id: str) -> None:
-    """Pivots must come from this policy, tokenizer, template and verifier (A.5 rules 1, 5, 7; A.15 11)."""
+    """Pivots must come from this policy, tokenizer, template and verifier (R1, R6, R7; P11)."""
     found = read_header(source, "pivots")
     check_headers(
         source,
         found,
-        policy=loading.policy_revision(recipe.policy.model_name),
+        policy=policy_revision(recipe.policy.model_name),
         tokenizer=chat.fingerprint,
         chat_template=chat.template_digest,
         verifier=verifier_id,
@@ -125,7 +126,11 @@ def _check(recipe: Recipe, source: Path, chat: Chat, verifier_id: str) -> None:
     if found.extra["sampling"] != sampling(generation):
         profiled = f"profiled with {found.extra['sampling']}"
         problems.append(
-            ("policy.generation", sampling(generation), f"{profiled}; a pivot is one only as it was sampled (A.15 5)")
+            (
+                "policy.generation",
+                sampling(generation),
+                f"{profiled}; a pivot is one only as it was sampled (docs/algorithms.md, P5)",
+            )
         )
     if generation.top_p < 1.0:
         problems.append(
@@ -152,7 +157,7 @@ def _identity(recipe: Recipe, source: Path) -> str:
     """What a checkpoint belongs to: pivots and every setting that changes training, but not how long it runs."""
     grpo = dataclasses.asdict(recipe.grpo) | {"max_num_steps": None, "max_num_epochs": None}
     parts = [dataclasses.asdict(x) for x in (recipe.policy, recipe.loss_fn, recipe.verifier)]
-    computed = loading.identity_of(recipe.policy, recipe.megatron)
+    computed = identity_of(recipe.policy, recipe.megatron)
     parts += [computed] if computed else []
     return digest([recipe.seed, grpo, parts, recipe.checkpointing.save_period, file_digest(source)])
 
@@ -328,7 +333,7 @@ def _minibatch(
     """Everything of one optimiser step that belongs to the policy that sampled.
 
     Rows without gradient (advantage 0, no KL) are counted in the normaliser and not computed: their gradient is exactly
-    zero (Prop. 3.1), and on random turns they are most of the batch. Rows on which the sampler disagrees with the trainer
+    zero (Proposition 3.1), and on random turns they are most of the batch. Rows on which the sampler disagrees with the trainer
     are not counted; their rewards took part in the group's statistics.
     """
     loss_fn = recipe.loss_fn
@@ -409,7 +414,7 @@ def loss_settings(loss_fn: LossFn) -> pivotrl.LossSettings:
 def policy_loss(
     log_probs: Tensor, data: dict[str, Tensor], settings: pivotrl.LossSettings, normaliser: float
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Hand a micro-batch to Eq. 7. On the first update after sampling the old policy is the current one (ratio 1)."""
+    """Hand a micro-batch to equation (15). On the first update after sampling the old policy is the current one (ratio 1)."""
     return pivotrl.grpo_loss(
         log_probs,
         data.get("old", log_probs.detach()),

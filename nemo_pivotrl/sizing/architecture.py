@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_pivotrl.core.errors import InputError, Problem, short
+from nemo_pivotrl.core.model_folder import load_config
 
 MODEL_TYPES = ("llama", "qwen2", "qwen3", "qwen3_moe", "nemotron_h")
 LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
@@ -99,14 +100,7 @@ def read_architecture(folder: str | Path) -> Architecture:
     """The architecture of an HF checkpoint folder. Raises InputError with everything that is not supported."""
     if not Path(folder, "config.json").exists():
         raise InputError(Problem(str(folder), None, "config.json", "nothing", "give an HF checkpoint folder"))
-    from transformers import AutoConfig  # seconds; whoever knows the shape need not wait
-
-    try:
-        config = AutoConfig.from_pretrained(str(folder))
-    except ValueError as error:  # older releases know fewer kinds of models
-        remedy = "this release of transformers cannot read it: install one that can"
-        raise InputError(Problem(f"{folder}/config.json", None, "model_type", short(str(error)), remedy)) from None
-    return architecture_of(config, f"{folder}/config.json")
+    return architecture_of(load_config(folder, "config.json"), f"{folder}/config.json")
 
 
 def architecture_of(config: Any, file: str) -> Architecture:
@@ -258,3 +252,13 @@ def _hybrid(config: Any, need: Any) -> Architecture:
         if "M" in layers
         else None,
     )
+
+
+VOCAB_MULTIPLE = 128
+"""The padded vocabulary is a multiple of this on every tensor-parallel rank, as in Megatron's own trainers."""
+
+
+def padded_vocab_size(vocab_size: int, tp: int) -> int:
+    """The vocabulary size with padding at its end, so that `tp` ranks get equal and well-shaped parts of it."""
+    multiple = VOCAB_MULTIPLE * tp
+    return -(-vocab_size // multiple) * multiple

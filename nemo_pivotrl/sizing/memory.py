@@ -16,9 +16,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from nemo_pivotrl.backends.megatron.mapping import padded_vocab_size
 from nemo_pivotrl.config import Megatron
-from nemo_pivotrl.sizing.architecture import Architecture
+from nemo_pivotrl.sizing.architecture import Architecture, padded_vocab_size
 
 Engine = Literal["te", "local"]
 GIB = 2**30

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from nemo_pivotrl.core.errors import InputError, Problem, short
+from nemo_pivotrl.core.errors import InputError, Problem
 
 if TYPE_CHECKING:
     from nemo_pivotrl.config import Megatron
@@ -38,42 +37,6 @@ class Probe:
     """Lowest compute capability among the visible GPUs, e.g. (9, 0) for Hopper; None: no GPU."""
     apex: Literal["none", "nvidia", "other"] = "none"
     """`other`: PyPI's package of that name, which is a web framework's and not NVIDIA's."""
-
-
-def probe() -> Probe:
-    """Look at this machine. Imports torch and, where it is installed, Transformer Engine."""
-    import importlib.util
-
-    import torch
-
-    engine, error = None, ""
-    if importlib.util.find_spec("transformer_engine") is not None:
-        try:
-            import transformer_engine
-            import transformer_engine.pytorch
-
-            engine = str(transformer_engine.__version__)
-        except Exception as raised:  # the bare PyPI package raises RuntimeError, one without cuDNN OSError
-            error = short(f"{type(raised).__name__}: {raised}") or type(raised).__name__
-    cuda, gpus = torch.version.cuda, torch.cuda.device_count() if torch.cuda.is_available() else 0
-    return Probe(
-        transformer_engine=engine,
-        transformer_engine_error=error,
-        cuda=_release(cuda) if cuda else None,
-        capability=min((torch.cuda.get_device_capability(i) for i in range(gpus)), default=None),
-        apex=which_apex(),
-    )
-
-
-def which_apex() -> Literal["none", "nvidia", "other"]:
-    """Which `apex` is installed, without importing it: NVIDIA's has fused optimisers, PyPI's is another project."""
-    import importlib.util
-
-    found = importlib.util.find_spec("apex")
-    if found is None:
-        return "none"
-    folders = [Path(p) for p in found.submodule_search_locations or ()]
-    return "nvidia" if any((folder / "multi_tensor_apply").is_dir() for folder in folders) else "other"
 
 
 def mamba_projection(heads: int, head_dim: int, groups: int, state: int) -> int:
@@ -107,7 +70,7 @@ def _machine(megatron: Megatron, found: Probe) -> list[Problem]:
         why = found.transformer_engine_error
         state = f"Transformer Engine cannot be imported ({why})" if why else "Transformer Engine is not installed"
         problems.append(_problem("fp8", state, f"without it Megatron would silently train in bf16; {CONTAINER}"))
-    elif _release(found.transformer_engine) < ENGINE_SINCE[recipe]:
+    elif release(found.transformer_engine) < ENGINE_SINCE[recipe]:
         since = ".".join(map(str, ENGINE_SINCE[recipe]))
         state = f"Transformer Engine {found.transformer_engine}"
         problems.append(_problem("fp8_recipe", state, f"`{recipe}` needs {since} or newer"))
@@ -178,7 +141,7 @@ def _problem(field: str, found: str, remedy: str) -> Problem:
     return Problem("recipe", None, f"megatron.{field}", found, remedy)
 
 
-def _release(version: str) -> tuple[int, int]:
+def release(version: str) -> tuple[int, int]:
     """(major, minor) of a version like 2.3.0.dev0+abc."""
     major, minor = version.split(".")[:2]
     return int(major), int(minor)

@@ -20,6 +20,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from nemo_pivotrl.backends.base import there
+from nemo_pivotrl.backends.installed import probe
 from nemo_pivotrl.components.rollout import load_chat, load_recipe_verifier
 from nemo_pivotrl.config import Patient, Policy, Recipe
 from nemo_pivotrl.core.artifacts import check_headers, read_header, read_rows
@@ -29,7 +30,7 @@ from nemo_pivotrl.data import gym_rows as responses
 from nemo_pivotrl.data.chat_template import load_tokenizer
 from nemo_pivotrl.sizing.architecture import Architecture, read_architecture
 from nemo_pivotrl.sizing.layout_rules import fp8_dimensions, layout_problems, model_problems, training_problems
-from nemo_pivotrl.sizing.precision import Probe, check_fp8, probe
+from nemo_pivotrl.sizing.precision import Probe, check_fp8
 from nemo_pivotrl.tools.plan import training
 from nemo_pivotrl.verifiers.base import verdicts
 

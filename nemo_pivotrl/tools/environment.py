@@ -20,11 +20,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from nemo_pivotrl.backends.installed import probe, which_apex
 from nemo_pivotrl.components.trackers import wanted
 from nemo_pivotrl.config import Policy, Recipe
 from nemo_pivotrl.config.load import load_recipe
 from nemo_pivotrl.core.errors import InputError, short
-from nemo_pivotrl.sizing.precision import Probe, check_fp8, probe, which_apex
+from nemo_pivotrl.sizing.precision import Probe, check_fp8
 
 MODULES = {
     "torch": "torch",

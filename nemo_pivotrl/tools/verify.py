@@ -20,7 +20,8 @@ from nemo_pivotrl.core.artifacts import HEADER_KEY, canonical_json, json_line
 from nemo_pivotrl.core.errors import InputError, Problem, short
 from nemo_pivotrl.core.types import Action, Case, Verdict
 from nemo_pivotrl.data.gym_rows import action_of_row, candidate_of_row
-from nemo_pivotrl.verifiers.base import ALIASES, Verifier, VerifierFault, load_verifier, settings_with, verdicts
+from nemo_pivotrl.verifiers.base import Verifier, VerifierFault, verdicts
+from nemo_pivotrl.verifiers.loading import ALIASES, load_verifier, settings_with
 from nemo_pivotrl.verifiers.rows import RowError, case_of, sampled_action
 
 CHUNK = 2048

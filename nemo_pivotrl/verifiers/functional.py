@@ -1,10 +1,10 @@
 """`functional`: is the sampled action as good as the expert's? Tool calls compared under their schema, by named relaxations.
 
-The paper's functional equivalence (Eq. 3-4), made as exact as can be without running anything: a call is right when the
+The paper's functional equivalence (equation (1)), made as exact as can be without running anything: a call is right when the
 tool would do the same. What counts as the same is the table RULES; each rule can be switched in the recipe
 (`verifier.settings.rules.shell_env_prefix: false`), and a verdict lists those without which it would have been 0.
 
-Deviations from the paper: it gives a rule for each domain (`algorithms.md` A.8); this is one verifier for all of them.
+Deviations from the paper: it gives a rule for each domain; this is one verifier for all of them.
 `mode: tool_name` is its SWE-Bench rule. A talking turn is right when the policy talks too, as in tau-bench; its words are
 compared by the judge alone (`ask_judge: [message]`).
 """

@@ -233,7 +233,7 @@ def _check_pairs(wanted: Sequence[ToolCall], found: Sequence[ToolCall], limits: 
 
 @dataclass(kw_only=True, frozen=True)
 class Exact:
-    """The paper's Eq. 2: the action must equal the expert's, calls as parsed JSON and in order, messages as text.
+    """The naive local reward: the action must equal the expert's, calls as parsed JSON and in order, messages as text.
 
     This is the reward that PivotRL's ablation shows to be too strict; it is here to be compared with.
     """

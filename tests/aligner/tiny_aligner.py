@@ -19,7 +19,7 @@ from nemo_pivotrl.data.gym_rows import candidate_to_row
 from nemo_pivotrl.data.preferences import preference_to_row
 from nemo_pivotrl.demo.tiny_models import make_tokenizer
 from nemo_pivotrl.sizing.architecture import Architecture
-from nemo_pivotrl.verifiers.base import identity, load_verifier
+from nemo_pivotrl.verifiers.loading import identity, load_verifier
 
 CONF = Path(__file__).resolve().parents[2] / "nemo_pivotrl/integrations/nemo_aligner/conf"
 WORDS = (

@@ -17,7 +17,7 @@ from nemo_pivotrl.demo import service_desk as world
 from nemo_pivotrl.demo.tiny_models import make_tokenizer
 from nemo_pivotrl.pipeline import make_world
 from nemo_pivotrl.pivotrl.extract import extract
-from nemo_pivotrl.verifiers.base import identity, load_verifier
+from nemo_pivotrl.verifiers.loading import identity, load_verifier
 
 MAX_LENGTH = 40
 MODEL: dict[str, Any] = {

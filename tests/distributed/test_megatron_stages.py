@@ -17,7 +17,7 @@ import torch
 from conftest import ROOT, SMALL, recipe_at
 from distributed_harness import Workers
 
-from nemo_pivotrl.backends.loading import policy_revision
+from nemo_pivotrl.backends.identity import policy_revision
 from nemo_pivotrl.components.metrics import read_metrics
 
 HERE = Path(__file__).parent

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import SMALL, policy
+from safetensors.torch import load, save_file
 from torch import Tensor
 from vllm_models import KINDS, VOCAB, llama, saved
 
@@ -168,6 +169,9 @@ def test_it_sleeps_between_rollouts_and_wakes_to_the_same_turns(engine: Engine) 
     [
         ("vllm.engine_args.model", {}, {"engine_args": {"model": "other"}}),
         ("vllm.engine_args.logprobs_mode", {}, {"engine_args": {"logprobs_mode": "raw_logprobs"}}),
+        ("vllm.engine_args.trust_remote_code", {}, {"engine_args": {"trust_remote_code": True}}),
+        ("vllm.engine_args.load_format", {}, {"engine_args": {"load_format": "pt"}}),
+        ("vllm.engine_args.load_format", {}, {"engine_args": {"load_format": "dummy"}}),
         ("policy.dtype", {"dtype": "float64"}, {}),
         ("policy.max_total_sequence_length", {"max_total_sequence_length": 300}, {}),
     ],
@@ -176,6 +180,30 @@ def test_settings_that_no_engine_can_have_are_named(tied: str, field: str, chang
     with pytest.raises(InputError) as caught:
         Engine(policy(tied, **change), Vllm(**settings))
     assert [p.field for p in caught.value.problems] == [field]
+
+
+@pytest.mark.parametrize("damage", ["NaN", "inf", "missing", "unexpected", "int8", "pickle"])
+def test_weights_that_are_not_the_models_are_refused(damage: str, tmp_path: Path) -> None:
+    folder = Path(saved(llama(tied=False), tmp_path / "damaged"))
+    name, file = "model.layers.1.mlp.down_proj.weight", folder / "model.safetensors"
+    tensors = load(file.read_bytes())
+    if damage in ("NaN", "inf"):
+        tensors[name][3, 5] = float(damage)
+    elif damage == "missing":
+        del tensors[name]
+    elif damage == "unexpected":
+        tensors["model.layers.1.mlp.more.weight"] = torch.ones(2, 2)
+    elif damage == "int8":
+        tensors[name] = tensors[name].to(torch.int8)
+    save_file(tensors, file, {"format": "pt"})
+    if damage == "pickle":
+        file.unlink()
+        torch.save(tensors, folder / "pytorch_model.bin")
+    with pytest.raises(InputError) as caught:
+        Engine(policy(str(folder)), SMALL)
+    assert str(folder) in str(caught.value) and len(str(caught.value).splitlines()) < 10
+    if damage in ("NaN", "inf"):
+        assert f"{damage} among its values" in str(caught.value)
 
 
 def test_a_model_that_vllm_cannot_run_is_named_with_what_it_said(tmp_path: Path) -> None:

@@ -185,7 +185,7 @@ def test_weight_0_and_no_weights_are_the_patient_to_the_bit(
     off = {"guidance.beta.kind": 2.0, "guidance.spans": ["", ""]}
     guided = [(t.token_ids, logs(t)) for t in sampled(engine, prompts, extra_args={"guidance.beta.kind": 1.0})]
     silent = [(t.token_ids, logs(t)) for t in sampled(engine, prompts, extra_args=zero)]
-    from nemo_pivotrl.backends.loading import as_policy
+    from nemo_pivotrl.backends.base import as_policy
 
     plain = Engine(as_policy(Patient(model_name=folders["patient"], max_total_sequence_length=128)), SMALL)
     try:
@@ -202,7 +202,7 @@ def test_weight_0_and_no_weights_are_the_patient_to_the_bit(
 
 def test_an_engine_without_a_section_of_ours_does_nothing(folders: dict[str, str]) -> None:
     """The class given to an engine that nobody configured, as an entry point would: no crash, no change."""
-    from nemo_pivotrl.backends.loading import as_policy
+    from nemo_pivotrl.backends.base import as_policy
     from nemo_pivotrl.backends.vllm.guide import Guide
 
     policy = as_policy(Patient(model_name=folders["patient"], max_total_sequence_length=64))

@@ -21,11 +21,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.distributed as dist
-from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import FP32Optimizer
@@ -34,16 +34,29 @@ from torch import Tensor, nn
 
 from nemo_pivotrl.backends.megatron import torch_dist
 from nemo_pivotrl.backends.megatron.parallel import Groups
+from nemo_pivotrl.backends.megatron.torch_dist import weights
 from nemo_pivotrl.core.errors import InputError, Problem, short
 from nemo_pivotrl.sizing.architecture import Architecture, read_architecture
 
 if TYPE_CHECKING:
-    from nemo_pivotrl.backends.megatron.train import MegatronPolicy
+    from nemo_pivotrl.backends.megatron.pipeline_stage import Stage
+    from nemo_pivotrl.config import Megatron, Policy
 
 FORMAT = 1
 MOMENTS, MASTER = ("exp_avg", "exp_avg_sq"), "fp32_param"
 TORCH_ADAMS = (torch.optim.Adam, torch.optim.AdamW)
 """They keep the step with each parameter; those of Transformer Engine and apex with each group."""
+
+
+class MegatronPolicy(Protocol):
+    """What is saved of a policy in training (`train.py`)."""
+
+    settings: Policy
+    megatron: Megatron
+    groups: Groups
+    stage: Stage
+    optimizer: Any
+    steps: int
 
 
 def save(policy: MegatronPolicy, folder: Path) -> None:
@@ -137,14 +150,6 @@ def _layout(groups: Groups) -> list[int]:
 
 
 # ---- weights ----
-
-
-def weights(chunk: nn.Module, groups: Groups, prefix: str = "", **metadata: bool) -> dict[str, Any]:
-    """megatron-core's sharded tensors of a model chunk, whose data are the weights themselves; each layer under its own
-    name, unless `non_homogeneous_layers` is False."""
-    settings = {"dp_cp_group": groups.dp_cp, "non_homogeneous_layers": True, **metadata}
-    found = chunk.sharded_state_dict(prefix=prefix, metadata=settings)  # type: ignore[operator]
-    return {name: part for name, part in found.items() if not isinstance(part, ShardedObject)}
 
 
 def _head(head: nn.Linear | None, groups: Groups) -> dict[str, Any]:

@@ -12,10 +12,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
-from nemo_pivotrl.sizing.architecture import Architecture, Mamba, Moe
-
-VOCAB_MULTIPLE = 128
-"""The padded vocabulary is a multiple of this on every tensor-parallel rank, as in Megatron's own trainers."""
+from nemo_pivotrl.sizing.architecture import Architecture, Mamba, Moe, padded_vocab_size
 
 FUSED = (
     (".self_attention.linear_qkv.layer_norm_weight", ".input_layernorm.weight"),
@@ -58,12 +55,6 @@ def plain_name(name: str, layers: Mapping[str, int]) -> str:
         if name.endswith(fused):
             name = name.removesuffix(fused) + plain
     return name
-
-
-def padded_vocab_size(vocab_size: int, tp: int) -> int:
-    """The vocabulary size with padding at its end, so that `tp` ranks get equal and well-shaped parts of it."""
-    multiple = VOCAB_MULTIPLE * tp
-    return -(-vocab_size // multiple) * multiple
 
 
 def entries(a: Architecture) -> list[Entry]:

@@ -23,16 +23,16 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.nn import functional
 
+from nemo_pivotrl.backends.installed import probe
 from nemo_pivotrl.backends.megatron.local_layers import Norm, StreamAttention, te_with_forests
-from nemo_pivotrl.backends.megatron.mapping import padded_vocab_size
 from nemo_pivotrl.backends.megatron.parallel import Groups
 from nemo_pivotrl.backends.megatron.pretrained import load_pretrained
 from nemo_pivotrl.backends.megatron.weights import load_hf, mark
 from nemo_pivotrl.config import Megatron
 from nemo_pivotrl.core.errors import InputError, Problem
-from nemo_pivotrl.sizing.architecture import Architecture, read_architecture
+from nemo_pivotrl.sizing.architecture import Architecture, padded_vocab_size, read_architecture
 from nemo_pivotrl.sizing.layout_rules import fp8_dimensions, model_problems
-from nemo_pivotrl.sizing.precision import CONTAINER, fp8_fields, probe, require_fp8
+from nemo_pivotrl.sizing.precision import CONTAINER, fp8_fields, require_fp8
 
 
 def build_model(policy_folder: str | Path, megatron: Megatron, groups: Groups) -> list[nn.Module]:

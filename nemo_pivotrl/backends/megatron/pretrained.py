@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 from nemo_pivotrl.backends.megatron import torch_dist
-from nemo_pivotrl.backends.megatron.checkpoint import weights
 from nemo_pivotrl.backends.megatron.parallel import Groups
+from nemo_pivotrl.backends.megatron.torch_dist import weights
 from nemo_pivotrl.core.errors import InputError, Problem
 from nemo_pivotrl.sizing.architecture import Architecture
 

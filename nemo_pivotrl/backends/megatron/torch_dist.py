@@ -27,6 +27,7 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
 from megatron.core.dist_checkpointing.strategies.common import TorchCommonLoadStrategy
 from megatron.core.dist_checkpointing.strategies.torch import (
@@ -35,11 +36,12 @@ from megatron.core.dist_checkpointing.strategies.torch import (
     _replace_state_dict_keys_with_sharded_keys,
     mcore_to_pyt_state_dict,
 )
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
+from nemo_pivotrl.backends.megatron.parallel import Groups
 from nemo_pivotrl.core.errors import InputError, Problem, short
 
 SUMS = "crc32.json"
@@ -238,3 +240,11 @@ class _IndexUnpickler(pickle.Unpickler):
             return getattr(torch, name)
         remedy = "no index refers to this: the file runs code when it is loaded; do not use it"
         raise InputError(Problem(str(self.path), None, "checkpoint", f"{module}.{name}", remedy))
+
+
+def weights(chunk: nn.Module, groups: Groups, prefix: str = "", **metadata: bool) -> dict[str, Any]:
+    """megatron-core's sharded tensors of a model chunk, whose data are the weights themselves; each layer under its own
+    name, unless `non_homogeneous_layers` is False."""
+    settings = {"dp_cp_group": groups.dp_cp, "non_homogeneous_layers": True, **metadata}
+    found = chunk.sharded_state_dict(prefix=prefix, metadata=settings)  # type: ignore[operator]
+    return {name: part for name, part in found.items() if not isinstance(part, ShardedObject)}

@@ -27,8 +27,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from nemo_pivotrl.backends import launch, loading
+from nemo_pivotrl.backends import launch
+from nemo_pivotrl.backends.identity import without_start
 from nemo_pivotrl.backends.launch import Patience, Place, Watch, place_of
+from nemo_pivotrl.backends.vllm.colocated import load_colocated, shut_down_engines
 from nemo_pivotrl.config import Megatron, Patient, Policy
 from nemo_pivotrl.core.errors import InputError, Problem
 
@@ -172,13 +174,13 @@ class Crew:
         if verb == "set":
             return setattr(self.models[model], *arguments)
         self.models.clear()
-        loading.shut_down_engines()  # while the process groups that they stand in are still there
+        shut_down_engines()  # while the process groups that they stand in are still there
         return arguments[0]  # of stop: the exit code
 
     def _made(self, kind: str, settings: Any, megatron: Megatron, extra: Any) -> Any:
         groups = self._join(megatron)
         if kind == "rollout":
-            return loading.load_colocated(settings, extra, groups.world.size())
+            return load_colocated(settings, extra, groups.world.size())
         # after `_join`, which replaces what a CPU lacks before megatron's model files are read
         from nemo_pivotrl.backends.megatron.doctor import MegatronDoctor
         from nemo_pivotrl.backends.megatron.scorer import MegatronScorer
@@ -193,7 +195,7 @@ class Crew:
 
     def _join(self, megatron: Megatron) -> Any:
         """The process groups of a recipe's layout, made once."""
-        megatron = loading.without_start(megatron)  # whose weights they are is no matter of process groups
+        megatron = without_start(megatron)  # whose weights they are is no matter of process groups
         if self.layout is None:
             from nemo_pivotrl.backends.megatron import parallel
 

@@ -27,6 +27,8 @@ PairLoss = Callable[[Tensor, Tensor, Tensor | None, Tensor, dict[str, Tensor]], 
 class DoctorModel(ReferencePolicy):
     """Trains on pairs: rows 2p and 2p+1 of a batch are the chosen and the rejected answer to prompt p."""
 
+    section = "doctor"
+
     def __init__(self, doctor: Policy, anchored: bool = False):
         super().__init__(doctor, with_reference=anchored)
         self.anchored = anchored

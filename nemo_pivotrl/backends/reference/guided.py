@@ -1,4 +1,4 @@
-"""Guided decoding through transformers on one device: a patient steered by doctors, token by token (B.5).
+"""Guided decoding through transformers on one device: a patient steered by doctors, token by token (equation (34)).
 
 `GuidedGenerator` owns the loop; `GuidedLogitsProcessor` does the same inside transformers' `generate()`. Both mix, gate and
 switch off guidance by `doctors.Guide`.
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import transformers
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from nemo_pivotrl.algorithms.llmdoctor import kl, truncate
 from nemo_pivotrl.backends.doctors import (
@@ -29,8 +29,10 @@ from nemo_pivotrl.backends.doctors import (
     check_contract,
     logits_width,
 )
+from nemo_pivotrl.backends.hf_models import load_model
 from nemo_pivotrl.config import Doctor
 from nemo_pivotrl.core.errors import InputError, Problem
+from nemo_pivotrl.core.model_folder import load_tokenizer
 from nemo_pivotrl.core.types import FinishReason
 
 __all__ = [
@@ -61,7 +63,7 @@ class Steering:
     beta: Mapping[str, float] = field(default_factory=dict)
     """Each doctor's exponent, any sign; a doctor that is not named has 0 and does not run."""
     temperature: float = 1.0
-    """Applied to the mixture, as top_k and top_p are (B.9 16); 0 takes the likeliest token."""
+    """Applied to the mixture, as top_k and top_p are (D16); 0 takes the likeliest token."""
     top_k: int = 0
     top_p: float = 1.0
     max_new_tokens: int = 128
@@ -292,7 +294,7 @@ class Decoding:
 
 
 class GuidedGenerator:
-    """Samples from patient^alpha * prod_i (doctor_i / reference_i)^beta_i, request by request (B.5, B.9 16).
+    """Samples from patient^alpha * prod_i (doctor_i / reference_i)^beta_i, request by request (equation (34), D16).
 
     patient, doctors, references: HF causal models on one device. A doctor with a reference is mixed as their ratio.
     doctor_tokenizers: where given, the contract is checked; without them only the widths can be.
@@ -349,7 +351,7 @@ class GuidedGenerator:
     ) -> list[Guided]:
         """One answer for each prompt (token ids), under its own request or the one of all.
 
-        own_prompts: for each request the doctors that read another prompt than the patient, with that prompt (B.9 17).
+        own_prompts: for each request the doctors that read another prompt than the patient, with that prompt (D17).
         An answer depends on its prompt and request only, up to floating-point noise of the batch it is in, and exactly
         when the call is repeated as it was.
         """
@@ -425,18 +427,16 @@ def load_guided(
         raise InputError(problems)
     place = torch.device(device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
     loaded: dict[Path, Any] = {}
-    for folder in folders.values():
+    for key, folder in folders.items():
         if Path(folder).resolve() not in loaded:
-            model = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=DTYPES[dtype], use_safetensors=True, local_files_only=True
-            )
-            loaded[Path(folder).resolve()] = model.to(place).eval().requires_grad_(False)
+            model = load_model(folder, named[key], DTYPES[dtype], place)
+            loaded[Path(folder).resolve()] = model.requires_grad_(False)
     models = {key: loaded[Path(folder).resolve()] for key, folder in folders.items()}
-    tokenizer = settings.pop("tokenizer", None) or AutoTokenizer.from_pretrained(patient, local_files_only=True)
-    tokenizers = {n: AutoTokenizer.from_pretrained(d.path, local_files_only=True) for n, d in doctors.items()}
+    tokenizer = settings.pop("tokenizer", None) or load_tokenizer(patient, "patient.model_name")
+    tokenizers = {n: load_tokenizer(d.path, f"{where}.doctors.{n}.path") for n, d in doctors.items()}
     references = {name: models[f"{name}.reference"] for name in doctors} if mode == "ratio" else {}
     for name, model in references.items():
-        own = AutoTokenizer.from_pretrained(doctors[name].reference, local_files_only=True)
+        own = load_tokenizer(doctors[name].reference, f"{where}.doctors.{name}.reference")
         check_contract(models[""], model, (tokenizer, own), f"{name}.reference")
     return GuidedGenerator(
         models[""],

@@ -18,11 +18,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 import transformers
 from torch import Tensor
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import DynamicCache
 from transformers.core_model_loading import revert_weight_conversion
 
 from nemo_pivotrl.algorithms.prefix_tree import lay_out, packs, token_ratio
 from nemo_pivotrl.backends.base import TokenBatch
+from nemo_pivotrl.backends.hf_models import load_model
 from nemo_pivotrl.backends.reference.tree import log_probs, prepare, run
 from nemo_pivotrl.backends.sampling import Turns, chunks, pad, positions
 from nemo_pivotrl.config import Generation, Optimizer, Policy
@@ -44,16 +45,20 @@ class ReferencePolicy:
 
     in_one_process = True
 
+    section = "policy"
+    """The recipe's section that names the model, for errors."""
+
     def __init__(self, policy: Policy, with_reference: bool = False):
         self.settings = policy
         device = policy.device if policy.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
         self.device = torch.device(device)
-        self.model = self._load(policy.model_name)
+        field = f"{self.section}.model_name"
+        self.model = load_model(policy.model_name, field, DTYPES[policy.dtype], self.device)
         self.reference = None
         if policy.lora.enabled:
             self.model = _with_lora(self.model, policy)
         elif with_reference:
-            self.reference = self._load(policy.model_name).requires_grad_(False)
+            self.reference = copy.deepcopy(self.model).requires_grad_(False)
         self.model.eval()
         if policy.prefix_sharing:
             for model in (self.model, self.reference):
@@ -61,12 +66,6 @@ class ReferencePolicy:
                     prepare(model, "policy.prefix_sharing")
         self.optimizer: torch.optim.AdamW | None = None
         self.steps = 0
-
-    def _load(self, name: str) -> Any:
-        dtype = DTYPES[self.settings.dtype]
-        exact = {"experts_implementation": "eager"} if dtype is torch.float64 else {}  # grouped matmuls know no float64
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **exact)
-        return model.to(self.device)
 
     # ---- sampling ----
 

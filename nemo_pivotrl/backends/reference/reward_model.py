@@ -4,13 +4,14 @@ through its own chat template."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from nemo_pivotrl.backends.hf_models import load_model
 from nemo_pivotrl.config import Oracles
 from nemo_pivotrl.core.errors import InputError, Problem
+from nemo_pivotrl.core.model_folder import load_config, load_tokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -19,31 +20,24 @@ class RewardModel:
     """`(conversations, answers) -> scores` by the checkpoint of one objective."""
 
     def __init__(self, objective: str, settings: Oracles):
-        try:
-            from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
-        except ImportError as error:
-            remedy = "pip install 'nemo-pivotrl[reference]'"
-            raise InputError(Problem("environment", None, "oracles.reward_models", str(error), remedy)) from error
         folder, where = settings.reward_models[objective], f"oracles.reward_models.{objective}"
 
         def refuse(found: str, remedy: str) -> InputError:
             return InputError(Problem("recipe", None, where, found, remedy))
 
-        if not Path(folder, "config.json").exists():
-            raise refuse(folder or "nothing", "give an HF checkpoint folder")
-        outputs = AutoConfig.from_pretrained(folder, local_files_only=True).num_labels
-        if outputs != 1:
-            raise refuse(f"{outputs} outputs", "a reward model has one (`num_labels: 1` in its config.json)")
-        self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        if self.tokenizer.chat_template is None:
-            raise refuse("no chat template", "add the one it was trained with to its tokenizer")
-        self.model, report = AutoModelForSequenceClassification.from_pretrained(
-            folder, dtype=DTYPES[settings.dtype], use_safetensors=True, local_files_only=True, output_loading_info=True
-        )
-        if report["missing_keys"]:  # transformers would leave them random
-            raise refuse(f"no weights for {sorted(report['missing_keys'])}", "give a trained reward model")
-        device = settings.device if settings.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-        self.model = self.model.to(device).eval().requires_grad_(False)
+        try:
+            outputs = load_config(folder, where).num_labels
+            if outputs != 1:
+                raise refuse(f"{outputs} outputs", "a reward model has one (`num_labels: 1` in its config.json)")
+            self.tokenizer = load_tokenizer(folder, where)
+            if self.tokenizer.chat_template is None:
+                raise refuse("no chat template", "add the one it was trained with to its tokenizer")
+            device = settings.device if settings.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+            kind = "AutoModelForSequenceClassification"
+            self.model = load_model(folder, where, DTYPES[settings.dtype], device, kind).requires_grad_(False)
+        except ImportError as error:
+            remedy = "pip install 'nemo-pivotrl[reference]'"
+            raise InputError(Problem("environment", None, "oracles.reward_models", str(error), remedy)) from error
         self.batch_tokens, self.objective = settings.batch_tokens, objective
 
     @torch.no_grad()

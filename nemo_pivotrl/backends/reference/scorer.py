@@ -8,16 +8,15 @@ for response tokens, a chunk at a time, in float32 or better: a batch costs its 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from nemo_pivotrl.algorithms.prefix_tree import lay_out, packs
+from nemo_pivotrl.backends.hf_models import load_model
 from nemo_pivotrl.backends.reference.tree import over_forests, prepare
 from nemo_pivotrl.backends.sampling import batches_within
 from nemo_pivotrl.config import Patient
@@ -36,21 +35,10 @@ class ReferenceScorer:
 
     def __init__(self, patient: Patient):
         self.settings = patient
-        folder = Path(patient.model_name)
-        if not patient.model_name or not (folder / "config.json").exists():
-            found = patient.model_name or "nothing"
-            raise InputError(Problem("recipe", None, "patient.model_name", found, "give an HF checkpoint folder"))
-        if not any(folder.glob("*.safetensors")):
-            remedy = "save it with save_pretrained(safe_serialization=True); pickled weights are not loaded"
-            raise InputError(Problem(str(folder), None, "patient.model_name", "no .safetensors file", remedy))
-        dtype = getattr(torch, patient.dtype)
-        exact = {"experts_implementation": "eager"} if dtype is torch.float64 else {}  # grouped matmuls know no float64
-        model = AutoModelForCausalLM.from_pretrained(
-            patient.model_name, dtype=dtype, use_safetensors=True, local_files_only=True, **exact
-        )
         device = patient.device if patient.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
         self.device = torch.device(device)
-        self.model = model.to(self.device).eval().requires_grad_(False)
+        dtype = getattr(torch, patient.dtype)
+        self.model = load_model(patient.model_name, "patient.model_name", dtype, self.device).requires_grad_(False)
         self._check_head()
         if patient.prefix_sharing:
             prepare(self.model, "patient.prefix_sharing")

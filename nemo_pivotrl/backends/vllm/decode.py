@@ -15,8 +15,8 @@ from typing import Any
 import vllm
 from transformers import PreTrainedTokenizerBase
 
+from nemo_pivotrl.backends.base import as_policy
 from nemo_pivotrl.backends.doctors import Span, vocabulary_size
-from nemo_pivotrl.backends.loading import as_policy
 from nemo_pivotrl.backends.reference.guided import Guided, Steering, Token, check_requests
 from nemo_pivotrl.backends.vllm.engine import Engine
 from nemo_pivotrl.backends.vllm.guidance import NAMES, PREFIX, SECTION, guide_arguments, names_here

@@ -29,6 +29,7 @@ from torch import Tensor
 from vllm.platforms import current_platform
 from vllm.v1.executor.uniproc_executor import ExecutorWithExternalLauncher
 
+from nemo_pivotrl.backends.hf_models import check_engine_model
 from nemo_pivotrl.backends.vllm.requests import checked, engine_arguments, in_order, request
 from nemo_pivotrl.config import Generation, Policy, Vllm
 from nemo_pivotrl.core.errors import InputError, Problem
@@ -59,6 +60,8 @@ class Engine:
         self.settings = settings
         self.in_one_process = settings.tensor_parallel_size == 1 and not extra.get("distributed_executor_backend")
         self.max_tokens = policy.max_total_sequence_length
+        # on CPUs vLLM packs weights where no worker finds them again; elsewhere the workers look (`_check_finite`)
+        check_engine_model(policy.model_name, "policy.model_name", values=current_platform.is_cpu())
         arguments = {**engine_arguments(policy, settings), **settings.engine_args, **extra}
         if arguments.get("speculative_config") and arguments.get("logits_processors"):
             remedy = "leave it out: vLLM refuses processors beside speculative decoding"
@@ -71,17 +74,27 @@ class Engine:
             self.llm.generate(
                 [{"prompt_token_ids": [0]}], vllm.SamplingParams(max_tokens=1, detokenize=False), use_tqdm=False
             )
+            self._check_finite(policy.model_name)
         except (ValueError, NotImplementedError, RuntimeError) as error:
             remedy = "mend the setting, or let policy.sampler be backend (for a patient: patient.backend reference)"
             found = str(error).strip().splitlines()[0][:300] if str(error).strip() else repr(error)
             if not guest and not _engines:
                 vllm.distributed.cleanup_dist_env_and_memory()  # its groups would not fit the next model
+            if isinstance(error, InputError):
+                raise
             raise InputError(Problem("vLLM", None, policy.model_name, found, remedy)) from error
         self.asleep = False
         _engines.append((weakref.ref(self), self.llm, guest))
         weakref.finalize(self, _free).atexit = False
         atexit.unregister(shut_down)
         atexit.register(shut_down)  # before a trainer that is already there takes its process groups down
+
+    def _check_finite(self, folder: str) -> None:
+        """Raise InputError for weights that are no numbers: vLLM samples from NaN without a word."""
+        wrong = sorted({tuple(found) for worker in self.llm.collective_rpc("weights_not_finite") for found in worker})
+        remedy = "the weights are damaged or training diverged: use an earlier checkpoint, or copy the file again"
+        if wrong:
+            raise InputError([Problem(folder, None, name, f"{what} among its values", remedy) for name, what in wrong])
 
     # ---- sampling ----
 

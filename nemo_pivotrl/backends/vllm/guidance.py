@@ -20,14 +20,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nemo_pivotrl.algorithms.llmdoctor import kl
 from nemo_pivotrl.backends.doctors import Doctors, Mixed, Span, Watch, check_contract, mix_rows
+from nemo_pivotrl.backends.hf_models import check_weights, load_model
 from nemo_pivotrl.backends.reference.guided import DTYPES, Shape, Steering, Token, draw, noise_of
 from nemo_pivotrl.backends.vllm.row_stream import RowStream, check_streams
 from nemo_pivotrl.config import Decode, Patient
 from nemo_pivotrl.core.errors import InputError, Problem, short
+from nemo_pivotrl.core.model_folder import load_config, load_tokenizer
 
 CLASS = "nemo_pivotrl.backends.vllm.guide:Guide"
 SECTION = "nemo_pivotrl"
@@ -52,9 +53,10 @@ def guide_arguments(patient: Patient, decode: Decode, where: str = "decode") -> 
     remedy = "mode: ratio divides each doctor by the model it was trained from; name its folder"
     problems = [Problem("recipe", None, f"{where}.doctors.{n}.reference", "nothing", remedy) for n in lacking]
     for name, folder in folders.items():
-        if not list(Path(folder).glob("*.safetensors")):
-            field_name, found = f"{where}.doctors.{name}", folder or "nothing"
-            problems.append(Problem("recipe", None, field_name, found, "give an HF checkpoint folder with safetensors"))
+        try:
+            check_weights(folder, f"{where}.doctors.{name}")
+        except InputError as error:
+            problems += error.problems
     if problems:
         raise InputError(problems)
     settings = {
@@ -176,7 +178,7 @@ class Guidance:
         self.settings, self.device = settings, device
         self.names = list(settings["doctors"])
         self.defaults = [float(settings["beta"].get(name, 0.0)) for name in self.names]
-        self.tokenizer = AutoTokenizer.from_pretrained(settings["patient"], local_files_only=True)
+        self.tokenizer = load_tokenizer(settings["patient"], "patient.model_name")
         self.spans = tuple(Span(*pair) for pair in settings["spans"])
         self.doctors: Doctors | None = None
         self.streams: dict[tuple[str, str], RowStream] = {}
@@ -194,12 +196,10 @@ class Guidance:
                 if folder is None or _same(folder, self.settings["patient"]):
                     continue  # the patient's own logits stand for it, unless a row has another prompt
                 if folder not in models:
-                    made = AutoModelForCausalLM.from_pretrained(
-                        folder, dtype=DTYPES[self.settings["dtype"]], use_safetensors=True, local_files_only=True
-                    )
-                    models[folder] = made.to(self.device).eval().requires_grad_(False)
+                    made = load_model(folder, f"{kind}.{name}", DTYPES[self.settings["dtype"]], self.device)
+                    models[folder] = made.requires_grad_(False)
                     check_streams(name, models[folder])
-                tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+                tokenizer = load_tokenizer(folder, f"{kind}.{name}")
                 check_contract(patient, models[folder], (self.tokenizer, tokenizer), name)
         known = {n: models.get(self.settings["doctors"][n], patient) for n in self.names}
         self.doctors = Doctors(known, self.tokenizer, {}, (), self.settings["min_entropy"])
@@ -321,9 +321,7 @@ class _Width:
     """The patient as the contract sees it, whose weights are the engine's."""
 
     def __init__(self, folder: str):
-        from transformers import AutoConfig
-
-        self.config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        self.config = load_config(folder, "patient.model_name")
 
     def get_output_embeddings(self) -> None:
         return None

@@ -21,6 +21,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from nemo_pivotrl.backends.base import Sampler, TokenBatch, Trainer
+from nemo_pivotrl.backends.hf_models import not_finite
 from nemo_pivotrl.config import Generation, Optimizer, Policy, Vllm
 from nemo_pivotrl.core.artifacts import digest
 from nemo_pivotrl.core.errors import InputError, Problem
@@ -94,6 +95,11 @@ class Refit:
         self.model_runner.reload_weights(weights_iterator=read.through(weights))
         repack_tied_head(model)
         return read.value
+
+    def weights_not_finite(self) -> list[tuple[str, str]]:
+        """(parameter, NaN or infinity) of every parameter in this worker that holds one."""
+        named = self.model_runner.get_model().named_parameters()
+        return [(name, what) for name, parameter in named if (what := not_finite(parameter))]
 
     def guide_records(self, numbers: Sequence[int]) -> list[list[tuple[Any, ...]]]:
         """What doctors in this worker drew for the requests of these numbers; it is forgotten."""

@@ -3,7 +3,6 @@ needs none here."""
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 
 from nemo_pivotrl.config import Generation, Policy, Vllm
 from nemo_pivotrl.core.errors import InputError, Problem
+from nemo_pivotrl.core.model_folder import json_object
 from nemo_pivotrl.core.types import Sample
 
 GIB = 1 << 30
@@ -23,8 +23,11 @@ OURS = {
     "dtype": "policy.dtype",
     "max_model_len": "policy.max_total_sequence_length",
     "logprobs_mode": "nothing: log-probabilities must be those of the sampling distribution",
+    "trust_remote_code": "nothing: code in a model's folder is never run",
 }
 """Arguments of an engine that follow from other settings."""
+LOAD_FORMATS = ("safetensors", "fastsafetensors", "runai_streamer", "runai_streamer_sharded")
+"""Ways in which vLLM reads safetensors. Its others unpickle files, or make weights up."""
 
 SEEDS = (1 << 63) - 1
 """vLLM's servers take seeds of 63 bits."""
@@ -36,10 +39,13 @@ def engine_arguments(policy: Policy, settings: Vllm) -> dict[str, Any]:
     for name in sorted(settings.engine_args.keys() & OURS.keys()):
         found, remedy = str(settings.engine_args[name]), f"it follows from {OURS[name]}: remove it"
         problems.append(Problem("recipe", None, f"vllm.engine_args.{name}", found, remedy))
+    if (way := settings.engine_args.get("load_format", LOAD_FORMATS[0])) not in LOAD_FORMATS:
+        remedy = f"only safetensors are loaded: {', '.join(LOAD_FORMATS)}"
+        problems.append(Problem("recipe", None, "vllm.engine_args.load_format", str(way), remedy))
     if policy.dtype == "float64":
         remedy = "vLLM computes in float32 or bfloat16"
         problems.append(Problem("recipe", None, "policy.dtype", policy.dtype, remedy))
-    config = json.loads(Path(policy.model_name, "config.json").read_text(encoding="utf-8"))
+    config = json_object(Path(policy.model_name, "config.json"))
     most = config.get("max_position_embeddings") or math.inf
     if policy.max_total_sequence_length > most:
         found, remedy = str(policy.max_total_sequence_length), f"the model reads {most}: lower it"
@@ -51,6 +57,8 @@ def engine_arguments(policy: Policy, settings: Vllm) -> dict[str, Any]:
         "model": policy.model_name,
         "skip_tokenizer_init": True,  # token ids go in and come out
         "dtype": policy.dtype,
+        "trust_remote_code": False,
+        "load_format": LOAD_FORMATS[0],
         # scoring a sequence makes vLLM sample one token behind it, which is thrown away
         "max_model_len": min(policy.max_total_sequence_length + 1, most),
         "logprobs_mode": "processed_logprobs",

@@ -27,7 +27,7 @@ import httpx
 import torch
 from torch import Tensor
 
-from nemo_pivotrl.backends.loading import policy_revision
+from nemo_pivotrl.backends.identity import policy_revision
 from nemo_pivotrl.backends.vllm.requests import checked, families, in_order, request
 from nemo_pivotrl.config import Generation, Policy, Vllm
 from nemo_pivotrl.core.errors import InputError, Problem, short

@@ -25,7 +25,8 @@ from nemo_pivotrl.data.chat_template import Chat
 from nemo_pivotrl.data.gym_rows import candidate_of_row
 from nemo_pivotrl.integrations.nemo_aligner.settings import FILE, PivotRLModelBlock, PivotRLTrainerBlock, read_block
 from nemo_pivotrl.integrations.nemo_aligner.versions import require
-from nemo_pivotrl.verifiers.base import Verifier, VerifierFault, identity, load_verifier
+from nemo_pivotrl.verifiers.base import Verifier, VerifierFault
+from nemo_pivotrl.verifiers.loading import identity, load_verifier
 
 require()
 

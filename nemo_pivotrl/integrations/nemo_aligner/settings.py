@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from nemo_pivotrl.config import LossFn, Reward, Tfpo, Verifier, Vllm, ranged
-from nemo_pivotrl.config.load import build
+from nemo_pivotrl.config.build import build
 from nemo_pivotrl.core.errors import InputError, Problem
 
 if TYPE_CHECKING:
