@@ -14,6 +14,8 @@ from nemo_pivotrl.core.errors import InputError
 from nemo_pivotrl.data import chat_template as chat
 from nemo_pivotrl.data.chat_template import Chat
 from nemo_pivotrl.data.gym_rows import action_of
+from nemo_pivotrl.data.template_probes import Reasoning
+from nemo_pivotrl.data.tool_parsers import PARSERS
 from nemo_pivotrl.demo import tiny_models as tiny
 
 TOOLS = [
@@ -29,7 +31,9 @@ TOOLS = [
         },
     }
 ]
-HEAD = "{%- for m in messages -%}<|im_start|>{{ m.role }}\n"
+HEAD = (
+    "{%- for m in messages -%}<|im_start|>{{ m.role }}\n{% if loop.first and tools %}{{ tools | tojson }}\n{% endif -%}"
+)
 TAIL = "<|im_end|>\n{% endfor -%}{%- if add_generation_prompt -%}<|im_start|>assistant\n"
 THINK = "{% if m.reasoning_content %}<think>\n{{ m.reasoning_content }}\n</think>\n\n{% endif -%}"
 HERMES = (
@@ -106,12 +110,12 @@ def test_reasoning_is_dropped_before_the_verifier_and_unfinished_reasoning_is_no
     tokenizer: PreTrainedTokenizerFast,
 ) -> None:
     made = with_template(tokenizer, HEAD + THINK + HERMES + TAIL + "{%- endif -%}")
-    assert made.reasoning_end == "</think>" and not made.opens_reasoning
+    assert made.reasoning.ends == "</think>" and not made.reasoning.opened
     text = '<think>\n<tool_call>{"name": "wrong", "arguments": {}}</tool_call>\n</think>\n\nhello'
     assert made.parse(text) == action_of({"role": "assistant", "content": "hello"})
     always = "{% if m.role == 'assistant' %}<think>\n{{ m.reasoning_content or '' }}\n</think>\n\n{% endif -%}"
     opened = with_template(tokenizer, HEAD + always + HERMES + TAIL + "<think>\n{%- endif -%}")
-    assert opened.opens_reasoning
+    assert opened.reasoning.opened
     assert opened.parse("still thinking").kind == "none"
     assert opened.parse("done</think>\n\nhello").content == "hello"
 
@@ -174,13 +178,13 @@ def test_unreadable_calls_are_malformed(tokenizer: PreTrainedTokenizerFast, text
 @given(
     st.text(max_size=80),
     st.sampled_from(["", "<tool_call>", "<function=f>", "[TOOL_CALLS][", '{"name": "f", "parameters": ']),
-    st.sampled_from(list(chat.PARSERS)),
+    st.sampled_from(list(PARSERS)),
 )
 @settings(max_examples=300, deadline=None)
 def test_parsing_never_raises(text: str, start: str, name: str) -> None:
     reader = Chat.__new__(Chat)
     reader.limits = Limits()
-    reader.parser, reader.reasoning_end, reader.opens_reasoning = name, "</think>", False
+    reader.parser, reader.reasoning = name, Reasoning("<think>", "</think>", False)
     assert reader.parse(start + text + "</tool_call>", TOOLS).kind in ("message", "calls", "malformed", "none")
 
 

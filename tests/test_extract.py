@@ -13,7 +13,8 @@ from nemo_pivotrl.core.errors import InputError
 from nemo_pivotrl.core.types import Action, Candidate, Message, ToolCall, Trajectory
 from nemo_pivotrl.data.gym_rows import candidate_of_row
 from nemo_pivotrl.data.splits import split_by_task
-from nemo_pivotrl.pivotrl.extract import cut_all, dangling_call, extract, is_error, leaks
+from nemo_pivotrl.pivotrl.extract import cut_all, extract, is_error
+from nemo_pivotrl.pivotrl.growing_state import dangling_call, leaks
 
 TAU = Path(__file__).resolve().parents[2] / "shared/data/tau_airline"
 SCHEMA = {"type": "object", "properties": {"q": {"type": "integer"}}, "required": ["q"]}
@@ -290,17 +291,27 @@ def test_equal_states_are_merged_call_ids_aside_and_their_different_actions_coun
     assert cut(opening("1", "abc", say("x")), other_tools, near_duplicate=1.0)[1] == {}
 
 
+def asked(context: str, question: str, q: int, name: str, policy: str = "rules") -> Trajectory:
+    """A long context, an answer that is not to be learned, and a question that is answered by a call."""
+    turns = ({**SYSTEM, "content": policy}, user(context), say("ok"), user(question), call(("find", q)))
+    return trajectory(*turns, name=name, untrained={2: "given"})
+
+
 def test_near_duplicates_of_other_trajectories_are_dropped_down_to_the_threshold() -> None:
     words = [f"word{i}" for i in range(1000)]
     nearly = [*words[:500], "changed", *words[501:]]  # 5 of 996 five-grams differ: similarity 991/1001 = 0.99
     half = [*words[:500], *(f"other{i}" for i in range(500))]  # 496 of 996 shared: similarity 496/1496 = 0.33
-    made = [trajectory(user(" ".join(w)), call(("find", i)), name=str(i)) for i, w in enumerate((words, nearly, half))]
+    made = [asked(" ".join(w), "and now?", 1, str(i)) for i, w in enumerate((words, nearly, half))]
     kept, skipped = cut(*made)
-    assert [c.trajectory_id for c in kept] == ["0", "2"] and skipped == {"near_duplicate_state": 1}
-    assert cut(*made, near_duplicate=1.0)[1] == {}
-    assert (
-        cut(made[0], dataclasses.replace(made[1], messages=(made[1].messages[0], say("no"))))[1] == {}
-    )  # another action
+    assert [c.trajectory_id for c in kept] == ["0", "2"] and skipped == {"given": 3, "near_duplicate_state": 1}
+    assert cut(*made, near_duplicate=1.0)[1] == {"given": 3}
+    other_action = asked(" ".join(nearly), "and now?", 2, "3")
+    other_question = asked(" ".join(nearly), "and then?", 1, "4")
+    other_policy = asked(" ".join(nearly), "and now?", 1, "5", policy="other rules")
+    assert cut(made[0], other_action, other_question, other_policy)[1] == {"given": 4}
+    # two questions over one long context, which is a part of the same message
+    shared = [trajectory(user(" ".join([*words, "question", str(i)])), call(("find", 1)), name=str(i)) for i in range(3)]
+    assert len(cut(*shared)[0]) == 3
     same_trajectory = trajectory(user(" ".join(words)), say("yes"), user("ok"), say("well"), name="own")
     assert len(cut(same_trajectory)[0]) == 2
 

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 
 from nemo_pivotrl.core.errors import InputError, Problem
 from nemo_pivotrl.core.types import Trajectory
-from nemo_pivotrl.data.trajectories import read_trajectories
+from nemo_pivotrl.data.readers import read_trajectories
 
 TOOL = {
     "type": "function",
@@ -106,7 +106,7 @@ TAU = {"task_id": 7, "trial": 2, "reward": 0.0, "info": {}, "traj": OPENAI["mess
 def read(folder: Path, format: str, *lines: Any, tools: str | None = None) -> list[Trajectory]:
     path = folder / "in.jsonl"
     path.write_text("".join((x if isinstance(x, str) else json.dumps(x)) + "\n" for x in lines), encoding="utf-8")
-    return read_trajectories([str(path)], format, tools)
+    return read_trajectories([str(path)], format, tools).trajectories
 
 
 def problems_of(folder: Path, format: str, *lines: Any) -> list[Problem]:
@@ -194,7 +194,7 @@ def test_sharegpt_reads_hermes_markup_and_llama_factory_function_calls(tmp_path:
 def test_tau_bench_results_are_a_json_list_whose_trials_share_a_task(tmp_path: Path) -> None:
     path = tmp_path / "results.json"
     path.write_text(json.dumps([TAU, {**TAU, "trial": 3, "reward": 1.0}], indent=1))
-    first, second = read_trajectories([str(path)], "tau_bench", None)
+    first, second = read_trajectories([str(path)], "tau_bench").trajectories
     assert first == Trajectory("7-2", "7", CLEAN, (), 0.0, f"{path}:1")
     assert (second.trajectory_id, second.task_id, second.reward, second.source) == ("7-3", "7", 1.0, f"{path}:2")
 
@@ -281,7 +281,7 @@ def test_a_json_list_nested_too_deeply_is_an_input_error(tmp_path: Path) -> None
         ),
         (
             "openai",
-            {"messages": [{"role": "assistant", "tool_calls": [{"name": "f"}]}]},
+            {"messages": [{"role": "assistant", "tool_calls": [{"id": "f"}]}]},
             "messages[0].tool_calls[0].function.name",
         ),
         ("openai", {"messages": CLEAN, "tools": 3}, "tools"),
@@ -300,9 +300,9 @@ def test_a_json_list_nested_too_deeply_is_an_input_error(tmp_path: Path) -> None
         ),
         ("responses", {**PIVOT_ROW, "expected_action": {"type": "function_call", "name": "find"}}, "expected_action"),
         ("responses", {"responses_create_params": {"input": ITEMS}}, "response.output"),
-        ("sharegpt", {"conversations": [{"from": "alien", "value": "x"}]}, "conversations[0]"),
-        ("sharegpt", {"conversations": [{"from": ["gpt"], "value": "x"}]}, "conversations[0]"),
-        ("sharegpt", {"conversations": [{"from": "gpt"}]}, "conversations[0]"),
+        ("sharegpt", {"conversations": [{"from": "alien", "value": "x"}]}, "conversations[0].from"),
+        ("sharegpt", {"conversations": [{"from": ["gpt"], "value": "x"}]}, "conversations[0].from"),
+        ("sharegpt", {"conversations": [{"from": "gpt"}]}, "conversations[0].content"),
         ("sharegpt", {"conversations": [{"from": "gpt", "value": "<tool_call>{"}]}, "conversations[0].value"),
         (
             "sharegpt",

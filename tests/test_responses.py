@@ -285,3 +285,13 @@ def test_an_action_and_its_message_are_each_others_inverse() -> None:
 def test_a_malformed_expected_action_is_refused(row: dict[str, Any]) -> None:
     with pytest.raises((KeyError, ValueError)):
         expected_of_row(row)
+
+
+def test_an_experts_reasoning_is_kept_beside_the_expected_action_and_never_in_it() -> None:
+    message = {"role": "assistant", "content": "It has shipped.", "reasoning_content": "It is gone."}
+    candidate = Candidate("c", "t", "t", "train", 1, 0, ({"role": "user", "content": "q"},), (), action_of(message))
+    row = candidate_to_row(candidate, "agent")
+    assert "gone" not in json.dumps([row["expected_action"], row["responses_create_params"]])
+    again = candidate_of_row(row).expected
+    assert message_of(again) == message
+    assert again == Action("message", "It has shipped."), "reasoning is no part of what is compared"

@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 from nemo_pivotrl.algorithms import pivotrl
 from nemo_pivotrl.backends.base import Sampler
 from nemo_pivotrl.config import Generation, Limits, Policy, Recipe
-from nemo_pivotrl.core.errors import InputError, Problem
+from nemo_pivotrl.core.errors import InputError, Problem, UnrenderableState
 from nemo_pivotrl.core.types import Action, Candidate, Case, Lost, Sample, Verdict
-from nemo_pivotrl.data.chat_template import Chat, load_tokenizer
+from nemo_pivotrl.data.chat_template import Chat, generation_stop_ids, load_tokenizer
 from nemo_pivotrl.data.gym_rows import action_to_row
 from nemo_pivotrl.verifiers.base import Bounded, Verifier, VerifierFault, verdicts
 from nemo_pivotrl.verifiers.loading import identity, load_verifier
 
+T = TypeVar("T")
+UNRENDERABLE_SHOWN = 8
+"""States that cannot be rendered are named one by one up to this many."""
 SUSPICIOUS_GROUPS = 3
 """So many groups of improbably identical samples in one wave are a shared seed, not chance."""
 
@@ -36,7 +42,40 @@ class Rollout:
 def load_chat(policy: Policy, limits: Limits | None = None) -> Chat:
     """The recipe's tokenizer and template."""
     tokenizer = load_tokenizer(policy.model_name, policy.chat_template)
-    return Chat(tokenizer, policy.tool_parser, policy.template_kwargs, limits)
+    stop_ids = generation_stop_ids(policy.model_name)
+    return Chat(tokenizer, policy.tool_parser, policy.template_kwargs, limits, policy.chat, stop_ids)
+
+
+def rendered(
+    candidates: Iterable[Candidate], render: Callable[[Candidate], T], source: Path, what: str = "states"
+) -> list[tuple[Candidate, T]]:
+    """What `render` makes of each candidate. Those that cannot be rendered are left out, counted and named by line of `source`."""
+    made, refused = [], []
+    for candidate in candidates:
+        try:
+            made.append((candidate, render(candidate)))
+        except UnrenderableState as error:
+            refused.append((candidate.candidate_id, f"{error.kind}: {error.found}"))
+    if refused:
+        counts = Counter(reason.partition(":")[0] for _, reason in refused)
+        print(
+            f"excluded: {len(refused)} of {len(made) + len(refused)} {what}, {', '.join(f'{n} {k}' for k, n in counts.items())}"
+        )
+        print("\n".join(unrenderable_lines(refused, source)))
+    return made
+
+
+def unrenderable_lines(refused: Sequence[tuple[str, str]], source: Path) -> list[str]:
+    """(candidate id, reason) as lines of text, each with its line in `source`; the first few of them."""
+    shown = dict(refused[:UNRENDERABLE_SHOWN])
+    marks = {b'"candidate_id":' + json.dumps(candidate).encode(): candidate for candidate in shown}
+    places: dict[str, int] = {}
+    with source.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            places.update((candidate, number) for mark, candidate in marks.items() if mark in line)
+    lines = [f"  {source}:{places.get(c, '?')}: candidate {c}: {reason}" for c, reason in shown.items()]
+    more = len(refused) - len(shown)
+    return [*lines, f"  ... and {more} more"] if more > 0 else lines
 
 
 def load_recipe_verifier(recipe: Recipe) -> tuple[Bounded, str]:

@@ -14,7 +14,7 @@ from nemo_pivotrl.config.llmdoctor import (
     ServeGuided,
     Tfpo,
 )
-from nemo_pivotrl.config.models import Generation, Lora, Megatron, Optimizer, Policy, Vllm
+from nemo_pivotrl.config.models import ChatSettings, Generation, Lora, Megatron, Optimizer, Policy, Vllm
 from nemo_pivotrl.config.pivotrl import Evaluate, Export, Extract, Grpo, LossFn, ProfileStage, Select, Sft
 from nemo_pivotrl.config.recipe import Recipe
 from nemo_pivotrl.config.run import Budget, Checkpointing, Cluster, Logger, Loop, Plan
@@ -26,6 +26,7 @@ __all__ = [
     "Assess",
     "Audit",
     "Budget",
+    "ChatSettings",
     "Checkpointing",
     "Cluster",
     "Decode",

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from nemo_pivotrl.config.models import ChatSettings
 from nemo_pivotrl.config.schema import ranged
 
 
@@ -186,6 +187,7 @@ class Patient:
     """Jinja file that replaces the tokenizer's chat template."""
     template_kwargs: dict[str, Any] = field(default_factory=dict)
     """Passed to the chat template, e.g. `enable_thinking: false`."""
+    chat: ChatSettings = field(default_factory=ChatSettings)
     max_total_sequence_length: int = ranged(4096, 16)
     """Prompt with a face, plus answer. A pair that does not fit is excluded and counted, never cut."""
     batch_tokens: int = ranged(16384, 16)

@@ -43,6 +43,23 @@ class Optimizer:
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
+class ChatSettings:
+    """What a chat template is told and allowed to do."""
+
+    roles: dict[str, str] = field(default_factory=dict)
+    """Roles that are renamed before the template sees them, e.g. `developer: system` where it knows no developer."""
+    accept_dropped: tuple[
+        Literal["tools", "calls", "parallel_calls", "text_beside_calls", "tool", "system", "developer"], ...
+    ] = ()
+    """What the template may leave out of the prompt. Anything else that it drops is an error."""
+    special_tokens: Literal["as_text", "refuse"] = "as_text"
+    """Special tokens in people's and tools' text: encode them as text, or exclude the state."""
+    date: str = "2026-01-01"
+    """The day that a template with a clock writes (YYYY-MM-DD), so that a state has the same tokens every day. A part of the
+    template's fingerprint where it has a clock."""
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
 class Policy:
     """The start policy (pi_0) and how it is run."""
 
@@ -59,7 +76,9 @@ class Policy:
     """Jinja file that replaces the tokenizer's chat template."""
     template_kwargs: dict[str, Any] = field(default_factory=dict)
     """Passed to the chat template, e.g. `enable_thinking: false`."""
+    chat: ChatSettings = field(default_factory=ChatSettings)
     tool_parser: str = "auto"
+    """How the model writes tool calls; `auto` finds out by rendering one. vLLM's names are accepted, too."""
     max_total_sequence_length: int = ranged(4096, 16)
     """Prompt plus new tokens. A state that does not fit is excluded and counted, never scored 0."""
     train_micro_batch_tokens: int = ranged(16384, 16)

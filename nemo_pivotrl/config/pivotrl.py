@@ -17,8 +17,9 @@ class Extract:
     """Trajectories to candidates."""
 
     trajectories: tuple[str, ...] = ()
-    """Input files. `.json` or `.jsonl`."""
-    format: Literal["openai", "responses", "sharegpt", "tau_bench"] = "openai"
+    """Input files: JSON, JSON lines or Parquet, also packed by gzip or zstd."""
+    format: str = "auto"
+    """`auto`: found by looking at each record. A format of docs/formats.md, or `module:function` of your own reader."""
     tools: str | None = None
     """JSON file with the tool definitions, for sources that do not carry them."""
     turns: Literal["all", "bash", "tool_calls", "search"] = "all"
@@ -30,7 +31,10 @@ class Extract:
     parallel_calls: Literal["batch", "skip"] = "batch"
     """Turns with several calls: one `function_call_batch` row (Gym 0.6 and later), or the skip audit."""
     on_invalid: Literal["error", "skip"] = "error"
-    """Unknown tools and arguments that break their schema, dangling calls: stop and list them all, or skip and count."""
+    """Records that cannot be read, unknown tools, arguments that break their schema, dangling calls: stop and list them all, or
+    skip and count."""
+    max_state_messages: int = ranged(2000, 1)
+    """A longer state is skipped as `state_too_long`: rows hold whole states, so the output grows with the square of this."""
     validation_share: float = ranged(0.1, 0.0, 0.9)
     """Share of the tasks held out, decided by task before anything else."""
     near_duplicate: float = ranged(0.95, 0.5, 1.0)

@@ -89,6 +89,9 @@ class Audit:
     """Candidates of the sample that are audited when a judge is asked, since every probe may cost a request."""
     max_gold_failures: float = ranged(0.05, 0.0, 1.0)
     """More candidates than this whose own expert action does not score 1 stop `audit` and `profile`."""
+    max_round_trip_failures: float = ranged(0.05, 0.0, 1.0)
+    """More expert actions than this that come back as others when the policy's template writes and its parser reads them stop
+    `profile`. `audit` tries all of them, `profile` its sample."""
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)

@@ -43,6 +43,23 @@ class InputError(ValueError):
         return InputError, (self.problems,)  # from a worker process it arrives with its problems
 
 
+UNRENDERABLE = ("template_refuses_state", "not_encodable", "special_token_in_text")
+"""Kinds of `UnrenderableState`. They say something about the row, not about the policy or the machines."""
+
+
+class UnrenderableState(InputError):
+    """A state or turn that the chat template refuses or the tokenizer cannot encode. Stages exclude and count it by `kind`."""
+
+    def __init__(
+        self, kind: str, found: object, remedy: str = "it is excluded; mend the row or set policy.chat_template"
+    ):
+        self.kind, self.found, self.remedy = kind, short(found), remedy
+        super().__init__(Problem("chat template", None, kind, self.found, remedy))
+
+    def __reduce__(self) -> tuple[type[UnrenderableState], tuple[str, str, str]]:  # type: ignore[override]
+        return UnrenderableState, (self.kind, self.found, self.remedy)
+
+
 def short(value: object, limit: int = 120) -> str:
     """`value` as one line of at most `limit` characters, for error messages."""
     text = value if isinstance(value, str) else repr(value)

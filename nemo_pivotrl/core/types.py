@@ -39,6 +39,8 @@ class Action:
     calls: tuple[ToolCall, ...] = ()
     detail: str = ""
     """For `malformed`: why."""
+    reasoning: str = field(default="", compare=False)
+    """What preceded it as reasoning. No verifier looks at it and `expected_action` never holds it; fine-tuning trains it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +60,8 @@ class Trajectory:
     """True where only the last message is an action to learn (a ready-made pivot row)."""
     fields: Mapping[str, Any] = field(default_factory=dict)
     """The row's fields for its verifier (`responses.VERIFIER_FIELDS`)."""
+    untrained: Mapping[int, str] = field(default_factory=dict)
+    """Index of an assistant turn that is not to be learned, and the reason it is counted under."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,35 +1,30 @@
 """From messages to token ids and back, always through the model's own chat template.
 
 Nothing here knows a template's markers. Where an assistant turn begins and ends, where its reasoning ends and how it
-writes tool calls are found by rendering probes with the template and looking at what comes out.
+writes tool calls are found by rendering probes with the template and looking at what comes out (`template_probes`).
 """
 
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nemo_pivotrl.config import Limits
+from nemo_pivotrl.config import ChatSettings, Limits
 from nemo_pivotrl.core import model_folder
 from nemo_pivotrl.core.artifacts import digest
-from nemo_pivotrl.core.errors import InputError, Problem, short
-from nemo_pivotrl.core.types import Action, Message, ToolCall
+from nemo_pivotrl.core.errors import InputError, Problem, UnrenderableState, short
+from nemo_pivotrl.core.types import Action, Message
+from nemo_pivotrl.data import gym_rows, template_probes
+from nemo_pivotrl.data.template_rendering import Marked, Template
+from nemo_pivotrl.data.tool_parsers import NAMES, PARSERS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_PROBE_TOOL = {
-    "type": "function",
-    "function": {
-        "name": "probe_tool",
-        "description": "probe",
-        "parameters": {"type": "object", "properties": {"key": {"type": "string"}, "number": {"type": "integer"}}},
-    },
-}
-_PROBE_ARGUMENTS = {"key": "two words", "number": 7}
+Tools = Sequence[Mapping[str, Any]]
 
 
 def load_tokenizer(path: str, chat_template: str | None = None, section: str = "policy") -> PreTrainedTokenizerBase:
@@ -55,6 +50,21 @@ def load_tokenizer(path: str, chat_template: str | None = None, section: str = "
     return tokenizer
 
 
+def generation_stop_ids(path: str) -> tuple[int, ...]:
+    """The tokens at which the model's own `generation_config.json` ends a turn; none where it says nothing.
+
+    Raises InputError for a file that is broken.
+    """
+    file = Path(path, "generation_config.json")
+    if not file.exists():
+        return ()
+    found = model_folder.json_object(file).get("eos_token_id")
+    listed = found if isinstance(found, list) else [] if found is None else [found]
+    if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in listed):
+        raise InputError(Problem(str(file), None, "eos_token_id", short(found), "a token id, or a list of them"))
+    return tuple(listed)
+
+
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """Digest of vocabulary, merges, normaliser and special tokens: equal iff token ids mean the same."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -65,305 +75,263 @@ def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     return digest(content)
 
 
-def _template_calls(message: Message) -> Message:
-    """Templates want a call's arguments as a mapping; records keep the text the model wrote."""
-    if not message.get("tool_calls"):
-        return message
-    calls = []
-    for call in message["tool_calls"]:
-        function = dict(call["function"])
-        try:
-            parsed = json.loads(function["arguments"])
-        except ValueError:
-            parsed = None
-        if isinstance(parsed, dict):
-            function["arguments"] = parsed
-        calls.append({**call, "function": function})
-    return {**message, "content": message.get("content") or "", "tool_calls": calls}
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """An assistant turn as the template writes it behind a state."""
+
+    prompt: Marked
+    """The state and what of the generation prompt the turn continues."""
+    text: Marked
+    """The rest: what the policy would have to write."""
+    opened: bool
+    """Whether the prompt has begun reasoning."""
 
 
 class Chat:
     """One tokenizer with its template: renders states, actions, and reads sampled actions back.
 
-    `parser` names how the template writes tool calls (`PARSERS`); `auto` finds out by rendering a probe call and taking
-    the parser that reads it back. A template that cannot render a tool call gets an error, not a guess.
+    `parser` names how the template writes tool calls (`tool_parsers.PARSERS`); `auto` finds out by rendering a probe call and
+    taking the parser that reads it back. A template that cannot render a tool call gets an error, not a guess. `stop_ids` are
+    tokens that end a turn beside the tokenizer's own and the template's.
     """
 
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
         parser: str = "auto",
-        template_kwargs: dict[str, Any] | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
         limits: Limits | None = None,
+        settings: ChatSettings | None = None,
+        stop_ids: Sequence[int] = (),
     ):
-        self.limits = limits or Limits()
+        self.limits, self.settings = limits or Limits(), settings or ChatSettings()
         self.tokenizer = tokenizer
-        self.template_kwargs = template_kwargs or {}
-        self.fingerprint = fingerprint(tokenizer)
-        self.template_digest = digest([tokenizer.chat_template, self.template_kwargs])
-        self.reasoning_start, self.reasoning_end, self.opens_reasoning = self._probe_reasoning()
-        self.stop_ids = self._probe_stop_ids()
-        self.parser = self._probe_parser() if parser == "auto" else parser
-        if self.parser not in PARSERS:
+        self.template_kwargs = dict(template_kwargs or {})
+        if parser != "auto" and parser not in NAMES:
             raise InputError(
-                Problem("recipe", None, "policy.tool_parser", self.parser, f"use one of auto, {', '.join(PARSERS)}")
+                Problem("recipe", None, "policy.tool_parser", parser, f"use one of auto, {', '.join(NAMES)}")
             )
+        self.template = Template(tokenizer, self.template_kwargs, self.settings)
+        self.fingerprint = fingerprint(tokenizer)
+        told = [tokenizer.chat_template, self.template_kwargs]
+        told += [self.settings.date] if self.template.tells_time else []
+        told += [self.settings.roles] if self.settings.roles else []
+        self.template_digest = digest(told)
+        try:
+            template_probes.find_argument_form(self.template)
+            self.reasoning = template_probes.find_reasoning(self.template)
+            self.stop_ids = template_probes.find_stop_ids(self.template, stop_ids)
+        except UnrenderableState as error:
+            raise InputError(
+                Problem("chat template", None, "a user's question", error.found, "set policy.chat_template")
+            ) from error
+        plain = {
+            tokenizer.added_tokens_decoder[i].content for i in self.stop_ids if i in tokenizer.added_tokens_decoder
+        }
+        self.template.special_tokens = sorted({*self.template.special_tokens, *(t for t in plain if len(t) > 1)})
+        self.dropped = template_probes.DropCheck(self.template)
+        self.parser = self._probe_parser() if parser == "auto" else NAMES[parser]
 
-    def render(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]], add_generation_prompt: bool) -> str:
-        """The template's text for `messages`."""
-        return self.tokenizer.apply_chat_template(
-            [_template_calls(m) for m in messages],
-            tools=list(tools) or None,
-            add_generation_prompt=add_generation_prompt,
-            tokenize=False,
-            **self.template_kwargs,
-        )
+    # ---- messages to text and tokens ----
+
+    def render(self, messages: Sequence[Message], tools: Tools, add_generation_prompt: bool) -> str:
+        """The template's text for `messages`.
+
+        Raises UnrenderableState where the template refuses them, InputError where it leaves something of them out.
+        """
+        return self._render(messages, tools, add_generation_prompt).plain
+
+    def _render(self, messages: Sequence[Message], tools: Tools, prompt: bool) -> Marked:
+        self.dropped.check(messages, tools)
+        return self.template.render(messages, tools, prompt)
 
     def encode(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens=False)
+        """Tokens of a text in which special tokens are special tokens. Raises UnrenderableState for half an emoji."""
+        return self.template.encode(text)
 
-    def prompt_ids(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]]) -> list[int]:
-        """Token ids of the state, up to where the policy starts to write."""
-        return self.encode(self.render(messages, tools, add_generation_prompt=True))
+    def prompt_ids(self, messages: Sequence[Message], tools: Tools) -> list[int]:
+        """Token ids of the state, up to where the policy starts to write. Raises UnrenderableState and InputError."""
+        return self.template.encode(self._render(messages, tools, True))
 
-    def action_text(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]], action: Message) -> str:
-        """What the template writes for assistant message `action` after the state, end-of-turn marker included."""
-        prompt = self.render(messages, tools, add_generation_prompt=True)
-        full = self.render([*messages, action], tools, add_generation_prompt=False)
-        if not full.startswith(prompt):
-            raise InputError(
-                Problem(
-                    "chat template",
-                    None,
-                    "assistant turn",
-                    short(full[len(prompt) - 40 :]),
-                    "the template writes an assistant turn that does not begin with its own generation prompt; "
-                    "set policy.template_kwargs (for example enable_thinking: false) or policy.chat_template",
-                )
+    def turn(self, messages: Sequence[Message], tools: Tools, action: Message) -> Turn:
+        """How the template writes assistant message `action` after the state.
+
+        A turn without reasoning may leave the generation prompt where that opens reasoning; what is left out of the prompt
+        then is part of the turn. Where the template writes the state otherwise once the turn is there, the turn's text is
+        that behind a stand-in. Raises UnrenderableState, and InputError for a template whose turns do not continue its own
+        generation prompt.
+        """
+        return self._turn_behind(self._render(messages, tools, True), messages, tools, action)
+
+    def _turn_behind(self, prompt: Marked, messages: Sequence[Message], tools: Tools, action: Message) -> Turn:
+        for state in (messages, [template_probes.USER]):
+            begun = prompt if state is messages else self.template.render(state, tools, True)
+            whole = self.template.render([*state, action], tools, False)
+            bare = self.template.render(state, tools, False)
+            kept = self._kept(begun.text, bare.text, whole.text)
+            if kept is not None:
+                cut = len(begun.text) - kept
+                text = Marked(prompt.text[: len(prompt.text) - cut], prompt.mark)
+                begins = self.reasoning.begins
+                opened = bool(begins) and text.plain.rstrip().endswith(begins)
+                return Turn(text, Marked(whole.text[kept:], whole.mark), opened)
+        raise InputError(
+            Problem(
+                "chat template",
+                None,
+                "assistant turn",
+                short(whole.plain[-160:]),
+                "the template writes an assistant turn that does not begin with its own generation prompt; "
+                "set policy.template_kwargs (for example enable_thinking: false) or policy.chat_template",
             )
-        return full[len(prompt) :]
+        )
 
-    def action_ids(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]], action: Message) -> list[int]:
+    def _kept(self, prompt: str, bare: str, whole: str) -> int | None:
+        """How many characters of the generation prompt the turn in `whole` continues; None where it is another state."""
+        if whole.startswith(prompt):
+            return len(prompt)
+        begins = self.reasoning.begins
+        place = prompt.find(begins, len(bare)) if begins and prompt.startswith(bare) else -1
+        if place < 0 or not whole.startswith(prompt[:place]):
+            return None
+        return place + len(begins) if whole.startswith(begins, place) else place
+
+    def action_text(self, messages: Sequence[Message], tools: Tools, action: Message) -> str:
+        """What the template writes for assistant message `action` after the state, end-of-turn marker included."""
+        return self.turn(messages, tools, action).text.plain
+
+    def example_ids(self, messages: Sequence[Message], tools: Tools, action: Message) -> tuple[list[int], list[int]]:
+        """Token ids of a state and of an expert's turn behind it, up to its end-of-turn token.
+
+        Both are encoded as one text and cut, for a turn that is encoded alone may begin otherwise. Where a token lies across
+        the border it belongs to the turn. Raises as `turn` does.
+        """
+        turn = self.turn(messages, tools, action)
+        mark = turn.prompt.mark or turn.text.mark
+        text = turn.text.text if turn.text.mark in ("", mark) else turn.text.text.replace(turn.text.mark, mark)
+        prompt, whole = self.template.encode(turn.prompt), self.template.encode(Marked(turn.prompt.text + text, mark))
+        border = len(prompt)
+        while whole[:border] != prompt[:border]:
+            border -= 1
+        action_ids = whole[border:]
+        end = next((place for place, token in enumerate(action_ids) if token in self.stop_ids), None)
+        if end is not None:
+            return whole[:border], action_ids[: end + 1]
+        own = self.tokenizer.eos_token_id  # a template without an end of turn: the model would end the text
+        return whole[:border], [*action_ids, own if own is not None else min(self.stop_ids)]
+
+    def action_ids(self, messages: Sequence[Message], tools: Tools, action: Message) -> list[int]:
         """Token ids of an expert action: from the first token the policy would write to its end-of-turn token."""
-        ids = self.encode(self.action_text(messages, tools, action))
-        for index, token in enumerate(ids):
-            if token in self.stop_ids:
-                return ids[: index + 1]
-        return ids
+        return self.example_ids(messages, tools, action)[1]
+
+    # ---- tokens and text to actions ----
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of a sampled action without its end-of-turn token."""
         ids = list(token_ids)
         if ids and ids[-1] in self.stop_ids:
             ids.pop()
-        return self.tokenizer.decode(ids, skip_special_tokens=False)
+        return str(self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
-    def parse(self, text: str, tools: Sequence[dict[str, Any]] = ()) -> Action:
-        """The action in generated `text`: reasoning dropped, tool calls read. Never raises: text is data."""
+    def parse(self, text: str, tools: Tools = (), opened: bool | None = None) -> Action:
+        """The action in generated `text`: reasoning set apart, tool calls read. Never raises: text is data.
+
+        opened: whether the prompt has begun reasoning; by default, what the template's generation prompt does.
+        """
         if len(text) > self.limits.max_chars:
             return Action("malformed", detail=f"longer than {self.limits.max_chars} characters")
-        if self.reasoning_end and self.reasoning_end in text:
-            text = text.rpartition(self.reasoning_end)[2]
-        elif self.opens_reasoning:
-            return Action("none", detail="reasoning never ended")
+        parser = PARSERS[self.parser]
+        begins, ends = (self.reasoning.begins, self.reasoning.ends) if self.reasoning.ends else ("<think>", "</think>")
+        thought = ""
+        if not parser.own_reasoning:
+            opened = self.reasoning.opened if opened is None else opened
+            if not opened and text.lstrip().startswith(begins):
+                text = text.lstrip().removeprefix(begins)
+                if ends not in text:
+                    return Action("malformed", content=text, detail="reasoning never ended")
+                opened = True
+            if opened:
+                thought, ended, text = text.partition(ends)
+                if not ended:
+                    return Action("none", detail="reasoning never ended")
         try:
-            content, calls = PARSERS[self.parser](text, tools)
+            content, calls = parser.read(text, tools)
         except (ValueError, RecursionError) as error:
             return Action("malformed", content=text, detail=short(str(error)))
         if len(calls) > self.limits.max_calls:
             return Action(
                 "malformed", content=text, detail=f"{len(calls)} calls, at most {self.limits.max_calls} are read"
             )
+        content, thought = content.strip(), thought.strip()
+        if not parser.own_reasoning and begins in content and ends not in content.partition(begins)[2]:
+            return Action("malformed", content=content, detail="reasoning never ended")
         if calls:
-            return Action("calls", content=content.strip(), calls=tuple(calls))
-        return Action("message", content=content.strip()) if content.strip() else Action("none")
+            return Action("calls", content=content, calls=tuple(calls), reasoning=thought)
+        return Action("message", content=content, reasoning=thought) if content else Action("none")
+
+    def lost_in_rendering(self, messages: Sequence[Message], tools: Tools, expected: Action) -> str:
+        """Why an expert action is not what is read out of the template's own text of it; '' where it is.
+
+        Raises InputError as `turn` does, UnrenderableState for a state or turn that the template refuses.
+        """
+        return self._lost(self.turn(messages, tools, gym_rows.message_of(expected)), tools, expected)
+
+    def _lost(self, turn: Turn, tools: Tools, expected: Action) -> str:
+        ids = self.template.encode(turn.text)
+        end = next((place for place, token in enumerate(ids) if token in self.stop_ids), len(ids))
+        found = self.parse(self.decode(ids[:end]), tools, turn.opened)
+        if found.kind != expected.kind:
+            return f"{expected.kind} read as {found.kind}" + (f" ({found.detail})" if found.detail else "")
+        if found.kind == "message":
+            return "" if found.content == expected.content.strip() else "other text"
+        names = [[call.name for call in action.calls] for action in (found, expected)]
+        if names[0] != names[1]:
+            return f"calls {'+'.join(names[1])} read as {'+'.join(names[0])}"
+        for one, other in zip(found.calls, expected.calls, strict=True):
+            if not _same_json(one.arguments, other.arguments):
+                return f"arguments {short(other.arguments, 50)} read as {short(one.arguments, 50)}"
+        return ""
 
     def markers(self, piece: str) -> tuple[str, str]:
         """Text that begins and that ends a `reasoning` or `tool_calls` piece of an answer; '' for an end: the turn's end.
 
         Raises InputError where the template has no such piece.
         """
-        found = (self.reasoning_start, self.reasoning_end) if piece == "reasoning" else CALL_MARKERS[self.parser]
+        parser = PARSERS[self.parser]
+        found = (self.reasoning.begins, self.reasoning.ends) if piece == "reasoning" else (parser.begins, parser.ends)
         if not found[0]:
             problem = Problem("chat template", None, piece, "no marker", "drop it, or name the markers in off_markers")
             raise InputError(problem)
         return found
 
-    def _probe(self, **fields: Any) -> str:
-        user: Message = {"role": "user", "content": "probe question"}
-        return self.render(
-            [user, {"role": "assistant", "content": "", **fields}], [_PROBE_TOOL], add_generation_prompt=False
-        )
-
-    def _probe_stop_ids(self) -> frozenset[int]:
-        """End of an assistant turn: the first marker after the content, and the tokenizer's own end of text."""
-        suffix = self.encode(self._probe(content="PROBECONTENT").rpartition("PROBECONTENT")[2])
-        special = [i for i in suffix if i in self.tokenizer.all_special_ids or i in self.tokenizer.added_tokens_decoder]
-        # a template without a marker of its own ends a turn with text: its first token that is more than white space
-        found = special[:1] or [i for i in suffix if self.tokenizer.decode([i]).strip()][:1]
-        eos = [self.tokenizer.eos_token_id] if self.tokenizer.eos_token_id is not None else []
-        if not found and not eos:
-            raise InputError(
-                Problem(
-                    "chat template",
-                    None,
-                    "end of turn",
-                    "neither a marker nor an eos token",
-                    "use a template that ends assistant turns",
-                )
-            )
-        return frozenset([*found, *eos])
-
-    def _probe_reasoning(self) -> tuple[str, str, bool]:
-        """The markers around reasoning ('' where the template has none) and whether the generation prompt opens it."""
-        text = self._probe(content="PROBECONTENT", reasoning_content="PROBEREASON")
-        if "PROBEREASON" not in text:
-            return "", "", False
-        between = text.partition("PROBEREASON")[2].partition("PROBECONTENT")[0].strip()
-        prompt = self.render([{"role": "user", "content": "q"}], [_PROBE_TOOL], add_generation_prompt=True)
-        bare = self._probe(content="PROBECONTENT")
-        start = text.partition("PROBEREASON")[0].rstrip()
-        marker = start[len(bare.partition("PROBECONTENT")[0].rstrip()) :].strip() or start.rsplit(None, 1)[-1]
-        return marker, between, prompt.rstrip().endswith(marker) and marker != ""
-
     def _probe_parser(self) -> str:
-        call = {
-            "id": "call00000",
-            "type": "function",
-            "function": {"name": "probe_tool", "arguments": json.dumps(_PROBE_ARGUMENTS)},
-        }
-        user: Message = {"role": "user", "content": "probe question"}
-        from jinja2 import TemplateError
-
+        (call,) = template_probes.calls_of(template_probes.ARGUMENTS)
+        action = {"role": "assistant", "content": "", "tool_calls": [call]}
+        state, tools = [template_probes.USER], [template_probes.TOOL]
         try:
-            text = self.action_text([user], [_PROBE_TOOL], {"role": "assistant", "content": "", "tool_calls": [call]})
-        except (TemplateError, ValueError, TypeError, KeyError, AttributeError) as error:
-            raise InputError(
-                Problem(
-                    "chat template",
-                    None,
-                    "tool calls",
-                    short(str(error)),
-                    "the template cannot render a tool call; set policy.chat_template",
-                )
-            ) from error
-        text = self.decode(self.encode(text))
-        for name, parser in PARSERS.items():
-            for end in ("", *(self.tokenizer.decode([i]) for i in sorted(self.stop_ids))):
-                body = text.split(end)[0] if end else text
-                if self.reasoning_end:
-                    body = body.rpartition(self.reasoning_end)[2]
-                try:
-                    _, calls = parser(body, [_PROBE_TOOL])
-                except ValueError:
-                    continue
-                if [(c.name, json.loads(c.arguments)) for c in calls] == [("probe_tool", _PROBE_ARGUMENTS)]:
-                    return name
-        raise InputError(
-            Problem(
-                "chat template",
-                None,
-                "policy.tool_parser",
-                short(text),
-                f"no parser reads the template's tool calls back; name one of {', '.join(PARSERS)} or set policy.chat_template",
-            )
-        )
+            turn = self._turn_behind(self.template.render(state, tools, True), state, tools, action)
+        except UnrenderableState as error:
+            remedy = "the template cannot render a tool call; set policy.chat_template"
+            raise InputError(Problem("chat template", None, "tool calls", error.found, remedy)) from error
+        expected = gym_rows.action_of(action)
+        for name in PARSERS:
+            self.parser = name
+            if not self._lost(turn, tools, expected):
+                return name
+        raise template_probes.no_parser(turn.text.plain, list(PARSERS))
 
 
-Parser = Callable[[str, Sequence[dict[str, Any]]], tuple[str, list[ToolCall]]]
-
-
-def _one_call(raw: object, arguments_key: str) -> ToolCall:
-    if not isinstance(raw, dict) or not isinstance(raw.get("name"), str) or arguments_key not in raw:
-        raise ValueError(f"a tool call needs name and {arguments_key}")
-    arguments = raw[arguments_key]
-    return ToolCall(raw["name"], arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False))
-
-
-def parse_hermes(text: str, tools: Sequence[dict[str, Any]]) -> tuple[str, list[ToolCall]]:
-    """`<tool_call>{"name": ..., "arguments": {...}}</tool_call>`, any number of them (Hermes, Qwen2.5/3)."""
-    content, *blocks = text.split("<tool_call>")
-    calls = []
-    for block in blocks:
-        body, end, rest = block.partition("</tool_call>")
-        if not end:
-            raise ValueError("<tool_call> without </tool_call>")
-        calls.append(_one_call(json.loads(body), "arguments"))
-        content += rest
-    return content, calls
-
-
-def parse_qwen_coder(text: str, tools: Sequence[dict[str, Any]]) -> tuple[str, list[ToolCall]]:
-    """`<tool_call><function=NAME><parameter=KEY>VALUE</parameter></function></tool_call>` (Qwen3-Coder, Nemotron 3).
-
-    Values carry no type, so the tool's schema decides: a string stays text, anything else is read as JSON.
-    """
-    content, *blocks = text.split("<tool_call>")
-    calls = []
-    for block in blocks:
-        body, end, rest = block.partition("</tool_call>")
-        head = re.match(r"\s*<function=([^>\n]+)>", body)
-        if not end or head is None or "</function>" not in body:
-            raise ValueError("unfinished <tool_call>")
-        types = _parameter_types(head[1], tools)
-        arguments: dict[str, Any] = {}
-        for part in body[head.end() :].split("<parameter=")[1:]:
-            key, _, value = part.partition(">")
-            value, closed, _ = value.partition("</parameter>")
-            if not closed:
-                raise ValueError(f"parameter {short(key, 40)} is not closed")
-            value = value.removeprefix("\n").removesuffix("\n")
-            arguments[key] = value if types.get(key, "string") == "string" else _json_or_text(value)
-        calls.append(ToolCall(head[1], json.dumps(arguments, ensure_ascii=False)))
-        content += rest
-    return content, calls
-
-
-def parse_llama_json(text: str, tools: Sequence[dict[str, Any]]) -> tuple[str, list[ToolCall]]:
-    """The whole turn is `{"name": ..., "parameters": {...}}` (Llama 3.x), an optional `<|python_tag|>` before it."""
-    body = text.replace("<|python_tag|>", "", 1).strip()
-    if not (body.startswith("{") and '"name"' in body and '"parameters"' in body):
-        return text, []
-    return "", [_one_call(json.loads(body), "parameters")]
-
-
-def parse_mistral(text: str, tools: Sequence[dict[str, Any]]) -> tuple[str, list[ToolCall]]:
-    """`[TOOL_CALLS][{"name": ..., "arguments": {...}}, ...]` (Mistral)."""
-    content, marker, body = text.partition("[TOOL_CALLS]")
-    if not marker:
-        return text, []
-    listed = json.loads(body.strip())
-    if not isinstance(listed, list):
-        raise ValueError("[TOOL_CALLS] is not followed by a list")
-    return content, [_one_call(raw, "arguments") for raw in listed]
-
-
-def _parameter_types(name: str, tools: Sequence[dict[str, Any]]) -> dict[str, str]:
-    for tool in tools:
-        if tool["function"]["name"] == name:
-            properties = tool["function"].get("parameters", {}).get("properties", {})
-            return {key: value.get("type", "string") for key, value in properties.items() if isinstance(value, dict)}
-    return {}
-
-
-def _json_or_text(value: str) -> Any:
+def _same_json(left: str, right: str) -> bool:
+    """Whether two JSON texts hold the same values of the same types; no arguments at all are an empty object."""
     try:
-        return json.loads(value)
-    except ValueError:
-        return value
+        return _equal(json.loads(left or "{}"), json.loads(right or "{}"))
+    except (ValueError, RecursionError):
+        return left == right
 
 
-PARSERS: dict[str, Parser] = {
-    "hermes": parse_hermes,
-    "qwen_coder": parse_qwen_coder,
-    "mistral": parse_mistral,
-    "llama_json": parse_llama_json,
-}
-
-CALL_MARKERS = {
-    "hermes": ("<tool_call>", "</tool_call>"),
-    "qwen_coder": ("<tool_call>", "</tool_call>"),
-    "mistral": ("[TOOL_CALLS]", ""),
-    "llama_json": ('{"name":', ""),
-}
-"""Where each parser's tool calls begin and end."""
+def _equal(left: Any, right: Any) -> bool:
+    if isinstance(left, dict) and isinstance(right, dict):
+        return left.keys() == right.keys() and all(_equal(left[key], right[key]) for key in left)
+    if isinstance(left, list) and isinstance(right, list):
+        return len(left) == len(right) and all(map(_equal, left, right))
+    return isinstance(left, bool) == isinstance(right, bool) and bool(left == right)

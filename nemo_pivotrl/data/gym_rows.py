@@ -7,6 +7,8 @@ add (ids, split, depth) lives under `provenance`, which Gym passes through.
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -73,43 +75,91 @@ def to_items(messages: Sequence[Message]) -> list[Item]:
 
 
 def to_messages(items: Sequence[Item]) -> list[Message]:
-    """Chat messages of Responses items. Reasoning, text and calls of one model turn become one assistant message.
+    """Chat messages of Responses items. Reasoning, text and calls of one model response become one assistant message.
 
-    A new assistant message begins after any other item, and where text or reasoning follows a call or text.
-    Raises KeyError or ValueError for an item that is none of message, reasoning, function_call, function_call_output.
+    A response ends where its outputs begin. Reasoning and text that stand between a call and its output belong to the turn
+    that made the call; after a call without any output a new turn begins. Raises KeyError or ValueError for an item that is
+    none of message, reasoning, function_call, function_call_output, and for content that is not text.
     """
+    answered = {item["call_id"]: i for i, item in enumerate(items) if item.get("type") == "function_call_output"}
     messages: list[Message] = []
     turn: Message | None = None
-    for item in items:
+    acting: Message | None = None
+    waiting: set[str] = set()
+    for index, item in enumerate(items):
         kind = item.get("type") or "message"  # a column of a table is null where a row has no such field
-        assistant = kind in ("reasoning", "function_call") or (kind == "message" and item["role"] == "assistant")
-        if not assistant:
+        if kind not in ("reasoning", "function_call") and not (kind == "message" and item["role"] == "assistant"):
+            plain = _plain_message(kind, item)
+            waiting = waiting - {plain["tool_call_id"]} if plain["role"] == "tool" else set()
             turn = None
-            messages.append(_plain_message(kind, item))
+            messages.append(plain)
             continue
-        has_more = turn is not None and ("tool_calls" in turn or turn["content"])
-        if turn is None or (kind == "reasoning" and has_more) or (kind == "message" and has_more):
-            turn = {"role": "assistant", "content": ""}
+        if kind != "function_call" and waiting:
+            turn = acting if any(answered.get(call_id, -1) > index for call_id in waiting) else None
+        if turn is None:
+            turn, waiting = {"role": "assistant", "content": ""}, set()
             messages.append(turn)
         if kind == "reasoning":
-            parts = item.get("summary") or item.get("content") or []
-            turn["reasoning_content"] = turn.get("reasoning_content", "") + text_of(parts)
+            _append(turn, "reasoning_content", _strict_text(item.get("summary") or item.get("content") or []))
         elif kind == "message":
-            turn["content"] = text_of(item["content"])
+            _append(turn, "content", _strict_text(item.get("content")))
         else:
-            function = {"name": item["name"], "arguments": item["arguments"]}
-            turn.setdefault("tool_calls", []).append(
-                {"id": item.get("call_id") or "", "type": "function", "function": function}
-            )
+            if acting is not turn:
+                acting, waiting = turn, set()
+            call_id, arguments = item.get("call_id") or "", item.get("arguments")
+            arguments = "{}" if arguments is None or arguments == "" else arguments
+            function = {"name": item["name"], "arguments": arguments}
+            turn.setdefault("tool_calls", []).append({"id": call_id, "type": "function", "function": function})
+            waiting.add(call_id)
     return messages
+
+
+def _append(turn: Message, key: str, text: str) -> None:
+    if text:
+        turn[key] = f"{turn[key]}\n\n{text}" if turn.get(key) else text
+
+
+TEXT_PARTS = {
+    "text": "text",
+    "input_text": "text",
+    "output_text": "text",
+    "summary_text": "text",
+    "reasoning_text": "text",
+}
+TEXT_PARTS |= {"refusal": "refusal"}
+"""Content parts of text, and the field that holds it."""
+
+
+def _strict_text(content: Any) -> str:
+    """Text of a Responses item. Raises ValueError for a part that is not text, by its name."""
+    if content is None or isinstance(content, str):
+        return content or ""
+    texts = []
+    for part in content:
+        if isinstance(part, str):
+            texts.append(part)
+            continue
+        kind = part.get("type") or "text"
+        if kind not in TEXT_PARTS:
+            raise ValueError(f"content part {kind!r}: only text is read")
+        texts.append(str(part.get(TEXT_PARTS[kind]) or ""))
+    return "".join(texts)
 
 
 def _plain_message(kind: str, item: Item) -> Message:
     if kind == "function_call_output":
-        return {"role": "tool", "tool_call_id": item["call_id"], "content": text_of(item["output"])}
+        output = item["output"]
+        parts = isinstance(output, list) and all(
+            isinstance(p, str) or (isinstance(p, dict) and "type" in p) for p in output
+        )
+        text = _strict_text(output) if output is None or isinstance(output, str) or parts else json.dumps(output)
+        return {"role": "tool", "tool_call_id": item["call_id"] or "", "content": text}
     if kind != "message":
-        raise ValueError(f"item type {kind!r}")
-    return {"role": item["role"], "content": text_of(item["content"])}
+        raise ValueError(f"item type {kind!r}: known are message, reasoning, function_call, function_call_output")
+    if item["role"] == "tool":
+        call_id = item.get("tool_call_id") or item.get("call_id") or ""
+        return {"role": "tool", "tool_call_id": call_id, "content": _strict_text(item["content"])}
+    return {"role": item["role"], "content": _strict_text(item["content"])}
 
 
 def tool_to_chat(tool: dict[str, Any]) -> dict[str, Any]:
@@ -140,19 +190,20 @@ def action_of(message: Message) -> Action:
         ToolCall(c["function"]["name"], c["function"]["arguments"], c.get("id") or "")
         for c in message.get("tool_calls") or []
     )
-    content = text_of(message.get("content"))
-    return Action("calls", content, calls) if calls else Action("message", content)
+    content, reasoning = text_of(message.get("content")), str(message.get("reasoning_content") or "")
+    return Action("calls" if calls else "message", content, calls, reasoning=reasoning)
 
 
 def message_of(action: Action) -> Message:
-    """The assistant chat message of an action."""
+    """The assistant chat message of an action, with its reasoning where it has any."""
+    thought = {"reasoning_content": action.reasoning} if action.reasoning else {}
     if action.kind != "calls":
-        return {"role": "assistant", "content": action.content}
+        return {"role": "assistant", "content": action.content, **thought}
     calls = [
         {"id": c.call_id, "type": "function", "function": {"name": c.name, "arguments": c.arguments}}
         for c in action.calls
     ]
-    return {"role": "assistant", "content": action.content, "tool_calls": calls}
+    return {"role": "assistant", "content": action.content, **thought, "tool_calls": calls}
 
 
 def expected_to_row(action: Action) -> dict[str, Any]:
@@ -212,6 +263,7 @@ def candidate_to_row(candidate: Candidate, agent_ref: str) -> dict[str, Any]:
             "turn": candidate.turn,
             "depth": candidate.depth,
             "content": candidate.expected.content if candidate.expected.kind == "calls" else "",
+            **({"reasoning": candidate.expected.reasoning} if candidate.expected.reasoning else {}),
         },
         **candidate.fields,
         **_terminus_answer(candidate),
@@ -228,8 +280,9 @@ def _terminus_answer(candidate: Candidate) -> dict[str, str]:
 def candidate_of_row(row: dict[str, Any]) -> Candidate:
     """The candidate of a row that `candidate_to_row` wrote."""
     source, expected = row["provenance"], expected_of_row(row["expected_action"])
-    if source["content"]:
-        expected = Action("calls", source["content"], expected.calls)
+    expected = dataclasses.replace(
+        expected, content=source["content"] or expected.content, reasoning=source.get("reasoning") or ""
+    )
     params = row["responses_create_params"]
     return Candidate(
         candidate_id=source["candidate_id"],

@@ -20,7 +20,7 @@ from nemo_pivotrl.config import Preferences
 from nemo_pivotrl.core.artifacts import digest
 from nemo_pivotrl.core.errors import InputError, Problem
 from nemo_pivotrl.core.types import Message, Preference
-from nemo_pivotrl.data.trajectories import FieldError, check_messages, read_records
+from nemo_pivotrl.data.readers import FieldError, check_messages, read_records
 
 
 class Pair(NamedTuple):

@@ -72,7 +72,7 @@ def marks(row: Mapping[str, Any]) -> list[str]:
         found += ["label contradicts itself"] * any(map(contradicts_itself, labels))
         found += ["labels disagree"] * (len(rates) > 1 and max(rates) - min(rates) > ROUNDING)
         found += [f"rollouts {label.total:g}" for label in labels[:1] if label.total is not None]
-    if (_number(row.get("_ng_rollout_index")) or 0) > 0:
+    if (_number(row.get("_ng_rollout_index")) or 0) > 0 and not isinstance(row.get("response"), Mapping):
         found.append("copy")
     agent = row.get("agent_ref")
     if isinstance(agent, Mapping) and isinstance(agent.get("name"), str):

@@ -124,7 +124,8 @@ def _own_chats(recipe: Recipe, chat: Chat) -> dict[str, Chat]:
     own = {}
     for name, doctor in recipe.decode.doctors.items():
         if _template(doctor.path) not in (None, chat.tokenizer.chat_template):
-            own[name] = Chat(load_tokenizer(doctor.path), "hermes", recipe.patient.template_kwargs)
+            tokenizer, patient = load_tokenizer(doctor.path), recipe.patient
+            own[name] = Chat(tokenizer, "hermes", patient.template_kwargs, settings=patient.chat)
     return own
 
 
@@ -135,17 +136,15 @@ def _template(folder: str) -> str | None:
 def prompt_ids(
     content: str | Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]], chat: Chat, own_chats: Mapping[str, Chat]
 ) -> Rendered:
-    """Token ids for the patient, and for each doctor whose prompt is another one. InputError: no template renders it."""
-    from jinja2 import TemplateError
+    """Token ids for the patient, and for each doctor whose prompt is another one.
 
+    Raises InputError for what no template renders or no tokenizer encodes.
+    """
     if isinstance(content, str):
+        chat.encode(content)  # refuses what cannot be encoded; the tokenizer's own first token is wanted, too
         return chat.tokenizer.encode(content), {}
-    try:
-        own = {name: other.prompt_ids(content, tools) for name, other in own_chats.items()}
-        return chat.prompt_ids(content, tools), own
-    except (TemplateError, TypeError, KeyError, AttributeError) as error:
-        problem = Problem("chat template", None, "messages", short(str(error)), "the template cannot render them")
-        raise InputError(problem) from None
+    own = {name: other.prompt_ids(content, tools) for name, other in own_chats.items()}
+    return chat.prompt_ids(content, tools), own
 
 
 def _header(recipe: Recipe, chat: Chat) -> Header:

@@ -38,7 +38,7 @@ from nemo_pivotrl.core.artifacts import (
 from nemo_pivotrl.core.atomic import write_atomically
 from nemo_pivotrl.core.errors import InputError, Problem
 from nemo_pivotrl.core.types import Preference
-from nemo_pivotrl.data.chat_template import Chat, load_tokenizer
+from nemo_pivotrl.data.chat_template import Chat, generation_stop_ids, load_tokenizer
 from nemo_pivotrl.data.preferences import preference_of_row
 from nemo_pivotrl.llmdoctor.contrastive_prompts import Face, FacePrompts, Prepared
 
@@ -93,7 +93,9 @@ def write_token_rewards(
 
 def load_patient_chat(patient: Patient) -> Chat:
     """The patient's tokenizer and template. Answers are text, so the template need not know tool calls."""
-    return Chat(load_tokenizer(patient.model_name, patient.chat_template, "patient"), "hermes", patient.template_kwargs)
+    tokenizer = load_tokenizer(patient.model_name, patient.chat_template, "patient")
+    stop_ids = generation_stop_ids(patient.model_name)
+    return Chat(tokenizer, "hermes", patient.template_kwargs, settings=patient.chat, stop_ids=stop_ids)
 
 
 def faces_of(settings: Reward, objectives: Sequence[str]) -> dict[str, Face]:

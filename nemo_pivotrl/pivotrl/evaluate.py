@@ -21,7 +21,14 @@ from nemo_pivotrl.backends import loading
 from nemo_pivotrl.backends.base import Sampler
 from nemo_pivotrl.backends.identity import identity_of, policy_revision, without_start
 from nemo_pivotrl.components.costs import Metered, spend
-from nemo_pivotrl.components.rollout import fits, load_chat, load_recipe_verifier, roll_out, sample_seed
+from nemo_pivotrl.components.rollout import (
+    fits,
+    load_chat,
+    load_recipe_verifier,
+    rendered,
+    roll_out,
+    sample_seed,
+)
 from nemo_pivotrl.components.statistics import bootstrap
 from nemo_pivotrl.components.trackers import check_dashboards, log_summary
 from nemo_pivotrl.config import Megatron, Policy, Recipe
@@ -143,9 +150,11 @@ def one_turn(recipe: Recipe, policy: Policy, backend: Sampler, chat: Chat) -> li
     """Verified reward on held-out states."""
     settings = recipe.evaluate
     found = candidates_of(recipe.path("candidates.jsonl"), "validation")
-    prompts = {c.candidate_id: chat.prompt_ids(c.messages, c.tools) for c in found}
+    source = recipe.path("candidates.jsonl")
+    states = rendered(found, lambda c: chat.prompt_ids(c.messages, c.tools), source, "held-out states")
+    prompts = {c.candidate_id: prompt for c, prompt in states}
     held_out = sorted(
-        (c for c in found if fits(prompts[c.candidate_id], policy)),
+        (c for c, prompt in states if fits(prompt, policy)),
         key=lambda c: pivotrl.order_key(recipe.seed, c.candidate_id),
     )
     held_out = held_out[: settings.one_turn_candidates]

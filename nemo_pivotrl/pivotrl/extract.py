@@ -10,9 +10,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-import zlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +20,12 @@ from nemo_pivotrl.config import Extract, Recipe
 from nemo_pivotrl.core.artifacts import ArtefactWriter, Header, canonical_json, digest, file_digest
 from nemo_pivotrl.core.atomic import write_atomically
 from nemo_pivotrl.core.errors import InputError, Problem, short
-from nemo_pivotrl.core.types import Action, Candidate, Message, Split, Trajectory
-from nemo_pivotrl.data import gym_rows as responses, published, trajectories as readers
+from nemo_pivotrl.core.types import Action, Candidate, Split, Trajectory
+from nemo_pivotrl.data import gym_rows as responses, published
+from nemo_pivotrl.data.readers import Reading, read_trajectories
 from nemo_pivotrl.data.splits import split_by_task
+from nemo_pivotrl.pivotrl.duplicates import without_duplicates
+from nemo_pivotrl.pivotrl.growing_state import GrowingState
 
 BASH_TOOLS = frozenset(
     [
@@ -58,12 +60,13 @@ SEARCH_WORDS = frozenset(
         "evidence",
     ]
 )
-LEAK_MIN_WORDS = 8
-"""A shorter expert message that also stands in the prompt ("Yes, sure.") is no leak."""
-SHINGLE = 5
-SKETCH_SIZE = 128
-SKETCH_BANDS = (16, 8)
-"""16 bands of 8: states above 0.9 similarity meet with probability > 0.999, then their sketches are compared."""
+NO_TOOLS = "none; name a JSON file with their definitions in extract.tools"
+ROWS_AT_ONCE = 256
+"""Rows that are written, and made durable, together."""
+MAX_NAMED = 1000
+"""Problems that the audit names."""
+SHOWN = 5
+"""Problems and unused fields that are printed."""
 _ERROR_START = re.compile(
     r"\s*(traceback \(most recent call last\)|(error|exception|invalid|unknown tool|command not found)\b)",
     re.IGNORECASE,
@@ -73,24 +76,26 @@ _ERROR_START = re.compile(
 def extract(recipe: Recipe, fresh: bool = False) -> Path:
     """Write `candidates.jsonl` and its audit; returns the artefact's path. Raises InputError for bad trajectories."""
     settings = recipe.extract
-    seen: Counter[str] = Counter()
-    trajectories = readers.read_trajectories(
-        settings.trajectories, settings.format, settings.tools, lambda record: seen.update(published.marks(record))
+    reading = read_trajectories(
+        settings.trajectories, settings.format, settings.tools, settings.on_invalid, settings.min_reward
     )
-    splits = split_by_task([t.task_id for t in trajectories], settings.validation_share, recipe.seed)
-    candidates, audit = cut_all(trajectories, splits, settings)
+    splits = split_by_task([t.task_id for t in reading.trajectories], settings.validation_share, recipe.seed)
+    candidates, audit = cut_all(reading.trajectories, splits, settings)
     parent = digest(
         [[file_digest(Path(p)) for p in settings.trajectories], settings.tools and file_digest(Path(settings.tools))]
     )
     path = recipe.path("candidates.jsonl")
-    audit["published"] = dict(sorted(seen.items()))
-    print("\n".join(filter(None, [audit_table(audit), published.explain(seen, settings.agent_ref)])))
+    audit = with_reading(audit, reading)
+    told = published.explain(reading.published, settings.agent_ref)
+    print("\n".join(filter(None, [audit_table(audit), reading_text(audit), told])))
     if not candidates:
         remedy = "see the skip audit above; loosen extract.* or add trajectories"
         raise InputError(Problem(str(path), None, "candidates", "none kept", remedy))
     header = Header("candidates", recipe.digest("extract"), parent)
     with ArtefactWriter(path, header, fresh=True) as writer:
-        writer.write(responses.candidate_to_row(c, settings.agent_ref) for c in candidates)
+        for begin in range(0, len(candidates), ROWS_AT_ONCE):
+            part = candidates[begin : begin + ROWS_AT_ONCE]
+            writer.write(responses.candidate_to_row(c, settings.agent_ref) for c in part)
         writer.finish()
     write_atomically(recipe.path("candidates.audit.json"), json.dumps(audit, indent=2, sort_keys=True) + "\n")
     return path
@@ -101,43 +106,60 @@ def cut_all(
 ) -> tuple[list[Candidate], dict[str, Any]]:
     """Candidates and the audit. Raises InputError with all invalid turns unless `on_invalid: skip`."""
     skipped: Counter[str] = Counter()
+    by_file: dict[str, Counter[str]] = {}
     problems: list[Problem] = []
     found: list[Candidate] = []
-    turns = 0
     validators = _Validators()
     for trajectory in trajectories:
-        cuts = list(pivotrl.cut(trajectory))
-        turns += len(cuts)
-        whole = _skip_whole(trajectory, settings)
-        if whole:
-            skipped[whole] += len(cuts)
-            continue
-        for index, depth in cuts:
-            reason, problem = _skip_turn(trajectory, index, settings, validators)
-            if problem is not None and settings.on_invalid == "error":
+        file = by_file.setdefault(trajectory.source.rpartition(":")[0], Counter())
+        for index, depth, reason, problem in _judged(trajectory, settings, validators):
+            file["turns"] += 1
+            if problem is not None:
                 problems.append(problem)
             if reason:
                 skipped[reason] += 1
             else:
                 found.append(_candidate(trajectory, index, depth, splits[trajectory.task_id]))
-    if problems:
+    if problems and settings.on_invalid == "error":
         raise InputError(problems)
-    kept = _without_duplicates(found, skipped, settings.near_duplicate)
+    kept = without_duplicates(found, skipped, settings.near_duplicate)
+    file_of = {t.trajectory_id: t.source.rpartition(":")[0] for t in trajectories}
+    for c in kept:
+        by_file[file_of[c.trajectory_id]]["kept"] += 1
     source_of = {
         t.trajectory_id: t.trajectory_id.rpartition("@")[0] or t.trajectory_id for t in trajectories if t.last_only
     }
     # ready-made rows of one trajectory share their prefixes in training, as turns that were cut here do
     kept = [dataclasses.replace(c, trajectory_id=source_of.get(c.trajectory_id, c.trajectory_id)) for c in kept]
-    assert len(kept) + skipped.total() == turns, "a turn is neither kept nor counted"
+    total = sum(count["turns"] for count in by_file.values())
+    assert len(kept) + skipped.total() == total, "a turn is neither kept nor counted"
     audit = {
         "trajectories": len(trajectories),
         "tasks": {s: sum(v == s for v in splits.values()) for s in ("train", "validation")},
-        "turns": turns,
+        "turns": total,
         "kept": {s: sum(c.split == s for c in kept) for s in ("train", "validation")},
         "skipped": dict(sorted(skipped.items())),
         "kept_by_action": dict(Counter(c.action_name for c in kept).most_common()),
+        "files": {file: {"turns": n["turns"], "kept": n["kept"]} for file, n in by_file.items()},
+        "named": [str(problem) for problem in problems[:MAX_NAMED]],
     }
     return kept, audit
+
+
+def _judged(
+    trajectory: Trajectory, settings: Extract, validators: _Validators
+) -> Iterator[tuple[int, int, str, Problem | None]]:
+    """(index, depth, why it is skipped or '', what is to be reported) of every turn."""
+    whole = _skip_whole(trajectory, settings)
+    state, read = GrowingState(), 0
+    for index, depth in pivotrl.cut(trajectory):
+        if whole:
+            yield index, depth, whole, None
+            continue
+        for message in trajectory.messages[read:index]:
+            state.add(message)
+        read = index
+        yield index, depth, *_skip_turn(trajectory, index, state, settings, validators)
 
 
 def audit_table(audit: dict[str, Any]) -> str:
@@ -150,6 +172,65 @@ def audit_table(audit: dict[str, Any]) -> str:
     return "\n".join([*lines, f"  {kept} + {skipped} = {audit['turns']}"])
 
 
+def with_reading(audit: dict[str, Any], reading: Reading) -> dict[str, Any]:
+    """The audit with what became of the files' records: what they were taken for, what was left out, what was not used."""
+    files = {}
+    for file in reading.files:
+        counts = audit["files"].get(file.path, {"turns": 0, "kept": 0})
+        read = file.records - file.unreadable.total()
+        files[file.path] = {
+            "taken_for": dict(file.formats),
+            "records": file.records,
+            "read": read,
+            "without_turns": sum(
+                not any(m["role"] == "assistant" for m in t.messages)
+                for t in reading.trajectories
+                if t.source.rpartition(":")[0] == file.path
+            ),
+            "left_out": dict(file.unreadable),
+            **counts,
+            "skipped": counts["turns"] - counts["kept"],
+        }
+    named = [str(problem) for problem in reading.left_out] + audit["named"]
+    return {
+        **audit,
+        "files": files,
+        "named": named[:MAX_NAMED],
+        "left_out": len(named),
+        "unused_fields": dict(reading.notes.unused.most_common()),
+        "notes": dict(reading.notes.said.most_common()),
+        "published": dict(sorted(reading.published.items())),
+    }
+
+
+def reading_text(audit: dict[str, Any]) -> str:
+    """What became of each file's records, as text."""
+    lines = []
+    for path, file in audit["files"].items():
+        taken = ", ".join(
+            f"{name} ({n})" if len(file["taken_for"]) > 1 else name for name, n in file["taken_for"].items()
+        )
+        left = "".join(f" - {n} {reason}" for reason, n in file["left_out"].items())
+        crashed = f" ({file['without_turns']} without any turn)" if file["without_turns"] else ""
+        counts = f"{file['records']} records{left} = {file['read']} trajectories{crashed}"
+        turns = f"{file['turns']} turns = {file['kept']} kept + {file['skipped']} skipped"
+        lines.append(f"{path}: taken for {taken or 'nothing'}: {counts}; {turns}")
+    lines += [f"  {count:>7} {note}" for note, count in audit["notes"].items()]
+    if audit["unused_fields"]:
+        shown = [f"{name} ({n})" for name, n in list(audit["unused_fields"].items())[: 3 * SHOWN]]
+        more = len(audit["unused_fields"]) - len(shown)
+        lines.append("seen and not used: " + ", ".join(shown) + (f", and {more} more fields" if more > 0 else ""))
+    if audit["left_out"]:
+        lines.append(
+            f"left out by extract.on_invalid=skip: {audit['left_out']}; all are named in candidates.audit.json"
+        )
+        lines += [f"  {problem}" for problem in audit["named"][:SHOWN]]
+    near = audit["skipped"].get("near_duplicate_state", 0)
+    if near > 0.2 * max(audit["turns"], 1):
+        lines.append(f"{near} of {audit['turns']} turns fell to extract.near_duplicate; 1.0 turns it off")
+    return "\n".join(lines)
+
+
 def _skip_whole(trajectory: Trajectory, settings: Extract) -> str:
     if trajectory.reward is None:
         return "trajectory_unrewarded" if settings.unrewarded == "skip" and not trajectory.last_only else ""
@@ -157,17 +238,16 @@ def _skip_whole(trajectory: Trajectory, settings: Extract) -> str:
 
 
 def _skip_turn(
-    trajectory: Trajectory, index: int, settings: Extract, validators: _Validators
+    trajectory: Trajectory, index: int, state: GrowingState, settings: Extract, validators: _Validators
 ) -> tuple[str, Problem | None]:
     """Why this turn is no candidate ('' if it is one), and the problem to report if it is invalid rather than unwanted."""
-    state, message = trajectory.messages[:index], trajectory.messages[index]
-    action = responses.action_of(message)
+    action = responses.action_of(trajectory.messages[index])
     unwanted = _unwanted(trajectory, index, action, settings)
     if unwanted:
         return unwanted, None
     file, _, line = trajectory.source.rpartition(":")
     where = f"messages[{index}]"
-    dangling = dangling_call(state)
+    dangling = state.dangling_call()
     if dangling:
         return "dangling_call", Problem(
             file,
@@ -181,14 +261,18 @@ def _skip_turn(
         if reason:
             at = f"{where}.tool_calls[{number}].function." + ("name" if reason == "unknown_tool" else "arguments")
             return reason, Problem(file, int(line), at, found, f"{remedy}; mend it or set extract.on_invalid=skip")
-    return ("answer_leak", None) if leaks(state, action) else ("", None)
+    return ("answer_leak", None) if state.leaks(action) else ("", None)
 
 
 def _unwanted(trajectory: Trajectory, index: int, action: Action, settings: Extract) -> str:
+    if index in trajectory.untrained:
+        return trajectory.untrained[index]
     if action.kind == "message" and not action.content.strip():
         return "empty_turn"
     if index == 0:
         return "no_state"
+    if index > settings.max_state_messages:
+        return "state_too_long"
     if len(action.calls) > 1 and settings.parallel_calls == "skip":
         return "parallel_calls"
     if settings.turns == "all":
@@ -218,48 +302,6 @@ def is_error(output: str) -> bool:
     return bool(_ERROR_START.match(output[:200]))
 
 
-def dangling_call(state: Sequence[Message]) -> str:
-    """What is wrong with the pairing of calls and outputs in a state, '' if nothing."""
-    pending: list[str] = []
-    for index, message in enumerate(state):
-        if message["role"] == "tool":
-            call_id = message.get("tool_call_id", "")
-            if not pending:
-                return f"messages[{index}] is an output without a call"
-            if call_id and call_id in pending:
-                pending.remove(call_id)
-            elif call_id and all(pending):
-                return f"messages[{index}] answers call {call_id!r}, which nobody made"
-            else:
-                pending.pop(0)
-            continue
-        if pending:
-            return f"call {pending[0]!r} has no output before messages[{index}]"
-        pending = [call["id"] for call in message.get("tool_calls") or []]
-    return f"call {pending[0]!r} has no output" if pending else ""
-
-
-def leaks(state: Sequence[Message], action: Action) -> bool:
-    """Whether the state already contains the expert's answer.
-
-    It does when it ends with an assistant turn, when the very call (id, name and arguments) occurs in it, when a system
-    or user message holds a call's arguments verbatim (two or more keys) with the tool's name, or a long message's text.
-    A reused id alone is no leak: real traces reuse them.
-    """
-    if state[-1]["role"] == "assistant":
-        return True
-    made = {
-        (c["id"], c["function"]["name"], c["function"]["arguments"]) for m in state for c in m.get("tool_calls") or []
-    }
-    if any(call.call_id and (call.call_id, call.name, call.arguments) in made for call in action.calls):
-        return True
-    told = "\n".join(m["content"] for m in state if m["role"] in ("system", "developer", "user"))
-    for call in action.calls:
-        if call.arguments.count(":") >= 2 and call.arguments in told and call.name in told:
-            return True
-    return not action.calls and len(action.content.split()) >= LEAK_MIN_WORDS and action.content.strip() in told
-
-
 class _Validators:
     """JSON-schema validators of tools, compiled once each."""
 
@@ -275,7 +317,7 @@ class _Validators:
             return (
                 "unknown_tool",
                 repr(name),
-                f"declared tools: {', '.join(t['function']['name'] for t in tools) or 'none'}",
+                f"declared tools: {', '.join(t['function']['name'] for t in tools) or NO_TOOLS}",
             )
         try:
             value = json.loads(arguments)
@@ -308,79 +350,3 @@ def _candidate(trajectory: Trajectory, index: int, depth: int, split: Split) -> 
         expected=responses.action_of(trajectory.messages[index]),
         fields=trajectory.fields,
     )
-
-
-def _without_duplicates(candidates: list[Candidate], skipped: Counter[str], threshold: float) -> list[Candidate]:
-    """One candidate for each state: exact repeats (call ids aside) first, then near repeats of other trajectories.
-
-    Held-out states are seen first, so that a state which occurs in both splits leaves the train split.
-    """
-    actions: dict[str, set[str]] = {}
-    first: dict[str, Candidate] = {}
-    for c in sorted(candidates, key=lambda c: c.split == "train"):
-        key = digest([[{**m, "tool_call_id": "", "tool_calls": _without_ids(m)} for m in c.messages], c.tools], 32)
-        actions.setdefault(key, set()).add(
-            canonical_json([c.expected.content, [(call.name, call.arguments) for call in c.expected.calls]])
-        )
-        if first.setdefault(key, c) is not c:
-            skipped["duplicate_state"] += 1
-    near = _NearDuplicates(threshold) if threshold < 1.0 else None
-    kept = {}
-    for key, c in first.items():
-        if near is not None and near.seen(c):
-            skipped["near_duplicate_state"] += 1
-        else:
-            kept[c.candidate_id] = dataclasses.replace(c, num_unique_actions=len(actions[key]))
-    return [kept[c.candidate_id] for c in candidates if c.candidate_id in kept]
-
-
-def _without_ids(message: Message) -> list[Any]:
-    return [call["function"] for call in message.get("tool_calls") or []]
-
-
-class _NearDuplicates:
-    """MinHash over word 5-grams of the conversation (system message aside), within depth and expert's tool.
-
-    The states of a trajectory grow out of one another, so its sketch grows with it: the cost is one pass over the text.
-    """
-
-    def __init__(self, threshold: float):
-        self.threshold = threshold
-        self._indexes: dict[tuple[int, str], Any] = {}
-        self._trajectory = ""
-        self._read = 0
-        self._tail: list[str] = []
-        self._sketch: Any = None
-
-    def seen(self, candidate: Candidate) -> bool:
-        """Whether a state of another trajectory is this similar; remembers the candidate if not."""
-        from datasketch import MinHashLSH
-
-        self._advance(candidate)
-        group = (candidate.depth, candidate.action_name)
-        if group not in self._indexes:
-            self._indexes[group] = (MinHashLSH(num_perm=SKETCH_SIZE, params=SKETCH_BANDS), {})
-        index, kept = self._indexes[group]
-        for key in index.query(self._sketch):
-            if kept[key][0] != candidate.trajectory_id and kept[key][1].jaccard(self._sketch) >= self.threshold:
-                return True
-        sketch = self._sketch.copy()
-        index.insert(candidate.candidate_id, sketch)
-        kept[candidate.candidate_id] = (candidate.trajectory_id, sketch)
-        return False
-
-    def _advance(self, candidate: Candidate) -> None:
-        from datasketch import MinHash
-
-        if candidate.trajectory_id != self._trajectory:
-            self._trajectory, self._read, self._tail = candidate.trajectory_id, 0, []
-            self._sketch = MinHash(num_perm=SKETCH_SIZE, seed=1, hashfunc=zlib.crc32)
-        new = [_spoken(m) for m in candidate.messages[self._read :] if m["role"] != "system"]
-        words = [*self._tail, *" ".join(new).lower().split()]
-        shingles = [" ".join(words[i : i + SHINGLE]) for i in range(max(1, len(words) - SHINGLE + 1))]
-        self._sketch.update_batch([shingle.encode("utf-8", "replace") for shingle in shingles])
-        self._read, self._tail = len(candidate.messages), words[-SHINGLE + 1 :]
-
-
-def _spoken(message: Message) -> str:
-    return message["content"] + " " + " ".join(f["name"] + " " + f["arguments"] for f in _without_ids(message))

@@ -22,17 +22,19 @@ from nemo_pivotrl.backends import loading
 from nemo_pivotrl.backends.base import concurrency_of, under_way
 from nemo_pivotrl.backends.identity import identity_of, policy_revision
 from nemo_pivotrl.components.costs import read_ledgers, spend
-from nemo_pivotrl.components.rollout import load_chat, load_recipe_verifier, sampling
+from nemo_pivotrl.components.rollout import load_chat, load_recipe_verifier, sampling, unrenderable_lines
 from nemo_pivotrl.components.trackers import check_dashboards, log_summary
 from nemo_pivotrl.config import Recipe
 from nemo_pivotrl.core.artifacts import Header, digest, file_digest, is_complete, read_header, read_rows
-from nemo_pivotrl.core.errors import InputError, Problem
+from nemo_pivotrl.core.errors import UNRENDERABLE, InputError, Problem, UnrenderableState
+from nemo_pivotrl.pivotrl import round_trip
 from nemo_pivotrl.pivotrl.candidate_index import Index, index_candidates
 from nemo_pivotrl.pivotrl.profile_rows import plan_in
 from nemo_pivotrl.pivotrl.profile_scheduler import pump
 from nemo_pivotrl.pivotrl.profile_shards import Parts, Shard
 from nemo_pivotrl.pivotrl.profile_statistics import summarise, summary_text
 from nemo_pivotrl.pivotrl.profile_work import (
+    OF_THE_STATE,
     Job,
     Work,
     draw_wave,
@@ -208,12 +210,9 @@ def merge_chunks(header: Header, index: Index, parts: Parts, path: Path) -> None
 def _run(recipe: Recipe, job: Job, parts: Parts) -> None:
     """Work until no chunk is left that another process is not at work on."""
     if recipe.audit.before_profile:
-        audit_first(
-            recipe,
-            job.index.sample(4 * max(recipe.audit.sample, 1) if recipe.audit.sample else 0),
-            job.verifier,
-            job.verifier_id,
-        )
+        sample = job.index.sample(4 * max(recipe.audit.sample, 1) if recipe.audit.sample else 0)
+        round_trip.check(recipe, job.chat, sample)
+        audit_first(recipe, sample, job.verifier, job.verifier_id)
     print(forecast(recipe, job, parts))
     sampler = loading.load_sampler(recipe.policy, recipe.megatron, recipe.vllm)
     concurrency = concurrency_of(sampler)
@@ -235,7 +234,10 @@ def forecast(recipe: Recipe, job: Job, parts: Parts) -> str:
     left = sum(job.index.rows_of(n) for n in parts.missing())
     mean = expected_rollouts(job.plan, job.plan.prior)
     mean += settings.control_share * (settings.num_generations - mean)
-    lengths = [len(job.chat.prompt_ids(c.messages, c.tools)) for c in job.index.sample(FORECAST_PROMPTS)]
+    lengths = []
+    for c in job.index.sample(FORECAST_PROMPTS):
+        with suppress(UnrenderableState):
+            lengths.append(len(job.chat.prompt_ids(c.messages, c.tools)))
     prompt = sum(lengths) / max(1, len(lengths))
     before = [e for e in read_ledgers(recipe.home) if e["stage"].endswith("profile") and e.get("rollouts")]
     rate = sum(e["rollouts"] for e in before) / max(1e-9, sum(e["seconds"] for e in before))
@@ -266,11 +268,16 @@ def report_failures(failures: Counter[str], candidates: int, recipe: Recipe, pat
     """Print what was excluded and why. Raises InputError when it is too much."""
     for kind, count in failures.items():
         print(f"excluded: {count} candidates, {kind}")
-    if candidates and failures["context_overflow"] == candidates:
-        remedy = "raise policy.max_total_sequence_length"
-        raise InputError(
-            Problem(str(recipe.path("candidates.jsonl")), None, "candidates", "none fits: context_overflow", remedy)
-        )
-    faults = failures.total() - failures["context_overflow"]
+    source = recipe.path("candidates.jsonl")
+    if any(failures[kind] for kind in UNRENDERABLE) and source.exists():
+        told = ((row["provenance"]["candidate_id"], row["profile"]) for row in read_rows(path))
+        refused = [(c, f"{p['failure']}: {p.get('detail', '')}") for c, p in told if p["failure"] in UNRENDERABLE]
+        print("\n".join(unrenderable_lines(refused, source)))
+    of_states = sum(failures[kind] for kind in OF_THE_STATE)
+    if candidates and of_states == candidates:
+        remedy = "raise policy.max_total_sequence_length, or where the template refuses them see policy.chat"
+        kinds = ", ".join(kind for kind in OF_THE_STATE if failures[kind])
+        raise InputError(Problem(str(source), None, "candidates", f"none fits: {kinds}", remedy))
+    faults = failures.total() - of_states
     if faults > recipe.profile.max_failure_share * candidates:
         raise InputError(too_many(str(path), faults, candidates, failures))

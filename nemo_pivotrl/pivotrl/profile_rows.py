@@ -30,6 +30,7 @@ def member_line(member: Member, plan: Plan) -> bytes:
         "tokens_generated": sum(member.tokens.values()),
         "tokens_prompt": member.prompt_tokens,
         "failure": member.failure,
+        **({"detail": member.detail} if member.detail else {}),
     }
     if member.failure is not None:
         drawn = b",".join(b"[%d,%b]" % (k, member.rows[k]) for k in ks)

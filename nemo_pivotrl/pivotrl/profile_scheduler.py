@@ -58,6 +58,8 @@ class Member:
     """k -> how often it could not be drawn or judged."""
     failure: str | None = None
     """Why it is given up."""
+    detail: str = ""
+    """Of a state that cannot be rendered: what the template or the tokenizer said."""
     repeats: dict[int, tuple[str, float]] = field(default_factory=dict)
     """k -> text and log-probability, to find samplers that ignore their seeds."""
     end: int = 0

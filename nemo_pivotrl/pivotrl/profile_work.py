@@ -18,7 +18,7 @@ from nemo_pivotrl.components.progress import progress
 from nemo_pivotrl.components.rollout import SUSPICIOUS_GROUPS, drawn_row, judge_all, judged_row, sample_seeds
 from nemo_pivotrl.config import ProfileStage, Recipe
 from nemo_pivotrl.core.artifacts import Header
-from nemo_pivotrl.core.errors import InputError, Problem
+from nemo_pivotrl.core.errors import UNRENDERABLE, InputError, Problem, UnrenderableState
 from nemo_pivotrl.core.types import Action, Lost, Sample
 from nemo_pivotrl.data import gym_rows as responses
 from nemo_pivotrl.data.chat_template import Chat
@@ -44,6 +44,10 @@ FAULTS = {
 }
 
 
+OF_THE_STATE = ("context_overflow", *UNRENDERABLE)
+"""Failures that are no fault of policy or machines: the state does not fit, or cannot be rendered."""
+
+
 @dataclass(frozen=True, slots=True)
 class Job:
     """What a profile is made with and belongs to."""
@@ -60,7 +64,10 @@ def draw_wave(recipe: Recipe, job: Job, sampler: Sampler, wave: Wave) -> list[li
     """One wave's samples, group by group; none of a state that does not fit the context, or of what only lacks its verdict."""
     for member, _ in wave:
         render(job.chat, member)
-        if member.prompt_tokens + recipe.policy.generation.max_new_tokens > recipe.policy.max_total_sequence_length:
+        if (
+            member.failure is None
+            and member.prompt_tokens + recipe.policy.generation.max_new_tokens > recipe.policy.max_total_sequence_length
+        ):
             member.failure = "context_overflow"
     asked = [(m, [k for k in ks if k not in m.unjudged]) for m, ks in wave]
     inside = [(m, ks) for m, ks in asked if ks and m.failure is None]
@@ -71,10 +78,13 @@ def draw_wave(recipe: Recipe, job: Job, sampler: Sampler, wave: Wave) -> list[li
 
 
 def render(chat: Chat, member: Member) -> None:
-    """Read a member's candidate and tokenise its prompt, where that is not done."""
+    """Read a member's candidate and tokenise its prompt, where that is not done; a state that cannot be rendered fails."""
     if member.candidate is None or member.prompt is None:
         member.candidate = responses.candidate_of_row(json.loads(member.line))
-        member.prompt = array("i", chat.prompt_ids(member.candidate.messages, member.candidate.tools))
+        try:
+            member.prompt = array("i", chat.prompt_ids(member.candidate.messages, member.candidate.tools))
+        except UnrenderableState as error:
+            member.failure, member.detail, member.prompt = error.kind, error.found, array("i")
         member.prompt_tokens = len(member.prompt)
 
 
@@ -228,7 +238,7 @@ class Work:
     def finish(self, unit: Unit) -> None:
         """Count a finished unit, and publish its chunk when it was the last one."""
         for member in unit.members:
-            if not member.prompt_tokens:
+            if not member.prompt_tokens and member.failure not in UNRENDERABLE:
                 self.measure(member)
             member.candidate = member.prompt = None  # the chunk may wait for others for long
             if member.failure is not None:
@@ -257,8 +267,8 @@ class Work:
 
 
 def transient(failure: str | None) -> bool:
-    """Whether a candidate that failed so may be profiled some other time."""
-    return failure is not None and failure != "context_overflow"
+    """Whether a candidate that failed so may be profiled some other time: the fault was not its state's own."""
+    return failure is not None and failure not in OF_THE_STATE
 
 
 def too_many(where: str, faults: int, of: int, failed: Counter[str]) -> Problem:

@@ -23,11 +23,11 @@ from nemo_pivotrl.backends import loading
 from nemo_pivotrl.backends.base import TokenBatch
 from nemo_pivotrl.backends.identity import identity_of, policy_revision, without_start
 from nemo_pivotrl.components.loop import Job, Step, run
-from nemo_pivotrl.components.rollout import load_chat
+from nemo_pivotrl.components.rollout import load_chat, rendered
 from nemo_pivotrl.config import Policy, Recipe, Sft
 from nemo_pivotrl.core.artifacts import digest, file_digest, read_header
 from nemo_pivotrl.core.errors import InputError, Problem
-from nemo_pivotrl.core.types import Candidate, Message
+from nemo_pivotrl.core.types import Action, Candidate, Message
 from nemo_pivotrl.data import gym_rows as responses
 from nemo_pivotrl.data.chat_template import Chat
 from nemo_pivotrl.demo import service_desk as world, tiny_models as tiny
@@ -103,7 +103,7 @@ def _fine_tune(recipe: Recipe, settings: Sft, fresh: bool) -> Path:
     read_header(source, ("candidates", "pivots"))
     policy = dataclasses.replace(recipe.policy, model_name=settings.init or recipe.policy.model_name)
     chat = load_chat(policy)
-    sequences = _of_candidates(candidates_of(source, "train"), chat, policy)
+    sequences = _of_candidates(candidates_of(source, "train"), chat, policy, source)
     if not sequences:
         raise InputError(
             Problem(
@@ -132,19 +132,38 @@ def _identity(recipe: Recipe, settings: Sft, policy: Policy, chat: Chat, data: s
     )
 
 
-def _of_candidates(candidates: Sequence[Candidate], chat: Chat, policy: Policy) -> list[Sequence_]:
+def _of_candidates(candidates: Sequence[Candidate], chat: Chat, policy: Policy, source: Path) -> list[Sequence_]:
+    examples = rendered(
+        candidates, lambda c: _example(c.messages, c.tools, responses.message_of(c.expected), chat), source, "turns"
+    )
+    kept = [(c, e) for c, e in examples if len(e[0]) + len(e[1]) <= policy.max_total_sequence_length]
+    if len(kept) < len(examples):
+        print(f"excluded: {len(examples) - len(kept)} of {len(examples)} turns, context_overflow")
+    if told := _about_reasoning([c.expected for c, _ in kept], chat):
+        print(told)
     by_trajectory: dict[str, list[tuple[list[int], list[int]]]] = {}
-    for c in candidates:
-        example = _example(c.messages, c.tools, responses.message_of(c.expected), chat)
-        if len(example[0]) + len(example[1]) <= policy.max_total_sequence_length:
-            by_trajectory.setdefault(c.trajectory_id, []).append(example)
-    return [s for examples in by_trajectory.values() for s in merge(examples)]
+    for c, example in kept:
+        by_trajectory.setdefault(c.trajectory_id, []).append(example)
+    return [s for of_one in by_trajectory.values() for s in merge(of_one)]
+
+
+def _about_reasoning(turns: Sequence[Action], chat: Chat) -> str:
+    """What is to be said of the reasoning in the trained turns; '' where all is trained as it is."""
+    thought = sum(bool(turn.reasoning) for turn in turns)
+    if thought and not chat.template.reasoning_field:
+        return f"{thought} of {len(turns)} turns have reasoning, which the chat template does not write: they are trained without it"
+    if thought < len(turns) and chat.reasoning.opened:
+        return (
+            f"{len(turns) - thought} of {len(turns)} turns have no reasoning: the chat template's prompt opens it, so they are "
+            "trained to end it at once; policy.template_kwargs may turn it off"
+        )
+    return ""
 
 
 def _example(
     state: Sequence[Message], tools: Sequence[dict[str, object]], action: Message, chat: Chat
 ) -> tuple[list[int], list[int]]:
-    return chat.prompt_ids(state, tools), chat.action_ids(state, tools, action)
+    return chat.example_ids(state, tools, action)
 
 
 def epochs(sequences: Sequence[Sequence_], size: int, step: int, seed: int) -> list[Sequence_]:

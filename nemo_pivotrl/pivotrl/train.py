@@ -33,6 +33,7 @@ from nemo_pivotrl.components.rollout import (
     fits,
     load_chat,
     load_recipe_verifier,
+    rendered,
     roll_out,
     sample_seed,
     sampling,
@@ -59,7 +60,7 @@ def train(recipe: Recipe, fresh: bool = False, until: Until | None = None) -> Pa
     chat = load_chat(recipe.policy, recipe.verifier.limits)
     verifier, verifier_id = load_recipe_verifier(recipe)
     _check(recipe, source, chat, verifier_id)
-    pivots = _states(candidates_of(source, "train"), chat, recipe)
+    pivots = _states(candidates_of(source, "train"), chat, recipe, source)
     if not pivots:
         raise InputError(
             Problem(str(source), None, "pivots", "none fits the context", "raise policy.max_total_sequence_length")
@@ -85,7 +86,8 @@ class PolicyTraining:
 
     def __init__(self, recipe: Recipe, chat: Chat, verifier: Verifier, pivots: Sequence[State], cost: dict[str, Any]):
         settings = recipe.grpo
-        held_out = _states(candidates_of(recipe.path(settings.pivots), "validation"), chat, recipe)
+        source = recipe.path(settings.pivots)
+        held_out = _states(candidates_of(source, "validation"), chat, recipe, source)
         held_out = sorted(held_out, key=lambda s: pivotrl.order_key(recipe.seed, s.candidate.candidate_id))
         anchored = recipe.loss_fn.reference_policy_kl_penalty > 0 or settings.val_kl
         self.recipe, self.chat, self.verifier, self.pivots, self.cost = recipe, chat, verifier, pivots, cost
@@ -162,8 +164,9 @@ def _identity(recipe: Recipe, source: Path) -> str:
     return digest([recipe.seed, grpo, parts, recipe.checkpointing.save_period, file_digest(source)])
 
 
-def _states(candidates: Sequence[Candidate], chat: Chat, recipe: Recipe) -> list[State]:
-    states = [State(c, chat.prompt_ids(c.messages, c.tools)) for c in candidates]
+def _states(candidates: Sequence[Candidate], chat: Chat, recipe: Recipe, source: Path) -> list[State]:
+    found = rendered(candidates, lambda c: chat.prompt_ids(c.messages, c.tools), source)
+    states = [State(candidate, prompt) for candidate, prompt in found]
     kept = [s for s in states if fits(s.prompt, recipe.policy)]
     if len(kept) < len(states):
         print(f"excluded: {len(states) - len(kept)} of {len(states)} states, context_overflow")

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from nemo_pivotrl.algorithms import pivotrl
@@ -22,6 +23,7 @@ from nemo_pivotrl.core.atomic import write_atomically
 from nemo_pivotrl.core.errors import InputError, Problem, short
 from nemo_pivotrl.core.types import Action, Candidate, Verdict
 from nemo_pivotrl.data import gym_rows as responses
+from nemo_pivotrl.pivotrl import round_trip
 from nemo_pivotrl.verifiers import probes
 from nemo_pivotrl.verifiers.base import Bounded, Verifier, VerifierFault, verdicts
 
@@ -93,8 +95,12 @@ def audit(recipe: Recipe, fresh: bool = False) -> Path:
     read_header(source, "candidates")
     candidates = [responses.candidate_of_row(row) for row in read_rows(source)]
     verifier, verifier_id = load_recipe_verifier(recipe)
-    found, summary = audit_candidates(recipe, candidates, verifier, verifier_id)
+    carried = round_trip.of_recipe(recipe, candidates)
+    more = {"round_trip": carried.summary() if carried else None}
+    found, summary = audit_candidates(recipe, candidates, verifier, verifier_id, more)
     print(tables(found, summary))
+    if carried:
+        print("\n".join(carried.lines(source)))
     print(f"-> {recipe.path('audit.jsonl')}, {recipe.path('audit.json')}")
     stop_on_gold_failures(recipe, found)
     return recipe.path("audit.jsonl")
@@ -113,11 +119,15 @@ def audit_first(recipe: Recipe, candidates: Sequence[Candidate], verifier: Bound
 
 
 def audit_candidates(
-    recipe: Recipe, candidates: Sequence[Candidate], verifier: Bounded, verifier_id: str
+    recipe: Recipe,
+    candidates: Sequence[Candidate],
+    verifier: Bounded,
+    verifier_id: str,
+    more: Mapping[str, Any] = MappingProxyType({}),
 ) -> tuple[Audit, dict[str, Any]]:
-    """Run the audit and write its files."""
+    """Run the audit and write its files; `more` is for the summary, too."""
     found = run_audit(recipe, candidates, verifier)
-    summary = summarise(found) | {"verifier": verifier_id}
+    summary = summarise(found) | {"verifier": verifier_id, **more}
     if verifier.asks_judge:
         summary["judge"] = judge_agreement(recipe, verifier)
     source = recipe.path("candidates.jsonl")

@@ -11,12 +11,13 @@ import functools
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nemo_pivotrl.components.rollout import judge_all
+from nemo_pivotrl.components.rollout import judge_all, rendered
 from nemo_pivotrl.config import Limits
 from nemo_pivotrl.core.artifacts import HEADER_KEY, Header
 from nemo_pivotrl.core.errors import InputError, Problem
@@ -79,13 +80,13 @@ class PivotDataset(torch.utils.data.Dataset[dict[str, Any]]):
         split = "train" if name == "train" else "validation"
         rows = [row for row in data[1:] if row["provenance"]["split"] == split]
         found = [candidate_of_row(dict(row)) for row in rows]
-        rendered = [(c, chat.prompt_ids(c.messages, c.tools)) for c in found]
+        states = rendered(found, lambda c: chat.prompt_ids(c.messages, c.tools), Path(data_prefix))
         room = seq_length - block.length_params.max_length
-        self.states = [(c, ids) for c, ids in rendered if len(ids) <= room]
-        self.excluded = len(rendered) - len(self.states)
+        self.states = [(c, ids) for c, ids in states if len(ids) <= room]
+        self.excluded = len(states) - len(self.states)
         """States too long for the context, which are in no batch and in no count."""
         if self.excluded:
-            logging.warning(f"{name}: {self.excluded} of {len(rendered)} states left out, longer than {room} tokens")
+            logging.warning(f"{name}: {self.excluded} of {len(states)} states left out, longer than {room} tokens")
         if not self.states:
             remedy = "raise model.data.seq_length, or lower model.pivotrl.length_params.max_length"
             raise InputError(

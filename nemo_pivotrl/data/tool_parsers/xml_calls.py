@@ -1,0 +1,102 @@
+"""Tool calls whose arguments stand between tags and carry no types: Qwen3-Coder, Qwen3.5, Nemotron 3, GLM."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from nemo_pivotrl.core.errors import short
+from nemo_pivotrl.core.types import ToolCall
+from nemo_pivotrl.data.tool_parsers.json_calls import refuse_strays
+from nemo_pivotrl.data.tool_parsers.schema_types import Parameters
+
+Tools = Sequence[Mapping[str, Any]]
+
+_CALL = re.compile(r"<tool_call>|<function=")
+_HEAD = re.compile(r"\s*<function=([^>\n]*)>")
+_CLOSE = re.compile(r"\s*</tool_call>")
+_PARAMETER = re.compile(r"\s*<parameter=([^>\n]+)>(.*?)</parameter>", re.DOTALL)
+
+
+def read_qwen_coder(text: str, tools: Tools) -> tuple[str, list[ToolCall]]:
+    """`<tool_call><function=NAME><parameter=KEY>VALUE</parameter></function></tool_call>` (Qwen3-Coder, Qwen3.5, Nemotron 3).
+
+    As vLLM does, a function without `<tool_call>` around it is a call. What vLLM mends (a header without `=`, text or a
+    second function inside a block, tags that are not closed) is malformed.
+    """
+    content, calls, place = [], [], 0
+    while (found := _CALL.search(text, place)) is not None:
+        content.append(text[place : found.start()])
+        wrapped = found[0] == "<tool_call>"
+        head = _HEAD.match(text, found.end() if wrapped else found.start())
+        if head is None or not head[1].strip():
+            raise ValueError("<tool_call> without <function=NAME>")
+        end = text.find("</function>", head.end())
+        if end < 0:
+            raise ValueError("<function=...> without </function>")
+        name = head[1].strip()
+        calls.append(ToolCall(name, _xml_arguments(text[head.end() : end], Parameters(name, tools))))
+        place = end + len("</function>")
+        if wrapped:
+            close = _CLOSE.match(text, place)
+            if close is None:
+                raise ValueError("</function> is not followed by </tool_call>")
+            place = close.end()
+    content.append(text[place:])
+    beside = "".join(content)
+    refuse_strays(beside, "</tool_call>", "</function>", "<parameter=", "</parameter>")
+    return beside, calls
+
+
+def _xml_arguments(body: str, parameters: Parameters) -> str:
+    arguments: dict[str, Any] = {}
+    place = 0
+    while (found := _PARAMETER.match(body, place)) is not None:
+        key, value = found[1], found[2]
+        if "<parameter=" in value:
+            raise ValueError(f"parameter {short(key, 40)} is not closed")
+        if key in arguments:
+            raise ValueError(f"parameter {short(key, 40)} is given twice")
+        arguments[key] = parameters.value(key, value.removeprefix("\n").removesuffix("\n"))
+        place = found.end()
+    if body[place:].strip():
+        raise ValueError(f"{short(body[place:], 40)} between parameters")
+    return json.dumps(arguments, ensure_ascii=False)
+
+
+_GLM_ARGUMENT = re.compile(r"\s*<arg_key>(.*?)</arg_key>\s*<arg_value>(.*?)</arg_value>", re.DOTALL)
+
+
+def read_glm(text: str, tools: Tools) -> tuple[str, list[ToolCall]]:
+    """`<tool_call>NAME<arg_key>KEY</arg_key><arg_value>VALUE</arg_value>...</tool_call>` (GLM 4.5 and later)."""
+    content, calls, place = [], [], 0
+    while (start := text.find("<tool_call>", place)) >= 0:
+        content.append(text[place:start])
+        end = text.find("</tool_call>", start)
+        if end < 0:
+            raise ValueError("<tool_call> without </tool_call>")
+        body = text[start + len("<tool_call>") : end]
+        name = body.partition("<arg_key>")[0]
+        if not name.strip() or re.search(r"[\s<>]", name.strip()):
+            raise ValueError(f"{short(name, 40)} is no name of a tool")
+        calls.append(_glm_call(name.strip(), body[len(name) :], tools))
+        place = end + len("</tool_call>")
+    content.append(text[place:])
+    beside = "".join(content)
+    refuse_strays(beside, "</tool_call>", "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>")
+    return beside, calls
+
+
+def _glm_call(name: str, body: str, tools: Tools) -> ToolCall:
+    parameters, arguments, place = Parameters(name, tools), {}, 0
+    while (found := _GLM_ARGUMENT.match(body, place)) is not None:
+        key, value = found[1].strip(), found[2]
+        if key in arguments or "<arg_key>" in value or "<arg_value>" in value:
+            raise ValueError(f"argument {short(key, 40)} is given twice or not closed")
+        arguments[key] = parameters.value(key, value)
+        place = found.end()
+    if body[place:].strip():
+        raise ValueError(f"{short(body[place:], 40)} between arguments")
+    return ToolCall(name, json.dumps(arguments, ensure_ascii=False))
