@@ -139,9 +139,7 @@ def log_q_steps(rewards: Tensor, mask: Tensor, kappa: float, length_normalize: b
     return steps / mask.sum(1, keepdim=True).clamp(min=1) if length_normalize else steps
 
 
-def plan(
-    token_ids: Tensor, rewards: Tensor, mask: Tensor, ended: Tensor, pairs: Tensor, settings: Tfpo
-) -> Layout:
+def plan(token_ids: Tensor, rewards: Tensor, mask: Tensor, ended: Tensor, pairs: Tensor, settings: Tfpo) -> Layout:
     """The layout of a batch of answers.
 
     token_ids, rewards, mask (bool) [N, T]: column t is the token taken in state t, so a row that holds its prompt, too,

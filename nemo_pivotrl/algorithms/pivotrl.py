@@ -271,9 +271,7 @@ def sequence_error(old_log_probs: Tensor, sampler_log_probs: Tensor, mask: Tenso
     return 1.0 + (apart * mask).sum(1) / mask.sum(1).clamp(min=1)
 
 
-def sft_loss(
-    outputs: ModelOutputs, data: Mapping[str, Tensor], normaliser: float
-) -> tuple[Tensor, dict[str, Tensor]]:
+def sft_loss(outputs: ModelOutputs, data: Mapping[str, Tensor], normaliser: float) -> tuple[Tensor, dict[str, Tensor]]:
     """Negative log-likelihood (nats a token) of the expert tokens in `data["mask"]` [N, T], divided by their global count."""
     loss = -(outputs.log_probs * data["mask"].to(outputs.log_probs.dtype)).sum() / normaliser
     return loss, {"loss": loss.detach()}

@@ -139,22 +139,27 @@ def under_way(sampler: Sampler) -> int:
     return int(getattr(sampler, "under_way", 0))
 
 
-def there(field: str, folder: str, remedy: str) -> None:
+def require_checkpoint(field: str, folder: str, remedy: str) -> None:
+    """Raise InputError where `folder`, which the recipe's `field` names, is no HF checkpoint folder."""
     if not Path(folder, "config.json").exists():
         raise InputError(Problem("recipe", None, field, folder or "nothing", remedy))
 
 
 def as_policy(patient: Patient) -> Policy:
-    """The patient as an engine loads it: a policy that scores and is not trained."""
-    if patient.dtype == "float64":
+    """The patient as a policy of which only log-probabilities are asked, those of the model itself (temperature 1)."""
+    if patient.backend == "vllm" and patient.dtype == "float64":
         remedy = "vLLM computes in float32 or bfloat16; the reference backend knows float64"
         raise InputError(Problem("recipe", None, "patient.dtype", patient.dtype, remedy))
     return Policy(
         model_name=patient.model_name,
-        sampler="vllm",
+        backend="megatron" if patient.backend == "megatron" else "reference",
+        sampler="vllm" if patient.backend == "vllm" else "backend",
         device=patient.device,
         dtype=patient.dtype,
         max_total_sequence_length=patient.max_total_sequence_length,
+        train_micro_batch_tokens=patient.batch_tokens,
+        prefix_sharing=patient.prefix_sharing,
+        generation=Generation(temperature=1.0),
     )
 
 

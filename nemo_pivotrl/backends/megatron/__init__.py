@@ -15,7 +15,7 @@ precision.py     FP8: from the recipe to Megatron's fields, or a refusal with it
 logprobs.py      log-probabilities over a vocabulary that is cut over ranks, whole or in chunks
 microbatches.py  rows to the micro-batches of each data-parallel rank
 stage.py         a pipeline stage that ends in log-probabilities and, for a doctor, log V
-train.py         the verbs of `backends.base.Trainer` (doctor.py: the same on pairs of answers; scorer.py: of `backends.base.Scorer`)
+train.py         the verbs of `backends.base.Trainer`, with or without a value head
 sampler.py       rollouts from the weights in training
 workers.py       a stage on rank 0, its verbs on all ranks
 launch.py        torchrun's and srun's variables, and a watch that ends all ranks with one error

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from nemo_pivotrl.backends.batching import batches
 from nemo_pivotrl.backends.hf_models import load_model
 from nemo_pivotrl.config import Oracles
 from nemo_pivotrl.core.errors import InputError, Problem
@@ -54,15 +55,9 @@ class RewardModel:
         if limit and longest > limit:
             remedy = f"the reward model reads {limit}: lower decode.max_new_tokens or shorten the prompts"
             raise InputError(Problem("oracle", None, self.objective, f"{longest} tokens", remedy))
-        by_length: dict[int, list[int]] = {}
-        for n, row in enumerate(ids):
-            by_length.setdefault(len(row), []).append(n)
         scores = [0.0] * len(ids)
-        for length, rows in by_length.items():
-            size = max(1, self.batch_tokens // length)
-            for start in range(0, len(rows), size):
-                chunk = rows[start : start + size]
-                found = self.model(input_ids=torch.tensor([ids[n] for n in chunk], device=self.model.device)).logits
-                for n, score in zip(chunk, found[:, 0].float().tolist(), strict=True):
-                    scores[n] = score
+        for rows in batches(list(map(len, ids)), self.batch_tokens, equal=True):
+            found = self.model(input_ids=torch.tensor([ids[n] for n in rows], device=self.model.device)).logits
+            for n, score in zip(rows, found[:, 0].float().tolist(), strict=True):
+                scores[n] = score
         return scores
