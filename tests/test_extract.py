@@ -310,7 +310,9 @@ def test_near_duplicates_of_other_trajectories_are_dropped_down_to_the_threshold
     other_policy = asked(" ".join(nearly), "and now?", 1, "5", policy="other rules")
     assert cut(made[0], other_action, other_question, other_policy)[1] == {"given": 4}
     # two questions over one long context, which is a part of the same message
-    shared = [trajectory(user(" ".join([*words, "question", str(i)])), call(("find", 1)), name=str(i)) for i in range(3)]
+    shared = [
+        trajectory(user(" ".join([*words, "question", str(i)])), call(("find", 1)), name=str(i)) for i in range(3)
+    ]
     assert len(cut(*shared)[0]) == 3
     same_trajectory = trajectory(user(" ".join(words)), say("yes"), user("ok"), say("well"), name="own")
     assert len(cut(same_trajectory)[0]) == 2

@@ -31,13 +31,11 @@ class Stage(NamedTuple):
     folder: str
     steps: str
     """The setting that gives its steps."""
-    loads: str
-    """The function of `loading` by which it gets its model."""
 
 
 STAGES = {
-    "tfpo": Stage(tfpo, "tfpo", "doctor", "max_num_steps", "load_doctor"),
-    "sft": Stage(sft, "sft", "sft", "num_steps", "load"),
+    "tfpo": Stage(tfpo, "tfpo", "doctor", "max_num_steps"),
+    "sft": Stage(sft, "sft", "sft", "num_steps"),
 }
 
 
@@ -151,7 +149,7 @@ def test_a_complete_run_returns_without_loading_a_model(
         raise AssertionError("a model was loaded")
 
     with monkeypatch.context() as patched:
-        patched.setattr(loading, stage.loads, loaded)
+        patched.setattr(loading, "load", loaded)
         assert stage.run(recipe()) == made
         assert "is complete, at step 4" in capsys.readouterr().out
         assert made_by(made.parent) == before and read_ledger(tmp_path / "run") == costs
@@ -170,7 +168,7 @@ def test_a_complete_run_returns_without_loading_a_model(
 def test_a_wrong_deadline_is_refused_before_a_model_is_loaded(
     stage: Stage, recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loading, stage.loads, None)
+    monkeypatch.setattr(loading, "load", None)
     with pytest.raises(InputError, match="DD:HH:MM:SS"):
         stage.run(recipe(checkpointing={"checkpoint_must_save_by": "1h"}))
 

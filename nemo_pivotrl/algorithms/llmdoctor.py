@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from nemo_pivotrl.algorithms.model_outputs import ModelOutputs
-from nemo_pivotrl.config import Tfpo
+from nemo_pivotrl.config import TfpoLoss
 
 # ---- stage 1: token rewards ----
 
@@ -139,7 +139,7 @@ def log_q_steps(rewards: Tensor, mask: Tensor, kappa: float, length_normalize: b
     return steps / mask.sum(1, keepdim=True).clamp(min=1) if length_normalize else steps
 
 
-def plan(token_ids: Tensor, rewards: Tensor, mask: Tensor, ended: Tensor, pairs: Tensor, settings: Tfpo) -> Layout:
+def plan(token_ids: Tensor, rewards: Tensor, mask: Tensor, ended: Tensor, pairs: Tensor, settings: TfpoLoss) -> Layout:
     """The layout of a batch of answers.
 
     token_ids, rewards, mask (bool) [N, T]: column t is the token taken in state t, so a row that holds its prompt, too,
@@ -316,7 +316,7 @@ def tfpo_statistics(
     log_probs: Tensor,
     log_values: Tensor,
     layout: Layout,
-    settings: Tfpo,
+    settings: TfpoLoss,
     reference_log_probs: Tensor | None = None,
 ) -> TfpoStatistics:
     """Statistics of the states that `layout` holds; all tensors [N, S].
@@ -345,7 +345,7 @@ def tfpo_statistics(
 
 
 def tfpo_loss_of(
-    found: TfpoStatistics, layout: Layout, normaliser: float, settings: Tfpo
+    found: TfpoStatistics, layout: Layout, normaliser: float, settings: TfpoLoss
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """TFPO loss of a batch's statistics and its metrics, as sums already divided by the global number of pairs.
 
@@ -380,7 +380,7 @@ def tfpo_loss(
     log_values: Tensor,
     layout: Layout,
     normaliser: float,
-    settings: Tfpo,
+    settings: TfpoLoss,
     reference_log_probs: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """SubTB over all sub-trajectories plus the value hinge (equation (32)), and metrics; see `tfpo_loss_of` for the normaliser.
@@ -399,7 +399,7 @@ def tfpo_loss(
 
 
 def doctor_loss(
-    outputs: ModelOutputs, data: Mapping[str, Tensor], settings: Tfpo, pairs: float
+    outputs: ModelOutputs, data: Mapping[str, Tensor], settings: TfpoLoss, pairs: float
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """`tfpo_loss` of a micro-batch, as backends call it; rows 2p and 2p+1 are the chosen and the rejected answer of a pair.
 

@@ -13,21 +13,9 @@ from nemo_pivotrl.config.schema import ranged
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
-class Tfpo:
-    """Stage 2 of LLMdoctor: flow-guided training of the doctor on token rewards."""
+class TfpoLoss:
+    """The loss of equation (32) and its options: of a recipe's `tfpo` and of NeMo-Aligner's `model.llmdoctor`."""
 
-    name: str = "doctor"
-    """Folder under run_dir for checkpoints, metrics and the final doctor."""
-    objective: str = ""
-    """Which of the artefact's objectives; empty: all. Where it holds several, each doctor's folder is NAME-OBJECTIVE."""
-    pairs_per_step: int = ranged(32, 1)
-    max_num_steps: int = ranged(100, -1)
-    """-1: as many as `max_num_epochs` have."""
-    max_num_epochs: int = ranged(1, 1)
-    """With `max_num_steps: -1`: how often each pair is drawn."""
-    val_period: int = ranged(10, 0)
-    """Measure the held-out pairs every so many steps; 0: never."""
-    val_pairs: int = ranged(128, 1)
     kappa: float = ranged(2.0, 1e-6)
     """Nats of log Q a unit of reward. D6 begins with 1; 2 is what the sweep in benchmarks/results/llmdoctor_claims.md says."""
     length_normalize: bool = False
@@ -46,6 +34,24 @@ class Tfpo:
     """D11."""
     linear_margin: bool = False
     """D12: hinge on V instead of log V."""
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Tfpo(TfpoLoss):
+    """Stage 2 of LLMdoctor: flow-guided training of the doctor on token rewards."""
+
+    name: str = "doctor"
+    """Folder under run_dir for checkpoints, metrics and the final doctor."""
+    objective: str = ""
+    """Which of the artefact's objectives; empty: all. Where it holds several, each doctor's folder is NAME-OBJECTIVE."""
+    pairs_per_step: int = ranged(32, 1)
+    max_num_steps: int = ranged(100, -1)
+    """-1: as many as `max_num_epochs` have."""
+    max_num_epochs: int = ranged(1, 1)
+    """With `max_num_steps: -1`: how often each pair is drawn."""
+    val_period: int = ranged(10, 0)
+    """Measure the held-out pairs every so many steps; 0: never."""
+    val_pairs: int = ranged(128, 1)
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -172,7 +178,19 @@ class ServeGuided:
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
-class Patient:
+class PatientReading:
+    """What the patient reads, and how much at a time: of a recipe's `patient` and of NeMo-Aligner's `model.llmdoctor.patient`."""
+
+    template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Passed to the chat template, e.g. `enable_thinking: false`."""
+    max_total_sequence_length: int = ranged(4096, 16)
+    """Prompt with a face, plus answer. A pair that does not fit is excluded and counted, never cut."""
+    batch_tokens: int = ranged(16384, 16)
+    """Tokens of one forward pass, padding included; a longer sequence runs alone. No row depends on it beyond rounding noise."""
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Patient(PatientReading):
     """The large frozen model that is aligned at test time, and how it is run. Both faces are this model."""
 
     model_name: str = ""
@@ -185,13 +203,7 @@ class Patient:
     """Of the weights. Log-probabilities are float32 or better in any case; bfloat16 raises the noise floor of Delta."""
     chat_template: str | None = None
     """Jinja file that replaces the tokenizer's chat template."""
-    template_kwargs: dict[str, Any] = field(default_factory=dict)
-    """Passed to the chat template, e.g. `enable_thinking: false`."""
     chat: ChatSettings = field(default_factory=ChatSettings)
-    max_total_sequence_length: int = ranged(4096, 16)
-    """Prompt with a face, plus answer. A pair that does not fit is excluded and counted, never cut."""
-    batch_tokens: int = ranged(16384, 16)
-    """Tokens of one forward pass, padding included; a longer sequence runs alone. No row depends on it beyond rounding noise."""
     prefix_sharing: bool = True
     """As the policy's: here a face's prompt runs once for both answers."""
 

@@ -135,7 +135,26 @@ class Sft:
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
-class Grpo:
+class Advantages:
+    """From verdicts to advantages: of a recipe's `grpo` and of NeMo-Aligner's `trainer.pivotrl`."""
+
+    use_leave_one_out_baseline: bool = False
+    """NeMo-RL's leave-one-out mean and std instead of the group's (P7)."""
+    normalize_rewards: bool = True
+    zero_variance_tolerance: float = ranged(1e-6, 0.0)
+    """A group whose rewards span less than this has no signal: all its advantages are exactly 0."""
+    advantage_clip: float | None = ranged(None, 0.0)
+    overlong_filtering: bool = False
+    """Leave truncated samples out of the loss and of the group's statistics."""
+    malformed_action_advantage: float | None = None
+    """Replaces the advantage of turns whose tool call cannot be read (NVIDIA uses -5.0); None: off."""
+    max_retries: int = ranged(2, 0)
+    max_failure_share: float = ranged(0.05, 0.0, 1.0)
+    """More samples of a step than this without a verdict stop the run at its last checkpoint."""
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Grpo(Advantages):
     """Single-turn GRPO on pivots."""
 
     name: str = "pivotrl"
@@ -152,23 +171,10 @@ class Grpo:
     tokens (`prefix_tree.py`); 1.0: never. Each pivot is still drawn once an epoch, but those of a step are then more alike."""
     num_minibatches: int = ranged(1, 1)
     """Optimiser steps a rollout batch is divided into (P12: one)."""
-    use_leave_one_out_baseline: bool = False
-    """NeMo-RL's leave-one-out mean and std instead of the group's (P7)."""
-    normalize_rewards: bool = True
-    zero_variance_tolerance: float = ranged(1e-6, 0.0)
-    """A group whose rewards span less than this has no signal: all its advantages are exactly 0."""
-    advantage_clip: float | None = ranged(None, 0.0)
-    overlong_filtering: bool = False
-    """Leave truncated samples out of the loss and of the group's statistics."""
-    malformed_action_advantage: float | None = None
-    """Replaces the advantage of turns whose tool call cannot be read (NVIDIA uses -5.0); None: off."""
-    max_retries: int = ranged(2, 0)
     val_period: int = ranged(10, 0)
     """Validate on held-out tasks every so many steps; 0: never."""
     val_kl: bool = True
     """Measure KL to the start policy at every validation; needs a second copy of the weights (not with LoRA)."""
-    max_failure_share: float = ranged(0.05, 0.0, 1.0)
-    """More samples of a step than this without a verdict stop the run at its last checkpoint."""
     val_candidates: int = ranged(64, 1)
     val_generations: int = ranged(4, 1)
 

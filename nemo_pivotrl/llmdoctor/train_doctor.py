@@ -82,7 +82,7 @@ class DoctorTraining:
         anchored = recipe.tfpo.anchor == "reference"
         # log pi of the flow is the model's own, however answers are sampled
         plain = dataclasses.replace(recipe.doctor.generation, temperature=1.0)
-        doctor = dataclasses.replace(recipe.doctor, generation=plain)
+        doctor = dataclasses.replace(recipe.doctor, generation=plain, sampler="backend")
         self.trainer = loading.load(doctor, recipe.megatron, value_head=True, reference=anchored, section="doctor")
         self.trainer.prepare_for_training(recipe.doctor.optimizer)
 

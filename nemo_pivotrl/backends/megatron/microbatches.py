@@ -79,10 +79,8 @@ def schedule(
     cost = [sum(round_up(lengths[row], multiple) for row in group) for group in groups]
     order = sorted(range(len(groups)), key=lambda g: (-width[g], groups[g]))
     # from the widest on, so that a padded micro-batch's width is that of its first group
-    if packed:
-        held = _first_fit(order, cost, budget)
-    else:
-        held = list(batches(width, budget, order, rows=[len(group) for group in groups]))
+    rows = [len(group) for group in groups]
+    held = _first_fit(order, cost, budget) if packed else list(batches(width, budget, order, rows))
     held = _even(held, ranks)
     held.sort(key=lambda members: (-_tokens(members, groups, width, cost, packed), members))
     plan: list[list[list[int]]] = [[] for _ in range(ranks)]
