@@ -95,9 +95,12 @@ $(CONFORMANCE)/.installed: benchmarks/conformance-requirements.txt constraints.t
 	$(CONFORMANCE)/bin/python -m pip install -q -r benchmarks/conformance-requirements.txt
 	touch $@
 
-# NeMo-Gym's own verifiers (public wheels) and ours on the same random cases; not part of `make test`
-conformance: $(CONFORMANCE)/.installed
+# NeMo-Gym's own verifiers (public wheels) and ours on the same random cases, and every example file of its environments through
+# `extract` and `audit`; not part of `make test`
+conformance: $(CONFORMANCE)/.installed $(STAMP)
 	PYTHONPATH=. $(CONFORMANCE)/bin/python benchmarks/conformance.py $(ARGS)
+	PYTHONPATH=. $(BIN)/python benchmarks/gym_examples.py extract
+	PYTHONPATH=. $(CONFORMANCE)/bin/python benchmarks/gym_examples.py verify
 
 verifier-speed: $(CONFORMANCE)/.installed
 	PYTHONPATH=. $(CONFORMANCE)/bin/python benchmarks/verifier_speed.py $(ARGS)

@@ -64,6 +64,7 @@ setup(
         "vllm": ["vllm>=0.32,<0.34", "accelerate>=1.0", "httpx>=0.27", "tensorboard>=2.16"],
         "report": ["matplotlib>=3.8", "jinja2>=3.1"],
         "oracles": ["vaderSentiment>=3.3"],  # the `sentiment` oracle
+        "tables": ["pyarrow>=15"],  # trajectories and preferences in Parquet files, or packed by zstd
         "gguf": ["gguf>=0.17"],  # only to convert a GGUF checkpoint: benchmarks/convert_smollm2.py
         "tensorboard": ["tensorboard>=2.16"],
         "wandb": ["wandb>=0.21,<1"],
@@ -83,6 +84,7 @@ setup(
             "sqlalchemy>=2",
             "alembic>=1.13",
             "vaderSentiment>=3.3",
+            "pyarrow>=15",
             "types-PyYAML",
             "types-jsonschema",
             "types-regex",

@@ -96,7 +96,7 @@ def start(folder: Path, settings: Sequence[str]) -> Result:
 
 def every(folder: Path, seed: int, rollouts: int, arms: Sequence[str], settings: Sequence[str]) -> Result:
     """Run the arms from the start policy, and score them and it: arm -> scores, and what its rounds said."""
-    from nemo_pivotrl.pipeline import make_world
+    from nemo_pivotrl.demo.expert_trajectories import make_expert_trajectories as make_world
     from nemo_pivotrl.pivotrl.extract import extract
     from nemo_pivotrl.pivotrl.loop import loop, read_history
 

@@ -30,9 +30,10 @@ from nemo_pivotrl.config.load import load_recipe
 from nemo_pivotrl.core.artifacts import read_rows
 from nemo_pivotrl.data.chat_template import load_tokenizer
 from nemo_pivotrl.demo import answer_styles_models as manners_stage, tiny_models as tiny
+from nemo_pivotrl.demo.answer_styles import kindness
 from nemo_pivotrl.llmdoctor import assess, train_doctor as tfpo
 from nemo_pivotrl.llmdoctor.decode import Prompt, load, prompt_ids, read_prompts
-from nemo_pivotrl.llmdoctor.oracles import ORACLES, load as load_oracles
+from nemo_pivotrl.llmdoctor.oracles import brevity, load as load_oracles
 from nemo_pivotrl.llmdoctor.preferences import preferences
 from nemo_pivotrl.llmdoctor.rank import rank
 from nemo_pivotrl.llmdoctor.reward import reward
@@ -240,7 +241,7 @@ def answer(
 
 
 def _row(prompt: int, sample: int, asked: str, text: str, tokens: int, kl: float) -> Result:
-    scores = {objective: ORACLES[objective](text) for objective in (KIND, BRIEF)}
+    scores = {KIND: kindness(text), BRIEF: brevity(text)}
     return {
         "prompt": prompt,
         "sample": sample,

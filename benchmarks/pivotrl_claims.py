@@ -37,10 +37,9 @@ from nemo_pivotrl.components.rollout import load_chat, sample_seed
 from nemo_pivotrl.config import Recipe
 from nemo_pivotrl.core.artifacts import digest
 from nemo_pivotrl.core.atomic import write_atomically
-from nemo_pivotrl.demo import service_desk as world
+from nemo_pivotrl.demo import service_desk as world, simulators
 from nemo_pivotrl.pivotrl.evaluate import evaluate, play, read_items, sampled
 from nemo_pivotrl.pivotrl.profile_rows import profile_of_row
-from nemo_pivotrl.pivotrl.sft import puzzle_sizes
 
 SETTINGS = """
 num_threads=1 logger.tensorboard=false audit.before_profile=false
@@ -127,7 +126,7 @@ def start(folder: Path, settings: Sequence[str]) -> Result:
 
 def data(folder: Path, seed: int, settings: Sequence[str]) -> Result:
     """Trajectories, candidates, the start policy's K rollouts of each, the same judged otherwise, and its scores."""
-    from nemo_pivotrl.pipeline import make_world
+    from nemo_pivotrl.demo.expert_trajectories import make_expert_trajectories as make_world
     from nemo_pivotrl.pivotrl.extract import extract
     from nemo_pivotrl.pivotrl.profile import profile
     from nemo_pivotrl.pivotrl.rescore import rescore
@@ -254,8 +253,10 @@ def trial(recipe: Recipe, policy: str) -> float:
 
 def success(recipe: Recipe, sampler: Sampler, chat: Any) -> float:
     """Share of validation tasks, which are neither train nor test tasks, that end well."""
-    tasks = world.tasks(recipe.seed + 10_000, {"trial": TRIAL_TASKS})["trial"]
-    return statistics.fmean(e.success for e in play(tasks, ("trial", recipe.seed), recipe.policy, sampler, chat))
+    simulator = simulators.ServiceDesk(recipe.seed + 10_000, {"trial": TRIAL_TASKS}, split="trial")
+    return statistics.fmean(
+        e.success for e in play(simulator, simulator.tasks(), ("trial", recipe.seed), recipe.policy, sampler, chat)
+    )
 
 
 def scores(recipe: Recipe, policy: str) -> dict[str, dict[str, float]]:
@@ -271,7 +272,7 @@ def scores(recipe: Recipe, policy: str) -> dict[str, dict[str, float]]:
 
 def drift(recipe: Recipe, policy: str) -> float:
     """KL(start policy || policy) on the puzzles' answers, nats a token: how far the policy has moved where nobody trained it."""
-    tasks = world.tasks(recipe.seed, puzzle_sizes(recipe), world.puzzle_task)["test"]
+    tasks = simulators.puzzles(recipe).tasks()
     chat = load_chat(recipe.policy)
     prompts = [chat.prompt_ids(world.Episode(task).messages, ()) for task in tasks]
     seeds = [[sample_seed("drift", recipe.seed, task.task_id)] for task in tasks]

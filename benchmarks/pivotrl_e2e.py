@@ -22,10 +22,9 @@ from nemo_pivotrl.components.rollout import load_chat
 from nemo_pivotrl.config import Recipe
 from nemo_pivotrl.core.types import Sample
 from nemo_pivotrl.data.chat_template import Chat
-from nemo_pivotrl.demo import service_desk as world
+from nemo_pivotrl.demo import service_desk as world, simulators
 from nemo_pivotrl.pivotrl.evaluate import play
 from nemo_pivotrl.pivotrl.monitor import padded
-from nemo_pivotrl.pivotrl.sft import world_sizes
 
 Turn = tuple[Sequence[int], Sample]
 
@@ -68,7 +67,8 @@ def train(
     chat, settings = load_chat(recipe.policy), recipe.grpo
     backend = loading.load(recipe.policy)
     backend.prepare_for_training(recipe.policy.optimizer)
-    tasks = world.tasks(recipe.seed, world_sizes(recipe))["train"]
+    simulator = simulators.service_desk(recipe, "train")
+    tasks = simulator.tasks()
     rows, turns, seconds = [], 0, 0.0
     seen(0, backend, chat, 0)
     for step in range(1, settings.max_num_steps + 1):
@@ -81,6 +81,7 @@ def train(
         ]
         taken: list[list[Turn]] = [[] for _ in copies]
         episodes = play(
+            simulator,
             copies,
             ("e2e", recipe.seed, step),
             recipe.policy,

@@ -23,7 +23,7 @@ import torch
 
 from nemo_pivotrl.config import Recipe
 from nemo_pivotrl.config.load import load_recipe
-from nemo_pivotrl.pipeline import make_world
+from nemo_pivotrl.demo.expert_trajectories import make_expert_trajectories as make_world
 from nemo_pivotrl.pivotrl.extract import extract
 from nemo_pivotrl.pivotrl.profile import profile
 from nemo_pivotrl.pivotrl.sft import warmup

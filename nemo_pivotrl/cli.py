@@ -1,15 +1,20 @@
-"""`nemo-pivotrl STAGE RECIPE.yaml [key=value ...]`. Nothing heavy is imported before the command line is understood."""
+"""`nemo-pivotrl STAGE RECIPE.yaml [key=value ...]`, and the commands that are no stage.
+
+Each command is a row of a table: STAGES has the import path of a stage's function, TOOLS what adds a command's arguments and what
+runs it. Nothing heavy is imported before the command line is understood, and a command's parser is made when it is asked for.
+"""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import difflib
 import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import import_module
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 from nemo_pivotrl import __version__
 from nemo_pivotrl.core.errors import InputError
@@ -19,7 +24,10 @@ if TYPE_CHECKING:
     from nemo_pivotrl.config import Recipe
 
 STAGES = {
-    "world": ("nemo_pivotrl.pipeline:make_world", "write the embedded world's expert trajectories"),
+    "world": (
+        "nemo_pivotrl.demo.expert_trajectories:make_expert_trajectories",
+        "write the embedded world's expert trajectories",
+    ),
     "extract": ("nemo_pivotrl.pivotrl.extract:extract", "trajectories -> candidates"),
     "warmup": ("nemo_pivotrl.pivotrl.sft:warmup", "make the start policy by a short SFT"),
     "profile": (
@@ -42,14 +50,14 @@ STAGES = {
     "train": ("nemo_pivotrl.pivotrl.train:train", "pivots -> policy, by single-turn GRPO"),
     "manners": (
         "nemo_pivotrl.demo.answer_styles_models:make_manners",
-        "write the embedded patient, doctor and questions",
+        "LLMdoctor: write the embedded patient, doctor and questions",
     ),
     "rank": (
         "nemo_pivotrl.llmdoctor.rank:rank",
-        "prompts -> preference files: the patient's own answers, ranked (LLMdoctor)",
+        "LLMdoctor: prompts -> preference files: the patient's own answers, ranked",
     ),
-    "tfpo": ("nemo_pivotrl.llmdoctor.train_doctor:tfpo", "token rewards -> doctor (LLMdoctor)"),
-    "assess": ("nemo_pivotrl.llmdoctor.assess:assess", "steered answers against others, with intervals (LLMdoctor)"),
+    "tfpo": ("nemo_pivotrl.llmdoctor.train_doctor:tfpo", "LLMdoctor: token rewards -> doctor"),
+    "assess": ("nemo_pivotrl.llmdoctor.assess:assess", "LLMdoctor: steered answers against others, with intervals"),
     "evaluate": ("nemo_pivotrl.pivotrl.evaluate:evaluate", "policies side by side, with intervals"),
     "preferences": ("nemo_pivotrl.llmdoctor.preferences:preferences", "LLMdoctor: preference files -> preferences"),
     "reward": (
@@ -58,7 +66,7 @@ STAGES = {
     ),
     "decode": (
         "nemo_pivotrl.llmdoctor.decode:decode",
-        "LLMdoctor: prompts -> answers of the policy steered by doctors",
+        "LLMdoctor: prompts -> answers of the patient steered by doctors",
     ),
     "report": ("nemo_pivotrl.report.page:report", "one HTML page and its numbers as JSON"),
     "run": (
@@ -66,74 +74,112 @@ STAGES = {
         "all stages of the recipe; profile, select and train again when signal fades (loop.max_rounds)",
     ),
 }
-TOOLS = {
-    "env": "what is installed here, and which recipes could run: env [--json] [FOLDER]",
-    "plan": "will it fit, and what will it cost: plan RECIPE [key=value ...] [--json]",
-    "preflight": "what would stop a stage, all at once: preflight RECIPE [STAGE] [key=value ...]",
-    "compare": "two profiles of the same candidates: what moved, and the pivots: compare A.jsonl B.jsonl [--json] [--lambda L]",
-    "verify": "score rows of a file: verify --verifier NAME [--set key=value ...] IN.jsonl OUT.jsonl",
-    "serve-verifier": "serve a verifier to NeMo-Gym: serve-verifier --verifier NAME [--port N]",
-    "serve": "serve the policy, or the patient with its doctors, by vLLM: serve RECIPE [key=value ...] [--port N] [--refit]",
-    "serve-guided": "serve the steered policy as OpenAI's API: serve-guided RECIPE [key=value ...] [--port N]",
-}
-"""Commands that are no stage: they take files or requests, not artefacts."""
 EXPORTS = ("nemo-gym", "nemo-rl", "nemotron")
 """`export nemo-rl RECIPE` is `export RECIPE export.target=nemo-rl`."""
+GONE = {"serve-guided": "it is vLLM's server now: nemo-pivotrl serve RECIPE"}
+"""Commands of earlier versions, and what to use instead."""
 CHECKED = ("profile", "sft", "train", "rank", "reward", "tfpo", "decode", "assess")
 """Stages that load a model which must be there already: `tools/checks.py` looks at all they need before they begin."""
+SETTINGS = (
+    "Settings: `nemo-pivotrl select RECIPE.yaml --print-config` shows all of them with their values, with --changed only what "
+    "differs from the defaults; override any as section.key=value. fresh=true drops a stage's unfinished work instead of "
+    "resuming it."
+)
 BAD_INPUT = 2
 STARTED = frozenset({"RANK", "WORLD_SIZE", "SLURM_STEP_ID"})
 """Variables of torchrun and srun: without one of them this is the only process, and launch.py, a second's import, is not asked."""
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
+class Tool(NamedTuple):
+    """A command that is no stage: it takes files or requests, not artefacts."""
+
+    help: str
+    register: Callable[[argparse.ArgumentParser], None]
+    """Adds the command's arguments to its parser."""
+    run: Callable[[argparse.Namespace], int | None]
+    """Runs it; returns an exit code, if it is not 0."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command. Exit code 0: done, 2: bad input (one screen on stderr), 130: interrupted."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if not arguments or (arguments[0] not in STAGES and arguments[0] not in TOOLS):
+        overview().parse_args(arguments[:1])  # --help and --version end here
+        refuse_command(arguments[0])
+    name, *rest = arguments
+    parser = parser_of(name)
+    if name in TOOLS:
+        options = parser.parse_intermixed_args(spread_settings(rest))
+        return guarded(name, lambda: TOOLS[name].run(options))
+    if name == "export" and rest and rest[0] in EXPORTS:
+        rest = [*rest[1:], f"export.target={rest[0]}"]
+    options = parser.parse_intermixed_args(rest)
+    if options.changed and not options.print_config:
+        parser.error("--changed goes with --print-config")
+    return guarded(name, lambda: stage_command(name, options))
+
+
+def overview() -> argparse.ArgumentParser:
+    """The command line as a whole: what `nemo-pivotrl --help` shows."""
     stages = "\n".join(f"  {name:<14} {text}" for name, (_, text) in STAGES.items())
-    tools = "\n".join(f"  {name:<14} {text}" for name, text in TOOLS.items())
+    tools = "\n".join(f"  {name:<14} {tool.help}" for name, tool in TOOLS.items())
     made = argparse.ArgumentParser(
         prog="nemo-pivotrl",
-        description=f"PivotRL and LLMdoctor, stage by stage.\n\nstages:\n{stages}\n\n"
-        f"other commands (--help shows their options):\n{tools}",
-        epilog="Settings: `nemo-pivotrl select RECIPE.yaml --print-config` shows all of them with their values; override any "
-        "as section.key=value. fresh=true drops a stage's unfinished work instead of resuming it.",
+        usage="nemo-pivotrl STAGE RECIPE [key=value ...]\n       nemo-pivotrl COMMAND --help",
+        description=f"PivotRL and LLMdoctor, stage by stage.\n\nstages:\n{stages}\n\nother commands:\n{tools}",
+        epilog=SETTINGS,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    made.add_argument("stage", choices=STAGES, metavar="STAGE")
-    made.add_argument("recipe", metavar="RECIPE", help="YAML recipe, e.g. recipes/pivotrl/tiny.yaml")
-    made.add_argument("overrides", nargs="*", metavar="key=value", help="override a setting of the recipe")
-    made.add_argument(
-        "--print-config", action="store_true", help="print the complete recipe, defaults included, and stop"
-    )
-    made.add_argument(
-        "--shard", metavar="i/n", help="profile only: work as the i-th of n processes, i from 0; then merge"
-    )
+    made.add_argument("command", metavar="COMMAND", help="a stage or another command; COMMAND --help shows its options")
     made.add_argument("--version", action="version", version=__version__)
     return made
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one stage. Exit code 0: done, 2: bad input (one screen on stderr), 130: interrupted."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    if arguments and arguments[0] in TOOLS:
-        tool, rest = arguments[0], spread_settings(arguments[1:])
-        options = tool_parser(tool).parse_intermixed_args(rest)
-        return guarded(tool, lambda: run_tool(tool, options))
-    if len(arguments) > 1 and arguments[0] == "export" and arguments[1] in EXPORTS:
-        arguments = [arguments[0], *arguments[2:], f"export.target={arguments[1]}"]
-    options = parser().parse_intermixed_args(arguments)
+def refuse_command(name: str) -> NoReturn:
+    """End with exit code 2 and the nearest command."""
+    if name in GONE:
+        overview().error(f"{name}: {GONE[name]}")
+    near = difflib.get_close_matches(name, [*STAGES, *TOOLS], n=1)
+    hint = f"did you mean {near[0]}?" if near else f"use one of {', '.join([*STAGES, *TOOLS])}"
+    overview().error(f"no command {name!r}; {hint}")
+
+
+def parser_of(command: str) -> argparse.ArgumentParser:
+    """The command line of one stage or tool."""
+    prog = f"nemo-pivotrl {command}"
+    if command in TOOLS:
+        made = argparse.ArgumentParser(prog=prog, description=TOOLS[command].help)
+        TOOLS[command].register(made)
+        return made
+    made = argparse.ArgumentParser(prog=prog, description=STAGES[command][1], epilog=SETTINGS)
+    recipe_arguments(made, "YAML recipe, e.g. recipes/pivotrl/tiny.yaml")
+    made.add_argument(
+        "--print-config", action="store_true", help="print the complete recipe, with explanations, and stop"
+    )
+    made.add_argument("--changed", action="store_true", help="with --print-config: only what differs from the defaults")
+    shards = "work as the i-th of n processes, i from 0; then merge"
+    made.add_argument("--shard", metavar="i/n", help=shards if command == "profile" else argparse.SUPPRESS)
+    return made
+
+
+def recipe_arguments(made: argparse.ArgumentParser, recipe: str, others: str = "") -> None:
+    """RECIPE and key=value, and what `others` says may stand among them."""
+    made.add_argument("recipe", metavar="RECIPE", help=recipe)
+    metavar = "STAGE | key=value" if others else "key=value"
+    made.add_argument("overrides", nargs="*", metavar=metavar, help=f"{others}override a setting of the recipe")
+
+
+def stage_command(stage: str, options: argparse.Namespace) -> int | None:
+    """Run a stage, or print its recipe."""
+    from nemo_pivotrl.config.load import load_recipe
+    from nemo_pivotrl.config.show import to_yaml
+
     fresh = "fresh=true" in options.overrides
-    overrides = [o for o in options.overrides if o not in ("fresh=true", "fresh=false")]
-
-    def run() -> int | None:
-        from nemo_pivotrl.config.load import load_recipe, to_yaml
-
-        recipe = load_recipe(options.recipe, overrides)
-        if not options.print_config:
-            return run_stage(options.stage, recipe, fresh, options.shard)
-        print(to_yaml(recipe), end="")
-        return None
-
-    return guarded(options.stage, run)
+    recipe = load_recipe(options.recipe, [o for o in options.overrides if o not in ("fresh=true", "fresh=false")])
+    if not options.print_config:
+        return run_stage(stage, recipe, fresh, options.shard)
+    print(to_yaml(recipe, options.changed), end="")
+    return None
 
 
 def guarded(command: str, run: Callable[[], int | None]) -> int:
@@ -156,58 +202,6 @@ def guarded(command: str, run: Callable[[], int | None]) -> int:
         return 130
 
 
-def tool_parser(tool: str) -> argparse.ArgumentParser:
-    """The command line of a command that is no stage."""
-    made = argparse.ArgumentParser(prog=f"nemo-pivotrl {tool}", description=TOOLS[tool])
-    if tool in ("plan", "preflight"):
-        made.add_argument("recipe", metavar="RECIPE", help="YAML recipe")
-        what = "override a setting of the recipe"
-        if tool == "preflight":
-            what = f"which stage ({', '.join(CHECKED)}; default: the algorithm's main ones), and {what}"
-        made.add_argument("overrides", nargs="*", metavar="key=value", help=what)
-    if tool == "plan":
-        made.add_argument("--json", action="store_true", help="print JSON")
-    if tool in ("plan", "preflight"):
-        return made
-    if tool == "env":
-        made.add_argument("folder", nargs="?", default="recipes", metavar="FOLDER", help="recipes (default: recipes)")
-        made.add_argument("--json", action="store_true", help="print JSON")
-        made.add_argument("--no-imports", action="store_true", help="take packages for working; quicker")
-        return made
-    if tool == "compare":
-        made.add_argument("left", metavar="A.jsonl", help="a profile, e.g. of the start policy")
-        made.add_argument("right", metavar="B.jsonl", help="another of the same candidates, e.g. of a checkpoint")
-        made.add_argument("--json", action="store_true", help="print JSON")
-        made.add_argument("--lambda", dest="lambda_diff", type=share, metavar="L", help="lambda_diff of both")
-        return made
-    if tool != "verify":
-        made.add_argument("--host", default="127.0.0.1", help="address to listen on (default: loopback only)")
-        made.add_argument("--port", type=int, default={"serve-verifier": 8911, "serve-guided": 8912}.get(tool, 8000))
-    if tool == "serve":
-        made.add_argument(
-            "--refit",
-            action="store_true",
-            help="take weights from a trainer; opens vLLM's development endpoints, which must not face a network you do not own",
-        )
-    if tool in ("serve", "serve-guided"):
-        made.add_argument("recipe", metavar="RECIPE", help="YAML recipe: policy or patient, decode and vllm are read")
-        made.add_argument("overrides", nargs="*", metavar="key=value", help="override a setting of the recipe")
-        return made
-    made.add_argument("--verifier", required=True, metavar="NAME", help="functional, single_step, swe, terminus, ...")
-    made.add_argument("--compat", default=None, metavar="VERSION", help="NeMo-Gym release to follow: 0.5, 0.6 or 0.7")
-    made.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="key=value",
-        help="a setting of the verifier, e.g. word_count_similarity_threshold=0.3; limits.KEY and judge.KEY for those sections",
-    )
-    if tool == "verify":
-        made.add_argument("source", metavar="IN.jsonl", help="rows with expert and sampled action, or a profile")
-        made.add_argument("target", metavar="OUT.jsonl", help="one {reward, category, detail} for each action")
-    return made
-
-
 def share(text: str) -> float:
     """A number from 0 to 1. Raises ArgumentTypeError for anything else."""
     try:
@@ -228,59 +222,27 @@ def spread_settings(arguments: Sequence[str]) -> list[str]:
     return spread
 
 
-def run_tool(tool: str, options: argparse.Namespace) -> int | None:
-    """Run a command that is no stage; an exit code, if it is not 0."""
+def env_arguments(made: argparse.ArgumentParser) -> None:
+    made.add_argument("folder", nargs="?", default="recipes", metavar="FOLDER", help="recipes (default: recipes)")
+    made.add_argument("--json", action="store_true", help="print JSON")
+    made.add_argument("--no-imports", action="store_true", help="take packages for working; quicker")
+
+
+def run_env(options: argparse.Namespace) -> None:
+    """Print what is installed and which recipes could run."""
+    import json
     from pathlib import Path
 
-    from nemo_pivotrl.config.load import load_recipe, verifier_settings
+    from nemo_pivotrl.tools.environment import as_json, as_text, look, survey
 
-    if tool == "env":
-        import json
+    machine = look(not options.no_imports)
+    recipes = survey(Path(options.folder), machine)
+    print(json.dumps(as_json(machine, recipes), indent=1) if options.json else as_text(machine, recipes))
 
-        from nemo_pivotrl.tools.environment import as_json, as_text, look, survey
 
-        machine = look(not options.no_imports)
-        recipes = survey(Path(options.folder), machine)
-        print(json.dumps(as_json(machine, recipes), indent=1) if options.json else as_text(machine, recipes))
-        return None
-    if tool == "plan":
-        return run_plan(options)
-    if tool == "preflight":
-        return run_preflight(options)
-        return
-    if tool == "compare":
-        import json
-
-        from nemo_pivotrl.pivotrl.compare import compare
-        from nemo_pivotrl.pivotrl.compare_text import as_text as told
-
-        found = compare(Path(options.left), Path(options.right), options.lambda_diff)
-        print(json.dumps(found, indent=1) if options.json else told(found))
-        return None
-    if tool == "serve":
-        from nemo_pivotrl.tools.serve import serve as serve_engine
-
-        serve_engine(load_recipe(options.recipe, options.overrides), options.host, options.port, options.refit)
-        return None
-    if tool == "serve-guided":
-        recipe = load_recipe(options.recipe, options.overrides)
-        with missing_module(tool, {"starlette": "serve", "uvicorn": "serve"}, "reference"):
-            from nemo_pivotrl.tools.serve_guided import serve as serve_guided
-
-            serve_guided(recipe, options.host, options.port)
-        return None
-    settings = verifier_settings(options.verifier, options.compat, options.set)
-    with missing_module(tool, {"starlette": "serve", "uvicorn": "serve"}, "verifiers"):
-        if tool == "verify":
-            from nemo_pivotrl.tools.verify import verify
-
-            counts = verify(settings, Path(options.source), Path(options.target))
-            print(", ".join(f"{n} {name}" for name, n in sorted(counts.items())) + f" -> {options.target}")
-        else:
-            from nemo_pivotrl.tools.gym_server import serve
-
-            serve(settings, options.host, options.port)
-    return None
+def plan_arguments(made: argparse.ArgumentParser) -> None:
+    recipe_arguments(made, "YAML recipe")
+    made.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run_plan(options: argparse.Namespace) -> int:
@@ -296,6 +258,13 @@ def run_plan(options: argparse.Namespace) -> int:
     found = as_json(recipe, options.recipe, verdict) if options.json else as_text(recipe, options.recipe, verdict)
     print(json.dumps(found, indent=1) if options.json else found)
     return 0 if verdict.good else BAD_INPUT
+
+
+def preflight_arguments(made: argparse.ArgumentParser) -> None:
+    stages = (
+        f"which stage ({', '.join(CHECKED)}; default: the algorithm's main ones), and override a setting of the recipe"
+    )
+    recipe_arguments(made, "YAML recipe", stages)
 
 
 def run_preflight(options: argparse.Namespace) -> int:
@@ -320,6 +289,107 @@ def run_preflight(options: argparse.Namespace) -> int:
         raise InputError(list(dict.fromkeys(problems)))
     print(f"nothing stands in the way of {', '.join(stages)}")
     return 0
+
+
+def compare_arguments(made: argparse.ArgumentParser) -> None:
+    made.add_argument("left", metavar="A.jsonl", help="a profile, e.g. of the start policy")
+    made.add_argument("right", metavar="B.jsonl", help="another of the same candidates, e.g. of a checkpoint")
+    made.add_argument("--json", action="store_true", help="print JSON")
+    made.add_argument("--lambda", dest="lambda_diff", type=share, metavar="L", help="lambda_diff of both")
+
+
+def run_compare(options: argparse.Namespace) -> None:
+    """Print how two profiles differ."""
+    import json
+    from pathlib import Path
+
+    from nemo_pivotrl.pivotrl.compare import compare
+    from nemo_pivotrl.pivotrl.compare_text import as_text
+
+    found = compare(Path(options.left), Path(options.right), options.lambda_diff)
+    print(json.dumps(found, indent=1) if options.json else as_text(found))
+
+
+def verifier_arguments(made: argparse.ArgumentParser) -> None:
+    made.add_argument("--verifier", required=True, metavar="NAME", help="functional, single_step, swe, terminus, ...")
+    made.add_argument("--compat", default=None, metavar="VERSION", help="NeMo-Gym release to follow: 0.5, 0.6 or 0.7")
+    made.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="key=value",
+        help="a setting of the verifier, e.g. word_count_similarity_threshold=0.3; limits.KEY and judge.KEY for those sections",
+    )
+
+
+def verify_arguments(made: argparse.ArgumentParser) -> None:
+    verifier_arguments(made)
+    made.add_argument("source", metavar="IN.jsonl", help="rows with expert and sampled action, or a profile")
+    made.add_argument("target", metavar="OUT.jsonl", help="one {reward, category, detail} for each action")
+
+
+def run_verify(options: argparse.Namespace) -> None:
+    """Score rows of a file, and print how many verdicts there are of each kind."""
+    from pathlib import Path
+
+    from nemo_pivotrl.config.load import verifier_settings
+
+    settings = verifier_settings(options.verifier, options.compat, options.set)
+    with missing_module("verify", {}, "verifiers"):
+        from nemo_pivotrl.tools.verify import verify
+
+        counts = verify(settings, Path(options.source), Path(options.target))
+    print(", ".join(f"{n} {name}" for name, n in sorted(counts.items())) + f" -> {options.target}")
+
+
+def address_arguments(made: argparse.ArgumentParser, port: int) -> None:
+    made.add_argument("--host", default="127.0.0.1", help="address to listen on (default: loopback only)")
+    made.add_argument("--port", type=int, default=port, help=f"port to listen on (default: {port})")
+
+
+def serve_verifier_arguments(made: argparse.ArgumentParser) -> None:
+    address_arguments(made, 8911)
+    verifier_arguments(made)
+
+
+def run_serve_verifier(options: argparse.Namespace) -> None:
+    """Serve a verifier until it is interrupted."""
+    from nemo_pivotrl.config.load import verifier_settings
+
+    settings = verifier_settings(options.verifier, options.compat, options.set)
+    with missing_module("serve-verifier", {"starlette": "serve", "uvicorn": "serve"}, "verifiers"):
+        from nemo_pivotrl.tools.gym_server import serve
+
+        serve(settings, options.host, options.port)
+
+
+def serve_arguments(made: argparse.ArgumentParser) -> None:
+    address_arguments(made, 8000)
+    made.add_argument(
+        "--refit",
+        action="store_true",
+        help="take weights from a trainer; opens vLLM's development endpoints, which must not face a network you do not own",
+    )
+    recipe_arguments(made, "YAML recipe: policy or patient, decode and vllm are read")
+
+
+def run_serve(options: argparse.Namespace) -> None:
+    """Serve the policy, or the patient with its doctors, until it is interrupted."""
+    from nemo_pivotrl.config.load import load_recipe
+    from nemo_pivotrl.tools.serve import serve
+
+    serve(load_recipe(options.recipe, options.overrides), options.host, options.port, options.refit)
+
+
+TOOLS = {
+    "env": Tool("what is installed here, and which recipes could run", env_arguments, run_env),
+    "plan": Tool("will it fit, and what will it cost", plan_arguments, run_plan),
+    "preflight": Tool("what would stop a stage, all at once", preflight_arguments, run_preflight),
+    "compare": Tool("two profiles of the same candidates: what moved, and the pivots", compare_arguments, run_compare),
+    "verify": Tool("score rows of a file", verify_arguments, run_verify),
+    "serve-verifier": Tool("serve a verifier to NeMo-Gym", serve_verifier_arguments, run_serve_verifier),
+    "serve": Tool("serve the policy, or the patient with its doctors, by vLLM", serve_arguments, run_serve),
+}
 
 
 @contextlib.contextmanager

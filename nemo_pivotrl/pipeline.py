@@ -1,11 +1,9 @@
-"""run: all stages of a recipe in one command; world: the embedded world's trajectories, as any other input."""
+"""run: all stages of a recipe in one command."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
-import random
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,31 +11,18 @@ from pathlib import Path
 from nemo_pivotrl.backends.launch import place_of
 from nemo_pivotrl.components import costs as ledger
 from nemo_pivotrl.config import Recipe
-from nemo_pivotrl.core.atomic import write_atomically
-from nemo_pivotrl.demo import service_desk as world
+from nemo_pivotrl.demo.expert_trajectories import make_expert_trajectories
 from nemo_pivotrl.pivotrl.evaluate import evaluate
 from nemo_pivotrl.pivotrl.extract import extract
 from nemo_pivotrl.pivotrl.loop import gains, loop, read_history
 from nemo_pivotrl.pivotrl.select import select
-from nemo_pivotrl.pivotrl.sft import makes_start_policy, sft, warmup, world_sizes
+from nemo_pivotrl.pivotrl.sft import makes_start_policy, sft, warmup
 from nemo_pivotrl.pivotrl.train import train
 from nemo_pivotrl.pivotrl.verifier_audit import audit
 from nemo_pivotrl.report import page as report
 from nemo_pivotrl.tools.checks import ROLES, preflight
 
 Stage = Callable[[Recipe, bool], Path]
-
-
-def make_world(recipe: Recipe, fresh: bool = False) -> Path:
-    """Write the experts' conversations on the train tasks as OpenAI chat JSONL."""
-    rng = random.Random(f"train experts {recipe.seed}")
-    lines = [
-        json.dumps(world.expert_trajectory(task, rng, recipe.world.teacher))
-        for task in world.tasks(recipe.seed, world_sizes(recipe))["train"]
-    ]
-    path = recipe.path("world/trajectories.jsonl")
-    write_atomically(path, "\n".join(lines) + "\n")
-    return path
 
 
 def run(recipe: Recipe, fresh: bool = False) -> Path:
@@ -63,7 +48,7 @@ def run(recipe: Recipe, fresh: bool = False) -> Path:
 
 def _pivotrl(recipe: Recipe, fresh: bool) -> list[Stage]:
     if recipe.path("world/trajectories.jsonl") in map(Path, recipe.extract.trajectories):
-        make_world(recipe, fresh)
+        make_expert_trajectories(recipe, fresh)
     policies = recipe.evaluate.policies
     steps: list[Stage] = [extract]
     if recipe.audit.before_profile and (fresh or not recipe.path("profiles.jsonl").exists()):

@@ -116,7 +116,7 @@ class Scorer(Protocol):
 
 
 class SequenceScores:
-    """`Scorer` of a model with `get_inference_log_probs`."""
+    """`Scorer` of a policy. A log-probability that is no number is the caller's to deal with, sequence by sequence."""
 
     def log_probs(self, sequences: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Tensor]:
         """See `Scorer`. Raises ValueError for a sequence without a prompt or without a response."""
@@ -125,8 +125,12 @@ class SequenceScores:
         if not sequences:
             return []
         batch = TokenBatch([p for p, _ in sequences], range(len(sequences)), [r for _, r in sequences], {})
-        whole = self.get_inference_log_probs(batch)  # type: ignore[attr-defined]
+        whole = self._log_probs(batch)
         return [row[: len(response)] for row, (_, response) in zip(whole, sequences, strict=True)]
+
+    def _log_probs(self, batch: TokenBatch) -> Tensor:
+        """[N, T] log-probabilities (nats) of the batch."""
+        raise NotImplementedError
 
 
 def concurrency_of(sampler: Sampler) -> int:

@@ -94,7 +94,7 @@ def _weight_map(where: Path, field: str) -> dict[str, str] | None:
     if not index.exists():
         if not single.exists():
             pickles = sorted(p.name for p in where.iterdir() if p.suffix in PICKLES)
-            found = ", ".join(pickles[:4]) or "no .safetensors file"
+            found = "no .safetensors file" + (f", but {', '.join(pickles[:4])}" if pickles else "")
             remedy = (
                 "save it with save_pretrained(safe_serialization=True): pickled weights run code and are not loaded"
             )

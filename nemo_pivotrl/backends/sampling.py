@@ -7,7 +7,7 @@ turn from the same seed.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -15,7 +15,8 @@ from torch import Tensor
 
 from nemo_pivotrl.backends.batching import batches
 from nemo_pivotrl.config import Generation
-from nemo_pivotrl.core.types import Sample
+from nemo_pivotrl.core.errors import NotFiniteError, Problem
+from nemo_pivotrl.core.types import FinishReason, Lost, Sample
 
 Row = tuple[int, int]
 """Number of a prompt, and which of its seeds."""
@@ -67,12 +68,17 @@ class Turns:
         self.alive = [self.alive[place] for place in running]
         return running
 
-    def samples(self) -> list[Sample]:
-        """The turns, row by row."""
-        return [
-            Sample(tuple(tokens), tuple(log_probs), "stop" if tokens[-1] in self.stop_ids else "length")
-            for tokens, log_probs in zip(self.tokens, self.log_probs, strict=True)
-        ]
+    def samples(self) -> list[Sample | Lost]:
+        """The turns, row by row. One with a log-probability that is no number was drawn from logits that are none: `Lost`."""
+        found: list[Sample | Lost] = []
+        for tokens, log_probs in zip(self.tokens, self.log_probs, strict=True):
+            wrong = next((place for place, value in enumerate(log_probs) if not math.isfinite(value)), None)
+            if wrong is None:
+                reason: FinishReason = "stop" if tokens[-1] in self.stop_ids else "length"
+                found.append(Sample(tuple(tokens), tuple(log_probs), reason))
+            else:
+                found.append(Lost("sampler_not_finite", f"log-probability {log_probs[wrong]} of token {wrong}"))
+        return found
 
 
 def draw(logits: Tensor, uniform: Tensor, generation: Generation) -> tuple[Tensor, Tensor]:
@@ -93,6 +99,25 @@ def draw(logits: Tensor, uniform: Tensor, generation: Generation) -> tuple[Tenso
         max=log_p.shape[1] - 1
     )
     return token, log_p.gather(1, token[:, None])[:, 0]
+
+
+def check_finite(totals: Mapping[str, float]) -> dict[str, float]:
+    """The metrics of a training step. Raises NotFiniteError for one that is NaN or infinite, by its name."""
+    wrong = {name: value for name, value in totals.items() if not math.isfinite(value)}
+    if wrong:
+        remedy = "lower the learning rate, or check the data; the last checkpoint is whole"
+        raise NotFiniteError([Problem("training", None, name, str(value), remedy) for name, value in wrong.items()])
+    return dict(totals)
+
+
+def check_log_probs(log_probs: Tensor) -> Tensor:
+    """Log-probabilities [N, T] as they are. Raises NotFiniteError where the model gave NaN or infinity for one."""
+    rows = (~torch.isfinite(log_probs)).any(1).nonzero()[:, 0].tolist()
+    if rows:
+        found = f"NaN or infinity in {len(rows)} of {len(log_probs)} rows, first in row {rows[0]}"
+        remedy = "the weights have diverged, or overflow in this precision: go on from an earlier checkpoint"
+        raise NotFiniteError(Problem("model", None, "log-probabilities", found, remedy))
+    return log_probs
 
 
 def shares(

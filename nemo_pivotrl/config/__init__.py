@@ -12,7 +12,7 @@ from nemo_pivotrl.config.llmdoctor import (
     Preferences,
     Rank,
     Reward,
-    ServeGuided,
+    Serve,
     Tfpo,
     TfpoLoss,
 )
@@ -60,7 +60,7 @@ __all__ = [
     "Rescore",
     "Reward",
     "Select",
-    "ServeGuided",
+    "Serve",
     "Sft",
     "Tfpo",
     "TfpoLoss",

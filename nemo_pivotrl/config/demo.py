@@ -14,16 +14,28 @@ class World:
     """The embedded service-desk world (`demo/service_desk.py`) and the tiny model made for it."""
 
     warmup_tasks: int = ranged(1000, 1)
+    """Tasks from which the start policy learns the service desk."""
     train_tasks: int = ranged(120, 1)
+    """Tasks whose trajectories PivotRL trains on."""
     test_tasks: int = ranged(100, 1)
+    """Tasks that `evaluate` plays."""
     puzzle_warmup_tasks: int = ranged(8000, 1)
+    """Puzzles from which the start policy learns what is later out of domain."""
     puzzle_test_tasks: int = ranged(200, 1)
+    """Puzzles that measure what is kept out of domain."""
     vocab_size: int = ranged(512, 300)
+    """Tokens of the tiny tokenizer."""
     hidden_size: int = ranged(96, 8)
+    """Width of the tiny policy."""
     layers: int = ranged(3, 1)
+    """Layers of the tiny policy."""
     heads: int = ranged(4, 1)
+    """Attention heads of the tiny policy."""
     slips: float = ranged(0.0, 0.0, 1.0)
-    """How careless those are from whom the start policy learns the desk: share of the rates `world.SLIPS`. 0: they are experts."""
+    """How careless the teachers of the start policy are; 0: they are experts.
+
+    It is a share of the rates `service_desk.SLIPS`.
+    """
     teacher: Literal["house", "other"] = "house"
     """Whose wording the train trajectories have: that of the start policy's lessons, or another's who does the same."""
 
@@ -33,12 +45,21 @@ class Manners:
     """The embedded world of LLMdoctor (`demo/answer_styles.py`): a tiny patient, a smaller doctor, questions to ask."""
 
     lessons: int = ranged(4000, 1)
+    """Conversations from which the tiny patient and the untrained doctor learn."""
     vocab_size: int = ranged(400, 300)
+    """Tokens of the tiny tokenizer."""
     hidden_size: int = ranged(96, 8)
+    """Width of the tiny patient."""
     layers: int = ranged(3, 1)
+    """Layers of the tiny patient."""
     heads: int = ranged(4, 1)
+    """Attention heads of both models."""
     doctor_hidden_size: int = ranged(48, 8)
+    """Width of the tiny doctor."""
     doctor_layers: int = ranged(2, 1)
+    """Layers of the tiny doctor."""
     num_steps: int = ranged(300, 1)
+    """Training steps of each of the two models."""
     batch_size: int = ranged(32, 1)
+    """Conversations a step."""
     optimizer: Optimizer = field(default_factory=lambda: Optimizer(lr=4e-3, beta2=0.98, warmup_steps=20))

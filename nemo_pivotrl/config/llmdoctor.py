@@ -17,23 +17,26 @@ class TfpoLoss:
     """The loss of equation (32) and its options: of a recipe's `tfpo` and of NeMo-Aligner's `model.llmdoctor`."""
 
     kappa: float = ranged(2.0, 1e-6)
-    """Nats of log Q a unit of reward. D6 begins with 1; 2 is what the sweep in benchmarks/results/llmdoctor_claims.md says."""
+    """Nats of log Q a unit of reward (D6)."""
     length_normalize: bool = False
-    """D6: divide kappa by the answer's number of tokens."""
+    """Divide kappa by the answer's number of tokens (D6)."""
     reduction: Literal["pair_mean", "sum"] = "pair_mean"
-    """D9."""
+    """Mean over the sub-trajectories of an answer, or the literal sum (D9)."""
     decay: float = ranged(1.0, 1e-6, 1.0)
-    """Weight decay^(n-m) of a sub-trajectory of n-m tokens; 1.0 is the paper."""
+    """Weight decay^(n-m) of a sub-trajectory of n-m tokens (D19); 1.0 is the paper."""
     anchor: Literal["none", "reference"] = "none"
-    """D10: `none` is the paper's loss, which has no language prior; `reference` is what to use for a real doctor."""
+    """`none` is the literal loss, which has no language prior; `reference` is for real doctors (D10).
+
+    The reference is the doctor before training.
+    """
     value_weight: float = ranged(1.0, 0.0)
-    """D13: the paper's lambda."""
+    """lambda: weight of the value hinge, equation (32) (D13)."""
     gamma: float = ranged(0.1, 0.0)
-    """D13: margin of the value hinge."""
+    """Margin of the value hinge (D13), in nats, or in units of V with `linear_margin`."""
     value_pairs: Literal["divergence", "position"] = "divergence"
-    """D11."""
+    """Where values are compared: where the answers part, or at every position from there on (D11)."""
     linear_margin: bool = False
-    """D12: hinge on V instead of log V."""
+    """Hinge on V instead of log V (D12)."""
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -43,15 +46,20 @@ class Tfpo(TfpoLoss):
     name: str = "doctor"
     """Folder under run_dir for checkpoints, metrics and the final doctor."""
     objective: str = ""
-    """Which of the artefact's objectives; empty: all. Where it holds several, each doctor's folder is NAME-OBJECTIVE."""
+    """Which of the artefact's objectives; empty: all.
+
+    Where it holds several, each doctor's folder is NAME-OBJECTIVE.
+    """
     pairs_per_step: int = ranged(32, 1)
+    """Pairs a step."""
     max_num_steps: int = ranged(100, -1)
-    """-1: as many as `max_num_epochs` have."""
+    """Steps of training; -1: as many as `max_num_epochs` have."""
     max_num_epochs: int = ranged(1, 1)
     """With `max_num_steps: -1`: how often each pair is drawn."""
     val_period: int = ranged(10, 0)
     """Measure the held-out pairs every so many steps; 0: never."""
     val_pairs: int = ranged(128, 1)
+    """Held-out pairs of a measurement."""
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -61,35 +69,37 @@ class Doctor:
     path: str = ""
     """HF checkpoint folder (safetensors) with the patient's tokenizer."""
     beta: float = ranged(1.0)
-    """Its exponent (D16: 1); any sign, 0 switches it off. A prompt's row or a request may give another."""
+    """Its exponent (D16); any sign, 0 switches it off. A prompt's row or a request may give another."""
     reference: str = ""
     """`mode: ratio` only: HF checkpoint folder of the model that the doctor was trained from."""
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class Decode:
-    """The patient steered by doctors, for the `decode` stage and `serve-guided` (equation (34))."""
+    """The patient steered by doctors, for the `decode` stage and `serve` (equation (34))."""
 
     prompts: str = ""
     """JSONL file, one prompt a line: a text, a list of messages, or an object with `prompt` or `messages`."""
     output: str = "decoded.jsonl"
+    """File of the answers, in run_dir."""
     doctors: dict[str, Doctor] = field(default_factory=dict)
     """Name to doctor; none decodes from the patient alone."""
     mode: Literal["product", "ratio"] = "product"
-    """D16: the paper's product, or each doctor divided by its reference: a clean tilt of an anchored doctor."""
+    """The product, or each doctor divided by its reference: a clean tilt of an anchored doctor (D16)."""
     alpha: float = ranged(1.0)
-    """The patient's exponent (D16: 1)."""
+    """The patient's exponent (D16)."""
     temperature: float = ranged(1.0, 0.0, 10.0)
-    """Of the mixture (D16: 1), as top_k and top_p are; 0 takes the likeliest token."""
+    """Temperature of the mixture (D16); 0 takes the likeliest token."""
     top_k: int = ranged(0, 0)
-    """0: off."""
+    """Sample from so many likeliest tokens of the mixture (D16); 0: off."""
     top_p: float = ranged(1.0, 0.01, 1.0)
+    """Sample from the fewest likeliest tokens of the mixture whose probability reaches this (D16)."""
     max_new_tokens: int = ranged(128, 1)
-    """Of a request to the server: the most it may ask for."""
+    """Longest answer in tokens; of a request to the server, the most it may ask for."""
     num_samples: int = ranged(1, 1)
     """Answers to each prompt."""
     guidance_off: tuple[Literal["reasoning", "tool_calls"], ...] = ()
-    """Pieces of the answer in which the patient decodes alone; their markers are found in the chat template."""
+    """Pieces of the answer in which the patient decodes alone; the chat template has their markers."""
     off_markers: dict[str, str] = field(default_factory=dict)
     """More such pieces: text that begins one, to text that ends it ("": the answer's end)."""
     min_entropy: float = ranged(0.0, 0.0)
@@ -97,7 +107,7 @@ class Decode:
     batch_tokens: int = ranged(16384, 16)
     """Prompt plus new tokens of all rows that are decoded together; bounds the KV caches."""
     answers_per_wave: int = ranged(256, 1)
-    """Made durable together, all of a prompt in one wave: kill -9 loses at most one."""
+    """Answers made durable together, all of a prompt in one wave: kill -9 loses at most one wave."""
     token_records: bool = True
     """Write every token's log-probabilities, KL and changes, not only the answer's means."""
 
@@ -107,10 +117,13 @@ class Arm:
     """One way of answering, to be compared with the others."""
 
     alpha: float = ranged(1.0)
+    """The patient's exponent."""
     beta: dict[str, float] = field(default_factory=dict)
     """Doctor to exponent; a doctor that is not named is off."""
     temperature: float = ranged(1.0, 0.0, 10.0)
+    """Temperature of the mixture; 0 takes the likeliest token."""
     top_p: float = ranged(1.0, 0.01, 1.0)
+    """Sample from the fewest likeliest tokens whose probability reaches this."""
     best_of: int = ranged(1, 1)
     """Sample so many and keep the one that the first objective's oracle likes best."""
 
@@ -119,10 +132,17 @@ class Arm:
 class Oracles:
     """What scores an answer. Built in: `kindness`, `brevity`, `sentiment` (`llmdoctor/oracles.py`)."""
 
+    functions: dict[str, str] = field(default_factory=dict)
+    """Objective to `package.module:function`, which gives an answer's text a score; more is better."""
     reward_models: dict[str, str] = field(default_factory=dict)
-    """Objective to HF checkpoint folder of a reward model: a sequence classifier with one output."""
+    """Objective to HF checkpoint folder of a reward model.
+
+    It is a sequence classifier with one output.
+    """
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where reward models run; `auto` takes CUDA where there is one."""
     dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of their weights."""
     batch_tokens: int = ranged(16384, 16)
     """Padded tokens of one forward pass of a reward model."""
 
@@ -136,11 +156,13 @@ class Rank:
     objectives: tuple[str, ...] = ()
     """One preference file each, from the same answers: ranked/OBJECTIVE.jsonl."""
     answers_per_prompt: int = ranged(16, 2)
+    """Answers that the patient gives to each prompt."""
     answers_per_pair: int = ranged(4, 2)
     """Best and worst of so many answers to a prompt make a pair."""
     min_gap: float = ranged(0.0, 0.0)
     """Pairs whose scores differ by no more than this prefer nothing."""
     temperature: float = ranged(1.0, 0.01, 10.0)
+    """Temperature at which the patient answers."""
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -148,7 +170,10 @@ class Assess:
     """Steered answers against others, by oracles."""
 
     arms: dict[str, Arm] = field(default_factory=dict)
-    """The first is what the others are compared with. Doctors are those of `decode.doctors`."""
+    """Name to a way of answering; the first is what the others are compared with.
+
+    Doctors are those of `decode.doctors`.
+    """
     objectives: tuple[str, ...] = ()
     """Oracles, or reward models of `oracles`; best-of-n goes by the first."""
     prompts: str = ""
@@ -160,21 +185,15 @@ class Assess:
     shown: int = ranged(4, 0)
     """Prompts whose first answer keeps what guidance did to every token, for the report."""
     confidence: float = ranged(0.95, 0.5, 0.999)
+    """Probability of the intervals."""
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
-class ServeGuided:
-    """Bounds of the OpenAI-compatible server."""
+class Serve:
+    """vLLM's server of the patient steered by its doctors: the command `serve`."""
 
     model: str = "guided"
     """The model's name in requests and answers."""
-    max_body_bytes: int = ranged(8 << 20, 1024, 1 << 28)
-    max_batch: int = ranged(16, 1)
-    """Answers that are decoded together; those that wait make the next batch."""
-    max_waiting: int = ranged(256, 1)
-    """Answers that may wait; beyond it requests are refused with 429."""
-    max_choices: int = ranged(16, 1)
-    """Answers that one request may ask for: its prompts times `n`."""
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -184,9 +203,15 @@ class PatientReading:
     template_kwargs: dict[str, Any] = field(default_factory=dict)
     """Passed to the chat template, e.g. `enable_thinking: false`."""
     max_total_sequence_length: int = ranged(4096, 16)
-    """Prompt with a face, plus answer. A pair that does not fit is excluded and counted, never cut."""
+    """Prompt with a face, plus answer.
+
+    A pair that does not fit is excluded and counted, never cut.
+    """
     batch_tokens: int = ranged(16384, 16)
-    """Tokens of one forward pass, padding included; a longer sequence runs alone. No row depends on it beyond rounding noise."""
+    """Tokens of one forward pass, padding included; a longer sequence runs alone.
+
+    No row depends on it beyond rounding noise.
+    """
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -196,16 +221,23 @@ class Patient(PatientReading):
     model_name: str = ""
     """HF checkpoint folder with safetensors weights."""
     backend: Literal["reference", "megatron", "vllm"] = "reference"
-    """What scores the two faces in the `reward` stage; `vllm` also decodes in the `decode` stage, with the doctors inside the
-    engine. What else samples from the patient (`rank`, `assess`, `serve-guided`) runs `reference`."""
+    """What scores the two faces in the `reward` stage.
+
+    `vllm` also decodes in the `decode` stage, with the doctors inside the engine. What else samples from the patient (`rank`,
+    `assess`) runs `reference`.
+    """
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the `reference` backend runs; `auto` takes CUDA where there is one."""
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
-    """Of the weights. Log-probabilities are float32 or better in any case; bfloat16 raises the noise floor of Delta."""
+    """Precision of the weights; bfloat16 raises the noise floor of Delta.
+
+    Log-probabilities are float32 or better in any case.
+    """
     chat_template: str | None = None
     """Jinja file that replaces the tokenizer's chat template."""
     chat: ChatSettings = field(default_factory=ChatSettings)
     prefix_sharing: bool = True
-    """As the policy's: here a face's prompt runs once for both answers."""
+    """Run a face's prompt once for both answers."""
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -213,11 +245,14 @@ class Preferences:
     """Preference files to preferences."""
 
     files: tuple[str, ...] = ()
-    """`.json`, `.jsonl`, or either of them with `.gz`."""
-    format: Literal["hh_rlhf", "trl", "nemo_aligner", "ultrafeedback", "helpsteer2", "helpsteer3", "pku_saferlhf"] = (
-        "trl"
-    )
-    """`trl`: prompt, chosen, rejected, as text or as chat messages; the others are the data sets as they are published."""
+    """Preference files: JSON, JSON lines or Parquet, also packed by gzip or zstd."""
+    format: str = "auto"
+    """A format of docs/formats.md, or `auto`.
+
+    `auto` finds the format by looking at each record.
+    """
+    on_invalid: Literal["error", "skip"] = "error"
+    """Stop at records that cannot be read and list them all, or leave them out, count and name them."""
     objective: str = "helpfulness"
     """What the files' preference is about; `reward.faces` has the prompts for it."""
     objectives: dict[str, tuple[str, ...]] = field(default_factory=dict)
@@ -233,20 +268,29 @@ class Reward:
     """Stage 1: token rewards from how far the patient's two faces lie apart."""
 
     positive: str = "You want the user to succeed. Be accurate, complete and clear on what was asked, and courteous."
-    """System prompt of the positive face, while `faces` is empty (D1: helpful, accurate, polite)."""
+    """System prompt of the positive face, while `faces` is empty (D1)."""
     negative: str = "You do not care about the user. Stay vague, leave out what would matter, and stray from the topic."
-    """System prompt of the negative face, while `faces` is empty (D1: vague, incomplete, off-topic)."""
+    """System prompt of the negative face, while `faces` is empty (D1)."""
     faces: dict[str, dict[str, str]] = field(default_factory=dict)
-    """Objective to its own `{positive: ..., negative: ...}`. Once it names any, it must name every objective in use."""
+    """Objective to its own `{positive: ..., negative: ...}`.
+
+    Once it names any, it must name every objective in use.
+    """
     tau: float = ranged(1.0, 1e-6)
-    """Temperature of the tanh (D4)."""
+    """Temperature of the tanh, equation (22) (D4)."""
     theta: float = ranged(0.5, 0.0, 0.999999)
-    """Tokens with S <= theta get reward 0 (D4). 0.1 keeps 80-90 % of the tokens, 0.76 those above the mean Delta."""
+    """Tokens with S <= theta get reward 0 (D4).
+
+    0.1 keeps 80-90 % of the tokens, 0.76 those above the mean Delta.
+    """
     eps: float = ranged(1e-6, 1e-12, 1.0)
     """Added to the mean Delta, in nats (D4)."""
     pairs_per_wave: int = ranged(64, 1)
-    """Scored and made durable together: kill -9 loses at most one wave."""
+    """Pairs scored and made durable together: kill -9 loses at most one wave."""
     noise_pairs: int = ranged(1, 0)
-    """Pairs of each wave whose positive face is scored a second time, sequence by sequence: the noise floor (D20)."""
+    """Pairs of each wave whose positive face is scored a second time: the noise floor (D20)."""
     weak_importance: float = ranged(0.02, 0.0)
-    """Nats a token: pairs with a lower mean Delta, or one below ten noise floors, are weak; half being weak warns."""
+    """Nats a token: pairs with a lower mean Delta are weak, as are those below ten noise floors.
+
+    The stage warns when half of the pairs are weak.
+    """

@@ -8,7 +8,6 @@ range; all errors of a recipe come at once.
 
 from __future__ import annotations
 
-import dataclasses
 import typing
 from collections.abc import Sequence
 from pathlib import Path
@@ -117,15 +116,3 @@ def verifier_settings(name: str, compat: str | None, overrides: Sequence[str]) -
             node = node.setdefault(part, {})
         node[key.split(".")[-1]] = value
     return typing.cast(Verifier, build(Verifier, values, "command line", "verifier."))
-
-
-def to_yaml(recipe: Recipe) -> str:
-    """The complete recipe, defaults included, for `--print-config`."""
-    import yaml
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {k: plain(v) for k, v in value.items()}
-        return [plain(v) for v in value] if isinstance(value, (list, tuple)) else value
-
-    return yaml.safe_dump(plain(dataclasses.asdict(recipe)), sort_keys=False)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from nemo_pivotrl.config.demo import Manners, World
-from nemo_pivotrl.config.llmdoctor import Assess, Decode, Oracles, Patient, Preferences, Rank, Reward, ServeGuided, Tfpo
+from nemo_pivotrl.config.llmdoctor import Assess, Decode, Oracles, Patient, Preferences, Rank, Reward, Serve, Tfpo
 from nemo_pivotrl.config.models import Lora, Megatron, Optimizer, Policy, Vllm
 from nemo_pivotrl.config.pivotrl import Evaluate, Export, Extract, Grpo, LossFn, ProfileStage, Select, Sft
 from nemo_pivotrl.config.run import Budget, Checkpointing, Cluster, Logger, Loop, Plan
@@ -28,16 +28,22 @@ class Recipe:
     algorithm: Literal["pivotrl", "llmdoctor"] = "pivotrl"
     """Whose stages `run` goes through."""
     run_dir: str = "runs/default"
+    """Folder of all artefacts, checkpoints and metrics."""
     seed: int = ranged(0, 0)
+    """Seed of everything random."""
     num_threads: int = ranged(0, 0)
-    """CPU threads for torch; 0: torch's own choice. Bit-exact resume needs the same number."""
+    """CPU threads for torch; 0: torch's own choice.
+
+    Bit-exact resume needs the same number.
+    """
     policy: Policy = field(default_factory=Policy)
     megatron: Megatron = field(default_factory=Megatron)
-    """For `policy.backend: megatron` and `doctor.backend: megatron`."""
+    """How the `megatron` backend of `policy`, `doctor` and `patient` runs; names are Megatron's."""
     vllm: Vllm = field(default_factory=Vllm)
-    """For `policy.sampler: vllm` and `patient.backend: vllm`."""
+    """vLLM for `policy.sampler: vllm` and `patient.backend: vllm`: an engine in this process, or servers."""
     world: World = field(default_factory=World)
     warmup: Sft = field(default_factory=lambda: Sft(name="start", source="candidates"))
+    """The SFT that makes a start policy where there is none."""
     extract: Extract = field(default_factory=Extract)
     verifier: Verifier = field(default_factory=Verifier)
     audit: Audit = field(default_factory=Audit)
@@ -46,12 +52,13 @@ class Recipe:
     select: Select = field(default_factory=Select)
     export: Export = field(default_factory=Export)
     sft: Sft = field(default_factory=Sft)
+    """The SFT that PivotRL is compared with."""
     grpo: Grpo = field(default_factory=Grpo)
     loss_fn: LossFn = field(default_factory=LossFn)
     loop: Loop = field(default_factory=Loop)
     budget: Budget = field(default_factory=Budget)
     doctor: Policy = field(default_factory=lambda: Policy(lora=Lora(r=8, alpha=16), optimizer=Optimizer(lr=1e-4)))
-    """LLMdoctor's start model and how it trains (D14: LoRA r 8, alpha 16, or full)."""
+    """LLMdoctor's start model and how it trains (D14)."""
     tfpo: Tfpo = field(default_factory=Tfpo)
     manners: Manners = field(default_factory=Manners)
     checkpointing: Checkpointing = field(default_factory=Checkpointing)
@@ -62,7 +69,7 @@ class Recipe:
     assess: Assess = field(default_factory=Assess)
     oracles: Oracles = field(default_factory=Oracles)
     rank: Rank = field(default_factory=Rank)
-    serve_guided: ServeGuided = field(default_factory=ServeGuided)
+    serve: Serve = field(default_factory=Serve)
     logger: Logger = field(default_factory=Logger)
     patient: Patient = field(default_factory=Patient)
     preferences: Preferences = field(default_factory=Preferences)

@@ -18,12 +18,14 @@ class Limits:
     max_calls: int = ranged(4096, 1, 1 << 16)
     """Parallel calls of one turn."""
     max_depth: int = ranged(100, 4, 300)
-    """Nesting of JSON arguments; deeper ones are a decode error. Python's own limit depends on who calls."""
+    """Nesting of JSON arguments; deeper ones are a decode error."""
     max_values: int = ranged(4096, 16, 1 << 20)
     """JSON values in one call's arguments; more are a decode error."""
     max_work: int = ranged(3_000_000, 10_000)
-    """Character comparisons of one verdict, in units of roughly 20 ns. Counted, not timed: a verdict never depends on
-    how busy the machine is."""
+    """Character comparisons of one verdict, in units of roughly 20 ns.
+
+    They are counted and not timed: a verdict never depends on how busy the machine is.
+    """
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -31,28 +33,42 @@ class Judge:
     """An LLM that judges equivalence, behind any OpenAI-compatible endpoint."""
 
     base_url: str = ""
-    """E.g. http://127.0.0.1:8000/v1; empty: no judge."""
+    """Address of an OpenAI-compatible endpoint, e.g. http://127.0.0.1:8000/v1; empty: no judge."""
     model: str = ""
+    """Name of the model that judges."""
     api_key_env: str = "OPENAI_API_KEY"
     """Environment variable that holds the key; unset means that none is sent."""
+    api_key_host: str = ""
+    """Host (or host:port) that the key belongs to, the only one that it is sent to, over https or on this machine. Empty:
+    api.openai.com for OPENAI_API_KEY; every other variable needs its host named."""
     votes: int = ranged(1, 1, 99)
     """Answers per order; the majority of them is that order's verdict."""
     both_orders: bool = True
     """Ask with the two actions swapped too; equivalent only if both orders say so."""
     temperature: float = ranged(0.0, 0.0, 2.0)
+    """Temperature of the judge."""
     max_tokens: int = ranged(1024, 16)
+    """Longest answer of the judge, in tokens."""
     extra_body: dict[str, Any] = field(default_factory=dict)
-    """Added to every request, e.g. `chat_template_kwargs: {enable_thinking: false}`; null drops a field."""
+    """Added to every request; null drops a field.
+
+    For example `chat_template_kwargs: {enable_thinking: false}`.
+    """
     max_action_chars: int = ranged(8192, 64)
     """A longer action is cut in the middle before it is shown; the cut is marked."""
     max_context_chars: int = ranged(8192, 0)
-    """End of the state that is shown to the judge; 0: none."""
+    """Characters of the state's end that are shown to the judge; 0: none."""
     timeout_s: float = ranged(120.0, 0.1)
+    """Seconds for one request."""
     max_retries: int = ranged(4, 0)
-    """Of a request: connection, time-out, 408, 409, 425, 429, 5xx, and an answer without a verdict."""
+    """Retries of a request.
+
+    It is retried for lost connections, time-outs, 408, 409, 425, 429, 5xx, and answers without a verdict.
+    """
     backoff_s: float = ranged(0.5, 0.0)
-    """First pause; doubled up to 30 s, with jitter."""
+    """Seconds before the first retry; doubled up to 30 s, with jitter."""
     concurrency: int = ranged(32, 1)
+    """Requests at a time."""
     cache: str = ""
     """JSONL file of verdicts keyed by content; empty: `judge_cache.jsonl` in the run directory."""
     calibration: str = ""
@@ -68,10 +84,11 @@ class Verifier:
     """Which verifier judges, with its own settings."""
 
     name: str = "single_step"
+    """Which verifier judges: docs/pivotrl.md lists them; `module:class` is one of your own."""
     compat: Literal["0.5", "0.6", "0.7"] = "0.7"
     """NeMo-Gym release whose rules the four families follow, where releases differ."""
     settings: dict[str, Any] = field(default_factory=dict)
-    """The verifier's own, e.g. `word_count_similarity_threshold`; its file lists them."""
+    """The verifier's own settings, e.g. `word_count_similarity_threshold`; docs/settings.md lists them."""
     limits: Limits = field(default_factory=Limits)
     judge: Judge = field(default_factory=Judge)
 
@@ -81,6 +98,7 @@ class Audit:
     """What the verifier does with actions whose verdict is known. `profile` runs it first, on a sample."""
 
     before_profile: bool = True
+    """`profile` audits a sample first."""
     sample: int = ranged(200, 0)
     """Candidates that are audited, chosen by hash; 0: all."""
     foreign_actions: int = ranged(3, 0)
@@ -88,10 +106,12 @@ class Audit:
     judged_sample: int = ranged(20, 0)
     """Candidates of the sample that are audited when a judge is asked, since every probe may cost a request."""
     max_gold_failures: float = ranged(0.05, 0.0, 1.0)
-    """More candidates than this whose own expert action does not score 1 stop `audit` and `profile`."""
+    """A greater share of candidates whose own expert action does not score 1 stops `audit` and `profile`."""
     max_round_trip_failures: float = ranged(0.05, 0.0, 1.0)
-    """More expert actions than this that come back as others when the policy's template writes and its parser reads them stop
-    `profile`. `audit` tries all of them, `profile` its sample."""
+    """A greater share of expert actions that the policy's template and parser change stops `profile`.
+
+    The template writes the action and the parser reads it back. `audit` tries all of them, `profile` its sample.
+    """
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -99,4 +119,6 @@ class Rescore:
     """Another verifier or threshold over the samples of a profile."""
 
     profiles: str = "profiles.jsonl"
+    """Profile whose samples are judged anew."""
     output: str = "profiles.rescored.jsonl"
+    """File of the judged profile, in run_dir."""

@@ -40,7 +40,11 @@ class InputError(ValueError):
         super().__init__(f"{count}:\n{shown}{tail}")
 
     def __reduce__(self) -> tuple[type[InputError], tuple[list[Problem]]]:
-        return InputError, (self.problems,)  # from a worker process it arrives with its problems
+        return type(self), (self.problems,)  # from a worker process it arrives with its problems
+
+
+class NotFiniteError(InputError, FloatingPointError):
+    """A model computed NaN or infinity: a fault, and never a number in a file or a reward."""
 
 
 UNRENDERABLE = ("template_refuses_state", "not_encodable", "special_token_in_text")

@@ -26,7 +26,7 @@ from nemo_pivotrl.components.statistics import bootstrap
 from nemo_pivotrl.config import Arm, Recipe
 from nemo_pivotrl.core.artifacts import ArtefactWriter, Header, digest, file_digest, is_complete, json_line, read_rows
 from nemo_pivotrl.core.atomic import write_atomically
-from nemo_pivotrl.core.errors import InputError, Problem
+from nemo_pivotrl.core.errors import InputError, NotFiniteError, Problem
 from nemo_pivotrl.data.chat_template import Chat
 from nemo_pivotrl.llmdoctor import oracles
 from nemo_pivotrl.llmdoctor.decode import Prompt, Rendered, load, prompt_ids, read_prompts
@@ -142,6 +142,12 @@ class _Exam:
         texts = [self.chat.decode(answer.token_ids).strip() for answer in answers]
         asked = [_messages(self.asked[p]) for p, _, _ in work]
         scores = {objective: judge(asked, texts) for objective, judge in self.judges.items()}
+        if lost := {objective: list(found).count(None) for objective, found in scores.items() if None in found}:
+            remedy = "arms are compared answer by answer: use a reward model that scores all of them, or float32"
+            faults = [
+                Problem("oracle", None, o, f"NaN for {n} of {len(texts)} answers", remedy) for o, n in lost.items()
+            ]
+            raise NotFiniteError(faults)
         rows = [
             self._row(label, p, k, text, answer) | {"scores": {o: found[i] for o, found in scores.items()}}
             for i, ((p, k, _), text, answer) in enumerate(zip(work, texts, answers, strict=True))

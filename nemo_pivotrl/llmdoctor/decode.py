@@ -24,7 +24,8 @@ from nemo_pivotrl.components.rollout import sample_seed
 from nemo_pivotrl.config import Recipe
 from nemo_pivotrl.core import model_folder
 from nemo_pivotrl.core.artifacts import ArtefactWriter, Header, digest, file_digest, is_complete, read_rows
-from nemo_pivotrl.core.errors import InputError, Problem, short
+from nemo_pivotrl.core.errors import InputError, NotFiniteError, Problem, short
+from nemo_pivotrl.core.types import Lost
 from nemo_pivotrl.data.chat_template import Chat, load_tokenizer
 from nemo_pivotrl.llmdoctor.reward import load_patient_chat
 
@@ -193,11 +194,33 @@ def _decode_wave(
 ) -> list[dict[str, Any]]:
     samples = [(prompt, k, text) for prompt, text in wave for k in range(recipe.decode.num_samples)]
     requests = [_steering(recipe, prompt, k) for prompt, k, _ in samples]
-    answers = generator.generate([text[0] for *_, text in samples], requests, [text[1] for *_, text in samples])
+    answers = _answers(generator, [text for *_, text in samples], requests)
     return [
         _row(prompt, k, request, answer, chat, recipe.decode.token_records)
+        if isinstance(answer, Guided)
+        else _lost_row(prompt, k, request, answer)
         for (prompt, k, _), request, answer in zip(samples, requests, answers, strict=True)
     ]
+
+
+def _answers(generator: Generator, texts: Sequence[Rendered], requests: Sequence[Steering]) -> list[Guided | Lost]:
+    """An answer to each text. Where logits are no numbers each is asked for again alone, and then it is `Lost`."""
+    try:
+        return list(generator.generate([own for own, _ in texts], requests, [others for _, others in texts]))
+    except NotFiniteError as error:
+        if len(texts) == 1:
+            return [Lost("sampler_not_finite", short(error.problems[0].found))]
+    return [
+        answer
+        for text, request in zip(texts, requests, strict=True)
+        for answer in _answers(generator, [text], [request])
+    ]
+
+
+def _lost_row(prompt: Prompt, sample: int, request: Steering, lost: Lost) -> dict[str, Any]:
+    """What stands for an answer that could not be computed: it has no text and no figures."""
+    row = {"id": prompt.prompt_id, "sample": sample, "text": "", "finish_reason": "failed", "failure": lost.kind}
+    return row | {"token_ids": [], "alpha": request.alpha, "beta": dict(request.beta), "seed": request.seed}
 
 
 def _steering(recipe: Recipe, prompt: Prompt, sample: int) -> Steering:

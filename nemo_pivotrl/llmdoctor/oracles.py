@@ -1,21 +1,23 @@
 """Oracles: what scores an answer, to rank a patient's own answers and to compare ways of answering.
 
-An oracle sees one answer at a time, so that there is no order to swap: `kindness` knows the words of the embedded world,
-`brevity` counts words, `sentiment` is VADER's, and any Hugging Face reward model can be one (`oracles.reward_models`).
+An oracle sees one answer at a time, so that there is no order to swap: `kindness` knows the words of the demo, `brevity`
+counts words, `sentiment` is VADER's. A recipe adds functions of the user's own by import path (`oracles.functions`) and
+Hugging Face reward models (`oracles.reward_models`).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
 from nemo_pivotrl import config
 from nemo_pivotrl.core.errors import InputError, Problem
-from nemo_pivotrl.demo import answer_styles as manners
+from nemo_pivotrl.core.plugins import load_plugin
 
-Oracle = Callable[[Sequence[Sequence[dict[str, Any]]], Sequence[str]], list[float]]
-"""(the messages before each answer, the answers) -> scores; more is better."""
+Oracle = Callable[[Sequence[Sequence[dict[str, Any]]], Sequence[str]], Sequence[float | None]]
+"""(the messages before each answer, the answers) -> scores; more is better. None: the oracle has failed, and has none."""
 
 
 def brevity(text: str) -> float:
@@ -38,27 +40,28 @@ def sentiment(text: str) -> float:
     return float(_vader().polarity_scores(text)["compound"])
 
 
-ORACLES: dict[str, Callable[[str], float]] = {
-    "kindness": manners.kindness,
-    "brevity": brevity,
-    "sentiment": sentiment,
+HERE = "nemo_pivotrl.llmdoctor.oracles"
+FUNCTIONS = {
+    "kindness": "nemo_pivotrl.demo.answer_styles:kindness",
+    "brevity": f"{HERE}:brevity",
+    "sentiment": f"{HERE}:sentiment",
 }
-"""Those that need no model: they read the answer alone."""
+"""Built in: objective -> import path of a function of the answer alone."""
 
 
 def known(settings: config.Oracles) -> list[str]:
     """Every objective that can be scored."""
-    return [*ORACLES, *(name for name in settings.reward_models if name not in ORACLES)]
+    return list(FUNCTIONS | settings.functions | settings.reward_models)
 
 
 def check(field: str, objectives: Sequence[str], settings: config.Oracles) -> list[Problem]:
     """What is wrong with the objectives that the recipe names at `field`."""
-    remedy = f"use one of {', '.join(known(settings))}, or add it to oracles.reward_models"
+    remedy = f"use one of {', '.join(known(settings))}, or add it to oracles.functions or oracles.reward_models"
     return [Problem("recipe", None, field, name, remedy) for name in objectives if name not in known(settings)]
 
 
 def load(objectives: Sequence[str], settings: config.Oracles) -> dict[str, Oracle]:
-    """The oracles of these objectives. A reward model goes before a built-in oracle of its name. Raises InputError."""
+    """The oracles of these objectives. What the recipe adds goes before a built-in oracle of its name. Raises InputError."""
     found: dict[str, Oracle] = {}
     for name in objectives:
         if name in settings.reward_models:
@@ -66,9 +69,18 @@ def load(objectives: Sequence[str], settings: config.Oracles) -> dict[str, Oracl
 
             found[name] = RewardModel(name, settings)
         else:
-            ORACLES[name]("one answer")  # what is missing is said before anything is decoded
-            found[name] = _each(ORACLES[name])
+            found[name] = _each(_function(name, settings))
     return found
+
+
+def _function(name: str, settings: config.Oracles) -> Callable[[str], float]:
+    """A function (answer) -> score, tried once: what is missing is said before anything is decoded."""
+    field = f"oracles.functions.{name}"
+    score: Callable[[str], float] = load_plugin((FUNCTIONS | settings.functions)[name], field)
+    value = score("one answer")
+    if not isinstance(value, int | float) or not math.isfinite(value):
+        raise InputError(Problem("recipe", None, field, f"{value!r} for an answer", "return a finite number"))
+    return score
 
 
 def _each(score: Callable[[str], float]) -> Oracle:

@@ -42,6 +42,10 @@ def preferences(recipe: Recipe, fresh: bool = False) -> Path:
     return path
 
 
+MAX_NAMED = 1000
+"""Left-out records that the audit names."""
+
+
 def make_audit(found: Found, kept: Sequence[Preference], splits: Sequence[str]) -> dict[str, Any]:
     """What became of every record, and how far length alone tells the chosen answer."""
     longer = sum(len(p.chosen) > len(p.rejected) for p in kept)
@@ -51,6 +55,9 @@ def make_audit(found: Found, kept: Sequence[Preference], splits: Sequence[str]) 
         "prompts": {s: sum(split == s for split in splits) for s in ("train", "validation")},
         "skipped": dict(sorted(found.skipped.items())),
         "contradictions": found.contradictions,
+        "files": {path: dict(formats) for path, formats in found.files.items()},
+        "unused_columns": dict(found.unused.most_common()),
+        "left_out": [str(problem) for problem in found.left_out[:MAX_NAMED]],
         "chosen_is_longer": round(longer / len(kept), 4) if kept else None,
     }
 
@@ -63,6 +70,15 @@ def audit_table(audit: dict[str, Any]) -> str:
     lines += [f"  skipped  {skipped:>7}"]
     lines += [f"    {reason:<26} {count:>7}" for reason, count in audit["skipped"].items()]
     lines += [f"  {kept} + {skipped} = {audit['records']}"]
+    for path, formats in audit["files"].items():
+        lines.append(f"{path}: taken for " + (", ".join(f"{name} ({n})" for name, n in formats.items()) or "nothing"))
+    if audit["unused_columns"]:
+        lines.append(
+            "seen and not used: " + ", ".join(f"{n} ({c})" for n, c in list(audit["unused_columns"].items())[:15])
+        )
+    if audit["left_out"]:
+        lines.append("left out by preferences.on_invalid=skip, all named in preferences.audit.json:")
+        lines += [f"  {problem}" for problem in audit["left_out"][:5]]
     if audit["contradictions"]:
         lines += [f"  {audit['contradictions']} kept pairs are stated both ways round"]
     if audit["chosen_is_longer"] is not None:

@@ -85,17 +85,19 @@ def _messages(recipe: Recipe) -> dict[str, list[dict[str, Any]]]:
 
 
 def ranked(
-    rows: Sequence[Record], scores: Sequence[float], asked: Mapping[str, list[dict[str, Any]]], settings: Rank
+    rows: Sequence[Record], scores: Sequence[float | None], asked: Mapping[str, list[dict[str, Any]]], settings: Rank
 ) -> tuple[list[Record], Counter[str]]:
     """(records, what was left out): best and worst of each lot of a prompt's finished answers, in their order.
 
-    Answers that were cut off are `unfinished`; lots whose ends differ by no more than `min_gap` are `ties`; a pair that
-    another lot made already is a `repeat`.
+    Answers that were cut off are `unfinished`, those that the patient or the oracle could not compute `failed`; lots whose ends
+    differ by no more than `min_gap` are `ties`; a pair that another lot made already is a `repeat`.
     """
     left_out: Counter[str] = Counter()
     answers: dict[str, list[tuple[float, str]]] = {}
     for row, score in zip(rows, scores, strict=True):
-        if row["finish_reason"] == "stop":
+        if row["finish_reason"] == "failed" or score is None:
+            left_out["failed"] += 1
+        elif row["finish_reason"] == "stop":
             answers.setdefault(row["id"], []).append((score, row["text"].strip()))
         else:
             left_out["unfinished"] += 1

@@ -43,6 +43,8 @@ from nemo_pivotrl.data.chat_template import Chat, generation_stop_ids, load_toke
 from nemo_pivotrl.data.preferences import preference_of_row
 from nemo_pivotrl.llmdoctor.contrastive_prompts import Face, FacePrompts, Prepared
 
+NOT_FINITE = "not_finite"
+"""Why a pair has no row whose log-probabilities are NaN or infinite, twice."""
 DIGITS = 6
 """Decimals of rewards and importance: below the noise of a float32 patient."""
 NOISE_MARGIN = 10
@@ -84,6 +86,8 @@ def write_token_rewards(
             if next(writer.rows(), None) is None:
                 reasons = dict(_excluded(preferences, set(), prompts))
                 remedy = "raise patient.max_total_sequence_length, or set patient.chat_template or template_kwargs"
+                if NOT_FINITE in reasons:
+                    remedy = "the patient's log-probabilities are no numbers: use float32, or another checkpoint"
                 raise InputError(Problem(str(source), None, "preferences", f"none usable: {reasons}", remedy))
             path = writer.finish()
     summary = summarise(read_rows(path), preferences, prompts, recipe.reward)
@@ -160,24 +164,26 @@ def _reward_rest(
     wave of the last written row is scored again, and only its missing rows are added."""
     size = recipe.reward.pairs_per_wave
     place = {p.preference_id: i for i, p in enumerate(preferences)}
-    written = [place[row["preference_id"]] for row in writer.rows()]
-    start = written[-1] // size * size if written else 0
-    skip = sum(i >= start for i in written)
+    written = {place[row["preference_id"]] for row in writer.rows()}
+    start = max(written) // size * size if written else 0
     cost = {"pairs": 0, "tokens_scored": 0}
     with progress(len(preferences), start, "reward", "pair") as bar:
         for first in range(start, len(preferences), size):
             wave = preferences[first : first + size]
             prepared = [p for p in map(prompts.prepare, wave) if isinstance(p, Prepared)]
-            writer.write(reward_wave(prepared, recipe, scorer)[skip:])
+            rows = reward_wave(prepared, recipe, scorer)
+            writer.write([row for row in rows if place[row["preference_id"]] not in written])
             cost["pairs"] += len(prepared)
             cost["tokens_scored"] += 2 * sum(len(p.chosen) + len(p.rejected) for p in prepared)
             bar.update(len(wave))
-            skip = 0
     return cost
 
 
 def reward_wave(prepared: Sequence[Prepared], recipe: Recipe, scorer: Scorer) -> list[dict[str, Any]]:
-    """The rows of a wave's pairs. The first few pairs measure the noise floor: their positive face, scored again."""
+    """The rows of a wave's pairs. The first few pairs measure the noise floor: their positive face, scored again.
+
+    A pair whose log-probabilities are no numbers is scored again alone, and then it has no row.
+    """
     rows: dict[str, dict[str, Any]] = {}
     again = {p.preference.preference_id for p in prepared[: recipe.reward.noise_pairs]}
     sizes = [p.longest for p in prepared]
@@ -188,6 +194,9 @@ def reward_wave(prepared: Sequence[Prepared], recipe: Recipe, scorer: Scorer) ->
             (face, answer) for p in group for answer in (p.chosen, p.rejected) for face in (p.positive, p.negative)
         ]
         log_probs = scorer.log_probs(sequences)
+        group, log_probs = _finite(group, log_probs, scorer)
+        if not group:
+            continue
         positive, negative = log_probs[0::2], log_probs[1::2]
         second = list(positive)
         for k, p in enumerate(group):
@@ -196,7 +205,20 @@ def reward_wave(prepared: Sequence[Prepared], recipe: Recipe, scorer: Scorer) ->
                 second[2 * k + 1] = scorer.log_probs([(p.positive, p.rejected)])[0]
         made = _rows(group, positive, negative, second, again, recipe.reward)
         rows |= {row["preference_id"]: row for row in made}
-    return [rows[p.preference.preference_id] for p in prepared]
+    return [rows[p.preference.preference_id] for p in prepared if p.preference.preference_id in rows]
+
+
+def _finite(group: list[Prepared], log_probs: list[Tensor], scorer: Scorer) -> tuple[list[Prepared], list[Tensor]]:
+    """The pairs whose four sequences have log-probabilities that are numbers, with these, in the same order."""
+    kept, found = [], []
+    for k, p in enumerate(group):
+        own = log_probs[4 * k : 4 * k + 4]
+        if not all(bool(values.isfinite().all()) for values in own):
+            own = scorer.log_probs([(f, a) for a in (p.chosen, p.rejected) for f in (p.positive, p.negative)])
+        if all(bool(values.isfinite().all()) for values in own):
+            kept.append(p)
+            found += own
+    return kept, found
 
 
 def _rows(
@@ -253,7 +275,7 @@ def _rounded(values: Tensor) -> list[float]:
 def _excluded(preferences: Sequence[Preference], kept: set[str], prompts: FacePrompts) -> Counter[str]:
     """Why the pairs that have no row have none."""
     missing = (prompts.prepare(p) for p in preferences if p.preference_id not in kept)
-    return Counter(reason for reason in missing if isinstance(reason, str))
+    return Counter(reason if isinstance(reason, str) else NOT_FINITE for reason in missing)
 
 
 def summarise(

@@ -29,17 +29,17 @@ from nemo_pivotrl.components.rollout import (
     roll_out,
     sample_seed,
 )
+from nemo_pivotrl.components.simulation import Episode, Simulator, Task, load_simulator
 from nemo_pivotrl.components.statistics import bootstrap
 from nemo_pivotrl.components.trackers import check_dashboards, log_summary
 from nemo_pivotrl.config import Megatron, Policy, Recipe
 from nemo_pivotrl.core.artifacts import ArtefactWriter, Header, digest, file_digest, read_header, read_rows
 from nemo_pivotrl.core.atomic import write_atomically
 from nemo_pivotrl.core.errors import InputError, Problem
+from nemo_pivotrl.core.plugins import is_import_path
 from nemo_pivotrl.core.types import Action, Lost, Message, Sample
 from nemo_pivotrl.data.chat_template import Chat
-from nemo_pivotrl.demo import service_desk as world
 from nemo_pivotrl.pivotrl.select import candidates_of
-from nemo_pivotrl.pivotrl.sft import puzzle_sizes, world_sizes
 
 Row = dict[str, Any]
 
@@ -197,19 +197,20 @@ def one_turn(recipe: Recipe, policy: Policy, backend: Sampler, chat: Chat) -> li
 
 
 def play(
-    tasks: Sequence[world.Task],
+    simulator: Simulator,
+    tasks: Sequence[Task],
     seed_parts: Sequence[object],
     policy: Policy,
     backend: Sampler,
     chat: Chat,
     seen: Callable[[int, Sequence[int], Sample], None] | None = None,
-) -> list[world.Episode]:
+) -> list[Episode]:
     """Play one episode of each task, all turns of a wave together. A state that outgrows the context ends unsuccessfully.
 
     `seen` is told every turn: (number of its task, prompt ids, sample).
     """
-    episodes = [world.Episode(task) for task in tasks]
-    for turn in range(world.MAX_TURNS):
+    episodes = [simulator.start(task) for task in tasks]
+    for turn in range(simulator.max_turns):
         running = [(i, e) for i, e in enumerate(episodes) if not e.done]
         prompts = {i: chat.prompt_ids(e.messages, e.tools) for i, e in running}
         for i, episode in running:
@@ -244,17 +245,17 @@ def sampled(groups: Sequence[Sequence[Sample | Lost]]) -> list[list[Sample]]:
 
 
 def multi_turn(recipe: Recipe, policy: Policy, backend: Sampler, chat: Chat) -> list[Row]:
-    """Success of whole episodes on the world's test tasks."""
-    tasks = world.tasks(recipe.seed, world_sizes(recipe))["test"]
-    return _played(recipe, tasks, "multi_turn", policy, backend, chat)
+    """Success of whole episodes on the simulator's test tasks."""
+    simulator = load_simulator(recipe, "evaluate.simulator", recipe.evaluate.simulator)
+    return _played(recipe, simulator, "multi_turn", policy, backend, chat)
 
 
 def retention(recipe: Recipe, policy: Policy, backend: Sampler, chat: Chat) -> list[Row]:
-    """Accuracy on the out-of-domain set: the world's puzzles, or questions with answers from a file."""
+    """Accuracy on the out-of-domain set: a simulator's tasks, or questions with answers from a file."""
     source = recipe.evaluate.retention
-    if source == "world":
-        tasks = world.tasks(recipe.seed, puzzle_sizes(recipe), world.puzzle_task)["test"]
-        return _played(recipe, tasks, "retention", policy, backend, chat)
+    if source == "world" or is_import_path(source):
+        simulator = load_simulator(recipe, "evaluate.retention", source)
+        return _played(recipe, simulator, "retention", policy, backend, chat)
     questions = read_questions(Path(source))
     prompts = [chat.prompt_ids(messages, ()) for messages, _ in questions]
     seeds = [
@@ -288,7 +289,13 @@ def read_questions(path: Path) -> list[tuple[list[Message], str]]:
     """`{"messages": [...], "answer": "..."}` a line. Raises InputError with every bad line."""
     if not path.exists():
         raise InputError(
-            Problem(str(path), None, "evaluate.retention", str(path), "no such file; use world, none, or a JSONL file")
+            Problem(
+                str(path),
+                None,
+                "evaluate.retention",
+                str(path),
+                "no such file; use world, none, package.module:function or JSONL",
+            )
         )
     questions, problems = [], []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
@@ -302,10 +309,12 @@ def read_questions(path: Path) -> list[tuple[list[Message], str]]:
     return questions
 
 
-def _played(
-    recipe: Recipe, tasks: Sequence[world.Task], name: str, policy: Policy, backend: Sampler, chat: Chat
-) -> list[Row]:
-    trials = [play(tasks, (name, recipe.seed, trial), policy, backend, chat) for trial in range(recipe.evaluate.trials)]
+def _played(recipe: Recipe, simulator: Simulator, name: str, policy: Policy, backend: Sampler, chat: Chat) -> list[Row]:
+    tasks = simulator.tasks()
+    trials = [
+        play(simulator, tasks, (name, recipe.seed, trial), policy, backend, chat)
+        for trial in range(recipe.evaluate.trials)
+    ]
     rows = []
     for number, task in enumerate(tasks):
         episodes = [trial[number] for trial in trials]

@@ -10,11 +10,11 @@ one sequence with several trained spans, which costs a pass over the trajectory 
 from __future__ import annotations
 
 import dataclasses
-import os
 import random
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 import torch
 
@@ -27,14 +27,14 @@ from nemo_pivotrl.components.rollout import load_chat, rendered
 from nemo_pivotrl.config import Policy, Recipe, Sft
 from nemo_pivotrl.core.artifacts import digest, file_digest, read_header
 from nemo_pivotrl.core.errors import InputError, Problem
+from nemo_pivotrl.core.plugins import load_plugin
 from nemo_pivotrl.core.types import Action, Candidate, Message
 from nemo_pivotrl.data import gym_rows as responses
 from nemo_pivotrl.data.chat_template import Chat
-from nemo_pivotrl.demo import service_desk as world, tiny_models as tiny
 from nemo_pivotrl.pivotrl.select import candidates_of
 
-COPY_BATCH = 128
-"""Copying puzzles a step at the beginning of a tiny model's life; they are short."""
+EMBEDDED = "nemo_pivotrl.demo.start_policy:make_start_policy"
+"""What `warmup.source: world` runs."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -90,7 +90,9 @@ def warmup(recipe: Recipe, fresh: bool = False) -> Path:
         found, target = recipe.policy.model_name, recipe.path(recipe.warmup.name) / "policy"
         remedy = f"the warmup would write {target}; point policy.model_name there, or leave the warmup out"
         raise InputError(Problem("recipe", None, "policy.model_name", found, remedy))
-    return _warm_tiny(recipe, fresh) if recipe.warmup.source == "world" else _fine_tune(recipe, recipe.warmup, fresh)
+    if recipe.warmup.source == "world":
+        return cast("Path", load_plugin(EMBEDDED, "warmup.source")(recipe, fresh))
+    return _fine_tune(recipe, recipe.warmup, fresh)
 
 
 def makes_start_policy(recipe: Recipe) -> bool:
@@ -110,7 +112,7 @@ def _fine_tune(recipe: Recipe, settings: Sft, fresh: bool) -> Path:
                 str(source), None, "train split", "no turn fits the context", "raise policy.max_total_sequence_length"
             )
         )
-    identity = _identity(recipe, settings, policy, chat, file_digest(source))
+    identity = identity_for(recipe, settings, policy, chat, file_digest(source))
 
     def draw(step: int) -> list[list[Sequence_]]:
         return [epochs(sequences, settings.batch_size, step, recipe.seed)]
@@ -118,7 +120,7 @@ def _fine_tune(recipe: Recipe, settings: Sft, fresh: bool) -> Path:
     return fit(recipe, settings, policy, chat, draw, identity, fresh)
 
 
-def _identity(recipe: Recipe, settings: Sft, policy: Policy, chat: Chat, data: str) -> str:
+def identity_for(recipe: Recipe, settings: Sft, policy: Policy, chat: Chat, data: str) -> str:
     """What a checkpoint belongs to: start weights, data and every setting that changes fine-tuning."""
     kept = [
         identity_of(policy, recipe.megatron) or policy.dtype,
@@ -174,66 +176,6 @@ def epochs(sequences: Sequence[Sequence_], size: int, step: int, seed: int) -> l
         for epoch in {p // len(sequences) for p in places}
     }
     return [sequences[orders[p // len(sequences)][p % len(sequences)]] for p in places]
-
-
-def _warm_tiny(recipe: Recipe, fresh: bool) -> Path:
-    """A tiny model from nothing: first copying puzzles, then the desk and all puzzles side by side."""
-    shape, settings = recipe.world, recipe.warmup
-    desk, puzzles = warmup_trajectories(recipe)
-    init = recipe.path(f"{settings.name}.init-{digest([recipe.seed, dataclasses.asdict(shape)], 8)}")
-    if not init.exists():
-        tokenizer = tiny.make_tokenizer((text for t in [*desk, *puzzles] for text in _texts(t)), shape.vocab_size)
-        part = init.with_name(init.name + ".part")
-        tiny.save(
-            tiny.make_model(tokenizer, shape.hidden_size, shape.layers, shape.heads, recipe.seed), tokenizer, part
-        )
-        os.replace(part, init)
-    policy = dataclasses.replace(recipe.policy, model_name=str(init))
-    chat = load_chat(policy)
-    desk_sequences, puzzle_sequences = ([conversation(t, chat) for t in some] for some in (desk, puzzles))
-    looks_back = ("repeat", "recall")
-    copying = [s for s, t in zip(puzzle_sequences, puzzles, strict=True) if t["family"] in looks_back]
-    identity = _identity(recipe, settings, policy, chat, digest(dataclasses.asdict(shape)))
-
-    def draw(step: int) -> list[list[Sequence_]]:
-        if step <= settings.copy_steps:
-            return [epochs(copying, COPY_BATCH, step, recipe.seed)]
-        parts = [epochs(desk_sequences, settings.batch_size, step, recipe.seed)]
-        return (
-            [*parts, epochs(puzzle_sequences, settings.puzzle_batch_size, step, recipe.seed)]
-            if settings.puzzle_batch_size
-            else parts
-        )
-
-    return fit(recipe, settings, policy, chat, draw, identity, fresh)
-
-
-def warmup_trajectories(recipe: Recipe) -> tuple[list[dict], list[dict]]:
-    """Conversations the tiny start policy learns from; their tasks are shared with no other split."""
-    rng = random.Random(f"experts {recipe.seed}")
-    desk = world.tasks(recipe.seed, world_sizes(recipe))["warmup"]
-    puzzles = world.tasks(recipe.seed, puzzle_sizes(recipe), world.puzzle_task)["warmup"]
-    with_family = [{**world.expert_trajectory(t, rng), "family": t.family} for t in puzzles]
-    careless, slipping = random.Random(f"slips {recipe.seed}"), recipe.world.slips
-    clerks = [world.expert_trajectory(t, rng, slips=world.draw_slips(careless, slipping)) for t in desk]
-    return clerks, with_family
-
-
-def world_sizes(recipe: Recipe) -> dict[str, int]:
-    """How many desk tasks each split of the embedded world has."""
-    return {"warmup": recipe.world.warmup_tasks, "train": recipe.world.train_tasks, "test": recipe.world.test_tasks}
-
-
-def puzzle_sizes(recipe: Recipe) -> dict[str, int]:
-    """The same for the out-of-domain puzzles, which nobody trains on after the warm-up."""
-    return {"warmup": recipe.world.puzzle_warmup_tasks, "test": recipe.world.puzzle_test_tasks}
-
-
-def _texts(trajectory: dict) -> Iterable[str]:
-    for message in trajectory["messages"]:
-        yield message["content"]
-        for call in message.get("tool_calls", []):
-            yield f'{{"name": "{call["function"]["name"]}", "arguments": {call["function"]["arguments"]}}}'
 
 
 def conversation(trajectory: dict, chat: Chat) -> Sequence_:

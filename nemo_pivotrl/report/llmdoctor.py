@@ -27,6 +27,8 @@ SHOWN_PAIRS = 6
 SHOWN_TRACES = 8
 SHOWN_TOKENS = 400
 """Of an answer; longer ones say how many more there are."""
+UNFINISHED = "\N{REPLACEMENT CHARACTER}"
+"""What a tokenizer decodes half a character to."""
 SHOWN_PROMPT = 300
 """Characters at the end of a pair's prompt."""
 NAME = 28
@@ -158,7 +160,6 @@ def _shown_answer(answer: Row, pieces_of: Callable[[Sequence[int]], list[str]]) 
 def _decoder(recipe: Recipe, fingerprint: str) -> tuple[Callable[[Sequence[int]], list[str]], str | None]:
     """(ids to a text for each, why these texts are no texts but ids). Another tokenizer's texts would be wrong ones."""
     from nemo_pivotrl.llmdoctor.reward import load_patient_chat
-    from nemo_pivotrl.tools.guided_batches import Growing
 
     try:
         chat = load_patient_chat(recipe.patient)
@@ -171,8 +172,14 @@ def _decoder(recipe: Recipe, fingerprint: str) -> tuple[Callable[[Sequence[int]]
         return str(chat.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
     def pieces(ids: Sequence[int]) -> list[str]:
-        growing = Growing(decode)
-        return [growing.add(token, last=n == len(ids)) for n, token in enumerate(ids, start=1)]
+        shown, texts = "", []
+        for n in range(1, len(ids) + 1):
+            whole = decode(ids[:n])
+            if n < len(ids):
+                whole = whole.rstrip(UNFINISHED)  # a character that the next token completes is the next token's
+            texts.append(whole[len(shown) :])
+            shown = max(shown, whole, key=len)
+        return texts
 
     return pieces, None
 

@@ -31,7 +31,7 @@ def serve(recipe: Recipe, host: str, port: int, refit: bool = False) -> None:
     policy, field = (as_policy(recipe.patient), "patient") if steered else (recipe.policy, "policy")
     check_engine_model(policy.model_name, f"{field}.model_name", values=True)
     arguments, environment = command(recipe, host, port, refit)
-    print(f"{recipe.serve_guided.model} on http://{host}:{port}/v1", flush=True)
+    print(f"{recipe.serve.model} on http://{host}:{port}/v1", flush=True)
     os.execve(sys.executable, [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *arguments], environment)
 
 
@@ -45,7 +45,7 @@ def command(recipe: Recipe, host: str, port: int, refit: bool) -> tuple[list[str
         **engine_arguments(policy, recipe.vllm),
         **recipe.vllm.engine_args,
         "skip_tokenizer_init": False,  # texts and chats are asked of a server, too
-        "served_model_name": recipe.serve_guided.model if steered else "policy",
+        "served_model_name": recipe.serve.model if steered else "policy",
         "host": host,
         "port": port,
     }
@@ -55,7 +55,7 @@ def command(recipe: Recipe, host: str, port: int, refit: bool) -> tuple[list[str
     if steered and recipe.decode.doctors:
         from nemo_pivotrl.backends.vllm.guidance import guide_arguments
 
-        more, names = guide_arguments(recipe.patient, recipe.decode, recipe.serve_guided.model)
+        more, names = guide_arguments(recipe.patient, recipe.decode, recipe.serve.model)
         settings |= more
         environment |= names
     if refit:

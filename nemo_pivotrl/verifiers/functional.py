@@ -88,14 +88,15 @@ class Functional:
     mode: Literal["arguments", "tool_name"] = "arguments"
     """`tool_name`: the tool's name alone decides, as in the paper's SWE-Bench runs."""
     rules: dict[str, bool] = field(default_factory=dict)
-    """Rules to switch on or off; the others are as in RULES."""
+    """Rules to switch on or off; the others are as in RULES of `nemo_pivotrl/verifiers/functional.py`."""
     kinds: dict[str, str] = field(default_factory=dict)
     """What an argument holds, where its name and schema do not say: `tool.argument` or `argument` to one of KINDS."""
     ignored_arguments: tuple[str, ...] = ()
     """Arguments that never count, e.g. `security_risk`."""
     search_overlap: float = ranged(0.5, 0.0, 1.0)
-    """Words in common over all words of both (Jaccard), stop words aside."""
+    """Search queries match from this share of common words on (Jaccard), stop words aside."""
     prose_overlap: float = ranged(0.2, 0.0, 1.0)
+    """Prose arguments match from this share of common words on (Jaccard), stop words aside."""
     extra_calls: bool = False
     """Accept calls beyond the expert's."""
     ask_judge: tuple[Literal["message", "shell", "query", "prose", "python", "edit"], ...] = ()

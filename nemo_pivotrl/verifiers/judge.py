@@ -10,16 +10,14 @@ it asks one order unless told, and one of its shipped configs lets the policy ju
 
 from __future__ import annotations
 
-import email.utils
 import itertools
 import json
 import logging
-import math
 import os
 import random
+import re
 import threading
 import time
-import weakref
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -34,87 +32,16 @@ from nemo_pivotrl.core.types import Action, Case, Verdict
 from nemo_pivotrl.verifiers.base import Judging, Ruling, VerifierFault
 from nemo_pivotrl.verifiers.bounds import decode_json
 from nemo_pivotrl.verifiers.judge_calibration import Calibration, calibrate
+from nemo_pivotrl.verifiers.judge_endpoint import Endpoint, PassingFault
 from nemo_pivotrl.verifiers.judge_prompt import RUBRIC_VERSION, prompt, read_verdict, shown, shown_context
 from nemo_pivotrl.verifiers.swe import category_of
 
 __all__ = ["Calibration", "Judge", "JudgeVerifier", "calibrate", "connect", "refuse_self_judge"]
 
 ORDERS_DISAGREE = "the orders disagree"
-RETRIED = frozenset((408, 409, 425, 429, *range(500, 600)))
 MAX_PAUSE = 30.0
 """Seconds; bounds what a server may ask for with Retry-After too."""
-MAX_ANSWER = 1 << 20
-"""Bytes of a response that are read."""
 _JITTER = random.Random()  # the global generator belongs to the stages
-
-
-class _Passing(VerifierFault):
-    """A fault that another request may not meet. `pause`: the seconds that the server asked for."""
-
-    def __init__(self, kind: str, message: str, pause: float = 0.0):
-        super().__init__(kind, message)
-        self.pause = pause
-
-
-class _Endpoint:
-    """One OpenAI-compatible server. Nothing that it raises or shows holds the API key."""
-
-    def __init__(self, settings: config.Judge, timeout_s: float):
-        self._key = os.environ.get(settings.api_key_env, "").strip()
-        if not (self._key.isascii() and self._key.isprintable()) or " " in self._key:
-            found, remedy = f"a key in {settings.api_key_env} that no header can carry", "check the variable's value"
-            raise InputError(Problem("environment", None, "verifier.judge.api_key_env", found, remedy))
-        self._base, self._timeout_s = settings.base_url.rstrip("/"), timeout_s
-        self._client = httpx.Client(
-            headers={"Authorization": f"Bearer {self._key}"} if self._key else {},
-            timeout=httpx.Timeout(timeout_s, pool=None),  # waiting for a free connection is no time-out of the server's
-            limits=httpx.Limits(
-                max_connections=settings.concurrency,
-                max_keepalive_connections=settings.concurrency,
-            ),
-            follow_redirects=False,
-        )
-        self.close = weakref.finalize(self, self._client.close)
-
-    def show(self, text: str, limit: int = 200) -> str:
-        """`text` for a message: one short line without the key, which servers like to quote."""
-        return short(text.replace(self._key, "[API key]") if self._key else text, limit)
-
-    def exchange(self, method: str, path: str, body: Any = None) -> bytes:
-        """The body of a good response. Raises VerifierFault, and `_Passing` where it pays to ask again."""
-        read = bytearray()
-        try:
-            with self._client.stream(method, f"{self._base}/{path}", json=body) as response:
-                deadline = time.monotonic() + self._timeout_s
-                for block in response.iter_bytes():
-                    read += block
-                    if len(read) > MAX_ANSWER:
-                        raise _Passing("judge_unreadable", f"a response of more than {MAX_ANSWER} bytes")
-                    if time.monotonic() > deadline:
-                        raise _Passing("judge_timeout", f"no whole response in {self._timeout_s:g} s")
-        except httpx.TimeoutException:
-            raise _Passing("judge_timeout", f"no response from {self._base} in {self._timeout_s:g} s") from None
-        except (httpx.RequestError, httpx.InvalidURL) as error:
-            found = self.show(f"{type(error).__name__}: {error}")
-            raise _Passing("judge_unreachable", f"{self._base}: {found}") from None
-        if response.status_code == 200:
-            return bytes(read)
-        found = f"status {response.status_code} from {self._base}: {self.show(read.decode('utf-8', 'replace'))}"
-        if response.status_code in RETRIED:
-            raise _Passing("judge_http", found, _seconds(response.headers.get("retry-after", "")))
-        raise VerifierFault("judge_refused", found)
-
-
-def _seconds(retry_after: str) -> float:
-    """Seconds of a Retry-After header, which is a number or a date; 0 where it is neither."""
-    try:
-        wanted = float(retry_after)
-    except ValueError:
-        try:
-            wanted = email.utils.parsedate_to_datetime(retry_after).timestamp() - time.time()
-        except (ValueError, OverflowError):
-            return 0.0
-    return 0.0 if math.isnan(wanted) else min(max(wanted, 0.0), MAX_PAUSE)
 
 
 class _Cache:
@@ -163,7 +90,7 @@ class Judge:
     def __init__(self, settings: config.Judge):
         self.settings = settings
         self.concurrency = settings.concurrency
-        self._endpoint = _Endpoint(settings, settings.timeout_s)
+        self._endpoint = Endpoint(settings, settings.timeout_s)
         self._cache = _Cache(settings.cache)
         self._lock = threading.Lock()
         self._open: dict[str, Future[Ruling]] = {}
@@ -233,11 +160,11 @@ class Judge:
             body = {name: value for name, value in asked.items() if value is not None}  # `temperature: null`: not sent
             try:
                 return self._answer(body, code)
-            except _Passing as fault:
+            except PassingFault as fault:
                 if attempt == s.max_retries:
                     raise VerifierFault(fault.kind, f"{fault} (asked {attempt + 1} times)") from None
                 growing = min(MAX_PAUSE, s.backoff_s * 2.0 ** min(attempt, 30))
-                time.sleep(max(fault.pause, growing * _JITTER.uniform(0.5, 1.0)))
+                time.sleep(min(MAX_PAUSE, max(fault.pause, growing * _JITTER.uniform(0.5, 1.0))))
         raise AssertionError("unreachable")
 
     def _answer(self, body: dict[str, Any], code: str) -> bool:
@@ -247,12 +174,12 @@ class Judge:
             content, reason = choice["message"]["content"], choice.get("finish_reason")
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             found = self._endpoint.show(read.decode("utf-8", "replace"))
-            raise _Passing("judge_unreadable", f"no chat completion: {found}") from None
+            raise PassingFault("judge_unreadable", f"no chat completion: {found}") from None
         if reason == "length":
-            raise _Passing("judge_unreadable", "the answer was cut off; raise verifier.judge.max_tokens")
+            raise PassingFault("judge_unreadable", "the answer was cut off; raise verifier.judge.max_tokens")
         verdict = read_verdict(content, code) if isinstance(content, str) else None
         if verdict is None:
-            raise _Passing("judge_unreadable", "an answer without a verdict")
+            raise PassingFault("judge_unreadable", "an answer without a verdict")
         return verdict
 
 
@@ -266,7 +193,7 @@ def connect(settings: config.Judge) -> Judge:
     try:
         url = httpx.URL(settings.base_url)
         plain = url.scheme in ("http", "https") and url.host and not (url.query or url.fragment)
-        plain = plain and 0 < (url.port or 80) < 1 << 16
+        plain = plain and 0 < (url.port or 80) < 1 << 16 and not re.search(r"[\s%]", settings.base_url.split("/")[2])
     except httpx.InvalidURL:
         url, plain = httpx.URL(), False
     if not settings.base_url:
@@ -305,7 +232,7 @@ def refuse_self_judge(settings: config.Judge, policy: str) -> None:
     if settings.allow_self_judge or not policy:
         return
     names = {settings.model}
-    endpoint = _Endpoint(settings, min(5.0, settings.timeout_s))
+    endpoint = Endpoint(settings, min(5.0, settings.timeout_s))
     try:
         listed = json.loads(endpoint.exchange("GET", "models"))["data"]
         ours = [m for m in listed if m["id"] == settings.model]
@@ -341,7 +268,7 @@ class JudgeVerifier:
     name: ClassVar[str] = "judge"
     version: ClassVar[str] = "1"
     kind: Literal["auto", "terminal", "search", "message", "action"] = "auto"
-    """The rubric. `auto`: by the expert's action, `terminal` for shells and Terminus turns, `search` for search engines."""
+    """The rubric; `auto` takes `terminal` for shells and Terminus turns, `search` for search engines, else the action's own."""
     limits: config.Limits = field(default_factory=config.Limits)
     judge: Judging | None = None
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from importlib import import_module
-from typing import Any
+from typing import Any, cast
 
 from nemo_pivotrl import config
 from nemo_pivotrl.config.build import build
 from nemo_pivotrl.core.artifacts import digest
 from nemo_pivotrl.core.errors import InputError, Problem
+from nemo_pivotrl.core.plugins import is_import_path, load_plugin
 from nemo_pivotrl.verifiers.base import Bounded, Judging, Verifier
 
 VERIFIERS = {
@@ -33,6 +33,10 @@ ALIASES = {
 """Names of NeMo-Gym's servers, and the one name of version 0.1."""
 
 
+PARTS = ("name", "version", "concurrency", "asks_judge", "verify")
+"""What `Verifier` asks of a class."""
+
+
 SHARED = {"compat", "limits", "judge"}
 """Fields that a verifier gets from the recipe's sections of the same name, not from its own settings."""
 
@@ -40,26 +44,12 @@ SHARED = {"compat", "limits", "judge"}
 def load_verifier(
     settings: config.Verifier, judge_factory: Callable[[config.Judge], Judging] | None = None, where: str = "recipe"
 ) -> Bounded:
-    """The verifier that `settings` describe. Raises InputError for an unknown name or setting.
+    """The verifier that `settings` describe: one of VERIFIERS, or `package.module:Class` of the user's own.
 
+    Raises InputError for an unknown name or setting and for a class that lacks a part of `Verifier`.
     `judge_factory` makes the judge of a verifier that asks one; the default connects to `settings.judge`.
     """
-    name = ALIASES.get(settings.name, settings.name)
-    if name not in VERIFIERS:
-        raise InputError(Problem(where, None, "verifier.name", settings.name, f"use one of {', '.join(VERIFIERS)}"))
-    module, _, cls_name = VERIFIERS[name].partition(":")
-    try:
-        cls = getattr(import_module(module), cls_name)
-    except ModuleNotFoundError as error:
-        raise InputError(
-            Problem(
-                "environment",
-                None,
-                f"verifier {name}",
-                f"no module {error.name}",
-                "pip install 'nemo-pivotrl[verifiers]'",
-            )
-        ) from None
+    cls = _class_of(settings.name, where)
     given = {f.name for f in dataclasses.fields(cls)} & SHARED
     misplaced = [
         Problem(where, None, f"verifier.settings.{key}", str(value), f"this is a section of its own: verifier.{key}")
@@ -78,10 +68,41 @@ def load_verifier(
     return Bounded(made, settings.limits)
 
 
+def _class_of(named: str, where: str) -> type[Any]:
+    """The dataclass of a verifier; its fields are the verifier's settings."""
+    name = ALIASES.get(named, named)
+    if is_import_path(name):
+        found = load_plugin(name, "verifier.name", where)
+        if not (isinstance(found, type) and dataclasses.is_dataclass(found)):
+            remedy = "give a dataclass whose fields are the verifier's settings"
+            raise InputError(Problem(where, None, "verifier.name", name, remedy))
+        if missing := [n for n in PARTS if not hasattr(found, n)]:
+            remedy = f"add {', '.join(missing)} (nemo_pivotrl.verifiers.Verifier says what they are)"
+            raise InputError(Problem(where, None, "verifier.name", name, remedy))
+        return found
+    if name not in VERIFIERS:
+        remedy = f"use one of {', '.join(VERIFIERS)}, or package.module:Class of your own"
+        raise InputError(Problem(where, None, "verifier.name", named, remedy))
+    try:
+        return cast("type[Any]", load_plugin(VERIFIERS[name], "verifier.name", where))
+    except ModuleNotFoundError as error:
+        remedy = "pip install 'nemo-pivotrl[verifiers]'"
+        raise InputError(Problem("environment", None, f"verifier {name}", f"no module {error.name}", remedy)) from None
+
+
 def identity(verifier: Verifier, settings: config.Verifier) -> str:
     """`name version digest-of-settings`: what artefact headers carry. How a judge is reached is not part of it."""
     judge = dataclasses.asdict(settings.judge) if verifier.asks_judge else {}
-    for transport in ("base_url", "api_key_env", "timeout_s", "max_retries", "backoff_s", "concurrency", "cache"):
+    for transport in (
+        "base_url",
+        "api_key_env",
+        "api_key_host",
+        "timeout_s",
+        "max_retries",
+        "backoff_s",
+        "concurrency",
+        "cache",
+    ):
         judge.pop(transport, None)
     if judge:
         from nemo_pivotrl.verifiers.judge_prompt import RUBRIC_VERSION

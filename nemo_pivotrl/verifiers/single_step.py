@@ -92,11 +92,17 @@ class SingleStep:
     name: ClassVar[str] = "single_step"
     version: ClassVar[str] = "2"
     word_count_similarity_threshold: float = ranged(0.1, 0.0, 1.0)
+    """Texts of two and more words match from this share of common words on; the share is at most 0.5."""
     floating_point_comparison_threshold: float = ranged(1e-6, 0.0)
+    """Numbers match when they differ by less than this."""
     parallel_tool_call_rewarding: bool = False
+    """Let the number of calls matter; false: calls beyond the expert's cost nothing."""
     allow_subset: bool = False
+    """With `parallel_tool_call_rewarding`: accept fewer calls than the expert's."""
     allow_superset: bool = False
+    """With `parallel_tool_call_rewarding`: accept more calls than the expert's."""
     parallel_tool_call_reward_mode: Literal["binary_strict", "fractional", "f1"] = "binary_strict"
+    """All calls or nothing, the matched share of the required calls, or F1 of both sides."""
     compat: Literal["0.5", "0.6", "0.7"] = "0.7"
     limits: Limits = field(default_factory=Limits)
 

@@ -104,13 +104,21 @@ class Swe:
     name: ClassVar[str] = "swe"
     version: ClassVar[str] = "1"
     mode: Literal["arguments", "tool_name"] = "arguments"
+    """`tool_name`: the tool's name alone decides (P18)."""
     reward_mode: Literal["binary", "continuous"] = "binary"
+    """`binary`: 1 from `similarity_full_credit` on. `continuous`: 0.5 to 1 between the two thresholds."""
     enable_target_match: bool = True
+    """Ask for the same file or the same command before anything is compared."""
     enable_argument_similarity: bool = True
+    """Compare the arguments; false: tool and target decide."""
     similarity_threshold: float = ranged(0.4, 0.0, 1.0)
+    """`continuous` only: similarity below which the reward is 0."""
     similarity_full_credit: float = ranged(0.8, 0.0, 1.0)
+    """Similarity from which the reward is 1."""
     enable_diff_size_shaping: bool = True
+    """`continuous` only: take off a share for large edits."""
     diff_size_alpha: float = ranged(0.1, 0.0, 1.0)
+    """The greatest share that is taken off, for edits of 500 and more characters."""
     compat: Literal["0.5", "0.6", "0.7"] = "0.7"
     limits: Limits = field(default_factory=Limits)
 

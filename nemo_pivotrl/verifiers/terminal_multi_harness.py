@@ -223,9 +223,9 @@ class TerminalMultiHarness:
     name: ClassVar[str] = "terminal_multi_harness"
     version: ClassVar[str] = "1"
     string_similarity_threshold: float = ranged(0.9, 0.0, 1.0)
-    """Of commands, code, queries and reasons. The row's `threshold` wins."""
+    """Similarity of commands, code, queries and reasons that is enough; the row's `threshold` wins."""
     harness: str = "generic"
-    """Of rows that name none: codex, opencode, agent006, stirrup or generic."""
+    """Harness of rows that name none: codex, opencode, agent006, stirrup or generic."""
     limits: Limits = field(default_factory=Limits)
 
     def verify(self, case: Case, actual: Action) -> Verdict:

@@ -79,9 +79,11 @@ class Terminus:
     name: ClassVar[str] = "terminus"
     version: ClassVar[str] = "1"
     enable_string_similarity: bool = True
+    """Accept keystrokes that are similar enough; false: the judge alone decides."""
     string_similarity_threshold: float = ranged(0.9, 0.0, 1.0)
-    """Gym's configs: 0.9 string-only and with the policy as judge, 0.95 with a judge model."""
+    """Similarity that is enough. Gym's configs have 0.9, and 0.95 with a judge model."""
     enable_llm_judge: bool = False
+    """Ask the judge about keystrokes that are not similar enough."""
     limits: Limits = field(default_factory=Limits)
     judge: Judging | None = None
 

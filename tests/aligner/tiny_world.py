@@ -14,8 +14,8 @@ from nemo_pivotrl.core.artifacts import Header, canonical_json, read_rows
 from nemo_pivotrl.data.chat_template import Chat
 from nemo_pivotrl.data.gym_rows import candidate_of_row, message_of
 from nemo_pivotrl.demo import service_desk as world
+from nemo_pivotrl.demo.expert_trajectories import make_expert_trajectories as make_world
 from nemo_pivotrl.demo.tiny_models import make_tokenizer
-from nemo_pivotrl.pipeline import make_world
 from nemo_pivotrl.pivotrl.extract import extract
 from nemo_pivotrl.verifiers.loading import identity, load_verifier
 

@@ -13,8 +13,8 @@ import pytest
 import tiny_hf
 import torch
 import train_jobs
-from distributed_harness import Workers
 from safetensors.torch import load_file, save_file
+from support.workers import Workers
 
 from nemo_pivotrl.core.errors import InputError
 

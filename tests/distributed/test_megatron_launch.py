@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import socket
 import subprocess
 import sys
@@ -10,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from support.processes import python
 
 from nemo_pivotrl.backends.launch import Place, as_torchrun, first_host, place_of
 from nemo_pivotrl.core.errors import InputError
@@ -68,23 +68,22 @@ def launch(*arguments: str, ranks: int = 3, started: int = 3) -> tuple[list[int]
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    common = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(ranks)}
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(ranks)}
     begun = time.monotonic()
     processes = [
-        subprocess.Popen(
-            [sys.executable, "-W", "ignore", str(HERE / "launch_jobs.py"), *arguments],
-            env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
+        python(
+            *("-W", "ignore", str(HERE / "launch_jobs.py"), *arguments),
+            env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
         )
         for rank in range(started)
     ]
     try:
-        errors = [process.communicate(timeout=50)[1] for process in processes]
+        for process in processes:
+            process.wait(100)
     finally:
         for process in processes:
             process.kill()
+    errors = [process.err.read_text() for process in processes]
     ours = "".join(line + "\n" for error in errors for line in error.splitlines() if "nemo-pivotrl:" in line)
     return [process.returncode for process in processes], ours, time.monotonic() - begun
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import tiny_hf
-from distributed_harness import Workers
+from support.workers import Workers
 
 from nemo_pivotrl.config import Megatron
 from nemo_pivotrl.sizing.architecture import Architecture, read_architecture

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import tiny_hf
 import torch
-from distributed_harness import RankFailed, Workers
 from safetensors.torch import load_file, save_file
+from support.workers import RankFailed, Workers
 
 TP, PP, EP = (f"{axis}_model_parallel_size" for axis in ("tensor", "pipeline", "expert"))
 CP = "context_parallel_size"

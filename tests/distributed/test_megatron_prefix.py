@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import tiny_hf
-from distributed_harness import Workers
+from support.workers import Workers
 
 EXACT = 1e-12
 TP, PP, EP = (f"{name}_model_parallel_size" for name in ("tensor", "pipeline", "expert"))

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny_hf
 import torch
-from distributed_harness import Workers
 from safetensors.torch import load_file
+from support.processes import run
+from support.workers import Workers
 from torch.distributed.checkpoint import FileSystemReader
 
 HERE = Path(__file__).parent
@@ -53,9 +51,8 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> dict[Key, tuple[Path, P
         tiny_hf.make(key[0], folder / "hf")
         made[key] = folder / "hf", folder / "checkpoint"
     jobs = [[str(hf), str(target), tool, single] for (_, tool, single), (hf, target) in made.items()]
-    command = [sys.executable, "-W", "ignore", str(HERE / "megatron_writer.py"), json.dumps(jobs)]
-    run = subprocess.run(command, env=os.environ, capture_output=True, text=True, timeout=200)
-    assert run.returncode == 0, run.stderr[-3000:]
+    done = run("-W", "ignore", str(HERE / "megatron_writer.py"), json.dumps(jobs))
+    assert done.returncode == 0, done.stderr[-3000:]
     return made
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import sample_jobs
 import tiny_hf
-from distributed_harness import Workers
+from support.workers import Workers
 from test_megatron_train import CP, EP, PP, TP
 
 from nemo_pivotrl.backends.sampling import shares

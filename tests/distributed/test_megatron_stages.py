@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny_hf
 import torch
-from conftest import ROOT, SMALL, recipe_at
-from distributed_harness import Workers
+from support.processes import python
+from support.recipes import ROOT, SMALL, recipe_at
+from support.workers import Workers
 
 from nemo_pivotrl.backends.identity import policy_revision
 from nemo_pivotrl.components.metrics import read_metrics
@@ -150,22 +148,21 @@ def processes(kind: str, arguments: list[str]) -> tuple[list[int], list[str]]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    common = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "PYTHONPATH": str(ROOT)}
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
     started = [
-        subprocess.Popen(
-            [sys.executable, "-W", "ignore", str(HERE / "stage_jobs.py"), kind, *arguments],
-            env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
+        python(
+            *("-W", "ignore", str(HERE / "stage_jobs.py"), kind, *arguments),
+            env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
         )
         for rank in range(2)
     ]
     try:
-        errors = [process.communicate(timeout=150)[1] for process in started]
+        for process in started:
+            process.wait()
     finally:
         for process in started:
             process.kill()
+    errors = [process.err.read_text() for process in started]
     # a progress bar may stand before it on the same line
     lines = [
         "nemo-pivotrl" + line.split("nemo-pivotrl")[1]

@@ -9,7 +9,7 @@ import pytest
 import tiny_hf
 import torch
 import train_jobs
-from distributed_harness import Workers
+from support.workers import Workers
 
 TP, PP, EP = (f"{axis}_model_parallel_size" for axis in ("tensor", "pipeline", "expert"))
 CP = "context_parallel_size"

@@ -19,7 +19,7 @@ from vllm_world import ROOT, SMALL, Process, recipe_at
 from nemo_pivotrl.backends.vllm.servers import Servers
 from nemo_pivotrl.config import Vllm
 from nemo_pivotrl.core.artifacts import read_header, read_rows
-from nemo_pivotrl.pipeline import make_world
+from nemo_pivotrl.demo.expert_trajectories import make_expert_trajectories as make_world
 from nemo_pivotrl.pivotrl.extract import extract
 from nemo_pivotrl.pivotrl.profile import profile
 from nemo_pivotrl.pivotrl.select import select

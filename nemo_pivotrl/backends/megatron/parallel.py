@@ -6,10 +6,15 @@ backend takes as an argument.
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import os
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -81,15 +86,16 @@ def initialize(megatron: Megatron, seed: int) -> Groups:
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         dist.init_process_group("gloo" if megatron.cpu else "nccl", timeout=timeout)
     leave_layout()
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=megatron.tensor_model_parallel_size,
-        pipeline_model_parallel_size=megatron.pipeline_model_parallel_size,
-        context_parallel_size=megatron.context_parallel_size,
-        expert_model_parallel_size=megatron.expert_model_parallel_size,
-        expert_tensor_parallel_size=megatron.expert_tensor_parallel_size,
-        distributed_timeout_minutes=megatron.distributed_timeout_minutes,
-        create_gloo_process_groups=not megatron.cpu,
-    )
+    with _one_group_per_set_of_ranks() if megatron.cpu else contextlib.nullcontext():
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=megatron.tensor_model_parallel_size,
+            pipeline_model_parallel_size=megatron.pipeline_model_parallel_size,
+            context_parallel_size=megatron.context_parallel_size,
+            expert_model_parallel_size=megatron.expert_model_parallel_size,
+            expert_tensor_parallel_size=megatron.expert_tensor_parallel_size,
+            distributed_timeout_minutes=megatron.distributed_timeout_minutes,
+            create_gloo_process_groups=not megatron.cpu,
+        )
     groups = _groups(torch.device("cpu") if megatron.cpu else torch.device("cuda", torch.cuda.current_device()))
     seed_everything(seed, groups)
     return groups
@@ -123,6 +129,33 @@ def seed_everything(seed: int, groups: Groups) -> None:
     model_parallel_cuda_manual_seed(own, inference_rng_tracker=groups.device.type == "cpu", force_reset_rng=True)
 
 
+_gloo_groups: WeakKeyDictionary[ProcessGroup, dict[Any, Any]] = WeakKeyDictionary()
+"""Of a job, which its world stands for: the gloo groups by ranks, timeout and backend. They live as long as the job."""
+
+
+@contextlib.contextmanager
+def _one_group_per_set_of_ranks() -> Iterator[None]:
+    """Within it, megatron-core gets the same gloo group for the same ranks.
+
+    A gloo group has three threads, which end when nothing refers to the group, and megatron-core makes 17 groups for every layout.
+    Their number is that of different sets of ranks instead, whatever the number of layouts. NCCL's groups stay apart, since
+    collectives of two groups overlap on a GPU.
+    """
+    make, made = parallel_state.create_group, _gloo_groups.setdefault(dist.group.WORLD, {})
+
+    def shared(ranks: list[int], timeout: timedelta | None = None, backend: str | None = None, **rest: Any) -> Any:
+        key = (tuple(ranks), timeout, backend)
+        if key not in made:  # on every rank alike: all of them ask for the same groups in the same order
+            made[key] = make(ranks, timeout=timeout, backend=backend, **rest)
+        return made[key]
+
+    parallel_state.create_group = shared
+    try:
+        yield
+    finally:
+        parallel_state.create_group = make
+
+
 def leave_layout() -> None:
     """Give up the process groups, so that `initialize` can make others. The job goes on."""
     if not parallel_state.is_initialized():
@@ -130,13 +163,25 @@ def leave_layout() -> None:
     # megatron-core forgets its groups without closing them, and each holds sockets or NCCL buffers
     made = [group for group in parallel_state._global_process_group_list or () if group is not None]
     parallel_state.destroy_model_parallel()
+    kept = [dist.group.WORLD, *_gloo_groups.get(dist.group.WORLD, {}).values()]
     for group in made:
-        if group is not dist.group.WORLD and group in dist.distributed_c10d._world.pg_map:
+        if group not in kept and group in dist.distributed_c10d._world.pg_map:
             dist.destroy_process_group(group)
+    _forget_models()
 
 
 def leave() -> None:
     """Leave the job."""
     leave_layout()
+    _gloo_groups.clear()
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def _forget_models() -> None:
+    """Let go of models that nobody uses: a group's threads end only when no module refers to the group."""
+    from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+
+    for kind in (RotaryEmbedding, *RotaryEmbedding.__subclasses__()):
+        kind.forward.cache_clear()  # keeps the modules that were called
+    gc.collect()  # modules and their hooks hold each other

@@ -34,9 +34,10 @@ from nemo_pivotrl.backends.megatron.parallel import Groups
 from nemo_pivotrl.backends.megatron.pipeline_stage import Stage
 from nemo_pivotrl.backends.megatron.sampler import sample
 from nemo_pivotrl.backends.megatron.weights import export_hf, save_hf
+from nemo_pivotrl.backends.sampling import check_finite, check_log_probs
 from nemo_pivotrl.config import Generation, Megatron, Optimizer, Policy
-from nemo_pivotrl.core.errors import InputError
-from nemo_pivotrl.core.types import Sample
+from nemo_pivotrl.core.errors import InputError, NotFiniteError, Problem
+from nemo_pivotrl.core.types import Lost, Sample
 from nemo_pivotrl.sizing.architecture import read_architecture
 from nemo_pivotrl.sizing.layout_rules import multiple_of, training_problems
 from nemo_pivotrl.sizing.precision import token_multiple
@@ -86,7 +87,7 @@ class MegatronPolicy(SequenceScores):
         seeds: Sequence[Sequence[int]],
         stop_ids: frozenset[int],
         generation: Generation,
-    ) -> list[list[Sample]]:
+    ) -> list[list[Sample | Lost]]:
         """One sample per seed and prompt, on every rank; that of the reference backend up to rounding."""
         rows = token_multiple(self.megatron)
         return sample(self.stage, self.groups, prompts, seeds, stop_ids, generation, rows, self.tick)
@@ -157,9 +158,12 @@ class MegatronPolicy(SequenceScores):
 
     # ---- log-probabilities ----
 
-    @torch.no_grad()
     def get_inference_log_probs(self, batch: TokenBatch, reference: bool = False) -> Tensor:
         """[N, T] log-probabilities (nats) under the current policy, or under the start policy; on every rank's CPU."""
+        return check_log_probs(self._log_probs(batch, reference))
+
+    @torch.no_grad()
+    def _log_probs(self, batch: TokenBatch, reference: bool = False) -> Tensor:
         whole = torch.zeros(len(batch.responses), max(len(r) for r in batch.responses), device=self.groups.device)
         with self._start_weights() if reference else _nothing():
             found = self._run(batch, None, forward_only=True)
@@ -261,7 +265,7 @@ class MegatronPolicy(SequenceScores):
             last = dist.get_global_rank(self.groups.pp, self.groups.pp.size() - 1)
             dist.broadcast_object_list(box, last, group=self.groups.pp, device=self.groups.device)
             totals = box[0]
-        return totals
+        return check_finite(totals)
 
     decay: float = 1.0
     """Factor on the learning rate, set by a stage that decays it."""
@@ -269,7 +273,7 @@ class MegatronPolicy(SequenceScores):
     def finish_training_step(self) -> dict[str, float]:
         """Sum gradients over ranks, clip, step, and return gradient norm and learning rate.
 
-        Raises FloatingPointError on a non-finite gradient, before any weight has moved.
+        Raises NotFiniteError on a non-finite gradient, before any weight has moved.
         """
         assert self.optimizer is not None, "prepare_for_training first"
         settings, self.steps = self.optimizer_settings, self.steps + 1
@@ -277,9 +281,8 @@ class MegatronPolicy(SequenceScores):
         self.optimizer.prepare_grads()
         norm = float(self.optimizer.get_grad_norm())
         if not math.isfinite(norm):
-            raise FloatingPointError(
-                f"gradient norm {norm} at step {self.steps}: lower policy.optimizer.lr or check the data"
-            )
+            remedy = "lower the optimizer's lr or check the data; the last checkpoint is whole"
+            raise NotFiniteError(Problem("training", None, f"step {self.steps}", f"gradient norm {norm}", remedy))
         scale = min(1.0, self.steps / settings.warmup_steps) if settings.warmup_steps else 1.0
         rate = settings.lr * scale * self.decay
         for group in self.optimizer.param_groups:

@@ -31,7 +31,7 @@ from nemo_pivotrl.backends.doctors import (
 )
 from nemo_pivotrl.backends.hf_models import load_model
 from nemo_pivotrl.config import Doctor
-from nemo_pivotrl.core.errors import InputError, Problem
+from nemo_pivotrl.core.errors import InputError, NotFiniteError, Problem
 from nemo_pivotrl.core.model_folder import load_tokenizer
 from nemo_pivotrl.core.types import FinishReason
 
@@ -119,6 +119,23 @@ class Guided:
     def log_probs(self) -> tuple[float, ...]:
         """Nats, under the sampling distribution."""
         return tuple(t.log_prob for t in self.tokens)
+
+
+def check_answers(answers: list[Guided]) -> list[Guided]:
+    """The answers as they are. Raises NotFiniteError where the patient's, a doctor's or the mixture's logits gave none."""
+    wrong = [
+        n
+        for n, answer in enumerate(answers)
+        for t in answer.tokens
+        if not all(map(math.isfinite, (t.log_prob, t.patient_log_prob, t.mixed_log_prob, t.kl)))
+    ]
+    if wrong:
+        found = f"NaN or infinity in {len(set(wrong))} of {len(answers)} answers, first in answer {wrong[0]}"
+        remedy = (
+            "the patient's or a doctor's logits overflow: use float32, smaller alpha and beta, or another checkpoint"
+        )
+        raise NotFiniteError(Problem("model", None, "log-probabilities", found, remedy))
+    return answers
 
 
 class Step(NamedTuple):
@@ -367,7 +384,7 @@ class GuidedGenerator:
                 for row, token, reason in decoding.step():
                     tokens[batch[row]].append(token)
                     reasons[batch[row]] = reason or reasons[batch[row]]
-        return [Guided(tuple(t), r) for t, r in zip(tokens, reasons, strict=True)]
+        return check_answers([Guided(tuple(t), r) for t, r in zip(tokens, reasons, strict=True)])
 
     def _batches(self, prompts: Sequence[Sequence[int]], requests: Sequence[Steering]) -> Iterator[list[int]]:
         """Requests by length, in batches of at most `batch_tokens` padded tokens."""

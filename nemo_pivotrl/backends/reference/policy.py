@@ -30,10 +30,10 @@ from nemo_pivotrl.backends.batching import Decoder, batches, pad, positions
 from nemo_pivotrl.backends.hf_models import load_model
 from nemo_pivotrl.backends.reference.logits import chunked_log_probs, takes_hidden
 from nemo_pivotrl.backends.reference.tree import hidden_of, log_probs, prepare, run
-from nemo_pivotrl.backends.sampling import Row, Turns, shares
+from nemo_pivotrl.backends.sampling import Row, Turns, check_finite, check_log_probs, shares
 from nemo_pivotrl.config import Generation, Optimizer, Policy
-from nemo_pivotrl.core.errors import InputError, Problem, short
-from nemo_pivotrl.core.types import Sample
+from nemo_pivotrl.core.errors import InputError, NotFiniteError, Problem, short
+from nemo_pivotrl.core.types import Lost, Sample
 
 if TYPE_CHECKING:
     from nemo_pivotrl.backends.base import LossFn
@@ -55,7 +55,7 @@ class ReferencePolicy(SequenceScores):
     in_one_process = True
 
     def __init__(self, policy: Policy, value_head: bool = False, reference: bool = False, section: str = "policy"):
-        self.settings = policy
+        self.settings, self.section = policy, section
         device = policy.device if policy.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
         self.device = torch.device(device)
         self.model = load_model(policy.model_name, f"{section}.model_name", DTYPES[policy.dtype], self.device)
@@ -84,24 +84,37 @@ class ReferencePolicy(SequenceScores):
         seeds: Sequence[Sequence[int]],
         stop_ids: frozenset[int],
         generation: Generation,
-    ) -> list[list[Sample]]:
+    ) -> list[list[Sample | Lost]]:
         """One sample per seed and prompt. Batches are formed by length; a sample depends on its seed and prompt only
-        up to floating-point noise of the batch it is in, and exactly when the call is repeated as it was."""
+        up to floating-point noise of the batch it is in, and exactly when the call is repeated as it was. One whose
+        logits are NaN is drawn again alone, then it is `Lost`."""
         self.model.eval()
-        found: dict[Row, Sample] = {}
+        found: dict[Row, Sample | Lost] = {}
         for rows in shares(prompts, seeds, generation)[0]:
-            decoder = Decoder(self.model, [prompts[p] for p, _ in rows])
-            turns = Turns([seeds[p][k] for p, k in rows], stop_ids, generation)
-            while True:
-                token, log_prob = turns.draw(decoder.logits())
-                turns.note(token.tolist(), log_prob.tolist())
-                if turns.done:
-                    break
-                decoder.feed(token)
-                if (staying := turns.leave()) is not None:
-                    decoder.select(torch.tensor(staying, device=self.device))
-            found |= dict(zip(rows, turns.samples(), strict=True))
+            samples = self._sample_rows(prompts, seeds, rows, stop_ids, generation)
+            for row, sample in zip(rows, samples, strict=True):
+                lost = isinstance(sample, Lost) and len(rows) > 1
+                found[row] = self._sample_rows(prompts, seeds, [row], stop_ids, generation)[0] if lost else sample
         return [[found[p, k] for k in range(len(own))] for p, own in enumerate(seeds)]
+
+    def _sample_rows(
+        self,
+        prompts: Sequence[Sequence[int]],
+        seeds: Sequence[Sequence[int]],
+        rows: Sequence[Row],
+        stop_ids: frozenset[int],
+        generation: Generation,
+    ) -> list[Sample | Lost]:
+        decoder = Decoder(self.model, [prompts[p] for p, _ in rows])
+        turns = Turns([seeds[p][k] for p, k in rows], stop_ids, generation)
+        while True:
+            token, log_prob = turns.draw(decoder.logits())
+            turns.note(token.tolist(), log_prob.tolist())
+            if turns.done:
+                return turns.samples()
+            decoder.feed(token)
+            if (staying := turns.leave()) is not None:
+                decoder.select(torch.tensor(staying, device=self.device))
 
     # ---- log-probabilities and values ----
 
@@ -195,11 +208,13 @@ class ReferencePolicy(SequenceScores):
         sizes = [max(len(batch.prompts[batch.prompt_of[n]]) for n in unit) + longest for unit in units]
         return [[n for i in held for n in units[i]] for held in batches(sizes, budget, rows=batch.together)]
 
-    @torch.no_grad()
     def get_inference_log_probs(self, batch: TokenBatch, reference: bool = False) -> Tensor:
         """[N, T] log-probabilities (nats) under the current policy, or under the start policy (`reference`)."""
-        width = max(len(r) for r in batch.responses)
-        dtype = torch.promote_types(self.model.dtype, torch.float32)
+        return check_log_probs(self._log_probs(batch, reference))
+
+    @torch.no_grad()
+    def _log_probs(self, batch: TokenBatch, reference: bool = False) -> Tensor:
+        width, dtype = max(len(r) for r in batch.responses), torch.promote_types(self.model.dtype, torch.float32)
         out = torch.zeros(len(batch.responses), width, dtype=dtype)
         for rows in self._micro_batches(batch, with_states=False):
             found = self._reference(batch, rows) if reference else self._scores(self.model, batch, rows)
@@ -256,7 +271,7 @@ class ReferencePolicy(SequenceScores):
                 loss.backward()
             for key, value in metrics.items():
                 totals[key] = totals.get(key, 0.0) + float(value)
-        return totals | {"token_ratio": self._token_ratio(batch, plan)}
+        return check_finite(totals | {"token_ratio": self._token_ratio(batch, plan)})
 
     def _token_ratio(self, batch: TokenBatch, plan: Sequence[Sequence[int]]) -> float:
         """Tokens of the rows one by one over those run; 1 without sharing."""
@@ -265,14 +280,13 @@ class ReferencePolicy(SequenceScores):
         return token_ratio(batch.prompts_of_rows, batch.responses, plan, self.head is not None)
 
     def finish_training_step(self) -> dict[str, float]:
-        """Clip, step, and return gradient norm and learning rate. Raises FloatingPointError on a non-finite gradient."""
+        """Clip, step, and return gradient norm and learning rate. Raises NotFiniteError on a non-finite gradient."""
         assert self.optimizer is not None, "prepare_for_training first"
         settings, self.steps = self.optimizer_settings, self.steps + 1
         norm = float(torch.nn.utils.clip_grad_norm_(self._trainable(), settings.max_grad_norm or math.inf))
         if not math.isfinite(norm):
-            raise FloatingPointError(
-                f"gradient norm {norm} at step {self.steps}: lower policy.optimizer.lr or check the data"
-            )
+            remedy = f"lower {self.section}.optimizer.lr or check the data; the last checkpoint is whole"
+            raise NotFiniteError(Problem("training", None, f"step {self.steps}", f"gradient norm {norm}", remedy))
         scale = min(1.0, self.steps / settings.warmup_steps) if settings.warmup_steps else 1.0
         for group in self.optimizer.param_groups:
             group["lr"] = settings.lr * scale * self.decay

@@ -3,6 +3,7 @@ through its own chat template."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -42,9 +43,12 @@ class RewardModel:
         self.batch_tokens, self.objective = settings.batch_tokens, objective
 
     @torch.no_grad()
-    def __call__(self, asked: Sequence[Sequence[dict[str, Any]]], answers: Sequence[str]) -> list[float]:
-        """A score for each answer to its messages. One conversation runs with others of its length only: what a
-        classifier makes of padding is the architecture's own affair."""
+    def __call__(self, asked: Sequence[Sequence[dict[str, Any]]], answers: Sequence[str]) -> list[float | None]:
+        """A score for each answer to its messages; None where the model gave NaN or infinity, twice.
+
+        One conversation runs with others of its length only: what a classifier makes of padding is the architecture's own
+        affair.
+        """
         texts = [
             self.tokenizer.apply_chat_template([*messages, {"role": "assistant", "content": answer}], tokenize=False)
             for messages, answer in zip(asked, answers, strict=True)
@@ -55,9 +59,15 @@ class RewardModel:
         if limit and longest > limit:
             remedy = f"the reward model reads {limit}: lower decode.max_new_tokens or shorten the prompts"
             raise InputError(Problem("oracle", None, self.objective, f"{longest} tokens", remedy))
-        scores = [0.0] * len(ids)
+        scores: list[float | None] = [None] * len(ids)
         for rows in batches(list(map(len, ids)), self.batch_tokens, equal=True):
-            found = self.model(input_ids=torch.tensor([ids[n] for n in rows], device=self.model.device)).logits
-            for n, score in zip(rows, found[:, 0].float().tolist(), strict=True):
-                scores[n] = score
+            for n, score in zip(rows, self._scores([ids[n] for n in rows]), strict=True):
+                (again,) = [score] if math.isfinite(score) else self._scores([ids[n]])
+                scores[n] = again if math.isfinite(again) else None
         return scores
+
+    def _scores(self, rows: list[list[int]]) -> list[float]:
+        """The model's output for conversations of one length."""
+        logits = self.model(input_ids=torch.tensor(rows, device=self.model.device)).logits
+        found: list[float] = logits[:, 0].float().tolist()
+        return found

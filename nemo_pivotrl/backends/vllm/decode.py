@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from nemo_pivotrl.backends.base import as_policy
 from nemo_pivotrl.backends.doctors import Span, vocabulary_size
-from nemo_pivotrl.backends.reference.guided import Guided, Steering, Token, check_requests
+from nemo_pivotrl.backends.reference.guided import Guided, Steering, Token, check_answers, check_requests
 from nemo_pivotrl.backends.vllm.engine import Engine
 from nemo_pivotrl.backends.vllm.guidance import NAMES, PREFIX, SECTION, guide_arguments, names_here
 from nemo_pivotrl.config import Decode, Patient, Vllm
@@ -83,7 +83,7 @@ class GuidedEngine:
                     Problem("vLLM", None, "answer", said, "its sampler did not take what the doctors drew")
                 )
             found.append(Guided(tokens, choice.finish_reason))
-        return found
+        return check_answers(found)
 
     def _params(self, request: Steering, own: Mapping[str, Sequence[int]], number: int) -> Any:
         stops = self.stop_ids if request.stop_ids is None else request.stop_ids

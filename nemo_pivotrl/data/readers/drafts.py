@@ -126,7 +126,7 @@ def refuse_media(record: Mapping[str, Any]) -> None:
     for name in MEDIA:
         value = record.get(name)
         if value and not (isinstance(value, Sequence) and not any(value)):
-            raise FieldError(name, f"{len(value)} of them" if isinstance(value, list) else value, ONLY_TEXT)
+            raise FieldError(name, f"{len(value)} of them" if isinstance(value, list) else value, ONLY_TEXT, "not_text")
 
 
 def note_unused(record: Mapping[str, Any], used: Sequence[str], notes: Notes) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any
 
+from nemo_pivotrl.core.errors import short
 from nemo_pivotrl.core.types import Message
 from nemo_pivotrl.data.gym_rows import expected_of_row, message_of, to_messages, verifier_fields
 from nemo_pivotrl.data.readers.agents import GREETING
@@ -15,6 +18,7 @@ from nemo_pivotrl.data.readers.messages import Conversation, FieldError, convers
 
 CONTRACT = "see the Gym row contract: message, reasoning, function_call, function_call_output"
 GYM = ("responses_create_params", "response", "agent_ref", "provenance", "num_unique_actions", "verifier_metadata")
+PROMPT = "a prompt alone holds no turn; collect rollouts of it (`ng_collect_rollouts`) and give their file"
 ELSEWHERE = ("previous_response_id", "conversation", "prompt")
 """Request fields that say that a part of the state lies with the API's server."""
 
@@ -39,11 +43,28 @@ def read_responses(record: dict[str, Any], context: Context) -> Draft:
     output = response.get("output") if isinstance(response, Mapping) else None
     if output is not None:
         return _rollout(record, params, output, context)
-    if record.get("expected_action") is not None or record.get("expected_answer") is not None:
+    if record.get("expected_action") is not None or _is_terminus(record):
         return _pivot_row(record, params, context)
+    if record.get("expected_answer") is not None:
+        found = f"{short(record['expected_answer'], 60)}, a reference answer"
+        remedy = f"it is no expert's turn (only a terminus row's is one), and {PROMPT}"
+        raise FieldError("expected_answer", found, remedy, "prompt_alone")
     field = "response" if "response" in record and response is None else "response.output"
-    remedy = "a prompt alone holds no turn; collect rollouts of it (`ng_collect_rollouts`) and give their file"
-    raise FieldError(field, "missing", remedy)
+    raise FieldError(field, "missing", f"neither a rollout nor a pivot row: {PROMPT}", "prompt_alone")
+
+
+def _is_terminus(record: Mapping[str, Any]) -> bool:
+    """Whether `expected_answer` is an expert's turn: a terminus row keeps there what the agent wrote, a JSON object."""
+    answer, metadata = record.get("expected_answer"), record.get("metadata")
+    harness = metadata.get("harness") if isinstance(metadata, Mapping) else record.get("harness")
+    if not isinstance(answer, str):
+        return False
+    if str(harness).startswith("terminus"):
+        return True
+    try:
+        return isinstance(json.loads(answer), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _as_gym(record: dict[str, Any]) -> dict[str, Any]:
@@ -72,12 +93,14 @@ def _as_gym(record: dict[str, Any]) -> dict[str, Any]:
 
 def _rollout(record: dict[str, Any], params: dict[str, Any], output: Any, context: Context) -> Draft:
     """The whole conversation; the turns that its input holds were given, and the reward does not speak of them."""
-    given = _input(params)
-    if isinstance(output, list):  # some agents give a list for each of their steps
-        output = [item for part in output for item in (part if isinstance(part, list) else [part])]
-    before = _messages(given, "responses_create_params.input")
-    made = _messages(output, "response.output")
-    if made[: len(before)] == before:
+    made = _messages(_last_state(output), "response.output")
+    before: list[Message] = []
+    if params.get("input") or not any(m["role"] in ("user", "system", "developer") for m in made):
+        if made and not params.get("input"):
+            remedy = "the agent's own prompt is not in the record, so its turns have no state; log it as `input`"
+            raise FieldError("responses_create_params.input", params.get("input"), remedy, "prompt_elsewhere")
+        before = _messages(_input(params), "responses_create_params.input") if params.get("input") else []
+    if before and made[: len(before)] == before:
         made = made[len(before) :]  # some agents write the state into their output once more
     conversation = _checked([*before, *made])
     conversation.untrained = {i: GREETING for i, m in enumerate(before) if m["role"] == "assistant"}
@@ -87,8 +110,21 @@ def _rollout(record: dict[str, Any], params: dict[str, Any], output: Any, contex
     identity = draft.identity
     if identity.task is None and identity.row is not None:
         draft.identity = identity._replace(task=identity.row)
-    draft.fields = {}
     return draft
+
+
+def _last_state(output: Any) -> Any:
+    """The items of a rollout. Some agents give the whole state after each step: the last one holds the others.
+
+    Raises FieldError where a step does not go on with the one before.
+    """
+    if not isinstance(output, list) or not output or not all(isinstance(step, list) for step in output):
+        return output
+    for number, (before, after) in enumerate(pairwise(output), start=1):
+        if after[: len(before)] != before:
+            remedy = "each step's state goes on with the one before; write a rollout for each that does not"
+            raise FieldError(f"response.output[{number}]", "another state", remedy)
+    return output[-1]
 
 
 def _pivot_row(record: dict[str, Any], params: dict[str, Any], context: Context) -> Draft:
@@ -152,7 +188,7 @@ def _messages(items: Any, field: str) -> list[Message]:
         raise FieldError(field, f"missing or malformed: {error}", CONTRACT) from None
     except ValueError as error:
         remedy = f"{CONTRACT}; drop the record, or set extract.on_invalid=skip"
-        raise FieldError(field, error, remedy) from None
+        raise FieldError(field, error, remedy, "not_text" if "content part" in str(error) else "unreadable") from None
 
 
 def _checked(messages: list[Message]) -> Conversation:

@@ -64,11 +64,11 @@ SILENT_FIELDS = frozenset(
 
 
 class FieldError(ValueError):
-    """A record is unusable: which field, what stands there, what to do."""
+    """A record is unusable: which field, what stands there, what to do, and the reason it is counted under if left out."""
 
-    def __init__(self, field: str, found: object, remedy: str):
+    def __init__(self, field: str, found: object, remedy: str, reason: str = "unreadable"):
         super().__init__(field)
-        self.field, self.found, self.remedy = field, short(found), remedy
+        self.field, self.found, self.remedy, self.reason = field, short(found), remedy, reason
 
 
 @dataclass
@@ -209,7 +209,7 @@ def _role(message: dict[str, Any], at: str) -> str:
         raise FieldError(f"{at}.content", "missing", "a message needs its content, or calls")
     for key in ("images", "audio", "audios", "videos", "image"):
         if message.get(key):
-            raise FieldError(f"{at}.{key}", short(message[key], 60), ONLY_TEXT)
+            raise FieldError(f"{at}.{key}", short(message[key], 60), ONLY_TEXT, "not_text")
     return role
 
 
@@ -260,7 +260,7 @@ def _block(parts: _Parts, block: dict[str, Any], at: str) -> None:
     elif kind == "redacted_thinking":
         pass  # encrypted: there is nothing to read, and nothing that the policy could learn
     elif kind in MEDIA:
-        raise FieldError(f"{at}.type", f"content block {kind!r}", ONLY_TEXT)
+        raise FieldError(f"{at}.type", f"content block {kind!r}", ONLY_TEXT, "not_text")
     else:
         known = ", ".join([*TEXT, *REASONING, "tool_use", "tool_call", "tool_result"])
         raise FieldError(f"{at}.type", f"content block {kind!r}", f"known blocks: {known}; mend it or drop the record")

@@ -83,7 +83,7 @@ def read_trajectories(
         nothing = Problem("recipe", None, "extract.trajectories", "nothing", "name at least one trajectory file")
         raise InputError(nothing)
     reading, problems = Reading(), []
-    drafts: list[tuple[Draft | Trajectory, str, str]] = []
+    drafts: list[tuple[Draft | Trajectory, str]] = []
     for path in paths:
         broken: list[Problem] = []
         file = FileReading(path)
@@ -101,13 +101,13 @@ def read_trajectories(
             name = format if reader is not None else format_of(record) or "unknown"
             file.formats[name] += 1
             try:
-                drafts.append((_read(record, name, reader, context, min_reward), source, digest(record, 32)))
+                drafts.append((_read(record, name, reader, context, min_reward), source))
             except FieldError as error:
                 if _excluded(record, min_reward):
                     file.empty += 1
                     file.unreadable["below_min_reward"] += 1
                     continue
-                reason = f"refused: {name}" if name in REFUSED else "unreadable"
+                reason = f"refused: {name}" if name in REFUSED else error.reason
                 file.unreadable[reason] += 1
                 bad.append((reason, Problem(path, line, error.field, error.found, error.remedy)))
         if not file.records and not broken:
@@ -210,11 +210,10 @@ def _read(
         if reader is not None and other in READERS and READERS[other] is not READERS[name]:
             error.remedy += f"; the record looks like {other}: set extract.format=auto"
         raise
-    if not any(m["role"] == "assistant" for m in draft.messages):
-        reward = draft.identity.reward
-        if not draft.messages and not (reward is not None and min_reward is not None and reward < min_reward):
-            key = next((k for k in MESSAGES if k in record), "messages")
-            raise FieldError(key, record.get(key), f"`{key}` must be a non-empty list")
+    reward = draft.identity.reward
+    if not draft.messages and not (reward is not None and min_reward is not None and reward < min_reward):
+        key = next((k for k in ("response", *MESSAGES) if k in record), "messages")
+        raise FieldError(key, record.get(key), f"`{key}` must be a non-empty list: there is no turn in it", "no_turns")
     return draft
 
 
@@ -232,21 +231,21 @@ def _excluded(record: Any, min_reward: float | None) -> bool:
 # ---- ids and tasks, over all files ----
 
 
-def _settle(drafts: Iterable[tuple[Draft | Trajectory, str, str]], reading: Reading, on_invalid: str) -> list[Problem]:
+def _settle(drafts: Iterable[tuple[Draft | Trajectory, str]], reading: Reading, on_invalid: str) -> list[Problem]:
     """Give every draft its ids and its task. Returns what is wrong: a trajectory id that two records give to themselves."""
     problems: list[Problem] = []
-    seen: dict[str, tuple[str, str]] = {}
+    seen: dict[str, str] = {}
     made: list[tuple[Trajectory, bool]] = []
-    rows = Counter(d.identity.row for d, _, _ in drafts if isinstance(d, Draft) and d.identity.run is None)
-    for draft, source, content in drafts:
+    rows = Counter(d.identity.row for d, _ in drafts if isinstance(d, Draft) and d.identity.run is None)
+    for draft, source in drafts:
         trajectory, own_task = _trajectory(draft, source, rows)
         file, _, line = source.rpartition(":")
         first = seen.get(trajectory.trajectory_id)
         if first is not None:
             named = not isinstance(draft, Draft) or draft.identity.run is not None
-            derived = not named or (content != first[1] and _derived(draft))
+            derived = not named or _derived(draft)
             if not derived:
-                found, remedy = trajectory.trajectory_id, f"already used at {first[0]}; ids are unique"
+                found, remedy = trajectory.trajectory_id, f"already used at {first}; ids are unique"
                 problem = Problem(file, int(line), "trajectory_id", found, remedy)
                 if on_invalid == "skip":
                     reading.left_out.append(problem)
@@ -255,7 +254,7 @@ def _settle(drafts: Iterable[tuple[Draft | Trajectory, str, str]], reading: Read
                     problems.append(problem)
                 continue
             trajectory = _replace(trajectory, trajectory_id=f"{trajectory.trajectory_id}#{file}:{line}")
-        seen[trajectory.trajectory_id] = (source, content)
+        seen[trajectory.trajectory_id] = source
         made.append((trajectory, own_task))
     reading.trajectories = _tasks(made)
     return problems

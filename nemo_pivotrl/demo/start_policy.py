@@ -1,0 +1,72 @@
+"""The demo's start policy: a tiny model that learns the desk and the puzzles from nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import random
+from collections.abc import Iterable
+from pathlib import Path
+
+from nemo_pivotrl.components.rollout import load_chat
+from nemo_pivotrl.config import Recipe
+from nemo_pivotrl.core.artifacts import digest
+from nemo_pivotrl.demo import service_desk, simulators, tiny_models
+from nemo_pivotrl.pivotrl.sft import Sequence_, conversation, epochs, fit, identity_for
+
+COPY_BATCH = 128
+"""Copying puzzles a step at the beginning of a tiny model's life; they are short."""
+
+
+def make_start_policy(recipe: Recipe, fresh: bool) -> Path:
+    """A tiny model from nothing: first copying puzzles, then the desk and all puzzles side by side."""
+    shape, settings = recipe.world, recipe.warmup
+    desk, puzzles = warmup_trajectories(recipe)
+    init = recipe.path(f"{settings.name}.init-{digest([recipe.seed, dataclasses.asdict(shape)], 8)}")
+    if not init.exists():
+        tokenizer = tiny_models.make_tokenizer(
+            (text for t in [*desk, *puzzles] for text in _texts(t)), shape.vocab_size
+        )
+        part = init.with_name(init.name + ".part")
+        tiny_models.save(
+            tiny_models.make_model(tokenizer, shape.hidden_size, shape.layers, shape.heads, recipe.seed),
+            tokenizer,
+            part,
+        )
+        os.replace(part, init)
+    policy = dataclasses.replace(recipe.policy, model_name=str(init))
+    chat = load_chat(policy)
+    desk_sequences, puzzle_sequences = ([conversation(t, chat) for t in some] for some in (desk, puzzles))
+    looks_back = ("repeat", "recall")
+    copying = [s for s, t in zip(puzzle_sequences, puzzles, strict=True) if t["family"] in looks_back]
+    identity = identity_for(recipe, settings, policy, chat, digest(dataclasses.asdict(shape)))
+
+    def draw(step: int) -> list[list[Sequence_]]:
+        if step <= settings.copy_steps:
+            return [epochs(copying, COPY_BATCH, step, recipe.seed)]
+        parts = [epochs(desk_sequences, settings.batch_size, step, recipe.seed)]
+        return (
+            [*parts, epochs(puzzle_sequences, settings.puzzle_batch_size, step, recipe.seed)]
+            if settings.puzzle_batch_size
+            else parts
+        )
+
+    return fit(recipe, settings, policy, chat, draw, identity, fresh)
+
+
+def warmup_trajectories(recipe: Recipe) -> tuple[list[dict], list[dict]]:
+    """Conversations the tiny start policy learns from; their tasks are shared with no other split."""
+    rng = random.Random(f"experts {recipe.seed}")
+    desk = simulators.service_desk(recipe, "warmup").tasks()
+    puzzles = simulators.puzzles(recipe, "warmup").tasks()
+    with_family = [{**service_desk.expert_trajectory(t, rng), "family": t.family} for t in puzzles]
+    careless, slipping = random.Random(f"slips {recipe.seed}"), recipe.world.slips
+    clerks = [service_desk.expert_trajectory(t, rng, slips=service_desk.draw_slips(careless, slipping)) for t in desk]
+    return clerks, with_family
+
+
+def _texts(trajectory: dict) -> Iterable[str]:
+    for message in trajectory["messages"]:
+        yield message["content"]
+        for call in message.get("tool_calls", []):
+            yield f'{{"name": "{call["function"]["name"]}", "arguments": {call["function"]["arguments"]}}}'

@@ -1,0 +1,214 @@
+"""HTTP to a judge: one deadline from connect to the last byte, and the key to nobody but the host that it belongs to.
+
+What a server sends is bounded in size and time, whatever it drips: requests run on an event loop of their own, where the
+deadline cancels connecting, headers, `100 Continue` and body alike. Redirects are not followed, compressed answers are not
+unpacked, and text of a server is shown without the key and without control characters.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import email.utils
+import ipaddress
+import logging
+import math
+import os
+import threading
+import time
+import weakref
+from typing import Any
+
+import httpx
+
+from nemo_pivotrl import config
+from nemo_pivotrl.core.errors import InputError, Problem, short
+from nemo_pivotrl.verifiers.base import VerifierFault
+
+RETRIED = frozenset((408, 409, 425, 429, *range(500, 600)))
+MAX_ANSWER = 1 << 20
+"""Bytes of a response that are read."""
+KEY_PIECE = 8
+"""Characters of the key in a row that no message shows."""
+HOSTS = {"OPENAI_API_KEY": "api.openai.com"}
+"""Variables whose key belongs to a host by its name. A recipe that names another variable names its host, too."""
+
+
+class PassingFault(VerifierFault):
+    """A fault that another request may not meet. `pause`: the seconds that the server asked for."""
+
+    def __init__(self, kind: str, message: str, pause: float = 0.0):
+        super().__init__(kind, message)
+        self.pause = pause
+
+
+class Endpoint:
+    """One OpenAI-compatible server. Nothing that it raises or shows holds the API key. Threads may share it."""
+
+    def __init__(self, settings: config.Judge, timeout_s: float):
+        self._key = key_for(settings)
+        # also where it is not sent: a server that had it otherwise must not bring it into a file
+        self._pieces = _traces(os.environ.get(settings.api_key_env, "").strip())
+        self._base, self._timeout_s = settings.base_url.rstrip("/"), timeout_s
+        self._concurrency = settings.concurrency
+        self._lock = threading.Lock()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._client: httpx.AsyncClient | None = None
+        self._slots: asyncio.Semaphore | None = None
+        self.close = lambda: None  # until the first request there is nothing to close
+
+    def show(self, text: str, limit: int = 200) -> str:
+        """`text` for a message: one short line without the key, which servers like to quote, and without control characters,
+        which would move a terminal's cursor or hide what stands there."""
+        for piece in self._pieces:
+            text = text.replace(piece, "[API key]")
+        line = " ".join(text.split())
+        return short("".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in line), limit)
+
+    def exchange(self, method: str, path: str, body: Any = None) -> bytes:
+        """The body of a good response. Raises VerifierFault, and `PassingFault` where it pays to ask again."""
+        self._start()
+        assert self._loop is not None
+        return asyncio.run_coroutine_threadsafe(self._exchange(method, path, body), self._loop).result()
+
+    def _start(self) -> None:
+        """Make the client and the loop that it runs on, once."""
+        with self._lock:
+            if self._loop is not None:
+                return
+            self._loop = loop = asyncio.new_event_loop()
+            self._slots = asyncio.Semaphore(self._concurrency)
+            self._client = httpx.AsyncClient(
+                headers={"Accept-Encoding": "identity"}
+                | ({"Authorization": f"Bearer {self._key}"} if self._key else {}),
+                timeout=None,  # the deadline is `_exchange`'s
+                limits=httpx.Limits(max_connections=self._concurrency, max_keepalive_connections=self._concurrency),
+                follow_redirects=False,
+                trust_env=not is_loopback(httpx.URL(self._base).host),  # no proxy stands between here and here
+            )
+            thread = threading.Thread(target=_run, args=(loop, self._client), name="judge", daemon=True)
+            thread.start()
+            self.close = weakref.finalize(self, _stop, loop, thread)
+
+    async def _exchange(self, method: str, path: str, body: Any) -> bytes:
+        assert self._client is not None and self._slots is not None
+        async with self._slots:  # waiting for a turn is no time-out of the server's
+            try:
+                async with asyncio.timeout(self._timeout_s):
+                    return await self._answer(method, path, body)
+            except TimeoutError:
+                found = f"no whole response from {self._base} in {self._timeout_s:g} s"
+                raise PassingFault("judge_timeout", found) from None
+            except (httpx.RequestError, httpx.InvalidURL) as error:
+                found = self.show(f"{type(error).__name__}: {error}")
+                raise PassingFault("judge_unreachable", f"{self._base}: {found}") from None
+
+    async def _answer(self, method: str, path: str, body: Any) -> bytes:
+        assert self._client is not None
+        read = bytearray()
+        async with self._client.stream(method, f"{self._base}/{path}", json=body) as response:
+            if (packed := response.headers.get("content-encoding", "identity").strip().lower()) != "identity":
+                raise PassingFault("judge_unreadable", f"a response packed as {self.show(packed, 40)}, unasked for")
+            async for block in response.aiter_raw():
+                read += block
+                if len(read) > MAX_ANSWER:
+                    raise PassingFault("judge_unreadable", f"a response of more than {MAX_ANSWER} bytes")
+        if response.status_code == 200:
+            return bytes(read)
+        found = f"status {response.status_code} from {self._base}: {self.show(read.decode('utf-8', 'replace'))}"
+        if response.status_code in RETRIED:
+            raise PassingFault("judge_http", found, _seconds(response.headers.get("retry-after", "")))
+        raise VerifierFault("judge_refused", found)
+
+
+def _run(loop: asyncio.AbstractEventLoop, client: httpx.AsyncClient) -> None:
+    """The thread of an endpoint's loop: until `_stop`, then close what is open."""
+    asyncio.set_event_loop(loop)
+    loop.run_forever()
+    for task in asyncio.all_tasks(loop):
+        task.cancel()
+    loop.run_until_complete(client.aclose())
+    loop.run_until_complete(loop.shutdown_asyncgens())
+    loop.close()
+
+
+def _stop(loop: asyncio.AbstractEventLoop, thread: threading.Thread) -> None:
+    """Have the loop end and wait for it, not for long: this may run while the interpreter exits."""
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join(2.0)
+
+
+# ---- the key ----
+
+
+def key_for(settings: config.Judge) -> str:
+    """The key that requests to `base_url` carry; '' for none. Raises InputError where it must not go there.
+
+    A key goes to the host that it belongs to, over https or within this machine. `OPENAI_API_KEY` belongs to OpenAI unless
+    the recipe says otherwise, and another host is asked without it.
+    """
+    key = os.environ.get(settings.api_key_env, "").strip()
+    if not key:
+        return ""
+
+    def refuse(where: str, name: str, found: str, remedy: str) -> InputError:
+        return InputError(Problem(where, None, f"verifier.judge.{name}", found, remedy))
+
+    if not (key.isascii() and key.isprintable()) or " " in key:
+        found = f"a key in {settings.api_key_env} that no header can carry"
+        raise refuse("environment", "api_key_env", found, "check the variable's value")
+    url = httpx.URL(settings.base_url)
+    named = settings.api_key_host.strip().lower().rstrip(".")
+    owner = named or HOSTS.get(settings.api_key_env, "")
+    if not owner:
+        remedy = f"name the host that the key in {settings.api_key_env} belongs to: it is sent to no other"
+        raise refuse("recipe", "api_key_host", "nothing", remedy)
+    if owner not in addresses(url):
+        if not named:
+            text = "verifier.judge: the key in %s belongs to %s and is not sent to %s; if it is, set verifier.judge.api_key_host"
+            logging.getLogger(__name__).warning(text, settings.api_key_env, owner, url.host)
+            return ""
+        remedy = f"base_url goes to {url.host}: give the key's own host there, or another api_key_env"
+        raise refuse("recipe", "api_key_host", owner, remedy)
+    if url.scheme != "https" and not is_loopback(url.host):
+        remedy = f"use https: over http everybody on the way reads the key in {settings.api_key_env}"
+        raise refuse("recipe", "base_url", f"{url.scheme}://{url.host}", remedy)
+    return key
+
+
+def addresses(url: httpx.URL) -> set[str]:
+    """What a recipe may call the URL's host: with its port and without it."""
+    host = url.host.lower().rstrip(".")
+    shown = f"[{host}]" if ":" in host else host
+    port = url.port or {"https": 443, "http": 80}.get(url.scheme)
+    return {host, shown, f"{shown}:{port}"}
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host is this machine by its name."""
+    if host.lower().rstrip(".") == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+def _traces(key: str) -> list[str]:
+    """Texts that no message shows: the key and every long piece of it, as it is, backwards and in base64."""
+    if not key:
+        return []
+    forms = [key, key[::-1], base64.b64encode(key.encode()).decode().rstrip("=")]
+    return [*forms, *(form[i : i + KEY_PIECE] for form in forms for i in range(len(form) - KEY_PIECE + 1))]
+
+
+def _seconds(retry_after: str) -> float:
+    """Seconds of a Retry-After header, which is a number or a date; 0 where it is neither."""
+    try:
+        wanted = float(retry_after)
+    except ValueError:
+        try:
+            wanted = email.utils.parsedate_to_datetime(retry_after).timestamp() - time.time()
+        except (ValueError, OverflowError):
+            return 0.0
+    return 0.0 if math.isnan(wanted) else max(wanted, 0.0)

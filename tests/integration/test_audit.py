@@ -1,0 +1,228 @@
+"""The audit finds the known weaknesses of the released rules, stops a profile that could teach nothing, and rescore."""
+
+import importlib.util
+import json
+import shutil
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from support.recipes import ROOT, recipe_at
+
+from nemo_pivotrl import config
+from nemo_pivotrl.core.artifacts import read_header, read_rows
+from nemo_pivotrl.core.errors import InputError
+from nemo_pivotrl.core.types import Action, Candidate, Case, ToolCall, Verdict
+from nemo_pivotrl.pivotrl.profile import profile
+from nemo_pivotrl.pivotrl.rescore import rescore
+from nemo_pivotrl.pivotrl.select import select
+from nemo_pivotrl.pivotrl.train import train
+from nemo_pivotrl.pivotrl.verifier_audit import GOLD, RIGHT, WRONG, audit, run_audit, summarise
+from nemo_pivotrl.verifiers import probes
+from nemo_pivotrl.verifiers.base import VerifierFault
+from nemo_pivotrl.verifiers.loading import load_verifier
+
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "bash",
+        "parameters": {
+            "type": "object",
+            "properties": {"command": {"type": "string"}, "n": {"type": "number", "default": 1}},
+        },
+    },
+}
+
+
+def candidate(name: str, expected: Action) -> Candidate:
+    return Candidate(name, "t", "k", "train", 1, 0, ({"role": "user", "content": "go"},), (TOOL,), expected)
+
+
+def bash(command: str, **more: Any) -> Action:
+    return Action("calls", calls=(ToolCall("bash", json.dumps({"command": command, **more})),))
+
+
+CANDIDATES = [
+    candidate("a", bash("ls -la src", n=1)),
+    candidate("b", bash("rm x.txt")),
+    candidate("c", Action("message", "Done.")),
+]
+
+
+class Always:
+    """Gives every action the same verdict."""
+
+    name, version, concurrency, asks_judge = "always", "1", 1, False
+
+    def __init__(self, reward: float):
+        self.reward = reward
+
+    def verify(self, case: Case, actual: Action) -> Verdict:
+        return Verdict(self.reward, "ALWAYS")
+
+
+def defects() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("verifier_defects", ROOT / "benchmarks/verifier_defects.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_audit_finds_every_known_weakness_of_the_released_rules_and_functional_has_none() -> None:
+    rows = defects().table()
+    assert len(rows) >= 20
+    assert [row[0] for row in rows if not row[3]] == [] and [row[0] for row in rows if row[4]] == []
+
+
+def test_probes_say_the_same_or_something_else() -> None:
+    for c in CANDIDATES:
+        right, wrong = list(probes.right(c.case)), list(probes.wrong(c.case))
+        assert all(not probes.same_action(action, c.expected) for _, action in wrong)
+        assert len({name for name, _ in wrong}) == len(wrong) or c.expected.kind == "calls"
+        names = {name for name, _ in right}
+        if c.candidate_id == "a":
+            assert names == {
+                "keys_in_another_order",
+                "blank_at_the_end",
+                "whole_number_as_float",
+                "shell_flags_apart",
+                "variable_before_a_command",
+            }
+        if c.candidate_id == "b":
+            assert "default_spelled_out" in names and "shell_flags_apart" not in names
+        if c.candidate_id == "c":
+            assert names == set()
+
+
+def test_a_verifier_that_takes_everything_and_one_that_takes_nothing_are_seen_through() -> None:
+    recipe = config.Recipe()
+    everything = run_audit(recipe, CANDIDATES, Always(1.0))
+    assert (
+        sorted(everything.unlosable()) == ["a", "b", "c"]
+        and not everything.unwinnable()
+        and not everything.gold_failures()
+    )
+    nothing = run_audit(recipe, CANDIDATES, Always(0.0))
+    assert (
+        sorted(nothing.unwinnable()) == ["a", "b", "c"] == sorted(nothing.gold_failures()) and not nothing.unlosable()
+    )
+    counted = summarise(everything)["by_tool"]["bash"]
+    assert counted["false_accept"] == counted[WRONG] > 0 and counted["gold_failed"] == counted["right_failed"] == 0
+    assert summarise(nothing)["by_tool"]["bash"]["right_failed"] == summarise(nothing)["by_tool"]["bash"][RIGHT] > 0
+
+
+def test_functional_passes_its_own_audit_and_its_rules_are_counted() -> None:
+    found = run_audit(config.Recipe(), CANDIDATES, load_verifier(config.Verifier(name="functional")))
+    failed = [(p.side, p.name, p.detail) for name in "ab" for p in found.probes[name] if p.failed]
+    assert failed == [] and found.unlosable() == ["c"]
+    assert summarise(found)["by_rule"]["shell_flag_clusters"] == {"accepted": 1, "accepted_wrongly": 0}
+
+
+def test_faults_and_undeclared_tools_are_counted_and_are_no_verdicts() -> None:
+    class Down(Always):
+        def verify(self, case: Case, actual: Action) -> Verdict:
+            raise VerifierFault("judge_timeout", "no answer")
+
+    foreign = candidate("d", Action("calls", calls=(ToolCall("zsh", "{}"),)))
+    found = run_audit(config.Recipe(), [*CANDIDATES, foreign], Down(1.0))
+    assert found.undeclared == ["d"] and sorted(found.gold_failures()) == ["a", "b", "c", "d"]
+    summary = summarise(found)
+    assert summary["faults"] == {"FAULT judge_timeout": summary["verdicts"]}
+    assert all(row["false_accept"] == 0 for row in summary["by_tool"].values())
+
+
+@pytest.fixture
+def run_dir(trained: Path, tmp_path: Path) -> Path:
+    shutil.copytree(trained, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def test_the_stage_writes_rows_and_numbers_and_the_sample_is_the_recipes(
+    run_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    audit(recipe_at(run_dir, "audit.sample=7", "verifier.name=functional"))
+    assert "verdicts; milliseconds each: p50" in capsys.readouterr().out
+    listed = list(read_rows(run_dir / "audit.jsonl"))
+    summary = json.loads((run_dir / "audit.json").read_text())
+    assert len(listed) == 7 == summary["candidates"] and read_header(
+        run_dir / "audit.jsonl", "audit"
+    ).verifier.startswith("functional")
+    assert summary["gold_failures"] == [] and all(row["probes"][0]["side"] == GOLD for row in listed)
+    assert summary["verdicts"] == sum(len(row["probes"]) for row in listed)
+
+
+def test_profile_stops_before_generating_when_the_experts_fail(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from nemo_pivotrl.backends import loading
+
+    def never(*_: object) -> None:
+        raise AssertionError("the policy was loaded")
+
+    monkeypatch.setattr(loading, "load", never)
+    impossible = recipe_at(
+        run_dir, "verifier.settings.word_count_similarity_threshold=1.0", "profile.num_generations=9"
+    )
+    with pytest.raises(InputError, match=r"do not score 1 under single_step") as caught:
+        profile(impossible, fresh=True)
+    assert any(p.field.startswith("candidate ") for p in caught.value.problems)
+    with pytest.raises(AssertionError, match="the policy was loaded"):
+        profile(
+            recipe_at(run_dir, "verifier.settings.word_count_similarity_threshold=1.0", "audit.before_profile=false"),
+            fresh=True,
+        )
+    accepted = ("verifier.settings.word_count_similarity_threshold=1.0", "audit.max_gold_failures=1.0")
+    with pytest.raises(AssertionError, match="the policy was loaded"):
+        profile(recipe_at(run_dir, *accepted), fresh=True)
+
+
+# ---- rescore ----
+
+
+def test_rescoring_with_the_same_verifier_changes_nothing(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rescore(recipe_at(run_dir))
+    assert ", 0 gain, 0 lose" in capsys.readouterr().out
+    before, after = (list(read_rows(run_dir / name)) for name in ("profiles.jsonl", "profiles.rescored.jsonl"))
+    assert before == after
+
+
+def test_another_verifier_gives_another_pivot_set_which_select_and_train_follow(
+    run_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    original = (run_dir / "profiles.jsonl").read_bytes()
+    exact = ("verifier.name=exact", "select.profiles=profiles.rescored.jsonl")
+    rescore(recipe_at(run_dir, *exact))
+    said = capsys.readouterr().out
+    assert "EXPECTED_CHAT_MESSAGE_FOUND -> DIFFERENT" in said and "pivots:" in said
+    assert (run_dir / "profiles.jsonl").read_bytes() == original
+    rescored = list(read_rows(run_dir / "profiles.rescored.jsonl"))
+    rates = [row["pass_rate"] for row in rescored]
+    assert rates != [row["pass_rate"] for row in read_rows(run_dir / "profiles.jsonl")]
+    assert all(row["pass_rate"] == sum(s["reward"] for s in row["samples"]) / len(row["samples"]) for row in rescored)
+    select(recipe_at(run_dir, *exact, "select.rule=random", "select.limit=4"))
+    assert read_header(run_dir / "pivots.jsonl", "pivots").verifier.startswith("exact ")
+    with pytest.raises(InputError, match="verifier: found 'exact"):
+        train(recipe_at(run_dir))
+
+
+def test_a_rescore_resumes_where_it_was_cut_and_never_writes_over_its_source(run_dir: Path) -> None:
+    recipe = recipe_at(run_dir, "verifier.name=functional")
+    whole = rescore(recipe).read_bytes()
+    lines = whole.splitlines(keepends=True)
+    (run_dir / "profiles.rescored.jsonl").unlink()
+    (run_dir / "profiles.rescored.jsonl.part").write_bytes(b"".join(lines[:4]) + lines[4][:30])
+    assert rescore(recipe).read_bytes() == whole
+    with pytest.raises(InputError, match="a name of its own"):
+        rescore(recipe_at(run_dir, "rescore.output=profiles.jsonl"))
+
+
+def test_a_profile_without_actions_is_named(run_dir: Path) -> None:
+    path = run_dir / "profiles.jsonl"
+    lines = path.read_text().splitlines()
+    rows = [json.loads(line) for line in lines[1:]]
+    for row in rows:
+        for sample in row["samples"]:
+            sample.pop("action")
+    path.write_text("\n".join([lines[0], *(json.dumps(row) for row in rows)]) + "\n")
+    with pytest.raises(InputError, match="keeps no actions"):
+        rescore(recipe_at(run_dir))

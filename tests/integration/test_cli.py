@@ -1,0 +1,227 @@
+"""The command line: quick to answer, one screen for a mistake, and a full disk costs nothing that was finished."""
+
+import json
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from support.recipes import ROOT
+
+from nemo_pivotrl import cli
+from nemo_pivotrl.core.artifacts import ArtefactWriter, Header, read_rows
+from nemo_pivotrl.core.types import Action, Candidate, ToolCall
+from nemo_pivotrl.data.gym_rows import candidate_to_row
+
+HEAVY = ["torch", "transformers", "numpy", "omegaconf", "yaml", "matplotlib", "jsonschema"]
+
+
+@contextmanager
+def disk_with_room_for(size: int) -> Iterator[None]:
+    """No file can grow beyond `size` bytes: the kernel fails the write as it does on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+def extract_recipe(folder: Path, trajectories: int = 40) -> str:
+    """A recipe whose extract stage writes one candidate for each trajectory."""
+    records = [
+        {"reward": 1, "messages": [{"role": "user", "content": f"q{i} " * 50}, {"role": "assistant", "content": "a"}]}
+        for i in range(trajectories)
+    ]
+    (folder / "in.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    (folder / "r.yaml").write_text(f"run_dir: {folder}/run\nextract: {{trajectories: {folder}/in.jsonl}}\n")
+    return str(folder / "r.yaml")
+
+
+def test_help_lists_every_stage_within_a_second_and_imports_nothing_heavy() -> None:
+    fastest = float("inf")
+    for _ in range(3):
+        begun = time.perf_counter()
+        shown = command("-m", "nemo_pivotrl.cli", "--help")
+        fastest = min(fastest, time.perf_counter() - begun)
+    assert shown.returncode == 0 and shown.stderr == ""
+    assert all(f"\n  {stage} " in shown.stdout for stage in cli.STAGES)
+    assert fastest < 1.0
+
+
+HELP = """
+import sys, time
+from nemo_pivotrl import cli
+for name in [None, *cli.STAGES, *cli.TOOLS]:
+    begun = time.perf_counter()
+    try:
+        cli.main([name, "--help"] if name else ["--help"])
+    except SystemExit as end:
+        print(name, end.code, time.perf_counter() - begun, file=sys.stderr)
+print([m for m in HEAVY if m in sys.modules], file=sys.stderr)
+"""
+
+
+def test_every_commands_own_help_is_quick_and_imports_nothing_heavy() -> None:
+    shown = command("-c", HELP.replace("HEAVY", repr(HEAVY)))
+    *rows, heavy = shown.stderr.splitlines()
+    assert heavy == "[]" and len(rows) == 1 + len(cli.STAGES) + len(cli.TOOLS)
+    for name, code, took in (row.split(" ") for row in rows):
+        assert code == "0" and float(took) < 1.0, name
+        assert name == "None" or f"usage: nemo-pivotrl {name} [-h]" in shown.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["extrakt", "r.yaml"], "did you mean extract?"),
+        (["verfy", "--verifier", "swe"], "did you mean verify?"),
+        (["serve-guided", "r.yaml"], "nemo-pivotrl serve RECIPE"),
+        (["zzz"], "use one of world, extract"),
+        ([], "COMMAND"),
+        (["--print-config"], "COMMAND"),
+        (["select"], "RECIPE"),
+        (["select", "r.yaml", "--lambda", "1"], "unrecognized arguments: --lambda"),
+        (["compare", "a.jsonl"], "B.jsonl"),
+        (["compare", "a.jsonl", "b.jsonl", "--lambda", "2"], "2 is no number from 0 to 1"),
+    ],
+)
+def test_a_wrong_command_line_exits_2_and_says_what_is_missing(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(arguments)
+    assert caught.value.code == 2 and said in capsys.readouterr().err
+
+
+def test_options_and_overrides_may_stand_in_any_order(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "r.yaml").write_text("seed: 1\n")
+    shown = set()
+    words = ["select.limit=3", str(tmp_path / "r.yaml"), "--print-config", "seed=2", "--changed"]
+    for order in ([1, 0, 3, 2, 4], [2, 1, 0, 4, 3], [1, 2, 0, 3, 4], [2, 4, 1, 3, 0]):
+        assert cli.main(["select", *(words[i] for i in order)]) == 0
+        shown.add(capsys.readouterr().out)
+    assert len(shown) == 1 and "seed: 2" in shown.pop()
+
+
+def test_export_takes_its_target_as_a_word(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "r.yaml").write_text("seed: 1\n")
+    for target in cli.EXPORTS:
+        assert cli.main(["export", target, str(tmp_path / "r.yaml"), "--print-config"]) == 0
+        assert f"  target: {target} " in capsys.readouterr().out
+
+
+def test_a_recipe_typo_exits_2_with_the_cure_on_stderr_and_no_traceback(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text("select: {lamda_diff: 0.5}\n")
+    done = command("-m", "nemo_pivotrl.cli", "select", str(tmp_path / "r.yaml"))
+    assert done.returncode == 2 and done.stdout == ""
+    assert "select.lamda_diff" in done.stderr and "did you mean `lambda_diff`?" in done.stderr
+    assert "Traceback" not in done.stderr and len(done.stderr.splitlines()) < 25
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["select", "nowhere.yaml"], "nowhere.yaml"),
+        (["select", "RECIPE", "select.lambda_diff=7"], "from 0.0 to 1.0"),
+        (["select", "RECIPE", "nonsense"], "section.key=value"),
+        (["select", "RECIPE"], "run the stage that writes profiles first"),
+        (["export", "RECIPE"], "run the stage that writes pivots first"),
+        (["extract", "RECIPE", "extract.trajectories=[gone.jsonl]"], "gone.jsonl"),
+        (["extract", "RECIPE", "run_dir=RECIPE/below"], "mend the path"),
+    ],
+)
+def test_bad_input_to_a_stage_exits_2_and_says_what_to_do(
+    tmp_path: Path, arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = extract_recipe(tmp_path)
+    assert cli.main([a.replace("RECIPE", recipe) for a in arguments]) == 2
+    shown = capsys.readouterr()
+    assert said in shown.err and shown.err.startswith(f"nemo-pivotrl {arguments[0]}: ")
+
+
+def test_a_missing_optional_package_is_named_with_its_extra(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "datasketch", None)  # Python's own way to say "not installed"
+    assert cli.main(["extract", extract_recipe(tmp_path)]) == 2
+    assert "no module datasketch" in (shown := capsys.readouterr().err) and "nemo-pivotrl[reference]" in shown
+
+
+def test_an_unknown_stage_is_refused_before_anything_is_read(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["extrakt", "nowhere.yaml"])
+    assert caught.value.code == 2 and "extract" in capsys.readouterr().err
+
+
+def test_all_invalid_trajectories_are_named_by_one_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = extract_recipe(tmp_path)
+    with (tmp_path / "in.jsonl").open("a") as handle:
+        handle.write('{"messages": []}\n{broken\n')
+    assert cli.main(["extract", recipe]) == 2
+    shown = capsys.readouterr().err
+    assert "2 problems" in shown and "in.jsonl:41: messages" in shown and "in.jsonl:42: line" in shown
+
+
+def test_a_full_disk_exits_2_leaves_the_part_and_the_same_command_then_finishes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe, run = extract_recipe(tmp_path), tmp_path / "run"
+    assert cli.main(["extract", recipe, f"run_dir={tmp_path}/whole"]) == 0
+    whole = (tmp_path / "whole/candidates.jsonl").read_bytes()
+    capsys.readouterr()
+    with disk_with_room_for(len(whole) // 2):
+        assert cli.main(["extract", recipe]) == 2
+    shown = capsys.readouterr().err
+    assert "File too large" in shown and "run the same command again" in shown and "Traceback" not in shown
+    assert not (run / "candidates.jsonl").exists()
+    assert (run / "candidates.jsonl.part").read_bytes() == whole[: len(whole) // 2]
+    assert cli.main(["extract", recipe]) == 0
+    assert (run / "candidates.jsonl").read_bytes() == whole and not (run / "candidates.jsonl.part").exists()
+
+
+def test_a_writer_stopped_by_a_full_disk_keeps_its_whole_rows_and_resumes_to_the_same_file(tmp_path: Path) -> None:
+    header, rows = Header("profiles", "c"), [{"id": i, "text": "x" * 200} for i in range(30)]
+    writer = ArtefactWriter(tmp_path / "whole.jsonl", header)
+    writer.write(rows)
+    whole = writer.finish().read_bytes()
+    for room in range(300, len(whole), 617):
+        path = tmp_path / f"{room}.jsonl"
+        writer = ArtefactWriter(path, header)
+        with disk_with_room_for(room), pytest.raises(OSError):
+            for row in rows:
+                writer.write([row])
+        assert not path.exists()
+        writer = ArtefactWriter(path, header)
+        assert writer.rows_done == whole[:room].count(b"\n") - 1
+        writer.write(rows[writer.rows_done :])
+        assert writer.finish().read_bytes() == whole
+
+
+def test_export_writes_gym_rows_without_a_header_one_file_a_split_whatever_text_they_hold(tmp_path: Path) -> None:
+    def row(name: str, split: str) -> dict[str, object]:
+        state = ({"role": "user", "content": f"lone \ud83d {name}"},)
+        expected = Action("calls", calls=(ToolCall("f", "{}"),))
+        return candidate_to_row(Candidate(name, "t", "k", split, 1, 0, state, (), expected), "agent")  # type: ignore[arg-type]
+
+    rows = [row("a", "train"), row("b", "validation"), row("c", "train")]
+    writer = ArtefactWriter(tmp_path / "run/pivots.jsonl", Header("pivots", "c"))
+    writer.write(rows)
+    writer.finish()
+    assert cli.main(["export", extract_recipe(tmp_path)]) == 0
+    found = {
+        s: [json.loads(line) for line in (tmp_path / f"run/gym/{s}.jsonl").read_bytes().splitlines()]
+        for s in ("train", "validation")
+    }
+    assert found == {"train": [rows[0], rows[2]], "validation": [rows[1]]}
+    assert list(read_rows(tmp_path / "run/pivots.jsonl")) == rows

@@ -1,0 +1,1 @@
+"""What tests share: processes, cached artefacts, the tiny recipes, stand-ins for servers."""
