@@ -52,6 +52,7 @@ VLLM := tests/vllm
 $(VENV_VLLM)/.installed: $(VLLM)/requirements.txt $(VLLM)/constraints.txt
 	$(PYTHON) -m venv $(VENV_VLLM)
 	$(VENV_VLLM)/bin/python -m pip install -q -c $(VLLM)/constraints.txt -r $(VLLM)/requirements.txt
+	$(VENV_VLLM)/bin/python -m pip install -q --no-deps -c constraints.txt trl  # its chat templates are tested, not its code
 	$(VENV_VLLM)/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec triton
 	touch $@
 
@@ -70,6 +71,7 @@ $(STAMP): setup.py constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[reference,megatron,verifiers,serve,report,dev]'
+	$(BIN)/python -m pip install -q --no-deps -c constraints.txt trl  # its chat templates are tested, not its code
 	touch $@
 
 SMOLLM2 := runs/smollm2/base/config.json

@@ -12,11 +12,20 @@ from typing import Any, Literal
 from nemo_pivotrl.config import Recipe
 from nemo_pivotrl.core.errors import InputError, Problem, short
 
+GONE = {
+    "serve_guided": "remove it: `nemo-pivotrl serve` is vLLM's server, which has bounds of its own (`vllm.engine_args`)",
+    "warmup.puzzle_batch_size": "remove it: a step of the demo's warm-up has 32 puzzles",
+    "sft.puzzle_batch_size": "remove it: only the demo's warm-up has puzzles",
+}
+"""Settings of earlier versions -> what to do about them."""
+
 
 def build(cls: type[Any], values: Mapping[str, Any], file: str, prefix: str = "") -> Any:
     """`cls` filled from a mapping, checked; `prefix` begins the field names in errors. Raises InputError with all problems."""
     problems: list[Problem] = []
     made = _build(cls, values, prefix, file, problems)
+    if isinstance(made, Recipe):
+        problems += _without_effect(made, file)
     if problems:
         raise InputError(problems)
     return made
@@ -32,6 +41,7 @@ def _build(cls: type[Any], values: Mapping[str, Any], prefix: str, file: str, pr
         if key not in fields:
             near = difflib.get_close_matches(str(key), fields, n=1, cutoff=0.5)
             hint = f"did you mean `{near[0]}`?" if near else f"known keys: {', '.join(fields)}"
+            hint = GONE.get(name, hint)
             problems.append(Problem(file, None, name, f"unknown key `{key}`", hint))
         elif dataclasses.is_dataclass(hints[key]):
             if isinstance(value, Mapping):
@@ -48,6 +58,21 @@ def _build(cls: type[Any], values: Mapping[str, Any], prefix: str, file: str, pr
                 continue
             problems.extend(_out_of_range(fields[key], arguments[key], name, file))
     return dataclasses.replace(default, **arguments) if default is not None else cls(**arguments)
+
+
+def _without_effect(recipe: Recipe, file: str) -> list[Problem]:
+    """Settings of the doctor that only a policy has a use for: no stage samples turns from a doctor alone."""
+    usual, remedy = (
+        Recipe().doctor,
+        "remove it: no stage samples from a doctor alone; `decode` says how answers are sampled",
+    )
+    found = [("sampler", recipe.doctor.sampler, usual.sampler)]
+    for spec in dataclasses.fields(usual.generation):
+        values = (getattr(node.generation, spec.name) for node in (recipe.doctor, usual))
+        found.append((f"generation.{spec.name}", *values))
+    return [
+        Problem(file, None, f"doctor.{name}", str(value), remedy) for name, value, default in found if value != default
+    ]
 
 
 def _build_named(cls: type[Any], value: Any, name: str, file: str, problems: list[Problem]) -> dict[str, Any]:

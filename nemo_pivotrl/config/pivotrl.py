@@ -172,8 +172,6 @@ class Sft:
 
     Turns of one trajectory whose prompts are prefixes of each other make one sequence.
     """
-    puzzle_batch_size: int = ranged(32, 0)
-    """`source: world` only: puzzles a step."""
     optimizer: Optimizer = field(default_factory=lambda: Optimizer(lr=1e-5))
     decay_from: float = ranged(1.0, 0.0, 1.0)
     """Share of the steps after which the learning rate falls linearly to a tenth."""

@@ -39,8 +39,10 @@ class Judge:
     api_key_env: str = "OPENAI_API_KEY"
     """Environment variable that holds the key; unset means that none is sent."""
     api_key_host: str = ""
-    """Host (or host:port) that the key belongs to, the only one that it is sent to, over https or on this machine. Empty:
-    api.openai.com for OPENAI_API_KEY; every other variable needs its host named."""
+    """Host (or host:port) that the key is sent to, over https or on this machine, and no other.
+
+    Empty: api.openai.com for OPENAI_API_KEY. Every other variable needs its host named.
+    """
     votes: int = ranged(1, 1, 99)
     """Answers per order; the majority of them is that order's verdict."""
     both_orders: bool = True

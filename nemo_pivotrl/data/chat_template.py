@@ -203,22 +203,21 @@ class Chat:
     def example_ids(self, messages: Sequence[Message], tools: Tools, action: Message) -> tuple[list[int], list[int]]:
         """Token ids of a state and of an expert's turn behind it, up to its end-of-turn token.
 
-        Both are encoded as one text and cut, for a turn that is encoded alone may begin otherwise. Where a token lies across
-        the border it belongs to the turn. Raises as `turn` does.
+        Both are encoded as one text and cut, for a turn that is encoded alone may begin otherwise. Where a token would lie across
+        the border the turn has tokens of its own, since the policy is given the state's. Raises as `turn` does.
         """
+        self.dropped.check([*messages, action], tools)
         turn = self.turn(messages, tools, action)
         mark = turn.prompt.mark or turn.text.mark
         text = turn.text.text if turn.text.mark in ("", mark) else turn.text.text.replace(turn.text.mark, mark)
         prompt, whole = self.template.encode(turn.prompt), self.template.encode(Marked(turn.prompt.text + text, mark))
-        border = len(prompt)
-        while whole[:border] != prompt[:border]:
-            border -= 1
-        action_ids = whole[border:]
+        own_tokens = whole[: len(prompt)] != prompt
+        action_ids = self.template.encode(turn.text, inside=True) if own_tokens else whole[len(prompt) :]
         end = next((place for place, token in enumerate(action_ids) if token in self.stop_ids), None)
         if end is not None:
-            return whole[:border], action_ids[: end + 1]
+            return prompt, action_ids[: end + 1]
         own = self.tokenizer.eos_token_id  # a template without an end of turn: the model would end the text
-        return whole[:border], [*action_ids, own if own is not None else min(self.stop_ids)]
+        return prompt, [*action_ids, own if own is not None else min(self.stop_ids)]
 
     def action_ids(self, messages: Sequence[Message], tools: Tools, action: Message) -> list[int]:
         """Token ids of an expert action: from the first token the policy would write to its end-of-turn token."""

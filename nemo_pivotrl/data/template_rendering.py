@@ -141,11 +141,14 @@ class Template:
 
     # ---- tokens ----
 
-    def encode(self, text: str | Marked) -> list[int]:
-        """Token ids of a rendered text. Raises UnrenderableState for what has no UTF-8 form, such as half an emoji."""
+    def encode(self, text: str | Marked, inside: bool = False) -> list[int]:
+        """Token ids of a rendered text; `inside`: of one that follows another, from which it does not take a token.
+
+        Raises UnrenderableState for what has no UTF-8 form, such as half an emoji.
+        """
         if isinstance(text, Marked) and text.mark and text.mark in text.text:
-            return self._encode_marked(text)
-        return self._encode(text.text if isinstance(text, Marked) else text)
+            return self._encode_marked(text, inside)
+        return self._segment(text.text if isinstance(text, Marked) else text, inside)
 
     def _encode(self, text: str, **kwargs: Any) -> list[int]:
         try:
@@ -155,7 +158,7 @@ class Template:
             raise UnrenderableState("not_encodable", found, "it is excluded; mend the text, which was cut") from None
         return list(self.tokenizer.encode(text, add_special_tokens=False, **kwargs))
 
-    def _encode_marked(self, text: Marked) -> list[int]:
+    def _encode_marked(self, text: Marked, inside: bool) -> list[int]:
         """As `encode`: the template's own special tokens by id, those in text broken up.
 
         Tokenizers split a text at its special tokens first, so what stands between two of them has tokens of its own.
@@ -165,9 +168,9 @@ class Template:
             if self._special.fullmatch(piece):
                 ids.append(int(self.tokenizer.convert_tokens_to_ids(piece)))
             elif text.mark not in piece:
-                ids += self._segment(piece, bool(ids))
+                ids += self._segment(piece, inside or bool(ids))
             elif piece:
-                found = self._segment(piece.replace(text.mark, ""), bool(ids), split_special_tokens=True)
+                found = self._segment(piece.replace(text.mark, ""), inside or bool(ids), split_special_tokens=True)
                 if set(found) & set(self.tokenizer.convert_tokens_to_ids(self.special_tokens)):
                     # tokens that end turns but are not flagged as special
                     found = [i for part in piece.split(text.mark) for i in self._segment(part, True)]

@@ -16,6 +16,8 @@ from nemo_pivotrl.pivotrl.sft import Sequence_, conversation, epochs, fit, ident
 
 COPY_BATCH = 128
 """Copying puzzles a step at the beginning of a tiny model's life; they are short."""
+PUZZLE_BATCH = 32
+"""Puzzles a step afterwards, beside the desk's conversations."""
 
 
 def make_start_policy(recipe: Recipe, fresh: bool) -> Path:
@@ -44,12 +46,8 @@ def make_start_policy(recipe: Recipe, fresh: bool) -> Path:
     def draw(step: int) -> list[list[Sequence_]]:
         if step <= settings.copy_steps:
             return [epochs(copying, COPY_BATCH, step, recipe.seed)]
-        parts = [epochs(desk_sequences, settings.batch_size, step, recipe.seed)]
-        return (
-            [*parts, epochs(puzzle_sequences, settings.puzzle_batch_size, step, recipe.seed)]
-            if settings.puzzle_batch_size
-            else parts
-        )
+        desk_batch = epochs(desk_sequences, settings.batch_size, step, recipe.seed)
+        return [desk_batch, epochs(puzzle_sequences, PUZZLE_BATCH, step, recipe.seed)]
 
     return fit(recipe, settings, policy, chat, draw, identity, fresh)
 

@@ -2,9 +2,9 @@
 
 The neutral prompt is what the doctor will see. A face is the same prompt with its text as the system message, before a
 system message that is already there. Templates that refuse a system role, or drop it silently, get it at the head of the
-first user turn instead. An answer is tokenised once, behind the neutral prompt, with the end-of-turn token its template
-writes; its ids are then appended to every prompt as they are. Tokenising prompt and answer together instead could merge
-across the border, differently for each face.
+first user turn instead. An answer is tokenised once, as one text with the neutral prompt and cut behind it, with the
+end-of-turn token its template writes; its ids are then appended to every prompt as they are, so that each face scores the same
+tokens. A template whose generation prompt opens reasoning closes it again at the beginning of every answer.
 """
 
 from __future__ import annotations
@@ -13,9 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from jinja2 import TemplateError
-
-from nemo_pivotrl.core.errors import InputError
+from nemo_pivotrl.core.errors import InputError, UnrenderableState
 from nemo_pivotrl.core.types import Message, Preference
 from nemo_pivotrl.data.chat_template import Chat
 
@@ -53,55 +51,43 @@ class FacePrompts:
     def __init__(self, chat: Chat, faces: Mapping[str, Face], max_tokens: int):
         self.chat, self.faces, self.max_tokens = chat, faces, max_tokens
         self.placement: Placement = "first_user_turn" if refuses_system_role(chat) else "system"
-        tokenizer = chat.tokenizer
-        added = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
-        self.special_tokens = sorted({*added, *tokenizer.all_special_tokens})
 
     def prepare(self, preference: Preference) -> Prepared | str:
-        """Its token ids, or the reason why it is excluded."""
-        neutral = placed(preference.prompt, "", self.placement)
-        faces = self.faces[preference.objective]
+        """Its token ids, or the reason why it is excluded. Raises InputError for a template that leaves roles out."""
+        states = [placed(preference.prompt, face, self.placement) for face in ("", *self.faces[preference.objective])]
+        for state in states:
+            try:
+                self.chat.prompt_ids(state, ())
+            except UnrenderableState as error:
+                return "template_refuses_prompt" if error.kind == "template_refuses_state" else error.kind
         try:
-            prompts = [self.chat.prompt_ids(neutral, ())]
-            prompts += [self.chat.prompt_ids(placed(preference.prompt, f, self.placement), ()) for f in faces]
-        except TemplateError:
-            return "template_refuses_prompt"
-        answers = []
-        for text in (preference.chosen, preference.rejected):
-            if any(token in text for token in self.special_tokens):
-                return "special_token_in_answer"
-            ids = self.answer_ids(neutral, text)
-            if ids is None:
-                return "template_changes_answer"
-            answers.append(ids)
-        if answers[0] == answers[1]:
+            chosen, rejected = (self.example(states[0], text) for text in (preference.chosen, preference.rejected))
+            prompts = [self.example(state, preference.chosen)[0] for state in states[1:]]
+        except UnrenderableState as error:
+            return "special_token_in_answer" if error.kind == "special_token_in_text" else error.kind
+        except InputError:
+            return "template_changes_answer"
+        if not chosen[1] or not rejected[1]:
+            return "template_changes_answer"
+        if chosen[1] == rejected[1]:
             return "same_tokens"
-        found = Prepared(preference, *prompts, *answers)
+        found = Prepared(preference, chosen[0], *prompts, chosen[1], rejected[1])
         return "too_long" if found.longest > self.max_tokens else found
 
-    def answer_ids(self, messages: Sequence[Message], text: str) -> list[int] | None:
-        """The answer's tokens, end of turn included; None where the template leaves something of it out."""
-        message = {"role": "assistant", "content": text}
-        try:
-            written = self.chat.action_text(messages, (), message)
-            ids = self.chat.action_ids(messages, (), message)
-        except (InputError, TemplateError):
-            return None
-        _, found, after = written.rpartition(text.strip())
-        cut_off = self.chat.tokenizer.decode(self.chat.encode(written)[len(ids) :], skip_special_tokens=False)
-        if not found or len(cut_off) > len(after):  # a stop token that is plain text may stand inside an answer
-            return None
-        if ids[-1] not in self.chat.stop_ids:  # a template without an end of turn: the model would end the text
-            ids.append(self.chat.tokenizer.eos_token_id)
-        return ids
+    def example(self, state: Sequence[Message], text: str) -> tuple[list[int], list[int]]:
+        """The prompt's tokens and the answer's, end of turn included; none where the template leaves something of it out."""
+        prompt, answer = self.chat.example_ids(state, (), {"role": "assistant", "content": text})
+        whole = self.chat.decode(answer)
+        said = self.chat.decode(self.chat.encode(text.strip()))  # as a tokenizer that normalises text gives it back
+        return prompt, answer if said.strip() in whole else []
 
 
 def refuses_system_role(chat: Chat) -> bool:
     """Whether the template raises on a system message or leaves it out."""
     probe = [{"role": "system", "content": "PROBESYSTEM"}, {"role": "user", "content": "PROBEUSER"}]
     try:
-        return "PROBESYSTEM" not in chat.render(probe, (), add_generation_prompt=True)
-    except TemplateError:
+        return "PROBESYSTEM" not in chat.template.render(probe, (), prompt=True).plain
+    except UnrenderableState:
         return True
 
 

@@ -1,7 +1,7 @@
 """profile: candidates -> profiles. One-turn rollouts of the frozen start policy for each candidate, verified.
 
 It keeps the rules R1 to R7 of docs/algorithms.md, and stores every (k, K). Each candidate gets as many of K rollouts
-as its selection needs (`algorithms/early_stopping.py`). Work goes on in chunks (`chunks.py`) that any number of processes share
+as its selection needs (`algorithms/early_stopping.py`). Work goes on in chunks (`profile_shards.py`) that any number of processes share
 (`--shard i/n`); whatever is killed, the same command ends with the same bytes.
 """
 

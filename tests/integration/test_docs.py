@@ -72,7 +72,7 @@ def run(words: list[str], folder: Path, small: list[str]) -> None:
     ), named
 
 
-REFERENCE = ("algorithms.md", "settings.md")
+REFERENCE = ("algorithms.md", "formats.md", "settings.md")
 """Pages to look things up in; the others are read from top to bottom and stay short."""
 
 

@@ -18,7 +18,7 @@ from nemo_pivotrl.backends.base import Scorer
 from nemo_pivotrl.backends.identity import policy_revision
 from nemo_pivotrl.backends.reference import logits
 from nemo_pivotrl.components.costs import read_ledger
-from nemo_pivotrl.config import Patient, Policy, Preferences, Recipe, Reward, Tfpo
+from nemo_pivotrl.config import ChatSettings, Patient, Policy, Preferences, Recipe, Reward, Tfpo
 from nemo_pivotrl.core.artifacts import read_header, read_rows
 from nemo_pivotrl.core.errors import InputError
 from nemo_pivotrl.core.types import Preference
@@ -322,8 +322,15 @@ def test_pairs_that_cannot_be_scored_are_excluded_and_counted(
     rows = [*ROWS[:2], {"prompt": "long", "chosen": "word " * 300, "rejected": "x"}]
     rows += [{"prompt": "ends early", "chosen": "a <|end|> b", "rejected": "x"}, ROWS[2]]
     path = reward(recipe_for(tmp_path, patient, rows))
-    assert len(list(read_rows(path))) == 3
+    kept = list(read_rows(path))
+    assert len(kept) == 4
     summary = json.loads((tmp_path / "token_rewards.json").read_text())
+    assert summary["excluded"] == {"too_long": 1} and summary["pairs"] == 4
+    ends = prompts_of(recipe_for(tmp_path, patient, rows)).chat.stop_ids
+    assert all(sum(i in ends for i in row["chosen"]["ids"]) == 1 for row in kept), "an end of turn in text is text"
+    refusing = recipe_for(tmp_path / "refusing", patient, rows, patient_chat=ChatSettings(special_tokens="refuse"))
+    reward(refusing)
+    summary = json.loads((tmp_path / "refusing/token_rewards.json").read_text())
     assert summary["excluded"] == {"special_token_in_answer": 1, "too_long": 1} and summary["pairs"] == 3
     assert "too_long" in capsys.readouterr().out
     with pytest.raises(InputError, match=r"none usable: \{'too_long': 14\}"):

@@ -16,6 +16,8 @@ from nemo_pivotrl.core.model_folder import json_object
 from nemo_pivotrl.core.types import Sample
 
 GIB = 1 << 30
+IMPOSSIBLE = -9000.0
+"""vLLM's servers write -9999 where a log-probability is minus infinity: of a token that was drawn or scored that is a fault."""
 EXTENSION = "nemo_pivotrl.backends.vllm.refit.Refit"
 """Worker methods of ours, by which weights come in."""
 OURS = {
@@ -144,7 +146,7 @@ def checked(
         raise ValueError(f"{len(token_ids)} tokens with {len(log_probs)} log-probabilities")
     if not 0 < len(token_ids) <= most:
         raise ValueError(f"{len(token_ids)} tokens, of 1 to {most}")
-    wrong = [value for value in log_probs if not -1e4 < value <= 1e-4]  # servers write -9999 for minus infinity
+    wrong = [value for value in log_probs if not IMPOSSIBLE < value <= 1e-4]
     if wrong:
         raise ValueError(f"log-probability {wrong[0]} of a token that was drawn")
     early = [token for token in token_ids[:-1] if token in stop_ids]

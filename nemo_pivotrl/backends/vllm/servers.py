@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from nemo_pivotrl.backends.identity import policy_revision
-from nemo_pivotrl.backends.vllm.requests import checked, families, in_order, request
+from nemo_pivotrl.backends.vllm.requests import IMPOSSIBLE, checked, families, in_order, request
 from nemo_pivotrl.config import Generation, Policy, Vllm
 from nemo_pivotrl.core.errors import InputError, Problem, short
 from nemo_pivotrl.core.types import Lost, Sample
@@ -171,8 +171,8 @@ class Servers:
                 if not isinstance(listed, list) or len(listed) != len(prompt) + len(response):
                     raise ValueError(f"prompt_logprobs of {len(prompt) + len(response)} tokens: {short(listed)}")
                 values = [at[str(t)]["logprob"] for at, t in zip(listed[len(prompt) :], response, strict=True)]
-                if not all(isinstance(v, float) and math.isfinite(v) for v in values):
-                    raise ValueError("a log-probability that is no number")
+                if not all(isinstance(v, float) and math.isfinite(v) and v > IMPOSSIBLE for v in values):
+                    raise ValueError("a log-probability that is no number, or that stands for minus infinity")
                 return torch.tensor(values)
 
             found = self._asked(body, read, {}, 0)

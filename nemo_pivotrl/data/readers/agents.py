@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
+from pathlib import PurePath
 from typing import Any
 
 from nemo_pivotrl.data.gym_rows import to_messages
@@ -116,7 +118,7 @@ def read_swe_agent(record: dict[str, Any], context: Context) -> Draft:
     history = record.get("history")
     raw = [m for m in history if not _ended(m)] if isinstance(history, list) else history
     note_unused(record, ("history", "trajectory", "info", "environment", "replay_config", *IDENTITY), context.notes)
-    draft = draft_of(record, raw, context, where="history")
+    draft = _named_by_file(draft_of(record, raw, context, where="history"), context)
     said = [m for m in raw if isinstance(m, dict)]
     if len(said) == len(draft.messages):
         demo = {i for i, m in enumerate(said) if m.get("is_demo") or m.get("message_type") == "demonstration"}
@@ -151,7 +153,15 @@ def read_mini_swe_agent(record: dict[str, Any], context: Context) -> Draft:
         else:
             raw.append(message)
     note_unused(record, ("messages", "info", "trajectory_format", *IDENTITY), context.notes)
-    return draft_of(record, raw if isinstance(messages, list) else messages, context)
+    return _named_by_file(draft_of(record, raw if isinstance(messages, list) else messages, context), context)
+
+
+def _named_by_file(draft: Draft, context: Context) -> Draft:
+    """The harnesses name a result file after its task."""
+    if draft.identity.task is None:
+        name = PurePath(context.source.rpartition(":")[0]).name
+        draft.identity = draft.identity._replace(task=re.sub(r"(\.traj|\.jsonl?|\.gz|\.zst)+$", "", name))
+    return draft
 
 
 # ---- Claude Code ----

@@ -197,12 +197,11 @@ def _role(message: dict[str, Any], at: str) -> str:
     raw = message.get("role")
     raw = message.get("from") if raw is None else raw
     role = DIALECTS.get(raw) if isinstance(raw, str) else None
+    if "parts" in message and not _SAYING & message.keys():
+        remedy = "write them as chat messages: role and content"
+        raise FieldError(f"{at}.parts", "Gemini contents (role, parts)", remedy)
     if role is None:
         found = "missing" if raw is None else raw
-        if "parts" in message:
-            raise FieldError(
-                f"{at}.parts", "Gemini contents (role, parts)", "write them as chat messages: role and content"
-            )
         key = "from" if "from" in message and "role" not in message else "role"
         raise FieldError(f"{at}.{key}", found, f"use one of {', '.join(ROLES if key == 'role' else DIALECTS)}")
     if not any(key in message for key in _SAYING):

@@ -39,6 +39,8 @@ def make_call(name: Any, arguments: Any, tools: Tools) -> ToolCall:
 def _of_object(raw: Any, tools: Tools, *keys: str) -> ToolCall:
     if not isinstance(raw, dict):
         raise ValueError("a tool call is an object")
+    if not any(key in raw for key in keys) and set(raw) != {"name"}:
+        raise ValueError(f"a tool call needs name and {keys[-1]}")
     return make_call(raw.get("name"), next((raw[key] for key in keys if key in raw), None), tools)
 
 
@@ -95,7 +97,7 @@ def read_llama_json(text: str, tools: Tools) -> tuple[str, list[ToolCall]]:
     return (content, calls) if calls else (text, [])
 
 
-_MISTRAL_CALL = re.compile(r"\s*([^\s\[{]+)\s*(?:\[CALL_ID\][^\[{]*)?(?:\[ARGS\])?\s*(?=\{)")
+_MISTRAL_CALL = re.compile(r"\s*([^\s\[{]+)\s*(?:\[CALL_ID\]\w*)?(?:\[ARGS\])?\s*(?=\{)")
 
 
 def read_mistral(text: str, tools: Tools) -> tuple[str, list[ToolCall]]:
@@ -118,8 +120,8 @@ def read_mistral(text: str, tools: Tools) -> tuple[str, list[ToolCall]]:
     return content, calls
 
 
-_DEEPSEEK_FENCED = re.compile(r"\s*function<｜tool▁sep｜>([^\n<]+)\n```json\n(.*)\n```\s*", re.DOTALL)
-_DEEPSEEK_PLAIN = re.compile(r"\s*([^\n<]+?)<｜tool▁sep｜>(.*)", re.DOTALL)
+_DEEPSEEK_FENCED = re.compile(r"function<｜tool▁sep｜>([^\s<]+)\n```json\n([^\n]*)\n```")
+_DEEPSEEK_PLAIN = re.compile(r"([^\s<]+)<｜tool▁sep｜>([^\n]*)")
 _DEEPSEEK_MARKS = ("<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>", "<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>")
 
 

@@ -91,9 +91,10 @@ def _literal(node: ast.expr, depth: int) -> Any:
     raise ValueError("an argument that is no literal")
 
 
+_PYTHON_NAMES = {"None": None, "True": True, "False": False}
 _QUOTE = '<|"|>'
 _GEMMA_BARE = re.compile(r"[^,\[\]{}]*")
-_GEMMA_KEY = re.compile(r"\s*([^:,\[\]{}]+?)\s*:")
+_GEMMA_KEY = re.compile(r"([^\s:,\[\]{}]+):")
 
 
 def read_gemma4(text: str, tools: Tools) -> tuple[str, list[ToolCall]]:
@@ -101,7 +102,7 @@ def read_gemma4(text: str, tools: Tools) -> tuple[str, list[ToolCall]]:
     content, calls, place = [], [], 0
     while (start := text.find("<|tool_call>", place)) >= 0:
         content.append(text[place:start])
-        head = re.compile(r"\s*call:([^\s{]+)(?=\{)").match(text, start + len("<|tool_call>"))
+        head = re.compile(r"\s*call:([\w.-]+)(?=\{)").match(text, start + len("<|tool_call>"))
         if head is None:
             raise ValueError("<|tool_call> without call:NAME{")
         reader = _Gemma(text, head.end(), Parameters(head[1], tools))
@@ -161,6 +162,8 @@ class _Gemma:
         bare = _GEMMA_BARE.match(self.text, self.place)
         assert bare is not None, "the pattern matches nothing, too"
         self.place = bare.end()
+        if bare[0].strip() in _PYTHON_NAMES:  # text stands between quotes, so this is a value
+            return _PYTHON_NAMES[bare[0].strip()]
         try:
             return loads(bare[0])
         except ValueError:

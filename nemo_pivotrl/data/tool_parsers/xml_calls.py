@@ -55,8 +55,8 @@ def _xml_arguments(body: str, parameters: Parameters) -> str:
     place = 0
     while (found := _PARAMETER.match(body, place)) is not None:
         key, value = found[1], found[2]
-        if "<parameter=" in value:
-            raise ValueError(f"parameter {short(key, 40)} is not closed")
+        if "<parameter=" in value or key != key.strip():
+            raise ValueError(f"parameter {short(key, 40)} is not closed, or no name")
         if key in arguments:
             raise ValueError(f"parameter {short(key, 40)} is given twice")
         arguments[key] = parameters.value(key, value.removeprefix("\n").removesuffix("\n"))
@@ -81,6 +81,8 @@ def read_glm(text: str, tools: Tools) -> tuple[str, list[ToolCall]]:
         name = body.partition("<arg_key>")[0]
         if not name.strip() or re.search(r"[\s<>]", name.strip()):
             raise ValueError(f"{short(name, 40)} is no name of a tool")
+        if tools and not Parameters(name.strip(), tools).declared:
+            raise ValueError(f"{short(name, 40)} is not declared")  # vLLM reads no call of such a tool
         calls.append(_glm_call(name.strip(), body[len(name) :], tools))
         place = end + len("</tool_call>")
     content.append(text[place:])

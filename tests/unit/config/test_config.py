@@ -10,6 +10,7 @@ from support.recipes import ROOT
 
 from nemo_pivotrl import cli, config
 from nemo_pivotrl.config import Recipe
+from nemo_pivotrl.config.build import GONE
 from nemo_pivotrl.config.load import load_recipe
 from nemo_pivotrl.config.show import to_yaml
 from nemo_pivotrl.core.errors import InputError, Problem
@@ -106,6 +107,20 @@ def test_a_section_given_in_part_keeps_the_rest_of_its_own_defaults(tmp_path: Pa
     recipe = load_recipe(recipe_file(tmp_path, "warmup: {num_steps: 3}\nsft: {optimizer: {beta2: 0.9}}"))
     assert (recipe.warmup.name, recipe.warmup.source, recipe.warmup.num_steps) == ("start", "candidates", 3)
     assert (recipe.sft.name, recipe.sft.optimizer.lr, recipe.sft.optimizer.beta2) == ("sft", 1e-5, 0.9)
+
+
+def test_a_setting_that_went_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    text = "serve_guided: {max_batch: 4}\nwarmup: {puzzle_batch_size: 32}\nsft: {puzzle_batch_size: 32}"
+    found = {p.field: p.remedy for p in problems_of(recipe_file(tmp_path, text))}
+    assert list(found) == ["serve_guided", "warmup.puzzle_batch_size", "sft.puzzle_batch_size"] == list(GONE)
+    assert all(remedy.startswith("remove it: ") for remedy in found.values())
+
+
+def test_what_only_a_policy_uses_is_refused_for_a_doctor(tmp_path: Path) -> None:
+    text = "doctor: {sampler: vllm, generation: {temperature: 0.5, max_new_tokens: 512}, tool_parser: auto}"
+    found = problems_of(recipe_file(tmp_path, text))
+    assert [(p.field, p.found) for p in found] == [("doctor.sampler", "vllm"), ("doctor.generation.temperature", "0.5")]
+    assert "`decode`" in found[0].remedy
 
 
 def test_all_mistakes_of_a_recipe_come_at_once(tmp_path: Path) -> None:
