@@ -1,4 +1,4 @@
-# Two commands: `make quickstart` and `make test`. Both make the environment they need.
+# `make quickstart` and `make test`, which share one environment; `make test-all` makes those of NeMo-Aligner and vLLM, too.
 VENV ?= .venv
 VENV_VLLM ?= .venv-vllm
 PYTHON ?= python3
@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 # all of these are commands, not files
-.PHONY: conformance verifier-speed quickstart smollm2 smollm2-doctor test test-aligner test-vllm check lint format fuzz clean
+.PHONY: conformance verifier-speed quickstart smollm2 smollm2-doctor test test-aligner test-vllm test-all mutants check lint format fuzz clean
 
 # BACKEND=megatron: the same recipes over megatron-core in two data-parallel processes, on CPUs over gloo
 quickstart: START := $(BIN)/nemo-pivotrl
@@ -30,8 +30,16 @@ quickstart: $(STAMP) $(VLLM_STAMP)
 	$(START) run recipes/llmdoctor/tiny.yaml fresh=true $(LLMDOCTOR)
 	$(if $(AFTER),$(START) $(AFTER) $(LLMDOCTOR))
 
-test: $(STAMP) test-aligner test-vllm
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+# examples are the same on every machine (CONTRIBUTING.md)
+test test-aligner test-vllm: export HYPOTHESIS_PROFILE ?= ci
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
+
+test-all: test test-aligner test-vllm
+
+mutants: $(STAMP)
+	$(BIN)/python tests/nightly/mutants.py $(ARGS)
 
 # NeMo-Aligner and what it needs contradict the rest of the project's packages, so they have an environment of their own
 VENV_ALIGNER ?= .venv-aligner
@@ -42,6 +50,7 @@ $(VENV_ALIGNER)/.installed: $(ALIGNER)/requirements.txt $(ALIGNER)/packages.txt 
 	$(VENV_ALIGNER)/bin/python -m pip install -q --no-deps -r $(ALIGNER)/packages.txt
 	touch $@
 
+# its patients may be served by vLLM: real servers come from that environment
 test-aligner: $(VENV_ALIGNER)/.installed $(VENV_VLLM)/.installed
 	$(VENV_ALIGNER)/bin/python -m pip install -q --no-deps -e .  # its entry points are tested; the checkout may be another one
 	VENV_VLLM=$(abspath $(VENV_VLLM)) $(VENV_ALIGNER)/bin/python -m pytest -n 2 --dist loadgroup -c $(ALIGNER)/pytest.ini --rootdir $(ALIGNER) $(ALIGNER)

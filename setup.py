@@ -14,7 +14,7 @@ setup(
     package_data={
         "nemo_pivotrl": ["py.typed"],
         "nemo_pivotrl.report": ["*.jinja"],
-        "nemo_pivotrl.verifiers": ["*.jsonl"],
+        "nemo_pivotrl.verifiers": ["*.jsonl", "*.toml"],
         "nemo_pivotrl.integrations.nemo_aligner": ["conf/*.yaml"],
     },
     install_requires=[
@@ -33,10 +33,17 @@ setup(
             "peft>=0.18",
             "datasketch>=1.6",
             "jsonschema>=4.18",
+            "regex>=2024.4",  # tool-schema checks: patterns with a time limit
             "tensorboard>=2.16",  # logger.tensorboard is on unless a recipe says otherwise, wherever models train
         ],
         # terminal_multi_harness: schemas in OpenAPI's dialect, as NeMo-Gym validates them; patterns with a time limit; the judge
-        "verifiers": ["openapi-schema-validator>=0.6", "jsonschema>=4.18", "regex>=2024.4", "httpx>=0.27"],
+        "verifiers": [
+            "openapi-schema-validator>=0.6",
+            "jsonschema>=4.18",
+            "regex>=2024.4",
+            "httpx>=0.27",
+            "sqlglot>=30,<31",  # `functional`: SQL; what it writes for one statement changes with its major version
+        ],
         "serve": ["starlette>=0.40", "uvicorn>=0.30"],
         # Training over many ranks. Transformer Engine, apex and mamba_ssm come with NVIDIA's containers and are no business
         # of pip's: a bare `transformer-engine` breaks `import megatron.core`, and PyPI's `apex` is another project.

@@ -34,9 +34,15 @@ with atheris.instrument_imports(include=["nemo_pivotrl.verifiers"]):
     from nemo_pivotrl.verifiers.base import VerifierFault
     from nemo_pivotrl.verifiers.loading import VERIFIERS, load_verifier
 
-    VERIFIER_OF = {name: load_verifier(config.Verifier(name=name)) for name in VERIFIERS if name != "judge"}
+    VERIFIER_OF = {
+        name: load_verifier(config.Verifier(name=name, message="any")) for name in VERIFIERS if name != "judge"
+    }
     VERIFIER_OF["functional, all rules"] = load_verifier(
-        config.Verifier(name="functional", settings={"rules": {"letter_case": True}, "extra_calls": True})
+        config.Verifier(
+            name="functional",
+            message="any",
+            settings={"rules": {"letter_case": True, "set_order": True}, "extra_calls": True},
+        )
     )
 
 SECONDS = 1.0

@@ -36,7 +36,7 @@ from nemo_pivotrl.llmdoctor.decode import Prompt, load, prompt_ids, read_prompts
 from nemo_pivotrl.llmdoctor.oracles import brevity, load as load_oracles
 from nemo_pivotrl.llmdoctor.preferences import preferences
 from nemo_pivotrl.llmdoctor.rank import rank
-from nemo_pivotrl.llmdoctor.reward import reward
+from nemo_pivotrl.llmdoctor.reward import build_rewards
 
 RECIPE = Path(__file__).resolve().parents[1] / "recipes/llmdoctor/tiny.yaml"
 KIND, BRIEF = "kindness", "brevity"
@@ -103,7 +103,7 @@ def recipe_of(world: World) -> Recipe:
 def make_world(folder: Path, world: World) -> Result:
     """Everything that a seed's contestants share, by the recipe's own stages."""
     recipe = recipe_of(world)
-    for stage in (manners_stage.make_manners, rank, preferences, reward):
+    for stage in (manners_stage.make_manners, rank, preferences, build_rewards):
         stage(recipe)
     made = json.loads(recipe.path("token_rewards.json").read_text(encoding="utf-8"))["objectives"]
     sizes = {name: _parameters(recipe.path(f"{name}/policy")) for name in ("patient", "novice")}

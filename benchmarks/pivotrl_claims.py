@@ -197,11 +197,11 @@ def by_sft(recipe: Recipe, _: Path) -> Result:
 
 def by_pivots(recipe: Recipe, profiles: Path) -> Result:
     """PivotRL and what differs from it in what is selected, or how it is judged; training stops for every measurement."""
-    from nemo_pivotrl.pivotrl.select import select
+    from nemo_pivotrl.pivotrl.select import select_pivots
     from nemo_pivotrl.pivotrl.train import train
 
     shutil.copyfile(profiles, recipe.path("profiles.jsonl"))
-    found = rows_of(select(recipe))
+    found = rows_of(select_pivots(recipe))
     curve = []
     for step in measured(recipe):
         policy = train(dataclasses.replace(recipe, grpo=dataclasses.replace(recipe.grpo, max_num_steps=step)))

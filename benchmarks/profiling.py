@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 
 from nemo_pivotrl.algorithms.early_stopping import Plan
-from nemo_pivotrl.algorithms.pivotrl import keep, statistics
+from nemo_pivotrl.algorithms.pivotrl import keep_pivot, statistics
 from nemo_pivotrl.components.rollout import sample_seeds
 from nemo_pivotrl.core.artifacts import Header, file_digest
 from nemo_pivotrl.pivotrl.candidate_index import index_candidates
@@ -66,7 +66,9 @@ def savings(size: int, seed: int) -> None:
     for name in POPULATIONS:
         outcomes = np.random.default_rng(seed + 1).random((size, K)) < hit_rates(name, size, seed)[:, None]
         whole = outcomes.sum(1)
-        kept = np.array([keep(statistics([1.0] * k + [0.0] * (K - k)), "adv", LAMBDA) for k in range(K + 1)])[whole]
+        kept = np.array([keep_pivot(statistics([1.0] * k + [0.0] * (K - k)), "adv", LAMBDA) for k in range(K + 1)])[
+            whole
+        ]
         classes = {
             "all 0": whole == 0,
             "kept": kept,
@@ -94,7 +96,7 @@ def simulate(plan: Plan, outcomes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     for s in range(K + 1):
         for f in range(K + 1 - s):
             asks[s, f] = plan.ask([1.0] * s + [0.0] * f)
-            keeps[s, f] = s + f > 0 and keep(statistics([1.0] * s + [0.0] * f), "adv", LAMBDA)
+            keeps[s, f] = s + f > 0 and keep_pivot(statistics([1.0] * s + [0.0] * f), "adv", LAMBDA)
     drawn = np.zeros(size, int)
     while True:
         hits = totals[np.arange(size), drawn]

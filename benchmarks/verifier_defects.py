@@ -82,14 +82,6 @@ DEFECTS: list[tuple[str, dict[str, Any], Action, dict[str, Any], tuple[str, str]
         {},
         (RIGHT, "default_spelled_out"),
     ),
-    (
-        "a blank makes a word another",
-        {"name": "single_step"},
-        call("get_weather", city="Rome"),
-        {},
-        (RIGHT, "blank_at_the_end"),
-    ),
-    ("a set has an order", {"name": "single_step"}, call("tag", names=["a", "b"]), {}, (RIGHT, "set_in_another_order")),
     ("further calls cost nothing", {"name": "single_step"}, call("ls", path="/w"), {}, (WRONG, "further_call")),
     (
         "0.6: a shell call without its command wins",

@@ -37,7 +37,7 @@ STAGES = {
     "merge": ("nemo_pivotrl.pivotrl.profile:merge", "the shards of a profile -> profiles"),
     "audit": ("nemo_pivotrl.pivotrl.verifier_audit:audit", "does the verifier say what is known beforehand?"),
     "rescore": ("nemo_pivotrl.pivotrl.rescore:rescore", "another verifier or threshold over a profile's samples"),
-    "select": ("nemo_pivotrl.pivotrl.select:select", "profiles -> pivots"),
+    "select": ("nemo_pivotrl.pivotrl.select:select_pivots", "profiles -> pivots"),
     "export": (
         "nemo_pivotrl.pivotrl.export:export",
         "pivots -> NeMo-Gym rows; `export nemo-rl` adds a recipe, `export nemotron` the artefact's files",
@@ -56,12 +56,12 @@ STAGES = {
         "nemo_pivotrl.llmdoctor.rank:rank",
         "LLMdoctor: prompts -> preference files: the patient's own answers, ranked",
     ),
-    "tfpo": ("nemo_pivotrl.llmdoctor.train_doctor:tfpo", "LLMdoctor: token rewards -> doctor"),
+    "tfpo": ("nemo_pivotrl.llmdoctor.train_doctor:train_doctor", "LLMdoctor: token rewards -> doctor"),
     "assess": ("nemo_pivotrl.llmdoctor.assess:assess", "LLMdoctor: steered answers against others, with intervals"),
     "evaluate": ("nemo_pivotrl.pivotrl.evaluate:evaluate", "policies side by side, with intervals"),
     "preferences": ("nemo_pivotrl.llmdoctor.preferences:preferences", "LLMdoctor: preference files -> preferences"),
     "reward": (
-        "nemo_pivotrl.llmdoctor.reward:reward",
+        "nemo_pivotrl.llmdoctor.reward:build_rewards",
         "LLMdoctor: preferences -> token rewards, by the patient's two faces",
     ),
     "decode": (
@@ -103,6 +103,8 @@ class Tool(NamedTuple):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command. Exit code 0: done, 2: bad input (one screen on stderr), 130: interrupted."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments and arguments[0] == "help":
+        arguments = [*arguments[1:2], "--help"]
     if not arguments or (arguments[0] not in STAGES and arguments[0] not in TOOLS):
         overview().parse_args(arguments[:1])  # --help and --version end here
         refuse_command(arguments[0])
@@ -111,9 +113,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if name in TOOLS:
         options = parser.parse_intermixed_args(spread_settings(rest))
         return guarded(name, lambda: TOOLS[name].run(options))
-    if name == "export" and rest and rest[0] in EXPORTS:
-        rest = [*rest[1:], f"export.target={rest[0]}"]
+    target = [f"export.target={rest.pop(0)}"] if name == "export" and rest and rest[0] in EXPORTS else []
     options = parser.parse_intermixed_args(rest)
+    options.overrides = [*options.overrides, *target]
     if options.changed and not options.print_config:
         parser.error("--changed goes with --print-config")
     return guarded(name, lambda: stage_command(name, options))
@@ -166,7 +168,9 @@ def recipe_arguments(made: argparse.ArgumentParser, recipe: str, others: str = "
     """RECIPE and key=value, and what `others` says may stand among them."""
     made.add_argument("recipe", metavar="RECIPE", help=recipe)
     metavar = "STAGE | key=value" if others else "key=value"
-    made.add_argument("overrides", nargs="*", metavar=metavar, help=f"{others}override a setting of the recipe")
+    made.add_argument(
+        "overrides", nargs="*", default=[], metavar=metavar, help=f"{others}override a setting of the recipe"
+    )
 
 
 def stage_command(stage: str, options: argparse.Namespace) -> int | None:
@@ -345,10 +349,12 @@ def run_verify(options: argparse.Namespace) -> None:
 def address_arguments(made: argparse.ArgumentParser, port: int) -> None:
     made.add_argument("--host", default="127.0.0.1", help="address to listen on (default: loopback only)")
     made.add_argument("--port", type=int, default=port, help=f"port to listen on (default: {port})")
+    made.add_argument("--token-file", metavar="FILE", help="requests must carry this token; needed off the loopback")
 
 
 def serve_verifier_arguments(made: argparse.ArgumentParser) -> None:
     address_arguments(made, 8911)
+    made.add_argument("--allow-host", action="append", default=[], metavar="NAME", help="another name of this server")
     verifier_arguments(made)
 
 
@@ -360,7 +366,7 @@ def run_serve_verifier(options: argparse.Namespace) -> None:
     with missing_module("serve-verifier", {"starlette": "serve", "uvicorn": "serve"}, "verifiers"):
         from nemo_pivotrl.tools.gym_server import serve
 
-        serve(settings, options.host, options.port)
+        serve(settings, options.host, options.port, options.token_file, options.allow_host)
 
 
 def serve_arguments(made: argparse.ArgumentParser) -> None:
@@ -378,7 +384,7 @@ def run_serve(options: argparse.Namespace) -> None:
     from nemo_pivotrl.config.load import load_recipe
     from nemo_pivotrl.tools.serve import serve
 
-    serve(load_recipe(options.recipe, options.overrides), options.host, options.port, options.refit)
+    serve(load_recipe(options.recipe, options.overrides), options.host, options.port, options.refit, options.token_file)
 
 
 TOOLS = {

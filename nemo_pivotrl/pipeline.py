@@ -15,7 +15,7 @@ from nemo_pivotrl.demo.expert_trajectories import make_expert_trajectories
 from nemo_pivotrl.pivotrl.evaluate import evaluate
 from nemo_pivotrl.pivotrl.extract import extract
 from nemo_pivotrl.pivotrl.loop import gains, loop, read_history
-from nemo_pivotrl.pivotrl.select import select
+from nemo_pivotrl.pivotrl.select import select_pivots
 from nemo_pivotrl.pivotrl.sft import makes_start_policy, sft, warmup
 from nemo_pivotrl.pivotrl.train import train
 from nemo_pivotrl.pivotrl.verifier_audit import audit
@@ -34,10 +34,10 @@ def run(recipe: Recipe, fresh: bool = False) -> Path:
     if fresh:
         recipe.path("ledger.jsonl").unlink(missing_ok=True)
     stages = _llmdoctor(recipe) if recipe.algorithm == "llmdoctor" else _pivotrl(recipe, fresh)
-    for stage in [*stages, report.report]:
+    for name, stage in {**stages, "report": report.report}.items():
         if stage is not loop:  # which names its own stages
-            print(f"\n== {stage.__name__.strip('_').removeprefix('make_')}")
-        if (name := "profile" if stage is loop else stage.__name__) in ROLES:
+            print(f"\n== {name}")
+        if name in ROLES:
             preflight(recipe, name, place_of(os.environ).world)
         path = stage(recipe, fresh)
     pivots, points = gains(read_history(Path(recipe.run_dir)))
@@ -46,39 +46,44 @@ def run(recipe: Recipe, fresh: bool = False) -> Path:
     return path
 
 
-def _pivotrl(recipe: Recipe, fresh: bool) -> list[Stage]:
+def _pivotrl(recipe: Recipe, fresh: bool) -> dict[str, Stage]:
     if recipe.path("world/trajectories.jsonl") in map(Path, recipe.extract.trajectories):
         make_expert_trajectories(recipe, fresh)
     policies = recipe.evaluate.policies
-    steps: list[Stage] = [extract]
+    stages: dict[str, Stage] = {"extract": extract}
     if recipe.audit.before_profile and (fresh or not recipe.path("profiles.jsonl").exists()):
-        steps.append(audit)
-    steps += [warmup, loop] if makes_start_policy(recipe) else [loop]
-    steps += [sft] if recipe.sft.name in policies else []
-    steps += [_random_arm] if "random" in policies else []
-    return [*steps, evaluate]
+        stages["audit"] = audit
+    if makes_start_policy(recipe):
+        stages["warmup"] = warmup
+    stages["profile"] = loop
+    if recipe.sft.name in policies:
+        stages["sft"] = sft
+    if "random" in policies:
+        stages["random_arm"] = _random_arm
+    return {**stages, "evaluate": evaluate}
 
 
-def _llmdoctor(recipe: Recipe) -> list[Stage]:
-    """Preferences in, a doctor out, a patient steered. The embedded world is made where the recipe's patient is in it."""
+def _llmdoctor(recipe: Recipe) -> dict[str, Stage]:
+    """Preferences in, a doctor out, a patient steered. The demo's patient is made where the recipe's patient is it."""
     from nemo_pivotrl.demo.answer_styles_models import make_manners
     from nemo_pivotrl.llmdoctor.assess import assess
     from nemo_pivotrl.llmdoctor.preferences import preferences
     from nemo_pivotrl.llmdoctor.rank import rank
-    from nemo_pivotrl.llmdoctor.reward import reward
-    from nemo_pivotrl.llmdoctor.train_doctor import tfpo
+    from nemo_pivotrl.llmdoctor.reward import build_rewards
+    from nemo_pivotrl.llmdoctor.train_doctor import train_doctor
 
     embedded = Path(recipe.patient.model_name).resolve() == recipe.path("patient/policy").resolve()
-    steps = [make_manners] if embedded else []
-    steps += [rank] if recipe.rank.objectives else []
-    steps += [preferences, reward, tfpo]
-    return [*steps, assess] if recipe.assess.arms else steps
+    stages: dict[str, Stage] = {"manners": make_manners} if embedded else {}
+    if recipe.rank.objectives:
+        stages["rank"] = rank
+    stages |= {"preferences": preferences, "reward": build_rewards, "tfpo": train_doctor}
+    return {**stages, "assess": assess} if recipe.assess.arms else stages
 
 
 def _random_arm(recipe: Recipe, fresh: bool = False) -> Path:
     """The paper's comparison: as many turns drawn at random, trained alike."""
     drawn = dataclasses.replace(recipe, select=dataclasses.replace(recipe.select, rule="random", output="random.jsonl"))
-    select(drawn, fresh)
+    select_pivots(drawn, fresh)
     return train(
         dataclasses.replace(recipe, grpo=dataclasses.replace(recipe.grpo, name="random", pivots="random.jsonl")), fresh
     )

@@ -2,7 +2,6 @@
 
 import importlib.util
 import os
-import shutil
 
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -17,7 +16,7 @@ import hypothesis
 import pytest
 import torch
 from support import threads
-from support.artefacts import made_once
+from support.artefacts import made_once, own_copy
 from support.recipes import ROOT, SMALL, SMALL_LLMDOCTOR, recipe_at
 
 from nemo_pivotrl.config.load import load_recipe
@@ -28,6 +27,23 @@ __all__ = ["ROOT", "SMALL", "SMALL_LLMDOCTOR", "recipe_at"]
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, database=None)
 hypothesis.settings.register_profile("dev", deadline=None)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if "CI" in os.environ else "dev"))
+
+
+ORDER = ("distributed", "integration", "unit")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes long begins first, a file is one worker's, and so are all tests that use the ranks, of which there is one set."""
+
+    def room(item: pytest.Item) -> int:
+        name = item.path.relative_to(ROOT / "tests").parts[0]
+        return ORDER.index(name) if name in ORDER else len(ORDER)
+
+    items.sort(key=room)
+    for item in items:
+        ranks = "workers" in getattr(item, "fixturenames", ())
+        item.add_marker(pytest.mark.xdist_group("ranks" if ranks else item.nodeid.partition("::")[0].replace("/", ".")))
 
 
 @pytest.fixture(autouse=True)
@@ -50,22 +66,17 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return own_copy(trained_run(), tmp_path_factory, "trained")
 
 
-def own_copy(folder: Path, factory: pytest.TempPathFactory, name: str) -> Path:
-    """The workers share what is cached, so each has a copy."""
-    return Path(shutil.copytree(folder, factory.mktemp(name) / "run"))
-
-
 def trained_run() -> Path:
     def make(folder: Path) -> None:
         from nemo_pivotrl.demo.expert_trajectories import make_expert_trajectories as make_world
         from nemo_pivotrl.pivotrl.extract import extract
         from nemo_pivotrl.pivotrl.profile import profile
-        from nemo_pivotrl.pivotrl.select import select
+        from nemo_pivotrl.pivotrl.select import select_pivots
         from nemo_pivotrl.pivotrl.sft import warmup
 
         torch.set_num_threads(1)
         recipe = recipe_at(folder)
-        for stage in (make_world, extract, warmup, profile, select):
+        for stage in (make_world, extract, warmup, profile, select_pivots):
             stage(recipe)
 
     return made_once("trained", SMALL, make)

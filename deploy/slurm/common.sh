@@ -34,11 +34,11 @@ must_save_by() {
 
 # Wait for process $1. Slurm's warning before the time limit and exit code 75 put the job back into the queue; it resumes.
 requeue_or_wait() {
-    local code=0
-    trap 'echo "time limit is near: requeued"; scontrol requeue "$SLURM_JOB_ID"' USR1
+    local code=0 warned=0
+    trap 'warned=1; echo "time limit is near: requeued"; scontrol requeue "$SLURM_JOB_ID"' USR1
     wait "$1" || code=$?
-    while kill -0 "$1" 2>/dev/null; do # the signal ended the wait, not the process
-        code=0
+    while ((warned)); do # the signal ended the wait, not the process, whose code is told although it may have ended since
+        code=0 warned=0
         wait "$1" || code=$?
     done
     if ((code == 75)); then

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
-from nemo_pivotrl.algorithms.pivotrl import Rule, keep, statistics
+from nemo_pivotrl.algorithms.pivotrl import Rule, keep_pivot, statistics
 from nemo_pivotrl.config import ProfileStage, Select
 from nemo_pivotrl.core.errors import InputError, Problem
 
@@ -133,7 +133,7 @@ def _extremes(rewards: Sequence[float], count: int) -> tuple[float, float]:
 def _selected(plan: Plan, lambda_diff: float, successes: int, count: int) -> bool:
     """Whether so many successes of so many rollouts make a pivot. `random` counts as many as `adv` would."""
     rule: Rule = "adv" if plan.rule == "random" else plan.rule
-    return keep(statistics([1.0] * successes + [0.0] * (count - successes)), rule, lambda_diff, plan.inclusive)
+    return keep_pivot(statistics([1.0] * successes + [0.0] * (count - successes)), rule, lambda_diff, plan.inclusive)
 
 
 @lru_cache(maxsize=65536)

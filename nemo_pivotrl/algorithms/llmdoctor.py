@@ -417,7 +417,7 @@ def doctor_loss(
 # ---- stage 3: guided decoding ----
 
 
-def mixture(
+def mix_logits(
     patient: Tensor,
     doctors: Sequence[Tensor],
     alpha: Tensor,

@@ -66,12 +66,19 @@ def statistics(rewards: Sequence[float]) -> GroupStatistics:
     return GroupStatistics(count, sum(r == 1.0 for r in rewards), mean, variance, all(r in (0.0, 1.0) for r in rewards))
 
 
-def keep(stats: GroupStatistics, rule: Rule, lambda_diff: float, inclusive: bool = False) -> bool:
-    """Whether a candidate is a pivot under `rule` (equations (3) and (4) for `adv`; P2 to P4).
+def keep_pivot(
+    stats: GroupStatistics | Sequence[float], rule: Rule = "adv", lambda_diff: float = 0.6, inclusive: bool = False
+) -> bool:
+    """Whether statistics, or rewards, are those of a pivot under `rule` (equations (3) and (4) for `adv`; P2 to P4).
 
     Binary rewards are decided on integers: mixed iff 0 < k < K, hard iff k < lambda_diff*K - 1e-9 (or <= with
     `inclusive`). Other rewards use variance > 1e-12 and the mean; Theorem 3.3 assumes binary ones.
+
+    >>> [keep_pivot([1] * k + [0] * (4 - k)) for k in range(5)]  # k of 4 rollouts succeeded
+    [False, True, True, False, False]
     """
+    if not isinstance(stats, GroupStatistics):
+        stats = statistics(stats)
     if rule == "random":
         return True
     if stats.binary:
@@ -106,7 +113,7 @@ def select(
     be compared. `max_message_ratio` bounds the share of talking turns (P15).
     """
     usable = [(p, statistics(p.rewards)) for p in profiles if p.failure is None]
-    kept = [p for p, stats in usable if keep(stats, rule, lambda_diff, inclusive)]
+    kept = [p for p, stats in usable if keep_pivot(stats, rule, lambda_diff, inclusive)]
     if rule == "random":
         adv = select([p for p, _ in usable], "adv", lambda_diff, seed, inclusive, limit, max_message_ratio)
         limit = limit or len(adv)

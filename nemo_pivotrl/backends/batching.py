@@ -57,6 +57,12 @@ def positions(mask: Tensor) -> Tensor:
     return (mask.cumsum(1) - 1).clamp(min=0)
 
 
+def select_rows(cache: DynamicCache, rows: Tensor) -> None:
+    """Keep these rows of a transformers cache, in this order. Its Mamba layers know the verb under another name alone."""
+    for layer in cache.layers:
+        getattr(layer, "batch_select_indices", layer.reorder_cache)(rows)
+
+
 class Decoder:
     """One transformers model reading the R rows of a running batch. It runs when logits are asked for, on all that it has not
     read. Each different prompt runs once; prompts are padded on the left."""
@@ -77,7 +83,7 @@ class Decoder:
         self.prompts = [self.prompts[i] for i in index.tolist()]
         self.pending = [tokens[index] for tokens in self.pending]
         if self.cache is not None:
-            self.cache.batch_select_indices(index)
+            select_rows(self.cache, index)
             self.mask = self.mask[index]
             self.last = None if self.last is None else self.last[index]
 
@@ -99,10 +105,10 @@ class Decoder:
 
         place = {p: i for i, p in enumerate(dict.fromkeys(map(tuple, self.prompts)))}
         ids, mask = pad(list(place), left=True, device=self.model.device)
-        self.cache = DynamicCache()
+        self.cache = DynamicCache(config=self.model.config)  # it says which layers are Mamba
         logits = self._forward(ids, mask, ids.shape[1])
         rows = torch.tensor([place[tuple(p)] for p in self.prompts], device=self.model.device)
-        self.cache.batch_select_indices(rows)
+        select_rows(self.cache, rows)
         self.mask, self.last = mask[rows], logits[rows]
 
     def _forward(self, ids: Tensor, mask: Tensor, new: int) -> Tensor:

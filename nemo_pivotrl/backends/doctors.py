@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, PreTrainedTokenizerBase
 
-from nemo_pivotrl.algorithms.llmdoctor import entropy_gate, guided_logits, mixture, unguided
+from nemo_pivotrl.algorithms.llmdoctor import entropy_gate, guided_logits, mix_logits, unguided
 from nemo_pivotrl.backends.batching import Decoder
 from nemo_pivotrl.core.errors import InputError, Problem, short
 
@@ -210,9 +210,9 @@ def mix_rows(
     names = list(doctors.models)
     logits = [[known(found) for found in read(names[d], beta[:, d] != 0)] for d in used]
     first, second = [own[0] for own in logits], [own[1] if len(own) > 1 else None for own in logits]
-    alone = mixture(patient, [], torch.ones_like(alpha), beta[:, :0], size)
+    alone = mix_logits(patient, [], torch.ones_like(alpha), beta[:, :0], size)
     guided = ~unguided(alpha, beta)
-    mixed = mixture(patient, first, alpha, beta[:, used], size, second) if bool(guided.any()) else alone
+    mixed = mix_logits(patient, first, alpha, beta[:, used], size, second) if bool(guided.any()) else alone
     scores = guided_logits(patient, mixed, alpha, beta)
     scores = torch.cat([scores[:, :size], torch.full_like(scores[:, size:], -torch.inf)], 1)
     return Mixed(mixed, alone, scores, guided)

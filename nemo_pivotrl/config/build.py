@@ -7,13 +7,14 @@ import difflib
 import types
 import typing
 from collections.abc import Mapping
+from operator import attrgetter
 from typing import Any, Literal
 
 from nemo_pivotrl.config import Recipe
 from nemo_pivotrl.core.errors import InputError, Problem, short
 
 GONE = {
-    "serve_guided": "remove it: `nemo-pivotrl serve` is vLLM's server, which has bounds of its own (`vllm.engine_args`)",
+    "serve_guided": "remove it: `serve` is vLLM's server now; `serve.model` has its model's name, `vllm.engine_args` its bounds",
     "warmup.puzzle_batch_size": "remove it: a step of the demo's warm-up has 32 puzzles",
     "sft.puzzle_batch_size": "remove it: only the demo's warm-up has puzzles",
 }
@@ -61,17 +62,19 @@ def _build(cls: type[Any], values: Mapping[str, Any], prefix: str, file: str, pr
 
 
 def _without_effect(recipe: Recipe, file: str) -> list[Problem]:
-    """Settings of the doctor that only a policy has a use for: no stage samples turns from a doctor alone."""
-    usual, remedy = (
-        Recipe().doctor,
-        "remove it: no stage samples from a doctor alone; `decode` says how answers are sampled",
-    )
-    found = [("sampler", recipe.doctor.sampler, usual.sampler)]
-    for spec in dataclasses.fields(usual.generation):
-        values = (getattr(node.generation, spec.name) for node in (recipe.doctor, usual))
-        found.append((f"generation.{spec.name}", *values))
+    """Settings that were changed and that nothing reads in this recipe: sections of one kind do not all use all of theirs."""
+    usual, found = Recipe(), []
+    doctor = "remove it: no stage samples from a doctor alone; `decode` says how answers are sampled"
+    for name in ("sampler", *(f"generation.{spec.name}" for spec in dataclasses.fields(usual.doctor.generation))):
+        found.append((f"doctor.{name}", attrgetter(f"doctor.{name}"), doctor))
+    copying = "remove it: only `warmup` with `source: world` begins with copying"
+    found.append(("sft.copy_steps", attrgetter("sft.copy_steps"), copying))
+    if recipe.warmup.source != "world":
+        found.append(("warmup.copy_steps", attrgetter("warmup.copy_steps"), copying))
     return [
-        Problem(file, None, f"doctor.{name}", str(value), remedy) for name, value, default in found if value != default
+        Problem(file, None, name, str(read(recipe)), remedy)
+        for name, read, remedy in found
+        if read(recipe) != read(usual)
     ]
 
 
@@ -117,11 +120,12 @@ def _convert(hint: Any, value: Any) -> Any:
     """`value` as type `hint`. Raises ValueError that says what is wanted."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):
-        for option in args:
+        for option in sorted(args, key=lambda option: typing.get_origin(option) is Literal):
             try:
                 return _convert(option, value)
             except ValueError:
-                continue
+                if typing.get_origin(option) is Literal:
+                    raise  # it names what may stand here; None, the other choice, is not written
         raise ValueError("expected " + " or ".join(getattr(a, "__name__", str(a)) for a in args))
     if origin is Literal:
         if value in args:

@@ -108,7 +108,7 @@ def verifier_settings(name: str, compat: str | None, overrides: Sequence[str]) -
         except yaml.YAMLError as error:
             raise InputError(Problem("command line", None, key, text, short(str(error)))) from None
         first, *rest = key.split(".")
-        if key == "compat":
+        if key in ("compat", "message"):
             values[key] = value
             continue
         node: dict[str, Any] = values

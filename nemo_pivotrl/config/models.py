@@ -80,7 +80,7 @@ class Policy:
     """The start policy (pi_0) and how it is run."""
 
     model_name: str = ""
-    """HF checkpoint folder of the start policy, which is profiled and is the KL reference."""
+    """HF checkpoint folder to start from; of a policy also what is profiled, and the KL reference."""
     backend: Literal["reference", "megatron"] = "reference"
     """What runs and trains the model: transformers on one device, or megatron-core over many processes.
 

@@ -104,7 +104,7 @@ class Logger:
     entity: str = ""
     """W&B's user or team; empty: the one that is logged in."""
     tags: tuple[str, ...] = ()
-    """W&B's tags beside the algorithm and the stage."""
+    """Tags of the runs, beside the algorithm and the stage."""
     mlflow_tracking_uri: str = ""
     """MLflow's server or database (sqlite:////PATH/mlflow.db).
 

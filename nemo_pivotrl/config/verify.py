@@ -86,13 +86,24 @@ class Verifier:
     """Which verifier judges, with its own settings."""
 
     name: str = "single_step"
-    """Which verifier judges: docs/pivotrl.md lists them; `module:class` is one of your own."""
+    """Which verifier judges: docs/pivotrl.md lists them; `package.module:Class` is one of your own."""
     compat: Literal["0.5", "0.6", "0.7"] = "0.7"
     """NeMo-Gym release whose rules the four families follow, where releases differ."""
+    message: Literal["judge", "exclude", "any"] | None = None
+    """What decides where the expert talks (P23); unset: `judge` if `judge.base_url` names one, else `exclude`.
+
+    For verifiers that do not compare talk. `judge`: the judge compares it. `exclude`: such a turn is no candidate. `any`: any
+    text scores 1, which teaches to talk and nothing about what to say.
+    """
     settings: dict[str, Any] = field(default_factory=dict)
     """The verifier's own settings, e.g. `word_count_similarity_threshold`; docs/settings.md lists them."""
     limits: Limits = field(default_factory=Limits)
     judge: Judge = field(default_factory=Judge)
+
+    @property
+    def talk(self) -> Literal["judge", "exclude", "any"]:
+        """`message`, decided."""
+        return self.message or ("judge" if self.judge.base_url else "exclude")
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)

@@ -18,7 +18,7 @@ from nemo_pivotrl.core.artifacts import digest
 from nemo_pivotrl.core.errors import InputError, Problem, UnrenderableState, short
 from nemo_pivotrl.core.types import Action, Message
 from nemo_pivotrl.data import gym_rows, template_probes
-from nemo_pivotrl.data.template_rendering import Marked, Template
+from nemo_pivotrl.data.template_rendering import Marked, Template, check_encodable
 from nemo_pivotrl.data.tool_parsers import NAMES, PARSERS
 
 if TYPE_CHECKING:
@@ -273,7 +273,9 @@ class Chat:
 
         Raises InputError as `turn` does, UnrenderableState for a state or turn that the template refuses.
         """
-        return self._lost(self.turn(messages, tools, gym_rows.message_of(expected)), tools, expected)
+        turn = self.turn(messages, tools, gym_rows.message_of(expected))
+        check_encodable(turn.prompt.text)
+        return self._lost(turn, tools, expected)
 
     def _lost(self, turn: Turn, tools: Tools, expected: Action) -> str:
         ids = self.template.encode(turn.text)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nemo_pivotrl.core.types import Action, Candidate, Message, ToolCall
@@ -272,9 +272,14 @@ def candidate_to_row(candidate: Candidate, agent_ref: str) -> dict[str, Any]:
 
 def _terminus_answer(candidate: Candidate) -> dict[str, str]:
     """The terminus server reads the expert's JSON answer from a field of its own."""
-    metadata = candidate.fields.get("metadata")
-    terminus = isinstance(metadata, dict) and str(metadata.get("harness")).startswith("terminus")
-    return {"expected_answer": candidate.expected.content} if terminus and candidate.expected.kind == "message" else {}
+    own = is_terminus(candidate.fields) and candidate.expected.kind == "message"
+    return {"expected_answer": candidate.expected.content} if own else {}
+
+
+def is_terminus(fields: Mapping[str, Any]) -> bool:
+    """Whether a row's agent writes its shell commands as a JSON text in place of tool calls."""
+    metadata = fields.get("metadata")
+    return isinstance(metadata, dict) and str(metadata.get("harness")).startswith("terminus")
 
 
 def candidate_of_row(row: dict[str, Any]) -> Candidate:

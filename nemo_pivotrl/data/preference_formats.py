@@ -60,6 +60,8 @@ def _prompt(messages: Sequence[Message], field: str) -> tuple[Message, ...]:
 def _conversation(value: Any, field: str) -> tuple[Message, ...]:
     if isinstance(value, Mapping):  # LLaMA-Factory gives a side as one turn
         value = [value]
+    if not isinstance(value, list):
+        raise FieldError(field, value, "a list of chat messages")
     try:
         return check_messages(value)
     except FieldError as error:
@@ -84,7 +86,8 @@ def _prompt_field(record: dict[str, Any], *names: str) -> tuple[Message, ...]:
 
 def _history(record: Mapping[str, Any]) -> Iterator[Message]:
     """Earlier turns of an Alpaca row: pairs of a question and its answer."""
-    for index, pair in enumerate(record.get("history") or []):
+    history = record.get("history")
+    for index, pair in enumerate(history if isinstance(history, list) else []):
         if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
             raise FieldError(f"history[{index}]", pair, "a question and its answer")
         yield {"role": "user", "content": pair[0]}
@@ -258,7 +261,7 @@ def _float(value: Any) -> float | None:
             value = float(value)
         except ValueError:
             return None
-    known = isinstance(value, (int, float)) and not isinstance(value, bool) and value == value
+    known = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300  # not nan, not inf
     return float(value) if known else None
 
 
@@ -292,7 +295,7 @@ def read_nemo_rl(record: dict[str, Any], settings: Preferences) -> Pair:
     for index, completion in enumerate(completions):
         at = f"completions[{index}]"
         rank = completion.get("rank") if isinstance(completion, dict) else None
-        if isinstance(rank, bool) or not isinstance(rank, (int, float)):
+        if isinstance(rank, str) or _float(rank) is None:
             raise FieldError(f"{at}.rank", rank, "a number; the lowest is best")
         said = _conversation(_field(completion, "completion")[1], f"{at}.completion")
         scored.append((-float(rank), _last_turn(said, f"{at}.completion")))

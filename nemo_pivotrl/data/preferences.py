@@ -138,7 +138,7 @@ def _read_record(
     refuse_columns(record)
     try:
         pair = with_system(record, READERS[name](record, settings))
-    except (TypeError, KeyError, AttributeError, IndexError, RecursionError) as error:
+    except (TypeError, KeyError, AttributeError, IndexError, OverflowError, RecursionError) as error:
         raise FieldError("record", f"{type(error).__name__}: {error}", f"its shape is not the one of {name}") from error
     unused.update(key for key, value in record.items() if key not in USED and value not in (None, "", [], {}))
     return _preference(pair, objective, source)

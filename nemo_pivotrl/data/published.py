@@ -102,5 +102,5 @@ def explain(counts: Mapping[str, int], agent_ref: str) -> str:
 
 
 def _number(value: Any) -> float | None:
-    known = isinstance(value, (int, float)) and not isinstance(value, bool) and value == value
+    known = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300  # not nan, not inf
     return float(value) if known else None

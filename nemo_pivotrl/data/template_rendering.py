@@ -151,11 +151,7 @@ class Template:
         return self._segment(text.text if isinstance(text, Marked) else text, inside)
 
     def _encode(self, text: str, **kwargs: Any) -> list[int]:
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            found = f"a lone surrogate {text[error.start]!r} after {text[max(0, error.start - 30) : error.start]!r}"
-            raise UnrenderableState("not_encodable", found, "it is excluded; mend the text, which was cut") from None
+        check_encodable(text)
         return list(self.tokenizer.encode(text, add_special_tokens=False, **kwargs))
 
     def _encode_marked(self, text: Marked, inside: bool) -> list[int]:
@@ -201,6 +197,15 @@ class Marked:
     def plain(self) -> str:
         """The text as a person sees it."""
         return self.text.replace(self.mark, "") if self.mark else self.text
+
+
+def check_encodable(text: str) -> None:
+    """Raises UnrenderableState for a text without a UTF-8 form."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        found = f"a lone surrogate {text[error.start]!r} after {text[max(0, error.start - 30) : error.start]!r}"
+        raise UnrenderableState("not_encodable", found, "it is excluded; mend the text, which was cut") from None
 
 
 def _moment(date: str) -> datetime.datetime:

@@ -14,7 +14,7 @@ from nemo_pivotrl.pipeline import make_world
 from nemo_pivotrl.pivotrl.export import export
 from nemo_pivotrl.pivotrl.extract import extract
 from nemo_pivotrl.pivotrl.profile import profile
-from nemo_pivotrl.pivotrl.select import select
+from nemo_pivotrl.pivotrl.select import select_pivots
 from nemo_pivotrl.pivotrl.sft import makes_start_policy, warmup
 from nemo_pivotrl.pivotrl.train import train
 
@@ -27,7 +27,7 @@ def nemotron(recipe: Recipe, fresh: bool = False) -> Path:
     if makes_start_policy(recipe):
         warmup(recipe, fresh)
     profile(recipe, fresh)
-    select(recipe, fresh)
+    select_pivots(recipe, fresh)
     export(dataclasses.replace(recipe, export=dataclasses.replace(recipe.export, target="nemotron")), fresh)
     policy = train(recipe, fresh)
     write_atomically(

@@ -51,7 +51,7 @@ NOISE_MARGIN = 10
 """Mean Delta below so many times the noise floor is weak."""
 
 
-def reward(recipe: Recipe, fresh: bool = False) -> Path:
+def build_rewards(recipe: Recipe, fresh: bool = False) -> Path:
     """Write `token_rewards.jsonl` and `token_rewards.json`; returns the artefact. Raises InputError for bad input."""
     return write_token_rewards(
         recipe,

@@ -31,7 +31,7 @@ Pair = dict[str, Any]
 """A row of the artefact: prompt_ids, and for chosen and rejected their ids, rewards and whether the answer ended."""
 
 
-def tfpo(recipe: Recipe, fresh: bool = False) -> Path:
+def train_doctor(recipe: Recipe, fresh: bool = False) -> Path:
     """Train the doctors; returns the (last) doctor's folder, an ordinary HF checkpoint without the head.
 
     Raises InputError for another tokenizer than the patient's, an unknown objective, and pairs that do not fit.

@@ -189,7 +189,7 @@ FAILED = Measured("failed", math.nan, math.nan, 0, 0, None, (0, 0), False, True)
 def _measure(rewards: tuple[float, ...], plan: Plan, lambda_diff: float, full: bool, rescored: bool) -> Measured:
     stats = pivotrl.statistics(rewards)
     rule: pivotrl.Rule = "adv" if plan.rule == "random" else plan.rule
-    kept = pivotrl.keep(stats, rule, lambda_diff, plan.inclusive)
+    kept = pivotrl.keep_pivot(stats, rule, lambda_diff, plan.inclusive)
     stopped, end = None, (0, 0)
     if stats.binary:
         drawn_by = dataclasses.replace(plan, curtailed=False) if full else plan

@@ -12,7 +12,7 @@ from typing import Any, cast
 
 from nemo_pivotrl.config import Recipe
 from nemo_pivotrl.core.errors import InputError, Problem
-from nemo_pivotrl.verifiers.base import Judging
+from nemo_pivotrl.verifiers.base import Bounded, Judging
 from nemo_pivotrl.verifiers.loading import load_verifier
 
 GYM_FAMILIES = {
@@ -52,15 +52,21 @@ OWN_SERVER = "resources_servers/nemo_pivotrl"
 MODEL_CONFIG = "responses_api_models/vllm_model/configs/vllm_model_for_training.yaml"
 
 
+def _loaded(recipe: Recipe) -> Bounded:
+    """The recipe's verifier, its judge not asked for."""
+    return load_verifier(recipe.verifier, lambda judge: cast(Judging, judge))
+
+
 def settings_of(recipe: Recipe) -> Any:
-    """The recipe's verifier as its settings, its judge not asked for."""
-    return load_verifier(recipe.verifier, lambda judge: cast(Judging, judge)).inner
+    """The recipe's verifier as its settings."""
+    return _loaded(recipe).inner
 
 
 def has_own_server(recipe: Recipe) -> bool:
     """Whether NeMo-Gym has no server of the recipe's verifier: it is ours, asks a judge, or has a switch of ours."""
-    verifier = settings_of(recipe)
-    if verifier.name not in GYM_FAMILIES or getattr(verifier, "asks_judge", False):
+    loaded = _loaded(recipe)
+    verifier = loaded.inner
+    if verifier.name not in GYM_FAMILIES or loaded.asks_judge:
         return True
     ours = {"swe": ("mode", "arguments"), "terminal_multi_harness": ("harness", "generic")}
     switch, usual = ours.get(verifier.name, ("name", verifier.name))

@@ -17,7 +17,7 @@ from typing import Any
 
 from nemo_pivotrl.algorithms import pivotrl
 from nemo_pivotrl.config import Extract, Recipe
-from nemo_pivotrl.core.artifacts import ArtefactWriter, Header, canonical_json, digest, file_digest
+from nemo_pivotrl.core.artifacts import ArtefactWriter, Header, digest, file_digest
 from nemo_pivotrl.core.atomic import write_atomically
 from nemo_pivotrl.core.errors import InputError, Problem, short
 from nemo_pivotrl.core.types import Action, Candidate, Split, Trajectory
@@ -26,6 +26,8 @@ from nemo_pivotrl.data.readers import Reading, read_trajectories
 from nemo_pivotrl.data.splits import split_by_task
 from nemo_pivotrl.pivotrl.duplicates import without_duplicates
 from nemo_pivotrl.pivotrl.growing_state import GrowingState
+from nemo_pivotrl.verifiers.base import is_talk
+from nemo_pivotrl.verifiers.loading import excludes_talk
 
 BASH_TOOLS = frozenset(
     [
@@ -80,7 +82,8 @@ def extract(recipe: Recipe, fresh: bool = False) -> Path:
         settings.trajectories, settings.format, settings.tools, settings.on_invalid, settings.min_reward
     )
     splits = split_by_task([t.task_id for t in reading.trajectories], settings.validation_share, recipe.seed)
-    candidates, audit = cut_all(reading.trajectories, splits, settings)
+    talk_excluded = excludes_talk(recipe.verifier)
+    candidates, audit = cut_all(reading.trajectories, splits, settings, talk_excluded)
     parent = digest(
         [[file_digest(Path(p)) for p in settings.trajectories], settings.tools and file_digest(Path(settings.tools))]
     )
@@ -91,7 +94,8 @@ def extract(recipe: Recipe, fresh: bool = False) -> Path:
     if not candidates:
         remedy = "see the skip audit above; loosen extract.* or add trajectories"
         raise InputError(Problem(str(path), None, "candidates", "none kept", remedy))
-    header = Header("candidates", recipe.digest("extract"), parent)
+    extra = {"message": "exclude"} if talk_excluded else {}
+    header = Header("candidates", recipe.digest("extract"), parent, extra=extra)
     with ArtefactWriter(path, header, fresh=True) as writer:
         for begin in range(0, len(candidates), ROWS_AT_ONCE):
             part = candidates[begin : begin + ROWS_AT_ONCE]
@@ -102,17 +106,19 @@ def extract(recipe: Recipe, fresh: bool = False) -> Path:
 
 
 def cut_all(
-    trajectories: Sequence[Trajectory], splits: dict[str, Split], settings: Extract
+    trajectories: Sequence[Trajectory], splits: dict[str, Split], settings: Extract, talk_excluded: bool = False
 ) -> tuple[list[Candidate], dict[str, Any]]:
-    """Candidates and the audit. Raises InputError with all invalid turns unless `on_invalid: skip`."""
+    """Candidates and the audit. Raises InputError with all invalid turns unless `on_invalid: skip`.
+
+    `talk_excluded`: a turn in which the expert talks is no candidate (`verifier.message`).
+    """
     skipped: Counter[str] = Counter()
     by_file: dict[str, Counter[str]] = {}
     problems: list[Problem] = []
     found: list[Candidate] = []
-    validators = _Validators()
     for trajectory in trajectories:
         file = by_file.setdefault(trajectory.source.rpartition(":")[0], Counter())
-        for index, depth, reason, problem in _judged(trajectory, settings, validators):
+        for index, depth, reason, problem in _judged(trajectory, settings, talk_excluded):
             file["turns"] += 1
             if problem is not None:
                 problems.append(problem)
@@ -147,7 +153,7 @@ def cut_all(
 
 
 def _judged(
-    trajectory: Trajectory, settings: Extract, validators: _Validators
+    trajectory: Trajectory, settings: Extract, talk_excluded: bool
 ) -> Iterator[tuple[int, int, str, Problem | None]]:
     """(index, depth, why it is skipped or '', what is to be reported) of every turn."""
     whole = _skip_whole(trajectory, settings)
@@ -159,7 +165,7 @@ def _judged(
         for message in trajectory.messages[read:index]:
             state.add(message)
         read = index
-        yield index, depth, *_skip_turn(trajectory, index, state, settings, validators)
+        yield index, depth, *_skip_turn(trajectory, index, state, settings, talk_excluded)
 
 
 def audit_table(audit: dict[str, Any]) -> str:
@@ -238,13 +244,15 @@ def _skip_whole(trajectory: Trajectory, settings: Extract) -> str:
 
 
 def _skip_turn(
-    trajectory: Trajectory, index: int, state: GrowingState, settings: Extract, validators: _Validators
+    trajectory: Trajectory, index: int, state: GrowingState, settings: Extract, talk_excluded: bool
 ) -> tuple[str, Problem | None]:
     """Why this turn is no candidate ('' if it is one), and the problem to report if it is invalid rather than unwanted."""
     action = responses.action_of(trajectory.messages[index])
     unwanted = _unwanted(trajectory, index, action, settings)
     if unwanted:
         return unwanted, None
+    if talk_excluded and is_talk(action, trajectory.fields):
+        return "message_excluded", None
     file, _, line = trajectory.source.rpartition(":")
     where = f"messages[{index}]"
     dangling = state.dangling_call()
@@ -257,7 +265,7 @@ def _skip_turn(
             "every call needs its output before the next turn; mend it or set extract.on_invalid=skip",
         )
     for number, call in enumerate(action.calls):
-        reason, found, remedy = validators.check(call.name, call.arguments, trajectory.tools)
+        reason, found, remedy = check_call(call.name, call.arguments, trajectory.tools)
         if reason:
             at = f"{where}.tool_calls[{number}].function." + ("name" if reason == "unknown_tool" else "arguments")
             return reason, Problem(file, int(line), at, found, f"{remedy}; mend it or set extract.on_invalid=skip")
@@ -278,7 +286,8 @@ def _unwanted(trajectory: Trajectory, index: int, action: Action, settings: Extr
     if settings.turns == "all":
         return ""
     if not action.calls:
-        return "not_a_tool_call"
+        commands = settings.turns == "bash" and responses.is_terminus(trajectory.fields)
+        return "" if commands else "not_a_tool_call"
     names = [c.name.lower() for c in action.calls]
     if settings.turns == "bash":
         return "" if all(name in BASH_TOOLS for name in names) else "not_a_bash_action"
@@ -302,39 +311,26 @@ def is_error(output: str) -> bool:
     return bool(_ERROR_START.match(output[:200]))
 
 
-class _Validators:
-    """JSON-schema validators of tools, compiled once each."""
+def check_call(name: str, arguments: str, tools: Sequence[dict[str, Any]]) -> tuple[str, str, str]:
+    """(reason, found, remedy), all '' for a call that its tool's schema allows."""
+    from nemo_pivotrl.verifiers.schema import BadSchema, difference
 
-    def __init__(self) -> None:
-        self._compiled: dict[str, Any] = {}
-
-    def check(self, name: str, arguments: str, tools: Sequence[dict[str, Any]]) -> tuple[str, str, str]:
-        """(reason, found, remedy), all '' for a valid call."""
-        from jsonschema import Draft202012Validator, SchemaError
-
-        schema = next((t["function"].get("parameters") or {} for t in tools if t["function"]["name"] == name), None)
-        if schema is None:
-            return (
-                "unknown_tool",
-                repr(name),
-                f"declared tools: {', '.join(t['function']['name'] for t in tools) or NO_TOOLS}",
-            )
-        try:
-            value = json.loads(arguments)
-        except (ValueError, RecursionError) as error:
-            return "invalid_arguments", short(arguments), f"not JSON ({short(str(error), 60)})"
-        key = canonical_json(schema)
-        if key not in self._compiled:
-            try:
-                Draft202012Validator.check_schema(schema)
-            except SchemaError as error:
-                return "invalid_schema", short(error.message), f"the schema of tool {name!r} is itself invalid"
-            self._compiled[key] = Draft202012Validator(schema)
-        error = next(self._compiled[key].iter_errors(value), None)
-        if error is None and isinstance(value, dict):
-            return "", "", ""
-        message = error.message if error else f"{type(value).__name__} instead of an object"
-        return "invalid_arguments", short(arguments), f"against the schema of {name!r}: {short(message)}"
+    schema = next((t["function"].get("parameters") or {} for t in tools if t["function"]["name"] == name), None)
+    if schema is None:
+        declared = ", ".join(t["function"]["name"] for t in tools) or NO_TOOLS
+        return "unknown_tool", repr(name), f"declared tools: {declared}"
+    try:
+        value = json.loads(arguments)
+    except (ValueError, RecursionError) as error:
+        return "invalid_arguments", short(arguments), f"not JSON ({short(str(error), 60)})"
+    try:
+        message = difference(schema, value)
+    except BadSchema as error:
+        return "invalid_schema", short(str(error)), f"the schema of tool {name!r} is itself invalid"
+    if not message and isinstance(value, dict):
+        return "", "", ""
+    message = message or f"{type(value).__name__} instead of an object"
+    return "invalid_arguments", short(arguments), f"against the schema of {name!r}: {short(message)}"
 
 
 def _candidate(trajectory: Trajectory, index: int, depth: int, split: Split) -> Candidate:

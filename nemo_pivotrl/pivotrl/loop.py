@@ -28,7 +28,7 @@ from nemo_pivotrl.core.errors import InputError, Problem
 from nemo_pivotrl.pivotrl.monitor import BASELINE
 from nemo_pivotrl.pivotrl.profile import profile
 from nemo_pivotrl.pivotrl.profile_rows import light_of_row
-from nemo_pivotrl.pivotrl.select import select
+from nemo_pivotrl.pivotrl.select import select_pivots
 from nemo_pivotrl.pivotrl.train import train
 
 HISTORY = "loop.jsonl"
@@ -194,7 +194,7 @@ def _round(own: Recipe, past: Sequence[Round], fresh: bool, tell: Callable[..., 
     )
     print(f"\n== {said}select")
     try:
-        source = select(own, fresh)
+        source = select_pivots(own, fresh)
     except InputError as error:
         if number == 1 or error.problems[0].field != "select.rule":
             raise

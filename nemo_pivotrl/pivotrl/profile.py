@@ -1,7 +1,7 @@
 """profile: candidates -> profiles. One-turn rollouts of the frozen start policy for each candidate, verified.
 
-It keeps the rules R1 to R7 of docs/algorithms.md, and stores every (k, K). Each candidate gets as many of K rollouts
-as its selection needs (`algorithms/early_stopping.py`). Work goes on in chunks (`profile_shards.py`) that any number of processes share
+It keeps the rules R1 to R7 of docs/algorithms.md, and stores every (k, K). Each candidate gets as many of K rollouts as its selection
+needs (`algorithms/early_stopping.py`). Work goes on in chunks (`profile_shards.py`) that any number of processes share
 (`--shard i/n`); whatever is killed, the same command ends with the same bytes.
 """
 
@@ -44,7 +44,7 @@ from nemo_pivotrl.pivotrl.profile_work import (
     too_many,
     transient,
 )
-from nemo_pivotrl.pivotrl.verifier_audit import audit_first
+from nemo_pivotrl.pivotrl.verifier_audit import audit_first, refuse_excluded_talk
 
 FORECAST_PROMPTS = 64
 
@@ -101,7 +101,7 @@ def _complete(recipe: Recipe, path: Path) -> Path:
 def prepare(recipe: Recipe) -> Job:
     """Read everything that decides the profile's content. Raises InputError."""
     source = recipe.path("candidates.jsonl")
-    read_header(source, "candidates")
+    refuse_excluded_talk(recipe, source)
     chat = load_chat(recipe.policy, recipe.verifier.limits)
     verifier, verifier_id = load_recipe_verifier(recipe)
     plan = plan_of(recipe.profile, recipe.select)

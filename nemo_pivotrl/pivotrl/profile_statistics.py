@@ -20,7 +20,7 @@ def hit_class(rewards: Sequence[float], plan: Plan) -> str:
     stats = pivotrl.statistics(rewards)
     if stats.variance <= 1e-12:
         return "all 1" if stats.mean >= 0.5 else "all 0"
-    kept = pivotrl.keep(stats, "adv", plan.lambda_high, plan.inclusive)
+    kept = pivotrl.keep_pivot(stats, "adv", plan.lambda_high, plan.inclusive)
     return "mixed, kept" if kept else "mixed, too easy"
 
 
@@ -87,7 +87,9 @@ def drawn_first(rewards: Sequence[float], plan: Plan) -> list[float]:
 
 def _selected(rewards: Sequence[float], plan: Plan) -> tuple[bool, bool]:
     stats = pivotrl.statistics(rewards)
-    low, high = (pivotrl.keep(stats, plan.rule, lam, plan.inclusive) for lam in (plan.lambda_low, plan.lambda_high))
+    low, high = (
+        pivotrl.keep_pivot(stats, plan.rule, lam, plan.inclusive) for lam in (plan.lambda_low, plan.lambda_high)
+    )
     return low, high
 
 

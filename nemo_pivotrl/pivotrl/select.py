@@ -41,7 +41,7 @@ ROWS_AT_ONCE = 256
 DEPTHS = ((0, 0), (1, 1), (2, 2), (3, 4), (5, 8), (9, 16), (17, 10**9))
 
 
-def select(recipe: Recipe, fresh: bool = False) -> Path:
+def select_pivots(recipe: Recipe, fresh: bool = False) -> Path:
     """Write the pivot set and print who survived. Raises InputError when nobody does."""
     source, settings = recipe.path(recipe.select.profiles), recipe.select
     found = read_header(source, "profiles")
@@ -156,7 +156,7 @@ def fate(profile: Profile, pivots: set[str], lambda_diff: float) -> str:
     stats = pivotrl.statistics(profile.rewards)
     if stats.variance <= 1e-12:
         return "all 0" if stats.mean == 0.0 else "all 1" if stats.mean == 1.0 else "all equal"
-    return "not drawn" if pivotrl.keep(stats, "adv", lambda_diff) else "too easy"
+    return "not drawn" if pivotrl.keep_pivot(stats, "adv", lambda_diff) else "too easy"
 
 
 def length_band(tokens: int) -> str:

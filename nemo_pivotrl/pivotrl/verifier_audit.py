@@ -1,7 +1,8 @@
 """audit: does the verifier say what is known beforehand? Run it before GPU-hours are spent; `profile` does, on a sample.
 
 For every candidate: the expert's own action must score 1; so should the same action written in another way; empty, garbage,
-changed and other rows' actions must score 0. Candidates that nobody can win, and such that everybody wins, are listed.
+changed and other rows' actions must score 0. Candidates that nobody can win, and such that everybody wins, are listed; so
+are those that a constant answer wins, with the share of all that the best one does: a policy can learn it instead of the task.
 """
 
 from __future__ import annotations
@@ -25,10 +26,12 @@ from nemo_pivotrl.core.types import Action, Candidate, Verdict
 from nemo_pivotrl.data import gym_rows as responses
 from nemo_pivotrl.pivotrl import round_trip
 from nemo_pivotrl.verifiers import probes
-from nemo_pivotrl.verifiers.base import Bounded, Verifier, VerifierFault, verdicts
+from nemo_pivotrl.verifiers.base import Bounded, Verifier, VerifierFault, is_talk, verdicts
+from nemo_pivotrl.verifiers.loading import excludes_talk
 
 GOLD, RIGHT, WRONG = "gold", "right", "wrong"
 SHOWN = 12
+SHOWN_CONSTANTS = 3
 MAX_JUDGE_FAULTS = 0.1
 """More of the calibration pairs without a verdict than this stop the audit."""
 
@@ -64,6 +67,8 @@ class Audit:
     """Expert action's name, by candidate id."""
     undeclared: list[str] = field(default_factory=list)
     """Candidates whose expert calls a tool that the state does not declare."""
+    constants: dict[str, list[str]] = field(default_factory=dict)
+    """Constant answer -> candidates that it wins, the best answers first; those that win one candidate alone are left out."""
 
     def gold_failures(self) -> list[str]:
         return [c for c, tried in self.probes.items() if any(p.failed for p in tried if p.side == GOLD)]
@@ -81,6 +86,10 @@ class Audit:
                 found.append(candidate)
         return found
 
+    def won_by_constant(self) -> dict[str, str]:
+        """Candidate -> the best constant answer that wins it."""
+        return {candidate: answer for answer, won in reversed(self.constants.items()) for candidate in won}
+
 
 CONTENT_PROBES = frozenset("garbage_message garbage_arguments garbage_keystrokes destructive_command".split())
 """Wrong probes of the right kind and tool: what they share with the expert is the form alone."""
@@ -92,7 +101,7 @@ def audit(recipe: Recipe, fresh: bool = False) -> Path:
     Raises InputError when more experts than `audit.max_gold_failures` do not pass their own verifier.
     """
     source = recipe.path("candidates.jsonl")
-    read_header(source, "candidates")
+    refuse_excluded_talk(recipe, source)
     candidates = [responses.candidate_of_row(row) for row in read_rows(source)]
     verifier, verifier_id = load_recipe_verifier(recipe)
     carried = round_trip.of_recipe(recipe, candidates)
@@ -106,6 +115,19 @@ def audit(recipe: Recipe, fresh: bool = False) -> Path:
     return recipe.path("audit.jsonl")
 
 
+def refuse_excluded_talk(recipe: Recipe, source: Path) -> None:
+    """Raises InputError where `source` holds turns that `verifier.message: exclude` makes no candidates."""
+    header = read_header(source, "candidates")
+    if header.extra.get("message") == "exclude" or not excludes_talk(recipe.verifier):
+        return
+    rows = (responses.candidate_of_row(row) for row in read_rows(source))
+    talking = sum(is_talk(candidate.expected, candidate.fields) for candidate in rows)
+    if talking:
+        found = f"exclude, but the expert talks in {talking} of the candidates"
+        remedy = "run `extract` again, or decide what talk is worth: verifier.message=judge or any"
+        raise InputError(Problem(str(source), None, "verifier.message", found, remedy))
+
+
 def audit_first(recipe: Recipe, candidates: Sequence[Candidate], verifier: Bounded, verifier_id: str) -> None:
     """The audit that `profile` runs before it: one line said, and InputError where the experts do not pass."""
     found, summary = audit_candidates(recipe, candidates, verifier, verifier_id)
@@ -113,7 +135,7 @@ def audit_first(recipe: Recipe, candidates: Sequence[Candidate], verifier: Bound
     print(
         f"audit of {len(found.probes)} candidates: {len(summary['gold_failures'])} experts rejected, "
         f"{sum(bool(p.reward) for p in wrong)} of {len(wrong)} wrong actions accepted, {len(summary['unlosable'])} candidates "
-        "that any content wins (`nemo-pivotrl audit` says which)"
+        f"that any content wins, the best constant answer wins {best_share(found):.1%} (`nemo-pivotrl audit` says which)"
     )
     stop_on_gold_failures(recipe, found)
 
@@ -185,7 +207,35 @@ def run_audit(recipe: Recipe, candidates: Sequence[Candidate], verifier: Verifie
             if any(call.name not in declared for call in candidate.expected.calls):
                 found.undeclared.append(candidate.candidate_id)
             bar.update(1)
+    found.constants = _constants(verifier, chosen, candidates, recipe.profile.max_retries)
     return found
+
+
+def _constants(
+    verifier: Verifier, chosen: Sequence[Candidate], candidates: Sequence[Candidate], max_retries: int
+) -> dict[str, list[str]]:
+    """Constant answers, made from all candidates, and which of the chosen ones each wins."""
+    won: dict[str, list[str]] = {}
+    for answer in probes.constants([candidate.expected for candidate in candidates]):
+        kind = [c for c in chosen if c.expected.kind == answer.kind]
+        results = verdicts(verifier, [(c.case, answer) for c in kind], max_retries)
+        wins = [
+            c.candidate_id for c, r in zip(kind, results, strict=True) if isinstance(r, Verdict) and r.reward == 1.0
+        ]
+        if len(wins) > 1:
+            won[_said(answer)] = wins
+    return dict(sorted(won.items(), key=lambda pair: -len(pair[1])))
+
+
+def _said(answer: Action) -> str:
+    if answer.kind == "message":
+        return f"the text {short(answer.content, 60)!r}"
+    return f"{answer.calls[0].name}({short(answer.calls[0].arguments, 80)})"
+
+
+def best_share(found: Audit) -> float:
+    """Share of the audited candidates that the best constant answer wins."""
+    return max(map(len, found.constants.values()), default=0) / max(1, len(found.probes))
 
 
 def _actions(
@@ -239,6 +289,7 @@ def stop_on_gold_failures(recipe: Recipe, found: Audit) -> None:
 
 def _rows(found: Audit) -> Iterator[dict[str, Any]]:
     unwinnable, unlosable, undeclared = set(found.unwinnable()), set(found.unlosable()), set(found.undeclared)
+    won = found.won_by_constant()
     for candidate, tried in found.probes.items():
         yield {
             "candidate_id": candidate,
@@ -246,6 +297,7 @@ def _rows(found: Audit) -> Iterator[dict[str, Any]]:
             "unwinnable": candidate in unwinnable,
             "unlosable": candidate in unlosable,
             "undeclared_tool": candidate in undeclared,
+            "won_by_constant": won.get(candidate),
             "probes": [
                 {
                     "side": p.side,
@@ -274,6 +326,8 @@ def summarise(found: Audit) -> dict[str, Any]:
         "unwinnable": found.unwinnable(),
         "unlosable": found.unlosable(),
         "undeclared_tools": found.undeclared,
+        "won_by_a_constant": sorted(found.won_by_constant()),
+        "constants": {answer: len(won) / len(found.probes) for answer, won in found.constants.items()},
         "faults": dict(Counter(p.category for _, p in every if p.reward is None)),
         "by_tool": _rates((tool, p) for tool, p in every),
         "by_probe": _rates((p.name, p) for _, p in every),
@@ -309,11 +363,13 @@ def tables(found: Audit, summary: dict[str, Any]) -> str:
             lines.append(
                 f"{name[:29]:<30}" + "".join(f"{n:>{w}}" for n, w in zip(counts, (9, 10, 10, 10, 8, 10), strict=True))
             )
-    for name in ("gold_failures", "unwinnable", "unlosable", "undeclared_tools"):
+    for name in ("gold_failures", "unwinnable", "unlosable", "undeclared_tools", "won_by_a_constant"):
         ids = summary[name]
         if ids:
             shown = ", ".join(ids[:SHOWN]) + (f" and {len(ids) - SHOWN} more" if len(ids) > SHOWN else "")
             lines.append(f"{name.replace('_', ' ')}: {len(ids)} of {summary['candidates']}: {shown}")
+    for answer, share in list(summary["constants"].items())[:SHOWN_CONSTANTS]:
+        lines.append(f"constant answer: {answer} wins {share:.1%} of the candidates")
     for kind, count in summary["faults"].items():
         lines.append(f"faults: {count} verdicts, {kind}")
     if "judge" in summary:

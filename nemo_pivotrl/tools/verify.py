@@ -110,7 +110,7 @@ def _questions_of(row: dict[str, Any], settings: config.Verifier, loaded: dict[s
             action = Verdict(0.0, "TRUNCATED") if truncated else action_of_row(sample["action"])
             yield verifier, case, action, columns
         return
-    case = case_of(row, with_messages=verifier.asks_judge, family=name)
+    case = case_of(row, with_messages=verifier.reads_state, family=name)
     yield verifier, case, sampled_action(row, "\n" if name == "terminus" else ""), {}
 
 

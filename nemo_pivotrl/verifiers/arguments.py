@@ -1,64 +1,62 @@
-"""Are two arguments of a tool call the same to the tool? Compared under its JSON schema, by named relaxations.
+"""What an argument of a tool call says, in one form, under the tool's JSON schema and by named relaxations.
 
-Every function here answers with the empty string for "the same" and else with a few words on the difference. A value
-that is equal as JSON is always the same; a relaxation only ever accepts more. `Comparison.touched` collects the
-relaxations that were tried with success, so that a verdict can name them.
+Two arguments are the same if their forms are equal, so the relation is reflexive, symmetric and transitive. A text is
+itself, blanks and case included, unless its schema, its argument's name or the text itself says that it is a number, a
+date, an address, a path, a command, a query, code or JSON. No name makes a text free text: what free texts mean is for a
+judge to say.
 """
 
 from __future__ import annotations
 
-import io
 import json
-import math
-import posixpath
 import re
-import tokenize
-import unicodedata
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from datetime import UTC, date, datetime, time
 from typing import Any
-from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
 
 from nemo_pivotrl.config import Limits
-from nemo_pivotrl.core.errors import short
+from nemo_pivotrl.verifiers import values
 from nemo_pivotrl.verifiers.bounds import LimitExceeded, decode_json
-from nemo_pivotrl.verifiers.shell import same_command
+from nemo_pivotrl.verifiers.queries import read_query
+from nemo_pivotrl.verifiers.shell import read_command
+from nemo_pivotrl.verifiers.sql import looks_like_sql, read_sql
 from nemo_pivotrl.verifiers.swe import category_of
 
-MAX_DIFFERENCES = 16
-MAX_CODE_CHARS = 20_000
-"""Longer Python code is compared as text."""
-MAX_URL_CHARS = 4096
-"""Longer URLs are compared as text."""
-MAX_MARKS = 30
-"""In a text with more combining marks on end characters are not composed: the cost is their square (UAX 15, stream-safe)."""
+Form = tuple[Any, ...]
 WRITTEN = Limits(max_chars=1 << 16)
 """Of a value that was written as a string."""
 VALUE_WORK = 256
-"""Units of work that comparing two values costs besides their characters."""
+"""Units of work that reading one value costs besides its characters."""
+PROSE_WORDS = 4
+"""Texts of so many words are prose to a judge."""
 NOTHING: Mapping[str, Any] = {"not": {}}
 """The schema of no value at all."""
-DEFAULT_PORTS = {"http": 80, "https": 443}
-STOP_WORDS = frozenset(
-    "a an and are at by for from how in is it of on or that the this to was what when where who with".split()
-)
 
 SHELL_NAMES = {"command", "cmd", "bash_command", "shell_command", "keystrokes", "commands"}
 PYTHON_NAMES = {"code", "python_code", "source", "script"}
 QUERY_NAMES = {"query", "q", "queries", "search_query", "search_queries", "search_term", "keywords"}
-PROSE_NAMES = {
-    *("summary", "thought", "thoughts", "explanation", "description", "reason", "reasoning", "message", "body"),
-    *("note", "notes", "comment", "analysis", "plan", "answer", "content_summary"),
-}
+SQL_NAMES = {"sql", "sql_query", "sql_statement", "statement", "statements"}
+BODY_NAMES = {"body", "data", "payload", "json", "json_body", "request_body", "json_data"}
+SHELL_TOOL = re.compile(r"(^|_)(bash|shell|terminal|exec|execute|command)(_|$)")
+SQL_TOOL = re.compile(r"(^|_)(sql|sqlite|mysql|postgres|postgresql|bigquery|snowflake|duckdb|database|db)(_|$)")
+SEARCH_TOOL = re.compile(
+    r"^search$|(^|_)(web|internet|google|bing|duckduckgo|brave|tavily|serp|serper|wikipedia|news)(_|$)"
+)
+MEDIA_TOOL = re.compile(r"video|audio|clip|trim|media|song|movie|record|timer")
 PATH_NAME = re.compile(r"(^|_)(path|file|filename|filepath|dir|directory|folder|cwd|workdir)s?$")
+FOLDER_NAME = re.compile(r"(^|_)(dir|directory|folder|cwd|workdir)$")
 URL_NAME = re.compile(r"(^|_)(url|uri|link|href)s?$")
+DATE_NAME = re.compile(r"(^|_)(date|day|datetime|timestamp|birthday|dob|deadline)s?$")
+TIME_NAME = re.compile(r"(^|_)(t|time|at|when|datetime|timestamp)s?$")
+PLACE_NAME = re.compile(r"(^|_)(city|town|country)(_name)?$")
+PHONE_NAME = re.compile(r"(^|_)(phone|mobile|telephone|tel|cell|fax|whatsapp)(_number|_no)?s?$")
+SECRET_NAME = re.compile(r"pass|secret|token|key|credential|pattern|regex|hash|user|login|(^|_)id$")
+DATE, CLOCK = re.compile(r"\d{4}-\d{2}-\d{2}"), re.compile(r"\d{2}:\d{2}(:\d{2}(\.\d{1,6})?)?")
 
 
 @dataclass
-class Comparison:
-    """One comparison in progress."""
+class Reading:
+    """One call's arguments on their way to their form."""
 
     tool: str
     root: Mapping[str, Any]
@@ -67,27 +65,19 @@ class Comparison:
     """Relaxations that are switched on."""
     kinds: Mapping[str, str]
     """The recipe's word on what an argument is: `tool.argument` or `argument` to kind."""
-    overlap: Mapping[str, float]
-    """Share of words that two texts must have in common, by rule."""
     max_work: int
-    touched: set[str] = field(default_factory=set)
-    differences: list[tuple[str, str]] = field(default_factory=list)
-    """(kind, what differs) of each argument that is not the same."""
+    directory: str | None = None
+    """Where a shell command runs, if that is known."""
+    used: set[str] = field(default_factory=set)
+    """Relaxations that had a say in the form."""
     spent: int = 0
-    trial: bool = False
-    """Whether only the fact of a difference is of interest."""
 
-    def allows(self, rule: str, holds: bool) -> bool:
-        """Whether `rule` is on and its condition holds; remembers that it was of use."""
-        if rule in self.rules and holds:
-            self.touched.add(rule)
+    def on(self, rule: str) -> bool:
+        """Whether `rule` is on; then it is noted as used."""
+        if rule in self.rules:
+            self.used.add(rule)
             return True
         return False
-
-    def differ(self, kind: str, where: str, expected: Any, actual: Any) -> None:
-        if len(self.differences) < MAX_DIFFERENCES:
-            shown = "" if self.trial else f"{where}: {short(expected, 60)} is not {short(actual, 60)}"
-            self.differences.append((kind, shown))
 
     def spend(self, units: int) -> None:
         """Count work. Raises LimitExceeded past the limit."""
@@ -101,8 +91,8 @@ def snake(name: str) -> str:
     return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower()
 
 
-def kind_of(c: Comparison, name: str, schema: Mapping[str, Any]) -> str:
-    """What an argument is: date, url, path, shell, python, query, prose or text."""
+def kind_of(c: Reading, name: str, schema: Mapping[str, Any]) -> str:
+    """What an argument is by the recipe, its schema or its name: see `functional.KINDS`."""
     said = c.kinds.get(f"{c.tool}.{name}") or c.kinds.get(name)
     if said:
         return said
@@ -111,22 +101,24 @@ def kind_of(c: Comparison, name: str, schema: Mapping[str, Any]) -> str:
         return "date"
     if form in ("uri", "url", "iri", "uri-reference"):
         return "url"
-    if "enum" in schema or "const" in schema:
+    if "enum" in schema or "const" in schema or "pattern" in schema:
         return "text"
-    shell_tool = category_of(c.tool) == "bash" or re.search(
-        r"(^|_)(bash|shell|terminal|exec|execute|command)(_|$)", tool
-    )
     if plain in PYTHON_NAMES and re.search(r"python|jupyter|notebook|code_interpreter", tool):
         return "python"
-    if plain in SHELL_NAMES and shell_tool:
-        return "shell"
-    if plain in QUERY_NAMES and "search" in tool and category_of(c.tool) != "search":
+    if plain in SHELL_NAMES and (category_of(c.tool) == "bash" or SHELL_TOOL.search(tool)):
+        return "keys" if plain == "keystrokes" else "shell"
+    if plain in SQL_NAMES or (plain in QUERY_NAMES and SQL_TOOL.search(tool)):
+        return "sql"
+    if plain in QUERY_NAMES and SEARCH_TOOL.search(tool):
         return "query"
-    if PATH_NAME.search(plain):
-        return "path"
-    if URL_NAME.search(plain):
-        return "url"
-    return "prose" if plain in PROSE_NAMES or category_of(c.tool) == "think" else "text"
+    if FOLDER_NAME.search(plain):
+        return "folder"
+    for kind, pattern in (("path", PATH_NAME), ("url", URL_NAME), ("place", PLACE_NAME), ("phone", PHONE_NAME)):
+        if pattern.search(plain):
+            return kind
+    if (DATE_NAME.search(plain) or TIME_NAME.search(plain)) and not MEDIA_TOOL.search(tool):
+        return "when"
+    return "body" if plain in BODY_NAMES else "exact" if SECRET_NAME.search(plain) else "text"
 
 
 def resolve(schema: Any, root: Mapping[str, Any], value: Any) -> Mapping[str, Any]:
@@ -148,6 +140,8 @@ def resolve(schema: Any, root: Mapping[str, Any], value: Any) -> Mapping[str, An
     return {}
 
 
+PLAIN_KINDS = frozenset("text prose message body sql when date url edit".split())
+"""Kinds of which a text may still show that it is something else."""
 JSON_TYPES: dict[str, tuple[type, ...]] = {
     "string": (str,),
     "boolean": (bool,),
@@ -183,285 +177,182 @@ def same_json(expected: Any, actual: Any) -> bool:
     return bool(expected == actual) or (expected != expected and actual != actual)  # NaN is the same NaN
 
 
-def compare(c: Comparison, where: str, expected: Any, actual: Any, schema: Any, kind: str = "text") -> None:
-    """Record in `c.differences` where two values are not the same."""
-    c.spend(VALUE_WORK)
-    if not isinstance(expected, (dict, list)) and same_json(expected, actual):  # of those, part by part
-        return
-    takes_text = _takes_text(schema, c.root)
-    schema = resolve(schema, c.root, expected)
-    if not takes_text:
-        expected, actual = (_unstring(c, value, schema) for value in (expected, actual))
-    if isinstance(expected, dict) and isinstance(actual, dict):
-        compare_objects(c, where, expected, actual, schema)
-    elif isinstance(expected, list) and isinstance(actual, list):
-        _compare_lists(c, where, expected, actual, schema, kind)
-    elif isinstance(expected, str) and isinstance(actual, str):
-        if not _same_text(c, expected, actual, schema, kind):
-            c.differ(kind, where, expected, actual)
-    elif not same_json(expected, actual) and not _same_number(c, expected, actual):
-        c.differ(kind, where, expected, actual)
-
-
-def compare_objects(
-    c: Comparison, where: str, expected: Mapping[str, Any], actual: Mapping[str, Any], schema: Mapping[str, Any]
-) -> None:
-    """Compare two objects property by property; one that only one side has must be its default, or null and optional."""
+def read_arguments(c: Reading, arguments: Mapping[str, Any], schema: Mapping[str, Any]) -> dict[str, tuple[str, Form]]:
+    """Argument to (what it is, its form), without those that say nothing."""
     declared = schema.get("properties")
     properties: Mapping[str, Any] = declared if isinstance(declared, Mapping) else {}
-    required = schema.get("required")
-    for name in sorted(expected.keys() | actual.keys()):
-        inner, place = properties.get(name, {}), f"{where}.{name}" if where else name
-        if name in expected and name in actual:
-            kind = kind_of(c, name, resolve(inner, c.root, expected[name]))
-            compare(c, place, expected[name], actual[name], inner, kind)
+    found = {}
+    for name, value in arguments.items():
+        inner = properties.get(name, {})
+        if _says_nothing(c, name, value, properties, schema.get("required")):
             continue
-        value = expected.get(name, actual.get(name))
-        resolved = inner if isinstance(inner, Mapping) and "default" in inner else resolve(inner, c.root, value)
-        optional = not (isinstance(required, list) and name in required)
-        if "default" in resolved and c.allows("omitted_default", _equals(c, resolved["default"], value, resolved)):
-            continue
-        if name in properties and optional and c.allows("null_optional", value is None):
-            continue
-        c.differ("text", place, *(side.get(name, "(absent)") for side in (expected, actual)))
+        kind = kind_of(c, name, resolve(inner, c.root, value))
+        number = None
+        if not inner and kind == "text" and isinstance(value, str) and "stringified" in c.rules:
+            number = values.written_number(value)  # nothing says that this tool wants a text
+            c.used |= {"stringified"} if number is not None else set()
+        found[name] = (kind, read_value(c, value if number is None else number, inner, kind, name))
+    return found
 
 
-def _equals(c: Comparison, expected: Any, actual: Any, schema: Any, kind: str = "text") -> bool:
-    trial = Comparison(c.tool, c.root, c.rules, c.kinds, c.overlap, c.max_work - c.spent, trial=True)
-    compare(trial, "", expected, actual, schema, kind)
-    c.spend(trial.spent)
-    if trial.differences:
-        return False
-    c.touched |= trial.touched
-    return True
+def _says_nothing(c: Reading, name: str, value: Any, properties: Mapping[str, Any], required: Any) -> bool:
+    """Whether an argument is its default, or null where it may be left out and has no default."""
+    inner = properties.get(name, {})
+    resolved = inner if isinstance(inner, Mapping) and "default" in inner else resolve(inner, c.root, value)
+    if "default" in resolved:
+        if "omitted_default" not in c.rules:
+            return False
+        used = set(c.used)
+        same = read_value(c, value, resolved) == read_value(c, resolved["default"], resolved)
+        c.used = c.used | {"omitted_default"} if same else used
+        return same
+    optional = name in properties and not (isinstance(required, list) and name in required)
+    return value is None and optional and c.on("null_optional")
 
 
-def _compare_lists(
-    c: Comparison, where: str, expected: list[Any], actual: list[Any], schema: Mapping[str, Any], kind: str
-) -> None:
+def read_value(c: Reading, value: Any, schema: Any, kind: str = "text", name: str = "") -> Form:
+    """The form of a value."""
+    c.spend(VALUE_WORK)
+    takes_text = (found := resolve(schema, c.root, "")) is not NOTHING and _is_of_type("", found)
+    schema = resolve(schema, c.root, value)
+    if not takes_text:
+        value = _unstring(c, value, schema)
+    if isinstance(value, dict):
+        declared = schema.get("properties")
+        properties: Mapping[str, Any] = declared if isinstance(declared, Mapping) else {}
+        kept = ((k, v) for k, v in value.items() if not _says_nothing(c, k, v, properties, schema.get("required")))
+        exact = kind == "exact"  # within a text that is JSON no name says what a value is
+        forms = (
+            (k, read_value(c, v, properties.get(k, {}), kind if exact else _inner_kind(c, k, v, properties), k))
+            for k, v in kept
+        )
+        return "object", *sorted(forms, key=lambda pair: pair[0])
+    if isinstance(value, list):
+        return _read_list(c, value, schema, kind, name)
+    if isinstance(value, str):
+        return read_text(c, value, schema, kind)
+    if value is None or isinstance(value, bool):
+        return "constant", str(value)
+    return values.number(value) if c.on("number_type") else (type(value).__name__, repr(value))
+
+
+def _inner_kind(c: Reading, name: str, value: Any, properties: Mapping[str, Any]) -> str:
+    return kind_of(c, name, resolve(properties.get(name, {}), c.root, value))
+
+
+def _read_list(c: Reading, value: list[Any], schema: Mapping[str, Any], kind: str, name: str) -> Form:
     inner = schema.get("items")
-    if len(expected) != len(actual):
-        c.differ(kind, where, f"{len(expected)} items", f"{len(actual)} items")
-        return
-    if not (schema.get("uniqueItems") is True and "set_order" in c.rules):
-        # the words of one command, rather than a list of commands: no shell reads them, but what follows `sh -c`
-        words = kind == "shell" and not where.endswith("s")
-        for index, pair in enumerate(zip(expected, actual, strict=True)):
-            script = index and expected[index - 1] in ("-c", "-lc", "-ic")
-            compare(c, f"{where}[{index}]", *pair, inner, "text" if words and not script else kind)
-        return
-    # equality under the rules is close enough to transitive for a greedy matching, equal values first
-    c.spend(VALUE_WORK * (len(expected) + len(actual)))
-    texts = [[json.dumps(value, sort_keys=True) for value in side] for side in (expected, actual)]
-    c.spend(4 * sum(len(text) for side in texts for text in side))
-    left: dict[str, list[int]] = {}
-    for index, text in enumerate(texts[1]):
-        left.setdefault(text, []).append(index)
-    unmatched, moved = [], False
-    for index, value in enumerate(expected):
-        places = left.get(texts[0][index])
-        if places:
-            moved |= places.pop(0) != index
-        else:
-            unmatched.append((index, value))
-    rest = sorted(index for places in left.values() for index in places)
-    for index, value in unmatched:
-        at = next((i for i in rest if _equals(c, value, actual[i], inner, kind)), None)
-        if at is None:
-            c.differ(kind, where, value, "(absent)")
-            return
-        rest.remove(at)
-        moved |= at != index
-    if moved:
-        c.touched.add("set_order")
+    # the words of one command, rather than a list of commands: no shell reads them, but what follows `sh -c`
+    words = kind == "shell" and not name.endswith("s")
+    scripts = {i for i in range(1, len(value)) if value[i - 1] in ("-c", "-lc", "-ic")} if words else set()
+    forms = [read_value(c, v, inner, "text" if words and i not in scripts else kind) for i, v in enumerate(value)]
+    if schema.get("uniqueItems") is True and c.on("set_order"):
+        keys = [repr(form) for form in forms]
+        c.spend(8 * sum(map(len, keys)))
+        return "set", *(form for _, form in sorted(zip(keys, forms, strict=True), key=lambda pair: pair[0]))
+    return "list", *forms
 
 
-def _unstring(c: Comparison, value: Any, schema: Mapping[str, Any]) -> Any:
+def _unstring(c: Reading, value: Any, schema: Mapping[str, Any]) -> Any:
     """A number, truth value, list or object that was written as a string, where the schema wants no string."""
-    if not isinstance(value, str):
+    if not isinstance(value, str) or "stringified" not in c.rules:
         return value
     text = value.strip()
     try:
         read = decode_json(text.lower() if text in ("True", "False") else text, WRITTEN)
     except ValueError:
         return value
-    return read if _is_of_type(read, schema) and c.allows("stringified", True) else value
+    if not _is_of_type(read, schema):
+        return value
+    c.used.add("stringified")
+    return read
 
 
-def _takes_text(schema: Any, root: Mapping[str, Any]) -> bool:
-    resolved = resolve(schema, root, "")
-    return resolved is not NOTHING and _is_of_type("", resolved)
-
-
-def _same_number(c: Comparison, expected: Any, actual: Any) -> bool:
-    if isinstance(expected, bool) or isinstance(actual, bool):
-        return False
-    if not isinstance(expected, (int, float)) or not isinstance(actual, (int, float)):
-        return False
-    close = isinstance(expected, float) and isinstance(actual, float) and math.isclose(expected, actual, rel_tol=1e-9)
-    whole = isinstance(expected, float) and isinstance(actual, float) and expected.is_integer() and actual.is_integer()
-    return c.allows("number_type", expected == actual or (close and not whole))
-
-
-def _same_text(c: Comparison, expected: str, actual: str, schema: Mapping[str, Any], kind: str) -> bool:
-    c.spend(len(expected) + len(actual))
+def read_text(c: Reading, text: str, schema: Mapping[str, Any], kind: str) -> Form:
+    """The form of a text."""
+    c.spend(len(text))
     options = schema.get("enum")
     if isinstance(options, list):
-        return c.allows("enum_case", _enum(expected, options) == _enum(actual, options) != "")
-    if kind == "shell":
-        return same_command(expected, actual, c.rules, c.touched, c.spend)
-    runs = kind not in ("path", "python")  # within these two blanks may count
-    if c.allows("whitespace", tidy(expected, runs) == tidy(actual, runs)):
-        return True
-    if "letter_case" in c.rules and c.allows("letter_case", _fold(expected) == _fold(actual)):
-        return True
-    if kind == "date":
-        return c.allows("dates", (instant := _instant(expected)) is not None and instant == _instant(actual))
-    if kind == "url":
-        return c.allows("urls", (found := _url(expected)) is not None and found == _url(actual))
-    if kind == "path":
-        return c.allows("paths", clean_path(expected) == clean_path(actual))
-    if kind == "python":
-        return c.allows("python_tokens", (tokens := _tokens(expected)) is not None and tokens == _tokens(actual))
-    if kind == "query":
-        return c.allows("search_tokens", word_share(expected, actual) >= c.overlap["search_tokens"])
-    if kind == "prose":
-        share = word_share(expected, actual) >= c.overlap["prose"] and not contradicts(expected, actual)
-        return c.allows("prose", share)
-    return bool(ISO.match(expected)) and c.allows(
-        "dates", (at := _instant(expected)) is not None and at == _instant(actual)
-    )
+        named = values.option(text, options) if "enum_case" in c.rules else None
+        c.used |= {"enum_case"} if named is not None else set()
+        return "text", text if named is None else named
+    form = _of_kind(c, text, schema, kind)
+    if form is None and (kind in PLAIN_KINDS or (kind == "query" and looks_like_sql(text))):
+        form = _by_itself(c, text, kind)
+    if form is not None:
+        return form
+    return "text", text.casefold() if c.on("letter_case") else text
 
 
-ISO = re.compile(r"\d{4}-\d{2}-\d{2}(T|$)")
-
-
-def tidy(text: str, runs: bool = True) -> str:
-    """`text` with one form of line ends and of composed characters, no blanks at line ends, nor around the whole.
-
-    `runs`: in a single line, blanks on end are one.
-    """
-    lines = _compose(text).replace("\r\n", "\n").replace("\r", "\n").split("\n")
-    if len(lines) == 1:
-        return " ".join(lines[0].split()) if runs else lines[0].strip()
-    return "\n".join(line.rstrip() for line in lines).strip("\n")
-
-
-def _compose(text: str) -> str:
-    if text.isascii():
-        return text
-    marks = 0
-    for char in text:
-        marks = marks + 1 if unicodedata.combining(char) else 0
-        if marks > MAX_MARKS:
-            return text
-    return unicodedata.normalize("NFC", text)
-
-
-def _fold(text: str) -> str:
-    return tidy(text).casefold()
-
-
-def _enum(value: str, options: list[Any]) -> str:
-    """The one option that `value` names up to case, blanks, hyphens and underscores; '' where none or several do."""
-
-    def plain(text: str) -> str:
-        return re.sub(r"[\s_-]+", "_", text.strip().casefold())
-
-    named = {option for option in options if isinstance(option, str) and plain(option) == plain(value)}
-    return named.pop() if len(named) == 1 else ""
-
-
-def _instant(text: str) -> tuple[str, Any] | None:
-    """A date, a time of day, or a moment in UTC (without a zone: as it stands)."""
-    text = text.strip()
-    if len(text) > 64:
+def _of_kind(c: Reading, text: str, schema: Mapping[str, Any], kind: str) -> Form | None:
+    """The form of a text whose kind is known; None where it is not of that kind after all."""
+    rule: str = ""
+    found: Any = None
+    if kind in ("shell", "keys"):
+        form, used = read_command(text, c.rules, c.spend, c.directory)
+        c.used |= used
+        return ("shell", form, kind == "keys" and text.endswith("\n"))
+    if kind == "query" and not looks_like_sql(text):
+        rule, found = "search_tokens", read_query(text) if "search_tokens" in c.rules else None
+    elif kind == "date":
+        rule, found = "dates", values.moment(text, loose=False)
+    elif kind == "when" and (DATE.fullmatch(text) or CLOCK.fullmatch(text) or values.NAMED_DATE.fullmatch(text)):
+        rule, found = (
+            "dates",
+            values.moment(text, loose=not re.search("iso|yyyy", str(schema.get("description")).lower())),
+        )
+    elif kind == "url":
+        rule, found = "urls", values.url(text)
+    elif kind == "path":
+        rule, found = "paths", ("path", values.clean_path(text))
+    elif kind == "folder":
+        rule, found = "paths", ("path", values.clean_path(text, folder=True))
+    elif kind == "python":
+        rule, found = "python_tokens", values.python_tokens(text)
+    elif kind == "place":
+        rule, found = "place_case", ("place", text.casefold())
+    elif kind == "phone":
+        rule, found = "phones", values.phone(text)
+    if found is None or not c.on(rule):
         return None
-    readers: tuple[tuple[str, Any], ...] = (("date", date), ("time", time), ("moment", datetime))
-    for name, cls in readers:
+    return rule, found
+
+
+def _by_itself(c: Reading, text: str, kind: str) -> Form | None:
+    """The form of a text that shows what it is: SQL, a moment with its zone, a mail address, a JSON object."""
+    if (kind == "sql" or looks_like_sql(text)) and "sql" in c.rules:
+        c.spend(200 * len(text))
+        statements = read_sql(text)
+        if statements is not None:
+            c.used.add("sql")
+            return "sql", statements
+    if values.MOMENT.fullmatch(text) and (found := values.moment(text, loose=False)) and c.on("dates"):
+        return "dates", found
+    if (address := values.mail(text)) and c.on("mail_domains"):
+        return "mail", address
+    if text[:1].isspace() or text[-1:].isspace():
+        return None
+    if text[:1] == "{" or (kind == "body" and text[:1] == "["):
         try:
-            read = cls.fromisoformat(text)
+            body = decode_json(text, WRITTEN)
         except ValueError:
-            continue
-        if isinstance(read, datetime) and read.tzinfo is not None:
-            try:
-                read = read.astimezone(UTC)
-            except OverflowError:  # before the year 1 or after 9999, seen from Greenwich
-                return None
-        return name, read.isoformat()
+            return None
+        if isinstance(body, (dict, list)) and not _repeats_a_key(text) and c.on("json_text"):
+            return "json", read_value(c, body, {}, "exact")
     return None
 
 
-def _url(text: str) -> tuple[Any, ...] | None:
-    if len(text) > MAX_URL_CHARS:
-        return None
-    odd = "surrogateescape"  # bytes that are no UTF-8 stay what they are
-    try:
-        parts = urlsplit(text.strip())
-        port = parts.port
-        pairs = parse_qsl(parts.query, keep_blank_values=True, errors=odd)
-        query = urlencode(sorted(pairs, key=lambda pair: pair[0]), errors=odd)
-        segments = (quote(unquote(s, errors=odd), safe=":@!$&'()*+,;=~-._", errors=odd) for s in parts.path.split("/"))
-        path = "/".join(segments).rstrip("/") or "/"
-    except ValueError:
-        return None
-    if not parts.scheme or not parts.hostname:
-        return None
-    scheme = parts.scheme.lower()
-    return (
-        scheme,
-        parts.username,
-        parts.password,
-        parts.hostname,
-        None if port == DEFAULT_PORTS.get(scheme) else port,
-        path,
-        query,
-        parts.fragment,
-    )
+def _repeats_a_key(text: str) -> bool:
+    repeated: list[bool] = []
+
+    def pairs(found: list[tuple[str, Any]]) -> dict[str, Any]:
+        repeated.append(len({key for key, _ in found}) < len(found))
+        return {}
+
+    json.loads(text, object_pairs_hook=pairs)
+    return any(repeated)
 
 
-def clean_path(text: str) -> str:
-    """`./a//b/../c/` -> `a/c`. Nothing is looked up, so links are not followed."""
-    text = text.strip()
-    return posixpath.normpath(text).replace("//", "/", 1) if text else text
-
-
-def _tokens(code: str) -> list[tuple[int, str]] | None:
-    """Tokens of Python code without comments, blank lines and the choice of quotes; None for what is no Python.
-
-    A notebook's `!` and `%` lines are no Python: blanks mean something in them.
-    """
-    if len(code) > MAX_CODE_CHARS or re.search(r"^\s*[%!?]", code, re.MULTILINE):
-        return None
-    left_out = (tokenize.COMMENT, tokenize.NL, tokenize.ENCODING)
-    found = []
-    try:
-        for token in tokenize.generate_tokens(io.StringIO(code.rstrip() + "\n").readline):
-            if token.type == tokenize.INDENT:
-                found.append((token.type, ""))
-            elif token.type == tokenize.STRING:
-                found.append((token.type, re.sub(r"^(\w*)'([^'\"\\\n]*)'$", r'\1"\2"', token.string)))
-            elif token.type == tokenize.ERRORTOKEN:
-                return None
-            elif token.type not in left_out:
-                found.append((token.type, token.string))
-    except (tokenize.TokenError, SyntaxError, UnicodeError):
-        return None
-    return found
-
-
-def contradicts(expected: str, actual: str) -> bool:
-    """Whether each text has a number or an identifier with digits that the other has not."""
-    left, right = (
-        {w for w in re.findall(r"\w+", text.casefold()) if any(map(str.isdigit, w))} for text in (expected, actual)
-    )
-    return not (left <= right or right <= left)
-
-
-def word_share(expected: str, actual: str) -> float:
-    """Words in common over all words of both texts (Jaccard on multisets), stop words and case aside; 1 for equal ones."""
-    left, right = (
-        Counter(w for w in re.findall(r"\w+", text.casefold()) if w not in STOP_WORDS) for text in (expected, actual)
-    )
-    union = (left | right).total()
-    return (left & right).total() / union if union else 0.0
+def is_prose(value: Any) -> bool:
+    """Whether a value is a text of several words, which a judge may compare."""
+    return isinstance(value, str) and len(value.split()) >= PROSE_WORDS

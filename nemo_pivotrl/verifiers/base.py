@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from nemo_pivotrl import config
 from nemo_pivotrl.core.types import Action, Case, Verdict
@@ -40,6 +40,17 @@ class Verifier(Protocol):
         ...
 
 
+def harness_of(fields: Mapping[str, Any]) -> str:
+    """The agent harness that a row's fields name, or ''."""
+    metadata = fields.get("metadata")
+    return str(fields.get("harness") or (metadata.get("harness") if isinstance(metadata, dict) else "") or "")
+
+
+def is_talk(expected: Action, fields: Mapping[str, Any]) -> bool:
+    """Whether the expert talks. A terminal turn written as JSON is a message that acts."""
+    return expected.kind == "message" and harness_of(fields) not in ("terminus_1", "terminus_2")
+
+
 @dataclasses.dataclass(frozen=True)
 class Ruling:
     """What a judge said of two actions."""
@@ -62,10 +73,16 @@ class Judging(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Bounded:
-    """A verifier behind the recipe's limits: what exceeds them scores 0 before anything looks at it."""
+    """A verifier behind the recipe's limits and its decision on talk.
+
+    What exceeds the limits scores 0 before anything looks at it. The decision holds for verifiers that take any text
+    where the expert talks (`talk_rule`): those of NeMo-Gym by a `released` rule, `functional` as `decided` here.
+    """
 
     inner: Any
     limits: config.Limits
+    message: Literal["judge", "exclude", "any"] = "any"
+    talk_judge: Judging | None = None
 
     @property
     def name(self) -> str:
@@ -77,24 +94,39 @@ class Bounded:
 
     @property
     def concurrency(self) -> int:
-        return int(getattr(self.inner, "concurrency", 1))
+        return max(int(getattr(self.inner, "concurrency", 1)), self.talk_judge.concurrency if self.talk_judge else 1)
 
     @property
     def asks_judge(self) -> bool:
         """Whether a verdict may need an LLM judge."""
-        return bool(getattr(self.inner, "asks_judge", False))
+        return bool(getattr(self.inner, "asks_judge", False)) or self.talk_judge is not None
+
+    @property
+    def reads_state(self) -> bool:
+        """Whether a verdict looks at what came before the action."""
+        return self.asks_judge or bool(getattr(self.inner, "reads_state", False))
 
     @property
     def judge(self) -> Judging | None:
-        return getattr(self.inner, "judge", None)
+        return getattr(self.inner, "judge", None) or self.talk_judge
 
     def verify(self, case: Case, actual: Action) -> Verdict:
         """The verdict, in [0, 1] whatever `actual` holds. Raises VerifierFault."""
+        rule = getattr(self.inner, "talk_rule", "")
+        decided = bool(rule) and self.message != "any" and is_talk(case.expected, case.fields)
+        if decided and self.message == "exclude" and rule == "decided":
+            remedy = "verifier.message=judge has it compared, =any takes any text"
+            raise VerifierFault("message_excluded", f"the expert talks, and such a turn is no candidate: {remedy}")
         try:
             check_size(actual, self.limits)
             verdict: Verdict = self.inner.verify(case, actual)
         except LimitExceeded as error:
             return Verdict(0.0, "LIMIT_EXCEEDED", str(error))
+        if decided and self.message == "judge" and verdict.reward > 0.0:
+            assert self.talk_judge is not None, "load_verifier connects the judge"
+            ruling = self.talk_judge.equivalent("message", case, case.expected.content, actual.content)
+            category = "JUDGED_SAME" if ruling.same else "DIFFERENT_MESSAGE"
+            return Verdict(float(ruling.same), category, ruling.detail, figures={"votes": ruling.votes})
         return verdict
 
 

@@ -37,7 +37,7 @@ PARTS = ("name", "version", "concurrency", "asks_judge", "verify")
 """What `Verifier` asks of a class."""
 
 
-SHARED = {"compat", "limits", "judge"}
+SHARED = {"compat", "limits", "judge", "message"}
 """Fields that a verifier gets from the recipe's sections of the same name, not from its own settings."""
 
 
@@ -61,11 +61,20 @@ def load_verifier(
     shared: dict[str, Any] = {"compat": settings.compat, "limits": settings.limits}
     checked = build(cls, settings.settings, where, "verifier.settings.")
     made = dataclasses.replace(checked, **{k: v for k, v in shared.items() if k in given})
-    if "judge" in given and made.asks_judge:
+    asks = "judge" in given and made.asks_judge
+    judged_talk = bool(getattr(cls, "talk_rule", "")) and settings.talk == "judge"
+    judge = None
+    if asks or judged_talk:
         from nemo_pivotrl.verifiers.judge import connect
 
-        made = dataclasses.replace(made, judge=(judge_factory or connect)(settings.judge))
-    return Bounded(made, settings.limits)
+        judge = (judge_factory or connect)(settings.judge)
+    made = dataclasses.replace(made, judge=judge) if asks else made
+    return Bounded(made, settings.limits, settings.talk, judge if judged_talk else None)
+
+
+def excludes_talk(settings: config.Verifier) -> bool:
+    """Whether turns in which the expert talks are no candidates."""
+    return settings.talk == "exclude" and bool(getattr(_class_of(settings.name, "recipe"), "talk_rule", ""))
 
 
 def _class_of(named: str, where: str) -> type[Any]:
@@ -108,7 +117,9 @@ def identity(verifier: Verifier, settings: config.Verifier) -> str:
         from nemo_pivotrl.verifiers.judge_prompt import RUBRIC_VERSION
 
         judge["rubric"] = RUBRIC_VERSION
-    decides = [settings.compat, dict(settings.settings), dataclasses.asdict(settings.limits), judge]
+    decides: list[Any] = [settings.compat, dict(settings.settings), dataclasses.asdict(settings.limits), judge]
+    if getattr(_class_of(settings.name, "recipe"), "talk_rule", ""):
+        decides.append(settings.talk)
     return f"{verifier.name} {verifier.version} {digest(decides, 8)}"
 
 

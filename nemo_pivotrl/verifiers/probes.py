@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -22,6 +23,10 @@ DESTRUCTIVE = "rm -rf /"
 UNKNOWN_TOOL = "no_such_tool_7731"
 CLUSTER = re.compile(r"(?<=\s)-([a-zA-Z]{2,3})(?=\s|$)")
 CLUSTERED_COMMANDS = ("ls ", "grep ", "rm ", "cp ")
+CONSTANT_TEXT = "ok"
+CALLS_OF_A_TOOL = 3
+"""The expert's most frequent calls of a tool that are tried as constant answers."""
+MAX_CONSTANTS = 60
 SHELL_ARGUMENTS = ("command", "cmd", "keystrokes")
 
 
@@ -68,18 +73,12 @@ def right(case: Case) -> Iterator[tuple[str, Action]]:
         kind = declared.get("type") if isinstance(declared, Mapping) else None
         if kind == "number" and isinstance(value, int) and not isinstance(value, bool):
             yield "whole_number_as_float", _with_arguments(expected, {**arguments, key: float(value)})
-        if isinstance(value, str) and value.strip() and "\n" not in value:
-            yield "blank_at_the_end", _with_arguments(expected, {**arguments, key: value + " "})
-            if PATH_NAME.search(snake(key)) and not value.startswith(("/", ".", "~")) and "://" not in value:
-                yield "dot_before_a_path", _with_arguments(expected, {**arguments, key: "./" + value})
+        path = isinstance(value, str) and PATH_NAME.search(snake(key)) and value.strip()
+        if path and not value.startswith(("/", ".", "~")) and "://" not in value:
+            yield "dot_before_a_path", _with_arguments(expected, {**arguments, key: "./" + value})
         shell = isinstance(value, str) and key in SHELL_ARGUMENTS and category_of(expected.calls[0].name) == "bash"
-        if (
-            isinstance(declared, Mapping)
-            and declared.get("uniqueItems") is True
-            and isinstance(value, list)
-            and len(value) > 1
-        ):
-            yield "set_in_another_order", _with_arguments(expected, {**arguments, key: value[::-1]})
+        if shell and value.strip() and "\n" not in value and not value.endswith("\\"):
+            yield "blank_at_the_end", _with_arguments(expected, {**arguments, key: value + " "})
         if shell and value[:1].isalnum():
             yield "variable_before_a_command", _with_arguments(expected, {**arguments, key: "NO_COLOR=1 " + value})
         if shell and value.startswith(CLUSTERED_COMMANDS) and CLUSTER.search(value):
@@ -178,6 +177,31 @@ def _wrong_turns(text: str) -> Iterator[tuple[str, Action]]:
     complete = "is_task_complete" if harness == "terminus_1" else "task_complete"
     if not turn.get(complete):
         yield "complete_too_early", Action("message", json.dumps({**turn, complete: True}))
+
+
+def constants(experts: Sequence[Action]) -> list[Action]:
+    """Answers that need no thought: any text, and of each tool that an expert uses no arguments and the commonest ones."""
+    seen: dict[str, Counter[Action]] = {}
+    texts = Counter(action.content for action in experts if action.kind == "message" and action.content.strip())
+    for action in experts:
+        if len(action.calls) == 1:
+            call = action.calls[0]
+            tried = seen.setdefault(call.name, Counter())
+            tried[Action("calls", calls=(ToolCall(call.name, _in_order(call)),))] += 1
+    found = [Action("message", CONSTANT_TEXT), *(Action("message", text) for text, n in texts.most_common(1) if n > 1)]
+    for name, counted in sorted(seen.items(), key=lambda pair: -pair[1].total()):
+        found += dict.fromkeys(
+            [
+                *(made for made, _ in counted.most_common(CALLS_OF_A_TOOL)),
+                Action("calls", calls=(ToolCall(name, "{}"),)),
+            ]
+        )
+    return found[:MAX_CONSTANTS]
+
+
+def _in_order(call: ToolCall) -> str:
+    arguments = _decode(call)
+    return call.arguments if arguments is None else json.dumps(arguments, sort_keys=True, ensure_ascii=False)
 
 
 def same_action(left: Action, right: Action) -> bool:

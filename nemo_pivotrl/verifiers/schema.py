@@ -1,7 +1,12 @@
-"""JSON schemas against hostile values: patterns are matched with a time limit, checks counted, unique items found in one pass."""
+"""JSON schemas as data, and against hostile values.
+
+No reference is fetched or read: one that the schema itself does not answer is an error. Patterns are matched with a time
+limit, checks are counted, so recursion ends, and unique items are found in one pass.
+"""
 
 from __future__ import annotations
 
+import json
 import re
 import threading
 import time
@@ -10,7 +15,9 @@ from functools import lru_cache
 from typing import Any
 
 import regex
-from jsonschema import ValidationError, validators
+from jsonschema import Draft202012Validator, SchemaError, ValidationError, validators
+from referencing import Registry
+from referencing.exceptions import Unresolvable
 
 from nemo_pivotrl.verifiers.bounds import LimitExceeded
 
@@ -21,14 +28,24 @@ PATTERN_SECONDS = 0.02
 MATCHING_SECONDS = 0.04
 """Of all matches of one validation; what comes after has not matched."""
 MAX_CHECKS = 6000
-"""Keywords that one validation may look at, 4 microseconds each or so."""
+"""Keywords that one validation of what the policy wrote may look at, 4 microseconds each or so."""
+OWN_CHECKS, OWN_SECONDS = 200_000, 2.0
+"""The same of one validation of what an expert wrote, and the time of all its pattern matches."""
+MAX_SCHEMA_CHARS = 1 << 19
+MAX_PATTERN_CHARS = 4096
+MAX_REPEATS = 1_000_000
+"""Repetitions of repetitions that a pattern may ask for: some are written out when it is read."""
 
 
 class _Spent(threading.local):
-    """What the validation that runs in this thread has cost so far."""
+    """What the validation that runs in this thread has cost so far, and may cost."""
 
     checks = 0
     seconds = 0.0
+    max_checks = MAX_CHECKS
+    max_seconds = MATCHING_SECONDS
+    exact = False
+    """Whether a match that takes too long ends the validation, instead of being none."""
 
 
 _spent = _Spent()
@@ -58,19 +75,26 @@ def _growth(pattern: str) -> tuple[float, int] | None:
 
 def matches(pattern: str, text: str) -> bool:
     """Whether `pattern` is found in `text`; False where that takes too long. Raises re.error for no pattern."""
-    if _spent.seconds > MATCHING_SECONDS:
-        return False
+    if _spent.seconds > _spent.max_seconds:
+        return _gave_up(pattern)
     begun = time.perf_counter()
     plain, growth = re.compile(pattern), _growth(pattern)
     try:
         if growth and growth[0] * (len(text) + 1.0) ** growth[1] <= RE_STEPS:
             return plain.search(text) is not None
         # what \w, \s and \b mean differs for some characters beyond ASCII
-        return _compiled(pattern).search(text, timeout=PATTERN_SECONDS) is not None
+        seconds = OWN_SECONDS if _spent.exact else PATTERN_SECONDS
+        return _compiled(pattern).search(text, timeout=seconds) is not None
     except TimeoutError:
-        return False
+        return _gave_up(pattern)
     finally:
         _spent.seconds += time.perf_counter() - begun
+
+
+def _gave_up(pattern: str) -> bool:
+    if _spent.exact:
+        raise LimitExceeded(f"the pattern {pattern[:60]!r} takes too long to match")
+    return False
 
 
 def _pattern(validator: Any, pattern: str, instance: Any, schema: Any) -> Iterator[ValidationError]:
@@ -123,8 +147,8 @@ def _counted(check: Any) -> Any:
 
     def counted(validator: Any, value: Any, instance: Any, schema: Any) -> Any:
         _spent.checks += 1 + (len(value) // 7 if isinstance(value, list) else 0)  # an enum looks at all its values
-        if _spent.checks > MAX_CHECKS:
-            raise LimitExceeded(f"more than {MAX_CHECKS} schema checks")
+        if _spent.checks > _spent.max_checks:
+            raise LimitExceeded(f"more than {_spent.max_checks} schema checks")
         return check(validator, value, instance, schema)
 
     return counted
@@ -146,4 +170,76 @@ def bounded(cls: Any) -> Any:
 def is_valid(validator: Any, instance: Any) -> bool:
     """Whether `instance` follows the schema of a `bounded` validator. Raises LimitExceeded where that takes too much."""
     _spent.checks, _spent.seconds = 0, 0.0
+    _spent.max_checks, _spent.max_seconds, _spent.exact = MAX_CHECKS, MATCHING_SECONDS, False
     return bool(validator.is_valid(instance))
+
+
+class BadSchema(ValueError):
+    """A schema by which nothing can be checked."""
+
+
+def difference(schema: Mapping[str, Any], instance: Any) -> str:
+    """What of an expert's arguments the schema does not allow; '' for nothing. Raises BadSchema."""
+    text = json.dumps(schema, sort_keys=True)
+    if len(text) > MAX_SCHEMA_CHARS:
+        raise BadSchema(f"{len(text)} characters, at most {MAX_SCHEMA_CHARS}")
+    validator = _draft_2020(text)
+    if isinstance(validator, str):
+        raise BadSchema(validator)
+    _spent.checks, _spent.seconds = 0, 0.0
+    _spent.max_checks, _spent.max_seconds, _spent.exact = OWN_CHECKS, OWN_SECONDS, True
+    try:
+        error = next(validator.iter_errors(instance), None)
+    except Unresolvable as unresolved:
+        raise BadSchema(f"the reference {unresolved.ref!r} points out of the schema, and none is fetched") from None
+    except LimitExceeded as exceeded:
+        raise BadSchema(str(exceeded)) from None
+    except BaseException as fault:
+        raise BadSchema(_as_reason(fault)) from None
+    return "" if error is None else str(error.message)
+
+
+@lru_cache(maxsize=512)
+def _draft_2020(text: str) -> Any:
+    """A validator of the schema, or what is wrong with it."""
+    schema = json.loads(text)
+    try:
+        for pattern in _patterns(schema):
+            if len(pattern) > MAX_PATTERN_CHARS or _repeats(pattern) > MAX_REPEATS:
+                return f"the pattern {pattern[:60]!r} is too large"
+        Draft202012Validator.check_schema(schema)
+        return bounded(Draft202012Validator)(schema, registry=Registry())
+    except SchemaError as error:
+        return str(error.message)
+    except BaseException as fault:
+        return _as_reason(fault)
+
+
+def _as_reason(fault: BaseException) -> str:
+    """A fault of the schema library as words; others are raised again. Where recursion ends inside its Rust part that is a
+    PanicException, which is no Exception."""
+    if isinstance(fault, RecursionError) or type(fault).__name__ == "PanicException":
+        return "it refers to itself without an end"
+    if isinstance(fault, Exception):
+        return f"{type(fault).__name__}: {fault}"
+    raise fault
+
+
+def _patterns(schema: Any) -> Iterator[str]:
+    pending = [schema]
+    while pending:
+        node = pending.pop()
+        if isinstance(node, dict):
+            named = node.get("patternProperties")
+            yield from named if isinstance(named, dict) else ()
+            if isinstance(node.get("pattern"), str):
+                yield node["pattern"]
+        pending += node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
+
+
+def _repeats(pattern: str) -> float:
+    """At most so many copies of a part are made where counted repetitions are written out."""
+    product = 1.0
+    for low, high in re.findall(r"\{(\d*),?(\d*)\}", pattern):
+        product *= max(1.0, float(low or 0), float(high or 0))
+    return product

@@ -91,6 +91,7 @@ class SingleStep:
 
     name: ClassVar[str] = "single_step"
     version: ClassVar[str] = "2"
+    talk_rule: ClassVar[str] = "released"
     word_count_similarity_threshold: float = ranged(0.1, 0.0, 1.0)
     """Texts of two and more words match from this share of common words on; the share is at most 0.5."""
     floating_point_comparison_threshold: float = ranged(1e-6, 0.0)

@@ -161,12 +161,12 @@ def _validator(schema_text: str) -> Any:
     """Validator of a declared schema, None where the schema itself is invalid. The check of a schema is dear: kept."""
     schema = json.loads(schema_text)
     try:
-        validate(None, schema)
+        validate(None, schema, registry=Registry())  # references are never fetched
     except ValidationError:
         pass
     except Exception:
         return None
-    return bounded(OAS32Validator)(schema, registry=Registry())  # references are never fetched
+    return bounded(OAS32Validator)(schema, registry=Registry())
 
 
 def is_valid(arguments: Arguments, schema: dict[str, Any]) -> bool:
@@ -222,6 +222,7 @@ class TerminalMultiHarness:
 
     name: ClassVar[str] = "terminal_multi_harness"
     version: ClassVar[str] = "1"
+    talk_rule: ClassVar[str] = "released"
     string_similarity_threshold: float = ranged(0.9, 0.0, 1.0)
     """Similarity of commands, code, queries and reasons that is enough; the row's `threshold` wins."""
     harness: str = "generic"

@@ -17,7 +17,7 @@ from nemo_pivotrl.backends.base import TokenBatch
 from nemo_pivotrl.backends.reference.policy import ReferencePolicy
 from nemo_pivotrl.config import LossFn, Optimizer, Patient, Policy, Recipe, Tfpo
 from nemo_pivotrl.core.artifacts import read_rows
-from nemo_pivotrl.llmdoctor.reward import reward
+from nemo_pivotrl.llmdoctor.reward import build_rewards
 from nemo_pivotrl.llmdoctor.train_doctor import measure as measure_pairs
 
 KEPT = ("ids", "importance", "rewards")
@@ -95,7 +95,9 @@ def measure_rewards(patient: Path) -> list[dict[str, Any]]:
     tiny_aligner.write_inputs(patient)
     for path in (patient / "tokenizer").iterdir():
         shutil.copy(path, patient)
-    path = reward(Recipe(run_dir=str(patient), patient=Patient(model_name=str(patient), device="cpu")), fresh=True)
+    path = build_rewards(
+        Recipe(run_dir=str(patient), patient=Patient(model_name=str(patient), device="cpu")), fresh=True
+    )
     return [{side: {k: row[side][k] for k in KEPT} for side in ("chosen", "rejected")} for row in read_rows(path)]
 
 

@@ -16,9 +16,9 @@ from nemo_pivotrl.core.errors import InputError
 from nemo_pivotrl.core.types import Action, Candidate, Case, ToolCall, Verdict
 from nemo_pivotrl.pivotrl.profile import profile
 from nemo_pivotrl.pivotrl.rescore import rescore
-from nemo_pivotrl.pivotrl.select import select
+from nemo_pivotrl.pivotrl.select import select_pivots
 from nemo_pivotrl.pivotrl.train import train
-from nemo_pivotrl.pivotrl.verifier_audit import GOLD, RIGHT, WRONG, audit, run_audit, summarise
+from nemo_pivotrl.pivotrl.verifier_audit import GOLD, RIGHT, WRONG, audit, run_audit, summarise, tables
 from nemo_pivotrl.verifiers import probes
 from nemo_pivotrl.verifiers.base import VerifierFault
 from nemo_pivotrl.verifiers.loading import load_verifier
@@ -114,10 +114,27 @@ def test_a_verifier_that_takes_everything_and_one_that_takes_nothing_are_seen_th
 
 
 def test_functional_passes_its_own_audit_and_its_rules_are_counted() -> None:
-    found = run_audit(config.Recipe(), CANDIDATES, load_verifier(config.Verifier(name="functional")))
+    found = run_audit(config.Recipe(), CANDIDATES, load_verifier(config.Verifier(name="functional", message="any")))
     failed = [(p.side, p.name, p.detail) for name in "ab" for p in found.probes[name] if p.failed]
     assert failed == [] and found.unlosable() == ["c"]
     assert summarise(found)["by_rule"]["shell_flag_clusters"] == {"accepted": 1, "accepted_wrongly": 0}
+
+
+def test_a_constant_answer_that_wins_several_candidates_is_flagged_with_its_share() -> None:
+    again = [candidate(f"a{i}", bash("ls -la src")) for i in range(3)]
+    talk = [candidate(f"c{i}", Action("message", text)) for i, text in enumerate(("Done.", "Which day?", "No."))]
+    every = [*again, candidate("b", bash("rm x.txt")), *talk]
+    found = run_audit(config.Recipe(), every, load_verifier(config.Verifier(name="functional", message="any")))
+    assert {k: sorted(v) for k, v in found.constants.items()} == {
+        "the text 'ok'": ["c0", "c1", "c2"],
+        'bash({"command": "ls -la src"})': ["a0", "a1", "a2"],
+    }
+    summary = summarise(found)
+    assert summary["won_by_a_constant"] == ["a0", "a1", "a2", "c0", "c1", "c2"]
+    assert summary["constants"]["the text 'ok'"] == pytest.approx(3 / 7)
+    assert "the text 'ok' wins 42.9% of the candidates" in tables(found, summary)
+    strict = run_audit(config.Recipe(), every, load_verifier(config.Verifier(name="exact")))
+    assert list(strict.constants) == ['bash({"command": "ls -la src"})'], "talk is compared there"
 
 
 def test_faults_and_undeclared_tools_are_counted_and_are_no_verdicts() -> None:
@@ -199,7 +216,7 @@ def test_another_verifier_gives_another_pivot_set_which_select_and_train_follow(
     rates = [row["pass_rate"] for row in rescored]
     assert rates != [row["pass_rate"] for row in read_rows(run_dir / "profiles.jsonl")]
     assert all(row["pass_rate"] == sum(s["reward"] for s in row["samples"]) / len(row["samples"]) for row in rescored)
-    select(recipe_at(run_dir, *exact, "select.rule=random", "select.limit=4"))
+    select_pivots(recipe_at(run_dir, *exact, "select.rule=random", "select.limit=4"))
     assert read_header(run_dir / "pivots.jsonl", "pivots").verifier.startswith("exact ")
     with pytest.raises(InputError, match="verifier: found 'exact"):
         train(recipe_at(run_dir))

@@ -4,7 +4,6 @@ import json
 import resource
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -44,30 +43,33 @@ def extract_recipe(folder: Path, trajectories: int = 40) -> str:
         for i in range(trajectories)
     ]
     (folder / "in.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
-    (folder / "r.yaml").write_text(f"run_dir: {folder}/run\nextract: {{trajectories: {folder}/in.jsonl}}\n")
+    settings = f"run_dir: {folder}/run\nextract: {{trajectories: {folder}/in.jsonl}}\nverifier: {{message: any}}\n"
+    (folder / "r.yaml").write_text(settings)
     return str(folder / "r.yaml")
 
 
 def test_help_lists_every_stage_within_a_second_and_imports_nothing_heavy() -> None:
-    fastest = float("inf")
-    for _ in range(3):
-        begun = time.perf_counter()
-        shown = command("-m", "nemo_pivotrl.cli", "--help")
-        fastest = min(fastest, time.perf_counter() - begun)
+    def seconds() -> float:
+        used = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return used.ru_utime + used.ru_stime
+
+    begun = seconds()
+    shown = command("-m", "nemo_pivotrl.cli", "--help")
+    took = seconds() - begun  # of a processor, whatever else it does
     assert shown.returncode == 0 and shown.stderr == ""
     assert all(f"\n  {stage} " in shown.stdout for stage in cli.STAGES)
-    assert fastest < 1.0
+    assert took < 1.0
 
 
 HELP = """
 import sys, time
 from nemo_pivotrl import cli
 for name in [None, *cli.STAGES, *cli.TOOLS]:
-    begun = time.perf_counter()
+    begun = time.process_time()
     try:
         cli.main([name, "--help"] if name else ["--help"])
     except SystemExit as end:
-        print(name, end.code, time.perf_counter() - begun, file=sys.stderr)
+        print(name, end.code, time.process_time() - begun, file=sys.stderr)
 print([m for m in HEAVY if m in sys.modules], file=sys.stderr)
 """
 
@@ -90,7 +92,8 @@ def test_every_commands_own_help_is_quick_and_imports_nothing_heavy() -> None:
         (["zzz"], "use one of world, extract"),
         ([], "COMMAND"),
         (["--print-config"], "COMMAND"),
-        (["select"], "RECIPE"),
+        (["select"], "required: RECIPE\n"),
+        (["export", "nemo-rl"], "required: RECIPE\n"),
         (["select", "r.yaml", "--lambda", "1"], "unrecognized arguments: --lambda"),
         (["compare", "a.jsonl"], "B.jsonl"),
         (["compare", "a.jsonl", "b.jsonl", "--lambda", "2"], "2 is no number from 0 to 1"),
@@ -112,6 +115,13 @@ def test_options_and_overrides_may_stand_in_any_order(tmp_path: Path, capsys: py
         assert cli.main(["select", *(words[i] for i in order)]) == 0
         shown.add(capsys.readouterr().out)
     assert len(shown) == 1 and "seed: 2" in shown.pop()
+
+
+@pytest.mark.parametrize(("words", "usage"), [([], "nemo-pivotrl STAGE"), (["plan"], "nemo-pivotrl plan [-h]")])
+def test_help_is_a_word_too(words: list[str], usage: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["help", *words])
+    assert caught.value.code == 0 and f"usage: {usage}" in capsys.readouterr().out
 
 
 def test_export_takes_its_target_as_a_word(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

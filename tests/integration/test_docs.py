@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from support import processes
+from support.artefacts import made_once
 from support.recipes import ROOT, SMALL, SMALL_LLMDOCTOR
 from support.slurm import environment
 
@@ -149,8 +150,13 @@ def test_the_plan_of_a_120b_run_is_printed(capsys: pytest.CaptureFixture[str]) -
 @pytest.mark.slow
 def test_the_guide_to_pivotrl_runs_from_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    for words in of("pivotrl", "pivotrl.md"):
-        run(words, tmp_path / "run", SMALL)
+    told = of("pivotrl", "pivotrl.md")
+
+    def make(folder: Path) -> None:
+        for words in told:
+            run(words, folder, SMALL)
+
+    folder = made_once("guide-pivotrl", [told, SMALL], make)
     for made in (
         "pivotrl/policy/config.json",
         "report.html",
@@ -158,15 +164,19 @@ def test_the_guide_to_pivotrl_runs_from_an_empty_folder(tmp_path: Path, monkeypa
         "nemo-rl/gym.yaml",
         "nemotron/manifest.json",
     ):
-        assert (tmp_path / "run" / made).exists(), made
+        assert (folder / made).exists(), made
 
 
 @pytest.mark.slow
 def test_the_guide_to_llmdoctor_runs_from_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    for words in of("llmdoctor", "llmdoctor.md"):
-        run([w.replace("runs/llmdoctor", str(tmp_path / "run")) for w in words], tmp_path / "run", SMALL_LLMDOCTOR)
-    assert (tmp_path / "run/decoded.jsonl").exists()
+    told = of("llmdoctor", "llmdoctor.md")
+
+    def make(folder: Path) -> None:
+        for words in told:
+            run([w.replace("runs/llmdoctor", str(folder)) for w in words], folder, SMALL_LLMDOCTOR)
+
+    assert (made_once("guide-llmdoctor", [told, SMALL_LLMDOCTOR], make) / "decoded.jsonl").exists()
 
 
 def test_rows_are_verified_without_a_model(trained: Path, tmp_path: Path) -> None:
@@ -186,8 +196,8 @@ def test_the_guides_rounds_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.chdir(tmp_path)
     (command,) = [c for c in ALL if c.startswith("nemo-pivotrl run ")]
     few = [*SMALL, "loop.max_rounds=2", "evaluate.simulator=none", "evaluate.retention=none", "loop.retention_period=0"]
-    run(command.split()[1:], tmp_path / "run", few)
-    assert (tmp_path / "run/final/policy/config.json").exists() and (tmp_path / "run/loop.jsonl").read_text()
+    folder = made_once("guide-rounds", [command, few], lambda folder: run(command.split()[1:], folder, few))
+    assert (folder / "final/policy/config.json").exists() and (folder / "loop.jsonl").read_text()
 
 
 def test_steering_from_python_runs(steered: Path) -> None:

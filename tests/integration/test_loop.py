@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.artefacts import made_once, own_copy
 from support.processes import Process, python
 from support.recipes import SMALL, TINY, recipe_at
 from support.stages import finish, kill_when
@@ -183,10 +184,12 @@ def files(folder: Path) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def looped(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of two rounds, undisturbed, in a process of its own. Not to be changed."""
-    folder = tmp_path_factory.mktemp("looped") / "run"
-    shutil.copytree(trained, folder)
-    finish(start(folder))
-    return folder
+
+    def make(folder: Path) -> None:
+        shutil.copytree(trained, folder)
+        finish(start(folder))
+
+    return own_copy(made_once("looped", TWO_ROUNDS, make), tmp_path_factory, "looped")
 
 
 def start(folder: Path, *overrides: str) -> Process:
@@ -412,14 +415,14 @@ def test_the_last_rows_measurements_do_not_undo_the_decision_to_end_a_round(tmp_
 
 def test_a_policy_without_pivots_ends_the_run(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module = sys.modules[loop.__module__]
-    real = module.select
+    real = module.select_pivots
 
     def select(recipe: Recipe, fresh: bool = False) -> Path:
         if recipe.loop.round > 1:
             recipe = dataclasses.replace(recipe, select=dataclasses.replace(recipe.select, rule="adv", lambda_diff=0.0))
         return real(recipe, fresh)
 
-    monkeypatch.setattr(module, "select", select)
+    monkeypatch.setattr(module, "select_pivots", select)
     loop(of(run_dir))
     assert read_history(run_dir)[-1]["why"] == "no_pivots" and read_history(run_dir)[-1]["result"]["round"] == 1
 
@@ -435,9 +438,9 @@ def test_run_audits_once_and_only_before_there_is_a_profile(trained: Path, tmp_p
     from nemo_pivotrl.pipeline import _pivotrl
 
     def names(*overrides: str, folder: Path = tmp_path, fresh: bool = False) -> list[str]:
-        return [stage.__name__ for stage in _pivotrl(of(folder, "extract.trajectories=[x]", *overrides), fresh)]
+        return list(_pivotrl(of(folder, "extract.trajectories=[x]", *overrides), fresh))
 
-    assert names()[:4] == ["extract", "audit", "warmup", "loop"] and names()[-1] == "evaluate"
+    assert names()[:4] == ["extract", "audit", "warmup", "profile"] and names()[-1] == "evaluate"
     assert "audit" not in names("audit.before_profile=false") and "audit" not in names(folder=trained)
     assert "audit" in names(folder=trained, fresh=True)
     assert "warmup" not in names("policy.model_name=/elsewhere", folder=trained)

@@ -27,7 +27,7 @@ from nemo_pivotrl.core.types import Action, Case, Lost, Sample, Verdict
 from nemo_pivotrl.pivotrl import profile_work
 from nemo_pivotrl.pivotrl.profile import merge, prepare, profile
 from nemo_pivotrl.pivotrl.profile_shards import Shard, shard_of
-from nemo_pivotrl.pivotrl.select import select
+from nemo_pivotrl.pivotrl.select import select_pivots
 
 QUIET = ["audit.before_profile=false"]
 
@@ -51,7 +51,7 @@ def full(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, d
 
 
 def pivots(recipe: Recipe) -> list[str]:
-    select(recipe, True)
+    select_pivots(recipe, True)
     return [row["provenance"]["candidate_id"] for row in read_rows(recipe.path("pivots.jsonl")) if "pass_rate" in row]
 
 
@@ -99,10 +99,10 @@ def test_another_lambda_needs_its_interval_and_gets_it_without_losing_a_sample(
     before = rows_of(run_dir)
     other = ["select.rule=adv", "select.lambda_diff=0.9", "profile.control_share=0"]
     with pytest.raises(InputError, match=r"open for \d+ of \d+ candidates(?s:.*)lambda_interval") as caught:
-        select(recipe_at(run_dir, *other))
+        select_pivots(recipe_at(run_dir, *other))
     assert "0.3 to 0.3" in caught.value.problems[0].remedy
     capsys.readouterr()
-    select(recipe_at(run_dir, *other, "select.undecided=by_rate"), True)
+    select_pivots(recipe_at(run_dir, *other, "select.undecided=by_rate"), True)
     assert "go by their hit rate" in capsys.readouterr().out
     profile(recipe_at(run_dir, *QUIET, *other, "profile.lambda_interval=[0.2,0.9]"))
     after, added = rows_of(run_dir), 0
@@ -114,7 +114,7 @@ def test_another_lambda_needs_its_interval_and_gets_it_without_losing_a_sample(
     assert 0 < added < len(after)
     assert not (run_dir / "profiles.earlier.jsonl").exists()
     for lam in (0.4, 0.6, 0.9):
-        select(recipe_at(run_dir, "select.rule=adv", f"select.lambda_diff={lam}"), True)
+        select_pivots(recipe_at(run_dir, "select.rule=adv", f"select.lambda_diff={lam}"), True)
     with pytest.raises(InputError, match=r"lambda_interval(?s:.*)around select.lambda_diff"):
         profile(recipe_at(run_dir, "profile.lambda_interval=[0.2,0.5]", "select.lambda_diff=0.6"))
 
@@ -131,7 +131,7 @@ def test_the_sequential_mode_stops_zeros_sooner_and_says_how_often_control_disag
     assert all(said(row) == said(full[name])[: len(row["samples"])] for name, row in rows.items())
     controls = sum(row["profile"]["control"] for row in rows.values())
     assert 0.3 < controls / len(rows) < 0.7
-    select(recipe_at(run_dir, *settings), True)
+    select_pivots(recipe_at(run_dir, *settings), True)
 
 
 # ---- resuming ----

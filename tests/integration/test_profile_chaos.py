@@ -22,7 +22,7 @@ from nemo_pivotrl.core.artifacts import read_rows
 from nemo_pivotrl.core.errors import InputError
 from nemo_pivotrl.core.types import Sample
 from nemo_pivotrl.pivotrl.profile import profile
-from nemo_pivotrl.pivotrl.select import select
+from nemo_pivotrl.pivotrl.select import select_pivots
 
 Policy = Callable[[dict[str, Any]], dict[str, Any]]
 FAULTY = ["audit.before_profile=false", "profile.max_failure_share=1", "profile.max_retries=1"]
@@ -175,7 +175,7 @@ def test_chaos_ends_with_the_clean_runs_rows_and_no_failure_is_a_zero(served: An
     drawn_now = sum(len(s.asked) for s in servers)
     most = sum(len(clean[n]["samples"]) - len(rows[n]["profile"]["kept"]) for n in failed)
     assert 0 < drawn_now <= most, "not one rollout twice"
-    select(again, True)
+    select_pivots(again, True)
 
 
 def test_a_straggler_holds_up_nothing_but_itself(served: Any, drawn: Any) -> None:

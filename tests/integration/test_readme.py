@@ -6,6 +6,7 @@ import subprocess
 from pathlib import Path
 
 from support import processes
+from support.artefacts import made_once
 from support.recipes import ROOT, SMALL
 
 from nemo_pivotrl import cli
@@ -33,6 +34,7 @@ def test_the_readme_shows_the_commands_this_file_runs() -> None:
     assert [c for c in COMMANDS if "STAGE" not in c] == [
         "make quickstart",
         "make test",
+        "make test-all",
         "nemo-pivotrl env",
         "nemo-pivotrl plan recipes/pivotrl/pivotrl-nemotron-3-super-120b-a12b-64n8g-tp8cp16ep8-swe.yaml",
         "nemo-pivotrl preflight recipes/pivotrl/tiny.yaml",
@@ -69,15 +71,21 @@ def test_every_stage_of_the_readmes_table_exists_and_no_other() -> None:
     }  # the embedded worlds
 
 
-def test_make_quickstart_is_the_run_command_and_the_run_command_works(tmp_path: Path) -> None:
+def test_make_quickstart_is_the_run_command_and_the_run_command_works() -> None:
     shown = subprocess.run(
         ["make", "-n", "quickstart", "VENV=/nowhere"], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout
     for algorithm in ("pivotrl", "llmdoctor"):  # the second is run in test_assess
         assert f"nemo-pivotrl run recipes/{algorithm}/tiny.yaml fresh=true" in shown
-    output = run("run", "recipes/pivotrl/tiny.yaml", "fresh=true", folder=tmp_path / "run")
-    assert re.search(r"^pivotrl +\d", output, flags=re.MULTILINE) and (tmp_path / "run/report.html").exists()
-    assert (tmp_path / "run/report.json").exists()
+    command = ["run", "recipes/pivotrl/tiny.yaml", "fresh=true"]
+    folder = made_once("quickstart", [command, SMALL], lambda made: keep(made, run(*command, folder=made)))
+    output = (folder / "printed.txt").read_text()
+    assert re.search(r"^pivotrl +\d", output, flags=re.MULTILINE) and (folder / "report.html").exists()
+    assert (folder / "report.json").exists()
+
+
+def keep(folder: Path, printed: str) -> None:
+    (folder / "printed.txt").write_text(printed)
 
 
 def test_make_quickstart_over_megatron_is_the_same_runs_in_two_processes() -> None:

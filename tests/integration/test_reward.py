@@ -27,8 +27,8 @@ from nemo_pivotrl.demo import tiny_models as tiny
 from nemo_pivotrl.llmdoctor import reward as stage
 from nemo_pivotrl.llmdoctor.contrastive_prompts import FacePrompts, placed
 from nemo_pivotrl.llmdoctor.preferences import preferences
-from nemo_pivotrl.llmdoctor.reward import faces_of, load_patient_chat, reward
-from nemo_pivotrl.llmdoctor.train_doctor import tfpo
+from nemo_pivotrl.llmdoctor.reward import build_rewards, faces_of, load_patient_chat
+from nemo_pivotrl.llmdoctor.train_doctor import train_doctor
 
 POSITIVE, NEGATIVE = "help the customer well", "never mind, be vague about it"
 NO_SYSTEM = (
@@ -92,7 +92,7 @@ def recipe_for(folder: Path, patient: Path, rows: Sequence[Any] = ROWS, **change
 
 def rewarded(folder: Path, patient: Path, **changes: Any) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Rows and summary of a run."""
-    path = reward(recipe_for(folder, patient, **changes))
+    path = build_rewards(recipe_for(folder, patient, **changes))
     return list(read_rows(path)), json.loads((folder / "token_rewards.json").read_text())
 
 
@@ -238,7 +238,7 @@ def recorded(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> list[list[tuple
     spy = Recording(loading.load_scorer(recipe.patient))
     with monkeypatch.context() as patched:
         patched.setattr(loading, "load_scorer", lambda *_: spy)
-        reward(recipe, fresh=True)
+        build_rewards(recipe, fresh=True)
     return spy.calls
 
 
@@ -264,7 +264,7 @@ def test_ids_are_the_answers_own_where_tokenising_the_whole_text_would_merge_acr
     template = tmp_path / "plain.jinja"
     template.write_text(PLAIN_BORDER)
     recipe = recipe_for(tmp_path / "run", patient, patient_chat_template=str(template))
-    rows = {r["preference_id"]: r for r in read_rows(reward(recipe))}
+    rows = {r["preference_id"]: r for r in read_rows(build_rewards(recipe))}
     chat = load_patient_chat(recipe.patient)
     merged = 0
     for p in map(preference_of_row, read_rows(recipe.path("preferences.jsonl"))):
@@ -300,7 +300,7 @@ def test_a_template_that_refuses_or_drops_a_system_role_gets_the_face_in_the_fir
         template = tmp_path / f"{name}.jinja"
         template.write_text(text)
         recipe = recipe_for(tmp_path / name, patient, patient_chat_template=str(template))
-        path = reward(recipe)
+        path = build_rewards(recipe)
         header, rows = read_header(path, "token_rewards"), list(read_rows(path))
         assert header.extra["face_placement"] == "first_user_turn" and len(rows) == len(ROWS)
         decode = load_patient_chat(recipe.patient).tokenizer.decode
@@ -311,7 +311,7 @@ def test_a_template_that_refuses_or_drops_a_system_role_gets_the_face_in_the_fir
             f"<|user|>{NEGATIVE}\n\na<|end|><|assistant|>b<|end|><|user|>c<|end|>"
         )
     assert (
-        read_header(reward(recipe_for(tmp_path / "takes", patient)), "token_rewards").extra["face_placement"]
+        read_header(build_rewards(recipe_for(tmp_path / "takes", patient)), "token_rewards").extra["face_placement"]
         == "system"
     )
 
@@ -321,7 +321,7 @@ def test_pairs_that_cannot_be_scored_are_excluded_and_counted(
 ) -> None:
     rows = [*ROWS[:2], {"prompt": "long", "chosen": "word " * 300, "rejected": "x"}]
     rows += [{"prompt": "ends early", "chosen": "a <|end|> b", "rejected": "x"}, ROWS[2]]
-    path = reward(recipe_for(tmp_path, patient, rows))
+    path = build_rewards(recipe_for(tmp_path, patient, rows))
     kept = list(read_rows(path))
     assert len(kept) == 4
     summary = json.loads((tmp_path / "token_rewards.json").read_text())
@@ -329,12 +329,12 @@ def test_pairs_that_cannot_be_scored_are_excluded_and_counted(
     ends = prompts_of(recipe_for(tmp_path, patient, rows)).chat.stop_ids
     assert all(sum(i in ends for i in row["chosen"]["ids"]) == 1 for row in kept), "an end of turn in text is text"
     refusing = recipe_for(tmp_path / "refusing", patient, rows, patient_chat=ChatSettings(special_tokens="refuse"))
-    reward(refusing)
+    build_rewards(refusing)
     summary = json.loads((tmp_path / "refusing/token_rewards.json").read_text())
     assert summary["excluded"] == {"special_token_in_answer": 1, "too_long": 1} and summary["pairs"] == 3
     assert "too_long" in capsys.readouterr().out
     with pytest.raises(InputError, match=r"none usable: \{'too_long': 14\}"):
-        reward(recipe_for(tmp_path / "none", patient, patient_max_total_sequence_length=16))
+        build_rewards(recipe_for(tmp_path / "none", patient, patient_max_total_sequence_length=16))
 
 
 def test_a_template_that_rewrites_or_refuses_a_turn_excludes_that_pair_only(tmp_path: Path, patient: Path) -> None:
@@ -358,7 +358,7 @@ def test_a_template_that_rewrites_or_refuses_a_turn_excludes_that_pair_only(tmp_
 def test_the_header_names_patient_tokenizer_template_both_faces_and_every_number_that_decides(
     tmp_path: Path, patient: Path
 ) -> None:
-    base = read_header(reward(recipe_for(tmp_path / "a", patient)), "token_rewards")
+    base = read_header(build_rewards(recipe_for(tmp_path / "a", patient)), "token_rewards")
     recipe = recipe_for(tmp_path / "a", patient)
     assert base.policy == policy_revision(patient) and base.parent and base.tokenizer and base.chat_template
     assert base.extra["tau"] == 1.0 and base.extra["theta"] == 0.5 and base.extra["eps"] == 1e-6
@@ -370,7 +370,7 @@ def test_the_header_names_patient_tokenizer_template_both_faces_and_every_number
         other = recipe_for(tmp_path / "a", patient, **changes)
         assert stage.make_header(other, source, prompts_of(other), base.policy) != base
         with pytest.raises(InputError, match="finished work of another recipe"):
-            reward(other)
+            build_rewards(other)
     cheaper = recipe_for(tmp_path / "a", patient, patient_batch_tokens=64)
     assert stage.make_header(cheaper, source, prompts_of(cheaper), base.policy) == base
     assert stage.make_header(recipe, source, prompts, "another") != base
@@ -381,7 +381,7 @@ def test_resuming_after_a_cut_at_any_byte_writes_the_same_bytes_and_diagnostics(
 ) -> None:
     rows = [*ROWS[:3], {"prompt": "long", "chosen": "word " * 300, "rejected": "x"}, *ROWS[3:]]
     recipe = recipe_for(tmp_path, patient, rows)
-    path = reward(recipe)
+    path = build_rewards(recipe)
     whole, summary = path.read_bytes(), (tmp_path / "token_rewards.json").read_bytes()
     scorer = loading.load_scorer(recipe.patient)
     monkeypatch.setattr(loading, "load_scorer", lambda *_: scorer)
@@ -390,11 +390,11 @@ def test_resuming_after_a_cut_at_any_byte_writes_the_same_bytes_and_diagnostics(
     for cut in sorted(cuts):
         path.unlink()
         path.with_name("token_rewards.jsonl.part").write_bytes(whole[:cut])
-        assert reward(recipe).read_bytes() == whole, cut
+        assert build_rewards(recipe).read_bytes() == whole, cut
         assert (tmp_path / "token_rewards.json").read_bytes() == summary, cut
     calls = Recording(scorer)
     monkeypatch.setattr(loading, "load_scorer", lambda *_: calls)
-    reward(recipe)
+    build_rewards(recipe)
     assert calls.calls == []  # complete: nothing is scored again
 
 
@@ -410,7 +410,7 @@ def test_reward_killed_with_9_and_resumed_writes_the_same_bytes(tmp_path: Path, 
     assert kill_when(process, lambda: part.exists() and part.read_bytes().count(b"\n") > 20), process.printed()
     assert cli.main(["reward", str(tmp_path / "r.yaml")]) == 0
     resumed = (tmp_path / "token_rewards.jsonl").read_bytes()
-    assert reward(recipe, fresh=True).read_bytes() == resumed and resumed.count(b"\n") == 161
+    assert build_rewards(recipe, fresh=True).read_bytes() == resumed and resumed.count(b"\n") == 161
     assert {entry["stage"] for entry in read_ledger(tmp_path)} == {"reward"}
 
 
@@ -469,7 +469,7 @@ def test_faces_that_cannot_work_are_refused_before_the_patient_is_loaded(
     tmp_path: Path, patient: Path, changes: dict[str, Any], said: str
 ) -> None:
     with pytest.raises(InputError, match=said):
-        reward(recipe_for(tmp_path, patient, **changes))
+        build_rewards(recipe_for(tmp_path, patient, **changes))
 
 
 def test_each_objective_has_its_own_faces_and_its_own_diagnostics(tmp_path: Path, patient: Path) -> None:
@@ -480,14 +480,16 @@ def test_each_objective_has_its_own_faces_and_its_own_diagnostics(tmp_path: Path
     recipe = recipe_for(tmp_path, patient, faces=faces)
     recipe = dataclasses.replace(recipe, preferences=dataclasses.replace(recipe.preferences, objective="brevity"))
     preferences(recipe)
-    path = reward(recipe)
+    path = build_rewards(recipe)
     assert set(read_header(path, "token_rewards").extra["faces"]) == {"brevity"}
     assert set(json.loads((tmp_path / "token_rewards.json").read_text())["objectives"]) == {"brevity"}
 
 
 def test_stage_2_trains_a_doctor_on_the_artefact_as_it_is(tmp_path: Path, patient: Path) -> None:
     recipe = recipe_for(tmp_path, patient)
-    reward(recipe)
+    build_rewards(recipe)
     small = Policy(model_name=str(patient), device="cpu", max_total_sequence_length=256)
-    doctor = tfpo(dataclasses.replace(recipe, doctor=small, tfpo=Tfpo(max_num_steps=1, pairs_per_step=4, val_period=1)))
+    doctor = train_doctor(
+        dataclasses.replace(recipe, doctor=small, tfpo=Tfpo(max_num_steps=1, pairs_per_step=4, val_period=1))
+    )
     assert (doctor / "model.safetensors").read_bytes() != (patient / "model.safetensors").read_bytes()

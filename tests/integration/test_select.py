@@ -15,7 +15,7 @@ from nemo_pivotrl.config import Recipe
 from nemo_pivotrl.core.artifacts import json_line, placed_rows, read_rows, rows_at
 from nemo_pivotrl.core.types import Action, Candidate, Profile, ToolCall
 from nemo_pivotrl.pivotrl.profile_rows import light_of_row, profile_of_row, profile_to_row
-from nemo_pivotrl.pivotrl.select import FATES, fate, length_band, select, survival_tables, survivals
+from nemo_pivotrl.pivotrl.select import FATES, fate, length_band, select_pivots, survival_tables, survivals
 
 
 def whole(recipe: Recipe) -> bytes:
@@ -42,7 +42,7 @@ def test_two_passes_write_the_bytes_of_one_over_whole_profiles(
 ) -> None:
     shutil.copytree(trained, tmp_path / "run")
     recipe = recipe_at(tmp_path / "run", *settings)
-    written = select(recipe, True).read_bytes().partition(b"\n")[2]
+    written = select_pivots(recipe, True).read_bytes().partition(b"\n")[2]
     assert written == whole(recipe) and written.count(b"\n") > 7
     if not settings:
         assert (tmp_path / "run/pivots.jsonl").read_bytes() == (trained / "pivots.jsonl").read_bytes()

@@ -2,11 +2,14 @@
 
 import json
 import re
+import signal
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support.fork_door import fork_door
+from support.processes import wait_for
 from support.recipes import SMALL
 from support.slurm import SCRIPTS, environment
 
@@ -50,10 +53,13 @@ def test_the_whole_pipeline_runs_as_jobs_and_trains_in_two_processes(
         (tmp_path / "run" / name).symlink_to(trained / name)
     cpu = ["policy.backend=megatron", "megatron.cpu=true", "megatron.bf16=false"]
     extra = " ".join([f"run_dir={tmp_path}/run", *SMALL, *cpu, "grpo.max_num_steps=2"])
-    launch(tmp_path, "all", EXTRA_HYDRA_ARGS=extra, GPUS_PER_NODE="2", NUM_SHARDS=str(shards))
+    with fork_door(tmp_path) as python:
+        command = f"{python} -m nemo_pivotrl.cli"
+        settings = {"EXTRA_HYDRA_ARGS": extra, "GPUS_PER_NODE": "2", "NUM_SHARDS": str(shards)}
+        launch(tmp_path, "all", COMMAND_PREFIX=command, **settings)
     log = "".join(path.read_text() for path in sorted((tmp_path / "logs/test").glob("*.log")))
     assert all(set(job["codes"]) == {0} for job in jobs(tmp_path)), log
-    started = [step["command"][3] for step in steps(tmp_path)]
+    started = [step["command"][step["command"].index("nemo_pivotrl.cli") + 1] for step in steps(tmp_path)]
     assert started == ["extract", *["profile"] * shards, *["merge"] * (shards > 1), "select", "train"]
     assert [step["tasks"] for step in steps(tmp_path)] == [1] * (len(started) - 1) + [2]
     assert (tmp_path / "run/pivotrl/policy/config.json").exists()
@@ -146,12 +152,21 @@ def test_the_deadline_is_the_jobs_time_limit_less_the_margin(tmp_path: Path) -> 
 
 
 def test_a_warning_before_the_time_limit_requeues_and_lets_the_step_end(tmp_path: Path) -> None:
-    script = f"SCRIPTS={SCRIPTS}; source $SCRIPTS/common.sh; (sleep 1; exit 0) & requeue_or_wait $!; echo code $?"
+    step = "(while [ ! -e go ]; do sleep 0.02; done; exit 0)"
+    script = f"SCRIPTS={SCRIPTS}; source $SCRIPTS/common.sh; {step} & requeue_or_wait $!; echo code $?"
     settings = environment(tmp_path, SLURM_JOB_ID="7", SLURM_SUBMIT_DIR=str(tmp_path))
-    started = subprocess.Popen(["bash", "-c", script], env=settings, stdout=subprocess.PIPE, text=True)
-    watcher = subprocess.run(["bash", "-c", f"sleep 0.4; kill -USR1 {started.pid}"], check=False)
-    out, _ = started.communicate(timeout=20)
-    assert watcher.returncode == 0 and "code 0" in out and (tmp_path / "requeued-7").exists()
+    started = subprocess.Popen(["bash", "-c", script], env=settings, stdout=subprocess.PIPE, text=True, cwd=tmp_path)
+    wait_for(lambda: catches(started.pid, signal.SIGUSR1), "a handler for the warning")
+    started.send_signal(signal.SIGUSR1)
+    wait_for((tmp_path / "requeued-7").exists, "the job to be queued again")
+    (tmp_path / "go").touch()
+    out, _ = started.communicate(timeout=60)
+    assert "code 0" in out
+
+
+def catches(pid: int, number: signal.Signals) -> bool:
+    (caught,) = re.findall(r"SigCgt:\s*(\w+)", Path(f"/proc/{pid}/status").read_text())
+    return bool(int(caught, 16) >> (number - 1) & 1)
 
 
 def test_a_container_is_asked_for_with_its_mounts(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from nemo_pivotrl.demo import service_desk as world
 from nemo_pivotrl.pivotrl.evaluate import evaluate, holds, read_items, summarise
 from nemo_pivotrl.pivotrl.profile import profile
 from nemo_pivotrl.pivotrl.profile_rows import profile_of_row
-from nemo_pivotrl.pivotrl.select import select
+from nemo_pivotrl.pivotrl.select import select_pivots
 from nemo_pivotrl.pivotrl.sft import merge, sft
 from nemo_pivotrl.pivotrl.train import train
 from nemo_pivotrl.verifiers.base import VerifierFault
@@ -175,7 +175,9 @@ def test_a_fault_that_stays_excludes_the_candidate_and_is_never_a_zero(
     assert failed and all(
         p.failure == "judge" and p.candidate.action_name == "find_orders" and not p.samples for p in failed
     )
-    select(recipe_at(run_dir, "select.rule=adv_with_zeros", "select.lambda_diff=1.0", "select.undecided=by_rate"))
+    select_pivots(
+        recipe_at(run_dir, "select.rule=adv_with_zeros", "select.lambda_diff=1.0", "select.undecided=by_rate")
+    )
     kept = {row["provenance"]["candidate_id"] for row in read_rows(run_dir / "pivots.jsonl")}
     assert not kept & {p.candidate.candidate_id for p in failed}
 

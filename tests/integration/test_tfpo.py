@@ -20,7 +20,7 @@ from nemo_pivotrl.core.artifacts import ArtefactWriter, Header
 from nemo_pivotrl.core.errors import InputError
 from nemo_pivotrl.data.chat_template import Chat, load_tokenizer
 from nemo_pivotrl.demo import tiny_models as tiny
-from nemo_pivotrl.llmdoctor.train_doctor import batch_of, measure, tfpo
+from nemo_pivotrl.llmdoctor.train_doctor import batch_of, measure, train_doctor
 
 PROMPTS, RESPONSES = [[5, 6, 7, 8], [9, 10]], [[11, 12, 13, 0], [11, 14, 0], [15, 0], [16, 17, 18, 19, 0]]
 
@@ -211,7 +211,7 @@ def test_a_doctor_learns_the_preference_in_its_direction_and_the_export_is_an_or
         folder.mkdir()
         write_rewards(folder, chat, sign)
         # without an anchor the doctor first has to lose the language prior it starts with (D10): more steps
-        out = tfpo(recipe(folder, start, anchor=anchor, max_num_steps=80 if anchor == "none" else 12))
+        out = train_doctor(recipe(folder, start, anchor=anchor, max_num_steps=80 if anchor == "none" else 12))
         assert {p.name for p in out.iterdir()} >= {"config.json", "model.safetensors", "tokenizer.json"}
         learnt[sign] = margin(out, chat)
         metrics = read_metrics(folder / "doctor/metrics.jsonl")
@@ -224,7 +224,7 @@ def test_lora_trains_and_is_merged_into_the_export(start: str, chat: Chat, tmp_p
     write_rewards(tmp_path, chat)
     settings = recipe(tmp_path, start, anchor="reference")
     doctor_section = {"model_name": start, "optimizer": {"lr": 2e-2}, "lora": {"enabled": True}}
-    out = tfpo(
+    out = train_doctor(
         build(
             Recipe,
             {
@@ -241,11 +241,11 @@ def test_lora_trains_and_is_merged_into_the_export(start: str, chat: Chat, tmp_p
 
 def test_a_run_cut_after_a_checkpoint_ends_with_the_same_bytes(start: str, chat: Chat, tmp_path: Path) -> None:
     write_rewards(tmp_path, chat)
-    whole = tfpo(recipe(tmp_path, start))
+    whole = train_doctor(recipe(tmp_path, start))
     expected = (whole / "model.safetensors").read_bytes(), (tmp_path / "doctor/metrics.jsonl").read_text()
     shutil.rmtree(tmp_path / "doctor")
-    tfpo(recipe(tmp_path, start, max_num_steps=6))
-    resumed = tfpo(recipe(tmp_path, start))
+    train_doctor(recipe(tmp_path, start, max_num_steps=6))
+    resumed = train_doctor(recipe(tmp_path, start))
     assert (resumed / "model.safetensors").read_bytes() == expected[0]
 
     def steps(text: str) -> list[tuple[Any, Any]]:
@@ -254,28 +254,28 @@ def test_a_run_cut_after_a_checkpoint_ends_with_the_same_bytes(start: str, chat:
     assert steps((tmp_path / "doctor/metrics.jsonl").read_text()) == steps(expected[1])
 
 
-def test_other_data_settings_or_start_weights_are_anothermeasure(start: str, chat: Chat, tmp_path: Path) -> None:
+def test_other_data_settings_or_start_weights_are_another_run(start: str, chat: Chat, tmp_path: Path) -> None:
     write_rewards(tmp_path, chat)
-    tfpo(recipe(tmp_path, start, max_num_steps=2))
+    train_doctor(recipe(tmp_path, start, max_num_steps=2))
     with pytest.raises(InputError, match="identity"):
-        tfpo(recipe(tmp_path, start, max_num_steps=4, gamma=0.2))
+        train_doctor(recipe(tmp_path, start, max_num_steps=4, gamma=0.2))
     write_rewards(tmp_path, chat, pairs=20)
     with pytest.raises(InputError, match="identity"):
-        tfpo(recipe(tmp_path, start, max_num_steps=4))
+        train_doctor(recipe(tmp_path, start, max_num_steps=4))
 
 
 def test_what_does_not_fit_together_is_refused_with_the_remedy(start: str, chat: Chat, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such file"):
-        tfpo(recipe(tmp_path, start))
+        train_doctor(recipe(tmp_path, start))
     path = write_rewards(tmp_path, chat)
     with pytest.raises(InputError, match="set it to one of kindness"):
-        tfpo(recipe(tmp_path, start, objective="rudeness"))
+        train_doctor(recipe(tmp_path, start, objective="rudeness"))
     with pytest.raises(InputError, match=r"doctor\.max_total_sequence_length"):
         short = {"model_name": start, "max_total_sequence_length": 16}
-        tfpo(build(Recipe, {"run_dir": str(tmp_path), "doctor": short}, "test"))
+        train_doctor(build(Recipe, {"run_dir": str(tmp_path), "doctor": short}, "test"))
     path.write_text(path.read_text().replace(chat.fingerprint, "another"))
     with pytest.raises(InputError, match="share the patient's tokenizer"):
-        tfpo(recipe(tmp_path, start))
+        train_doctor(recipe(tmp_path, start))
     with pytest.raises(InputError, match="small model with the patient's tokenizer"):
         load(Policy(model_name=str(tmp_path / "nowhere")), value_head=True, section="doctor")
 

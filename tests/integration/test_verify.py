@@ -183,7 +183,8 @@ def test_bad_rows_are_all_named_with_line_and_field_and_nothing_is_written(
         (["--verifier", "swe", "--set", "similarity_treshold=0.1"], "did you mean `similarity_threshold`"),
         (["--verifier", "swe", "--set", "limits.max_char=0.1"], "did you mean `max_chars`"),
         (["--verifier", "functional", "--set", "rules={letter_cases: true}"], "did you mean `letter_case`"),
-        (["--verifier", "functional", "--set", "ask_judge=[message]"], "verifier.judge"),
+        (["--verifier", "functional", "--set", "message=judge"], "verifier.judge"),
+        (["--verifier", "functional", "--set", "message=none"], "use one of judge, exclude, any"),
     ],
 )
 def test_a_mistake_on_the_command_line_is_named(

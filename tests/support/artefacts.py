@@ -12,6 +12,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 CACHE = ROOT / ".pytest_cache" / "artefacts"
 LIBRARIES = ("torch", "transformers", "tokenizers", "numpy")
@@ -38,6 +40,11 @@ def made_once(name: str, recipe: Any, make: Callable[[Path], None]) -> Path:
         for old in sorted(CACHE.glob(f"{name}-*/done"), key=lambda path: path.stat().st_mtime)[:-KEPT]:
             shutil.rmtree(old.parent, ignore_errors=True)
     return folder / "run"
+
+
+def own_copy(folder: Path, factory: pytest.TempPathFactory, name: str) -> Path:
+    """A copy to be changed: what is cached is shared by all workers."""
+    return Path(shutil.copytree(folder, factory.mktemp(name) / "run"))
 
 
 @cache

@@ -1,5 +1,6 @@
 """What the fork server has imported before it forks: what takes seconds and is the same for every process."""
 
+import gc
 import os
 
 import datasketch
@@ -22,5 +23,7 @@ __all__ = [
 ]  # fmt: skip
 
 torch.set_num_threads(1)
+gc.collect()
+gc.freeze()  # collections in the forks pass over what is imported here
 # a fork has one thread; a lock that another of them held would never be released in it
 assert len(os.listdir("/proc/self/task")) == 1, "an import of the fork server has started a thread"

@@ -42,7 +42,8 @@ class Process:
         self.err = err = err or (out if folder is None else folder / "err")
         self.words = words
         for path in (out, err):
-            path.write_bytes(b"")
+            if path.parts[1] != "proc":  # another process's output, which has begun
+                path.write_bytes(b"")
         # a daemon of multiprocessing is killed when the tests end, whatever has become of the test that started it
         self._process = forks.Process(target=_become, args=(words, str(cwd), env, str(out), str(err)), daemon=True)
         self._process.start()

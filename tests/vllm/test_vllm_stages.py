@@ -22,7 +22,7 @@ from nemo_pivotrl.core.artifacts import read_header, read_rows
 from nemo_pivotrl.demo.expert_trajectories import make_expert_trajectories as make_world
 from nemo_pivotrl.pivotrl.extract import extract
 from nemo_pivotrl.pivotrl.profile import profile
-from nemo_pivotrl.pivotrl.select import select
+from nemo_pivotrl.pivotrl.select import select_pivots
 from nemo_pivotrl.pivotrl.sft import warmup
 from nemo_pivotrl.pivotrl.train import train
 
@@ -66,7 +66,7 @@ def test_profile_and_train_through_the_engine(started: Path, tmp_path: Path) -> 
         "it is curtailed"
     )
     assert any(0 < row["pass_rate"] < 1 for row in rows)
-    select(recipe)
+    select_pivots(recipe)
     with torch.enable_grad():
         final = train(recipe)
     steps = metrics(folder)
@@ -116,7 +116,7 @@ def test_a_profile_over_two_servers_loses_nothing_when_one_is_killed(
     for ours, theirs in zip(reference.log_probs(sequences), there, strict=True):
         assert float((ours - theirs).abs().max()) <= 1e-5
     recipe = recipe_at(folder, addresses, "vllm.backoff_s=0.05", "loss_fn.max_sampler_mismatch=1e-4")
-    select(recipe)
+    select_pivots(recipe)
     with torch.enable_grad():
         train(recipe)
     assert len(metrics(folder)) == 2 and all(step["failed"] == 0 for step in metrics(folder))
@@ -133,7 +133,7 @@ def test_an_engine_shares_its_ranks_with_megatron(started: Path, tmp_path: Path)
     folder = shutil.copytree(started, tmp_path / "run", ignore=shutil.ignore_patterns("*.log"))
     recipe = recipe_at(folder)
     profile(recipe)
-    select(recipe)
+    select_pivots(recipe)
     recipe_file, torchrun = "recipes/pivotrl/tiny.yaml", [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     spread = [
         "policy.backend=megatron",

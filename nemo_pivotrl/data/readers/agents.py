@@ -183,8 +183,8 @@ def claude_code_sessions(lines: Iterable[tuple[int, Any]]) -> list[tuple[int, di
     open_: dict[tuple[str, str], list[dict[str, Any]]] = {}
     found: list[tuple[int, dict[str, Any]]] = []
     for number, line in lines:
-        if not isinstance(line, dict):
-            found.append((number, line))
+        if not isinstance(line, dict) or ("type" not in line and "sessionId" not in line):
+            found.append((number, line))  # no line of a session: judged on its own
             continue
         key = (str(line.get("sessionId")), str(line.get("agentId") or "") if line.get("isSidechain") else "")
         if line.get("type") == "system" and line.get("subtype") == "compact_boundary":

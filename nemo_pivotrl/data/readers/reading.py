@@ -203,7 +203,7 @@ def _read(
         if reader is not None and name not in READERS:  # a user's own
             return reader(record, context.tools, context.source)
         draft = READERS[name](record, context)
-    except (TypeError, KeyError, AttributeError, IndexError, RecursionError) as error:
+    except (TypeError, KeyError, AttributeError, IndexError, OverflowError, RecursionError) as error:
         raise FieldError("record", f"{type(error).__name__}: {error}", f"its shape is not the one of {name}") from error
     except FieldError as error:
         other = format_of(record)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from nemo_pivotrl.algorithms.early_stopping import Plan, beta_binomial, expected_rollouts, interval
-from nemo_pivotrl.algorithms.pivotrl import Rule, keep, statistics
+from nemo_pivotrl.algorithms.pivotrl import Rule, keep_pivot, statistics
 
 RULES: tuple[Rule, ...] = ("adv", "mixed", "adv_with_zeros")
 
@@ -23,7 +23,7 @@ def drawn(plan: Plan, outcomes: list[float]) -> list[float]:
 
 
 def kept(rewards: list[float], rule: Rule, lam: float, inclusive: bool) -> bool:
-    return keep(statistics(rewards), rule, lam, inclusive)
+    return keep_pivot(statistics(rewards), rule, lam, inclusive)
 
 
 @pytest.mark.parametrize("rule", RULES)

@@ -18,7 +18,7 @@ from nemo_pivotrl.algorithms.llmdoctor import (
     flow_statistics,
     guided_logits,
     merge_flow,
-    mixture,
+    mix_logits,
     plan,
     subtb,
     tfpo_loss,
@@ -860,7 +860,7 @@ def test_the_mixture_equals_the_product_of_powers(ratio: list[int]) -> None:
     patient, *others = models(5)
     doctors, bases = others[:2], others[2:]
     references = [bases[i] if i in ratio else None for i in range(2)]
-    found = mixture(patient, doctors, ALPHA, BETA, 7, references)
+    found = mix_logits(patient, doctors, ALPHA, BETA, 7, references)
     expected = slow_mixture(patient, doctors, ALPHA, BETA, references)
     assert torch.allclose(found.exp(), expected, rtol=1e-12, atol=1e-15)
     swapped = slow_mixture(patient, doctors, ALPHA, BETA.flip(1), references)
@@ -872,26 +872,26 @@ def test_the_mixture_equals_the_product_of_powers(ratio: list[int]) -> None:
 
 def test_raw_logits_and_log_probabilities_mix_alike_and_objectives_commute() -> None:
     patient, *doctors = models(3)
-    found = mixture(patient, doctors, ALPHA, BETA, 7)
-    shifted = mixture(patient.log_softmax(1), [d + 5.0 for d in doctors], ALPHA, BETA, 7)
+    found = mix_logits(patient, doctors, ALPHA, BETA, 7)
+    shifted = mix_logits(patient.log_softmax(1), [d + 5.0 for d in doctors], ALPHA, BETA, 7)
     assert torch.allclose(found, shifted, atol=1e-12)
-    assert torch.allclose(found, mixture(patient, doctors[::-1], ALPHA, BETA.flip(1), 7), atol=1e-12)
+    assert torch.allclose(found, mix_logits(patient, doctors[::-1], ALPHA, BETA.flip(1), 7), atol=1e-12)
 
 
 def test_alpha_0_beta_1_is_the_doctor_and_a_reference_equal_to_the_doctor_cancels_it() -> None:
     patient, doctor = models(2)
     one, none = torch.ones(3, 1).double(), torch.zeros(3).double()
-    assert torch.allclose(mixture(patient, [doctor], none, one, 7), doctor.log_softmax(1), atol=1e-12)
+    assert torch.allclose(mix_logits(patient, [doctor], none, one, 7), doctor.log_softmax(1), atol=1e-12)
     blind = patient.masked_fill(torch.arange(7) == 2, -math.inf)  # a weight of 0 excludes nothing
-    assert torch.allclose(mixture(blind, [doctor], none, one, 7), doctor.log_softmax(1), atol=1e-12)
-    cancelled = mixture(patient, [doctor], one[:, 0], 3 * one, 7, [doctor])
+    assert torch.allclose(mix_logits(blind, [doctor], none, one, 7), doctor.log_softmax(1), atol=1e-12)
+    cancelled = mix_logits(patient, [doctor], one[:, 0], 3 * one, 7, [doctor])
     assert torch.allclose(cancelled, patient.log_softmax(1), atol=1e-12)
 
 
 def test_probabilities_far_below_the_smallest_float_mix_in_log_space() -> None:
     patient, doctor = doubles([0.0, -2000.0, -2000.5]), doubles([-3000.0, 0.0, -1.0])
     ones = torch.ones(1, 1).double()
-    found = mixture(patient, [doctor], ones[0], ones, 3)
+    found = mix_logits(patient, [doctor], ones[0], ones, 3)
     assert found[0].tolist() == pytest.approx([-1000 - math.log1p(math.exp(-1.5)), 0.0, -1.5], abs=0.21)
     assert float(found[0, 1] - found[0, 2]) == pytest.approx(1.5) and float(found[0, 1] - found[0, 0]) == 1000.0
     underflown = patient.softmax(1) * doctor.softmax(1)
@@ -905,7 +905,7 @@ def test_beta_0_leaves_the_patient_to_the_bit_whatever_the_doctor_holds(dtype: t
     doctor[1:], base[1:] = math.nan, math.inf
     alpha = torch.ones(4)
     beta = torch.tensor([[0.5], [0.0], [0.0], [-0.0]])
-    mixed = mixture(patient, [doctor], alpha, beta, 1000, [base])
+    mixed = mix_logits(patient, [doctor], alpha, beta, 1000, [base])
     logits = guided_logits(patient, mixed, alpha, beta)
     wide = patient.to(torch.promote_types(dtype, torch.float32))
     assert torch.equal(logits[1:], wide[1:]) and logits.dtype == wide.dtype
@@ -918,7 +918,7 @@ def test_beta_0_leaves_the_patient_to_the_bit_whatever_the_doctor_holds(dtype: t
 def test_a_tempered_patient_without_a_doctor_is_still_tempered() -> None:
     patient, doctor = models(2)
     half, zero = torch.full((3,), 0.5).double(), torch.zeros(3, 1).double()
-    mixed = mixture(patient, [doctor * math.nan], half, zero, 7)
+    mixed = mix_logits(patient, [doctor * math.nan], half, zero, 7)
     assert torch.allclose(mixed, (0.5 * patient).log_softmax(1), atol=1e-12)
     assert torch.equal(guided_logits(patient, mixed, half, zero), mixed)
 
@@ -927,25 +927,25 @@ def test_a_batch_mixes_as_its_rows_do_alone_to_the_bit() -> None:
     patient, doctor, base = (x.float() for x in models(3, rows=8, width=1000))
     alpha = torch.linspace(0.5, 1.5, 8)
     beta = torch.linspace(-0.5, 2.0, 8)[:, None]
-    together = mixture(patient, [doctor], alpha, beta, 1000, [base])
+    together = mix_logits(patient, [doctor], alpha, beta, 1000, [base])
     for r in range(8):
         row = slice(r, r + 1)
-        alone = mixture(patient[row], [doctor[row]], alpha[row], beta[row], 1000, [base[row]])
+        alone = mix_logits(patient[row], [doctor[row]], alpha[row], beta[row], 1000, [base[row]])
         assert torch.equal(alone[0], together[r])
-    assert not torch.allclose(together, mixture(patient, [doctor], alpha, beta.flip(0), 1000, [base]), atol=1e-2)
+    assert not torch.allclose(together, mix_logits(patient, [doctor], alpha, beta.flip(0), 1000, [base]), atol=1e-2)
 
 
 def test_padding_columns_never_win_and_may_differ_in_number() -> None:
     patient, doctor = models(2, width=8)
     padded = pad(patient, (0, 4), value=50.0)  # uninitialised columns, likelier than any token
     wider = pad(doctor, (0, 1), value=90.0)
-    found = mixture(padded, [wider], ALPHA, BETA[:, :1], 8)
+    found = mix_logits(padded, [wider], ALPHA, BETA[:, :1], 8)
     assert found.shape == padded.shape and bool(found[:, 8:].isneginf().all())
-    assert torch.allclose(found[:, :8], mixture(patient, [doctor], ALPHA, BETA[:, :1], 8), atol=1e-12)
-    unmasked = mixture(padded[:, :9], [wider], ALPHA, BETA[:, :1], 9)  # the wrong variant
+    assert torch.allclose(found[:, :8], mix_logits(patient, [doctor], ALPHA, BETA[:, :1], 8), atol=1e-12)
+    unmasked = mix_logits(padded[:, :9], [wider], ALPHA, BETA[:, :1], 9)  # the wrong variant
     assert (unmasked[:, :8].exp() - found[:, :8].exp()).abs().max() > 0.5
     with pytest.raises(ValueError, match="7 columns"):
-        mixture(patient, [doctor[:, :7]], ALPHA, BETA[:, :1], 8)
+        mix_logits(patient, [doctor[:, :7]], ALPHA, BETA[:, :1], 8)
 
 
 def test_a_token_that_one_model_excludes_is_excluded_at_weights_of_either_sign() -> None:
@@ -953,7 +953,7 @@ def test_a_token_that_one_model_excludes_is_excluded_at_weights_of_either_sign()
     doctor[:, 0] = base[:, 0] = base[:, 1] = -math.inf
     patient[:, 6] = -math.inf
     beta = doubles([0.5], [-0.5], [1.0])
-    found = mixture(patient, [doctor], ALPHA, beta, 7, [base])
+    found = mix_logits(patient, [doctor], ALPHA, beta, 7, [base])
     assert bool(found[:, [0, 1, 6]].isneginf().all()) and bool(found[:, 2:6].isfinite().all())
     rest = slow_mixture(patient[:, 2:6], [doctor[:, 2:6]], ALPHA, beta, [base[:, 2:6]])
     assert torch.allclose(found[:, 2:6].exp(), rest, rtol=1e-9)
@@ -963,14 +963,14 @@ def test_a_row_without_any_token_left_is_refused() -> None:
     patient, doctor = models(2, width=2)
     patient[1, 0] = doctor[1, 1] = -math.inf
     with pytest.raises(ValueError, match="row 1"):
-        mixture(patient, [doctor], ALPHA, torch.ones(3, 1), 2)
-    assert bool(mixture(patient, [doctor], torch.ones(3), torch.zeros(3, 1), 2)[:, 1].isfinite().all())
+        mix_logits(patient, [doctor], ALPHA, torch.ones(3, 1), 2)
+    assert bool(mix_logits(patient, [doctor], torch.ones(3), torch.zeros(3, 1), 2)[:, 1].isfinite().all())
 
 
 def test_half_precision_logits_are_mixed_in_fp32() -> None:
     patient, doctor = (x.bfloat16() for x in models(2, width=4000))
     alpha, beta = torch.ones(3), torch.full((3, 1), 0.7)
-    found = mixture(patient, [doctor], alpha, beta, 4000)
+    found = mix_logits(patient, [doctor], alpha, beta, 4000)
     exact = (patient.double().log_softmax(1) + beta.double() * doctor.double().log_softmax(1)).log_softmax(1)
     assert found.dtype == torch.float32 and (found.double().exp() - exact.exp()).abs().sum(1).max() < 1e-5
     low = (patient.log_softmax(1) + beta.bfloat16() * doctor.log_softmax(1)).log_softmax(1)
@@ -1013,8 +1013,8 @@ def test_truncation_breaks_ties_by_id_and_comes_after_mixing() -> None:
     assert bool(tail.isfinite().all())  # top-p 1 keeps what the rounded mass has already passed
     patient, doctor = doubles([2.0, 1.0, 0.0]), doubles([-5.0, 0.0, 0.0])
     weights = (torch.ones(1), torch.ones(1, 1))
-    after = truncate(mixture(patient, [doctor], *weights, 3), *off)
-    before = mixture(truncate(patient.log_softmax(1), *off), [doctor], *weights, 3)  # the wrong order
+    after = truncate(mix_logits(patient, [doctor], *weights, 3), *off)
+    before = mix_logits(truncate(patient.log_softmax(1), *off), [doctor], *weights, 3)  # the wrong order
     assert int(after.argmax()) == 1 and int(before.argmax()) == 0
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from nemo_pivotrl.algorithms import pivotrl
-from nemo_pivotrl.algorithms.pivotrl import group_advantages, grpo_loss, keep, kl_k3, statistics
+from nemo_pivotrl.algorithms.pivotrl import group_advantages, grpo_loss, keep_pivot, kl_k3, statistics
 from nemo_pivotrl.config import LossFn
 from nemo_pivotrl.core.types import Action, Candidate, Profile, ToolCall
 
@@ -23,7 +23,7 @@ def outcomes(successes: int, count: int) -> list[float]:
 
 @pytest.mark.parametrize(("count", "low", "high"), [(4, 1, 2), (8, 1, 4), (16, 1, 9), (32, 1, 19), (64, 1, 38)])
 def test_adv_at_lambda_0_6_keeps_exactly_the_success_counts_of_the_page(count: int, low: int, high: int) -> None:
-    kept = [k for k in range(count + 1) if keep(statistics(outcomes(k, count)), "adv", 0.6)]
+    kept = [k for k in range(count + 1) if keep_pivot(statistics(outcomes(k, count)), "adv", 0.6)]
     assert kept == list(range(low, high + 1))
 
 
@@ -36,16 +36,16 @@ def test_chance_of_being_kept_equals_the_binomial_table(p: float, k4: float, k8:
         chance = sum(
             math.comb(count, k) * p**k * (1 - p) ** (count - k)
             for k in range(count + 1)
-            if keep(statistics(outcomes(k, count)), "adv", 0.6)
+            if keep_pivot(statistics(outcomes(k, count)), "adv", 0.6)
         )
         assert chance == pytest.approx(expected, abs=0.0051)
 
 
 def test_the_bound_is_decided_on_integers_where_floats_would_round() -> None:
     # 0.3 * 10 is 3.0000000000000004 in floats: k = 3 is not below lambda = 0.3, and is with `inclusive`
-    assert not keep(statistics(outcomes(3, 10)), "adv", 0.3)
-    assert keep(statistics(outcomes(3, 10)), "adv", 0.3, inclusive=True)
-    assert keep(statistics(outcomes(2, 10)), "adv", 0.3)
+    assert not keep_pivot(statistics(outcomes(3, 10)), "adv", 0.3)
+    assert keep_pivot(statistics(outcomes(3, 10)), "adv", 0.3, inclusive=True)
+    assert keep_pivot(statistics(outcomes(2, 10)), "adv", 0.3)
 
 
 @pytest.mark.parametrize(
@@ -53,19 +53,19 @@ def test_the_bound_is_decided_on_integers_where_floats_would_round() -> None:
     [("random", [0, 1, 2, 3, 4]), ("mixed", [1, 2, 3]), ("adv", [1, 2]), ("adv_with_zeros", [0, 1, 2])],
 )
 def test_each_rule_keeps_its_own_success_counts_at_k_4(rule: str, kept: list[int]) -> None:
-    assert [k for k in range(5) if keep(statistics(outcomes(k, 4)), rule, 0.6)] == kept
+    assert [k for k in range(5) if keep_pivot(statistics(outcomes(k, 4)), rule, 0.6)] == kept
 
 
 def test_all_equal_is_never_mixed_whatever_lambda() -> None:
     for k, lam in itertools.product((0, 8), (0.1, 0.6, 1.0)):
-        assert not keep(statistics(outcomes(k, 8)), "adv", lam)
-        assert not keep(statistics(outcomes(k, 8)), "mixed", lam)
+        assert not keep_pivot(statistics(outcomes(k, 8)), "adv", lam)
+        assert not keep_pivot(statistics(outcomes(k, 8)), "mixed", lam)
 
 
 def test_non_binary_rewards_use_variance_and_mean_so_a_constant_half_is_dropped() -> None:
-    assert not keep(statistics([0.5] * 8), "adv", 0.6)
-    assert keep(statistics([0.5] * 7 + [0.4]), "adv", 0.6)
-    assert not keep(statistics([0.7] * 7 + [0.8]), "adv", 0.6)
+    assert not keep_pivot(statistics([0.5] * 8), "adv", 0.6)
+    assert keep_pivot(statistics([0.5] * 7 + [0.4]), "adv", 0.6)
+    assert not keep_pivot(statistics([0.7] * 7 + [0.8]), "adv", 0.6)
 
 
 def test_statistics_refuse_no_rollouts_and_impossible_rewards() -> None:

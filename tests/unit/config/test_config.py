@@ -116,11 +116,19 @@ def test_a_setting_that_went_is_refused_with_what_to_do(tmp_path: Path) -> None:
     assert all(remedy.startswith("remove it: ") for remedy in found.values())
 
 
-def test_what_only_a_policy_uses_is_refused_for_a_doctor(tmp_path: Path) -> None:
-    text = "doctor: {sampler: vllm, generation: {temperature: 0.5, max_new_tokens: 512}, tool_parser: auto}"
+def test_what_has_no_effect_where_it_stands_is_refused(tmp_path: Path) -> None:
+    text = "doctor: {sampler: vllm, generation: {temperature: 0.5, max_new_tokens: 512}, tool_parser: auto}\n"
+    text += "sft: {copy_steps: 3}\nwarmup: {copy_steps: 4}"
     found = problems_of(recipe_file(tmp_path, text))
-    assert [(p.field, p.found) for p in found] == [("doctor.sampler", "vllm"), ("doctor.generation.temperature", "0.5")]
-    assert "`decode`" in found[0].remedy
+    assert [(p.field, p.found) for p in found] == [
+        ("doctor.sampler", "vllm"),
+        ("doctor.generation.temperature", "0.5"),
+        ("sft.copy_steps", "3"),
+        ("warmup.copy_steps", "4"),
+    ]
+    assert "`decode`" in found[0].remedy and "`source: world`" in found[2].remedy
+    world = load_recipe(recipe_file(tmp_path, "warmup: {copy_steps: 4, source: world}"))
+    assert world.warmup.copy_steps == 4
 
 
 def test_all_mistakes_of_a_recipe_come_at_once(tmp_path: Path) -> None:

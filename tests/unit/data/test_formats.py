@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
-from nemo_pivotrl.core.errors import InputError, Problem
-from nemo_pivotrl.core.types import Trajectory
+from nemo_pivotrl.config import Extract
+from nemo_pivotrl.core.types import Split, Trajectory
 from nemo_pivotrl.data.readers import Reading, read_trajectories
+from nemo_pivotrl.pivotrl.extract import cut_all
 
 SCHEMA = {"type": "object", "properties": {"id": {"type": "string"}}, "required": ["id"]}
 TOOL = {"type": "function", "function": {"name": "get_order", "parameters": SCHEMA}}
@@ -39,13 +40,6 @@ def read(folder: Path, *records: Any, name: str = "in.jsonl", **settings: Any) -
 
 def turns(trajectory: Trajectory) -> list[str]:
     return [turn(m) for m in trajectory.messages]
-
-
-def problem_of(folder: Path, *records: Any) -> Problem:
-    with pytest.raises(InputError) as caught:
-        read(folder, *records)
-    (problem,) = caught.value.problems
-    return problem
 
 
 def session(kind: str, uuid: str, parent: str | None, message: dict[str, Any], **more: Any) -> dict[str, Any]:
@@ -503,3 +497,35 @@ def test_each_form_is_found_by_looking_and_says_what_was_said(name: str, tmp_pat
     outputs = [m["tool_call_id"] for m in found.messages if m["role"] == "tool"]
     made = [c["id"] for m in found.messages for c in m.get("tool_calls", [])]
     assert set(outputs) <= set(made) and len(set(made)) == len(made)
+
+
+# ---- the table of docs/formats.md ----
+
+DOCS = Path(__file__).resolve().parents[3] / "docs/formats.md"
+CALLED = ("get_order", "bash", "Bash", "Market API")
+BAD = {"messages": [{"role": "narrator", "content": "q"}]}
+
+
+def table_row(name: str, folder: Path) -> str:
+    """What becomes of a file that holds the form's records, a second run that failed, a bad record and a broken line."""
+    format, records, _ = READ[name]
+    failed = [] if format == "claude_code" else [{**records[0], "reward": 0.0, "traj_id": None}]
+    tools = folder / "tools.json"
+    tools.write_text(json.dumps([{"name": called, "parameters": {"type": "object"}} for called in CALLED]))
+    path = folder / "in.jsonl"
+    lines = [json.dumps(record) for record in (*records, *failed, BAD)]
+    path.write_text("\n".join([*lines, '{"messages": [', ""]), encoding="utf-8")
+    reading = read_trajectories([str(path)], "auto", str(tools), "skip", 1.0)
+    splits: dict[str, Split] = {t.task_id: "train" for t in reading.trajectories}
+    kept, audit = cut_all(reading.trajectories, splits, Extract(on_invalid="skip"))
+    (file,) = reading.files
+    left = sum(file.unreadable.values())
+    assert file.records == len(reading.trajectories) + left
+    skipped = "".join(f" + {n} {reason}" for reason, n in audit["skipped"].items())
+    counts = f"{file.records} = {len(reading.trajectories)} + {left}"
+    return f"| {name} | `{format}` | {counts} | {audit['turns']} = {len(kept)}{skipped} |"
+
+
+@pytest.mark.parametrize("name", READ)
+def test_the_documented_table_says_what_becomes_of_each_form(name: str, tmp_path: Path) -> None:
+    assert table_row(name, tmp_path) in DOCS.read_text(encoding="utf-8").splitlines()

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from support.recipes import ROOT
 
+from nemo_pivotrl import config
 from nemo_pivotrl.config import Extract, Recipe
 from nemo_pivotrl.core.artifacts import read_header, read_rows
 from nemo_pivotrl.core.errors import InputError
@@ -355,7 +356,8 @@ def test_the_stage_writes_rows_that_read_back_an_audit_that_adds_up_and_the_same
 def test_the_stage_splits_trials_of_a_task_together(tmp_path: Path) -> None:
     records = [{"task_id": i // 4, "messages": [user(f"trial {i}"), say("yes")]} for i in range(20)]
     settings = Extract(trajectories=(str(openai_file(tmp_path, *records)),), validation_share=0.4)
-    rows = list(read_rows(extract(Recipe(run_dir=str(tmp_path / "run"), extract=settings))))
+    recipe = Recipe(run_dir=str(tmp_path / "run"), extract=settings, verifier=config.Verifier(message="any"))
+    rows = list(read_rows(extract(recipe)))
     held_out = [r["provenance"]["task_id"] for r in rows if r["provenance"]["split"] == "validation"]
     assert len(rows) == 20 and len(held_out) == 8 and len(set(held_out)) == 2
 

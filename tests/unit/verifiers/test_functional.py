@@ -13,9 +13,9 @@ from nemo_pivotrl import config
 from nemo_pivotrl.core.errors import InputError
 from nemo_pivotrl.core.types import Action, Case, ToolCall, Verdict
 from nemo_pivotrl.verifiers.base import Bounded, Ruling, VerifierFault
-from nemo_pivotrl.verifiers.edits import read_patch
 from nemo_pivotrl.verifiers.functional import RULES, Functional
 from nemo_pivotrl.verifiers.loading import load_verifier
+from nemo_pivotrl.verifiers.patches import read_starred
 
 Made = tuple[str, dict[str, Any]]
 
@@ -26,7 +26,7 @@ def calls(*made: tuple[str, Any]) -> Action:
 
 
 def load(**settings: Any) -> Bounded:
-    return load_verifier(config.Verifier(name="functional", settings=settings))
+    return load_verifier(config.Verifier(name="functional", message="any", settings=settings))
 
 
 def tool(name: str, properties: dict[str, Any] | None = None, required: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -85,6 +85,8 @@ SAME: dict[str, list[Pair]] = {
         Pair(False, "False", {"type": "boolean"}),
         Pair({"a": 1}, ' {"a": 1} ', {"type": "object"}),
         Pair(5, "5", {"anyOf": [{"type": "integer"}, {"type": "null"}]}),
+        Pair(5, "5"),
+        Pair(2.5, "2.5"),
     ],
     "enum_case": [
         Pair("green", "Green", COLOUR),
@@ -98,9 +100,17 @@ SAME: dict[str, list[Pair]] = {
         Pair([[1, 2], [3]], [[3], [2, 1]], {**SET, "items": SET}),
     ],
     "whitespace": [
-        Pair("New York", " New   York "),
-        Pair("a\nb", "a  \r\nb\n"),
-        Pair("café", "cafe\u0301"),
+        Pair("a\nb", "a\r\nb\n", key="content", tool="write_file"),
+    ],
+    "place_case": [Pair("Paris", "PARIS", key="city"), Pair("France", "france", key="country")],
+    "mail_domains": [Pair("bob@x.com", "bob@X.COM", key="to")],
+    "phones": [Pair("+1 555 0100", "+1-555-0100", key="phone")],
+    "json_text": [Pair('{"a": 1, "b": 2}', '{"b":2,"a":1}'), Pair("[1, 2]", "[1,2]", key="body")],
+    "sql": [
+        Pair(
+            "SELECT a FROM t WHERE x=1 AND y=2", "select a from t where y = 2 and x = 1;", key="query", tool="run_sql"
+        ),
+        Pair("DELETE FROM t", "delete from t -- all"),
     ],
     "letter_case": [Pair("Paris", "paris"), Pair("Straße", "STRASSE")],
     "dates": [
@@ -108,16 +118,18 @@ SAME: dict[str, list[Pair]] = {
         Pair("2024-03-01T10:00:00+02:00", "2024-03-01T08:00:00Z"),
         Pair("2024-03-01T10:00", "2024-03-01 10:00:00", {"format": "date-time"}),
         Pair("10:00", "10:00:00", {"format": "time"}),
+        Pair("2024-03-01", "March 1, 2024", key="departure_date"),
+        Pair("10:00", "10:00:00", key="time"),
     ],
     "urls": [
-        Pair("http://Example.com:80/a?x=1&y=2", "http://example.com/a/?y=2&x=1", key="url"),
+        Pair("http://Example.com:80/a?x=1&y=2", "http://example.com/a?y=2&x=1", key="url"),
         Pair("https://example.com", "https://example.com/", key="link"),
         Pair("https://example.com/a%20b", "https://example.com/a b", key="uri"),
         Pair("https://example.com/%7Eme", "https://example.com/~me", {"format": "uri"}),
     ],
     "paths": [
         Pair("src/a.py", "./src/a.py", key="path"),
-        Pair("/a/b", "/a/./c/..//b/", key="file_path"),
+        Pair("/a/b", "/a/.//b", key="file_path"),
         Pair("src", "src/", key="dir"),
     ],
     "python_tokens": [
@@ -126,17 +138,12 @@ SAME: dict[str, list[Pair]] = {
     ],
     "search_tokens": [
         Pair("weather in Paris today", "Paris weather today", key="query", tool="web_search"),
-        Pair("python asyncio tutorial", "tutorial: asyncio in Python", key="q", tool="search"),
-    ],
-    "prose": [
-        Pair("the parser drops the last line", "the last line is lost by the parser", key="thought", tool="think"),
-        Pair("fixed the failing date test", "date test fixed", key="summary", tool="finish"),
+        Pair("python asyncio tutorial", "Tutorial for Python asyncio", key="q", tool="search"),
     ],
     "shell_quoting": [shell("grep 'foo' a", 'grep "foo" a'), shell("echo a\\ b", "echo 'a b'")],
     "shell_flag_order": [
         shell("ls -l -a src", "ls -a -l src"),
         shell("rm -r build -f", "rm -f -r build"),
-        shell("mytool --x 1 --y 2", "mytool --y 2 --x 1"),
         shell("pytest tests -x", "pytest -x tests"),
     ],
     "shell_flag_clusters": [
@@ -149,15 +156,19 @@ SAME: dict[str, list[Pair]] = {
         shell("head --lines=5 a", "head --lines 5 a"),
         shell("pytest --tb=short", "pytest --tb short"),
         shell("mytool --level=2", "mytool --level 2"),
+        shell("git push -f", "git push --force"),
+    ],
+    "shell_operand_order": [shell("mkdir a b", "mkdir b a"), shell("pip install a b", "pip install b a")],
+    "shell_idioms": [
+        shell("test -f a", "[ -f a ]"),
+        shell("kill -9 5", "kill -KILL 5"),
+        shell("cat f | grep x", "grep x f"),
+        shell("sed -n '1,5p' f", "head -n 5 f"),
+        shell("python - <<E\nprint(1)\nE", "python -c 'print(1)'"),
     ],
     "shell_env_prefix": [
         shell("pytest -q", "NO_COLOR=1 pytest -q"),
-        shell("A=1 B=2 make all", "A=1 make all"),
-    ],
-    "shell_cd_prefix": [
-        shell("cd /repo && make", "make"),
-        shell("cat src/a.py", "cd src && cat a.py"),
-        shell("cd /repo; ls src", "ls /repo/src"),
+        shell("A=1 PYTHONUNBUFFERED=1 make all", "A=1 make all"),
     ],
     "shell_paths": [shell("cat ./src/a.py", "cat src/a.py"), shell("ls src/", "ls src"), shell("x > a//b", "x > a/b")],
     "shell_separators": [
@@ -174,38 +185,43 @@ WHOLE_CALLS: list[tuple[str, str, dict[str, Any], dict[str, Any]]] = [
     ("omitted_default", "f", {"k": "a", "n": 10}, {"k": "a"}),
     ("null_optional", "f", {"k": "a"}, {"k": "a", "mode": None}),
     ("null_optional", "f", {"k": "a", "mode": None}, {"k": "a"}),
+]
+TABLE = [(rule, p.tool, {p.key: p.expected}, {p.key: p.actual}, {p.key: p.schema}) for rule in SAME for p in SAME[rule]]
+TABLE += [(rule, name, expected, actual, DEFAULTED) for rule, name, expected, actual in WHOLE_CALLS]
+FILES = {"files": {"/a.py": OLDER, "f.py": "a\nb\nd\n"}}
+EDITS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     (
-        "edit_effect",
         "str_replace_editor",
         {"command": "str_replace", "path": "/a.py", "old_str": "y = 1", "new_str": "y = 2"},
         {"command": "str_replace", "path": "/a.py", "old_str": OLDER, "new_str": OLDER.replace("1", "2")},
     ),
     (
-        "edit_effect",
         "edit",
-        {"filePath": "a.py", "oldString": "    y = 1\n    return x", "newString": "    return x"},
-        {"filePath": "a.py", "oldString": OLDER, "newString": OLDER.replace("    y = 1\n", "")},
+        {"filePath": "/a.py", "oldString": "    y = 1\n    return x", "newString": "    return x"},
+        {"filePath": "/a.py", "oldString": OLDER, "newString": OLDER.replace("    y = 1\n", "")},
     ),
     (
-        "edit_effect",
         "apply_patch",
         {"patch": "--- a/f.py\n+++ b/f.py\n@@ -1,3 +1,3 @@\n a\n-b\n+c\n d\n"},
         {"patch": "--- a/f.py\n+++ b/f.py\n@@ -2,1 +2,1 @@\n-b\n+c\n"},
     ),
-    (
-        "edit_effect",
-        "apply_patch",
-        {"input": "*** Begin Patch\n*** Update File: a.py\n@@ class A\n@@ f()\n-x\n+y\n*** End Patch\n"},
-        {"input": "*** Begin Patch\n*** Update File: a.py\n@@ f()\n-x\n+y\n*** End Patch\n"},
-    ),
 ]
-TABLE = [(rule, p.tool, {p.key: p.expected}, {p.key: p.actual}, {p.key: p.schema}) for rule in SAME for p in SAME[rule]]
-TABLE += [(rule, name, expected, actual, DEFAULTED) for rule, name, expected, actual in WHOLE_CALLS]
+"""Tool and two edits that do the same to FILES, and that nobody could call the same without them."""
 SWITCHED = {rule: {rule: True} for rule, (on, _) in RULES.items() if not on}
 
 
 def test_every_rule_has_an_example_and_every_example_a_rule() -> None:
-    assert {row[0] for row in TABLE} == set(RULES)
+    assert {row[0] for row in TABLE} == set(RULES) - {"edit_effect", "shell_cd_prefix"}  # which need the state: below
+
+
+@pytest.mark.parametrize(("name", "expected", "actual"), EDITS)
+def test_edits_with_one_effect_are_the_same_where_the_file_is_known_and_only_there(
+    name: str, expected: dict[str, Any], actual: dict[str, Any]
+) -> None:
+    for left, right in ((expected, actual), (actual, expected)):
+        assert judged(name, left, right, **FILES).rules == ("edit_effect",)
+        assert judged(name, left, right, verifier=load(rules={"edit_effect": False}), **FILES).reward == 0.0
+        assert judged(name, left, right).reward == 0.0
 
 
 @pytest.mark.parametrize(("rule", "name", "expected", "actual", "properties"), TABLE)
@@ -231,11 +247,15 @@ def test_every_rule_that_a_verdict_names_was_needed(
         assert judged(name, expected, actual, properties, load(rules={**on, named: False})).reward == 0.0, named
 
 
-@pytest.mark.parametrize(("name", "key", "rule"), [("f", "path", "paths"), ("think", "note", "prose")])
-def test_where_either_of_two_rules_would_do_both_must_be_off_to_reject(name: str, key: str, rule: str) -> None:
-    for off, reward in (({}, 1.0), ({"whitespace"}, 1.0), ({rule}, 1.0), ({"whitespace", rule}, 0.0)):
+def test_where_either_of_two_rules_would_do_both_must_be_off_to_reject() -> None:
+    for off, reward in (
+        (set(), 1.0),
+        ({"whitespace"}, 1.0),
+        ({"shell_argv"}, 1.0),
+        ({"whitespace", "shell_argv"}, 0.0),
+    ):
         strict = load(rules=dict.fromkeys(off, False))
-        assert judged(name, {key: "two/words"}, {key: "two/words "}, verifier=strict).reward == reward
+        assert judged("bash", {"command": "ls a"}, {"command": "ls a "}, verifier=strict).reward == reward
 
 
 # ---- near misses: what no rule makes the same ----
@@ -434,12 +454,12 @@ def test_other_edits_stay_different(name: str, expected: dict[str, Any], actual:
 
 def test_the_place_of_a_hunk_is_its_own_and_not_the_file_befores() -> None:
     patch = "*** Begin Patch\n*** Update File: {}\n@@ {}\n-x\n+y\n*** Update File: {}\n@@ f()\n-x\n+y\n*** End Patch\n"
-    first, second = read_patch(patch.format("a", "g()", "b"), "") or ()
-    assert (first.path, first.place, second.path, second.place) == ("a", "g()", "b", "f()")
+    read = read_starred(patch.format("./a", "g()", "b"))
+    assert read == ("*** Update File: a", "@@ g()", "-x", "+y", "*** Update File: b", "@@ f()", "-x", "+y")
 
 
 FILE = "a = 1\nb = 1\nc = 3\n"
-FILES = {"/r/a.py": FILE}
+KNOWN = {"/r/a.py": FILE}
 INSERT = {"command": "insert", "path": "/r/a.py", "insert_line": 1, "new_str": "x = 0\n"}
 EDITOR = {name: {} for name in ("command", "path", "old_str", "new_str", "insert_line", "file_text", "replace_all")}
 
@@ -466,18 +486,19 @@ EDITOR = {name: {} for name in ("command", "path", "old_str", "new_str", "insert
 def test_edits_of_a_known_file_are_compared_by_what_becomes_of_it(
     expected: dict[str, Any], actual: dict[str, Any], same: bool
 ) -> None:
-    verdict = judged("str_replace_editor", expected, actual, EDITOR, files=FILES)
+    verdict = judged("str_replace_editor", expected, actual, EDITOR, files=KNOWN)
     assert verdict.reward == float(same), verdict
     assert ("edit_effect" in verdict.rules) == same
-    off = judged("str_replace_editor", expected, actual, EDITOR, load(rules={"edit_effect": False}), files=FILES)
+    off = judged("str_replace_editor", expected, actual, EDITOR, load(rules={"edit_effect": False}), files=KNOWN)
     assert off.reward == 0.0 or not same
 
 
 def test_a_file_that_the_experts_edit_does_not_fit_decides_nothing() -> None:
     expected = {**REPLACE, "old_str": "gone = 1", "new_str": "gone = 2"}
     actual = {**REPLACE, "old_str": "x\ngone = 1", "new_str": "x\ngone = 2"}
-    assert judged("edit", expected, actual, files=FILES).rules == ("edit_effect",)
-    assert judged("edit", expected, {**actual, "new_str": "x\ngone = 3"}, files=FILES).reward == 0.0
+    assert judged("edit", expected, actual, files=KNOWN).reward == 0.0
+    assert judged("edit", expected, {**expected, "path": "/r/./a.py"}, files=KNOWN).reward == 1.0
+    assert judged("edit", expected, {**actual, "new_str": "x\ngone = 3"}, files=KNOWN).reward == 0.0
 
 
 # ---- settings ----
@@ -517,9 +538,10 @@ def test_the_recipe_can_say_what_an_argument_holds() -> None:
         ({"rules": {"shell_env_prefx": False}}, "did you mean `shell_env_prefix`"),
         ({"rules": {"zzz": True}}, "use one of number_type, stringified"),
         ({"kinds": {"x": "shel"}}, "did you mean `shell`"),
-        ({"kinds": {"x": "zzz"}}, "use one of text, prose"),
+        ({"kinds": {"x": "zzz"}}, "use one of text, exact, prose"),
         ({"mode": "name"}, "use one of arguments, tool_name"),
-        ({"search_overlap": 1.5}, r"from 0\.0 to 1\.0"),
+        ({"search_overlap": 0.5}, "search_overlap"),
+        ({"ask_judge": ["message"]}, "use one of shell, query"),
         ({"ignored": ["x"]}, "did you mean `ignored_arguments`"),
     ],
 )
@@ -528,12 +550,6 @@ def test_a_mistake_in_the_settings_is_an_input_error_that_names_the_nearest(
 ) -> None:
     with pytest.raises(InputError, match=message):
         load(**settings)
-
-
-@pytest.mark.parametrize(("overlap", "reward"), [(0.4, 1.0), (0.5, 1.0), (0.51, 0.0), (1.0, 0.0)])
-def test_the_share_of_words_is_a_setting(overlap: float, reward: float) -> None:
-    left, right = {"query": "red green blue"}, {"query": "red green black"}  # 2 words of 4
-    assert judged("web_search", left, right, verifier=load(search_overlap=overlap)).reward == reward
 
 
 # ---- which kind of action ----
@@ -587,11 +603,11 @@ def test_extra_calls_are_accepted_where_the_recipe_says_so() -> None:
 
 
 def test_a_call_is_matched_where_it_is_needed_and_not_where_it_first_fits() -> None:
-    # the first query is like both of the policy's, the second like the one with the same words as the first
-    wanted = calls(*(("web_search", {"query": q}) for q in ("red green blue", "red green black")))
-    found = [("web_search", {"query": q}) for q in ("blue red green", "green blue white red")]
+    wanted = calls(*(("bash", {"command": c}) for c in ("ls -la", "ls -l -a", "ls -R")))
+    found = [("bash", {"command": c}) for c in ("ls -R", "ls -a -l", "ls -al")]
     for order in (found, found[::-1]):
-        assert DEFAULT.verify(Case(wanted), calls(*order)).rules == ("search_tokens",)
+        assert DEFAULT.verify(Case(wanted), calls(*order)).reward == 1.0
+    assert DEFAULT.verify(Case(wanted), calls(*found[:2], found[0])).reward == 0.0
 
 
 def test_an_expert_action_that_cannot_be_read_is_a_fault_and_not_a_score() -> None:
@@ -619,7 +635,7 @@ def test_an_expert_action_that_cannot_be_read_is_a_fault_and_not_a_score() -> No
 def test_a_broken_schema_says_nothing_and_breaks_nothing(tools: tuple[dict[str, Any], ...]) -> None:
     for fields in ({}, {"declared_tools": list(tools)}, {"declared_tools": 3}):
         case = Case(calls(("f", {"x": "a  b", "y": [1]})), tools, fields=fields)
-        assert DEFAULT.verify(case, calls(("f", {"x": "a b", "y": [1]}))).rules == ("whitespace",)
+        assert DEFAULT.verify(case, calls(("f", {"x": "a  b", "y": [1.0]}))).rules == ("number_type",)
         assert DEFAULT.verify(case, calls(("f", {"x": "1", "y": [1]}))).reward == 0.0
 
 
@@ -629,9 +645,13 @@ def test_references_and_alternatives_of_a_schema_are_followed() -> None:
         "properties": {"x": {"$ref": "#/$defs/ids"}, "y": {"anyOf": [{"type": "null"}, {"$ref": "#/$defs/ids"}]}},
         "$defs": {"ids": SET},
     }
-    case = Case(calls(("f", {"x": [1, 2]})), ({"name": "f", "parameters": root},))
-    assert DEFAULT.verify(case, calls(("f", {"x": [2, 1]}))).rules == ("set_order",)
-    assert DEFAULT.verify(case, calls(("f", {"x": [2, 1], "y": None}))).rules == ("null_optional", "set_order")
+    case, sets = (
+        Case(calls(("f", {"x": [1, 2]})), ({"name": "f", "parameters": root},)),
+        load(rules={"set_order": True}),
+    )
+    assert sets.verify(case, calls(("f", {"x": [2, 1]}))).rules == ("set_order",)
+    assert sets.verify(case, calls(("f", {"x": [2, 1], "y": None}))).rules == ("null_optional", "set_order")
+    assert DEFAULT.verify(case, calls(("f", {"x": [2, 1]}))).reward == 0.0
 
 
 # ---- the judge ----
@@ -653,16 +673,24 @@ class Stub:
 @pytest.mark.parametrize("same", [True, False])
 def test_the_judge_decides_the_kinds_it_is_given(same: bool) -> None:
     judge = Stub(same)
-    asking = Bounded(Functional(judge=judge, ask_judge=("message", "shell")), config.Limits())
+    asking = Bounded(Functional(judge=judge, ask_judge=("shell", "prose")), config.Limits())
     assert asking.asks_judge and asking.concurrency == 4
-    verdict = asking.verify(Case(SAY), Action("message", "Hi."))
-    assert verdict.reward == float(same) and verdict.category == ("JUDGED_SAME" if same else "DIFFERENT_MESSAGE")
-    assert judge.asked == [("message", "Hello.", "Hi.")] and verdict.figures == {
-        "votes": "1/1 1/1" if same else "0/1 0/1"
-    }
     verdict = judged("bash", {"command": "ls"}, {"command": "dir"}, verifier=asking)
     assert verdict.category == ("JUDGED_SAME" if same else "DIFFERENT_ARGUMENTS") and verdict.detail == "because"
-    assert judge.asked[1:] == [("action", 'bash({"command": "ls"})', 'bash({"command": "dir"})')]
+    assert verdict.figures == {"votes": "1/1 1/1" if same else "0/1 0/1"} and verdict.reward == float(same)
+    assert judge.asked == [("action", 'bash({"command": "ls"})', 'bash({"command": "dir"})')]
+
+
+def test_prose_is_known_by_its_words_and_not_by_its_arguments_name() -> None:
+    judge = Stub(True)
+    asking = Bounded(Functional(judge=judge, ask_judge=("prose",)), config.Limits())
+    for name in ("x", "summary", "body"):
+        assert (
+            judged("f", {name: "The test fails today."}, {name: "Today the test fails."}, verifier=asking).reward == 1.0
+        )
+        assert judged("f", {name: "safe"}, {name: "not safe"}, verifier=asking).reward == 0.0
+        assert judged("f", {name: "The test fails today."}, {name: "Today the test fails."}).reward == 0.0
+    assert len(judge.asked) == 3
 
 
 def test_the_judge_is_asked_only_when_nothing_else_differs() -> None:
@@ -739,7 +767,7 @@ def test_the_rows_threshold_does_not_loosen_a_terminal_turn() -> None:
         ("f", {"x": "find the file"}, {"x": "find the file"}, 1.0),
         ("bash", {"command": "ls"}, {"security_risk": "LOW"}, 0.0),
         ("bash", {"command": "ls"}, {}, 0.0),
-        ("bash", {"command": "FOO=1 pytest"}, {"command": "pytest"}, 1.0),
+        ("bash", {"command": "FOO=1 pytest"}, {"command": "pytest"}, 0.0),
         ("str_replace_editor", {"command": "view", "path": "a"}, {}, 0.0),
         *(
             ("str_replace_editor", *[{"command": "view", "path": "a", "view_range": lines}] * 2, 1.0)
@@ -826,8 +854,9 @@ def scalars(value: Any) -> list[Any]:
 @given(st.lists(SCALAR, min_size=1, max_size=5, unique_by=repr), st.randoms(use_true_random=False))
 def test_a_set_is_the_same_in_any_order_and_no_set_with_another_member(values: list[Any], random: Any) -> None:
     shuffled = random.sample(values, len(values))
-    assert judged("f", {"x": values}, {"x": shuffled}, {"x": SET}).reward == 1.0
-    assert judged("f", {"x": values}, {"x": [*shuffled[:-1], "another member"]}, {"x": SET}).reward == float(
+    sets = load(rules={"set_order": True})
+    assert judged("f", {"x": values}, {"x": shuffled}, {"x": SET}, sets).reward == 1.0
+    assert judged("f", {"x": values}, {"x": [*shuffled[:-1], "another member"]}, {"x": SET}, sets).reward == float(
         shuffled[-1] == "another member"
     )
 

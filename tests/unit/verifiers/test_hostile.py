@@ -30,9 +30,15 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
 }
 NAMES = [name for name in VERIFIERS if name != "judge"]
-LOADED = {name: load_verifier(config.Verifier(name=name, settings=SETTINGS.get(name, {}))) for name in NAMES}
+LOADED = {
+    name: load_verifier(config.Verifier(name=name, message="any", settings=SETTINGS.get(name, {}))) for name in NAMES
+}
 LOADED["functional, all rules"] = load_verifier(
-    config.Verifier(name="functional", settings={"rules": {"letter_case": True}, "extra_calls": True})
+    config.Verifier(
+        name="functional",
+        message="any",
+        settings={"rules": {"letter_case": True, "set_order": True}, "extra_calls": True},
+    )
 )
 
 

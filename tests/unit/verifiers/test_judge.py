@@ -461,14 +461,14 @@ def test_a_server_that_stalls_is_a_time_out(serve: Callable[..., Server]) -> Non
     began = time.monotonic()
     fault = fault_of(Judge(described(server, timeout_s=0.15, max_retries=1)))
     assert fault.kind == "judge_timeout" and "0.15 s" in str(fault)
-    assert len(server.asked) == 2 and 0.3 <= time.monotonic() - began < 3
+    assert len(server.asked) == 2 and 0.3 <= time.monotonic() - began < 30
 
 
 def test_an_answer_that_drips_is_a_time_out_though_every_byte_is_in_time(serve: Callable[..., Server]) -> None:
     server = serve(always(Raw(body=b"x" * 400, pieces=400)))
     began = time.monotonic()
     fault = fault_of(Judge(described(server, timeout_s=0.3, max_retries=0)))
-    assert fault.kind == "judge_timeout" and time.monotonic() - began < 3
+    assert fault.kind == "judge_timeout" and time.monotonic() - began < 10
 
 
 def test_nobody_at_the_address_is_unreachable() -> None:
@@ -1083,7 +1083,8 @@ def test_an_outage_is_a_fault_of_every_verifier_that_asks(serve: Callable[..., S
     server = serve(always(Raw(503)))
     for name, own, texts, fields in (
         ("judge", {}, ("Hello.", "Good day."), {}),
-        ("functional", {"ask_judge": ["message"]}, ("Hello.", "Good day."), {}),
+        ("functional", {}, ("Hello.", "Good day."), {}),
+        ("single_step", {}, ("Hello.", "Good day."), {}),
         ("terminus", {"enable_llm_judge": True}, (turn("ls\n"), turn("pwd\n")), {"harness": "terminus_2"}),
     ):
         made = load_verifier(config.Verifier(name=name, settings=own, judge=described(server, max_retries=0)))

@@ -18,7 +18,7 @@ from nemo_pivotrl.core.artifacts import ArtefactWriter, Header
 from nemo_pivotrl.core.errors import InputError
 from nemo_pivotrl.data.chat_template import Chat, load_tokenizer
 from nemo_pivotrl.demo import tiny_models as tiny
-from nemo_pivotrl.llmdoctor.train_doctor import tfpo
+from nemo_pivotrl.llmdoctor.train_doctor import train_doctor
 from nemo_pivotrl.pivotrl.extract import extract
 from nemo_pivotrl.pivotrl.sft import sft
 
@@ -34,7 +34,7 @@ class Stage(NamedTuple):
 
 
 STAGES = {
-    "tfpo": Stage(tfpo, "tfpo", "doctor", "max_num_steps"),
+    "tfpo": Stage(train_doctor, "tfpo", "doctor", "max_num_steps"),
     "sft": Stage(sft, "sft", "sft", "num_steps"),
 }
 
