@@ -16,7 +16,6 @@ paper's share for random turns), the others are Beta(0.8, 1.2). How the 71 % div
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import resource
 import sys
@@ -31,7 +30,7 @@ import numpy as np
 from nemo_pivotrl.algorithms.early_stopping import Plan
 from nemo_pivotrl.algorithms.pivotrl import keep_pivot, statistics
 from nemo_pivotrl.components.rollout import sample_seeds
-from nemo_pivotrl.core.artifacts import Header, file_digest
+from nemo_pivotrl.core.artifacts import ArtefactWriter, Header, file_digest, json_line
 from nemo_pivotrl.pivotrl.candidate_index import index_candidates
 from nemo_pivotrl.pivotrl.profile import merge_chunks
 from nemo_pivotrl.pivotrl.profile_scheduler import Judged, Member, Unit, Wave, pump
@@ -111,10 +110,8 @@ def simulate(plan: Plan, outcomes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def write_candidates(path: Path, size: int, turns: int = 8) -> None:
     """Small but complete rows; a real one's length is that of its conversation, which the machinery copies and never reads."""
-    header = Header("candidates", "simulated").to_line().encode()
     text = "x" * 600
-    with path.open("wb") as file:
-        file.write(header)
+    with ArtefactWriter(path, Header("candidates", "simulated"), fresh=True) as writer:
         for n in range(size):
             row = {
                 "responses_create_params": {"input": [{"role": "user", "content": text}], "tools": []},
@@ -131,7 +128,8 @@ def write_candidates(path: Path, size: int, turns: int = 8) -> None:
                     "content": "",
                 },
             }
-            file.write(json.dumps(row, separators=(",", ":")).encode() + b"\n")
+            writer.write_lines([json_line(row)], sync=False)
+        writer.finish()
 
 
 class Simulated:

@@ -17,7 +17,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 from nemo_pivotrl import __version__
-from nemo_pivotrl.core.errors import InputError
+from nemo_pivotrl.core.errors import TRY_AGAIN, AtWork, InputError, printable, short
 
 if TYPE_CHECKING:
     from nemo_pivotrl.backends.launch import Place
@@ -101,7 +101,7 @@ class Tool(NamedTuple):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command. Exit code 0: done, 2: bad input (one screen on stderr), 130: interrupted."""
+    """Run one command. Exit code 0: done, 2: bad input (one screen on stderr), 75: another is at work there, 130: interrupted."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments and arguments[0] == "help":
         arguments = [*arguments[1:2], "--help"]
@@ -193,10 +193,13 @@ def guarded(command: str, run: Callable[[], int | None]) -> int:
     except InputError as error:
         print(f"nemo-pivotrl {command}: {error}", file=sys.stderr)
         return BAD_INPUT
+    except AtWork as error:
+        print(f"nemo-pivotrl {command}: {error}", file=sys.stderr)
+        return TRY_AGAIN
     except OSError as error:
         # a full disk or a missing right: whole rows already written stay in .part and are resumed
         print(
-            f"nemo-pivotrl {command}: {error.filename or 'file'}: {error.strerror or error}\n"
+            f"nemo-pivotrl {command}: {short(error.filename or 'file', 300)}: {printable(error.strerror or str(error))}\n"
             "    -> free space or mend the path, then run the same command again; finished work is kept",
             file=sys.stderr,
         )
@@ -293,6 +296,22 @@ def run_preflight(options: argparse.Namespace) -> int:
         raise InputError(list(dict.fromkeys(problems)))
     print(f"nothing stands in the way of {', '.join(stages)}")
     return 0
+
+
+def seal_arguments(made: argparse.ArgumentParser) -> None:
+    made.add_argument("files", nargs="+", metavar="FILE.jsonl", help="its rows are read, counted and summed")
+
+
+def run_seal(options: argparse.Namespace) -> None:
+    """Seal artefacts as they stand."""
+    from pathlib import Path
+
+    from nemo_pivotrl.core.artifacts import seal
+    from nemo_pivotrl.core.lock import only_writer
+
+    for path in map(Path, options.files):
+        with only_writer(path.parent, "seal"):
+            print(f"{path}: sealed with {seal(path)} rows")
 
 
 def compare_arguments(made: argparse.ArgumentParser) -> None:
@@ -392,6 +411,7 @@ TOOLS = {
     "plan": Tool("will it fit, and what will it cost", plan_arguments, run_plan),
     "preflight": Tool("what would stop a stage, all at once", preflight_arguments, run_preflight),
     "compare": Tool("two profiles of the same candidates: what moved, and the pivots", compare_arguments, run_compare),
+    "seal": Tool("vouch for artefacts as they stand: of an earlier version, or edited", seal_arguments, run_seal),
     "verify": Tool("score rows of a file", verify_arguments, run_verify),
     "serve-verifier": Tool("serve a verifier to NeMo-Gym", serve_verifier_arguments, run_serve_verifier),
     "serve": Tool("serve the policy, or the patient with its doctors, by vLLM", serve_arguments, run_serve),
@@ -435,7 +455,7 @@ def run_stage(stage: str, recipe: Recipe, fresh: bool, shard: str | None = None)
         more["shard"] = shard_of(shard)
 
     def call() -> None:
-        with missing_module(f"stage {stage}", extras, "reference"):
+        with missing_module(f"stage {stage}", extras, "reference"), alone(stage, recipe, shard):
             if stage in CHECKED:
                 from nemo_pivotrl.tools.checks import preflight
 
@@ -450,6 +470,15 @@ def run_stage(stage: str, recipe: Recipe, fresh: bool, shard: str | None = None)
         return run_together(call, recipe.megatron, place)
     call()
     return 0
+
+
+def alone(stage: str, recipe: Recipe, shard: str | None) -> contextlib.AbstractContextManager[None]:
+    """The lock of the stage's run folder, before anything heavy is imported."""
+    from pathlib import Path
+
+    from nemo_pivotrl.core.lock import only_writer
+
+    return only_writer(Path(recipe.run_dir), stage, f"shard {shard}" if shard else "")
 
 
 def here() -> Place:

@@ -11,6 +11,7 @@ from pathlib import Path
 from nemo_pivotrl.backends.launch import place_of
 from nemo_pivotrl.components import costs as ledger
 from nemo_pivotrl.config import Recipe
+from nemo_pivotrl.core.lock import one_writer
 from nemo_pivotrl.demo.expert_trajectories import make_expert_trajectories
 from nemo_pivotrl.pivotrl.evaluate import evaluate
 from nemo_pivotrl.pivotrl.extract import extract
@@ -25,6 +26,7 @@ from nemo_pivotrl.tools.checks import ROLES, preflight
 Stage = Callable[[Recipe, bool], Path]
 
 
+@one_writer
 def run(recipe: Recipe, fresh: bool = False) -> Path:
     """Every stage the recipe needs, resuming what is unfinished, PivotRL's in rounds (`loop.py`). Returns the report.
 

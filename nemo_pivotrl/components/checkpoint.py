@@ -1,7 +1,8 @@
 """Complete training states on disk: written atomically, resumed exactly, the best few kept.
 
 `FOLDER/step_00010/` holds `policy/` (an ordinary HF checkpoint), `state/` (weights in training, optimiser, random state, in
-the backend's own form) and `meta.json`. A folder appears by rename, when all of it is on disk, so what is there is whole.
+the backend's own form), `meta.json`, and `SHA256SUMS` of all of them, which a resume compares. A folder appears by rename, when
+all of it is on disk, so what is there is whole.
 """
 
 from __future__ import annotations
@@ -19,15 +20,28 @@ from typing import Any
 
 from nemo_pivotrl.backends.base import Trainer
 from nemo_pivotrl.config import Checkpointing
-from nemo_pivotrl.core.atomic import write_atomically
-from nemo_pivotrl.core.errors import InputError, Problem
+from nemo_pivotrl.core.atomic import (
+    SUMS,
+    check_sums,
+    read_json,
+    read_sums,
+    remove_folder,
+    replacing_folder,
+    write_atomically,
+    write_sums,
+)
+from nemo_pivotrl.core.errors import TRY_AGAIN, InputError, Problem
 from nemo_pivotrl.data.chat_template import Chat
 
 STARTED = time.monotonic()
 """What `checkpoint_must_save_by` counts from: the import of this file, right after the process began."""
+META = "meta.json"
+SUMMED = "state/*.distcp"
+"""Files whose ranks summed them as they wrote them, and check them as they load (`megatron/torch_dist.py`)."""
+_DAMAGED = "damaged: remove this checkpoint's folder, then the same command goes on from the one before"
 HELD = "retention/held"
 """Metric of a checkpoint whose out-of-domain score was measured: true where it had been kept. Such checkpoints are saved at once."""
-RESUME = 75
+RESUME = TRY_AGAIN
 """Exit code of a run that stopped at its deadline, saved: EX_TEMPFAIL, the same command goes on."""
 
 
@@ -59,38 +73,14 @@ def is_due(limit_s: float, elapsed_s: float, slowest_step_s: float) -> bool:
 
 @contextmanager
 def _whole(final: Path) -> Iterator[Path]:
-    """A folder to fill that becomes `final` by rename, or nothing. A failed write is an OSError, whoever noticed it."""
+    """A folder to fill that becomes `final`, or nothing. A failed write is an OSError, whoever noticed it."""
     from safetensors import SafetensorError
 
-    part = final.with_name(final.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    try:
-        yield part
-    except (RuntimeError, SafetensorError) as error:
-        raise OSError(0, f"the checkpoint could not be written ({error})", str(part)) from error
-    _sync(part)
-    _remove(final)
-    os.replace(part, final)
-
-
-def _sync(folder: Path) -> None:
-    """Force a folder to disk: a rename may be kept by a power cut that the files' contents do not survive."""
-    for path in [*folder.rglob("*"), folder]:
-        handle = os.open(path, os.O_RDONLY)
+    with replacing_folder(final, SUMMED) as part:
         try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
-def _remove(folder: Path) -> None:
-    """Delete a folder so that a kill in the middle leaves no half of it under its name."""
-    if folder.exists():
-        doomed = folder.with_name(folder.name + ".old")
-        shutil.rmtree(doomed, ignore_errors=True)
-        os.replace(folder, doomed)
-        shutil.rmtree(doomed)
+            yield part
+        except (RuntimeError, SafetensorError) as error:
+            raise OSError(0, f"the checkpoint could not be written ({error})", str(part)) from error
 
 
 def save(
@@ -108,7 +98,8 @@ def save(
         chat.tokenizer.save_pretrained(part / "policy")
         trainer.save_training_state(part / "state")
         meta = json.dumps({"step": step, "identity": identity, "metrics": metrics})
-        (part / "meta.json").write_text(meta, encoding="utf-8")
+        (part / META).write_text(meta, encoding="utf-8")
+        write_sums(part / "policy")  # on its own, for whoever is given that folder
     prune(folder, settings)
 
 
@@ -123,7 +114,7 @@ def prune(folder: Path, settings: Checkpointing) -> None:
     keep = {*scored[: settings.keep_top_k], *found[-1:], *last_held(folder)}
     for path in found:
         if path not in keep:
-            _remove(path)
+            remove_folder(path)
 
 
 def last_held(folder: Path) -> list[Path]:
@@ -141,7 +132,7 @@ def steps(folder: Path) -> list[Path]:
 
 
 def _meta(path: Path) -> dict[str, Any]:
-    return json.loads((path / "meta.json").read_text(encoding="utf-8"))
+    return read_json(path / META, {"step": int, "identity": str, "metrics": dict}, _DAMAGED)
 
 
 def resume(folder: Path, identity: str, trainer: Trainer, fresh: bool) -> int:
@@ -165,6 +156,11 @@ def resume(folder: Path, identity: str, trainer: Trainer, fresh: bool) -> int:
                 f"this recipe and its data give {identity}; use another name for the new run, or add fresh=true to drop the old one",
             )
         )
+    listed = read_sums(found[-1])
+    if listed and not (META in listed and any(name.startswith("state/") for name in listed)):
+        raise InputError(Problem(str(found[-1] / SUMS), None, "file", "no line for state or meta.json", _DAMAGED))
+    if not check_sums(found[-1], _DAMAGED, ("state/", META)):
+        print(f"{found[-1]} was written before checkpoints had checksums: it is resumed unchecked")
     trainer.load_training_state(found[-1] / "state")
     return int(meta["step"])
 
@@ -190,14 +186,16 @@ def published(folder: Path, identity: str) -> int | None:
     path, found = folder / PUBLISHED, steps(folder)
     if not path.exists() or not found or not any((folder / "policy").glob("*.safetensors")):
         return None
-    told = json.loads(path.read_text(encoding="utf-8"))
+    told = read_json(path, {"step": int, "identity": str}, "remove it: the policy is published again")
+    check_sums(folder / "policy", f"remove {path}: the policy is published again from the last checkpoint")
     return int(told["step"]) if told == {"step": _meta(found[-1])["step"], "identity": identity} else None
 
 
 def share(source: Path, final: Path) -> Path:
-    """`final` with the files of `source`: hard links, or copies where the file system knows none."""
+    """`final` with the files of `source`: hard links, or copies where the file system knows none. Raises InputError."""
+    check_sums(source, "damaged: restore it, or train anew with fresh=true")
     with _whole(final) as part:
-        for path in sorted(source.iterdir()):
+        for path in sorted(p for p in source.iterdir() if p.name != SUMS):
             try:
                 os.link(path, part / path.name)
             except OSError:

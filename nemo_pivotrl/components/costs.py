@@ -20,6 +20,7 @@ from typing import Any
 from nemo_pivotrl.algorithms import round_rules as rounds
 from nemo_pivotrl.backends.base import Sampler
 from nemo_pivotrl.config import Generation
+from nemo_pivotrl.core.atomic import append_line, open_input
 from nemo_pivotrl.core.types import Lost, Sample
 
 Entry = dict[str, Any]
@@ -37,8 +38,7 @@ def spend(run_dir: Path, stage: str) -> Iterator[Entry]:
 
     def note() -> None:
         line = {"stage": stage, "seconds": round(time.perf_counter() - start, 2), **dict(entry), "id": name}
-        with (run_dir / "ledger.jsonl").open("a", encoding="utf-8") as handle:
-            handle.write("\n" + json.dumps(line) + "\n")  # a line torn by a kill ends before this one begins
+        append_line(run_dir / "ledger.jsonl", json.dumps(line).encode() + b"\n")
 
     def keep_noting() -> None:
         while not done.wait(max(1.0, min(60.0, (time.perf_counter() - start) / 10))):
@@ -88,8 +88,12 @@ def read_ledger(run_dir: Path) -> list[Entry]:
     """What each process spent on each stage, oldest first; empty where nothing ran. Torn lines are left out."""
     path = run_dir / "ledger.jsonl"
     found: dict[str, Entry] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines() if path.exists() else []):
-        with suppress(ValueError):
+    if not path.exists():
+        return []
+    with open_input(path) as handle:
+        lines = handle.read().splitlines()
+    for number, line in enumerate(lines):
+        with suppress(ValueError, RecursionError):
             entry = json.loads(line)
             if isinstance(entry, dict):
                 found[entry.pop("id", str(number))] = entry

@@ -14,7 +14,7 @@ from typing import Any
 from nemo_pivotrl.components.trackers import open_feeds
 from nemo_pivotrl.config import Recipe
 from nemo_pivotrl.core.artifacts import canonical_json
-from nemo_pivotrl.core.atomic import write_atomically
+from nemo_pivotrl.core.atomic import append_line, open_input, write_atomically
 from nemo_pivotrl.core.errors import InputError, Problem, short
 
 NOT_FINITE = ("NaN", "Infinity", "-Infinity")
@@ -40,8 +40,7 @@ class MetricsLog:
     def write(self, step: int, metrics: Mapping[str, float], timing: Mapping[str, float]) -> None:
         """One line a step (1-based); step 0 is the policy before training."""
         for path, values in ((self.path, metrics), (self.timing, timing)):
-            with path.open("a", encoding="utf-8") as handle:
-                handle.write(_line({"step": step, **values}))
+            append_line(path, _line({"step": step, **values}).encode())
         self._feed({"step": step, **metrics, **timing})
 
     def _feed(self, row: Mapping[str, Any]) -> None:
@@ -57,7 +56,11 @@ class MetricsLog:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """All whole lines; a torn last one is ignored. Raises InputError for a line in the middle that is no row."""
     found = []
-    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1] if path.exists() else [], start=1):
+    if not path.exists():
+        return []
+    with open_input(path) as handle:
+        lines = handle.read().split(b"\n")[:-1]
+    for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
             found.append({key: float(value) if value in NOT_FINITE else value for key, value in row.items()})

@@ -143,6 +143,10 @@ def _convert(hint: Any, value: Any) -> Any:
         if not isinstance(value, Mapping):
             raise ValueError("expected a mapping")
         return {str(k): _convert(args[1], v) for k, v in value.items()}
+    if isinstance(value, str) and (bad := [c for c in value if c == "\0" or "\ud800" <= c <= "\udfff"]):
+        raise ValueError(f"remove the character U+{ord(bad[0]):04X}, which no file name or text can hold")
+    if hint in (int, Any) and isinstance(value, int) and not -(1 << 63) <= value < 1 << 63:
+        raise ValueError("use a number of 64 bits")
     if hint is Any:
         return value
     if hint is type(None):

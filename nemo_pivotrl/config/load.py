@@ -8,6 +8,7 @@ range; all errors of a recipe come at once.
 
 from __future__ import annotations
 
+import math
 import typing
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +16,11 @@ from typing import Any
 
 from nemo_pivotrl.config import Recipe, Verifier
 from nemo_pivotrl.config.build import build
+from nemo_pivotrl.core.atomic import open_input
 from nemo_pivotrl.core.errors import InputError, Problem, short
+
+MAX_BYTES, MAX_VALUES, MAX_DEFAULTS = 1 << 20, 100_000, 50
+"""Bounds of a recipe file, of its values with aliases written out, and of a `defaults:` chain."""
 
 
 def load_recipe(path: str, overrides: Sequence[str] = (), beside: Sequence[str] = ()) -> Recipe:
@@ -23,71 +28,129 @@ def load_recipe(path: str, overrides: Sequence[str] = (), beside: Sequence[str] 
 
     `beside`: sections of the file that are another program's.
     """
-    import yaml
     from omegaconf import DictConfig, OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
     from nemo_pivotrl.config import nemo_aligner as dialect
 
-    parts = _chain(Path(path), [])
+    parts = _chain(Path(path))
     aligner = any(map(dialect.is_aligner, parts))
     if aligner:
         dialect.register_resolvers()
-    tree = typing.cast(DictConfig, OmegaConf.merge(dialect.BASE if aligner else {}, *parts))
-    for section in beside:
-        tree.pop(section, None)
-    for override in overrides:
-        key, equals, value = override.partition("=")
-        if not equals or not key:
-            raise InputError(
-                Problem(
-                    "command line",
-                    None,
-                    override,
-                    "no key=value",
-                    "write section.key=value, e.g. select.lambda_diff=0.5",
-                )
-            )
-        try:
-            OmegaConf.update(tree, key, yaml.safe_load(value), force_add=True)
-        except (OmegaConfBaseException, yaml.YAMLError, TypeError, ValueError) as error:
-            raise InputError(Problem("command line", None, key, value, short(str(error)))) from None
     try:
+        tree = typing.cast(DictConfig, OmegaConf.merge(dialect.BASE if aligner else {}, *parts))
+        for section in beside:
+            tree.pop(section, None)
+        for override in overrides:
+            _override(tree, override)
         plain = typing.cast(dict[str, Any], OmegaConf.to_container(tree, resolve=True))
-    except OmegaConfBaseException as error:
-        raise InputError(
-            Problem(path, None, "interpolation", short(str(error)), "name an existing key or environment variable")
-        ) from None
+    except (OmegaConfBaseException, RecursionError) as error:
+        found = "values that refer to themselves" if isinstance(error, RecursionError) else short(str(error))
+        remedy = "name an existing key or environment variable, and give a key one kind of value in all files"
+        raise InputError(Problem(path, None, "interpolation", found, remedy)) from None
     return dialect.recipe_of(plain, path) if aligner else typing.cast(Recipe, build(Recipe, plain, path))
 
 
-def _chain(path: Path, above: list[Path]) -> list[Any]:
-    """The files of a `defaults:` chain, the most basic first."""
+def _override(tree: Any, override: str) -> None:
+    """Set one `key=value` of the command line. Raises InputError."""
+    import yaml
     from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    key, equals, value = override.partition("=")
+    if not equals or not key:
+        remedy = "write section.key=value, e.g. select.lambda_diff=0.5"
+        raise InputError(Problem("command line", None, override, "no key=value", remedy))
+    try:
+        OmegaConf.update(tree, key, yaml.safe_load(value), force_add=True)
+    except (OmegaConfBaseException, yaml.YAMLError, TypeError, ValueError, RecursionError) as error:
+        raise InputError(Problem("command line", None, key, short(value), short(str(error)))) from None
+
+
+def _chain(path: Path, above: Sequence[Path] = (), seen: set[Path] | None = None) -> list[Any]:
+    """The files of a `defaults:` chain, the most basic first. Each is loaded once, where it comes first."""
+    from nemo_pivotrl.config.nemo_aligner import defaults_of
+
+    seen = set() if seen is None else seen
+    try:
+        own = path.resolve()
+    except (ValueError, OSError, RuntimeError) as error:  # a NUL, a name that is too long, links in a circle
+        raise InputError(Problem(str(path), None, "recipe", short(str(error)), "give the path of a file")) from None
+    if own in above:
+        raise InputError(Problem(str(path), None, "defaults", "a circle", "a recipe cannot be its own default"))
+    if len(above) >= MAX_DEFAULTS:
+        found = f"more than {MAX_DEFAULTS} files, each the default of the last"
+        raise InputError(Problem(str(path), None, "defaults", found, "put some of them together"))
+    if own in seen:
+        return []
+    seen.add(own)
+    node = _load(path, above)
+    defaults = node.pop("defaults", None)
+    entries = [defaults] if isinstance(defaults, str) else [] if defaults is None else defaults
+    if not _is_list(entries) or any(_is_list(entry) or isinstance(entry, (int, float)) for entry in entries):
+        remedy = "name a file, or a list of files, relative to this one"
+        raise InputError(Problem(str(path), None, "defaults", short(str(defaults)), remedy))
+    below = [part for file in defaults_of(list(entries), path.parent) for part in _chain(file, (*above, own), seen)]
+    return [*below, node]
+
+
+def _is_list(value: Any) -> bool:
+    from omegaconf import OmegaConf
+
+    return isinstance(value, list) or OmegaConf.is_list(value)
+
+
+def _load(path: Path, above: Sequence[Path]) -> Any:
+    """A recipe file as OmegaConf reads it. Raises InputError for what is no mapping, or no file of a recipe's size."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
-    if path.resolve() in above:
-        raise InputError(Problem(str(path), None, "defaults", "a circle", "a recipe cannot be its own default"))
     try:
-        node = OmegaConf.load(path)
+        with open_input(path) as handle:
+            text = handle.read(MAX_BYTES + 1).decode()
+        if len(text) > MAX_BYTES:
+            found, remedy = f"more than {MAX_BYTES} bytes", "a recipe is a page of settings; is this another file?"
+            raise InputError(Problem(str(path), None, "recipe", found, remedy))
+        _check_size(text, path)
+        node = OmegaConf.create(text)
     except FileNotFoundError:
         where = str(above[-1]) if above else "command line"
         raise InputError(
             Problem(where, None, "recipe", str(path), "no such file; recipes live under recipes/")
         ) from None
-    except (YAMLError, OSError, UnicodeDecodeError) as error:
+    except (YAMLError, OmegaConfBaseException, OSError, ValueError, RecursionError) as error:
+        if isinstance(error, InputError):
+            raise
         mark = getattr(error, "problem_mark", None)
-        raise InputError(
-            Problem(str(path), mark.line + 1 if mark else None, "YAML", short(str(error)), "mend the file")
-        ) from None
+        found = "nested too deeply" if isinstance(error, RecursionError) else short(str(error))
+        raise InputError(Problem(str(path), mark.line + 1 if mark else None, "YAML", found, "mend the file")) from None
     if not OmegaConf.is_dict(node):
         raise InputError(Problem(str(path), 1, "recipe", "no mapping", "a recipe is a YAML mapping of sections"))
-    defaults = typing.cast(Any, node).pop("defaults", [])
-    defaults = [defaults] if isinstance(defaults, str) else list(defaults or [])
-    from nemo_pivotrl.config.nemo_aligner import defaults_of
+    return node
 
-    files = defaults_of(defaults, path.parent)
-    return [part for file in files for part in _chain(file, [*above, path.resolve()])] + [node]
+
+def _check_size(text: str, path: Path) -> None:
+    """Refuse YAML whose aliases make a few lines into a tree without end. Raises InputError and YAMLError."""
+    import yaml
+
+    sizes: dict[int, float] = {}
+
+    def size(node: Any) -> float:
+        if id(node) not in sizes:
+            sizes[id(node)] = math.inf  # met again below itself: a tree without end
+            below = [part for pair in node.value for part in pair] if isinstance(node, yaml.MappingNode) else node.value
+            sizes[id(node)] = 1 + (0 if isinstance(node, yaml.ScalarNode) else sum(map(size, below)))
+        return sizes[id(node)]
+
+    root = yaml.compose(text, Loader=yaml.SafeLoader)
+    if root is None:
+        return
+    if root.tag != "tag:yaml.org,2002:map":
+        raise InputError(Problem(str(path), 1, "recipe", "no mapping", "a recipe is a YAML mapping of sections"))
+    if size(root) > MAX_VALUES:
+        found = f"more than {MAX_VALUES} values, its aliases written out"
+        raise InputError(Problem(str(path), None, "YAML", found, "write the values down, or fewer aliases"))
 
 
 def verifier_settings(name: str, compat: str | None, overrides: Sequence[str]) -> Verifier:
@@ -105,8 +168,8 @@ def verifier_settings(name: str, compat: str | None, overrides: Sequence[str]) -
             raise InputError(problem)
         try:
             value = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise InputError(Problem("command line", None, key, text, short(str(error)))) from None
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
+            raise InputError(Problem("command line", None, key, short(text), short(str(error)))) from None
         first, *rest = key.split(".")
         if key in ("compat", "message"):
             values[key] = value
@@ -114,5 +177,8 @@ def verifier_settings(name: str, compat: str | None, overrides: Sequence[str]) -
         node: dict[str, Any] = values
         for part in [first, *rest][:-1] if first in ("limits", "judge") else ["settings", first, *rest][:-1]:
             node = node.setdefault(part, {})
+            if not isinstance(node, dict):
+                remedy = "it has a value already: give it once"
+                raise InputError(Problem("command line", None, key, short(node), remedy))
         node[key.split(".")[-1]] = value
     return typing.cast(Verifier, build(Verifier, values, "command line", "verifier."))

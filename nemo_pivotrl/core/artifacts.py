@@ -3,6 +3,10 @@
 An artefact is a JSONL file whose first line is a header (what made this file, from what) and whose other lines are
 rows. A stage refuses an input whose header contradicts its recipe and says which field differs, because a silent
 change of tokenizer, chat template or policy is the commonest way to lose days of GPU time.
+
+The first line ends with a seal: the number of rows and the SHA-256 of header and rows. It stands there, not in a last line and
+not in a file beside, so that one line is all that a reader of JSONL skips (`tail -n +2`), a copy of the file is a copy of its
+seal, and no cut can take the seal away. Its place is kept free while rows are written, and filled before the rename.
 """
 
 from __future__ import annotations
@@ -11,17 +15,48 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+import shutil
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from nemo_pivotrl.core.atomic import aside, create, open_input, rename, reopen, replacing, settle
 from nemo_pivotrl.core.errors import InputError, Problem, short
 
 FORMAT_VERSION = 1
-
-
-HEADER_KEY = "nemo_pivotrl"
+HEADER_KEY, SEAL_KEY = "nemo_pivotrl", "sealed"
+ROWS_AT_ONCE = 256
+MAX_HEADER = 1 << 24
+SEAL_WIDTH = len('{"rows":,"sha256":""}') + 12 + 64
+"""Bytes that are kept free for a seal: of up to 10^12 rows."""
+MADE_BY = {
+    "candidates": "extract",
+    "profiles": "profile",
+    "pivots": "select",
+    "preferences": "preferences",
+    "token_rewards": "reward",
+    "decoded": "decode",
+    "evaluation": "evaluate",
+    "assessment": "assess",
+    "audit": "audit",
+    "retention": "train",
+}
+"""Artefact to the command that makes it."""
+WITH_PROVENANCE = ("candidates", "profiles", "pivots")
+"""Artefacts whose rows are NeMo-Gym rows: what is ours stands in a field `provenance`."""
+IDS = {
+    **dict.fromkeys((*WITH_PROVENANCE, "audit"), ("candidate_id",)),
+    **dict.fromkeys(("preferences", "token_rewards"), ("preference_id",)),
+    "decoded": ("id", "sample"),
+    "evaluation": ("policy", "set"),
+    "assessment": ("arm", "prompt", "sample"),
+    "retention": ("item",),
+}
+"""Artefact to the fields that tell its rows apart."""
+DOUBLE = "an id stands for one row: remove one of the two where they come from, and make this file anew"
 
 
 def canonical_json(value: object) -> str:
@@ -61,15 +96,6 @@ def digest(value: object, length: int = 16) -> str:
     return hashlib.sha256(canonical_json(value).encode("utf-8", "surrogatepass")).hexdigest()[:length]
 
 
-def file_digest(path: Path) -> str:
-    """Hex SHA-256 of a file's bytes (16 characters)."""
-    hasher = hashlib.sha256()
-    with path.open("rb") as handle:
-        while block := handle.read(1 << 20):
-            hasher.update(block)
-    return hasher.hexdigest()[:16]
-
-
 @dataclass(frozen=True, slots=True)
 class Header:
     """First line of an artefact: what made it, from what."""
@@ -81,7 +107,7 @@ class Header:
     parent: str = ""
     """Digest of the input artefact's file, empty for a first stage."""
     tokenizer: str = ""
-    """Fingerprint of the tokenizer (`chat.fingerprint`), empty where none was used."""
+    """Fingerprint of the tokenizer (`Chat.fingerprint`), empty where none was used."""
     chat_template: str = ""
     policy: str = ""
     """Revision of the policy: digest of its weights."""
@@ -91,77 +117,215 @@ class Header:
     format: int = FORMAT_VERSION
 
     def to_line(self) -> str:
+        """The line without its seal: what digests are made of."""
         return canonical_json({HEADER_KEY: asdict(self)}) + "\n"
 
 
-def read_header(path: Path, stage: str | tuple[str, ...]) -> Header:
-    """Header of the artefact at `path`, which must be of `stage` (one of them, where several are given).
+@dataclass(frozen=True, slots=True)
+class Seal:
+    """How much follows the header, and the SHA-256 of header and rows, the seal itself left out."""
 
-    Raises InputError when the file is missing, empty, has no header, or belongs to another stage.
+    rows: int
+    sha256: str
+
+
+def first_line(header: Header, seal: Seal | None = None) -> bytes:
+    """An artefact's first line. It is as long without its seal, which is filled in when the last row is written."""
+    told = canonical_json(None if seal is None else asdict(seal))
+    return f'{header.to_line()[:-2]},"{SEAL_KEY}":{told}}}'.encode() + b" " * (SEAL_WIDTH - len(told)) + b"\n"
+
+
+def read_first_line(line: bytes) -> tuple[Header, Seal | None]:
+    """Undo `first_line`, and read the line of an artefact that has none. Raises ValueError, KeyError or TypeError."""
+    raw = json.loads(line)
+    header, told = Header(**raw[HEADER_KEY]), raw.get(SEAL_KEY)
+    return header, None if told is None else Seal(int(told["rows"]), str(told["sha256"]))
+
+
+@dataclass(frozen=True, slots=True)
+class _Content:
+    """What one pass over a file finds."""
+
+    first: bytes
+    rows: int
+    sha256: str
+    """Of a file that is an artefact: as its seal counts."""
+    torn: bool
+
+
+_contents: dict[tuple[int, ...], _Content] = {}
+"""By what the file system says of a file, so that a stage which asks for header, rows and digest reads it once for them."""
+SETTLED_S = 2.0
+"""A file that changed less than so many seconds ago is read again: another change might not show in its times."""
+
+
+def _content(path: Path) -> _Content:
+    with open_input(path) as handle:
+        about = os.fstat(handle.fileno())
+        key = (about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns, about.st_ctime_ns)
+        if key in _contents:
+            return _contents[key]
+        first = handle.readline(MAX_HEADER)
+        hasher = hashlib.sha256(first)
+        if first.startswith(f'{{"{HEADER_KEY}":'.encode()):
+            with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError):
+                hasher = hashlib.sha256(read_first_line(first)[0].to_line().encode())
+        rows, last = 0, first[-1:]
+        while block := handle.read(1 << 20):
+            hasher.update(block)
+            rows += block.count(b"\n")
+            last = block[-1:]
+        found = _Content(first, rows, hasher.hexdigest(), last != b"\n")
+    if time.time() - about.st_mtime > SETTLED_S:
+        _contents[key] = found
+    return found
+
+
+def file_digest(path: Path) -> str:
+    """Hex SHA-256 of a file's bytes (16 characters); an artefact's seal is left out, so sealing one changes no digest."""
+    return _content(path).sha256[:16]
+
+
+def read_header(path: Path, stage: str | tuple[str, ...]) -> Header:
+    """Header of the artefact at `path`, which must be of `stage` (one of them, where several are given), and whole.
+
+    Raises InputError when the file is missing, empty, cut, damaged, has no header or no seal, or belongs to another stage.
     """
     wanted = (stage,) if isinstance(stage, str) else stage
     if not path.exists():
-        raise InputError(
-            Problem(str(path), None, "file", "no such file", f"run the stage that writes {wanted[0]} first")
-        )
-    with path.open("rb") as handle:
-        first = handle.readline()
-    try:
-        raw = json.loads(first)[HEADER_KEY]
-        header = Header(**raw)
-    except (ValueError, KeyError, TypeError, RecursionError):
-        found = "an empty file" if not first else short(first.decode("utf-8", "replace"))
-        raise InputError(
-            Problem(str(path), 1, "header", found, "this is no nemo_pivotrl artefact; give a file that a stage wrote")
-        ) from None
+        remedy = f"run the stage that writes {wanted[0]} first"
+        raise InputError(Problem(str(path), None, "file", "no such file", remedy))
+    content = _content(path)
+    header, seal = _parsed(path, content.first)
     if header.format != FORMAT_VERSION:
-        raise InputError(
-            Problem(
-                str(path),
-                1,
-                "format",
-                str(header.format),
-                f"this version reads format {FORMAT_VERSION}; re-run the stage",
-            )
-        )
+        remedy = f"this version reads format {FORMAT_VERSION}; re-run the stage"
+        raise InputError(Problem(str(path), 1, "format", short(str(header.format)), remedy))
     if header.stage not in wanted:
-        raise InputError(
-            Problem(str(path), 1, "stage", header.stage, f"this stage reads {' or '.join(wanted)}; check the path")
-        )
+        remedy = f"this stage reads {' or '.join(wanted)}; check the path"
+        raise InputError(Problem(str(path), 1, "stage", short(header.stage), remedy))
+    _check_whole(path, content, header, seal)
     return header
 
 
+def _parsed(path: Path, first: bytes) -> tuple[Header, Seal | None]:
+    try:
+        return read_first_line(first)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        found = "an empty file" if not first else short(first[:1000].decode("utf-8", "replace"))
+        remedy = "this is no nemo_pivotrl artefact; give a file that a stage wrote"
+        raise InputError(Problem(str(path), 1, "header", found, remedy)) from None
+
+
+def _check_whole(path: Path, content: _Content, header: Header, seal: Seal | None) -> None:
+    """Refuse an artefact that is not what its seal says. Raises InputError that names the line, where one shows."""
+    made_by = MADE_BY.get(header.stage, "STAGE")
+    again = (
+        f"re-run the stage (nemo-pivotrl {made_by} RECIPE fresh=true), or copy the file again from where it is whole"
+    )
+    if seal is None:
+        found = f"no seal on {content.rows} rows: unfinished, made by an earlier version, or edited"
+        remedy = f"if it is as you want it: nemo-pivotrl seal {path}; or {again}"
+        raise InputError(Problem(str(path), 1, SEAL_KEY, found, remedy))
+    if (content.rows, content.sha256) == (seal.rows, seal.sha256) and content.first == first_line(header, seal):
+        return
+    problems = list(_odd_lines(path, again))
+    if not problems and (content.rows != seal.rows or content.torn):
+        end = "in the middle of a row" if content.torn else f"after {content.rows} rows"
+        found = f"it ends {end}, and {seal.rows} were written"
+        problems.append(Problem(str(path), content.rows + 1 + content.torn, "rows", found, again))
+    elif not problems:
+        found = "rows or header are not what was written: changed, or in another order"
+        problems.append(
+            Problem(str(path), 1, "sha256", found, f"if you changed it: nemo-pivotrl seal {path}; or {again}")
+        )
+    raise InputError(problems)
+
+
+def _odd_lines(path: Path, remedy: str) -> Iterator[Problem]:
+    """Lines of a damaged artefact that show the damage: not JSON, or there before."""
+    seen: dict[bytes, int] = {}
+    for number, line in enumerate(_lines(path), start=1):
+        if number > 1:
+            try:
+                _object(line)
+            except (ValueError, RecursionError) as error:
+                shown = short(line[:1000].decode("utf-8", "replace"))
+                yield Problem(str(path), number, "line", shown, f"not a JSON object ({error}); {remedy}")
+                continue
+            key = hashlib.sha256(line).digest()
+            if key in seen:
+                yield Problem(str(path), number, "line", f"the row of line {seen[key]} again", remedy)
+            seen[key] = number
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    with open_input(path) as handle:
+        yield from handle
+
+
+def _object(line: bytes) -> dict[str, Any]:
+    row = json.loads(line)
+    if not isinstance(row, dict):
+        raise ValueError(f"it is a {type(row).__name__}")
+    return row
+
+
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """Rows after the header. Raises InputError with every line that is not a JSON object."""
+    """Rows after the header of a whole artefact. Raises InputError as `placed_rows` does."""
     return (row for _, row in placed_rows(path))
 
 
 def placed_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(byte at which its line begins, row) of every row after the header. Raises InputError as `read_rows` does."""
+    """(byte at which its line begins, row) of every row after the header.
+
+    Raises InputError for an artefact that is cut, damaged or without a seal, and names every id that comes twice.
+    """
+    content = _content(path)
+    header, seal = _parsed(path, content.first)
+    _check_whole(path, content, header, seal)
+    yield from _unique(path, header.stage, _placed(path))
+
+
+def _placed(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """As `placed_rows`, without a look at seal and ids. Raises InputError with every line that is not a JSON object."""
     problems = []
-    with path.open("rb") as handle:
-        end = len(handle.readline())
-        for number, line in enumerate(handle, start=2):
-            place, end = end, end + len(line)
-            try:
-                row = json.loads(line)
-                if not isinstance(row, dict):
-                    raise ValueError(f"it is a {type(row).__name__}")
-            except (ValueError, RecursionError) as error:
-                problems.append(
-                    Problem(
-                        str(path),
-                        number,
-                        "line",
-                        short(line.decode("utf-8", "replace")),
-                        f"not a JSON object ({error}); re-run the stage",
-                    )
-                )
-                continue
-            if not problems:
-                yield place, row
+    end = 0
+    for number, line in enumerate(_lines(path), start=1):
+        place, end = end, end + len(line)
+        if number == 1:
+            continue
+        try:
+            row = _object(line)
+        except (ValueError, RecursionError) as error:
+            shown = short(line[:1000].decode("utf-8", "replace"))
+            problems.append(Problem(str(path), number, "line", shown, f"not a JSON object ({error}); re-run the stage"))
+            continue
+        if not problems:
+            yield place, row
     if problems:
         raise InputError(problems)
+
+
+def _unique(path: Path, stage: str, rows: Iterator[tuple[int, dict[str, Any]]]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The rows. Raises InputError after the last of them where an id came twice."""
+    seen: dict[object, int] = {}
+    problems = []
+    for number, (place, row) in enumerate(rows, start=2):
+        name = row_id(stage, row)
+        if name is not None and seen.setdefault(name, number) != number:
+            found = f"{short(str(name))}, as in line {seen[name]}"
+            problems.append(Problem(str(path), number, "id", found, DOUBLE))
+        yield place, row
+    if problems:
+        raise InputError(problems)
+
+
+def row_id(stage: str, row: Mapping[str, Any]) -> object:
+    """What tells a row of this stage's artefact from every other; None where rows have no id."""
+    keys = IDS.get(stage, ())
+    source = row.get("provenance", {}) if stage in WITH_PROVENANCE else row
+    found = tuple(source.get(key) for key in keys) if isinstance(source, Mapping) else ()
+    return None if not found or None in found else found[0] if len(found) == 1 else repr(found)
 
 
 def rows_at(path: Path, places: Iterable[int]) -> Iterator[dict[str, Any]]:
@@ -206,95 +370,137 @@ def check_parent(path: Path, found: Header, parent: Path) -> None:
 def is_complete(path: Path, header: Header, fresh: bool) -> bool:
     """Whether the finished artefact at `path` is the one `header` describes.
 
-    Raises InputError when it is finished but another one and `fresh` is not set: it may be paid-for work.
+    Raises InputError when it is finished but another one, or damaged, and `fresh` is not set: it may be paid-for work.
     """
     if fresh or not path.exists():
         return False
-    with path.open("rb") as handle:
-        first = handle.readline()
-    if first == header.to_line().encode():
-        return True
-    difference = short(header_difference(first, header.to_line().encode()))
-    raise InputError(
-        Problem(
-            str(path), 1, "header", difference, "finished work of another recipe or input; add fresh=true to replace it"
-        )
-    )
+    content = _content(path)
+    found, seal = _parsed(path, content.first)
+    if found.to_line() != header.to_line():
+        difference = short(header_difference(found.to_line().encode(), header.to_line().encode()))
+        remedy = "finished work of another recipe or input; add fresh=true to replace it"
+        raise InputError(Problem(str(path), 1, "header", difference, remedy))
+    _check_whole(path, content, found, seal)
+    return True
 
 
 class ArtefactWriter:
     """Writes an artefact so that kill -9 at any byte loses at most the rows not yet flushed.
 
-    Rows go to `PATH.part`. `finish` renames it to PATH, so PATH is always complete. Opening a second time with the
+    Rows go to `PATH.part`. `finish` seals it and renames it to PATH, so PATH is always complete. Opening a second time with the
     same header resumes: whole rows are kept, a torn last line is cut off, and `rows_done` says how many are there.
     A `.part` with another header is refused unless `fresh` is set: it holds somebody's paid-for rollouts.
     """
 
     def __init__(self, path: Path, header: Header, fresh: bool = False):
-        self.path = path
-        self.part = path.with_name(path.name + ".part")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        line = header.to_line().encode()
-        self.rows_done = 0
-        if self.part.exists() and not fresh:
-            self.rows_done = self._keep_whole_rows(line)
-        if self.rows_done == 0:
-            self.part.write_bytes(line)
-        self._handle = self.part.open("ab")
+        self.path, self.part, self.header = path, aside(path), header
+        self.rows_done = self._rows = 0
+        self._hasher = hashlib.sha256(header.to_line().encode())
+        resumed = not fresh and os.path.lexists(self.part)
+        self._handle = reopen(self.part) if resumed else create(self.part)
+        try:
+            if resumed:
+                self.rows_done = self._rows = self._keep_whole_rows()
+            if self.rows_done == 0:
+                self._handle.seek(0)
+                self._handle.truncate()
+                self._handle.write(first_line(header))
+        except BaseException:
+            self._close()
+            raise
 
-    def _keep_whole_rows(self, header_line: bytes) -> int:
-        with self.part.open("rb+") as handle:
-            first = handle.readline()
-            if not first.endswith(b"\n"):
-                return 0
-            if first != header_line:
-                raise InputError(
-                    Problem(
-                        str(self.part),
-                        1,
-                        "header",
-                        short(header_difference(first, header_line)),
-                        "unfinished work of another recipe or input; finish it with its own recipe, or add fresh=true to drop it",
-                    )
-                )
-            rows, end = 0, handle.tell()
-            while handle.readline().endswith(b"\n"):
-                rows, end = rows + 1, handle.tell()
-            handle.truncate(end)
+    def _keep_whole_rows(self) -> int:
+        """Cut the part after its last whole row; how many there are. The place for the seal may hold one, or half of one."""
+        first, own = self._handle.readline(), first_line(self.header)
+        if not first.endswith(b"\n"):
+            return 0
+        if len(first) != len(own) or first[: -SEAL_WIDTH - 2] != own[: -SEAL_WIDTH - 2]:
+            difference = short(header_difference(first, own))
+            remedy = "unfinished work of another recipe or input; finish it with its own recipe, or add fresh=true to drop it"
+            raise InputError(Problem(str(self.part), 1, "header", difference, remedy))
+        rows, end = 0, self._handle.tell()
+        while (line := self._handle.readline()).endswith(b"\n"):
+            rows, end = rows + 1, end + len(line)
+            self._hasher.update(line)
+        self._handle.seek(end)
+        self._handle.truncate()
         return rows
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """The rows already there, for a stage that resumes."""
-        return read_rows(self.part)
+        return (row for _, row in _placed(self.part))
 
     def write(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Append rows as one write, then fsync. A crash may keep the first of them; a torn last row is cut on resume."""
-        lines = b"".join(json_line(row) for row in rows)
+        """Append rows as one write, then sync. A crash may keep the first of them; a torn last row is cut on resume."""
+        self.write_lines([json_line(row) for row in rows])
+
+    def write_lines(self, lines: Sequence[bytes], sync: bool = True) -> None:
+        """As `write`, for rows that are lines already, each with its end. `sync` False: what is quick to make again."""
+        text = b"".join(lines)
         try:
-            self._handle.write(lines)
-            self._handle.flush()
-            os.fsync(self._handle.fileno())
+            self._handle.write(text)
+            if sync:
+                settle(self._handle)
         except OSError:
-            with contextlib.suppress(OSError):
-                self._handle.close()  # now, or its buffer would reach the file at some later time
+            self._close()  # now, or its buffer would reach the file at some later time
             raise
+        self._hasher.update(text)
+        self._rows += len(lines)
 
     def finish(self) -> Path:
-        self._handle.close()
-        os.replace(self.part, self.path)
+        """Seal the part and give it its name. Raises OSError."""
+        seal = first_line(self.header, Seal(self._rows, self._hasher.hexdigest()))[-SEAL_WIDTH - 2 :]
+        self._handle.flush()  # the header of an artefact without rows
+        os.pwrite(self._handle.fileno(), seal, len(first_line(self.header)) - len(seal))
+        settle(self._handle)
+        self._close()
+        rename(self.part, self.path)
         return self.path
+
+    def _close(self) -> None:
+        with contextlib.suppress(OSError):
+            self._handle.close()
 
     def __enter__(self) -> ArtefactWriter:
         return self
 
     def __exit__(self, *error: object) -> None:
         """Close the file; unless `finish` was called, `.part` stays for a later resume."""
-        self._handle.close()
+        self._close()
+
+
+def write_artefact(path: Path, header: Header, rows: Iterable[Mapping[str, Any]]) -> Path:
+    """Write an artefact in one go, in the place of any that is there. Raises OSError."""
+    rest = iter(rows)
+    with ArtefactWriter(path, header, fresh=True) as writer:
+        while lines := [json_line(row) for row in islice(rest, ROWS_AT_ONCE)]:
+            writer.write_lines(lines, sync=False)
+        return writer.finish()
 
 
 def header_difference(found: bytes, wanted: bytes) -> str:
+    """What differs between two header lines, field by field."""
     try:
         old, new = json.loads(found)[HEADER_KEY], json.loads(wanted)[HEADER_KEY]
-    except (ValueError, KeyError, TypeError):
-        return found.decode("utf-8", "replace")
-    return ", ".join(f"{key}={old.get(key)!r} (now {new[key]!r})" for key in new if old.get(key) != new[key])
+        return ", ".join(f"{key}={old.get(key)!r} (now {new[key]!r})" for key in new if old.get(key) != new[key])
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return found[:1000].decode("utf-8", "replace")
+
+
+def seal(path: Path) -> int:
+    """Vouch for an artefact as it stands: one of an earlier version, or edited by hand. Returns its number of rows.
+
+    Raises InputError for a file without a header, for lines that are no rows, and for ids that come twice.
+    """
+    content = _content(path)
+    header, _ = _parsed(path, content.first)
+    for _ in _unique(path, header.stage, _placed(path)):
+        pass
+    if content.torn:
+        found = "no line end: the last row may be cut"
+        raise InputError(Problem(str(path), content.rows + 2, "line", found, "add the line end, or remove the line"))
+    with replacing(path) as target, open_input(path) as source:
+        source.readline()
+        target.write(first_line(header, Seal(content.rows, content.sha256)))
+        shutil.copyfileobj(source, target, 1 << 20)
+    return content.rows

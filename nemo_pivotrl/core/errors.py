@@ -6,6 +6,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 MAX_PROBLEMS_SHOWN = 20
+MAX_NAME = 300
+"""Characters of a file's name that are shown: its last ones."""
+TRY_AGAIN = 75
+"""Exit code of a command that another time may succeed: EX_TEMPFAIL."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,8 +28,21 @@ class Problem:
     """What to do about it."""
 
     def __str__(self) -> str:
-        where = self.file if self.line is None else f"{self.file}:{self.line}"
-        return f"{where}: {self.field}: found {self.found}\n    -> {self.remedy}"
+        file = self.file if len(self.file) <= MAX_NAME else f"…{self.file[-MAX_NAME:]}"
+        where = file if self.line is None else f"{file}:{self.line}"
+        return printable(f"{where}: {self.field}: found {self.found}") + printable(f"\n    -> {self.remedy}")
+
+
+class AtWork(RuntimeError):
+    """Another process writes in this run folder. The command prints it and exits with `TRY_AGAIN`; nothing was changed."""
+
+    def __init__(self, folder: str, holder: str):
+        self.folder, self.holder = folder, holder
+        remedy = "wait for it to end, or stop it, then run the same command again; nothing was changed"
+        super().__init__(printable(f"{folder}: at work here: {holder}") + f"\n    -> {remedy}")
+
+    def __reduce__(self) -> tuple[type[AtWork], tuple[str, str]]:
+        return AtWork, (self.folder, self.holder)
 
 
 class InputError(ValueError):
@@ -66,6 +83,16 @@ class UnrenderableState(InputError):
 
 def short(value: object, limit: int = 120) -> str:
     """`value` as one line of at most `limit` characters, for error messages."""
-    text = value if isinstance(value, str) else repr(value)
-    text = " ".join(text.split())
+    try:
+        text = value if isinstance(value, str) else repr(value)
+    except (ValueError, RecursionError):  # a number of thousands of digits, a value that holds itself
+        text = f"a {type(value).__name__} too large to show"
+    text = printable(" ".join(text.split()))
     return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def printable(text: str) -> str:
+    """`text` without what a terminal obeys or cannot show (escape sequences, changes of direction), which is written as \\x1b."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from nemo_pivotrl.config import ChatSettings
 from nemo_pivotrl.core.errors import InputError, Problem, UnrenderableState, short
 from nemo_pivotrl.core.types import Message
+from nemo_pivotrl.data import template_sandbox
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -62,9 +63,7 @@ class Template:
         if mark:
             prepared, tools = self._broken_up(prepared, mark), self._broken_up(list(tools), mark)
         try:
-            text = self.tokenizer.apply_chat_template(
-                prepared, tools=list(tools) or None, add_generation_prompt=prompt, tokenize=False, **self.kwargs
-            )
+            text = template_sandbox.render(self.tokenizer, prepared, tools, prompt, **self.kwargs)
         except InputError:
             raise
         except Exception as error:  # whatever a template does with a state that it was not written for

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,11 +16,13 @@ from nemo_pivotrl.backends.identity import policy_revision
 from nemo_pivotrl.components.rollout import load_chat
 from nemo_pivotrl.config import Policy, Recipe, Sft
 from nemo_pivotrl.core.artifacts import digest
-from nemo_pivotrl.core.atomic import write_atomically
+from nemo_pivotrl.core.atomic import replacing_folder, write_atomically
+from nemo_pivotrl.core.lock import one_writer
 from nemo_pivotrl.demo import answer_styles as manners, tiny_models as tiny
 from nemo_pivotrl.pivotrl.sft import Sequence_, conversation, epochs, fit
 
 
+@one_writer
 def make_manners(recipe: Recipe, fresh: bool = False) -> Path:
     """Write `patient/policy`, `novice/policy` (the doctor's start) and the questions of both splits; returns their folder."""
     shape = recipe.manners
@@ -35,9 +36,8 @@ def make_manners(recipe: Recipe, fresh: bool = False) -> Path:
     ):
         init = recipe.path(f"{name}.init-{digest([recipe.seed, dataclasses.asdict(shape)], 8)}")
         if not init.exists():
-            part = init.with_name(init.name + ".part")
-            tiny.save(tiny.make_model(tokenizer, hidden, layers, shape.heads, recipe.seed), tokenizer, part)
-            os.replace(part, init)
+            with replacing_folder(init) as part:
+                tiny.save(tiny.make_model(tokenizer, hidden, layers, shape.heads, recipe.seed), tokenizer, part)
         teach(recipe, name, init, taught, fresh)
     folder = recipe.path("manners")
     for split in ("train", "test"):

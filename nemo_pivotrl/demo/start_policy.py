@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import random
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 from nemo_pivotrl.components.rollout import load_chat
 from nemo_pivotrl.config import Recipe
 from nemo_pivotrl.core.artifacts import digest
+from nemo_pivotrl.core.atomic import replacing_folder
 from nemo_pivotrl.demo import service_desk, simulators, tiny_models
 from nemo_pivotrl.pivotrl.sft import Sequence_, conversation, epochs, fit, identity_for
 
@@ -29,13 +29,12 @@ def make_start_policy(recipe: Recipe, fresh: bool) -> Path:
         tokenizer = tiny_models.make_tokenizer(
             (text for t in [*desk, *puzzles] for text in _texts(t)), shape.vocab_size
         )
-        part = init.with_name(init.name + ".part")
-        tiny_models.save(
-            tiny_models.make_model(tokenizer, shape.hidden_size, shape.layers, shape.heads, recipe.seed),
-            tokenizer,
-            part,
-        )
-        os.replace(part, init)
+        with replacing_folder(init) as part:
+            tiny_models.save(
+                tiny_models.make_model(tokenizer, shape.hidden_size, shape.layers, shape.heads, recipe.seed),
+                tokenizer,
+                part,
+            )
     policy = dataclasses.replace(recipe.policy, model_name=str(init))
     chat = load_chat(policy)
     desk_sequences, puzzle_sequences = ([conversation(t, chat) for t in some] for some in (desk, puzzles))

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from datetime import UTC, datetime
 from pathlib import Path
 
 from nemo_pivotrl.components import checkpoint
 from nemo_pivotrl.config import Recipe
 from nemo_pivotrl.core.atomic import write_atomically
-from nemo_pivotrl.pipeline import make_world
-from nemo_pivotrl.pivotrl.export import export
+from nemo_pivotrl.core.lock import one_writer
+from nemo_pivotrl.demo.expert_trajectories import make_expert_trajectories
+from nemo_pivotrl.pivotrl.export import export, made_at
 from nemo_pivotrl.pivotrl.extract import extract
 from nemo_pivotrl.pivotrl.profile import profile
 from nemo_pivotrl.pivotrl.select import select_pivots
@@ -19,10 +19,11 @@ from nemo_pivotrl.pivotrl.sft import makes_start_policy, warmup
 from nemo_pivotrl.pivotrl.train import train
 
 
+@one_writer
 def nemotron(recipe: Recipe, fresh: bool = False) -> Path:
     """Every stage from extraction to training, resuming what is unfinished, then the artefacts; returns the policy."""
     if recipe.path("world/trajectories.jsonl") in map(Path, recipe.extract.trajectories):
-        make_world(recipe, fresh)
+        make_expert_trajectories(recipe, fresh)
     extract(recipe, fresh)
     if makes_start_policy(recipe):
         warmup(recipe, fresh)
@@ -49,7 +50,7 @@ def model_metadata(path: Path, step: int) -> dict[str, object]:
         "path": str(path),
         "type": "ModelArtifact",
         "metadata": {"step": step, "format": "checkpoint_hf"},
-        "created_at": datetime.now(UTC).isoformat(),
+        "created_at": made_at(),
         "producer": "local",
         "tracking": None,
         "name": "pivotrl/model",

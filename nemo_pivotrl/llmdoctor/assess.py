@@ -27,6 +27,7 @@ from nemo_pivotrl.config import Arm, Recipe
 from nemo_pivotrl.core.artifacts import ArtefactWriter, Header, digest, file_digest, is_complete, json_line, read_rows
 from nemo_pivotrl.core.atomic import write_atomically
 from nemo_pivotrl.core.errors import InputError, NotFiniteError, Problem
+from nemo_pivotrl.core.lock import one_writer
 from nemo_pivotrl.data.chat_template import Chat
 from nemo_pivotrl.llmdoctor import oracles
 from nemo_pivotrl.llmdoctor.decode import Prompt, Rendered, load, prompt_ids, read_prompts
@@ -34,9 +35,10 @@ from nemo_pivotrl.llmdoctor.decode import Prompt, Rendered, load, prompt_ids, re
 Row = dict[str, Any]
 
 
+@one_writer
 def assess(recipe: Recipe, fresh: bool = False) -> Path:
     """Write `assessment.jsonl` (one row an answer) and `assessment.json`, and print the table. Resumes after kill -9 to the
-    same answers; times differ."""
+    same bytes; times stand in the ledger alone."""
     _check(recipe)
     settings, path = recipe.assess, recipe.path("assessment.jsonl")
     header = Header("assessment", _digest(recipe), policy=policy_revision(recipe.patient.model_name))
@@ -48,11 +50,13 @@ def assess(recipe: Recipe, fresh: bool = False) -> Path:
         with ArtefactWriter(path, header, fresh) as writer, spend(Path(recipe.run_dir), "assess") as cost:
             each = len(asked) * settings.samples
             done, skip = divmod(writer.rows_done, each)
-            arms = list(settings.arms.items())
+            arms, speeds = list(settings.arms.items()), cost.setdefault("seconds_per_token", {})
             with progress(len(arms), done, "assess", "arm") as bar:
                 for label, arm in arms[done:]:
                     # a torn arm is answered again, and only what is missing of it is written
-                    writer.write(exam.answers(label, arm)[skip:])
+                    answers, seconds = exam.answers(label, arm)
+                    writer.write(answers[skip:])
+                    speeds[label] = seconds / sum(row["tokens"] for row in answers)
                     skip = 0
                     bar.update(1)
             writer.finish()
@@ -117,8 +121,8 @@ class _Exam:
     generator: GuidedGenerator
     judges: Mapping[str, oracles.Oracle]
 
-    def answers(self, label: str, arm: Arm) -> list[Row]:
-        """The arm's answers, the best of each lot where it samples several."""
+    def answers(self, label: str, arm: Arm) -> tuple[list[Row], float]:
+        """(The arm's answers, the best of each lot where it samples several, seconds that all of them took)."""
         settings = self.recipe.assess
         work = [(p, k, n) for p in range(len(self.asked)) for k in range(settings.samples) for n in range(arm.best_of)]
         requests = [
@@ -156,11 +160,10 @@ class _Exam:
         best = [max(lot, key=lambda row: row["scores"][settings.objectives[0]]) for lot in lots]
         kept = sum(row["tokens"] for row in best)
         cost = {
-            "seconds_per_token": seconds / kept,
             "forwards_per_token": {name: count / kept for name, count in forwards.items()},
             "tokens_spent": spent / len(best),
         }
-        return [row | cost for row in best]
+        return [row | cost for row in best], seconds
 
     def _row(self, label: str, p: int, k: int, text: str, answer: Guided) -> Row:
         row = {
@@ -250,7 +253,6 @@ def summarise(rows: Sequence[Row], recipe: Recipe) -> dict[str, Any]:
             "diversity": float(np.mean([repetition_diversity(r["text"]) for r in mine])),
             "tokens": float(np.mean([r["tokens"] for r in mine])),
             "tokens_spent": mine[0]["tokens_spent"],
-            "seconds_per_token": mine[0]["seconds_per_token"],
             "forwards_per_token": mine[0]["forwards_per_token"],
         }
     prompts = len({row["prompt"] for row in rows})

@@ -25,6 +25,7 @@ from nemo_pivotrl.config import Recipe
 from nemo_pivotrl.core import model_folder
 from nemo_pivotrl.core.artifacts import ArtefactWriter, Header, digest, file_digest, is_complete, read_rows
 from nemo_pivotrl.core.errors import InputError, NotFiniteError, Problem, short
+from nemo_pivotrl.core.lock import one_writer
 from nemo_pivotrl.core.types import Lost
 from nemo_pivotrl.data.chat_template import Chat, load_tokenizer
 from nemo_pivotrl.llmdoctor.reward import load_patient_chat
@@ -62,6 +63,7 @@ Rendered = tuple[list[int], dict[str, list[int]]]
 """A prompt's token ids, and those of doctors that read another prompt."""
 
 
+@one_writer
 def decode(recipe: Recipe, fresh: bool = False) -> Path:
     """Write the decoded artefact and print what guidance changed. Raises InputError for what cannot be decoded."""
     settings = recipe.decode

@@ -11,15 +11,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from nemo_pivotrl.components.lineage import source_digest
 from nemo_pivotrl.config import Recipe
-from nemo_pivotrl.core.artifacts import ArtefactWriter, Header, digest, file_digest
+from nemo_pivotrl.core.artifacts import Header, write_artefact
 from nemo_pivotrl.core.atomic import write_atomically
 from nemo_pivotrl.core.errors import InputError, Problem
+from nemo_pivotrl.core.lock import one_writer
 from nemo_pivotrl.core.types import Preference
 from nemo_pivotrl.data.preferences import Found, preference_to_row, prompt_digest, read_preferences
 from nemo_pivotrl.data.splits import split_by_task
 
 
+@one_writer
 def preferences(recipe: Recipe, fresh: bool = False) -> Path:
     """Write `preferences.jsonl` and its audit; returns the artefact's path. Raises InputError for bad records."""
     settings = recipe.preferences
@@ -33,11 +36,8 @@ def preferences(recipe: Recipe, fresh: bool = False) -> Path:
     if not kept:
         remedy = "see the skipped records above; check preferences.format, or add files"
         raise InputError(Problem(str(path), None, "preferences", "none kept", remedy))
-    files = [*settings.files, *(path for paths in settings.objectives.values() for path in paths)]
-    parent = digest([file_digest(Path(p)) for p in files])
-    with ArtefactWriter(path, Header("preferences", recipe.digest("preferences"), parent), fresh=True) as writer:
-        writer.write(preference_to_row(p) for p in kept)
-        writer.finish()
+    parent = source_digest(recipe, "preferences")
+    write_artefact(path, Header("preferences", recipe.digest("preferences"), parent), map(preference_to_row, kept))
     write_atomically(recipe.path("preferences.audit.json"), json.dumps(audit, indent=2, sort_keys=True) + "\n")
     return path
 

@@ -17,12 +17,14 @@ from nemo_pivotrl.config import Rank, Recipe
 from nemo_pivotrl.core.artifacts import read_rows
 from nemo_pivotrl.core.atomic import write_atomically
 from nemo_pivotrl.core.errors import InputError, Problem
+from nemo_pivotrl.core.lock import one_writer
 from nemo_pivotrl.llmdoctor import oracles
 from nemo_pivotrl.llmdoctor.decode import decode, read_prompts
 
 Record = dict[str, Any]
 
 
+@one_writer
 def rank(recipe: Recipe, fresh: bool = False) -> Path:
     """Write `ranked/OBJECTIVE.jsonl` for each objective; returns the folder. Raises InputError for what cannot be asked."""
     settings = recipe.rank

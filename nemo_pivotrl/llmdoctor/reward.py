@@ -25,6 +25,7 @@ from nemo_pivotrl.backends.base import Scorer
 from nemo_pivotrl.backends.batching import batches
 from nemo_pivotrl.backends.identity import policy_revision, without_start
 from nemo_pivotrl.components.costs import spend
+from nemo_pivotrl.components.lineage import check_lineage
 from nemo_pivotrl.components.progress import progress
 from nemo_pivotrl.config import Patient, Recipe, Reward
 from nemo_pivotrl.core.artifacts import (
@@ -38,6 +39,7 @@ from nemo_pivotrl.core.artifacts import (
 )
 from nemo_pivotrl.core.atomic import write_atomically
 from nemo_pivotrl.core.errors import InputError, Problem
+from nemo_pivotrl.core.lock import one_writer
 from nemo_pivotrl.core.types import Preference
 from nemo_pivotrl.data.chat_template import Chat, generation_stop_ids, load_tokenizer
 from nemo_pivotrl.data.preferences import preference_of_row
@@ -51,6 +53,7 @@ NOISE_MARGIN = 10
 """Mean Delta below so many times the noise floor is weak."""
 
 
+@one_writer
 def build_rewards(recipe: Recipe, fresh: bool = False) -> Path:
     """Write `token_rewards.jsonl` and `token_rewards.json`; returns the artefact. Raises InputError for bad input."""
     return write_token_rewards(
@@ -62,6 +65,7 @@ def build_rewards(recipe: Recipe, fresh: bool = False) -> Path:
     )
 
 
+@one_writer
 def write_token_rewards(
     recipe: Recipe,
     chat: Chat,
@@ -71,7 +75,7 @@ def write_token_rewards(
 ) -> Path:
     """As `reward`, for any patient: its template, the digest of its weights, and what scores tokens under it."""
     source = recipe.path("preferences.jsonl")
-    read_header(source, "preferences")
+    check_lineage(recipe, source, read_header(source, "preferences"))
     preferences = [preference_of_row(row) for row in read_rows(source)]
     faces = faces_of(recipe.reward, sorted({p.objective for p in preferences}))
     prompts = FacePrompts(chat, faces, recipe.patient.max_total_sequence_length)

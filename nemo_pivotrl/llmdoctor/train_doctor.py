@@ -19,18 +19,21 @@ from nemo_pivotrl.algorithms.llmdoctor import doctor_loss
 from nemo_pivotrl.backends import loading
 from nemo_pivotrl.backends.base import TokenBatch, Trainer
 from nemo_pivotrl.backends.identity import identity_of, policy_revision
+from nemo_pivotrl.components.lineage import check_lineage
 from nemo_pivotrl.components.loop import Job, Step, run
 from nemo_pivotrl.components.progress import steps_of
 from nemo_pivotrl.components.rollout import load_chat
 from nemo_pivotrl.config import Recipe, Tfpo
 from nemo_pivotrl.core.artifacts import digest, file_digest, read_header, read_rows
 from nemo_pivotrl.core.errors import InputError, Problem
+from nemo_pivotrl.core.lock import one_writer
 from nemo_pivotrl.data.chat_template import Chat
 
 Pair = dict[str, Any]
 """A row of the artefact: prompt_ids, and for chosen and rejected their ids, rewards and whether the answer ended."""
 
 
+@one_writer
 def train_doctor(recipe: Recipe, fresh: bool = False) -> Path:
     """Train the doctors; returns the (last) doctor's folder, an ordinary HF checkpoint without the head.
 
@@ -39,6 +42,7 @@ def train_doctor(recipe: Recipe, fresh: bool = False) -> Path:
     settings, source = recipe.tfpo, recipe.path("token_rewards.jsonl")
     chat = load_chat(recipe.doctor)
     found = read_header(source, "token_rewards")
+    check_lineage(recipe, source, found)
     if found.tokenizer != chat.fingerprint:
         remedy = "a doctor must share the patient's tokenizer: start from a model with the same vocabulary"
         raise InputError(

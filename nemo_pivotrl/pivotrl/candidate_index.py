@@ -14,7 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from nemo_pivotrl.algorithms import pivotrl
+from nemo_pivotrl.core.artifacts import read_rows
+from nemo_pivotrl.core.atomic import open_input
 from nemo_pivotrl.core.errors import InputError, Problem, short
 from nemo_pivotrl.core.types import Candidate
 from nemo_pivotrl.data import gym_rows as responses
@@ -84,7 +88,7 @@ class Index:
 def index_candidates(path: Path, seed: int, limit: int, chunk: int) -> Index:
     """The index of a candidates artefact; with a `limit`, of so many of each split, chosen by hash. Raises InputError."""
     offsets, keys = array("q"), {"train": array("Q"), "validation": array("Q")}
-    with path.open("rb") as file:
+    with open_input(path) as file:
         at = len(file.readline())
         for number, line in enumerate(file, start=2):
             offsets.append(at)
@@ -102,11 +106,17 @@ def index_candidates(path: Path, seed: int, limit: int, chunk: int) -> Index:
         )
         offsets = array("q", chosen)
     index = Index(path, seed, chunk, offsets, [""] * -(-len(offsets) // chunk))
+    marks = array("Q")
     for number in range(index.chunks):
         hasher = hashlib.sha256()
         for entry in index.read(number):
+            marks.append(hash(entry.candidate_id) & (1 << 64) - 1)
             hasher.update(entry.candidate_id.encode() + b"\n")
         index.ids[number] = hasher.hexdigest()[:16]
+    ordered = np.sort(np.frombuffer(marks, np.uint64))
+    if (ordered[1:] == ordered[:-1]).any():
+        for _ in read_rows(path):  # names the ids that come twice
+            pass
     return index
 
 

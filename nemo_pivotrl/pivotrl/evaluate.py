@@ -21,6 +21,7 @@ from nemo_pivotrl.backends import loading
 from nemo_pivotrl.backends.base import Sampler
 from nemo_pivotrl.backends.identity import identity_of, policy_revision, without_start
 from nemo_pivotrl.components.costs import Metered, spend
+from nemo_pivotrl.components.lineage import check_lineage
 from nemo_pivotrl.components.rollout import (
     fits,
     load_chat,
@@ -36,6 +37,7 @@ from nemo_pivotrl.config import Megatron, Policy, Recipe
 from nemo_pivotrl.core.artifacts import ArtefactWriter, Header, digest, file_digest, read_header, read_rows
 from nemo_pivotrl.core.atomic import write_atomically
 from nemo_pivotrl.core.errors import InputError, Problem
+from nemo_pivotrl.core.lock import one_writer
 from nemo_pivotrl.core.plugins import is_import_path
 from nemo_pivotrl.core.types import Action, Lost, Message, Sample
 from nemo_pivotrl.data.chat_template import Chat
@@ -44,6 +46,7 @@ from nemo_pivotrl.pivotrl.select import candidates_of
 Row = dict[str, Any]
 
 
+@one_writer
 def evaluate(recipe: Recipe, fresh: bool = False) -> Path:
     """Write `evaluation.jsonl` (a line for each policy and set) and `evaluation.json`; print the table.
 
@@ -51,7 +54,7 @@ def evaluate(recipe: Recipe, fresh: bool = False) -> Path:
     """
     settings, source = recipe.evaluate, recipe.path("candidates.jsonl")
     check_dashboards(recipe)
-    read_header(source, "candidates")
+    check_lineage(recipe, source, read_header(source, "candidates"))
     if not settings.policies:
         raise InputError(
             Problem(

@@ -8,47 +8,86 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from nemo_pivotrl.components.lineage import check_lineage
 from nemo_pivotrl.config import Recipe
 from nemo_pivotrl.core.artifacts import Header, digest, file_digest, json_line, read_header, read_rows
-from nemo_pivotrl.core.atomic import write_atomically
+from nemo_pivotrl.core.atomic import SUMS, replacing, write_atomically, write_sums
 from nemo_pivotrl.core.errors import InputError, Problem
+from nemo_pivotrl.core.lock import one_writer
 from nemo_pivotrl.pivotrl import export_nemo_rl as nemo_rl
 
 SPLITS = ("train", "validation")
 
 
+@one_writer
 def export(recipe: Recipe, fresh: bool = False) -> Path:
     """Write the pivot set as the recipe's `export.target` says; returns the folder."""
     source = recipe.path(recipe.select.output)
     header = read_header(source, "pivots")
+    check_lineage(recipe, source, header)
+    check_rows(source)
     if recipe.export.target == "nemotron":
         return _nemotron(recipe, source, header)
     if recipe.export.target == "nemo-rl":
         return _nemo_rl(recipe, source, header)
     folder = recipe.path("gym")
-    write_rows(source, {split: folder / f"{split}.jsonl" for split in SPLITS})
-    print(f"NeMo-Gym rows -> {folder}")
+    with summed(folder):
+        counts = write_rows(source, {split: folder / f"{split}.jsonl" for split in SPLITS})
+    print(f"{counts['train']} pivots, {counts['validation']} held-out rows as NeMo-Gym rows -> {folder}")
     return folder
+
+
+@contextmanager
+def summed(folder: Path) -> Iterator[None]:
+    """Files of an export that the block writes; `SHA256SUMS` of them comes last, so that one beside other files is never there."""
+    (folder / SUMS).unlink(missing_ok=True)
+    yield
+    write_sums(folder)
+
+
+def check_rows(source: Path) -> None:
+    """Refuse a pivot set that no trainer could use. Raises InputError naming every row without a prompt, agent or split."""
+    problems, trained = [], 0
+    for number, row in enumerate(read_rows(source), start=2):
+        prompt, agent, place = (row.get(key) for key in ("responses_create_params", "agent_ref", "provenance"))
+        split = place.get("split") if isinstance(place, dict) else None
+        trained += split == "train"
+        fine = {
+            "responses_create_params.input": isinstance(prompt, dict) and bool(prompt.get("input")),
+            "agent_ref.name": isinstance(agent, dict) and isinstance(agent.get("name"), str),
+            "provenance.split": split in SPLITS,
+        }
+        problems += [
+            Problem(
+                str(source), number, name, "nothing that a trainer can use", "run extract, profile and select again"
+            )
+            for name, holds in fine.items()
+            if not holds
+        ]
+    if not problems and not trained:
+        remedy = "select keeps none: see its tables, and raise select.lambda_diff or profile more candidates"
+        problems.append(Problem(str(source), None, "rows", "no pivot of the train split", remedy))
+    if problems:
+        raise InputError(problems)
 
 
 def write_rows(source: Path, target: Mapping[str, Path]) -> dict[str, int]:
     """Write each split's rows, without a header; returns how many of each. A file appears whole or not at all."""
     counts = {}
     for split, path in target.items():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(path.name + ".part")
         counts[split] = 0
-        with part.open("wb") as out:
+        with replacing(path) as out:
             for row in read_rows(source):
                 if row["provenance"]["split"] == split:
                     out.write(json_line(row))
                     counts[split] += 1
-        os.replace(part, path)
     return counts
 
 
@@ -62,29 +101,29 @@ def _nemo_rl(recipe: Recipe, source: Path, header: Header) -> Path:
         remedy = "run extract, profile and select again with this extract.agent_ref, or set it to the rows' name"
         found = f"rows name {', '.join(sorted(agents))}"
         raise InputError(Problem(str(source), None, "agent_ref", found, remedy))
-    folder = recipe.path("nemo-rl").absolute()
-    counts = write_rows(source, {split: folder / f"{split}.jsonl" for split in SPLITS})
+    folder = recipe.path("nemo-rl")
     (agent,) = agents
     gym, own = nemo_rl.gym_config(recipe, agent)
-    write_atomically(
-        folder / "gym.yaml", _yaml(gym, [f"The environment of this folder's rows: their agent_ref is {agent}."])
-    )
-    if own:
-        for name, text in nemo_rl.own_server(recipe).items():
-            path = folder / nemo_rl.OWN_SERVER / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, text)
-    made, lost = nemo_rl.recipe_of(recipe, folder, counts["validation"] > 0)
-    notes = [
-        f"Written by `nemo-pivotrl export nemo-rl`, pivot set {header.extra['version']}.",
-        *map("Not carried over: {}.".format, lost),
-    ]
-    path = folder / "grpo-pivotrl.yaml"
-    write_atomically(path, _yaml(made, notes))
+    with summed(folder):
+        counts = write_rows(source, {split: folder / f"{split}.jsonl" for split in SPLITS})
+        about = f"The environment of this folder's rows: their agent_ref is {agent}."
+        write_atomically(folder / "gym.yaml", _yaml(gym, [about]))
+        for name, text in nemo_rl.own_server(recipe).items() if own else ():
+            write_atomically(folder / nemo_rl.OWN_SERVER / name, text)
+        made, lost = nemo_rl.recipe_of(recipe, folder, counts["validation"] > 0)
+        notes = [
+            f"Written by `nemo-pivotrl export nemo-rl`, pivot set {header.extra['version']}.",
+            f"{nemo_rl.HERE} is this folder, as an absolute path: it may lie anywhere.",
+            *map("Not carried over: {}.".format, lost),
+        ]
+        write_atomically(folder / "grpo-pivotrl.yaml", _yaml(made, notes))
     print(f"{counts['train']} pivots, {counts['validation']} held-out rows; agent {agent} -> {folder}")
     print("\n".join(f"  not carried over: {what}" for what in lost))
-    roots = f"NEMO_GYM_EXTRA_ROOTS={folder} " if own else ""
-    print(f"in NeMo-RL: {roots}uv run examples/nemo_gym/run_grpo_nemo_gym.py --config {path}")
+    roots = f" NEMO_GYM_EXTRA_ROOTS=${nemo_rl.HERE}" if own else ""
+    print(
+        f"in NeMo-RL: export {nemo_rl.HERE}={folder.absolute()};{roots} uv run examples/nemo_gym/run_grpo_nemo_gym.py "
+        f"--config ${nemo_rl.HERE}/grpo-pivotrl.yaml"
+    )
     return folder
 
 
@@ -98,6 +137,7 @@ def _nemotron(recipe: Recipe, source: Path, header: Header) -> Path:
     """Files as `SplitJsonlDataArtifact` names them; what the set depends on stands in metadata.json."""
     folder = recipe.path("nemotron").absolute()
     files = {"train": folder / "train/train.jsonl", "validation": folder / "val/val.jsonl"}
+    (folder / SUMS).unlink(missing_ok=True)
     counts = write_rows(source, files)
     val = str(files["validation"]) if counts["validation"] else ""
     own = {
@@ -132,7 +172,7 @@ def _nemotron(recipe: Recipe, source: Path, header: Header) -> Path:
         "path": str(folder / "manifest.json"),
         "type": "SplitJsonlDataArtifact",
         "metadata": {key: value for key, value in {**fields, **own}.items() if value is not None},
-        "created_at": datetime.now(UTC).isoformat(),
+        "created_at": made_at(),
         "producer": "local",
         "tracking": None,
         "name": "pivotrl/data",
@@ -140,5 +180,12 @@ def _nemotron(recipe: Recipe, source: Path, header: Header) -> Path:
     }
     for name, tree in (("metadata.json", metadata), ("manifest.json", manifest)):
         write_atomically(folder / name, json.dumps(tree, indent=2) + "\n")
+    write_sums(folder)
     print(f"{counts['train']} pivots, {counts['validation']} held-out rows -> {folder / 'manifest.json'}")
     return folder
+
+
+def made_at() -> str:
+    """The time that Nemotron's artefacts must name: that of `SOURCE_DATE_EPOCH` (seconds), where it is set, so that bytes repeat."""
+    told = os.environ.get("SOURCE_DATE_EPOCH", "")
+    return datetime.fromtimestamp(int(told) if told.isdecimal() else time.time(), UTC).isoformat()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import Any, cast
 
@@ -47,6 +48,9 @@ FLAT = {
     "terminus": ("enable_string_similarity", "string_similarity_threshold", "enable_llm_judge"),
 }
 """Settings that stand beside `entrypoint`."""
+HERE = "NEMO_PIVOTRL_EXPORT"
+PLACE = f"${{oc.env:{HERE}}}"
+"""The export's folder in its recipe: NeMo-RL runs in a folder of its own, and the export may be moved to another machine."""
 OWN_SERVER = "resources_servers/nemo_pivotrl"
 """Folder of the resources server for a verifier that NeMo-Gym does not have."""
 MODEL_CONFIG = "responses_api_models/vllm_model/configs/vllm_model_for_training.yaml"
@@ -120,13 +124,13 @@ def recipe_of(recipe: Recipe, folder: Path, has_validation: bool) -> tuple[dict[
         "defaults": recipe.export.nemo_rl_base,
         "grpo": _grpo(recipe, has_validation),
         "loss_fn": _loss_fn(recipe),
-        "policy": _policy(recipe),
-        "data": _data(folder, has_validation),
+        "policy": _policy(recipe, folder),
+        "data": _data(has_validation),
         "env": {
             "_override_": True,  # no environment of the base recipe is left
             "should_use_nemo_gym": True,
             "should_mask_flagged_samples": True,  # a verifier's fault is not a reward of 0
-            "nemo_gym": {"config_paths": [MODEL_CONFIG, str(folder / "gym.yaml")]},
+            "nemo_gym": {"config_paths": [MODEL_CONFIG, f"{PLACE}/gym.yaml"]},
         },
         "checkpointing": _checkpointing(recipe),
         "logger": {
@@ -184,15 +188,13 @@ def _loss_fn(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def _policy(recipe: Recipe) -> dict[str, Any]:
+def _policy(recipe: Recipe, folder: Path) -> dict[str, Any]:
     policy, megatron, optimizer = recipe.policy, recipe.megatron, recipe.policy.optimizer
     batch = recipe.grpo.num_prompts_per_step * recipe.grpo.num_generations_per_prompt
     tensor, context = megatron.tensor_model_parallel_size, megatron.context_parallel_size
     packed = megatron.sequence_packing or context > 1  # NeMo-RL shares sequences among ranks only when they are packed
     return {
-        "model_name": policy.model_name
-        if policy.model_name.startswith("/")
-        else str(Path(policy.model_name).absolute()),
+        "model_name": _model_name(recipe, folder),
         "tokenizer": {"chat_template_kwargs": dict(policy.template_kwargs) or None},
         "train_global_batch_size": batch // recipe.grpo.num_minibatches,
         "max_total_sequence_length": policy.max_total_sequence_length,
@@ -247,17 +249,25 @@ def _policy(recipe: Recipe) -> dict[str, Any]:
     }
 
 
+def _model_name(recipe: Recipe, folder: Path) -> str:
+    """The policy's folder as the export's recipe names it: from the export on, unless it lies elsewhere by an absolute path."""
+    name = recipe.policy.model_name
+    if Path(name).is_absolute() and not Path(name).is_relative_to(Path(recipe.run_dir).absolute()):
+        return name
+    return f"{PLACE}/{os.path.relpath(name, folder)}"
+
+
 def _served_template(recipe: Recipe) -> dict[str, Any]:
     """The template's settings for vLLM's server, which renders NeMo-Gym's requests: both must render alike."""
     kwargs = dict(recipe.policy.template_kwargs)
     return {"http_server_serving_chat_kwargs": {"default_chat_template_kwargs": kwargs}} if kwargs else {}
 
 
-def _data(folder: Path, has_validation: bool) -> dict[str, Any]:
+def _data(has_validation: bool) -> dict[str, Any]:
     return {
         "shuffle": True,
-        "train": {"data_path": str(folder / "train.jsonl")},
-        "validation": {"data_path": str(folder / "validation.jsonl")} if has_validation else None,
+        "train": {"data_path": f"{PLACE}/train.jsonl"},
+        "validation": {"data_path": f"{PLACE}/validation.jsonl"} if has_validation else None,
         "default": {
             "dataset_name": "NemoGymDataset",
             "env_name": "nemo_gym",

@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from nemo_pivotrl.algorithms import pivotrl
+from nemo_pivotrl.components.lineage import source_digest
 from nemo_pivotrl.config import Extract, Recipe
-from nemo_pivotrl.core.artifacts import ArtefactWriter, Header, digest, file_digest
+from nemo_pivotrl.core.artifacts import Header, digest, write_artefact
 from nemo_pivotrl.core.atomic import write_atomically
 from nemo_pivotrl.core.errors import InputError, Problem, short
+from nemo_pivotrl.core.lock import one_writer
 from nemo_pivotrl.core.types import Action, Candidate, Split, Trajectory
 from nemo_pivotrl.data import gym_rows as responses, published
 from nemo_pivotrl.data.readers import Reading, read_trajectories
@@ -63,8 +65,6 @@ SEARCH_WORDS = frozenset(
     ]
 )
 NO_TOOLS = "none; name a JSON file with their definitions in extract.tools"
-ROWS_AT_ONCE = 256
-"""Rows that are written, and made durable, together."""
 MAX_NAMED = 1000
 """Problems that the audit names."""
 SHOWN = 5
@@ -75,6 +75,7 @@ _ERROR_START = re.compile(
 )
 
 
+@one_writer
 def extract(recipe: Recipe, fresh: bool = False) -> Path:
     """Write `candidates.jsonl` and its audit; returns the artefact's path. Raises InputError for bad trajectories."""
     settings = recipe.extract
@@ -84,9 +85,7 @@ def extract(recipe: Recipe, fresh: bool = False) -> Path:
     splits = split_by_task([t.task_id for t in reading.trajectories], settings.validation_share, recipe.seed)
     talk_excluded = excludes_talk(recipe.verifier)
     candidates, audit = cut_all(reading.trajectories, splits, settings, talk_excluded)
-    parent = digest(
-        [[file_digest(Path(p)) for p in settings.trajectories], settings.tools and file_digest(Path(settings.tools))]
-    )
+    parent = source_digest(recipe, "candidates")
     path = recipe.path("candidates.jsonl")
     audit = with_reading(audit, reading)
     told = published.explain(reading.published, settings.agent_ref)
@@ -96,11 +95,7 @@ def extract(recipe: Recipe, fresh: bool = False) -> Path:
         raise InputError(Problem(str(path), None, "candidates", "none kept", remedy))
     extra = {"message": "exclude"} if talk_excluded else {}
     header = Header("candidates", recipe.digest("extract"), parent, extra=extra)
-    with ArtefactWriter(path, header, fresh=True) as writer:
-        for begin in range(0, len(candidates), ROWS_AT_ONCE):
-            part = candidates[begin : begin + ROWS_AT_ONCE]
-            writer.write(responses.candidate_to_row(c, settings.agent_ref) for c in part)
-        writer.finish()
+    write_artefact(path, header, (responses.candidate_to_row(c, settings.agent_ref) for c in candidates))
     write_atomically(recipe.path("candidates.audit.json"), json.dumps(audit, indent=2, sort_keys=True) + "\n")
     return path
 

@@ -22,9 +22,10 @@ from nemo_pivotrl.components import checkpoint, costs as ledger
 from nemo_pivotrl.components.metrics import read_metrics
 from nemo_pivotrl.components.trackers import check_dashboards, log_summary
 from nemo_pivotrl.config import Recipe
-from nemo_pivotrl.core.artifacts import ArtefactWriter, canonical_json, digest, file_digest, read_header, read_rows
+from nemo_pivotrl.core.artifacts import canonical_json, digest, file_digest, read_header, read_rows, write_artefact
 from nemo_pivotrl.core.atomic import write_atomically
 from nemo_pivotrl.core.errors import InputError, Problem
+from nemo_pivotrl.core.lock import one_writer
 from nemo_pivotrl.pivotrl.monitor import BASELINE
 from nemo_pivotrl.pivotrl.profile import profile
 from nemo_pivotrl.pivotrl.profile_rows import light_of_row
@@ -63,6 +64,7 @@ class Round:
         return found[place] if found else None
 
 
+@one_writer
 def loop(recipe: Recipe, fresh: bool = False) -> Path:
     """Run rounds until a stop rule holds; returns the folder of the result's policy. Raises InputError as the stages do.
 
@@ -177,9 +179,7 @@ def _candidates(recipe: Recipe, past: Sequence[Round], target: Path) -> None:
     header = replace(found, parent=file_digest(source), config_hash=digest([found.config_hash, sorted(wanted)]))
     if target.exists() and read_header(target, "candidates") == header:
         return
-    with ArtefactWriter(target, header, fresh=True) as writer:
-        writer.write(row for row in read_rows(source) if row["provenance"]["candidate_id"] in wanted)
-        writer.finish()
+    write_artefact(target, header, (row for row in read_rows(source) if row["provenance"]["candidate_id"] in wanted))
 
 
 def _round(own: Recipe, past: Sequence[Round], fresh: bool, tell: Callable[..., None]) -> Round | Ending:
@@ -260,10 +260,7 @@ def _with_earlier(own: Recipe, past: Sequence[Round], source: Path) -> Path:
                 earlier.setdefault(place["candidate_id"], row)
     version = digest(sorted([*known, *earlier]))
     header = replace(found, extra=found.extra | {"version": version, "earlier": len(earlier)})
-    with ArtefactWriter(own.path(REHEARSED), header, fresh=True) as writer:
-        writer.write(read_rows(source))
-        writer.write(earlier.values())
-        return writer.finish()
+    return write_artefact(own.path(REHEARSED), header, [*read_rows(source), *earlier.values()])
 
 
 def _until(own: Recipe, before: Spent, profiled: Spent) -> Callable[[Sequence[rounds.Row]], Ending | None]:

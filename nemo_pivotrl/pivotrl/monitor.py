@@ -16,7 +16,7 @@ from nemo_pivotrl.backends.base import Backend, Sampler, TokenBatch
 from nemo_pivotrl.components.rollout import Rollout, roll_out, sample_seed
 from nemo_pivotrl.components.statistics import bootstrap
 from nemo_pivotrl.config import Recipe
-from nemo_pivotrl.core.artifacts import ArtefactWriter, Header, digest, file_digest, read_header, read_rows
+from nemo_pivotrl.core.artifacts import Header, digest, file_digest, read_header, read_rows, write_artefact
 from nemo_pivotrl.core.errors import InputError, Problem
 from nemo_pivotrl.core.types import Candidate
 from nemo_pivotrl.data.chat_template import Chat
@@ -175,9 +175,7 @@ def _baseline(recipe: Recipe, now: dict[str, float], step: int) -> dict[str, flo
         if step > 0:
             remedy = "set it from the run's first step on, or add fresh=true"
             raise InputError(Problem("recipe", None, "loop.retention_period", "no scores of the start policy", remedy))
-        with ArtefactWriter(path, header, fresh=True) as writer:
-            writer.write({"item": item, "score": score} for item, score in now.items())
-            writer.finish()
+        write_artefact(path, header, ({"item": item, "score": score} for item, score in now.items()))
     if (found := read_header(path, "retention")) != header:
         remedy = "evaluate.retention, trials or sampling changed within the run; change them back, or add fresh=true"
         raise InputError(Problem(str(path), 1, "config_hash", found.config_hash, remedy))

@@ -22,11 +22,13 @@ from nemo_pivotrl.backends import loading
 from nemo_pivotrl.backends.base import concurrency_of, under_way
 from nemo_pivotrl.backends.identity import identity_of, policy_revision
 from nemo_pivotrl.components.costs import read_ledgers, spend
+from nemo_pivotrl.components.lineage import check_lineage
 from nemo_pivotrl.components.rollout import load_chat, load_recipe_verifier, sampling, unrenderable_lines
 from nemo_pivotrl.components.trackers import check_dashboards, log_summary
 from nemo_pivotrl.config import Recipe
-from nemo_pivotrl.core.artifacts import Header, digest, file_digest, is_complete, read_header, read_rows
+from nemo_pivotrl.core.artifacts import ArtefactWriter, Header, digest, file_digest, is_complete, read_header, read_rows
 from nemo_pivotrl.core.errors import UNRENDERABLE, InputError, Problem, UnrenderableState
+from nemo_pivotrl.core.lock import one_writer, only_writer
 from nemo_pivotrl.pivotrl import round_trip
 from nemo_pivotrl.pivotrl.candidate_index import Index, index_candidates
 from nemo_pivotrl.pivotrl.profile_rows import plan_in
@@ -50,10 +52,15 @@ FORECAST_PROMPTS = 64
 
 
 def profile(recipe: Recipe, fresh: bool = False, shard: Shard | None = None) -> Path:
-    """Write `profiles.jsonl`, or with a `shard` its part of it.
+    """Write `profiles.jsonl`, or with a `shard` its part of it, beside other shards.
 
-    Raises InputError when more candidates fail than the recipe allows.
+    Raises InputError when more candidates fail than the recipe allows, AtWork where another process writes in the run folder.
     """
+    with only_writer(Path(recipe.run_dir), "profile", f"shard {shard.number}/{shard.of}" if shard else ""):
+        return _profile(recipe, fresh, shard)
+
+
+def _profile(recipe: Recipe, fresh: bool, shard: Shard | None) -> Path:
     if fresh and shard:
         remedy = "the other shards' work would go with it: remove the folder profiles.parts before all of them start"
         raise InputError(Problem("command line", None, "fresh=true", f"with --shard {shard.number}/{shard.of}", remedy))
@@ -74,6 +81,7 @@ def profile(recipe: Recipe, fresh: bool = False, shard: Shard | None = None) -> 
     return path
 
 
+@one_writer
 def merge(recipe: Recipe, fresh: bool = False) -> Path:
     """Put the shards' chunks together as `profiles.jsonl`. Raises InputError naming what is missing, damaged or of another recipe."""
     path, job = recipe.path("profiles.jsonl"), prepare(recipe)
@@ -101,6 +109,7 @@ def _complete(recipe: Recipe, path: Path) -> Path:
 def prepare(recipe: Recipe) -> Job:
     """Read everything that decides the profile's content. Raises InputError."""
     source = recipe.path("candidates.jsonl")
+    check_lineage(recipe, source, read_header(source, "candidates"))
     refuse_excluded_talk(recipe, source)
     chat = load_chat(recipe.policy, recipe.verifier.limits)
     verifier, verifier_id = load_recipe_verifier(recipe)
@@ -194,14 +203,10 @@ def _merge(recipe: Recipe, job: Job, parts: Parts, path: Path) -> None:
 
 def merge_chunks(header: Header, index: Index, parts: Parts, path: Path) -> None:
     """All chunks in order as one artefact, by rename. Raises InputError for a damaged one."""
-    part = path.with_name(path.name + ".part")
-    with part.open("wb") as file:
-        file.write(header.to_line().encode())
+    with ArtefactWriter(path, header, fresh=True) as writer:
         for number in range(parts.chunks):
-            file.writelines(parts.rows(number, index.rows_of(number), index.ids[number]))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
+            writer.write_lines(parts.rows(number, index.rows_of(number), index.ids[number]), sync=False)
+        writer.finish()
 
 
 # ---- drawing, and what is told before and after ----

@@ -5,14 +5,14 @@
 - `000017.SHARD.part`: rollouts as they are judged, one line a round. A line that a kill tore is not there.
 - `000017.jsonl`: the finished rows, by rename; its first line counts them and has their checksum.
 
-Any number of processes on any number of machines may work in the folder, as long as they share it. A round is a fact, whoever
+Any number of processes on any number of machines may work in the folder, as long as they share it, each as another shard: two of
+one shard would write the same journals, which the run folder's lock forbids (`core/lock.py`). A round is a fact, whoever
 draws it: the same seeds give the same samples, and the second record of a rollout is ignored, so nothing can be counted twice.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import shutil
@@ -23,10 +23,10 @@ import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from nemo_pivotrl.core.artifacts import Header, canonical_json, header_difference, json_line
-from nemo_pivotrl.core.atomic import write_atomically
+from nemo_pivotrl.core.atomic import create, open_input, rename, replacing, settle, write_atomically
 from nemo_pivotrl.core.errors import InputError, Problem, short
 
 SYNC_S = 5.0
@@ -80,7 +80,6 @@ class Parts:
             shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True, exist_ok=True)
         self._belongs(header)
-        self._lock = self._only_one()
         self._mine: set[int] = set()
         self._next = shard.first(chunks)
         self._name = canonical_json(
@@ -92,30 +91,21 @@ class Parts:
     def _belongs(self, header: Header) -> None:
         path, line = self.folder / "header.json", header.to_line().encode()
         if not path.exists():
-            write_atomically(path, line.decode())
+            own = path.with_name(f"header-{self.shard}.json")
+            write_atomically(own, line.decode())
+            with contextlib.suppress(FileExistsError):  # another shard was quicker
+                os.link(own, path)
+            own.unlink()
         found = path.read_bytes()
         if found != line:
             remedy = "unfinished work of another recipe or input; finish it with its own recipe, or add fresh=true to drop it"
             raise InputError(Problem(str(path), 1, "header", short(header_difference(found, line)), remedy))
-
-    def _only_one(self) -> IO[bytes]:
-        """Two processes of one shard would write the same journals. The lock ends with the process, however that ends."""
-        path = self.folder / f"shard-{self.shard}.lock"
-        handle = path.open("ab")
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            handle.close()
-            remedy = "wait for it, or give this process another --shard"
-            raise InputError(Problem(str(path), None, "shard", "another process is at work here", remedy)) from None
-        return handle
 
     def close(self) -> None:
         """Let go of the folder; what is claimed and not finished may be taken at once."""
         self._closing.set()
         for number in list(self._mine):
             self._path(number, "claim").unlink(missing_ok=True)
-        self._lock.close()
 
     def remove(self) -> None:
         """Drop the folder, when all of it is merged."""
@@ -205,7 +195,9 @@ class Parts:
         found: dict[tuple[int, int], dict[str, Any]] = {}
         rounds = []
         for path in sorted(self.folder.glob(f"{number:06d}.*.part")):
-            for line in path.read_bytes().splitlines(keepends=True):
+            with open_input(path) as file:
+                lines = file.read().splitlines(keepends=True)
+            for line in lines:
                 if not line.endswith(b"\n"):
                     continue
                 # one that was drawn may be there again with its verdict; after that nothing can change it
@@ -214,24 +206,22 @@ class Parts:
                 if rollouts:
                     rounds.append(json_line(rollouts))
         path = self._path(number, f"{self.shard}.part")
-        whole = path.with_suffix(".new")
-        whole.write_bytes(b"".join(rounds))
-        os.replace(whole, path)
+        with replacing(path) as file:
+            file.writelines(rounds)
         return Journal(path, found)
 
     def publish(self, number: int, rows: Sequence[bytes], ids: str) -> None:
         """Make a chunk's rows (each a line) its result. `ids` is the digest of its candidates' ids."""
         head = {"chunk": number, "rows": len(rows), "ids": ids, "crc": zlib.crc32(b"".join(rows))}
         part = self._path(number, f"{self.shard}.done")
-        with part.open("wb") as file:
+        with create(part) as file:
             file.write(json_line(head))
             file.writelines(rows)
-            file.flush()
-            os.fsync(file.fileno())
+            settle(file)
         if self.finished(number):  # one that we took for dead was not
             part.unlink()
         else:
-            os.replace(part, self._path(number, "jsonl"))
+            rename(part, self._path(number, "jsonl"))
         for journal in self.folder.glob(f"{number:06d}.*.part"):
             journal.unlink(missing_ok=True)
         self._path(number, "claim").unlink(missing_ok=True)
@@ -240,7 +230,8 @@ class Parts:
     def rows(self, number: int, count: int, ids: str) -> list[bytes]:
         """The lines of a finished chunk. Raises InputError for one that is cut, changed, or of other candidates."""
         path = self._path(number, "jsonl")
-        head, *rows = path.read_bytes().splitlines(keepends=True)
+        with open_input(path) as file:
+            head, *rows = file.read().splitlines(keepends=True) or [b""]
         expected = {"chunk": number, "rows": count, "ids": ids, "crc": zlib.crc32(b"".join(rows))}
         try:
             wrong = [key for key, value in expected.items() if json.loads(head).get(key) != value]

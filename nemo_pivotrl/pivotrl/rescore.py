@@ -13,11 +13,13 @@ from itertools import islice
 from pathlib import Path
 
 from nemo_pivotrl.algorithms import pivotrl
+from nemo_pivotrl.components.lineage import check_lineage
 from nemo_pivotrl.components.progress import progress
 from nemo_pivotrl.components.rollout import judge_all, load_recipe_verifier
 from nemo_pivotrl.config import Recipe
 from nemo_pivotrl.core.artifacts import ArtefactWriter, file_digest, is_complete, read_header, read_rows
 from nemo_pivotrl.core.errors import InputError, Problem
+from nemo_pivotrl.core.lock import one_writer
 from nemo_pivotrl.core.types import Profile
 from nemo_pivotrl.data.gym_rows import action_of_row
 from nemo_pivotrl.pivotrl.profile import report_failures
@@ -27,6 +29,7 @@ from nemo_pivotrl.verifiers.base import Verifier, VerifierFault
 CHUNK = 64
 
 
+@one_writer
 def rescore(recipe: Recipe, fresh: bool = False) -> Path:
     """Write the rescored profile and print what it changes. Raises InputError for a profile that keeps no actions."""
     source, target = recipe.path(recipe.rescore.profiles), recipe.path(recipe.rescore.output)
@@ -34,6 +37,7 @@ def rescore(recipe: Recipe, fresh: bool = False) -> Path:
         remedy = "give the output a name of its own: the profile is paid-for work"
         raise InputError(Problem("recipe", None, "rescore.output", str(target), remedy))
     found = read_header(source, "profiles")
+    check_lineage(recipe, source, found)
     verifier, verifier_id = load_recipe_verifier(recipe)
     header = dataclasses.replace(
         found, verifier=verifier_id, extra={**found.extra, "rescored_from": file_digest(source), "was": found.verifier}

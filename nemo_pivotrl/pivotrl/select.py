@@ -16,11 +16,11 @@ from typing import Any
 
 from nemo_pivotrl.algorithms import pivotrl
 from nemo_pivotrl.algorithms.early_stopping import Plan
+from nemo_pivotrl.components.lineage import check_lineage
 from nemo_pivotrl.config import Recipe
 from nemo_pivotrl.core.artifacts import (
     ArtefactWriter,
     Header,
-    check_parent,
     digest,
     file_digest,
     placed_rows,
@@ -29,6 +29,7 @@ from nemo_pivotrl.core.artifacts import (
     rows_at,
 )
 from nemo_pivotrl.core.errors import InputError, Problem
+from nemo_pivotrl.core.lock import one_writer
 from nemo_pivotrl.core.types import Profile
 from nemo_pivotrl.data import gym_rows as responses
 from nemo_pivotrl.pivotrl.profile_rows import light_of_row, plan_in, profile_of_row, profile_to_row
@@ -41,11 +42,12 @@ ROWS_AT_ONCE = 256
 DEPTHS = ((0, 0), (1, 1), (2, 2), (3, 4), (5, 8), (9, 16), (17, 10**9))
 
 
+@one_writer
 def select_pivots(recipe: Recipe, fresh: bool = False) -> Path:
     """Write the pivot set and print who survived. Raises InputError when nobody does."""
     source, settings = recipe.path(recipe.select.profiles), recipe.select
     found = read_header(source, "profiles")
-    check_parent(source, found, recipe.path("candidates.jsonl"))
+    check_lineage(recipe, source, found)
     train: list[Profile] = []
     places, held_out = array("q"), array("q")
     for place, row in placed_rows(source):

@@ -22,11 +22,13 @@ from nemo_pivotrl.algorithms import pivotrl
 from nemo_pivotrl.backends import loading
 from nemo_pivotrl.backends.base import TokenBatch
 from nemo_pivotrl.backends.identity import identity_of, policy_revision, without_start
+from nemo_pivotrl.components.lineage import check_lineage
 from nemo_pivotrl.components.loop import Job, Step, run
 from nemo_pivotrl.components.rollout import load_chat, rendered
 from nemo_pivotrl.config import Policy, Recipe, Sft
 from nemo_pivotrl.core.artifacts import digest, file_digest, read_header
 from nemo_pivotrl.core.errors import InputError, Problem
+from nemo_pivotrl.core.lock import one_writer
 from nemo_pivotrl.core.plugins import load_plugin
 from nemo_pivotrl.core.types import Action, Candidate, Message
 from nemo_pivotrl.data import gym_rows as responses
@@ -73,6 +75,7 @@ def token_batch(sequences: Sequence[Sequence_]) -> tuple[TokenBatch, float]:
     return batch, float(mask.sum())
 
 
+@one_writer
 def sft(recipe: Recipe, fresh: bool = False) -> Path:
     """Fine-tune the start policy on the expert actions of `sft.source`; returns the policy's folder."""
     if recipe.sft.source == "world":
@@ -84,6 +87,7 @@ def sft(recipe: Recipe, fresh: bool = False) -> Path:
     return _fine_tune(recipe, recipe.sft, fresh)
 
 
+@one_writer
 def warmup(recipe: Recipe, fresh: bool = False) -> Path:
     """Make the start policy at policy.model_name."""
     if not makes_start_policy(recipe):
@@ -102,7 +106,7 @@ def makes_start_policy(recipe: Recipe) -> bool:
 
 def _fine_tune(recipe: Recipe, settings: Sft, fresh: bool) -> Path:
     source = recipe.path("candidates.jsonl" if settings.source == "candidates" else recipe.grpo.pivots)
-    read_header(source, ("candidates", "pivots"))
+    check_lineage(recipe, source, read_header(source, ("candidates", "pivots")))
     policy = dataclasses.replace(recipe.policy, model_name=settings.init or recipe.policy.model_name)
     chat = load_chat(policy)
     sequences = _of_candidates(candidates_of(source, "train"), chat, policy, source)

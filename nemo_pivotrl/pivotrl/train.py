@@ -26,6 +26,7 @@ from nemo_pivotrl.backends import loading
 from nemo_pivotrl.backends.base import Backend, Sampler, TokenBatch
 from nemo_pivotrl.backends.identity import identity_of, policy_revision
 from nemo_pivotrl.components.costs import Metered
+from nemo_pivotrl.components.lineage import check_lineage
 from nemo_pivotrl.components.loop import Job, Step, run
 from nemo_pivotrl.components.progress import steps_of
 from nemo_pivotrl.components.rollout import (
@@ -39,8 +40,9 @@ from nemo_pivotrl.components.rollout import (
     sampling,
 )
 from nemo_pivotrl.config import Grpo, LossFn, Recipe
-from nemo_pivotrl.core.artifacts import check_headers, check_parent, digest, file_digest, read_header
+from nemo_pivotrl.core.artifacts import check_headers, digest, file_digest, read_header
 from nemo_pivotrl.core.errors import InputError, Problem
+from nemo_pivotrl.core.lock import one_writer
 from nemo_pivotrl.core.types import Candidate
 from nemo_pivotrl.data.chat_template import Chat
 from nemo_pivotrl.pivotrl.monitor import Monitor, State, padded, rollout_metrics
@@ -51,6 +53,7 @@ Until = Callable[[Sequence[rounds.Row]], rounds.Ending | None]
 """Asked after every step: may training go on? It is given all metrics of the round, step 0 included."""
 
 
+@one_writer
 def train(recipe: Recipe, fresh: bool = False, until: Until | None = None) -> Path:
     """Train on the pivot set; returns the final policy's folder (HF). Raises InputError for headers that do not match.
 
@@ -122,7 +125,7 @@ def _check(recipe: Recipe, source: Path, chat: Chat, verifier_id: str) -> None:
         chat_template=chat.template_digest,
         verifier=verifier_id,
     )
-    check_parent(source, found, recipe.path("profiles.jsonl"))
+    check_lineage(recipe, source, found)
     generation = recipe.policy.generation
     problems = []
     if found.extra["sampling"] != sampling(generation):

@@ -16,12 +16,15 @@ from types import MappingProxyType
 from typing import Any
 
 from nemo_pivotrl.algorithms import pivotrl
+from nemo_pivotrl.components.costs import spend
+from nemo_pivotrl.components.lineage import check_lineage
 from nemo_pivotrl.components.progress import progress
 from nemo_pivotrl.components.rollout import load_recipe_verifier
 from nemo_pivotrl.config import Recipe
-from nemo_pivotrl.core.artifacts import ArtefactWriter, Header, file_digest, json_line, read_header, read_rows
+from nemo_pivotrl.core.artifacts import Header, file_digest, json_line, read_header, read_rows, write_artefact
 from nemo_pivotrl.core.atomic import write_atomically
 from nemo_pivotrl.core.errors import InputError, Problem, short
+from nemo_pivotrl.core.lock import one_writer
 from nemo_pivotrl.core.types import Action, Candidate, Verdict
 from nemo_pivotrl.data import gym_rows as responses
 from nemo_pivotrl.pivotrl import round_trip
@@ -95,12 +98,14 @@ CONTENT_PROBES = frozenset("garbage_message garbage_arguments garbage_keystrokes
 """Wrong probes of the right kind and tool: what they share with the expert is the form alone."""
 
 
+@one_writer
 def audit(recipe: Recipe, fresh: bool = False) -> Path:
     """Write `audit.jsonl` (one row a candidate) and `audit.json`, and print the tables.
 
     Raises InputError when more experts than `audit.max_gold_failures` do not pass their own verifier.
     """
     source = recipe.path("candidates.jsonl")
+    check_lineage(recipe, source, read_header(source, "candidates"))
     refuse_excluded_talk(recipe, source)
     candidates = [responses.candidate_of_row(row) for row in read_rows(source)]
     verifier, verifier_id = load_recipe_verifier(recipe)
@@ -148,15 +153,15 @@ def audit_candidates(
     more: Mapping[str, Any] = MappingProxyType({}),
 ) -> tuple[Audit, dict[str, Any]]:
     """Run the audit and write its files; `more` is for the summary, too."""
-    found = run_audit(recipe, candidates, verifier)
+    with spend(Path(recipe.run_dir), "audit") as cost:
+        found = run_audit(recipe, candidates, verifier)
+        cost.update(times_of(found))
     summary = summarise(found) | {"verifier": verifier_id, **more}
     if verifier.asks_judge:
         summary["judge"] = judge_agreement(recipe, verifier)
     source = recipe.path("candidates.jsonl")
     header = Header("audit", recipe.digest("audit"), parent=file_digest(source), verifier=verifier_id)
-    with ArtefactWriter(recipe.path("audit.jsonl"), header, fresh=True) as writer:
-        writer.write(_rows(found))
-        writer.finish()
+    write_artefact(recipe.path("audit.jsonl"), header, _rows(found))
     write_atomically(recipe.path("audit.json"), json_line(summary).decode())
     return found, summary
 
@@ -314,9 +319,8 @@ def _rows(found: Audit) -> Iterator[dict[str, Any]]:
 
 
 def summarise(found: Audit) -> dict[str, Any]:
-    """The audit's numbers: rates by tool and by probe, rules that accepted, times, and the flagged candidates."""
+    """The audit's numbers: rates by tool and by probe, rules that accepted, and the flagged candidates."""
     every = [(found.tools[c], p) for c, tried in found.probes.items() for p in tried]
-    times = sorted(p.seconds for _, p in every) or [0.0]
     rules = Counter(rule for _, p in every for rule in p.rules if p.reward)
     wrongly = Counter(rule for _, p in every if p.side == WRONG and p.reward for rule in p.rules)
     return {
@@ -332,10 +336,14 @@ def summarise(found: Audit) -> dict[str, Any]:
         "by_tool": _rates((tool, p) for tool, p in every),
         "by_probe": _rates((p.name, p) for _, p in every),
         "by_rule": {rule: {"accepted": n, "accepted_wrongly": wrongly[rule]} for rule, n in sorted(rules.items())},
-        "ms_p50": 1e3 * times[len(times) // 2],
-        "ms_p99": 1e3 * times[min(len(times) - 1, int(0.99 * len(times)))],
-        "ms_max": 1e3 * times[-1],
     }
+
+
+def times_of(found: Audit) -> dict[str, float]:
+    """Milliseconds a verdict: median, 99th percentile, longest. They differ between runs, so they are in the ledger alone."""
+    times = sorted(1e3 * p.seconds for tried in found.probes.values() for p in tried) or [0.0]
+    places = {"ms_p50": len(times) // 2, "ms_p99": min(len(times) - 1, int(0.99 * len(times))), "ms_max": -1}
+    return {name: round(times[place], 3) for name, place in places.items()}
 
 
 def _rates(tried: Iterator[tuple[str, Probe]]) -> dict[str, dict[str, int]]:
@@ -376,6 +384,6 @@ def tables(found: Audit, summary: dict[str, Any]) -> str:
         lines.append(
             f"judge agrees with {summary['judge']['agreement']:.1%} of {summary['judge']['n']} calibration pairs"
         )
-    times = f"p50 {summary['ms_p50']:.3f}, p99 {summary['ms_p99']:.3f}, longest {summary['ms_max']:.3f}"
+    times = "p50 {ms_p50:.3f}, p99 {ms_p99:.3f}, longest {ms_max:.3f}".format(**times_of(found))
     lines.append(f"{summary['verdicts']} verdicts; milliseconds each: {times}")
     return "\n".join(lines)

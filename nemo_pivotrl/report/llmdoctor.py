@@ -6,13 +6,15 @@ through the template's autoescape, with control characters spelt out.
 
 from __future__ import annotations
 
-import json
 import unicodedata
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
+from nemo_pivotrl.components.costs import read_ledger
 from nemo_pivotrl.config import Arm, Recipe
 from nemo_pivotrl.core.artifacts import read_header, read_rows
+from nemo_pivotrl.core.atomic import read_json
 from nemo_pivotrl.core.errors import InputError
 from nemo_pivotrl.report.plots import curve, plt, svg
 
@@ -48,6 +50,8 @@ CURVES = (
 )
 ARM_COLOURS = ("#4a78b5", "#b3423a", "#2a7f3b", "#c9a227", "#7b5aa6", "#444444")
 
+AGAIN = "re-run the stage that wrote it"
+
 Row = dict[str, Any]
 
 
@@ -55,7 +59,7 @@ def gather(recipe: Recipe, metrics: dict[str, list[Row]], numbers: Row, plots: d
     """Add what the run directory holds of LLMdoctor. `metrics`: folder to the rows of its metrics.jsonl."""
     for key, name in SUMMARIES.items():
         if recipe.path(name).exists():
-            numbers[key] = json.loads(recipe.path(name).read_text(encoding="utf-8"))
+            numbers[key] = read_json(recipe.path(name), {}, AGAIN)
     if recipe.path("token_rewards.jsonl").exists():
         numbers["reward_pairs"] = reward_pairs(recipe)
     doctors = {name: rows for name, rows in metrics.items() if any("subtb" in r or "val/subtb" in r for r in rows)}
@@ -64,6 +68,10 @@ def gather(recipe: Recipe, metrics: dict[str, list[Row]], numbers: Row, plots: d
         plots["doctors"] = _doctors_plot(doctors)
     if "assessment" in numbers:
         arms = numbers["assessment"]["arms"]
+        for line in read_ledger(Path(recipe.run_dir)):
+            for label, seconds in line.get("seconds_per_token", {}).items():
+                if label in arms:
+                    arms[label]["seconds_per_token"] = seconds
         objectives = list(next(iter(arms.values()))["objectives"])
         plots["scores"] = _scores_plot(arms, objectives)
         if len(objectives) > 1:

@@ -13,11 +13,13 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, select_autoescape
 
 from nemo_pivotrl.components import costs as ledger
+from nemo_pivotrl.components.lineage import check_lineage
 from nemo_pivotrl.components.metrics import read_metrics
 from nemo_pivotrl.config import Recipe
-from nemo_pivotrl.core.artifacts import check_parent, read_header, read_rows
-from nemo_pivotrl.core.atomic import write_atomically
+from nemo_pivotrl.core.artifacts import read_header, read_rows
+from nemo_pivotrl.core.atomic import read_json, write_atomically
 from nemo_pivotrl.core.errors import InputError, Problem
+from nemo_pivotrl.core.lock import one_writer
 from nemo_pivotrl.data.gym_rows import candidate_of_row
 from nemo_pivotrl.pivotrl.evaluate import TITLES, read_items
 from nemo_pivotrl.report import llmdoctor as report_llmdoctor, profile as report_profile, rounds as report_loop
@@ -26,6 +28,7 @@ from nemo_pivotrl.report.plots import curve, plt, svg
 SHOWN_SAMPLES = 12
 
 
+@one_writer
 def report(recipe: Recipe, fresh: bool = False) -> Path:
     """Write `report.html` and `report.json`. Raises InputError when there is nothing to report yet."""
     numbers, plots = gather(recipe)
@@ -51,9 +54,11 @@ def gather(recipe: Recipe) -> tuple[dict[str, Any], dict[str, str]]:
     numbers: dict[str, Any] = {"run_dir": recipe.run_dir}
     plots: dict[str, str] = {}
     if recipe.path("candidates.audit.json").exists():
-        numbers["audit"] = json.loads(recipe.path("candidates.audit.json").read_text(encoding="utf-8"))
+        numbers["audit"] = read_json(recipe.path("candidates.audit.json"), {}, report_llmdoctor.AGAIN)
     if recipe.path("audit.json").exists():
-        numbers["verifier"] = json.loads(recipe.path("audit.json").read_text(encoding="utf-8"))
+        numbers["verifier"] = read_json(recipe.path("audit.json"), {}, report_llmdoctor.AGAIN)
+        for line in ledger.read_ledger(Path(recipe.run_dir)):
+            numbers["verifier"] |= {key: value for key, value in line.items() if key.startswith("ms_")}
     if recipe.path("profiles.jsonl").exists():
         report_profile.gather(recipe, numbers, plots)
     metrics = {path.parent.name: read_metrics(path) for path in sorted(Path(recipe.run_dir).glob("*/metrics.jsonl"))}
@@ -62,7 +67,7 @@ def gather(recipe: Recipe) -> tuple[dict[str, Any], dict[str, str]]:
         numbers["training"] = arms
         plots["training"] = _training_plot(arms)
     if recipe.path("evaluation.json").exists():
-        numbers["evaluation"] = json.loads(recipe.path("evaluation.json").read_text(encoding="utf-8"))
+        numbers["evaluation"] = read_json(recipe.path("evaluation.json"), {"policies": dict}, report_llmdoctor.AGAIN)
         numbers["samples"] = _samples(recipe)
         plots["evaluation"] = _evaluation_plot(numbers["evaluation"])
     report_llmdoctor.gather(recipe, metrics, numbers, plots)
@@ -112,11 +117,8 @@ def _evaluation_plot(summary: dict[str, Any]) -> str:
 
 def _samples(recipe: Recipe) -> list[dict[str, Any]]:
     """Held-out turns where the last policy's first sample differs from the first policy's verdict, both shown."""
-    check_parent(
-        recipe.path("evaluation.jsonl"),
-        read_header(recipe.path("evaluation.jsonl"), "evaluation"),
-        recipe.path("candidates.jsonl"),
-    )
+    path = recipe.path("evaluation.jsonl")
+    check_lineage(recipe, path, read_header(path, "evaluation"))
     states = {
         row["provenance"]["candidate_id"]: candidate_of_row(row) for row in read_rows(recipe.path("candidates.jsonl"))
     }

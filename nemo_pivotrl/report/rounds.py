@@ -37,8 +37,7 @@ def gather(recipe: Recipe, numbers: dict[str, Any], plots: dict[str, str]) -> No
         "points": points,
         "result": events[-1].get("result"),
     }
-    if ended:
-        plots["loop"] = _plot([curves(recipe, r["round"]) for r in ended])
+    plots["loop"] = _plot([curves(recipe, r["round"]) for r in ended])
 
 
 def curves(recipe: Recipe, number: int) -> list[dict[str, Any]]:
@@ -61,6 +60,8 @@ def cumulative(rounds: list[list[dict[str, Any]]]) -> tuple[list[dict[str, Any]]
 def _plot(rounds: list[list[dict[str, Any]]]) -> str:
     rows, borders = cumulative(rounds)
     panels = [panel for panel in PANELS if any(panel[0] in row for row in rows)]
+    if not panels:
+        return ""
     figure, all_axes = plt.subplots(1, len(panels), figsize=(3.7 * len(panels), 2.6), squeeze=False)
     for axes, (key, label) in zip(all_axes[0], panels, strict=True):
         curve(axes, rows, key, color="#4a78b5")

@@ -151,7 +151,11 @@ class Guard:
             scheme, _, token = given[0].partition(b" ")
             if len(given) != 1 or scheme.lower() != b"bearer" or not hmac.compare_digest(token.strip(), self._token):
                 return 401, "Authorization: Bearer TOKEN is needed", [*close, (b"www-authenticate", b"Bearer")]
-        if scope["method"] in ("POST", "PUT", "PATCH"):
+        for origin in headers.get(b"origin", []):
+            if not self._known([origin.partition(b"://")[2]]):
+                return 403, "a page of another origin may not ask", close
+        has_body = headers.get(b"content-length", [b"0"]) != [b"0"] or b"transfer-encoding" in headers
+        if has_body and scope["method"] != "GET":
             kinds = headers.get(b"content-type", [b""])
             if len(kinds) != 1 or kinds[0].split(b";")[0].strip().lower() != b"application/json":
                 return 415, "send Content-Type: application/json", close

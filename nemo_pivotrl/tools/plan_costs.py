@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass, field
 
 from nemo_pivotrl.config import Recipe
+from nemo_pivotrl.core.atomic import open_input
 from nemo_pivotrl.sizing.architecture import Architecture
 from nemo_pivotrl.sizing.flops import active_parameters, cache_bytes, forward_flops, model_bytes
 
@@ -139,7 +140,7 @@ def candidates(recipe: Recipe, artefact: str) -> int:
     path = recipe.path(artefact)
     if recipe.plan.candidates or not path.exists():
         return recipe.plan.candidates
-    with path.open("rb") as rows:
+    with open_input(path) as rows:
         return max(sum(1 for _ in rows) - 1, 0)  # less the header
 
 

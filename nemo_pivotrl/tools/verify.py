@@ -7,7 +7,6 @@ by one. One line comes out for each action, in order: `{reward, category, detail
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from collections.abc import Iterator
 from itertools import islice
@@ -17,7 +16,9 @@ from typing import Any
 from nemo_pivotrl import config
 from nemo_pivotrl.components.progress import progress
 from nemo_pivotrl.core.artifacts import HEADER_KEY, canonical_json, json_line
+from nemo_pivotrl.core.atomic import open_input, replacing
 from nemo_pivotrl.core.errors import InputError, Problem, short
+from nemo_pivotrl.core.lock import only_writer
 from nemo_pivotrl.core.types import Action, Case, Verdict
 from nemo_pivotrl.data.gym_rows import action_of_row, candidate_of_row
 from nemo_pivotrl.verifiers.base import Verifier, VerifierFault, verdicts
@@ -33,23 +34,20 @@ def verify(settings: config.Verifier, source: Path, target: Path) -> Counter[str
 
     Raises InputError naming the lines that cannot be read; then nothing is written.
     """
-    part = target.with_name(target.name + ".part")
-    part.parent.mkdir(parents=True, exist_ok=True)
     counts: Counter[str] = Counter()
     problems: list[Problem] = []
     loaded: dict[str, Verifier] = {}
-    try:
-        with part.open("wb") as out, progress(None, 0, "verify", "verdict") as bar:
+    with (
+        only_writer(target.parent, f"verify into {target.name}", name=f".{target.name}.lock"),
+        replacing(target) as out,
+    ):
+        with progress(None, 0, "verify", "verdict") as bar:
             rows = questions(source, settings, loaded, problems)
             while chunk := list(islice(rows, CHUNK)):
-                for line in _score(chunk, counts):
-                    out.write(line)
+                out.writelines(_score(chunk, counts))
                 bar.update(len(chunk))
         if problems:
             raise InputError(problems)
-        os.replace(part, target)
-    finally:
-        part.unlink(missing_ok=True)
     return counts
 
 
@@ -62,7 +60,7 @@ def questions(
     """(verifier, case, action, columns to repeat in the output) of each action in the file."""
     if not source.exists():
         raise InputError(Problem(str(source), None, "file", "no such file", "give a JSONL file of rows"))
-    with source.open("rb") as handle:
+    with open_input(source) as handle:
         for number, line in enumerate(handle, start=1):
             if len(problems) >= MAX_PROBLEMS:
                 return

@@ -12,6 +12,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from decimal import Decimal
 from typing import Any
 
 from nemo_pivotrl.config import Limits
@@ -42,8 +43,11 @@ SQL_TOOL = re.compile(r"(^|_)(sql|sqlite|mysql|postgres|postgresql|bigquery|snow
 SEARCH_TOOL = re.compile(
     r"^search$|(^|_)(web|internet|google|bing|duckduckgo|brave|tavily|serp|serper|wikipedia|news)(_|$)"
 )
+WEB_TOOL = re.compile(r"(^|_)(http|https|api|request|curl|fetch|rest|endpoint)(_|$)")
 MEDIA_TOOL = re.compile(r"video|audio|clip|trim|media|song|movie|record|timer")
 PATH_NAME = re.compile(r"(^|_)(path|file|filename|filepath|dir|directory|folder|cwd|workdir)s?$")
+PATH_OF_OTHERS = {"json_path", "jsonpath", "xpath", "key_path", "xml_path", "query_path"}
+"""Arguments whose paths lead into a document."""
 FOLDER_NAME = re.compile(r"(^|_)(dir|directory|folder|cwd|workdir)$")
 URL_NAME = re.compile(r"(^|_)(url|uri|link|href)s?$")
 DATE_NAME = re.compile(r"(^|_)(date|day|datetime|timestamp|birthday|dob|deadline)s?$")
@@ -109,8 +113,10 @@ def kind_of(c: Reading, name: str, schema: Mapping[str, Any]) -> str:
         return "keys" if plain == "keystrokes" else "shell"
     if plain in SQL_NAMES or (plain in QUERY_NAMES and SQL_TOOL.search(tool)):
         return "sql"
-    if plain in QUERY_NAMES and SEARCH_TOOL.search(tool):
-        return "query"
+    if plain in QUERY_NAMES:
+        return "query" if SEARCH_TOOL.search(tool) else "words"
+    if plain in PATH_OF_OTHERS or (PATH_NAME.search(plain) and WEB_TOOL.search(tool)):
+        return "exact"
     if FOLDER_NAME.search(plain):
         return "folder"
     for kind, pattern in (("path", PATH_NAME), ("url", URL_NAME), ("place", PLACE_NAME), ("phone", PHONE_NAME)):
@@ -277,7 +283,7 @@ def read_text(c: Reading, text: str, schema: Mapping[str, Any], kind: str) -> Fo
         c.used |= {"enum_case"} if named is not None else set()
         return "text", text if named is None else named
     form = _of_kind(c, text, schema, kind)
-    if form is None and (kind in PLAIN_KINDS or (kind == "query" and looks_like_sql(text))):
+    if form is None and (kind in PLAIN_KINDS or (kind in ("query", "words") and looks_like_sql(text))):
         form = _by_itself(c, text, kind)
     if form is not None:
         return form
@@ -334,8 +340,9 @@ def _by_itself(c: Reading, text: str, kind: str) -> Form | None:
         return None
     if text[:1] == "{" or (kind == "body" and text[:1] == "["):
         try:
-            body = decode_json(text, WRITTEN)
-        except ValueError:
+            decode_json(text, WRITTEN)
+            body = json.loads(text, parse_float=Decimal)  # whoever reads it may keep more digits than a double
+        except (ValueError, ArithmeticError):
             return None
         if isinstance(body, (dict, list)) and not _repeats_a_key(text) and c.on("json_text"):
             return "json", read_value(c, body, {}, "exact")

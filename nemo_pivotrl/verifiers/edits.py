@@ -23,10 +23,10 @@ WHOLE = ("file_text", "content", "contents", "text")
 INSERT_AT = ("insert_line", "line", "line_number")
 FORMS = {"create": WHOLE, "str_replace": OLD, "insert": INSERT_AT}
 """Sub-command of an editor -> arguments of which it needs one."""
-SOURCE = re.compile(
-    r"\.(c|cc|cpp|cs|css|go|h|hpp|html|java|js|json|jsx|kt|php|py|rb|rs|scss|sql|swift|toml|ts|tsx|xml|ya?ml)$"
-)
-"""Files in which blanks at a line's end say nothing."""
+SOURCE = re.compile(r"\.(c|cc|cpp|cs|css|go|h|hpp|java|js|json|jsx|kt|php|py|rb|rs|scss|swift|toml|ts|tsx)$")
+"""Files in which blanks at a line's end say nothing, but in a text of several lines."""
+SEVERAL_LINES = re.compile(r"\"\"\"|'''|`|<<|R\"")
+"""What may begin such a text."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,11 +114,11 @@ def read_edit(c: Reading, edit: Edit, files: Mapping[str, str]) -> Form:
 
 
 def _settled(c: Reading, path: str, text: str, whole: bool) -> str:
-    """`text` with one form of line ends; without blanks at the line ends of source, and without the last line's end."""
+    """`text` without blanks at the line ends of source, and without the last line's end."""
     if "whitespace" not in c.rules:
         return text
-    settled = text.replace("\r\n", "\n")
-    if SOURCE.search(path):
+    settled = text
+    if SOURCE.search(path) and not SEVERAL_LINES.search(text):
         settled = re.sub(r"(?<![ \t\\])[ \t]+\n", "\n", settled)
     if whole:
         settled = settled.removesuffix("\n")

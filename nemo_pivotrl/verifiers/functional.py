@@ -46,7 +46,7 @@ RULES: dict[str, tuple[bool, str]] = {
     "set_order": (False, "lists with `uniqueItems: true` in any order, which the schema does not promise"),
     "whitespace": (
         True,
-        "blanks around a command; in what an edit writes line ends, blanks at the ends of source lines, the last line's end",
+        "blanks around a command; in what an edit writes blanks at the ends of source lines, and the last line's end",
     ),
     "letter_case": (False, "all texts up to case"),
     "place_case": (True, "names of cities and countries up to case"),
@@ -86,8 +86,9 @@ RULES: dict[str, tuple[bool, str]] = {
 CALL_WORK = 2000
 """Units of `Limits.max_work` that reading one call costs besides what is in it."""
 
-KINDS = ("text exact prose query sql shell keys python path folder url date when place phone body edit").split()
-"""What an argument may hold: `exact` is itself alone, `when` a date or time in words too, `body` JSON, `keys` a terminal's."""
+KINDS = ("text exact words prose query sql shell keys python path folder url date when place phone body edit").split()
+"""What an argument may hold. `exact`: itself alone. `words`: a query that no rule reads. `when`: a date or time, in words
+too. `body`: JSON. `keys`: what a terminal is sent."""
 
 Calls = Sequence[tuple[ToolCall, dict[str, Any] | None]]
 

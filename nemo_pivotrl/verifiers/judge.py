@@ -27,6 +27,7 @@ import httpx
 
 from nemo_pivotrl import config
 from nemo_pivotrl.core.artifacts import digest, json_line
+from nemo_pivotrl.core.atomic import append_line, open_input
 from nemo_pivotrl.core.errors import InputError, Problem, short
 from nemo_pivotrl.core.types import Action, Case, Verdict
 from nemo_pivotrl.verifiers.base import Judging, Ruling, VerifierFault
@@ -56,8 +57,8 @@ class _Cache:
         if not path:
             return
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "ab+") as handle:
-            handle.seek(0)
+        append_line(Path(path), b"")  # it can be written
+        with open_input(path) as handle:
             for line in handle:
                 try:
                     row = json.loads(line)
@@ -75,13 +76,7 @@ class _Cache:
         self._known[key] = ruling
         if not self._path:
             return
-        handle = os.open(self._path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
-        try:
-            size = os.fstat(handle).st_size  # what another process is writing may look torn: an empty line results
-            torn = size > 0 and os.pread(handle, 1, size - 1) != b"\n"
-            os.write(handle, b"\n" * torn + json_line({"key": key, **asdict(ruling)}))
-        finally:
-            os.close(handle)
+        append_line(Path(self._path), json_line({"key": key, **asdict(ruling)}))
 
 
 class Judge:

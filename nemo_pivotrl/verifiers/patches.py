@@ -62,7 +62,7 @@ class FilePatch:
 
 def read_unified(text: str) -> list[FilePatch] | None:
     """The files of a unified patch; None for what is none."""
-    lines = text.replace("\r\n", "\n").split("\n")
+    lines = text.split("\n")
     if len(lines) > MAX_LINES:
         return None
     found: list[FilePatch] = []
@@ -157,7 +157,7 @@ def _read_hunk(lines: Sequence[str], at: int, hunk: re.Match[str], changes: list
 
 def read_starred(text: str) -> tuple[str, ...] | None:
     """The lines of an `*** Update File:` patch, paths in one spelling; None for what is none. They find their place by context."""
-    lines = text.strip("\n").replace("\r\n", "\n").split("\n")
+    lines = text.strip("\n").split("\n")
     if len(lines) > MAX_LINES or not lines[0].startswith("*** "):
         return None
     lines = lines[lines[0] == "*** Begin Patch" : len(lines) - (lines[-1] == "*** End Patch")]

@@ -180,7 +180,10 @@ class BadSchema(ValueError):
 
 def difference(schema: Mapping[str, Any], instance: Any) -> str:
     """What of an expert's arguments the schema does not allow; '' for nothing. Raises BadSchema."""
-    text = json.dumps(schema, sort_keys=True)
+    try:
+        text = json.dumps(schema, sort_keys=True)
+    except RecursionError:
+        raise BadSchema("it is nested too deeply") from None
     if len(text) > MAX_SCHEMA_CHARS:
         raise BadSchema(f"{len(text)} characters, at most {MAX_SCHEMA_CHARS}")
     validator = _draft_2020(text)
@@ -202,8 +205,8 @@ def difference(schema: Mapping[str, Any], instance: Any) -> str:
 @lru_cache(maxsize=512)
 def _draft_2020(text: str) -> Any:
     """A validator of the schema, or what is wrong with it."""
-    schema = json.loads(text)
     try:
+        schema = json.loads(text)
         for pattern in _patterns(schema):
             if len(pattern) > MAX_PATTERN_CHARS or _repeats(pattern) > MAX_REPEATS:
                 return f"the pattern {pattern[:60]!r} is too large"

@@ -19,7 +19,8 @@ from nemo_pivotrl.verifiers.shell_commands import (
     Form,
     clean_operand,
     is_literal,
-    known_pager,
+    only_filters,
+    only_lists,
     read_simple,
 )
 from nemo_pivotrl.verifiers.shell_lexer import BEGIN, WHOLE, Lexer, Token
@@ -42,6 +43,8 @@ NEUTRAL = {
     **dict.fromkeys(("PAGER", "GIT_PAGER"), "cat"),
 }
 """Variables that change how output looks or is paged and nothing else, with the values for which that holds."""
+SHOWS_VARIABLES = frozenset("env printenv set export declare sh bash zsh eval exec sudo".split())
+"""Commands that show a variable, or pass it on to one that may."""
 
 
 def read_command(
@@ -71,7 +74,10 @@ def _read(text: str, rules: frozenset[str], directory: str) -> tuple[Form, froze
         program = _without_cd(program, directory, used)
     if "shell_idioms" in rules:
         program = _without_idle_parts(program, used)
-    form: Form = tuple(_simple(part, rules, used) if isinstance(part, Command) else part for part in program)
+    form: Form = tuple(
+        _simple(part, rules, used, after == "|") if isinstance(part, Command) else part
+        for part, after in zip(program, (*program[1:], ""), strict=False)
+    )
     quoted = sorted(token.raw for token in tokens if token.raw != token.word)
     if quoted:
         used.add("shell_quoting")
@@ -105,7 +111,7 @@ def _program(tokens: Sequence[Token], rules: frozenset[str], used: set[str]) -> 
         separator = ";" if token.op == "\n" and joined else token.op
         if token.op == "\n":
             used.add("shell_separators")
-        idle = not flat or (isinstance(flat[-1], str) and flat[-1] in OPENERS)
+        idle = not flat or (isinstance(flat[-1], str) and flat[-1] in {*OPENERS, "&"})
         if not (idle and joined and separator == ";"):
             flat.append(separator)
         else:
@@ -184,7 +190,7 @@ def _without_idle_parts(program: Program, used: set[str]) -> Program:
         program = program[2:]
     if len(program) > 2 and program[-1] == Command((), ("cat",), ()) and program[-2] == "|":
         source = program[-3]
-        if isinstance(source, Command) and source.words and not known_pager(source.words[0]):
+        if isinstance(source, Command) and source.words and only_lists(source.words[0]):
             used.add("shell_idioms")
             program = program[:-2]
     found: list[Any] = []
@@ -192,7 +198,7 @@ def _without_idle_parts(program: Program, used: set[str]) -> Program:
         source = found[-2] if len(found) > 1 and found[-1] == "|" and isinstance(found[-2], Command) else None
         starts = len(found) < 3 or found[-3] in (";", "&&", "||")
         takes = isinstance(part, Command) and part.words and not any(d == "0" for d, *_ in part.redirects)
-        if source and starts and takes and _reads_one_file(source):
+        if source and starts and takes and only_filters(part.words) and _reads_one_file(source):
             used.add("shell_idioms")
             found[-2:] = [replace(part, redirects=(("0", "<", source.words[1], ""), *part.redirects))]
             continue
@@ -205,17 +211,19 @@ def _reads_one_file(command: Command) -> bool:
     return plain and command.words[0] == "cat" and command.words[1][:1] != "-" and is_literal(command.words[1])
 
 
-def _simple(command: Command, rules: frozenset[str], used: set[str]) -> Form:
+def _simple(command: Command, rules: frozenset[str], used: set[str], piped: bool) -> Form:
     kept = []
     for name, value in command.assignments:
         neutral = bool(command.words) and name in NEUTRAL and re.fullmatch(NEUTRAL[name], value)
+        neutral = neutral and command.words[0].rpartition("/")[2] not in SHOWS_VARIABLES
         if neutral and "shell_env_prefix" in rules:
             used.add("shell_env_prefix")
         else:
             kept.append((name, value))
     if command.words and all(is_literal(value) for _, value in kept) and len(dict(kept)) == len(kept):
         kept.sort()  # none looks at another, so their order says nothing
-    name_and_words, redirects = read_simple(command.words, command.redirects, rules, used)
+    goes_on = piped or any(d == "1" for d, *_ in command.redirects)
+    name_and_words, redirects = read_simple(command.words, command.redirects, rules, used, goes_on)
     cleaned = tuple(
         (d, op, target if op.startswith("<<") else clean_operand(target, rules, used), mark)
         for d, op, target, mark in redirects

@@ -22,15 +22,23 @@ Redirect = tuple[str, str, str, str]
 """Descriptor, operator, target (or the text of a here-document), and `'` for a text that is not expanded."""
 MARKS = frozenset((ACTIVE, BEGIN, END, WHOLE))
 RAW_WORDS = frozenset(
-    "find awk gawk echo printf test expr exec eval command builtin trap set let xargs parallel".split()
+    "find awk gawk echo printf test expr exec eval command builtin trap set let xargs parallel java".split()
 )
 """Commands whose words say what their place says, `--x=y` included."""
 SCRIPTS = re.compile(r"python[\d.]*|node|bash|sh|ruby|perl")
 """Interpreters: their first word is a file, and all after it is that file's."""
 WRAPPERS = frozenset("sudo nohup timeout".split())
 """Commands that run the command after them."""
-PAGERS = frozenset("git man systemctl journalctl less more bat psql mysql ls".split())
-"""Commands that show another output, or wait, where they write to a terminal."""
+LISTS = frozenset(
+    "cut date df du env free head hostname id mount printenv ps pwd sort tail uname uniq uptime wc".split()
+)
+"""Commands of which nothing but their output counts, and that is the same in a pipe."""
+FILTERS = frozenset("awk cut egrep fgrep grep head jq nl sed sort tac tail tr uniq wc".split())
+"""Commands that read their input and do nothing else."""
+NAMES_SHOWN = frozenset("diff du grep head ls md5sum realpath rg sha256sum stat tail wc".split())
+"""Commands that say the names they are given: where their output goes on, its spelling counts."""
+NAMES_A_FILE = re.compile(r"[^/]\.[a-z]\w{0,4}$")
+"""Words that are no branch and no tag, by their ending."""
 STANDARD = ("/bin/", "/usr/bin/")
 """Where the tools of the system lie."""
 SIGNALS = {"HUP": "1", "INT": "2", "QUIT": "3", "KILL": "9", "USR1": "10", "USR2": "12", "TERM": "15", "CONT": "18"}
@@ -106,9 +114,14 @@ def is_literal(word: str) -> bool:
     return not MARKS & set(word)
 
 
-def known_pager(name: str) -> bool:
-    """Whether a command's output depends on what it is written to."""
-    return name.rpartition("/")[2] in PAGERS
+def only_lists(name: str) -> bool:
+    """Whether a command is the same with `| cat` after it, its status aside."""
+    return name.rpartition("/")[2] in LISTS
+
+
+def only_filters(words: Sequence[str]) -> bool:
+    """Whether a command takes its input and does nothing else."""
+    return words[0] in FILTERS and not (words[0] == "sed" and any(word.startswith("-i") for word in words))
 
 
 def clean_operand(word: str, rules: frozenset[str], used: set[str]) -> str:
@@ -126,11 +139,17 @@ def clean_operand(word: str, rules: frozenset[str], used: set[str]) -> str:
 
 
 def read_simple(
-    words: Sequence[str], redirects: tuple[Redirect, ...], rules: frozenset[str], used: set[str]
+    words: Sequence[str],
+    redirects: tuple[Redirect, ...],
+    rules: frozenset[str],
+    used: set[str],
+    goes_on: bool = False,
 ) -> tuple[Form, tuple[Redirect, ...]]:
-    """The form of a command's words, and its redirections."""
+    """The form of a command's words, and its redirections. `goes_on`: its output is read by another command or a file."""
     if not words:
         return (), redirects
+    if goes_on and words[0].rpartition("/")[2] in NAMES_SHOWN:
+        rules = rules - {"shell_paths"}
     if "shell_idioms" in rules:
         words, redirects = _idiom(list(words), redirects, used)
     name = words[0]
@@ -140,7 +159,7 @@ def read_simple(
         name = base
     skipped = _wrapped(name, words)
     if skipped:
-        inner, redirects = read_simple(words[skipped:], redirects, rules, used)
+        inner, redirects = read_simple(words[skipped:], redirects, rules, used, goes_on)
         return ("wrapped", *words[:skipped], inner), redirects
     if SCRIPTS.fullmatch(name):
         return ("script", name, *_script(words[1:], rules, used)), redirects
@@ -201,7 +220,8 @@ def _idiom(words: list[str], redirects: tuple[Redirect, ...], used: set[str]) ->
         inputs = [r for r in redirects if r[0] == "0"]
         if words[1:] in ([], ["-"]) and len(inputs) == 1 and inputs[0][1] == "<<":
             _, _, body, mark = inputs[0]
-            if mark or not any(c in body for c in "$`\\"):
+            reads = "stdin" in body or "input(" in body
+            if not reads and (mark or not any(c in body for c in "$`\\")):
                 words, redirects = [name, "-c", body], tuple(r for r in redirects if r[0] != "0")
         if len(words) == 3 and words[1] == "-c":
             words = [*words[:2], words[2].strip("\n")]
@@ -239,6 +259,7 @@ def _split_values(words: Iterable[str], rules: frozenset[str], used: set[str]) -
         option, equals, value = word.partition("=")
         ended = "--" in found
         plain = re.fullmatch(r"--[A-Za-z][\w-]*", option) and option[2:] not in OPTIONAL_VALUE
+        plain = plain and value not in ("true", "false")  # which some tools take after `=` alone
         if equals and plain and not ended and "shell_long_options" in rules:
             used.add("shell_long_options")
             found += [option, value]
@@ -325,8 +346,8 @@ def _known_idiom(
         key == "sed"
         and len(operands) in (1, 2)
         and (
-            (names == {"n"} and (lines := re.fullmatch(r"(?:1,(\d+)|(1))p", operands[0])))
-            or (not names and (lines := re.fullmatch(r"(\d+)q", operands[0])))
+            (names == {"n"} and (lines := re.fullmatch(r"(?:1,([1-9]\d*)|(1))p", operands[0])))
+            or (not names and (lines := re.fullmatch(r"([1-9]\d*)q", operands[0])))
         )
     ):
         used.add("shell_idioms")
@@ -337,7 +358,7 @@ def _known_idiom(
         operands = [*operands, "."]
     if key in ("git diff", "git log", "git show") and operands.count("--") == 1:
         at = operands.index("--")
-        if operands[at + 1 :] and all(re.search(r"[./]", word) for word in operands[at + 1 :]):
+        if operands[at + 1 :] and all(NAMES_A_FILE.search(word) for word in operands[at + 1 :]):
             used.add("shell_idioms")
             operands = operands[:at] + operands[at + 1 :]
     scripts = 1 if key in ("grep", "sed") and not names & {"e", "f"} else 0

@@ -79,7 +79,9 @@ class Lexer:
             elif char in " \t\n;|&<>()":
                 break
             elif char == "\\":
-                parts.append(text[self.at + 1 : self.at + 2].replace("\n", ""))
+                if self.at + 1 == len(text):
+                    raise ValueError("nothing after a closing backslash")
+                parts.append(text[self.at + 1].replace("\n", ""))
                 self.at += 2
             elif char == "'":
                 parts.append(self._until("'", self.at + 1))

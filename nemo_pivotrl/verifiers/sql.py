@@ -32,7 +32,7 @@ def looks_like_sql(text: str) -> bool:
 @lru_cache(maxsize=1024)
 def read_sql(text: str) -> tuple[str, ...] | None:
     """The form of one or several statements, or None for what is not read."""
-    if len(text) > MAX_CHARS or re.search(r"/\*[!+]", text) or _nesting(text) > MAX_NESTING:
+    if len(text) > MAX_CHARS or re.search(r"/\*[!+]|--\+", text) or _nesting(text) > MAX_NESTING:
         return None
     import sqlglot
     from sqlglot.errors import SqlglotError
@@ -42,16 +42,24 @@ def read_sql(text: str) -> tuple[str, ...] | None:
     logger.setLevel(logging.CRITICAL)  # it warns of statements that it takes as they are
     try:
         dialect = "mysql" if "`" in text else None  # only there backquotes are around names
-        if len(sqlglot.tokenize(text, read=dialect)) > MAX_TOKENS:
+        tokens = sqlglot.tokenize(text, read=dialect)
+        if len(tokens) > MAX_TOKENS:
             return None
         statements = [tree for tree in sqlglot.parse(text, read=dialect) if tree is not None]
         if not statements or any(tree.find(sqlglot.exp.Command) for tree in statements):
             return None
-        return tuple([dialect or "", *(_ordered(tree).sql(comments=False) for tree in statements)])
+        # the parser takes some types and functions for one another, of which a database may have both: words must be the same
+        words = sorted(_word(token) for token in tokens if token.token_type.name not in ("ALIAS", "SEMICOLON"))
+        return (dialect or "", *(_ordered(tree).sql(comments=False) for tree in statements), *words)
     except (SqlglotError, RecursionError, ValueError, AttributeError, TypeError):
         return None
     finally:
         logger.setLevel(level)
+
+
+def _word(token: Any) -> str:
+    named = str(token.token_type.name)
+    return named if named == "NEQ" else str(token.text).upper()
 
 
 def _nesting(text: str) -> int:

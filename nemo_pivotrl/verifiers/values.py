@@ -10,6 +10,7 @@ import math
 import re
 import tokenize
 from datetime import UTC, date, datetime, time
+from decimal import Context, Decimal
 from typing import Any
 from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
 
@@ -18,6 +19,9 @@ MAX_CODE_CHARS = 20_000
 MAX_URL_CHARS = 4096
 """Longer URLs are compared as text."""
 MAX_DATE_CHARS = 64
+MAX_DIGITS = 400
+DIGITS = Context(prec=MAX_DIGITS, Emax=10**9, Emin=-(10**9))
+"""Of a number in a text; longer ones are rounded there."""
 DEFAULT_PORTS = {"http": 80, "https": 443}
 MONTHS = "january february march april may june july august september october november december".split()
 MONTH = "|".join(f"{month[:3]}(?:{month[3:]})?" for month in MONTHS)
@@ -32,8 +36,12 @@ PHONE = re.compile(r"\+\d[\d ().-]{5,22}\d")
 WEB = re.compile(r"https?://\S+")
 
 
-def number(value: float) -> tuple[str, str]:
+def number(value: float | Decimal) -> tuple[str, str]:
     """Equal for numbers of one value: whole ones exactly, fractions up to the fifteen digits that a double holds."""
+    if isinstance(value, Decimal) and value.is_finite():
+        if value != value.to_integral_value() or abs(value.adjusted()) > MAX_DIGITS:
+            return "number", str(value.normalize(DIGITS))
+        value = int(value)
     if isinstance(value, int):
         return "number", str(value) if abs(value) < 1 << 4096 else hex(value)
     if not math.isfinite(value):

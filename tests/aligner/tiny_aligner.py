@@ -12,7 +12,7 @@ from omegaconf import OmegaConf, open_dict
 
 from nemo_pivotrl.backends.megatron.mapping import entries
 from nemo_pivotrl.config import Verifier
-from nemo_pivotrl.core.artifacts import Header, canonical_json
+from nemo_pivotrl.core.artifacts import Header, write_artefact
 from nemo_pivotrl.core.types import Action, Candidate, Preference
 from nemo_pivotrl.data.chat_template import Chat
 from nemo_pivotrl.data.gym_rows import candidate_to_row
@@ -130,16 +130,15 @@ def write_inputs(folder: Path, train: int = 12, validation: int = 4) -> None:
             tools=(),
             expected=Action("message", "kilo lima"),
         )
-        rows.append(canonical_json(candidate_to_row(candidate, "agent")))
-    (folder / "pivots.jsonl").write_text(header.to_line() + "\n".join(rows) + "\n")
+        rows.append(candidate_to_row(candidate, "agent"))
+    write_artefact(folder / "pivots.jsonl", header, rows)
     header = Header(stage="token_rewards", config_hash="", tokenizer=chat.fingerprint)
     pairs = [
         {"preference_id": f"p{i}", "split": split, "objective": "kindness", **tiny_policy.PAIRS[i % 4]}
         for split, count in (("train", 10), ("validation", 4))
         for i in range(count)
     ]
-    text = "\n".join(canonical_json(pair) for pair in pairs)
-    (folder / "token_rewards.jsonl").write_text(header.to_line() + text + "\n")
+    write_artefact(folder / "token_rewards.jsonl", header, pairs)
     write_preferences(folder)
 
 
@@ -149,8 +148,7 @@ def write_preferences(folder: Path) -> None:
         Preference(f"p{i}", "train", "helpfulness", ({"role": "user", "content": prompt},), chosen, rejected, f"f:{i}")
         for i, (prompt, chosen, rejected) in enumerate(tiny_policy.PREFERENCES)
     ]
-    text = "\n".join(canonical_json(preference_to_row(row)) for row in rows)
-    (folder / "preferences.jsonl").write_text(Header("preferences", "", "").to_line() + text + "\n")
+    write_artefact(folder / "preferences.jsonl", Header("preferences", "", ""), map(preference_to_row, rows))
 
 
 def config(algorithm: str, folder: Path, overrides: dict[str, Any]) -> Any:

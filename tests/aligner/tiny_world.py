@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from nemo_pivotrl.config import Recipe, Verifier, World
-from nemo_pivotrl.core.artifacts import Header, canonical_json, read_rows
+from nemo_pivotrl.core.artifacts import Header, canonical_json, read_rows, write_artefact
 from nemo_pivotrl.data.chat_template import Chat
 from nemo_pivotrl.data.gym_rows import candidate_of_row, message_of
 from nemo_pivotrl.demo import service_desk as world
@@ -56,7 +56,7 @@ def write_world(folder: Path, pivots: int) -> None:
     chosen = rows[:pivots] + [
         {**row, "provenance": {**row["provenance"], "split": "validation"}} for row in rows[:pivots]
     ]
-    (folder / "pivots.jsonl").write_text(header.to_line() + "".join(canonical_json(row) + "\n" for row in chosen))
+    write_artefact(folder / "pivots.jsonl", header, chosen)
 
 
 def _with_trajectories(recipe: Recipe, path: Path) -> Recipe:

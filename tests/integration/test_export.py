@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import yaml
+from omegaconf import OmegaConf
 from support.recipes import ROOT, recipe_at
 
 from nemo_pivotrl import cli
@@ -77,7 +78,7 @@ def exported(trained: Path, tmp_path: Path) -> Path:
     return tmp_path / "run/nemo-rl"
 
 
-def test_rows_and_gym_config_agree_on_the_agents_name(exported: Path) -> None:
+def test_rows_and_gym_config_agree_on_the_agents_name(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [json.loads(line) for line in (exported / "train.jsonl").read_text().splitlines()]
     gym = yaml.safe_load((exported / "gym.yaml").read_text())
     assert {row["agent_ref"]["name"] for row in rows} == {AGENT} and AGENT in gym
@@ -85,8 +86,13 @@ def test_rows_and_gym_config_agree_on_the_agents_name(exported: Path) -> None:
     assert agent["resources_server"]["name"] in gym  # NeMo-Gym refuses a reference to nothing
     (server,) = gym[agent["resources_server"]["name"]]["resources_servers"].values()
     assert server["tool_call_comparator_config"]["word_count_similarity_threshold"] == 0.1 and server["domain"]
-    made = yaml.safe_load((exported / "grpo-pivotrl.yaml").read_text())
+    text = (exported / "grpo-pivotrl.yaml").read_text()
+    assert str(exported) not in text and str(exported.parent) not in text
+    monkeypatch.setenv("NEMO_PIVOTRL_EXPORT", str(exported.rename(exported.with_name("moved"))))
+    exported = exported.with_name("moved")
+    made = OmegaConf.to_container(OmegaConf.create(text), resolve=True)
     assert made["env"]["nemo_gym"]["config_paths"][1] == str(exported / "gym.yaml")
+    assert Path(made["policy"]["model_name"]).resolve() == (exported.parent / "start/policy").resolve()
     assert Path(made["data"]["train"]["data_path"]).read_bytes() == (exported / "train.jsonl").read_bytes()
 
 

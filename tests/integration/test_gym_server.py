@@ -132,6 +132,14 @@ def test_a_body_that_a_page_may_send_without_asking_is_refused(running: Running,
     assert running.ask("POST", "/verify", row(), {"Content-Type": "application/JSON; charset=utf-8"})[0] == 200
 
 
+def test_a_page_of_another_origin_is_refused_and_an_empty_body_has_no_type(running: Running) -> None:
+    for origin in ("https://evil.example", "null", "http://localhost.evil.example:80", "file://"):
+        assert running.ask("POST", "/verify", row(), {"Origin": origin})[0] == 403
+        assert running.ask("POST", "/seed_session", None, {"Origin": origin})[0] == 403
+    assert running.ask("POST", "/verify", row(), {"Origin": f"http://localhost:{running.port}"})[0] == 200
+    assert running.ask("POST", "/seed_session")[0] == 200
+
+
 def test_a_token_comes_from_a_file_or_the_environment_and_is_wanted_off_the_loopback(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

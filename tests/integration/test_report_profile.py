@@ -10,7 +10,7 @@ import pytest
 from support.recipes import recipe_at
 
 from nemo_pivotrl.algorithms import pivotrl
-from nemo_pivotrl.core.artifacts import json_line, read_header, read_rows
+from nemo_pivotrl.core.artifacts import Header, read_header, read_rows, write_artefact
 from nemo_pivotrl.pivotrl.profile_rows import plan_in, profile_of_row
 from nemo_pivotrl.pivotrl.profile_statistics import summarise
 from nemo_pivotrl.report.page import report
@@ -24,7 +24,7 @@ def test_the_page_shows_what_was_saved_the_control_set_repeats_failures_and_toke
     header, rows = read_header(path, "profiles"), list(read_rows(path))
     broken = next(row for row in rows if row["provenance"]["split"] == "train" and not row["profile"]["control"])
     broken["samples"], broken["profile"]["failure"] = [], "judge_<b>timeout"
-    path.write_bytes(header.to_line().encode() + b"".join(json_line(row) for row in rows))
+    write_artefact(path, header, rows)
     written = report(recipe_at(tmp_path / "run"))
     numbers, page = json.loads(written.with_suffix(".json").read_text()), written.read_text()
     summary = summarise(path, plan_in(header))
@@ -56,7 +56,7 @@ def test_a_profile_drawn_in_full_needs_no_control_set(trained: Path, tmp_path: P
     for row in rows:
         row["profile"]["control"] = False
         row["samples"] = (row["samples"] * 8)[:8]
-    path.write_bytes(json_line(told) + b"".join(json_line(row) for row in rows))
+    write_artefact(path, Header(**told["nemo_pivotrl"]), rows)
     page = report(recipe_at(tmp_path / "run")).read_text()
     assert "Control set" not in page and "control set" not in page and "stopped where" not in page
     assert page.count("<svg") == 5 and "at most 8" not in page

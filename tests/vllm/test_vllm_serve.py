@@ -154,9 +154,17 @@ def test_a_bad_request_is_a_400_and_the_server_lives(server: Process, wish: dict
 
 
 def test_the_server_is_closed_to_trainers_unless_it_was_opened(server: Process) -> None:
-    request = urllib.request.Request(server.url + "/collective_rpc", b'{"method": "refit"}', method="POST")
-    with pytest.raises(urllib.error.HTTPError, match="404"):
-        urllib.request.urlopen(request, timeout=10)
+    def status(**headers: str) -> int:
+        request = urllib.request.Request(server.url + "/collective_rpc", b'{"method": "refit"}', headers, method="POST")
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            urllib.request.urlopen(request, timeout=10)
+        return int(refused.value.code)
+
+    json_body = {"Content-Type": "application/json"}
+    assert status(**json_body) == 404
+    assert status(**json_body, Host="evil.example") == 400  # a page whose name was pointed at this machine
+    assert status(**json_body, Origin="https://evil.example") == 403
+    assert status(**{"Content-Type": "text/plain"}) == 415
 
 
 def test_the_servers_command_says_what_the_recipe_says(recipe_file: str, capsys: pytest.CaptureFixture[str]) -> None:

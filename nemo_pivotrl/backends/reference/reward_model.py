@@ -14,6 +14,7 @@ from nemo_pivotrl.backends.hf_models import load_model
 from nemo_pivotrl.config import Oracles
 from nemo_pivotrl.core.errors import InputError, Problem
 from nemo_pivotrl.core.model_folder import load_config, load_tokenizer
+from nemo_pivotrl.data import template_sandbox
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -50,7 +51,7 @@ class RewardModel:
         affair.
         """
         texts = [
-            self.tokenizer.apply_chat_template([*messages, {"role": "assistant", "content": answer}], tokenize=False)
+            template_sandbox.render(self.tokenizer, [*messages, {"role": "assistant", "content": answer}])
             for messages, answer in zip(asked, answers, strict=True)
         ]
         ids = [self.tokenizer.encode(text, add_special_tokens=False) for text in texts]

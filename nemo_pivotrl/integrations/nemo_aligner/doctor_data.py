@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nemo_pivotrl.core.artifacts import HEADER_KEY, Header
+from nemo_pivotrl.core.artifacts import HEADER_KEY, read_header
 from nemo_pivotrl.core.errors import InputError, Problem
 from nemo_pivotrl.data.chat_template import fingerprint
 from nemo_pivotrl.integrations.nemo_aligner.settings import LLMDoctorModelBlock, read_block
@@ -69,9 +70,7 @@ class TokenRewardDataset(torch.utils.data.Dataset[dict[str, Any]]):
 def _check_header(path: str, first: Mapping[str, Any], tokenizer: Any) -> None:
     if HEADER_KEY not in first:
         raise InputError(Problem(path, 1, "header", "none", "give the token_rewards.jsonl that the reward stage wrote"))
-    header = Header(**first[HEADER_KEY])
-    if header.stage != "token_rewards":
-        raise InputError(Problem(path, 1, "stage", header.stage, "this trainer reads token_rewards; check the path"))
+    header = read_header(Path(path), "token_rewards")  # the whole file is what its seal says
     inner = getattr(tokenizer, "tokenizer", None)
     if not hasattr(inner, "get_vocab") or fingerprint(inner) != header.tokenizer:
         remedy = "a doctor must share the patient's tokenizer: set model.tokenizer to that Hugging Face tokenizer"

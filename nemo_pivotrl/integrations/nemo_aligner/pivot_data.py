@@ -19,7 +19,7 @@ from torch import Tensor
 
 from nemo_pivotrl.components.rollout import judge_all, rendered
 from nemo_pivotrl.config import Limits
-from nemo_pivotrl.core.artifacts import HEADER_KEY, Header
+from nemo_pivotrl.core.artifacts import HEADER_KEY, read_header
 from nemo_pivotrl.core.errors import InputError, Problem
 from nemo_pivotrl.core.types import Candidate
 from nemo_pivotrl.data.chat_template import Chat
@@ -109,7 +109,7 @@ def check_header(path: str, first: Mapping[str, Any], chat: Chat, block: PivotRL
     """
     if HEADER_KEY not in first:
         raise InputError(Problem(path, 1, "header", "none", "give the pivots.jsonl that the select stage wrote"))
-    header = Header(**first[HEADER_KEY])
+    header = read_header(Path(path), "pivots")  # the whole file is what its seal says
     verifier = identity(load_verifier(block.verifier), block.verifier)
     sampling = {
         "temperature": block.sampling_params.temperature,
@@ -117,7 +117,6 @@ def check_header(path: str, first: Mapping[str, Any], chat: Chat, block: PivotRL
         "max_new_tokens": block.length_params.max_length,
     }
     compared = {
-        "stage": (header.stage, "pivots"),
         "tokenizer": (header.tokenizer, chat.fingerprint),
         "chat_template": (header.chat_template, chat.template_digest),
         "verifier": (header.verifier, verifier),

@@ -36,7 +36,7 @@ def reward(case: Case, expected: Action, actual: Action) -> float:
 
 def test_the_pairs_are_many_of_every_kind_and_none_stands_there_twice() -> None:
     keys = Counter((r["expected"]["name"], r["expected"]["arguments"], r["actual"]["arguments"]) for r in PAIRS)
-    assert len(PAIRS) >= 800 and max(keys.values()) == 1
+    assert len(PAIRS) >= 1100 and max(keys.values()) == 1
     counts = Counter((r["domain"], r["same"]) for r in PAIRS)
     assert min(counts[domain, False] for domain in ("shell", "json", "sql", "search", "edit")) >= 30
 

@@ -100,7 +100,7 @@ SAME: dict[str, list[Pair]] = {
         Pair([[1, 2], [3]], [[3], [2, 1]], {**SET, "items": SET}),
     ],
     "whitespace": [
-        Pair("a\nb", "a\r\nb\n", key="content", tool="write_file"),
+        Pair("a\nb", "a\nb\n", key="content", tool="write_file"),
     ],
     "place_case": [Pair("Paris", "PARIS", key="city"), Pair("France", "france", key="country")],
     "mail_domains": [Pair("bob@x.com", "bob@X.COM", key="to")],
@@ -538,7 +538,7 @@ def test_the_recipe_can_say_what_an_argument_holds() -> None:
         ({"rules": {"shell_env_prefx": False}}, "did you mean `shell_env_prefix`"),
         ({"rules": {"zzz": True}}, "use one of number_type, stringified"),
         ({"kinds": {"x": "shel"}}, "did you mean `shell`"),
-        ({"kinds": {"x": "zzz"}}, "use one of text, exact, prose"),
+        ({"kinds": {"x": "zzz"}}, "use one of text, exact, words"),
         ({"mode": "name"}, "use one of arguments, tool_name"),
         ({"search_overlap": 0.5}, "search_overlap"),
         ({"ask_judge": ["message"]}, "use one of shell, query"),

@@ -13,9 +13,10 @@ from nemo_pivotrl import config
 from nemo_pivotrl.core.types import Action, Case, ToolCall
 from nemo_pivotrl.verifiers.bounds import LimitExceeded
 from nemo_pivotrl.verifiers.loading import load_verifier
-from nemo_pivotrl.verifiers.schema import bounded, is_valid, matches
+from nemo_pivotrl.verifiers.schema import BadSchema, bounded, difference, is_valid, matches
 
 SECONDS = 0.3  # three times the aim: the machine may be busy
+NUMBER = {"type": "number"}
 NODE = {"$ref": "#/$defs/node"}
 BRANCHING = {
     "properties": {"x": NODE},
@@ -145,3 +146,77 @@ def test_a_thousand_patterns_share_their_time() -> None:
     begun = time.thread_time()
     assert accepts(schema, ["a" * 40 + f"!{i}" for i in range(1000)])
     assert time.thread_time() - begun < SECONDS
+
+
+# ---- schemas as data ----
+
+
+def deep(levels: int) -> dict[str, Any]:
+    schema: dict[str, Any] = {"type": "string"}
+    for _ in range(levels):
+        schema = {"type": "object", "properties": {"x": schema}}
+    return schema
+
+
+@pytest.mark.parametrize(
+    ("x", "reason"),
+    [
+        ({"$ref": "http://127.0.0.1:9/leak"}, "none is fetched"),
+        ({"$ref": "file:///etc/hostname"}, "none is fetched"),
+        ({"$ref": "other.json"}, "none is fetched"),
+        ({"$ref": "#/$defs/absent"}, "none is fetched"),
+        ({"$dynamicRef": "http://127.0.0.1:9/leak"}, "none is fetched"),
+        ({"$ref": "#/properties/x"}, "refers to itself|schema checks"),
+        ({"anyOf": [{"$ref": "#/properties/x"}, {"$ref": "#/properties/x"}]}, "refers to itself|schema checks"),
+        ({"allOf": [{"$ref": "#"}]}, "refers to itself|schema checks|not of type"),
+        ({"pattern": "("}, "is not a 'regex'|error"),
+        ({"pattern": "((a{1000}){1000}){1000}"}, "too large"),
+        ({"pattern": "a" * 5000}, "too large"),
+        ({"type": "nothing"}, "is not valid"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_a_schema_by_which_nothing_can_be_checked_is_told_apart_and_fetches_nothing(
+    x: dict[str, Any], reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fetched(*_: object, **__: object) -> None:
+        raise AssertionError("a reference was fetched")
+
+    monkeypatch.setattr("urllib.request.urlopen", fetched)
+    begun = time.perf_counter()
+    with pytest.raises(BadSchema, match=reason):
+        difference({"type": "object", "properties": {"x": x}}, {"x": "a"})
+    assert time.perf_counter() - begun < 10 * SECONDS
+
+
+def test_a_pattern_that_backtracks_ends_and_a_recursive_schema_that_ends_is_followed() -> None:
+    begun = time.perf_counter()
+    slow = {"properties": {"x": {"pattern": "^(a+)+$"}}}
+    try:
+        assert difference(slow, {"x": "a" * 60 + "b"}) == "does not match the pattern"
+    except BadSchema as error:
+        assert "takes too long to match" in str(error)
+    assert time.perf_counter() - begun < 10
+    tree = {
+        "properties": {"x": {"$ref": "#/$defs/t"}},
+        "$defs": {"t": {"properties": {"of": {"$ref": "#/$defs/t"}, "n": NUMBER}}},
+    }
+    assert difference(tree, {"x": {"of": {"of": {"n": 1}}}}) == ""
+    assert "is not of type 'number'" in difference(tree, {"x": {"of": {"of": {"n": "1"}}}})
+
+
+def test_a_schema_that_is_nested_without_measure_is_refused_and_no_crash() -> None:
+    for levels in (200, 5000):
+        value: Any = "a"
+        for _ in range(levels):
+            value = {"x": value}
+        try:
+            difference(deep(levels), value)
+        except BadSchema as error:
+            assert "itself" in str(error) or "deep" in str(error)
+
+
+def test_large_arguments_of_an_expert_are_checked_in_full() -> None:
+    schema = {"properties": {"x": {"type": "array", "items": {"type": "integer", "minimum": 0}}}}
+    assert difference(schema, {"x": list(range(20_000))}) == ""
+    assert "less than the minimum" in difference(schema, {"x": [*range(20_000), -1]})

@@ -1,0 +1,284 @@
+"""Kill, starve and double-start every stage, and compare what it ends with, byte for byte, with an undisturbed run.
+
+    python benchmarks/torture.py [FOLDER] [--kills 20] [--full 5] [--doubles 3] [--stages extract,select] [--seed 0]
+
+FOLDER gets the runs that the trials begin from (made once, of the tiny recipes made smaller) and every trial that failed.
+- kill: SIGKILL at a random moment of the stage's time, again and again until the command ends by itself
+- full: no file may grow beyond a random size (RLIMIT_FSIZE); then the command again, without the limit
+- tmpfs: the run folder on a file system with little room left (where mounting is allowed); then again, with room
+- double: two processes at once; one must end with 0, the other with 75 and the name of the first
+Costs and times (`ledger.jsonl`, `timing.jsonl`), the report and locks are not compared. Exit code 1 where a trial failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import os
+import random
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+SMALL = {
+    "pivotrl": "world.warmup_tasks=200 world.train_tasks=24 world.test_tasks=6 world.puzzle_warmup_tasks=400 "
+    "world.puzzle_test_tasks=10 world.hidden_size=48 world.layers=1 warmup.num_steps=90 warmup.copy_steps=0 "
+    "profile.num_generations=8 profile.candidates_per_chunk=8 profile.min_wave=2 select.rule=mixed sft.num_steps=3 "
+    "grpo.max_num_steps=4 grpo.num_prompts_per_step=4 grpo.num_generations_per_prompt=4 grpo.val_period=2 "
+    "grpo.val_candidates=6 grpo.val_generations=2 checkpointing.save_period=1 evaluate.one_turn_candidates=8 "
+    "evaluate.num_generations=2 loop.max_rounds=1",
+    "llmdoctor": "manners.lessons=400 manners.hidden_size=48 manners.layers=2 manners.doctor_hidden_size=32 "
+    "manners.doctor_layers=1 manners.num_steps=60 rank.answers_per_prompt=4 tfpo.max_num_steps=6 tfpo.pairs_per_step=8 "
+    "tfpo.val_period=3 assess.limit=6 assess.samples=2 decode.max_new_tokens=24 reward.pairs_per_wave=4",
+}
+STAGES: dict[str, tuple[str, Sequence[str]]] = {
+    "world": ("pivotrl", ["world"]),
+    "extract": ("pivotrl", ["candidates.*"]),
+    "audit": ("pivotrl", ["audit.*"]),
+    "profile": ("pivotrl", ["profiles.*"]),
+    "rescore": ("pivotrl", ["profiles.rescored.jsonl"]),
+    "select": ("pivotrl", ["pivots.jsonl"]),
+    "export": ("pivotrl", ["gym"]),
+    "train": ("pivotrl", ["pivotrl"]),
+    "sft": ("pivotrl", ["sft"]),
+    "evaluate": ("pivotrl", ["evaluation.*"]),
+    "rank": ("llmdoctor", ["answers.jsonl", "ranked"]),
+    "preferences": ("llmdoctor", ["preferences.*"]),
+    "reward": ("llmdoctor", ["token_rewards.*"]),
+    "tfpo": ("llmdoctor", ["doctor"]),
+    "assess": ("llmdoctor", ["assessment.*"]),
+}
+"""Stage to the recipe it is of, and what it writes: what is not there when a trial begins."""
+NOT_COMPARED = ("ledger.jsonl", "timing.jsonl", "report.html", "report.json")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage in a run folder that has everything but its own files."""
+
+    name: str
+    recipe: str
+    start: Path
+    work: Path
+
+    def command(self, folder: Path) -> list[str]:
+        words = [sys.executable, "-m", "nemo_pivotrl.cli", self.name, str(ROOT / f"recipes/{self.recipe}/tiny.yaml")]
+        return [*words, f"run_dir={folder}", "num_threads=1", *SMALL[self.recipe].split()]
+
+    def spawn(self, folder: Path, limit: int | None = None) -> subprocess.Popen[str]:
+        def starve() -> None:
+            if limit is not None:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        return subprocess.Popen(
+            self.command(folder),
+            cwd=self.work,
+            env=environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+            preexec_fn=starve,
+        )
+
+    def finish(self, folder: Path) -> str:
+        """Run the stage to its end; what is wrong, empty where nothing is."""
+        process = self.spawn(folder)
+        told = process.communicate()[1]
+        return "" if process.returncode == 0 else f"exit code {process.returncode}: {told[-1500:]}"
+
+    @contextlib.contextmanager
+    def trial(self) -> Iterator[Path]:
+        """A copy of the run folder to begin from, always under the same path, which artefacts may hold."""
+        folder = self.work / "run"
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(self.start, folder, symlinks=True)
+        yield folder
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """Path to digest of everything that is compared."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name not in NOT_COMPARED and ".lock" not in path.name
+    }
+
+
+def differences(wanted: dict[str, str], found: dict[str, str]) -> str:
+    names = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
+    return f"{len(names)} files differ: {', '.join(names[:5])}" if names else ""
+
+
+def kill(stage: Stage, wanted: dict[str, str], seconds: float, rng: random.Random) -> tuple[str, int]:
+    """(what is wrong, how often it was killed)."""
+    with stage.trial() as folder:
+        for kills in range(1000):
+            process = stage.spawn(folder)
+            try:
+                told = process.communicate(timeout=rng.uniform(0, 1.1 * seconds) if kills < 4 else None)[1]
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.communicate()
+                continue
+            if process.returncode:
+                return f"exit code {process.returncode} after {kills} kills: {told[-1500:]}", kills
+            return differences(wanted, contents(folder)), kills
+    raise AssertionError("unreachable")
+
+
+def full(stage: Stage, wanted: dict[str, str], largest: int, rng: random.Random) -> tuple[str, int]:
+    """(what is wrong, whether the limit was met)."""
+    with stage.trial() as folder:
+        process = stage.spawn(folder, limit=int(largest * rng.random()))
+        told, met = process.communicate()[1], process.returncode != 0
+        if "Traceback" in told:
+            return f"a traceback: {told[-1500:]}", 1
+        return stage.finish(folder) or differences(wanted, contents(folder)), int(met)
+
+
+def on_tmpfs(stage: Stage, wanted: dict[str, str], grown: int, rng: random.Random) -> tuple[str, int]:
+    """(what is wrong, whether it ran out of room). The run folder lies on a file system of its own."""
+    folder = stage.work / "run"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    size = sum(4096 + (path.stat().st_size // 4096 + 1) * 4096 for path in stage.start.rglob("*"))
+    room = size + int(grown * rng.random())
+    mount(folder, "-t", "tmpfs", "-o", f"size={room}", "tmpfs")
+    try:
+        shutil.copytree(stage.start, folder, symlinks=True, dirs_exist_ok=True)
+        process = stage.spawn(folder)
+        told, met = process.communicate()[1], process.returncode != 0
+        if "Traceback" in told:
+            return f"a traceback: {told[-1500:]}", 1
+        mount(folder, "-o", f"remount,size={room + 20 * grown + (1 << 26)}")
+        return stage.finish(folder) or differences(wanted, contents(folder)), int(met)
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def mount(folder: Path, *words: str) -> None:
+    subprocess.run(["mount", *words, str(folder)], check=True, capture_output=True)
+
+
+def can_mount() -> bool:
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            mount(Path(folder), "-t", "tmpfs", "-o", "size=65536", "tmpfs")
+        except (OSError, subprocess.CalledProcessError):
+            return False
+        subprocess.run(["umount", folder], check=True)
+        return True
+
+
+def double(stage: Stage, wanted: dict[str, str], seconds: float, rng: random.Random) -> tuple[str, int]:
+    """(what is wrong, whether one was refused). The second starts at some moment of the first's time."""
+    with stage.trial() as folder:
+        first = stage.spawn(folder)
+        time.sleep(rng.uniform(0, 0.5) * seconds)
+        second = stage.spawn(folder)
+        told = [process.communicate()[1] for process in (first, second)]
+        codes = sorted((first.returncode, second.returncode))
+        refused = next((t for t, p in zip(told, (first, second), strict=True) if p.returncode == 75), None)
+        if codes not in ([0, 75], [0, 0]):  # one after the other, where the first had ended
+            return f"exit codes {codes}: {told[0][-700:]} {told[1][-700:]}", 0
+        if refused is not None and "at work here: " not in refused:
+            return f"75 without a name: {refused[-500:]}", 1
+        return differences(wanted, contents(folder)), int(refused is not None)
+
+
+def prepare(name: str, folder: Path) -> Stage:
+    """The stage with a run folder to begin from; the whole run is made first, where it is not there."""
+    recipe, own = STAGES[name]
+    whole = folder / recipe
+    if not (whole / "report.html").exists():
+        shutil.rmtree(whole, ignore_errors=True)
+        made = Stage("run", recipe, whole, folder)
+        if wrong := made.finish(whole):
+            raise SystemExit(f"the run of {recipe} failed: {wrong}")
+    work = folder / f"stage-{name}"
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir()
+    start = work / "start"
+    shutil.copytree(whole, start, symlinks=True)
+    for path in [path for pattern in own for path in start.glob(pattern)]:
+        if name == "profile" or path.name != "profiles.jsonl":
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return Stage(name, recipe, start, work)
+
+
+def torture(
+    name: str, folder: Path, kills: int, fulls: int, doubles: int, tmpfs: int, seed: int
+) -> tuple[Counter[str], list[str]]:
+    """(counts of trials, and of those in which the stage was hit; what went wrong) of one stage."""
+    stage, rng = prepare(name, folder), random.Random(f"{seed} {name}")
+    counts, wrong = Counter[str](), []
+    with stage.trial() as run:
+        begun = time.monotonic()
+        if failed := stage.finish(run):
+            return counts, [f"{name}, undisturbed: {failed}"]
+        seconds, wanted = time.monotonic() - begun, contents(run)
+        before = contents(stage.start)
+        new = [run / path for path in wanted if before.get(path) != wanted[path]]
+        sizes = [path.stat().st_size for path in new] or [1]
+    trials: list[tuple[str, int, Callable[[], tuple[str, int]]]] = [
+        ("kill", kills, lambda: kill(stage, wanted, seconds, rng)),
+        ("full", fulls, lambda: full(stage, wanted, max(sizes), rng)),
+        ("tmpfs", tmpfs, lambda: on_tmpfs(stage, wanted, sum(sizes), rng)),
+        ("double", doubles, lambda: double(stage, wanted, seconds, rng)),
+    ]
+    for kind, times, run_trial in trials:
+        for _ in range(times):
+            found, hits = run_trial()
+            counts.update({kind: 1, f"{kind} hits": hits})
+            if found:
+                wrong.append(f"{name}, {kind}: {found}")
+                shutil.copytree(stage.work / "run", folder / f"failed-{name}-{kind}-{len(wrong)}", symlinks=True)
+    shutil.rmtree(stage.work)
+    return counts, wrong
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", nargs="?", default="runs/torture", type=Path)
+    for option, default in (("kills", 20), ("full", 5), ("doubles", 3), ("tmpfs", 3), ("seed", 0)):
+        parser.add_argument(f"--{option}", type=int, default=default)
+    parser.add_argument("--stages", default=",".join(STAGES))
+    options = parser.parse_args(arguments)
+    folder = options.folder.absolute()
+    folder.mkdir(parents=True, exist_ok=True)
+    tmpfs = options.tmpfs if can_mount() else 0
+    total, every = Counter[str](), []
+    print(
+        f"{'stage':<14}{'SIGKILLs':>10}{'trials':>8}{'full':>6}{'met':>5}{'tmpfs':>7}{'met':>5}{'double':>8}{'refused':>9}{'wrong':>7}"
+    )
+    for name in options.stages.split(","):
+        counts, wrong = torture(name, folder, options.kills, options.full, options.doubles, tmpfs, options.seed)
+        total += counts
+        every += wrong
+        show(name, counts, len(wrong))
+        for text in wrong:
+            print(f"    {text}")
+    show("all", total, len(every))
+    return 1 if every else 0
+
+
+def show(name: str, counts: Counter[str], wrong: int) -> None:
+    cells = ("kill hits", "kill", "full", "full hits", "tmpfs", "tmpfs hits", "double", "double hits")
+    widths = (10, 8, 6, 5, 7, 5, 8, 9)
+    row = "".join(f"{counts[cell]:>{width}}" for cell, width in zip(cells, widths, strict=True))
+    print(f"{name:<14}{row}{wrong:>7}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,61 @@
+"""What each artefact of a run folder is made from, and whether it still is: from the file that is read up to the user's own files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from nemo_pivotrl.config import Recipe
+from nemo_pivotrl.core.artifacts import MADE_BY, Header, check_parent, digest, file_digest, read_header
+from nemo_pivotrl.core.errors import InputError, Problem
+
+FIRST = ("candidates", "preferences")
+"""Artefacts that are made from the user's own files."""
+
+
+def source_digest(recipe: Recipe, stage: str) -> str:
+    """Digest of the user's own files that the first artefact of a run is made from. Raises OSError for one that is not there."""
+    if stage == "preferences":
+        return digest([file_digest(path) for path in _sources(recipe, stage)])
+    tools = recipe.extract.tools
+    trajectories = [file_digest(Path(path)) for path in recipe.extract.trajectories]
+    return digest([trajectories, tools and file_digest(Path(tools))])
+
+
+def _sources(recipe: Recipe, stage: str) -> list[Path]:
+    if stage == "preferences":
+        settings = recipe.preferences
+        return [Path(p) for p in (*settings.files, *(path for paths in settings.objectives.values() for path in paths))]
+    return [Path(p) for p in (*recipe.extract.trajectories, recipe.extract.tools) if p]
+
+
+def check_lineage(recipe: Recipe, path: Path, header: Header) -> None:
+    """Refuse an artefact that was made from an older version of its parent, or whose parent was. Raises InputError.
+
+    A parent that is not here (another job's) is no error.
+    """
+    if header.stage in FIRST and recipe.loop.round == 1:
+        sources = _sources(recipe, header.stage)
+        if sources and all(p.is_file() for p in sources) and header.parent != source_digest(recipe, header.stage):
+            remedy = (
+                f"they have changed since: run {MADE_BY[header.stage]} again, or name the files that it was made from"
+            )
+            found = f"{header.parent}, which is not {', '.join(map(str, sources[:3]))}"
+            raise InputError(Problem(str(path), 1, "parent", found, remedy))
+        return
+    while (above := _parent(recipe, header)) is not None and above[0].exists():
+        parent, kind = above
+        check_parent(path, header, parent)
+        path, header = parent, read_header(parent, kind)
+
+
+def _parent(recipe: Recipe, header: Header) -> tuple[Path, str] | None:
+    """(file, artefact) that an artefact of a recipe's run folder is made from; None for what is made from the user's files."""
+    if header.stage == "pivots":
+        return recipe.path(recipe.select.profiles), "profiles"
+    if header.stage in ("profiles", "evaluation", "audit"):
+        return recipe.path("candidates.jsonl"), "candidates"
+    if header.stage == "token_rewards":
+        return recipe.path("preferences.jsonl"), "preferences"
+    if header.stage == "candidates" and recipe.loop.round > 1:
+        return recipe.home / "candidates.jsonl", "candidates"
+    return None

@@ -1,0 +1,418 @@
+"""Chat templates of model folders, rendered within bounds of time and memory.
+
+A template is a program by whoever made the folder. Jinja's sandbox keeps it from objects and files, and lets it loop for hours
+or fill memory in one expression. Here every loop and macro call counts time, and every value that an expression makes is
+weighed before it is kept or handed on: characters, and the items of containers as often as they would be written out. What
+multiplies (`*`, `**`, `%`, `replace`, `join`, paddings) is weighed before it happens. The text is transformers' own: same
+options, filters and globals, as a test compares.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import datetime
+import functools
+import json
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence, Sized
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from jinja2 import TemplateError, nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.visitor import NodeTransformer
+
+from nemo_pivotrl.core.errors import InputError, Problem, short
+
+if TYPE_CHECKING:
+    from jinja2 import Template
+    from transformers import PreTrainedTokenizerBase
+
+MAX_SOURCE = 1 << 20
+"""Characters of a template. The longest known ones have 20,000."""
+MAX_SECONDS = 10.0
+"""Of one rendering. Long states take hundredths of a second."""
+MAX_WEIGHT = 1 << 26
+"""Of one value: characters, and items written out. A state of 131,072 tokens weighs less than a million."""
+MAX_MADE = 1 << 30
+"""Of all values of a rendering together."""
+MAX_NUMBER = 10_000
+"""Of a width, a count or an exponent that a template gives to a filter or method."""
+MAX_RANGE = 100_000
+MAX_ITEMS = 200_000
+"""Of one list or mapping."""
+MAX_BITS = 1 << 12
+"""Of a whole number."""
+PUT, TICK, CONCAT = "__put__", "__tick__", "__concat__"
+LONG_NUMBER = re.compile(r"\d{5,}|\*|\{[^}]*\{")
+"""In a format string: a width of five digits, or one that an argument gives."""
+DROPPED = ("lipsum", "cycler", "joiner")
+PLAIN_FILTERS = frozenset(
+    ("tojson", "trim", "length", "count", "string", "lower", "upper", "title", "capitalize", "first")
+)
+PLAIN_FILTERS |= {
+    "last",
+    "list",
+    "items",
+    "dictsort",
+    "sort",
+    "unique",
+    "reverse",
+    "map",
+    "select",
+    "reject",
+    "selectattr",
+}
+PLAIN_FILTERS |= {
+    "rejectattr",
+    "default",
+    "d",
+    "int",
+    "float",
+    "abs",
+    "min",
+    "max",
+    "escape",
+    "e",
+    "safe",
+    "attr",
+    "groupby",
+}
+PLAIN_FILTERS |= {"replace", "join", "indent", "center", "round", "truncate", "batch", "slice", "format", "wordcount"}
+PLAIN_FILTERS |= {"striptags", "urlencode", "random", "forceescape"}
+"""Filters of jinja2 that stay: their work is linear, or what multiplies is weighed."""
+
+
+class TemplateTooCostly(TemplateError):
+    """A template goes beyond the bounds of time or memory."""
+
+
+class _Meter:
+    """What one rendering has spent."""
+
+    def __init__(self) -> None:
+        self.until = time.monotonic() + MAX_SECONDS
+        self.made = self.ticks = 0
+        self.known: dict[int, tuple[Any, int]] = {}
+        """Containers that were weighed, by identity; held, so that no other takes their place."""
+
+    def tick(self, text: int = 0) -> str:
+        """One turn of a loop, or one call of a macro, that writes `text` characters of the template itself."""
+        self.ticks += 1
+        self.spend(text)
+        if self.ticks % 64 == 0 and time.monotonic() > self.until:
+            raise TemplateTooCostly(f"more than {MAX_SECONDS:g} s")
+        return ""
+
+    def spend(self, weight: int) -> None:
+        self.made += weight
+        if self.made > MAX_MADE:
+            raise TemplateTooCostly(f"values of more than {MAX_MADE:,} characters and items together")
+
+    def put(self, value: Any) -> Any:
+        """A value that an expression made, as it is, once it is known to be small enough."""
+        self.spend(self.check(self.weigh(value)))
+        return value
+
+    def check(self, weight: int) -> int:
+        if weight > MAX_WEIGHT:
+            raise TemplateTooCostly(f"a value of more than {MAX_WEIGHT:,} characters and items")
+        return weight
+
+    def few(self, items: int) -> None:
+        if items > MAX_ITEMS:
+            raise TemplateTooCostly(f"a list of more than {MAX_ITEMS:,} items")
+
+    def weigh(self, value: Any, depth: int = 0) -> int:
+        """Characters and items of a value, written out: what stands in it twice counts twice."""
+        if isinstance(value, (str, bytes)):
+            return len(value)
+        if isinstance(value, int):
+            return 1 + value.bit_length() // 3
+        if not isinstance(value, (list, tuple, dict, set, frozenset)):
+            return 1
+        if (seen := self.known.get(id(value))) is not None:
+            return seen[1]
+        if depth > 200:
+            raise TemplateTooCostly("a value nested more than 200 deep")
+        self.few(len(value))
+        items = [*value.keys(), *value.values()] if isinstance(value, dict) else value
+        weight = 1
+        for item in items:
+            weight += 1 + self.weigh(item, depth + 1)
+            self.check(weight)
+        self.known[id(value)] = (value, weight)
+        return weight
+
+
+_meter: contextvars.ContextVar[_Meter] = contextvars.ContextVar("meter")
+
+
+def _put(value: Any) -> Any:
+    return _meter.get().put(value)
+
+
+def _tick(text: int) -> str:
+    return _meter.get().tick(text)
+
+
+def _concat(*parts: Any) -> str:
+    meter = _meter.get()
+    texts = [part if isinstance(part, str) else str(_put(part)) for part in parts]
+    meter.spend(meter.check(sum(map(len, texts))))
+    return "".join(texts)
+
+
+def _number(value: Any) -> None:
+    if isinstance(value, (int, float)) and not -MAX_NUMBER <= value <= MAX_NUMBER:
+        raise TemplateTooCostly(f"the number {short(value, 30)} as a width or count")
+
+
+def _multiplies(name: str, subject: Any, given: Sequence[Any]) -> None:
+    """Weigh a call before it is made: paddings, formats, replacements and joins can be much longer than what they take."""
+    meter = _meter.get()
+    for value in given:
+        _number(value)
+        meter.put(value) if isinstance(value, (list, tuple, dict)) else None
+    if not isinstance(subject, (str, bytes)) and name not in ("join", "format"):
+        return
+    if name == "replace" and len(given) >= 2:
+        old, new = (len(v) if isinstance(v, (str, bytes)) else 1 for v in given[:2])
+        places = (
+            len(subject) + 1
+            if old == 0
+            else subject.count(given[0])
+            if type(given[0]) is type(subject)
+            else len(subject)
+        )
+        meter.spend(meter.check(len(subject) + places * new))
+    elif name == "join":
+        between, items = (
+            (given[0] if given else "", subject) if not isinstance(subject, str) or not given else (subject, given[0])
+        )
+        if isinstance(items, Sized):
+            size = len(between) if isinstance(between, str) else 1
+            meter.spend(meter.check(meter.weigh(items) + len(items) * size))
+    elif name == "indent" and given:
+        width = len(given[0]) if isinstance(given[0], (str, bytes)) else int(given[0])
+        meter.spend(meter.check(len(subject) + (subject.count("\n") + 1) * abs(width)))
+    elif name in ("format", "format_map") and LONG_NUMBER.search(str(subject)):
+        raise TemplateTooCostly("a format with a width of its arguments, or of five digits")
+
+
+class _Bounded(NodeTransformer):
+    """Puts the meter into a template: at each turn of a loop and call of a macro, and around values as they are made."""
+
+    def visit_For(self, node: nodes.For) -> nodes.Node:
+        self.generic_visit(node)
+        node.body = [_counted(node.body), *node.body]
+        return node
+
+    def visit_Macro(self, node: nodes.Macro) -> nodes.Node:
+        self.generic_visit(node)
+        node.body = [_counted(node.body), *node.body]
+        return node
+
+    def visit_CallBlock(self, node: nodes.CallBlock) -> nodes.Node:
+        self.generic_visit(node)
+        node.body = [_counted(node.body), *node.body]
+        return node
+
+    def visit_Assign(self, node: nodes.Assign) -> nodes.Node:
+        self.generic_visit(node)
+        node.node = _call(PUT, node.node)
+        return node
+
+    def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
+        self.generic_visit(node)
+        return _call(CONCAT, *node.nodes)
+
+    def visit_List(self, node: nodes.List) -> nodes.Node:
+        self.generic_visit(node)
+        return node if not node.items else _call(PUT, node)
+
+    def visit_Dict(self, node: nodes.Dict) -> nodes.Node:
+        self.generic_visit(node)
+        return node if not node.items else _call(PUT, node)
+
+    def visit_Tuple(self, node: nodes.Tuple) -> nodes.Node:
+        self.generic_visit(node)
+        return node if node.ctx != "load" or not node.items else _call(PUT, node)
+
+
+def _call(name: str, *values: nodes.Expr) -> nodes.Call:
+    made = nodes.Call(nodes.Name(name, "load"), list(values), [], None, None)
+    made.set_lineno(getattr(values[0], "lineno", 1) or 1 if values else 1)
+    return made
+
+
+def _counted(body: Sequence[nodes.Node]) -> nodes.Node:
+    text = sum(len(data.data) for node in body for data in node.find_all(nodes.TemplateData))
+    statement = nodes.ExprStmt(_call(TICK, nodes.Const(text)))
+    statement.set_lineno(getattr(body[0], "lineno", 1) if body else 1)
+    return statement
+
+
+class _Generation(Extension):
+    """`{% generation %}`, by which templates mark what an assistant wrote: its body as it is."""
+
+    tags = {"generation"}  # noqa: RUF012
+
+    def parse(self, parser: Any) -> list[nodes.Node]:
+        next(parser.stream)
+        found: list[nodes.Node] = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return found
+
+
+class Sandbox(ImmutableSandboxedEnvironment):
+    """transformers' environment for chat templates, with a meter."""
+
+    intercepted_binops = frozenset(("*", "**", "%", "+", "//", "/", "-"))
+
+    def __init__(self) -> None:
+        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols], finalize=_put)
+        for name in DROPPED:
+            self.globals.pop(name, None)
+        self.filters = {name: _weighed(name, f) for name, f in self.filters.items() if name in PLAIN_FILTERS}
+        self.filters["tojson"] = _weighed("tojson", _tojson)
+        self.globals |= {PUT: _put, TICK: _tick, CONCAT: _concat, "raise_exception": _raise, "strftime_now": _now}
+        self.globals["range"] = _range
+
+    def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
+        made: nodes.Template = _Bounded().visit(super()._parse(source, name, filename))
+        return made
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        """An operator, once what it makes is known to be small enough."""
+        meter = _meter.get()
+        texts = (str, bytes, list, tuple)
+        if operator == "*":
+            for one, other in ((left, right), (right, left)):
+                if isinstance(one, texts) and isinstance(other, int):
+                    meter.check(meter.weigh(one) * max(other, 0))
+                    meter.few(0 if isinstance(one, (str, bytes)) else len(one) * max(other, 0))
+            _small(_bits(left) + _bits(right))
+        elif operator == "**":
+            _small(max(_bits(left), 1) * abs(right) if isinstance(right, int) else 1)
+        elif operator == "%" and isinstance(left, (str, bytes)):
+            if LONG_NUMBER.search(str(left)):
+                raise TemplateTooCostly("a format with a width of its arguments, or of five digits")
+            meter.put(right)
+        elif isinstance(left, texts):
+            meter.check(meter.weigh(left) + meter.weigh(right))
+            meter.few(
+                len(left) + len(right) if isinstance(left, (list, tuple)) and isinstance(right, (list, tuple)) else 0
+            )
+        return meter.put(super().call_binop(context, operator, left, right))
+
+    def call(__self, __context: Any, __obj: Any, *given: Any, **named: Any) -> Any:
+        """A function, macro or method, with its arguments weighed."""
+        if __obj not in (_put, _tick, _concat):
+            plain = getattr(__obj, "__wrapped__", __obj)  # of `format`, which jinja2 replaces by its own
+            subject, name = getattr(plain, "__self__", None), getattr(plain, "__name__", "")
+            values = [*given, *named.values()]
+            if isinstance(subject, (str, bytes, int, float, list, tuple, dict)):
+                _multiplies(name, subject, values)
+            else:
+                for value in values:
+                    if isinstance(value, (list, tuple, dict)):
+                        _put(value)
+        return super().call(__context, __obj, *given, **named)
+
+
+def _small(bits: int) -> None:
+    if bits > MAX_BITS:
+        raise TemplateTooCostly(f"a number of more than {MAX_BITS:,} bits")
+
+
+def _bits(value: Any) -> int:
+    return value.bit_length() if isinstance(value, int) else 1
+
+
+def _weighed(name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
+    """A filter whose arguments and result are weighed."""
+    passed = getattr(plain, "jinja_pass_arg", None)
+
+    @functools.wraps(plain)
+    def weighed(*given: Any, **named: Any) -> Any:
+        own = given[1:] if passed is not None else given
+        meter = _meter.get()
+        if name == "join" and own and not isinstance(own[0], Sized):  # a generator of another filter
+            given = (*given[: len(given) - len(own)], list(own[0]), *own[1:])
+            own = given[len(given) - len(own) :]
+        if own and isinstance(own[0], (list, tuple, dict)):
+            meter.put(own[0])
+        _multiplies(name, own[0] if own else None, [*own[1:], *named.values()])
+        return meter.put(plain(*given, **named))
+
+    return weighed
+
+
+def _tojson(
+    x: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+) -> str:
+    """transformers' own: jinja2's would escape HTML."""
+    if isinstance(indent, str):
+        _meter.get().check(len(indent) * _meter.get().weigh(x))
+    return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _raise(message: str) -> NoReturn:
+    raise TemplateError(message)
+
+
+def _now(pattern: str) -> str:
+    return datetime.datetime.now().strftime(pattern)
+
+
+def _range(*given: int) -> range:
+    made = range(*given)
+    if len(made) > MAX_RANGE:
+        raise TemplateTooCostly(f"a range of more than {MAX_RANGE:,}")
+    return made
+
+
+@functools.lru_cache(32)
+def compiled(source: str) -> Template:
+    """A template with a meter in it. Raises TemplateError for one that is too long, or is no template."""
+    if len(source) > MAX_SOURCE:
+        raise TemplateTooCostly(f"a template of {len(source):,} characters, more than {MAX_SOURCE:,}")
+    token = _meter.set(_Meter())  # constants are folded while it is compiled
+    try:
+        return Sandbox().from_string(source)
+    except RecursionError:
+        raise TemplateTooCostly("a template nested too deeply") from None
+    finally:
+        _meter.reset(token)
+
+
+def render(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Mapping[str, Any]],
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    add_generation_prompt: bool = False,
+    **more: Any,
+) -> str:
+    """What `tokenizer.apply_chat_template(..., tokenize=False)` gives, within bounds.
+
+    Raises InputError for a template that goes beyond them, and what the template raises otherwise.
+    """
+    source = tokenizer.get_chat_template(None, list(tools) if tools else None)
+    token = _meter.set(_Meter())
+    try:
+        values = {**tokenizer.special_tokens_map, **more}
+        text: str = compiled(source).render(
+            messages=list(messages),
+            tools=list(tools) if tools else None,
+            documents=None,
+            add_generation_prompt=add_generation_prompt,
+            **values,
+        )
+        return text
+    except (TemplateTooCostly, RecursionError, MemoryError) as error:
+        found = str(error) if isinstance(error, TemplateTooCostly) else type(error).__name__
+        remedy = "no chat needs this: the template is broken or hostile; use another (policy.chat_template)"
+        raise InputError(Problem("chat template", None, "rendering", found, remedy)) from error
+    finally:
+        _meter.reset(token)
