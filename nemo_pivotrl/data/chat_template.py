@@ -241,8 +241,8 @@ class Chat:
             return Action("malformed", detail=f"longer than {self.limits.max_chars} characters")
         parser = PARSERS[self.parser]
         begins, ends = (self.reasoning.begins, self.reasoning.ends) if self.reasoning.ends else ("<think>", "</think>")
-        thought = ""
-        if not parser.own_reasoning:
+        thought = parser.reasoning(text) if parser.reasoning else ""
+        if parser.reasoning is None:
             opened = self.reasoning.opened if opened is None else opened
             if not opened and text.lstrip().startswith(begins):
                 text = text.lstrip().removeprefix(begins)
@@ -262,7 +262,7 @@ class Chat:
                 "malformed", content=text, detail=f"{len(calls)} calls, at most {self.limits.max_calls} are read"
             )
         content, thought = content.strip(), thought.strip()
-        if not parser.own_reasoning and begins in content and ends not in content.partition(begins)[2]:
+        if parser.reasoning is None and begins in content and ends not in content.partition(begins)[2]:
             return Action("malformed", content=content, detail="reasoning never ended")
         if calls:
             return Action("calls", content=content, calls=tuple(calls), reasoning=thought)

@@ -38,6 +38,9 @@ class Template:
         self.arguments_as_text = False
         self.reasoning_field = "reasoning_content"
         self.inline_markers = ("", "")
+        if re.search(r"\|\s*random\b", str(tokenizer.chat_template)):
+            remedy = "states must have the same tokens every time: set policy.chat_template to one without it"
+            raise InputError(Problem("chat template", None, "filter", "random", remedy))
         self.tells_time = "strftime_now" in str(tokenizer.chat_template)
         if self.tells_time:
             moment = _moment(settings.date)

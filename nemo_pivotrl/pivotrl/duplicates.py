@@ -32,13 +32,14 @@ def without_duplicates(candidates: list[Candidate], skipped: Counter[str], thres
         actions.setdefault(key, set()).add(_action(c))
         if first.setdefault(key, c) is not c:
             skipped["duplicate_state"] += 1
-    near = _NearDuplicates(threshold) if threshold < 1.0 else None
-    kept = {}
-    for key, c in first.items():
-        if near is not None and near.seen(c):
-            skipped["near_duplicate_state"] += 1
-        else:
-            kept[c.candidate_id] = dataclasses.replace(c, num_unique_actions=len(actions[key]))
+    near = _near_duplicates(list(first.values()), threshold) if threshold < 1.0 else frozenset()
+    skipped["near_duplicate_state"] += len(near)
+    skipped += Counter()  # drops a zero
+    kept = {
+        c.candidate_id: dataclasses.replace(c, num_unique_actions=len(actions[key]))
+        for key, c in first.items()
+        if c.candidate_id not in near
+    }
     return [kept[c.candidate_id] for c in candidates if c.candidate_id in kept]
 
 
@@ -70,8 +71,49 @@ def _without_ids(message: Message) -> list[Any]:
     return [call["function"] for call in message.get("tool_calls") or []]
 
 
-class _NearDuplicates:
-    """MinHash over word 5-grams of the conversation, within what must be equal: see `_group`.
+def _near_duplicates(candidates: Sequence[Candidate], threshold: float) -> frozenset[str]:
+    """Ids of candidates whose state is this similar to the one of an earlier candidate of another trajectory.
+
+    Only states that agree in what must be equal (`_Groups`) are compared at all.
+    """
+    groups = _Groups()
+    keys = [groups.of(c) for c in candidates]
+    members: dict[str, set[str]] = {}
+    for key, c in zip(keys, candidates, strict=True):
+        members.setdefault(key, set()).add(c.trajectory_id)
+    sketches = _Sketches(threshold)
+    return frozenset(
+        c.candidate_id
+        for key, c in zip(keys, candidates, strict=True)
+        if len(members[key]) > 1 and sketches.seen(c, key)
+    )
+
+
+class _Groups:
+    """Equal keys for states of which one may stand for the other: depth, expert action, system text, the user's last turn and
+    the last message are the same. A long context that two questions share makes no duplicates of them."""
+
+    def __init__(self) -> None:
+        self._trajectory = ""
+        self._read = 0
+        self._system: list[str] = []
+        self._asked = ""
+
+    def of(self, candidate: Candidate) -> str:
+        messages = candidate.messages
+        if candidate.trajectory_id != self._trajectory or len(messages) < self._read:
+            self._trajectory, self._read, self._asked = candidate.trajectory_id, 0, ""
+            self._system = [digest(m["content"]) for m in messages[:2] if m["role"] in ("system", "developer")]
+        for message in messages[self._read :]:
+            if message["role"] == "user":
+                self._asked = digest(message["content"].split())
+        self._read = len(messages)
+        last = digest(_spoken(messages[-1]).split())
+        return digest([candidate.depth, _action(candidate), self._system, self._asked, last], 32)
+
+
+class _Sketches:
+    """MinHash over word 5-grams of the conversation, compared within a group.
 
     The states of a trajectory grow out of one another, so its sketch grows with it: the cost is one pass over the text.
     """
@@ -84,12 +126,11 @@ class _NearDuplicates:
         self._tail: list[str] = []
         self._sketch: Any = None
 
-    def seen(self, candidate: Candidate) -> bool:
-        """Whether a state of another trajectory is this similar; remembers the candidate if not."""
+    def seen(self, candidate: Candidate, group: str) -> bool:
+        """Whether a state of the group and of another trajectory is this similar; remembers the candidate if not."""
         from datasketch import MinHashLSH
 
         self._advance(candidate)
-        group = _group(candidate)
         if group not in self._indexes:
             self._indexes[group] = (MinHashLSH(num_perm=SKETCH_SIZE, params=SKETCH_BANDS), {})
         index, kept = self._indexes[group]
@@ -112,15 +153,6 @@ class _NearDuplicates:
         shingles = [" ".join(words[i : i + SHINGLE]) for i in range(max(1, len(words) - SHINGLE + 1))]
         self._sketch.update_batch([shingle.encode("utf-8", "replace") for shingle in shingles])
         self._read, self._tail = len(candidate.messages), words[-SHINGLE + 1 :]
-
-
-def _group(candidate: Candidate) -> str:
-    """Equal for states of which one may stand for the other: depth, expert action, system text, the user's last turn and the
-    last message are the same. A long context that two questions share makes no duplicates of them."""
-    messages: Sequence[Message] = candidate.messages
-    system = [m["content"] for m in messages[:2] if m["role"] in ("system", "developer")]
-    asked = next((m["content"] for m in reversed(messages) if m["role"] == "user"), "")
-    return digest([candidate.depth, _action(candidate), system, asked.split(), _spoken(messages[-1]).split()], 32)
 
 
 def _spoken(message: Message) -> str:

@@ -92,6 +92,8 @@ def extract(recipe: Recipe, fresh: bool = False) -> Path:
     print("\n".join(filter(None, [audit_table(audit), reading_text(audit), told])))
     if not candidates:
         remedy = "see the skip audit above; loosen extract.* or add trajectories"
+        if talk := audit["skipped"].get("message_excluded"):
+            remedy = f"the expert only talks in {talk} turns, and verifier.message=exclude leaves them out; name a judge, or set any"
         raise InputError(Problem(str(path), None, "candidates", "none kept", remedy))
     extra = {"message": "exclude"} if talk_excluded else {}
     header = Header("candidates", recipe.digest("extract"), parent, extra=extra)

@@ -144,3 +144,20 @@ def gradients(folder: str, layout: dict[str, Any]) -> dict[str, float]:
         if not name.endswith("e_score_correction_bias"):  # it has none
             differences[name] = float((found - gradient).abs().max() / gradient.abs().max())
     return differences
+
+
+def relaid(folder: str, layouts: list[dict[str, Any]]) -> list[int]:
+    """This rank's threads with a model of each layout in turn, each of them used and then forgotten, all in one job."""
+    from support.threads import threads
+
+    from nemo_pivotrl.backends.megatron import model
+
+    found = []
+    for layout in layouts:
+        megatron = settings(**layout)
+        groups = initialize(megatron, seed=1)
+        chunks = model.build_model(folder, megatron, groups)
+        tokens = torch.load(Path(folder, "tokens.pt"))
+        run(chunks, tokens, groups, read_architecture(folder).vocab_size)
+        found.append(threads())
+    return found

@@ -174,3 +174,10 @@ def test_a_rank_that_fails_is_named_with_its_traceback_and_the_next_job_runs(
         workers.run(2, "model_jobs:compare", folder=str(checkpoints["llama"]), layout={"tensr_model_parallel_size": 2})
     (answer,) = workers.run(1, "model_jobs:compare", folder=str(checkpoints["llama"]), layout={})
     assert answer["wrong"] == []
+
+
+def test_threads_do_not_grow_with_the_number_of_layouts(workers: Workers, checkpoints: dict[str, Path]) -> None:
+    """A gloo group has three; megatron-core makes 17 groups for every layout, and something refers to them for long."""
+    layouts = [{TP: 2, "sequence_parallel": True}, {PP: 2}, {CP: 2}, {}] * 2
+    for found in workers.run(2, "model_jobs:relaid", folder=str(checkpoints["llama"]), layouts=layouts):
+        assert max(found[4:]) == max(found[:4]) <= 24, found

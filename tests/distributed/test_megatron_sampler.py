@@ -9,11 +9,11 @@ import pytest
 import sample_jobs
 import tiny_hf
 from support.workers import Workers
-from test_megatron_train import CP, EP, PP, TP
 
 from nemo_pivotrl.backends.sampling import shares
 
-SP = {"sequence_parallel": True}
+TP, PP, EP = (f"{axis}_model_parallel_size" for axis in ("tensor", "pipeline", "expert"))
+CP, SP = "context_parallel_size", {"sequence_parallel": True}
 KINDS = ["plain", "cold", "nucleus", "greedy"]
 CASES: list[tuple[str, int, dict[str, Any], list[str]]] = [
     ("qwen3", 1, {}, KINDS),

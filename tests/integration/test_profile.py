@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 from support.recipes import recipe_at
-from support.stages import finish, kill_when, sha, start
+from support.stages import finish, kill_when, said, sha, start
 
 from nemo_pivotrl import cli
 from nemo_pivotrl.backends import loading
@@ -57,11 +57,6 @@ def pivots(recipe: Recipe) -> list[str]:
 
 def rows_of(folder: Path) -> dict[str, dict[str, Any]]:
     return {row["provenance"]["candidate_id"]: row for row in read_rows(folder / "profiles.jsonl")}
-
-
-def said(row: dict[str, Any]) -> list[tuple[str, float]]:
-    """What was drawn for a candidate. Log-probabilities are equal to rounding only, since other rows decode beside it."""
-    return [(sample["text"], sample["reward"]) for sample in row["samples"]]
 
 
 # ---- curtailment ----

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from support.http_stub import StandIn
 from support.recipes import recipe_at
-from test_profile import said
+from support.stages import said
 
 from nemo_pivotrl.backends import loading
 from nemo_pivotrl.backends.vllm.requests import SEEDS

@@ -25,13 +25,14 @@ LEFT_OUT = shutil.ignore_patterns(".git", ".venv*", ".pytest_cache", ".mypy_cach
 TIMEOUT_S = 900
 
 
-def place(root: Path, mutant: dict[str, str]) -> Path:
-    """The one file in which the mutant's text stands. Raises LookupError where it is none or several."""
-    files = sorted((root / "nemo_pivotrl").rglob("*.py"))
-    found = [path for path in files for _ in range(path.read_text(encoding="utf-8").count(mutant["find"]))]
-    if len(found) != 1:
-        raise LookupError(f"its text stands {len(found)} times in the package: rewrite it in mutants.yaml")
-    return found[0]
+def place(root: Path, mutant: dict[str, Any]) -> tuple[Path, str, str]:
+    """The one file in which the mutant's text stands, the text, and what takes its place. Raises LookupError otherwise."""
+    texts = {path: path.read_text(encoding="utf-8") for path in sorted((root / "nemo_pivotrl").rglob("*.py"))}
+    for find, put in ((mutant["find"], mutant["put"]), mutant.get("before", ("", ""))):
+        found = [path for path, text in texts.items() for _ in range(text.count(find) if find else 0)]
+        if len(found) == 1:
+            return found[0], find, put
+    raise LookupError("its text does not stand once in the package: rewrite it in mutants.yaml")
 
 
 def words(root: Path, tests: str) -> list[str]:
@@ -87,7 +88,7 @@ def first_failure(log: Path) -> str:
     return named[0] if named else (lines[-1] if lines else "no output")
 
 
-def run(root: Path, chosen: list[dict[str, str]]) -> int:
+def run(root: Path, chosen: list[dict[str, Any]]) -> int:
     """Print a line a mutant; the number that no test noticed."""
     left = 0
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
@@ -97,13 +98,13 @@ def run(root: Path, chosen: list[dict[str, str]]) -> int:
         for number, mutant in enumerate(chosen, 1):
             begun, tests = time.monotonic(), mutant["tests"]
             try:
-                path = place(copy, mutant)
+                path, find, put = place(copy, mutant)
                 text = path.read_text(encoding="utf-8")
                 if tests not in sound:
                     sound[tests] = passes(copy, tests, log)
                 if not sound[tests]:
                     raise LookupError(f"its tests fail without it: {first_failure(log)}")
-                path.write_text(text.replace(mutant["find"], mutant["put"]), encoding="utf-8")
+                path.write_text(text.replace(find, put), encoding="utf-8")
                 try:
                     survived = passes(copy, tests, log)
                 finally:

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 from support.processes import Process, kill_when, python
 from support.recipes import SMALL, TINY
 
-__all__ = ["finish", "kill_when", "sha", "start"]
+__all__ = ["finish", "kill_when", "said", "sha", "start"]
 
 
 def sha(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def said(row: dict[str, Any]) -> list[tuple[str, float]]:
+    """What was drawn for a candidate. Log-probabilities are equal to rounding only, since other rows decode beside it."""
+    return [(sample["text"], sample["reward"]) for sample in row["samples"]]
 
 
 def start(stage: str, folder: Path, *overrides: str, flags: tuple[str, ...] = (), log: Path | None = None) -> Process:

@@ -26,7 +26,7 @@ def docstrings(path: Path) -> str:
 
 
 def test_a_file_that_is_not_there_is_found() -> None:
-    assert missing("see `cli.py`, docs/design.md and algorithms/pivotrl.py, not chunks.py or docs/nowhere.md") == {
+    assert missing("see `pipeline.py`, docs/design.md and algorithms/pivotrl.py, not chunks.py or docs/nowhere.md") == {
         "chunks.py",
         "docs/nowhere.md",
     }

@@ -23,6 +23,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.nn import functional
 
+from nemo_pivotrl.backends.hf_models import check_weights
 from nemo_pivotrl.backends.installed import probe
 from nemo_pivotrl.backends.megatron.local_layers import Norm, StreamAttention, te_with_forests
 from nemo_pivotrl.backends.megatron.parallel import Groups
@@ -39,8 +40,10 @@ def build_model(policy_folder: str | Path, megatron: Megatron, groups: Groups) -
     """This rank's model chunks, with the weights of an HF checkpoint folder or of `megatron.load`, in training mode.
 
     Raises InputError for what the recipe, the model and this machine do not have in common, and for missing,
-    unexpected or misshapen tensors.
+    unexpected, misshapen or integer tensors, and for NaN and infinity among their values.
     """
+    if not megatron.load:
+        check_weights(policy_folder, "policy.model_name")
     architecture = read_architecture(policy_folder)
     chunks = build_chunks(architecture, megatron, groups)
     if megatron.load:

@@ -14,10 +14,12 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from nemo_pivotrl.backends.megatron import torch_dist
 from nemo_pivotrl.backends.megatron.parallel import Groups
 from nemo_pivotrl.backends.megatron.torch_dist import weights
+from nemo_pivotrl.backends.megatron.weights import raise_together, value_problems
 from nemo_pivotrl.core.errors import InputError, Problem
 from nemo_pivotrl.sizing.architecture import Architecture
 
@@ -78,9 +80,25 @@ def load_pretrained(
         """Optimiser, random states, multi-token prediction: not the policy's weights."""
         return not name.startswith(model)
 
+    if problems := _types(index, found, model):
+        raise InputError(problems)
+    faults: list[Problem] = []
     for chunk in chunks:
         tensors = weights(chunk, groups, prefix, **layout)
         targets = {name: tensor.data for name, tensor in tensors.items()}
         loaded = torch_dist.read(tensors, found, index, elsewhere, architecture.vocab_size)
         for name, target in targets.items():
             target.copy_(loaded[name])
+            faults += value_problems(str(found), name, target)
+    raise_together(faults, groups)
+
+
+def _types(index: Metadata, folder: Path, model: tuple[str, ...]) -> list[Problem]:
+    """Tensors of the model that are no floating-point numbers of 16 bits or more, by the index."""
+    remedy = "give the unquantised checkpoint: training and scoring here compute with the weights as they are"
+    return [
+        Problem(str(folder), None, name, f"a tensor of type {str(kind).removeprefix('torch.')}", remedy)
+        for name, about in sorted(index.state_dict_metadata.items())
+        if isinstance(about, TensorStorageMetadata) and name.startswith(model)
+        if not (kind := about.properties.dtype).is_floating_point or kind.itemsize < 2
+    ]

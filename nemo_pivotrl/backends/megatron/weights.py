@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from nemo_pivotrl.backends.hf_models import not_finite
 from nemo_pivotrl.backends.megatron.mapping import Entry, entries, plain_name
 from nemo_pivotrl.backends.megatron.parallel import Groups
 from nemo_pivotrl.core.errors import InputError, Problem
@@ -55,6 +56,10 @@ class Checkpoint:
                 raise InputError(Problem(str(path), None, "weights", "nothing", remedy))
             self._open[name] = safe_open(str(path), "pt")
         return self._open[name]
+
+    def path(self, name: str) -> str:
+        """The file that holds a tensor."""
+        return str(self.folder / self.file_of[name])
 
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._file(self.file_of[name]).get_slice(name).get_shape())
@@ -120,16 +125,52 @@ def load_hf(chunks: Sequence[nn.Module], folder: str | Path, architecture: Archi
         problems += _misshapen(checkpoint, entry, tensors[entry.name], _ranks_of(entry, groups))
     if problems:
         raise InputError(problems)
+    faults = _untied(checkpoint, architecture) if groups.world.rank() == 0 else []
     for entry in here:
         ranks, target = _ranks_of(entry, groups), tensors[entry.name]
         cut = entry.cut(ranks.rank(), ranks.size())
         pieces = [checkpoint.read(entry.hf[source], entry.dim, start, stop) for source, start, stop in cut]
+        for (source, _, _), piece in zip(cut, pieces, strict=True):
+            faults += value_problems(checkpoint.path(entry.hf[source]), entry.hf[source], piece)
         shard = torch.cat(pieces, entry.dim) if len(pieces) > 1 else pieces[0]
         if entry.padded:
             target.zero_()
             target.narrow(entry.dim, 0, shard.shape[entry.dim]).copy_(shard)
         else:
             target.copy_(shard)
+    raise_together(faults, groups)
+
+
+def value_problems(file: str, name: str, *tensors: Tensor) -> list[Problem]:
+    """A problem where a tensor, or what this rank has of it, holds NaN or infinity."""
+    remedy = "the weights are damaged or training diverged: use an earlier checkpoint, or copy the file again"
+    found = sorted({what for tensor in tensors if (what := not_finite(tensor))})
+    return [Problem(file, None, name, f"{what} among its values", remedy) for what in found]
+
+
+def raise_together(problems: Sequence[Problem], groups: Groups) -> None:
+    """Raise InputError on every rank with what any of them has found. A collective of all ranks."""
+    shares: list[Any] = [None] * groups.world.size()
+    dist.all_gather_object(shares, list(problems), group=groups.world)
+    found = list(dict.fromkeys(problem for share in shares for problem in share))
+    if found:
+        raise InputError(found)
+
+
+def _untied(checkpoint: Checkpoint, architecture: Architecture) -> list[Problem]:
+    """A head that the config ties to the embedding and that the files give other values: readers choose differently."""
+    head, embedding = "lm_head.weight", embedding_name(checkpoint.file_of)
+    if not architecture.tied or head not in checkpoint.file_of or embedding is None:
+        return []
+    if torch.equal(checkpoint.whole(head), checkpoint.whole(embedding)):
+        return []
+    remedy = "tie_word_embeddings is true in config.json: set it to false, or remove the tensor"
+    return [Problem(checkpoint.path(head), None, head, "other values than the embedding's", remedy)]
+
+
+def embedding_name(names: Iterable[str]) -> str | None:
+    """The embedding's name among a checkpoint's."""
+    return next((name for name in names if name.endswith((".embed_tokens.weight", ".embeddings.weight"))), None)
 
 
 def mark(chunks: Sequence[nn.Module], architecture: Architecture, groups: Groups) -> None:

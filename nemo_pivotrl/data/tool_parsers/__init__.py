@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from nemo_pivotrl.core.types import ToolCall
 from nemo_pivotrl.data.tool_parsers.json_calls import (
+    harmony_reasoning,
     read_deepseek,
     read_harmony,
     read_hermes,
@@ -34,8 +35,8 @@ class ToolParser(NamedTuple):
     """Text that ends them; '' where they last to the turn's end."""
     vllm: tuple[str, ...]
     """Names of vLLM's parsers of this family; they are accepted as names of this one."""
-    own_reasoning: bool = False
-    """Whether the reader itself drops reasoning, because calls and reasoning are channels of one syntax."""
+    reasoning: Callable[[str], str] | None = None
+    """The reasoning in an answer, where calls and reasoning are channels of one syntax and the reader itself drops it."""
 
 
 PARSERS: dict[str, ToolParser] = {
@@ -49,7 +50,7 @@ PARSERS: dict[str, ToolParser] = {
     "gemma4": ToolParser(read_gemma4, "<|tool_call>", "<tool_call|>", ()),
     "lfm2": ToolParser(read_lfm2, "<|tool_call_start|>", "<|tool_call_end|>", ()),
     "harmony": ToolParser(
-        read_harmony, "<|start|>assistant to=functions.", "<|call|>", ("openai",), own_reasoning=True
+        read_harmony, "<|start|>assistant to=functions.", "<|call|>", ("openai",), reasoning=harmony_reasoning
     ),
     "llama_json": ToolParser(read_llama_json, '{"name":', "", ("llama3_json", "llama4_json")),
     "pythonic": ToolParser(read_pythonic, "[", "", ("llama4_pythonic",)),

@@ -71,7 +71,11 @@ def read_llama_json(text: str, tools: Tools) -> tuple[str, list[ToolCall]]:
 
     vLLM reads calls out of any text; text around a call is malformed here, and JSON that is no call is text.
     """
-    body = re.sub(r"<\|python_start\|>.*?<\|python_end\|>|<\|python_tag\|>", "", text, flags=re.DOTALL)
+    before, begun, rest = text.partition("<|python_start|>")
+    content, ended, after = rest.partition("<|python_end|>")
+    if begun and not ended:
+        raise ValueError("<|python_start|> without <|python_end|>")
+    body = (before + after).replace("<|python_tag|>", "", 1)
     decoder, calls, around, place = json.JSONDecoder(), [], [], 0
     begins_as_call = re.match(r'\s*\{\s*"name"\s*:\s*"[^"]*"\s*,\s*"(parameters|arguments)"\s*:', body) is not None
     for _ in range(MAX_OBJECTS):
@@ -93,11 +97,10 @@ def read_llama_json(text: str, tools: Tools) -> tuple[str, list[ToolCall]]:
         calls.append(_of_object(raw, tools, "arguments", "parameters"))
     if calls and "".join([*around, body[place:]]).strip(" \t\r\n;,"):
         raise ValueError("text around a call")
-    content = "".join(re.findall(r"<\|python_start\|>(.*?)<\|python_end\|>", text, flags=re.DOTALL))
     return (content, calls) if calls else (text, [])
 
 
-_MISTRAL_CALL = re.compile(r"\s*([^\s\[{]+)\s*(?:\[CALL_ID\]\w*)?(?:\[ARGS\])?\s*(?=\{)")
+_MISTRAL_CALL = re.compile(r"\s*+([^\s\[{]++)\s*+(?:\[CALL_ID\]\w*+)?(?:\[ARGS\])?\s*+(?=\{)")
 
 
 def read_mistral(text: str, tools: Tools) -> tuple[str, list[ToolCall]]:
@@ -153,6 +156,7 @@ _HARMONY_MESSAGE = re.compile(
     r"(?P<end><\|end\|>|<\|call\|>|<\|return\|>|\Z)",
     re.DOTALL,
 )
+_HARMONY_ANALYSIS = re.compile(r"<\|channel\|>analysis<\|message\|>([^<]*+(?:<(?!\|end\|>)[^<]*+)*+)")
 _HARMONY_CALL = re.compile(r"\bto=functions\.([^\s<]+)")
 
 
@@ -179,3 +183,8 @@ def read_harmony(text: str, tools: Tools) -> tuple[str, list[ToolCall]]:
     if not finished or not (calls or content):
         raise ValueError("reasoning never ended")
     return "".join(content), calls
+
+
+def harmony_reasoning(text: str) -> str:
+    """What an answer of gpt-oss says in its analysis channel."""
+    return "\n".join(found.strip() for found in _HARMONY_ANALYSIS.findall(text))

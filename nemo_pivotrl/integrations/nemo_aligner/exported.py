@@ -17,6 +17,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from nemo_pivotrl.backends.hf_models import not_finite
 from nemo_pivotrl.backends.megatron.mapping import Entry, Piece, entries, plain_name
 from nemo_pivotrl.core.errors import InputError, Problem, short
 from nemo_pivotrl.integrations.nemo_aligner.versions import require
@@ -159,6 +160,8 @@ def _write(shards: Mapping[str, Tensor], table: Sequence[Entry], folder: Path) -
     files: dict[str, dict[str, str]] = {}
     held: dict[str, Tensor] = {}
     fault: Exception | None = None
+    remedy = "training has diverged: lower the learning rate and go on from an earlier checkpoint"
+    wrong: list[Problem] = []
 
     def flush() -> None:
         nonlocal fault
@@ -172,12 +175,16 @@ def _write(shards: Mapping[str, Tensor], table: Sequence[Entry], folder: Path) -
 
     for name, tensor in _gathered(shards, table):
         held[name] = tensor
+        if what := not_finite(tensor):
+            wrong.append(Problem("model", None, name, f"{what} among its values", remedy))
         if sum(t.numel() * t.element_size() for t in held.values()) >= MAX_FILE_BYTES:
             flush()
     if held:
         flush()
     if fault:
         raise fault
+    if wrong:  # no server may be given them
+        raise InputError(wrong)
     return files
 
 

@@ -99,6 +99,15 @@ def test_random_without_a_limit_is_as_large_as_adv_and_does_not_look_at_rewards(
     assert names(drawn) == names(pivotrl.select(flipped, "random", 0.6, seed=3, limit=20))
 
 
+def test_another_seed_is_another_subset_and_smaller_subsets_are_nested() -> None:
+    profiles = [profile(f"c{i}", [1.0, 0.0, 0.0, 0.0]) for i in range(40)]
+    drawn = {
+        (seed, n): set(names(pivotrl.select(profiles, "adv", 0.6, seed, limit=n))) for seed in (1, 2) for n in (8, 20)
+    }
+    assert drawn[1, 8] < drawn[1, 20] and drawn[2, 8] < drawn[2, 20]
+    assert drawn[1, 20] != drawn[2, 20] and drawn[1, 8] != drawn[2, 8]
+
+
 def test_max_message_ratio_bounds_talking_turns_and_only_them() -> None:
     profiles = [profile(f"m{i}", outcomes(1, 4), "message") for i in range(6)] + [
         profile(f"c{i}", outcomes(1, 4)) for i in range(6)

@@ -261,6 +261,17 @@ def test_restored_training_state_continues_bit_by_bit(folders: dict[str, str], t
     assert all(torch.equal(a, b) for (_, a), (_, b) in pairs)
 
 
+def test_random_numbers_go_on_where_the_saved_run_was(folders: dict[str, str], tmp_path: Path) -> None:
+    model = policy(folders["llama"], dtype="float32")
+    model.prepare_for_training(Optimizer(lr=1e-2))
+    torch.manual_seed(7)
+    torch.rand(3)
+    model.save_training_state(tmp_path / "state")
+    wanted = torch.rand(5)
+    model.load_training_state(tmp_path / "state")
+    assert torch.equal(torch.rand(5), wanted)
+
+
 def test_adapters_leave_the_reference_alone_and_export_merged(folders: dict[str, str], tmp_path: Path) -> None:
     model = policy(folders["llama"], lora=Lora(enabled=True, r=2))
     before = model.get_inference_log_probs(BATCH)

@@ -1,6 +1,9 @@
 """The chat templates that ship in TRL and transformers: what each can do, and that what it writes is read back."""
 
+import contextlib
+import json
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +11,7 @@ import pytest
 from support.recipes import ROOT
 from support.template_cases import LINES, MALFORMED, SHAPES, USER, calling, optional, template, tokenizer_with, tool
 
-from nemo_pivotrl.config import ChatSettings
+from nemo_pivotrl.config import ChatSettings, Limits
 from nemo_pivotrl.core.errors import InputError, UnrenderableState
 from nemo_pivotrl.core.types import Action, ToolCall
 from nemo_pivotrl.data.chat_template import Chat, generation_stop_ids
@@ -49,6 +52,7 @@ NAMED = {
     "muse_glimmer": "Muse Glimmer",
 }
 """Template file -> how the table in docs/formats.md calls it."""
+LIMIT = Limits().max_chars
 ACTIONS = [
     *(
         (schema, calling(value, count, thought))
@@ -178,7 +182,7 @@ def test_text_is_typed_by_its_schema(schema: Any, text: str, value: object) -> N
     tools = [{"type": "function", "function": {"name": "f", "parameters": {"properties": {"x": schema}}}}]
     answer = f"<tool_call>\n<function=f>\n<parameter=x>\n{text}\n</parameter>\n</function>\n</tool_call>"
     (call,) = PARSERS["qwen_coder"].read(answer, tools)[1]
-    read = __import__("json").loads(call.arguments)["x"]
+    read = json.loads(call.arguments)["x"]
     assert read == value and type(read) is type(value)
 
 
@@ -292,6 +296,23 @@ def test_reasoning_reaches_a_template_under_the_name_that_it_reads() -> None:
         )
 
 
+def test_what_was_thought_is_kept_apart_from_what_is_done() -> None:
+    for name in ("nemotron_3_super", "qwen3", "gptoss", "gemma4_v5"):
+        chat = chat_of(name)
+        for action in (calling(1, 1, "It is so."), Action("message", "An answer.", reasoning="It is so.")):
+            turn = chat.turn([USER], [tool({"type": "integer"})], message_of(action))
+            ids = chat.encode(turn.text.plain)
+            read = chat.parse(
+                chat.decode([i for i in ids if i not in chat.stop_ids]), [tool({"type": "integer"})], turn.opened
+            )
+            assert (read.kind, read.reasoning) == (action.kind, "It is so."), name
+
+
+def test_a_template_that_draws_lots_is_refused() -> None:
+    with pytest.raises(InputError, match="random"):
+        Chat(tokenizer_with(template("qwen3") + "{{ ['a', 'b'] | random }}"))
+
+
 def test_a_sentencepiece_answer_has_no_blank_that_the_template_does_not_write() -> None:
     from tokenizers import Tokenizer, decoders, models, normalizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -317,3 +338,24 @@ def test_a_sentencepiece_answer_has_no_blank_that_the_template_does_not_write() 
     assert re.sub(r"\s", "", chat.decode(action)) == "Hellomyfriend" and action_of(answer) == chat.parse(
         chat.decode(action)
     )
+
+
+@pytest.mark.parametrize(
+    ("parser", "begin", "piece"),
+    [
+        ("mistral", "[TOOL_CALLS]a", " "),
+        ("llama_json", "", "<|python_end|><|python_start|>"),
+        ("llama_json", "", '{"a":'),
+        ("qwen_coder", "<tool_call>\n<function=f>\n", "<parameter=x>"),
+        ("glm", "<tool_call>f", "<arg_key>"),
+        ("gemma4", "<|tool_call>call:f{", "x:{"),
+        ("lfm2", "<|tool_call_start|>[f(x=", "-"),
+        ("harmony", "", "<|start|>assistant"),
+    ],
+)
+def test_a_hostile_answer_of_any_length_is_read_in_linear_time(parser: str, begin: str, piece: str) -> None:
+    text = (begin + piece * (LIMIT // len(piece)))[:LIMIT]
+    begun = time.process_time()
+    with contextlib.suppress(ValueError, RecursionError):
+        PARSERS[parser].read(text, ())
+    assert time.process_time() - begun < 2.0

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -256,6 +257,28 @@ def test_the_answer_in_the_prompt_is_a_leak_and_a_short_echo_is_not() -> None:
     assert not leaks((user("Say: yes, sure."),), Action("message", "yes, sure."))
     assert not leaks((user(), say(long), user()), Action("message", long))  # the assistant repeats itself
     assert leaks((user(), say("one")), Action("message", "two"))
+
+
+def test_a_sentence_that_the_policy_orders_is_no_leak() -> None:
+    ordered = "YOU ARE BEING TRANSFERRED TO A HUMAN AGENT. PLEASE HOLD ON."
+    for role in ("system", "developer"):
+        state = ({"role": role, "content": f"If you cannot help, say '{ordered}' and nothing else."}, user())
+        assert not leaks(state, Action("message", ordered))
+    assert leaks((user(f'Answer with "{ordered}"'),), Action("message", ordered))
+
+
+def test_a_turn_that_is_not_to_be_learned_is_counted_under_its_reason() -> None:
+    turns = (user(), call(("find", 1)), output(), call(("find", 2)), output(), call(("find", 3)))
+    kept, skipped = cut(trajectory(*turns, untrained={1: "given_turn", 5: "weight_zero"}))
+    assert skipped == {"given_turn": 1, "weight_zero": 1} and [c.turn for c in kept] == [3]
+
+
+def test_a_long_trajectory_is_read_once_and_its_longest_states_are_counted() -> None:
+    turns = [message for i in range(3000) for message in (call(("find", i)), output(f"result {i}"))]
+    started = time.process_time()
+    kept, skipped = cut(trajectory(user(), *turns), max_state_messages=100)
+    assert len(kept) == 50 and skipped == {"state_too_long": 2950}
+    assert time.process_time() - started < 10.0  # 6,001 messages; with the square of them it takes minutes
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,171 @@
+"""The stages: where the function of each is, and how it is run, in this process or in many.
+
+Nothing heavy is imported before a stage's function is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+import time
+from importlib import import_module
+from typing import TYPE_CHECKING, NoReturn
+
+from nemo_pivotrl.cli.exits import BAD_INPUT, missing_module
+from nemo_pivotrl.core.errors import InputError
+
+if TYPE_CHECKING:
+    from nemo_pivotrl.backends.launch import Place
+    from nemo_pivotrl.config import Recipe
+
+STAGES = {
+    "world": (
+        "nemo_pivotrl.demo.expert_trajectories:make_expert_trajectories",
+        "write the embedded world's expert trajectories",
+    ),
+    "extract": ("nemo_pivotrl.pivotrl.extract:extract", "trajectories -> candidates"),
+    "warmup": ("nemo_pivotrl.pivotrl.sft:warmup", "make the start policy by a short SFT"),
+    "profile": (
+        "nemo_pivotrl.pivotrl.profile:profile",
+        "candidates -> profiles: K verified rollouts of the start policy each",
+    ),
+    "merge": ("nemo_pivotrl.pivotrl.profile:merge", "the shards of a profile -> profiles"),
+    "audit": ("nemo_pivotrl.pivotrl.verifier_audit:audit", "does the verifier say what is known beforehand?"),
+    "rescore": ("nemo_pivotrl.pivotrl.rescore:rescore", "another verifier or threshold over a profile's samples"),
+    "select": ("nemo_pivotrl.pivotrl.select:select_pivots", "profiles -> pivots"),
+    "export": (
+        "nemo_pivotrl.pivotrl.export:export",
+        "pivots -> NeMo-Gym rows; `export nemo-rl` adds a recipe, `export nemotron` the artefact's files",
+    ),
+    "nemotron": (
+        "nemo_pivotrl.integrations.nemotron:nemotron",
+        "extract to train, with the artefacts of Nemotron's pipeline",
+    ),
+    "sft": ("nemo_pivotrl.pivotrl.sft:sft", "fine-tune on the same data, for comparison"),
+    "train": ("nemo_pivotrl.pivotrl.train:train", "pivots -> policy, by single-turn GRPO"),
+    "manners": (
+        "nemo_pivotrl.demo.answer_styles_models:make_manners",
+        "LLMdoctor: write the embedded patient, doctor and questions",
+    ),
+    "rank": (
+        "nemo_pivotrl.llmdoctor.rank:rank",
+        "LLMdoctor: prompts -> preference files: the patient's own answers, ranked",
+    ),
+    "tfpo": ("nemo_pivotrl.llmdoctor.train_doctor:train_doctor", "LLMdoctor: token rewards -> doctor"),
+    "assess": ("nemo_pivotrl.llmdoctor.assess:assess", "LLMdoctor: steered answers against others, with intervals"),
+    "evaluate": ("nemo_pivotrl.pivotrl.evaluate:evaluate", "policies side by side, with intervals"),
+    "preferences": ("nemo_pivotrl.llmdoctor.preferences:preferences", "LLMdoctor: preference files -> preferences"),
+    "reward": (
+        "nemo_pivotrl.llmdoctor.reward:build_rewards",
+        "LLMdoctor: preferences -> token rewards, by the patient's two faces",
+    ),
+    "decode": (
+        "nemo_pivotrl.llmdoctor.decode:decode",
+        "LLMdoctor: prompts -> answers of the patient steered by doctors",
+    ),
+    "report": ("nemo_pivotrl.report.page:report", "one HTML page and its numbers as JSON"),
+    "run": (
+        "nemo_pivotrl.pipeline:run",
+        "all stages of the recipe; profile, select and train again when signal fades (loop.max_rounds)",
+    ),
+}
+EXPORTS = ("nemo-gym", "nemo-rl", "nemotron")
+"""`export nemo-rl RECIPE` is `export RECIPE export.target=nemo-rl`."""
+CHECKED = ("profile", "sft", "train", "rank", "reward", "tfpo", "decode", "assess")
+"""Stages that load a model which must be there already: `tools/checks.py` looks at all they need before they begin."""
+STARTED = frozenset({"RANK", "WORLD_SIZE", "SLURM_STEP_ID"})
+"""Variables of torchrun and srun: without one of them this is the only process, and launch.py, a second's import, is not asked."""
+
+
+def stage_command(stage: str, options: argparse.Namespace) -> int | None:
+    """Run a stage, or print its recipe."""
+    from nemo_pivotrl.config.load import load_recipe
+    from nemo_pivotrl.config.show import to_yaml
+
+    fresh = "fresh=true" in options.overrides
+    recipe = load_recipe(options.recipe, [o for o in options.overrides if o not in ("fresh=true", "fresh=false")])
+    if not options.print_config:
+        return run_stage(stage, recipe, fresh, options.shard)
+    print(to_yaml(recipe, options.changed), end="")
+    return None
+
+
+def run_stage(stage: str, recipe: Recipe, fresh: bool, shard: str | None = None) -> int:
+    """Import a stage's function and call it: here, or on the first of many processes that torchrun or srun started.
+
+    Returns this process's exit code; every process but the first is silent.
+    """
+    light = ("world", "extract", "audit", "rescore", "select", "export", "report", "preferences")
+    if stage not in light and recipe.num_threads:
+        os.environ.setdefault("OMP_NUM_THREADS", str(recipe.num_threads))
+        import torch
+
+        torch.set_num_threads(recipe.num_threads)
+    module, _, function = STAGES[stage][0].partition(":")
+    extras = {"matplotlib": "report", "jinja2": "report", "httpx": "verifiers", "openapi_schema_validator": "verifiers"}
+
+    more = {}
+    if shard is not None:
+        from nemo_pivotrl.core.errors import Problem
+        from nemo_pivotrl.pivotrl.profile_shards import shard_of
+
+        if stage != "profile":
+            raise InputError(Problem("command line", None, "--shard", f"stage {stage}", "only profile has shards"))
+        more["shard"] = shard_of(shard)
+
+    def call() -> None:
+        with missing_module(f"stage {stage}", extras, "reference"), alone(stage, recipe, shard):
+            if stage in CHECKED:
+                from nemo_pivotrl.tools.checks import preflight
+
+                preflight(recipe, stage, here().world if os.environ.keys() & STARTED else 1)
+            getattr(import_module(module), function)(recipe, fresh, **more)
+
+    if os.environ.keys() & STARTED and (place := here()).world > 1:
+        if "megatron" not in (recipe.policy.backend, recipe.doctor.backend, recipe.patient.backend):
+            return one_too_many(place)
+        with missing_module(f"stage {stage}", {}, "megatron"):
+            from nemo_pivotrl.backends.megatron.workers import run_together
+        return run_together(call, recipe.megatron, place)
+    call()
+    return 0
+
+
+def alone(stage: str, recipe: Recipe, shard: str | None) -> contextlib.AbstractContextManager[None]:
+    """The lock of the stage's run folder, before anything heavy is imported."""
+    from pathlib import Path
+
+    from nemo_pivotrl.core.lock import only_writer
+
+    return only_writer(Path(recipe.run_dir), stage, f"shard {shard}" if shard else "")
+
+
+def here() -> Place:
+    """Which process of how many this is."""
+    with missing_module("many processes", {}, "reference"):
+        from nemo_pivotrl.backends.launch import place_of
+    return place_of(os.environ)
+
+
+def one_too_many(place: Place) -> int:
+    """Refuse processes that would all run the same stage; the first says so."""
+    from nemo_pivotrl.core.errors import Problem
+
+    if place.rank > 0:
+        from nemo_pivotrl.backends.launch import SPEAK_S
+
+        time.sleep(SPEAK_S)
+        return BAD_INPUT
+    remedy = "start one process, or set policy.backend, doctor.backend or patient.backend to megatron"
+    raise InputError(Problem("recipe", None, "backend", f"reference, in {place.world} processes", remedy))
+
+
+def leave_together(code: int) -> NoReturn:
+    """End this process; one of many that has worked leaves as torch.distributed needs it."""
+    if code == 0 and os.environ.keys() & STARTED and here().world > 1:
+        from nemo_pivotrl.backends.launch import leave
+
+        leave(code)
+    sys.exit(code)
