@@ -63,6 +63,7 @@ def recipe(stage: Stage, start: str, tmp_path: Path) -> Callable[..., Recipe]:
             "policy": {"model_name": start},
             "doctor": {"model_name": start, "optimizer": {"lr": 5e-3}},
             "extract": {"trajectories": [str(tmp_path / "talks.jsonl")], "near_duplicate": 1.0},
+            "verifier": {"message": "any"},
             "sft": {"source": "candidates", "num_steps": 4, "batch_size": 3, "optimizer": {"lr": 5e-3}},
             "tfpo": {"pairs_per_step": 3, "max_num_steps": 4, "val_period": 2},
             "checkpointing": {"save_period": 100},
