@@ -47,7 +47,7 @@ from nemo_pivotrl.core.types import Candidate
 from nemo_pivotrl.data.chat_template import Chat
 from nemo_pivotrl.pivotrl.monitor import Monitor, State, padded, rollout_metrics
 from nemo_pivotrl.pivotrl.select import candidates_of
-from nemo_pivotrl.verifiers.base import Verifier
+from nemo_pivotrl.verifiers.base import Bounded, Verifier
 
 Until = Callable[[Sequence[rounds.Row]], rounds.Ending | None]
 """Asked after every step: may training go on? It is given all metrics of the round, step 0 included."""
@@ -87,10 +87,11 @@ def train(recipe: Recipe, fresh: bool = False, until: Until | None = None) -> Pa
 class PolicyTraining:
     """A policy in training on pivots (`components.loop.Work`)."""
 
-    def __init__(self, recipe: Recipe, chat: Chat, verifier: Verifier, pivots: Sequence[State], cost: dict[str, Any]):
+    def __init__(self, recipe: Recipe, chat: Chat, verifier: Bounded, pivots: Sequence[State], cost: dict[str, Any]):
         settings = recipe.grpo
         source = recipe.path(settings.pivots)
-        held_out = _states(candidates_of(source, "validation"), chat, recipe, source)
+        found = [c for c in candidates_of(source, "validation") if not verifier.excludes(c.case)]
+        held_out = _states(found, chat, recipe, source)
         held_out = sorted(held_out, key=lambda s: pivotrl.order_key(recipe.seed, s.candidate.candidate_id))
         anchored = recipe.loss_fn.reference_policy_kl_penalty > 0 or settings.val_kl
         self.recipe, self.chat, self.verifier, self.pivots, self.cost = recipe, chat, verifier, pivots, cost

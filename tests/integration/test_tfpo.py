@@ -16,7 +16,7 @@ from nemo_pivotrl.backends.reference.policy import ReferencePolicy
 from nemo_pivotrl.components.metrics import read_metrics
 from nemo_pivotrl.config import Lora, Optimizer, Policy, Recipe, Tfpo
 from nemo_pivotrl.config.build import build
-from nemo_pivotrl.core.artifacts import ArtefactWriter, Header
+from nemo_pivotrl.core.artifacts import ArtefactWriter, Header, seal
 from nemo_pivotrl.core.errors import InputError
 from nemo_pivotrl.data.chat_template import Chat, load_tokenizer
 from nemo_pivotrl.demo import tiny_models as tiny
@@ -274,6 +274,7 @@ def test_what_does_not_fit_together_is_refused_with_the_remedy(start: str, chat:
         short = {"model_name": start, "max_total_sequence_length": 16}
         train_doctor(build(Recipe, {"run_dir": str(tmp_path), "doctor": short}, "test"))
     path.write_text(path.read_text().replace(chat.fingerprint, "another"))
+    seal(path)
     with pytest.raises(InputError, match="share the patient's tokenizer"):
         train_doctor(recipe(tmp_path, start))
     with pytest.raises(InputError, match="small model with the patient's tokenizer"):

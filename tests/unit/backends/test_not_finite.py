@@ -88,7 +88,7 @@ def test_a_lost_turn_is_drawn_again_alone(policy: ReferencePolicy, monkeypatch: 
     assert [s.token_ids for s in good] == [alone[n].token_ids for n in seeds]  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize("value", [NAN, math.inf, -math.inf, -1e5, 0.5])
+@pytest.mark.parametrize("value", [NAN, math.inf, -math.inf, -1e5, -9999.0, 0.5])
 def test_what_servers_say_is_held_to_the_same(value: float) -> None:
     with pytest.raises(ValueError, match="log-probability"):
         checked([4, 6], [-0.5, value], "length", frozenset(), 2)
