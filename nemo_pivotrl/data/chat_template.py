@@ -210,9 +210,14 @@ class Chat:
         turn = self.turn(messages, tools, action)
         mark = turn.prompt.mark or turn.text.mark
         text = turn.text.text if turn.text.mark in ("", mark) else turn.text.text.replace(turn.text.mark, mark)
-        prompt, whole = self.template.encode(turn.prompt), self.template.encode(Marked(turn.prompt.text + text, mark))
-        own_tokens = whole[: len(prompt)] != prompt
-        action_ids = self.template.encode(turn.text, inside=True) if own_tokens else whole[len(prompt) :]
+        prompt = self.template.encode(turn.prompt)
+        for start in (self.template.last_special(turn.prompt.text), 0):  # a special token begins a text of its own
+            before = self.template.encode(Marked(turn.prompt.text[start:], mark)) if start else prompt
+            if prompt[len(prompt) - len(before) :] == before:
+                break
+        whole = self.template.encode(Marked(turn.prompt.text[start:] + text, mark))
+        own_tokens = whole[: len(before)] != before
+        action_ids = self.template.encode(turn.text, inside=True) if own_tokens else whole[len(before) :]
         end = next((place for place, token in enumerate(action_ids) if token in self.stop_ids), None)
         if end is not None:
             return prompt, action_ids[: end + 1]

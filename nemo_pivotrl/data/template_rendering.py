@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 _MARKS = tuple(chr(0xFDD0 + n) for n in range(16)) + tuple(chr(0xF1F00 + n) for n in range(16))
 """One of them that no text holds breaks up the special tokens in text. Most are no characters in Unicode, so texts have none."""
+NEAR_END = 4096
+"""Characters of a prompt in which its last marker is looked for; further back it saves nothing."""
 INLINE = "content"
 """A template that reads reasoning out of the text itself, where it stands between the markers."""
 
@@ -142,6 +144,11 @@ class Template:
         return value
 
     # ---- tokens ----
+
+    def last_special(self, text: str) -> int:
+        """Where the last special token near the end of a rendered text begins; 0 where there is none."""
+        window = max(0, len(text) - NEAR_END)
+        return max((found.start() + window for found in self._special.finditer(text[window:])), default=0)
 
     def encode(self, text: str | Marked, inside: bool = False) -> list[int]:
         """Token ids of a rendered text; `inside`: of one that follows another, from which it does not take a token.

@@ -131,7 +131,7 @@ class Bounded:
         # what is no text differs from an expert's talk under any decision
         if decided and self.message == "exclude" and rule == "decided" and actual.kind == "message":
             remedy = "verifier.message=judge has it compared, =any takes any text"
-            raise VerifierFault("message_excluded", f"the expert talks, and such a turn is no candidate: {remedy}")
+            raise VerifierFault("message_excluded", f"the expert talks, and no judge compares it: {remedy}")
         try:
             check_size(actual, self.limits)
             verdict: Verdict = self.inner.verify(case, actual)
