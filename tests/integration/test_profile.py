@@ -11,6 +11,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ from nemo_pivotrl import cli
 from nemo_pivotrl.backends import loading
 from nemo_pivotrl.config import Recipe
 from nemo_pivotrl.core.artifacts import read_rows
-from nemo_pivotrl.core.errors import InputError
+from nemo_pivotrl.core.errors import AtWork, InputError
+from nemo_pivotrl.core.lock import only_writer
 from nemo_pivotrl.core.types import Action, Case, Lost, Sample, Verdict
 from nemo_pivotrl.pivotrl import profile_work
 from nemo_pivotrl.pivotrl.profile import merge, prepare, profile
@@ -300,11 +302,14 @@ def test_one_shard_runs_once_and_shards_are_counted_from_zero(
     job = prepare(recipe)
     from nemo_pivotrl.pivotrl.profile import open_parts
 
-    parts = open_parts(recipe, job, Shard(1, 2), False)
-    with pytest.raises(InputError, match="another process is at work"):
-        open_parts(recipe, job, Shard(1, 2), False)
-    parts.close()
-    open_parts(recipe, job, Shard(1, 2), False).close()
+    with (
+        only_writer(run_dir, "profile", "shard 1/2"),
+        ThreadPoolExecutor(1) as pool,
+        pytest.raises(AtWork, match="shard 1/2"),
+    ):
+        pool.submit(profile, recipe, shard=Shard(1, 2)).result()
+    for _ in range(2):
+        open_parts(recipe, job, Shard(1, 2), False).close()
     assert shard_of("0/8") == Shard(0, 8) and shard_of("7/8") == Shard(7, 8)
     for wrong in ("8/8", "1", "-1/8", "a/b", "1/0", "²/3"):
         with pytest.raises(InputError, match="0/8"):
