@@ -42,7 +42,7 @@ requeue_or_wait() {
         wait "$1" || code=$?
     done
     if ((code == 75)); then
-        echo "stopped at its deadline, saved: requeued"
+        echo "exit code 75 (saved at its deadline, or another job is at work in its folder): requeued"
         scontrol requeue "$SLURM_JOB_ID"
         code=0
     fi

@@ -11,7 +11,6 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +21,8 @@ from support.stages import finish, kill_when, said, sha, start
 from nemo_pivotrl import cli
 from nemo_pivotrl.backends import loading
 from nemo_pivotrl.config import Recipe
-from nemo_pivotrl.core.artifacts import read_rows
-from nemo_pivotrl.core.errors import AtWork, InputError
-from nemo_pivotrl.core.lock import only_writer
+from nemo_pivotrl.core.artifacts import read_rows, seal
+from nemo_pivotrl.core.errors import InputError
 from nemo_pivotrl.core.types import Action, Case, Lost, Sample, Verdict
 from nemo_pivotrl.pivotrl import profile_work
 from nemo_pivotrl.pivotrl.profile import merge, prepare, profile
@@ -295,21 +293,8 @@ def counting(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return count
 
 
-def test_one_shard_runs_once_and_shards_are_counted_from_zero(
-    run_dir: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_shards_are_counted_from_zero(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = recipe_at(run_dir, *QUIET)
-    job = prepare(recipe)
-    from nemo_pivotrl.pivotrl.profile import open_parts
-
-    with (
-        only_writer(run_dir, "profile", "shard 1/2"),
-        ThreadPoolExecutor(1) as pool,
-        pytest.raises(AtWork, match="shard 1/2"),
-    ):
-        pool.submit(profile, recipe, shard=Shard(1, 2)).result()
-    for _ in range(2):
-        open_parts(recipe, job, Shard(1, 2), False).close()
     assert shard_of("0/8") == Shard(0, 8) and shard_of("7/8") == Shard(7, 8)
     for wrong in ("8/8", "1", "-1/8", "a/b", "1/0", "²/3"):
         with pytest.raises(InputError, match="0/8"):
@@ -477,6 +462,7 @@ def test_a_line_that_is_no_candidate_is_named(run_dir: Path) -> None:
     source = run_dir / "candidates.jsonl"
     lines = source.read_bytes().splitlines(keepends=True)
     source.write_bytes(b"".join([*lines[:3], lines[3].replace(b'"split":"', b'"split":"x'), *lines[4:]]))
+    seal(source)
     with pytest.raises(InputError, match=r"split 'x"):
         profile(recipe_at(run_dir))
 
