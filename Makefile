@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 # all of these are commands, not files
-.PHONY: conformance verifier-speed quickstart smollm2 smollm2-doctor test test-aligner test-vllm test-all mutants check lint format fuzz clean locks audit
+.PHONY: conformance verifier-speed quickstart smollm2 smollm2-doctor test test-aligner test-vllm test-all mutants torture check lint format fuzz clean locks audit
 
 # BACKEND=megatron: the same recipes over megatron-core in two data-parallel processes, on CPUs over gloo
 quickstart: START := $(BIN)/nemo-pivotrl
@@ -40,6 +40,10 @@ test-all: test test-aligner test-vllm
 
 mutants: $(STAMP)
 	$(BIN)/python tests/nightly/mutants.py $(ARGS)
+
+# kills, full disks and double starts of every stage, whose bytes are compared: ARGS="--kills 50 --stages train,reward"
+torture: $(STAMP)
+	$(BIN)/python tests/nightly/torture.py $(ARGS)
 
 # NeMo-Aligner and what it needs contradict the rest of the project's packages, so they have an environment of their own
 VENV_ALIGNER ?= .venv-aligner

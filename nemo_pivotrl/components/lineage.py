@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from nemo_pivotrl.config import Recipe
-from nemo_pivotrl.core.artifacts import MADE_BY, Header, check_parent, digest, file_digest, read_header
+from nemo_pivotrl.core.artifacts import MADE_BY, Header, check_parent, digest, file_digest
 from nemo_pivotrl.core.errors import InputError, Problem
 
 FIRST = ("candidates", "preferences")
@@ -42,20 +42,17 @@ def check_lineage(recipe: Recipe, path: Path, header: Header) -> None:
             found = f"{header.parent}, which is not {', '.join(map(str, sources[:3]))}"
             raise InputError(Problem(str(path), 1, "parent", found, remedy))
         return
-    while (above := _parent(recipe, header)) is not None and above[0].exists():
-        parent, kind = above
-        check_parent(path, header, parent)
-        path, header = parent, read_header(parent, kind)
+    while (parent := _parent(recipe, path, header)) is not None and parent.exists():
+        path, header = parent, check_parent(path, header, parent)
 
 
-def _parent(recipe: Recipe, header: Header) -> tuple[Path, str] | None:
-    """(file, artefact) that an artefact of a recipe's run folder is made from; None for what is made from the user's files."""
+def _parent(recipe: Recipe, path: Path, header: Header) -> Path | None:
+    """What an artefact of a recipe's run folder is made from; None for what is made from the user's files."""
     if header.stage == "pivots":
-        return recipe.path(recipe.select.profiles), "profiles"
+        return recipe.path(recipe.select.profiles)
     if header.stage in ("profiles", "evaluation", "audit"):
-        return recipe.path("candidates.jsonl"), "candidates"
+        return recipe.path("candidates.jsonl")
     if header.stage == "token_rewards":
-        return recipe.path("preferences.jsonl"), "preferences"
-    if header.stage == "candidates" and recipe.loop.round > 1:
-        return recipe.home / "candidates.jsonl", "candidates"
-    return None
+        return recipe.path("preferences.jsonl")
+    whole = recipe.home / "candidates.jsonl"  # of which a later round of the loop has a part
+    return whole if header.stage == "candidates" and recipe.loop.round > 1 and path != whole else None

@@ -46,6 +46,20 @@ def load_chat(policy: Policy, limits: Limits | None = None) -> Chat:
     return Chat(tokenizer, policy.tool_parser, policy.template_kwargs, limits, policy.chat, stop_ids)
 
 
+def judged_candidates(candidates: Iterable[Candidate], verifier: Bounded, source: Path) -> list[Candidate]:
+    """Those that the verifier judges; the others are counted. Raises InputError where there is none."""
+    held = list(candidates)
+    kept = [c for c in held if not verifier.excludes(c.case)]
+    if len(kept) < len(held):
+        print(
+            f"left out: {len(held) - len(kept)} of {len(held)} candidates, in which the expert talks (verifier.message: exclude)"
+        )
+    if not kept:
+        remedy = "name a judge (verifier.judge.base_url), or take any text with verifier.message=any"
+        raise InputError(Problem(str(source), None, "verifier.message", "exclude, and the expert only talks", remedy))
+    return kept
+
+
 def rendered(
     candidates: Iterable[Candidate], render: Callable[[Candidate], T], source: Path, what: str = "states"
 ) -> list[tuple[Candidate, T]]:

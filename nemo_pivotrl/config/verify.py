@@ -92,8 +92,8 @@ class Verifier:
     message: Literal["judge", "exclude", "any"] | None = None
     """What decides where the expert talks (P23); unset: `judge` if `judge.base_url` names one, else `exclude`.
 
-    For verifiers that do not compare talk. `judge`: the judge compares it. `exclude`: such a turn is no candidate. `any`: any
-    text scores 1, which teaches to talk and nothing about what to say.
+    For verifiers that do not compare talk. `judge`: the judge compares it. `exclude`: such a turn is not profiled and no
+    pivot. `any`: any text scores 1, which teaches to talk and nothing about what to say.
     """
     settings: dict[str, Any] = field(default_factory=dict)
     """The verifier's own settings, e.g. `word_count_similarity_threshold`; docs/settings.md lists them."""

@@ -353,18 +353,17 @@ def check_headers(path: Path, found: Header, **expected: str) -> None:
         raise InputError(problems)
 
 
-def check_parent(path: Path, found: Header, parent: Path) -> None:
-    """Refuse an artefact made from an older version of `parent`. A parent that is not here (another job's) is no error."""
-    if parent.exists() and found.parent != file_digest(parent):
-        raise InputError(
-            Problem(
-                str(path),
-                1,
-                "parent",
-                found.parent,
-                f"{parent} has changed since; re-run the stage that writes {path.name}",
-            )
-        )
+def check_parent(path: Path, found: Header, parent: Path) -> Header:
+    """Refuse an artefact made from an older version of `parent`; the parent's header. Raises InputError.
+
+    Of a parent with a seal the first line is read alone: whoever reads its rows looks whether they are what the seal says.
+    """
+    with open_input(parent) as handle:
+        header, seal = _parsed(parent, handle.readline(MAX_HEADER))
+    if found.parent != (file_digest(parent) if seal is None else seal.sha256[:16]):
+        remedy = f"{parent} has changed since; re-run the stage that writes {path.name}"
+        raise InputError(Problem(str(path), 1, "parent", found.parent, remedy))
+    return header
 
 
 def is_complete(path: Path, header: Header, fresh: bool) -> bool:

@@ -24,6 +24,7 @@ from nemo_pivotrl.components.costs import Metered, spend
 from nemo_pivotrl.components.lineage import check_lineage
 from nemo_pivotrl.components.rollout import (
     fits,
+    judged_candidates,
     load_chat,
     load_recipe_verifier,
     rendered,
@@ -154,6 +155,8 @@ def one_turn(recipe: Recipe, policy: Policy, backend: Sampler, chat: Chat) -> li
     settings = recipe.evaluate
     found = candidates_of(recipe.path("candidates.jsonl"), "validation")
     source = recipe.path("candidates.jsonl")
+    verifier, _ = load_recipe_verifier(recipe)
+    found = judged_candidates(found, verifier, source) if found else []
     states = rendered(found, lambda c: chat.prompt_ids(c.messages, c.tools), source, "held-out states")
     prompts = {c.candidate_id: prompt for c, prompt in states}
     held_out = sorted(
@@ -171,7 +174,6 @@ def one_turn(recipe: Recipe, policy: Policy, backend: Sampler, chat: Chat) -> li
                 "raise extract.validation_share",
             )
         )
-    verifier, _ = load_recipe_verifier(recipe)
     seeds = [
         [sample_seed("one_turn", recipe.seed, c.candidate_id, k) for k in range(settings.num_generations)]
         for c in held_out

@@ -10,7 +10,7 @@ import json
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -80,14 +80,13 @@ def check_rows(source: Path) -> None:
 
 def write_rows(source: Path, target: Mapping[str, Path]) -> dict[str, int]:
     """Write each split's rows, without a header; returns how many of each. A file appears whole or not at all."""
-    counts = {}
-    for split, path in target.items():
-        counts[split] = 0
-        with replacing(path) as out:
-            for row in read_rows(source):
-                if row["provenance"]["split"] == split:
-                    out.write(json_line(row))
-                    counts[split] += 1
+    counts = dict.fromkeys(target, 0)
+    with ExitStack() as files:
+        out = {split: files.enter_context(replacing(path)) for split, path in target.items()}
+        for row in read_rows(source):
+            split = row["provenance"]["split"]
+            out[split].write(json_line(row))
+            counts[split] += 1
     return counts
 
 

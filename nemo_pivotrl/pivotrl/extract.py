@@ -83,8 +83,7 @@ def extract(recipe: Recipe, fresh: bool = False) -> Path:
         settings.trajectories, settings.format, settings.tools, settings.on_invalid, settings.min_reward
     )
     splits = split_by_task([t.task_id for t in reading.trajectories], settings.validation_share, recipe.seed)
-    talk_excluded = excludes_talk(recipe.verifier)
-    candidates, audit = cut_all(reading.trajectories, splits, settings, talk_excluded)
+    candidates, audit = cut_all(reading.trajectories, splits, settings)
     parent = source_digest(recipe, "candidates")
     path = recipe.path("candidates.jsonl")
     audit = with_reading(audit, reading)
@@ -92,30 +91,29 @@ def extract(recipe: Recipe, fresh: bool = False) -> Path:
     print("\n".join(filter(None, [audit_table(audit), reading_text(audit), told])))
     if not candidates:
         remedy = "see the skip audit above; loosen extract.* or add trajectories"
-        if talk := audit["skipped"].get("message_excluded"):
-            remedy = f"the expert only talks in {talk} turns, and verifier.message=exclude leaves them out; name a judge, or set any"
         raise InputError(Problem(str(path), None, "candidates", "none kept", remedy))
-    extra = {"message": "exclude"} if talk_excluded else {}
-    header = Header("candidates", recipe.digest("extract"), parent, extra=extra)
+    if excludes_talk(recipe.verifier) and (talk := sum(is_talk(c.expected, c.fields) for c in candidates)):
+        print(
+            f"the expert talks in {talk} of {len(candidates)} candidates: audit, profile and train leave these out "
+            "(verifier.message: exclude; judge or any takes them in), sft does not"
+        )
+    header = Header("candidates", recipe.digest("extract"), parent)
     write_artefact(path, header, (responses.candidate_to_row(c, settings.agent_ref) for c in candidates))
     write_atomically(recipe.path("candidates.audit.json"), json.dumps(audit, indent=2, sort_keys=True) + "\n")
     return path
 
 
 def cut_all(
-    trajectories: Sequence[Trajectory], splits: dict[str, Split], settings: Extract, talk_excluded: bool = False
+    trajectories: Sequence[Trajectory], splits: dict[str, Split], settings: Extract
 ) -> tuple[list[Candidate], dict[str, Any]]:
-    """Candidates and the audit. Raises InputError with all invalid turns unless `on_invalid: skip`.
-
-    `talk_excluded`: a turn in which the expert talks is no candidate (`verifier.message`).
-    """
+    """Candidates and the audit. Raises InputError with all invalid turns unless `on_invalid: skip`."""
     skipped: Counter[str] = Counter()
     by_file: dict[str, Counter[str]] = {}
     problems: list[Problem] = []
     found: list[Candidate] = []
     for trajectory in trajectories:
         file = by_file.setdefault(trajectory.source.rpartition(":")[0], Counter())
-        for index, depth, reason, problem in _judged(trajectory, settings, talk_excluded):
+        for index, depth, reason, problem in _judged(trajectory, settings):
             file["turns"] += 1
             if problem is not None:
                 problems.append(problem)
@@ -149,9 +147,7 @@ def cut_all(
     return kept, audit
 
 
-def _judged(
-    trajectory: Trajectory, settings: Extract, talk_excluded: bool
-) -> Iterator[tuple[int, int, str, Problem | None]]:
+def _judged(trajectory: Trajectory, settings: Extract) -> Iterator[tuple[int, int, str, Problem | None]]:
     """(index, depth, why it is skipped or '', what is to be reported) of every turn."""
     whole = _skip_whole(trajectory, settings)
     state, read = GrowingState(), 0
@@ -162,7 +158,7 @@ def _judged(
         for message in trajectory.messages[read:index]:
             state.add(message)
         read = index
-        yield index, depth, *_skip_turn(trajectory, index, state, settings, talk_excluded)
+        yield index, depth, *_skip_turn(trajectory, index, state, settings)
 
 
 def audit_table(audit: dict[str, Any]) -> str:
@@ -228,6 +224,10 @@ def reading_text(audit: dict[str, Any]) -> str:
             f"left out by extract.on_invalid=skip: {audit['left_out']}; all are named in candidates.audit.json"
         )
         lines += [f"  {problem}" for problem in audit["named"][:SHOWN]]
+    if audit["trajectories"] > 1 and sum(audit["tasks"].values()) == 1:
+        lines.append(
+            "all trajectories are of one task, or open alike: nothing is held out; give each record its task_id"
+        )
     near = audit["skipped"].get("near_duplicate_state", 0)
     if near > 0.2 * max(audit["turns"], 1):
         lines.append(f"{near} of {audit['turns']} turns fell to extract.near_duplicate; 1.0 turns it off")
@@ -241,15 +241,13 @@ def _skip_whole(trajectory: Trajectory, settings: Extract) -> str:
 
 
 def _skip_turn(
-    trajectory: Trajectory, index: int, state: GrowingState, settings: Extract, talk_excluded: bool
+    trajectory: Trajectory, index: int, state: GrowingState, settings: Extract
 ) -> tuple[str, Problem | None]:
     """Why this turn is no candidate ('' if it is one), and the problem to report if it is invalid rather than unwanted."""
     action = responses.action_of(trajectory.messages[index])
     unwanted = _unwanted(trajectory, index, action, settings)
     if unwanted:
         return unwanted, None
-    if talk_excluded and is_talk(action, trajectory.fields):
-        return "message_excluded", None
     file, _, line = trajectory.source.rpartition(":")
     where = f"messages[{index}]"
     dangling = state.dangling_call()

@@ -23,7 +23,13 @@ from nemo_pivotrl.backends.base import concurrency_of, under_way
 from nemo_pivotrl.backends.identity import identity_of, policy_revision
 from nemo_pivotrl.components.costs import read_ledgers, spend
 from nemo_pivotrl.components.lineage import check_lineage
-from nemo_pivotrl.components.rollout import load_chat, load_recipe_verifier, sampling, unrenderable_lines
+from nemo_pivotrl.components.rollout import (
+    judged_candidates,
+    load_chat,
+    load_recipe_verifier,
+    sampling,
+    unrenderable_lines,
+)
 from nemo_pivotrl.components.trackers import check_dashboards, log_summary
 from nemo_pivotrl.config import Recipe
 from nemo_pivotrl.core.artifacts import ArtefactWriter, Header, digest, file_digest, is_complete, read_header, read_rows
@@ -46,7 +52,7 @@ from nemo_pivotrl.pivotrl.profile_work import (
     too_many,
     transient,
 )
-from nemo_pivotrl.pivotrl.verifier_audit import audit_first, refuse_excluded_talk
+from nemo_pivotrl.pivotrl.verifier_audit import audit_first
 
 FORECAST_PROMPTS = 64
 
@@ -110,7 +116,6 @@ def prepare(recipe: Recipe) -> Job:
     """Read everything that decides the profile's content. Raises InputError."""
     source = recipe.path("candidates.jsonl")
     check_lineage(recipe, source, read_header(source, "candidates"))
-    refuse_excluded_talk(recipe, source)
     chat = load_chat(recipe.policy, recipe.verifier.limits)
     verifier, verifier_id = load_recipe_verifier(recipe)
     plan = plan_of(recipe.profile, recipe.select)
@@ -217,7 +222,8 @@ def _run(recipe: Recipe, job: Job, parts: Parts) -> None:
     if recipe.audit.before_profile:
         sample = job.index.sample(4 * max(recipe.audit.sample, 1) if recipe.audit.sample else 0)
         round_trip.check(recipe, job.chat, sample)
-        audit_first(recipe, sample, job.verifier, job.verifier_id)
+        judged = judged_candidates(sample, job.verifier, recipe.path("candidates.jsonl"))
+        audit_first(recipe, judged, job.verifier, job.verifier_id)
     print(forecast(recipe, job, parts))
     sampler = loading.load_sampler(recipe.policy, recipe.megatron, recipe.vllm)
     concurrency = concurrency_of(sampler)
@@ -280,9 +286,9 @@ def report_failures(failures: Counter[str], candidates: int, recipe: Recipe, pat
         print("\n".join(unrenderable_lines(refused, source)))
     of_states = sum(failures[kind] for kind in OF_THE_STATE)
     if candidates and of_states == candidates:
-        remedy = "raise policy.max_total_sequence_length, or where the template refuses them see policy.chat"
+        remedy = "raise policy.max_total_sequence_length; see policy.chat where the template refuses them, verifier.message for talk"
         kinds = ", ".join(kind for kind in OF_THE_STATE if failures[kind])
-        raise InputError(Problem(str(source), None, "candidates", f"none fits: {kinds}", remedy))
+        raise InputError(Problem(str(source), None, "candidates", f"none can be profiled: {kinds}", remedy))
     faults = failures.total() - of_states
     if faults > recipe.profile.max_failure_share * candidates:
         raise InputError(too_many(str(path), faults, candidates, failures))

@@ -44,8 +44,8 @@ FAULTS = {
 }
 
 
-OF_THE_STATE = ("context_overflow", *UNRENDERABLE)
-"""Failures that are no fault of policy or machines: the state does not fit, or cannot be rendered."""
+OF_THE_STATE = ("context_overflow", "message_excluded", *UNRENDERABLE)
+"""Failures that are no fault of policy or machines: the state does not fit, the expert's talk is not judged, nothing renders."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +64,8 @@ def draw_wave(recipe: Recipe, job: Job, sampler: Sampler, wave: Wave) -> list[li
     """One wave's samples, group by group; none of a state that does not fit the context, or of what only lacks its verdict."""
     for member, _ in wave:
         render(job.chat, member)
+        if member.candidate is not None and job.verifier.excludes(member.candidate.case):
+            member.failure = "message_excluded"
         if (
             member.failure is None
             and member.prompt_tokens + recipe.policy.generation.max_new_tokens > recipe.policy.max_total_sequence_length

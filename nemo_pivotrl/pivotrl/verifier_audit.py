@@ -19,7 +19,7 @@ from nemo_pivotrl.algorithms import pivotrl
 from nemo_pivotrl.components.costs import spend
 from nemo_pivotrl.components.lineage import check_lineage
 from nemo_pivotrl.components.progress import progress
-from nemo_pivotrl.components.rollout import load_recipe_verifier
+from nemo_pivotrl.components.rollout import judged_candidates, load_recipe_verifier
 from nemo_pivotrl.config import Recipe
 from nemo_pivotrl.core.artifacts import Header, file_digest, json_line, read_header, read_rows, write_artefact
 from nemo_pivotrl.core.atomic import write_atomically
@@ -29,8 +29,7 @@ from nemo_pivotrl.core.types import Action, Candidate, Verdict
 from nemo_pivotrl.data import gym_rows as responses
 from nemo_pivotrl.pivotrl import round_trip
 from nemo_pivotrl.verifiers import probes
-from nemo_pivotrl.verifiers.base import Bounded, Verifier, VerifierFault, is_talk, verdicts
-from nemo_pivotrl.verifiers.loading import excludes_talk
+from nemo_pivotrl.verifiers.base import Bounded, Verifier, VerifierFault, verdicts
 
 GOLD, RIGHT, WRONG = "gold", "right", "wrong"
 SHOWN = 12
@@ -71,7 +70,7 @@ class Audit:
     undeclared: list[str] = field(default_factory=list)
     """Candidates whose expert calls a tool that the state does not declare."""
     constants: dict[str, list[str]] = field(default_factory=dict)
-    """Constant answer -> candidates that it wins, the best answers first; those that win one candidate alone are left out."""
+    """Constant answer -> candidates that it wins, the best answers first; those that win in one task alone are left out."""
 
     def gold_failures(self) -> list[str]:
         return [c for c, tried in self.probes.items() if any(p.failed for p in tried if p.side == GOLD)]
@@ -106,9 +105,8 @@ def audit(recipe: Recipe, fresh: bool = False) -> Path:
     """
     source = recipe.path("candidates.jsonl")
     check_lineage(recipe, source, read_header(source, "candidates"))
-    refuse_excluded_talk(recipe, source)
-    candidates = [responses.candidate_of_row(row) for row in read_rows(source)]
     verifier, verifier_id = load_recipe_verifier(recipe)
+    candidates = judged_candidates((responses.candidate_of_row(row) for row in read_rows(source)), verifier, source)
     carried = round_trip.of_recipe(recipe, candidates)
     more = {"round_trip": carried.summary() if carried else None}
     found, summary = audit_candidates(recipe, candidates, verifier, verifier_id, more)
@@ -118,19 +116,6 @@ def audit(recipe: Recipe, fresh: bool = False) -> Path:
     print(f"-> {recipe.path('audit.jsonl')}, {recipe.path('audit.json')}")
     stop_on_gold_failures(recipe, found)
     return recipe.path("audit.jsonl")
-
-
-def refuse_excluded_talk(recipe: Recipe, source: Path) -> None:
-    """Raises InputError where `source` holds turns that `verifier.message: exclude` makes no candidates."""
-    header = read_header(source, "candidates")
-    if header.extra.get("message") == "exclude" or not excludes_talk(recipe.verifier):
-        return
-    rows = (responses.candidate_of_row(row) for row in read_rows(source))
-    talking = sum(is_talk(candidate.expected, candidate.fields) for candidate in rows)
-    if talking:
-        found = f"exclude, but the expert talks in {talking} of the candidates"
-        remedy = "run `extract` again, or decide what talk is worth: verifier.message=judge or any"
-        raise InputError(Problem(str(source), None, "verifier.message", found, remedy))
 
 
 def audit_first(recipe: Recipe, candidates: Sequence[Candidate], verifier: Bounded, verifier_id: str) -> None:
@@ -224,11 +209,9 @@ def _constants(
     for answer in probes.constants([candidate.expected for candidate in candidates]):
         kind = [c for c in chosen if c.expected.kind == answer.kind]
         results = verdicts(verifier, [(c.case, answer) for c in kind], max_retries)
-        wins = [
-            c.candidate_id for c, r in zip(kind, results, strict=True) if isinstance(r, Verdict) and r.reward == 1.0
-        ]
-        if len(wins) > 1:
-            won[_said(answer)] = wins
+        wins = [c for c, r in zip(kind, results, strict=True) if isinstance(r, Verdict) and r.reward == 1.0]
+        if len({c.task_id for c in wins}) > 1:  # of one task it may be the answer
+            won[_said(answer)] = [c.candidate_id for c in wins]
     return dict(sorted(won.items(), key=lambda pair: -len(pair[1])))
 
 

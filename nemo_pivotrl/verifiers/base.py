@@ -28,12 +28,21 @@ class VerifierFault(RuntimeError):
 class Verifier(Protocol):
     """What a stage needs of a verifier."""
 
-    name: str
-    version: str
-    concurrency: int
-    """How many verdicts may be asked for at a time; 1 for what computes."""
-    asks_judge: bool
-    """Whether a verdict may need an LLM judge."""
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def version(self) -> str: ...
+
+    @property
+    def concurrency(self) -> int:
+        """How many verdicts may be asked for at a time; 1 for what computes."""
+        ...
+
+    @property
+    def asks_judge(self) -> bool:
+        """Whether a verdict may need an LLM judge."""
+        ...
 
     def verify(self, case: Case, actual: Action) -> Verdict:
         """Judge `actual` against `case.expected`. Raises VerifierFault when it cannot."""
@@ -110,13 +119,19 @@ class Bounded:
     def judge(self) -> Judging | None:
         return getattr(self.inner, "judge", None) or self.talk_judge
 
+    def excludes(self, case: Case) -> bool:
+        """Whether the expert's turn is talk that `verifier.message: exclude` leaves out: nothing is drawn for it."""
+        talk_rule = bool(getattr(self.inner, "talk_rule", ""))
+        return talk_rule and self.message == "exclude" and is_talk(case.expected, case.fields)
+
     def verify(self, case: Case, actual: Action) -> Verdict:
         """The verdict, in [0, 1] whatever `actual` holds. Raises VerifierFault."""
         rule = getattr(self.inner, "talk_rule", "")
         decided = bool(rule) and self.message != "any" and is_talk(case.expected, case.fields)
-        if decided and self.message == "exclude" and rule == "decided":
+        # what is no text differs from an expert's talk under any decision
+        if decided and self.message == "exclude" and rule == "decided" and actual.kind == "message":
             remedy = "verifier.message=judge has it compared, =any takes any text"
-            raise VerifierFault("message_excluded", f"the expert talks, and such a turn is no candidate: {remedy}")
+            raise VerifierFault("message_excluded", f"the expert talks, and no judge compares it: {remedy}")
         try:
             check_size(actual, self.limits)
             verdict: Verdict = self.inner.verify(case, actual)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import difflib
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.util import find_spec
@@ -272,9 +272,10 @@ class Functional:
         left: list[int],
     ) -> CallForm:
         schema = _schema(case, call.name)
-        files, directory = self._state(case, call)
-        c = Reading(call.name, schema, rules, self.kinds, left[0], directory)
+        c = Reading(call.name, schema, rules, self.kinds, left[0])
         c.spend(CALL_WORK)
+        moves = any(isinstance(value, str) and value.lstrip().startswith("cd ") for value in arguments.values())
+        c.directory = self._directory(case) if moves else None
         found: list[tuple[str, str, Form]] = []
         if self.mode == "arguments":
             kept = {key: value for key, value in arguments.items() if key not in self.ignored_arguments}
@@ -285,31 +286,35 @@ class Functional:
                 known = {"replace_all", *(properties if isinstance(properties, Mapping) else ())}
                 # under names that no schema declares the tool may find nothing
                 spelled = *sorted(edit.read - known), "command" in kept
-                found.append(("edit", "edit", (spelled, read_edit(c, edit, files))))
+                found.append(("edit", "edit", (spelled, read_edit(c, edit, self._files(case)))))
                 kept = other_arguments(edit, kept)
             found += [(name, kind, form) for name, (kind, form) in read_arguments(c, kept, schema).items()]
         used |= c.used
         left[0] -= c.spent
         return CallForm(call.name, tuple(sorted(found, key=lambda part: part[0])))
 
-    def _state(self, case: Case, call: ToolCall) -> tuple[Mapping[str, str], str | None]:
-        """The files that are known where `call` is made, and where its shell is."""
+    def _files(self, case: Case) -> Mapping[str, str]:
+        """Path in one spelling -> text, of the files that the row gives or the trace shows."""
         given = case.fields.get("files")
         own = given if isinstance(given, Mapping) else {}
         told = {clean_path(str(path)): text for path, text in own.items() if isinstance(text, str)}
-        directory = case.fields.get("cwd")
-        if not case.messages:
-            return told, directory if isinstance(directory, str) else None
-        shown, where = self._remembered(case.messages)
-        return {**shown, **told}, directory if isinstance(directory, str) else where
+        return {**self._remembered("files", case.messages, files_shown), **told} if case.messages else told
 
-    def _remembered(self, messages: Sequence[Message]) -> tuple[Mapping[str, str], str | None]:
-        """What a trace shows; the last one is kept, since all samples of a candidate share it."""
-        last = self.__dict__.get("_last")
+    def _directory(self, case: Case) -> str | None:
+        """Where the shell is, if the row or the trace says it."""
+        said = case.fields.get("cwd")
+        if isinstance(said, str) or not case.messages:
+            return said if isinstance(said, str) else None
+        found: str | None = self._remembered("directory", case.messages, working_directory)
+        return found
+
+    def _remembered(self, what: str, messages: Sequence[Message], read: Callable[[Sequence[Message]], Any]) -> Any:
+        """What `read` finds in a trace; that of the last one is kept, since all samples of a candidate share it."""
+        last = self.__dict__.get(f"_last_{what}")
         if last is None or last[0] is not messages:
-            last = (messages, files_shown(messages), working_directory(messages))
-            self.__dict__["_last"] = last  # one assignment, so threads see a whole one
-        return last[1], last[2]
+            last = (messages, read(messages))
+            self.__dict__[f"_last_{what}"] = last  # one assignment, so threads see a whole one
+        return last[1]
 
     def _arguments(self, call: ToolCall, fault: bool) -> dict[str, Any] | None:
         try:

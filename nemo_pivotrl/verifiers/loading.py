@@ -73,7 +73,7 @@ def load_verifier(
 
 
 def excludes_talk(settings: config.Verifier) -> bool:
-    """Whether turns in which the expert talks are no candidates."""
+    """Whether turns in which the expert talks are left out."""
     return settings.talk == "exclude" and bool(getattr(_class_of(settings.name, "recipe"), "talk_rule", ""))
 
 

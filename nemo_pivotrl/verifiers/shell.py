@@ -214,8 +214,8 @@ def _reads_one_file(command: Command) -> bool:
 def _simple(command: Command, rules: frozenset[str], used: set[str], piped: bool) -> Form:
     kept = []
     for name, value in command.assignments:
-        neutral = bool(command.words) and name in NEUTRAL and re.fullmatch(NEUTRAL[name], value)
-        neutral = neutral and command.words[0].rpartition("/")[2] not in SHOWS_VARIABLES
+        shown = not command.words or command.words[0].rpartition("/")[2] in SHOWS_VARIABLES
+        neutral = not shown and name in NEUTRAL and re.fullmatch(NEUTRAL[name], value) is not None
         if neutral and "shell_env_prefix" in rules:
             used.add("shell_env_prefix")
         else:

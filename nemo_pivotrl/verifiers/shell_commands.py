@@ -47,6 +47,18 @@ OPTIONAL_VALUE = frozenset(
     "color colour abbrev decorate backup preserve reflink interactive in-place update cov".split()
 )
 """Long options of tools at large whose value, if any, must be glued to them."""
+FIND_TAKES = frozenset(
+    (
+        "-name -iname -path -ipath -wholename -regex -iregex -lname -type -xtype -size -perm -user -group -uid -gid -newer "
+        "-mtime -atime -ctime -mmin -amin -cmin -maxdepth -mindepth -printf -fprintf -fprint -fprint0 -fls -inum -links "
+        "-samefile -fstype -used"
+    ).split()
+)
+"""Words of find that take the next one."""
+FIND_RUNS = frozenset("-exec -execdir -ok -okdir".split())
+"""Words of find that take all up to `;` or `+`."""
+FIND_ACTS = FIND_RUNS | frozenset("-delete -ls -fls -print0 -printf -fprint -fprint0 -fprintf -quit -o -or ,".split())
+"""Words of find beside which a -print says something."""
 ONE_FILE = {"grep": "HlLrRZT", "head": "v", "tail": "vfF", "sort": "o", "uniq": "", "cut": "", "sed": "is"}
 """Filters that say the same of a file by its name and on their input, but with these options."""
 
@@ -164,7 +176,7 @@ def read_simple(
     if SCRIPTS.fullmatch(name):
         return ("script", name, *_script(words[1:], rules, used)), redirects
     if name == "find":
-        return (name, *("." if word == "./" and "shell_paths" in rules else word for word in words[1:])), redirects
+        return (name, *_find(words[1:], rules, used)), redirects
     key, options = _entry(name, words)
     if options is None:
         return (name, *_unknown(name, words[1:], rules, used)), redirects
@@ -245,6 +257,29 @@ def _script(words: Sequence[str], rules: frozenset[str], used: set[str]) -> list
     if len(words) <= at or words[at].startswith("-"):
         return list(words)
     return [*words[:at], clean_operand(words[at], rules, used), *_split_values(words[at + 1 :], rules, used)]
+
+
+def _find(words: Sequence[str], rules: frozenset[str], used: set[str]) -> list[str]:
+    """`find`'s words: `.` where no folder is named, `!` for -not, without -a and without a -print that is understood."""
+    found = ["." if word == "./" and "shell_paths" in rules else word for word in words]
+    used |= {"shell_paths"} if found != list(words) else set()
+    if "shell_idioms" not in rules or found[:1] in (["-H"], ["-L"], ["-P"], ["-D"]) or (found and found[0][:2] == "-O"):
+        return found
+    plain = ["."] if not found or found[0][:1] in "-(!" else []
+    at = 0
+    while at < len(found):
+        word = found[at]
+        end = at + 1
+        if word in FIND_RUNS:
+            end = next((i + 1 for i in range(at, len(found)) if found[i] in (";", "+")), len(found))
+        elif word in FIND_TAKES:
+            end = at + 2
+        plain += [] if word in ("-a", "-and") else ["!"] if word == "-not" else found[at:end]
+        at = end
+    if plain[-1:] == ["-print"] and plain.count("-print") == 1 and not FIND_ACTS & set(plain):
+        plain.pop()
+    used |= {"shell_idioms"} if plain != found else set()
+    return plain
 
 
 def _unknown(name: str, words: Sequence[str], rules: frozenset[str], used: set[str]) -> list[str]:

@@ -36,9 +36,9 @@ PHONE = re.compile(r"\+\d[\d ().-]{5,22}\d")
 WEB = re.compile(r"https?://\S+")
 
 
-def number(value: float | Decimal) -> tuple[str, str]:
+def number(value: int | float | Decimal) -> tuple[str, str]:
     """Equal for numbers of one value: whole ones exactly, fractions up to the fifteen digits that a double holds."""
-    if isinstance(value, Decimal) and value.is_finite():
+    if isinstance(value, Decimal):
         if value != value.to_integral_value() or abs(value.adjusted()) > MAX_DIGITS:
             return "number", str(value.normalize(DIGITS))
         value = int(value)

@@ -1,5 +1,6 @@
 """The audit finds the known weaknesses of the released rules, stops a profile that could teach nothing, and rescore."""
 
+import dataclasses
 import importlib.util
 import json
 import shutil
@@ -11,7 +12,7 @@ import pytest
 from support.recipes import ROOT, recipe_at
 
 from nemo_pivotrl import config
-from nemo_pivotrl.core.artifacts import read_header, read_rows
+from nemo_pivotrl.core.artifacts import read_header, read_rows, seal
 from nemo_pivotrl.core.errors import InputError
 from nemo_pivotrl.core.types import Action, Candidate, Case, ToolCall, Verdict
 from nemo_pivotrl.pivotrl.profile import profile
@@ -36,7 +37,9 @@ TOOL = {
 
 
 def candidate(name: str, expected: Action) -> Candidate:
-    return Candidate(name, "t", "k", "train", 1, 0, ({"role": "user", "content": "go"},), (TOOL,), expected)
+    return Candidate(
+        name, "t", f"task of {name}", "train", 1, 0, ({"role": "user", "content": "go"},), (TOOL,), expected
+    )
 
 
 def bash(command: str, **more: Any) -> Action:
@@ -133,6 +136,8 @@ def test_a_constant_answer_that_wins_several_candidates_is_flagged_with_its_shar
     assert summary["won_by_a_constant"] == ["a0", "a1", "a2", "c0", "c1", "c2"]
     assert summary["constants"]["the text 'ok'"] == pytest.approx(3 / 7)
     assert "the text 'ok' wins 42.9% of the candidates" in tables(found, summary)
+    one_task = [dataclasses.replace(c, task_id="k") for c in every]
+    assert run_audit(config.Recipe(), one_task, load_verifier(config.Verifier(name="functional"))).constants == {}
     strict = run_audit(config.Recipe(), every, load_verifier(config.Verifier(name="exact")))
     assert list(strict.constants) == ['bash({"command": "ls -la src"})'], "talk is compared there"
 
@@ -241,5 +246,6 @@ def test_a_profile_without_actions_is_named(run_dir: Path) -> None:
         for sample in row["samples"]:
             sample.pop("action")
     path.write_text("\n".join([lines[0], *(json.dumps(row) for row in rows)]) + "\n")
+    seal(path)
     with pytest.raises(InputError, match="keeps no actions"):
         rescore(recipe_at(run_dir))

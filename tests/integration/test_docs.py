@@ -43,6 +43,7 @@ ELSEWHERE = {
     "nemo pivotrl train ": "aligner/test_nemo_run.py",
     "python -m nemo_pivotrl.integrations.nemo_aligner.": "aligner/test_scripts.py",
     "python deploy/nemotron/rl/pivotrl/step.py ": "test_nemotron_step.py",
+    "python examples/": "test_examples.py",
 }
 """How a command begins, and the test that runs it."""
 BY_HAND = ("docker build", "kubectl apply", "git clone", "python3 -m venv", "source .venv", "cp deploy", "set -a")

@@ -22,6 +22,7 @@ from nemo_pivotrl.components import checkpoint, costs as ledger
 from nemo_pivotrl.components.metrics import read_metrics
 from nemo_pivotrl.config import Budget, Loop, Recipe
 from nemo_pivotrl.core.artifacts import read_header, read_rows
+from nemo_pivotrl.core.atomic import write_sums
 from nemo_pivotrl.core.errors import InputError
 from nemo_pivotrl.pivotrl import monitor as measure
 from nemo_pivotrl.pivotrl.loop import REHEARSED, Round, _candidates, _result, _stop, _until, gains, loop, read_history
@@ -523,4 +524,5 @@ def test_a_published_policy_is_known_only_for_its_own_run_and_latest_step(run_di
     shutil.copytree(folder / "step_00002", folder / "step_00003")
     meta = json.loads((folder / "step_00003/meta.json").read_text())
     (folder / "step_00003/meta.json").write_text(json.dumps({**meta, "step": 3}))
+    write_sums(folder / "step_00003")
     assert checkpoint.published(folder, told["identity"]) is None  # killed between checkpoint and publication

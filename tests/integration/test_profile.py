@@ -21,7 +21,7 @@ from support.stages import finish, kill_when, said, sha, start
 from nemo_pivotrl import cli
 from nemo_pivotrl.backends import loading
 from nemo_pivotrl.config import Recipe
-from nemo_pivotrl.core.artifacts import read_rows
+from nemo_pivotrl.core.artifacts import read_rows, seal
 from nemo_pivotrl.core.errors import InputError
 from nemo_pivotrl.core.types import Action, Case, Lost, Sample, Verdict
 from nemo_pivotrl.pivotrl import profile_work
@@ -293,18 +293,8 @@ def counting(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return count
 
 
-def test_one_shard_runs_once_and_shards_are_counted_from_zero(
-    run_dir: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_shards_are_counted_from_zero(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = recipe_at(run_dir, *QUIET)
-    job = prepare(recipe)
-    from nemo_pivotrl.pivotrl.profile import open_parts
-
-    parts = open_parts(recipe, job, Shard(1, 2), False)
-    with pytest.raises(InputError, match="another process is at work"):
-        open_parts(recipe, job, Shard(1, 2), False)
-    parts.close()
-    open_parts(recipe, job, Shard(1, 2), False).close()
     assert shard_of("0/8") == Shard(0, 8) and shard_of("7/8") == Shard(7, 8)
     for wrong in ("8/8", "1", "-1/8", "a/b", "1/0", "²/3"):
         with pytest.raises(InputError, match="0/8"):
@@ -472,6 +462,7 @@ def test_a_line_that_is_no_candidate_is_named(run_dir: Path) -> None:
     source = run_dir / "candidates.jsonl"
     lines = source.read_bytes().splitlines(keepends=True)
     source.write_bytes(b"".join([*lines[:3], lines[3].replace(b'"split":"', b'"split":"x'), *lines[4:]]))
+    seal(source)
     with pytest.raises(InputError, match=r"split 'x"):
         profile(recipe_at(run_dir))
 

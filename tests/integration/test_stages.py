@@ -232,7 +232,7 @@ def test_a_state_that_does_not_fit_is_excluded_and_counted_and_no_zero(
     assert outside and all(p.failure == "context_overflow" and not p.samples for p in outside)
     assert all(p.failure is None for p in rows if p not in outside)
     assert f"excluded: {len(outside)} candidates, context_overflow" in capsys.readouterr().out
-    with pytest.raises(InputError, match="none fits"):
+    with pytest.raises(InputError, match="none can be profiled"):
         profile(recipe_at(run_dir, "policy.max_total_sequence_length=41"), fresh=True)
 
 

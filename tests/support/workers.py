@@ -43,8 +43,11 @@ class Workers:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         pipes = self.pipes[:ranks]
-        for pipe in pipes:
-            pipe.send((ranks, port, job, arguments))
+        for rank, pipe in enumerate(pipes):
+            try:
+                pipe.send((ranks, port, job, arguments))
+            except BrokenPipeError:
+                self._fail(f"{job}: rank {rank} died after the job before it", [rank])
         answers: dict[Connection, Any] = {}
         deadline = time.monotonic() + timeout_s
         while len(answers) < ranks:

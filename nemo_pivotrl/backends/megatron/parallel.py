@@ -163,7 +163,8 @@ def leave_layout() -> None:
     # megatron-core forgets its groups without closing them, and each holds sockets or NCCL buffers
     made = [group for group in parallel_state._global_process_group_list or () if group is not None]
     parallel_state.destroy_model_parallel()
-    kept = [dist.group.WORLD, *_gloo_groups.get(dist.group.WORLD, {}).values()]
+    job = dist.group.WORLD  # None where somebody has ended it already
+    kept = [job, *(_gloo_groups.get(job, {}).values() if job is not None else ())]
     for group in made:
         if group not in kept and group in dist.distributed_c10d._world.pg_map:
             dist.destroy_process_group(group)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from nemo_pivotrl.backends.batching import batches
 from nemo_pivotrl.backends.hf_models import load_model
 from nemo_pivotrl.config import Oracles
 from nemo_pivotrl.core.errors import InputError, Problem
@@ -60,17 +61,11 @@ class RewardModel:
         if limit and longest > limit:
             remedy = f"the reward model reads {limit}: lower decode.max_new_tokens or shorten the prompts"
             raise InputError(Problem("oracle", None, self.objective, f"{longest} tokens", remedy))
-        by_length: dict[int, list[int]] = {}
-        for n, row in enumerate(ids):
-            by_length.setdefault(len(row), []).append(n)
         scores: list[float | None] = [None] * len(ids)
-        for length, rows in by_length.items():
-            size = max(1, self.batch_tokens // length)
-            for start in range(0, len(rows), size):
-                chunk = rows[start : start + size]
-                for n, score in zip(chunk, self._scores([ids[n] for n in chunk]), strict=True):
-                    (again,) = [score] if math.isfinite(score) else self._scores([ids[n]])
-                    scores[n] = again if math.isfinite(again) else None
+        for rows in batches(list(map(len, ids)), self.batch_tokens, equal=True):
+            for n, score in zip(rows, self._scores([ids[n] for n in rows]), strict=True):
+                (again,) = [score] if math.isfinite(score) else self._scores([ids[n]])
+                scores[n] = again if math.isfinite(again) else None
         return scores
 
     def _scores(self, rows: list[list[int]]) -> list[float]:

@@ -119,10 +119,6 @@ def read_swe_agent(record: dict[str, Any], context: Context) -> Draft:
     raw = [m for m in history if not _ended(m)] if isinstance(history, list) else history
     note_unused(record, ("history", "trajectory", "info", "environment", "replay_config", *IDENTITY), context.notes)
     draft = _named_by_file(draft_of(record, raw, context, where="history"), context)
-    said = [m for m in raw if isinstance(m, dict)]
-    if len(said) == len(draft.messages):
-        demo = {i for i, m in enumerate(said) if m.get("is_demo") or m.get("message_type") == "demonstration"}
-        draft.untrained |= {i: GREETING for i in demo if draft.messages[i]["role"] == "assistant"}
     steps = [s for s in record.get("trajectory") or [] if isinstance(s, dict) and isinstance(s.get("query"), list)]
     cut = sum("lines omitted)" in str(m.get("content")) for s in steps[-1:] for m in s["query"] if isinstance(m, dict))
     if cut:

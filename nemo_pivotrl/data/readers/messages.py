@@ -57,7 +57,7 @@ ONLY_TEXT = "only text is trained; drop the record, or set extract.on_invalid=sk
 SILENT_FIELDS = frozenset(
     "id uuid name index type timestamp ts created created_at model usage cost turn_idx raw_data generation_time_seconds"
     " requestor error annotations cache_control refusal agent message_type is_demo thought action extra object status"
-    " stop_reason stop_sequence finish_reason cutoff_date system_prompt mask tool_call_ids tags thinking_blocks"
+    " stop_reason stop_sequence finish_reason cutoff_date system_prompt tool_call_ids tags thinking_blocks"
     " reasoning_details signature logprobs token_ids".split()
 )
 """Fields of a message that do not change what was said: not counted as unused."""
@@ -363,7 +363,9 @@ def output_text(output: Any, where: str) -> str:
 
 
 def weight_of(message: dict[str, Any]) -> str:
-    """Why an assistant turn is not to be learned, '' if it is: the weight that SFT formats give to it."""
+    """Why an assistant turn is not to be learned, '' if it is: the weight that SFT formats give to it, or a demonstration."""
+    if message.get("is_demo") is True or message.get("message_type") == "demonstration":
+        return "given_turn"
     for key in ("weight", "loss_weight", "loss", "train", "trainable"):
         value = message.get(key)
         if isinstance(value, (int, float)) and not value:
@@ -429,8 +431,7 @@ def _assistant(
                 raise FieldError(where, text, f"the tool call cannot be read: {error}") from None
             notes.said["<tool_call> in an assistant's text that is no JSON call: left as text"] += 1
     turn = {"role": "assistant", "content": text}
-    kept = [piece.strip("\n") if inline is not None else piece for piece in reasoning if piece.strip()]
-    if kept:
+    if kept := [piece for piece in reasoning if piece.strip()]:
         turn["reasoning_content"] = "\n\n".join(dict.fromkeys(kept))
     if calls:
         turn["tool_calls"] = calls

@@ -95,7 +95,7 @@ def extracted(folder: Path, *rows: dict[str, Any], **settings: Any) -> tuple[lis
     source = folder / "rows.jsonl"
     source.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     recipe = folder / "recipe.yaml"
-    recipe.write_text(f"run_dir: {folder}/run\nextract: {{format: responses, trajectories: [{source}]}}\n")
+    recipe.write_text(f"run_dir: {folder}/run\nverifier: {{message: any}}\nextract: {{trajectories: [{source}]}}\n")
     extract(load_recipe(str(recipe), [f"extract.{key}={value}" for key, value in settings.items()]))
     return list(read_rows(folder / "run/candidates.jsonl")), json.loads(
         (folder / "run/candidates.audit.json").read_text()

@@ -202,6 +202,13 @@ def test_a_turn_of_weight_zero_is_not_learned(field: dict[str, Any], tmp_path: P
     assert dict(whole.untrained) == {1: "weight_zero"}
 
 
+def test_a_demonstration_of_swe_agent_was_given(tmp_path: Path) -> None:
+    demo = [{**user("shown"), "is_demo": True}, {**said("shown"), "is_demo": True}]
+    record = {"history": [*demo, user("q"), said("a")], "trajectory": [], "info": {}, "system": "s"}
+    (found,) = read(tmp_path, record, name="django__1.traj").trajectories
+    assert dict(found.untrained) == {2: "given_turn"} and found.task_id == "django__1"
+
+
 def test_fields_that_nothing_reads_are_listed(tmp_path: Path) -> None:
     record = {"messages": [{**user("q"), "mood": "sad"}, said("a")], "difficulty": 3, "patch": "d", "empty": None}
     assert dict(read(tmp_path, record).notes.unused) == {"messages[].mood": 1, "difficulty": 1, "patch": 1}

@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 
 from nemo_pivotrl import config
+from nemo_pivotrl.components.rollout import judged_candidates
 from nemo_pivotrl.config import Extract, Recipe
-from nemo_pivotrl.core.artifacts import read_header, read_rows
+from nemo_pivotrl.core.artifacts import read_rows
 from nemo_pivotrl.core.errors import InputError
 from nemo_pivotrl.core.types import Action, Case, ToolCall
+from nemo_pivotrl.data.gym_rows import candidate_of_row
 from nemo_pivotrl.pivotrl.extract import extract
-from nemo_pivotrl.pivotrl.verifier_audit import refuse_excluded_talk
 from nemo_pivotrl.verifiers.base import Ruling, VerifierFault, is_talk
 from nemo_pivotrl.verifiers.loading import excludes_talk, identity, load_verifier
 
@@ -111,17 +112,23 @@ def recipe(folder: Path, **section: Any) -> Recipe:
     return Recipe(run_dir=str(folder / "run"), extract=settings, verifier=config.Verifier(**section))
 
 
-def test_extract_leaves_excluded_talk_out_and_counts_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_extract_keeps_talk_and_says_what_leaves_it_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert len(list(read_rows(extract(recipe(tmp_path))))) == 2
+    assert "the expert talks in 1 of 2 candidates" in capsys.readouterr().out
+    extract(recipe(tmp_path, message="any"))
+    assert "the expert talks" not in capsys.readouterr().out
+
+
+def test_nothing_is_drawn_or_judged_where_talk_is_excluded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = extract(recipe(tmp_path))
-    assert len(list(read_rows(path))) == 1 and read_header(path, "candidates").extra == {"message": "exclude"}
-    assert "message_excluded" in capsys.readouterr().out
-    path = extract(recipe(tmp_path, message="any"))
-    assert len(list(read_rows(path))) == 2 and read_header(path, "candidates").extra == {}
+    candidates = [candidate_of_row(row) for row in read_rows(path)]
+    kept = judged_candidates(candidates, load("functional"), path)
+    assert [c.expected.kind for c in kept] == ["calls"] and "left out: 1 of 2" in capsys.readouterr().out
+    assert judged_candidates(candidates, load("functional", message="any"), path) == candidates
+    with pytest.raises(InputError, match="the expert only talks"):
+        judged_candidates(candidates[:1], load("functional"), path)
 
 
-def test_candidates_with_talk_are_refused_where_the_recipe_excludes_it(tmp_path: Path) -> None:
-    path = extract(recipe(tmp_path, message="any"))
-    refuse_excluded_talk(recipe(tmp_path, message="any"), path)
-    with pytest.raises(InputError, match="talks in 1 of the candidates"):
-        refuse_excluded_talk(recipe(tmp_path), path)
-    refuse_excluded_talk(recipe(tmp_path), extract(recipe(tmp_path)))
+def test_a_call_where_the_expert_talks_differs_under_any_decision() -> None:
+    call = Action("calls", calls=(ToolCall("f", "{}"),))
+    assert load("functional").verify(SAY, call).reward == 0.0

@@ -1,6 +1,6 @@
 """Kill, starve and double-start every stage, and compare what it ends with, byte for byte, with an undisturbed run.
 
-    python benchmarks/torture.py [FOLDER] [--kills 20] [--full 5] [--doubles 3] [--stages extract,select] [--seed 0]
+    python tests/nightly/torture.py [FOLDER] [--kills 20] [--full 5] [--doubles 3] [--stages extract,select] [--seed 0]
 
 FOLDER gets the runs that the trials begin from (made once, of the tiny recipes made smaller) and every trial that failed.
 - kill: SIGKILL at a random moment of the stage's time, again and again until the command ends by itself
@@ -28,18 +28,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-SMALL = {
-    "pivotrl": "world.warmup_tasks=200 world.train_tasks=24 world.test_tasks=6 world.puzzle_warmup_tasks=400 "
-    "world.puzzle_test_tasks=10 world.hidden_size=48 world.layers=1 warmup.num_steps=90 warmup.copy_steps=0 "
-    "profile.num_generations=8 profile.candidates_per_chunk=8 profile.min_wave=2 select.rule=mixed sft.num_steps=3 "
-    "grpo.max_num_steps=4 grpo.num_prompts_per_step=4 grpo.num_generations_per_prompt=4 grpo.val_period=2 "
-    "grpo.val_candidates=6 grpo.val_generations=2 checkpointing.save_period=1 evaluate.one_turn_candidates=8 "
-    "evaluate.num_generations=2 loop.max_rounds=1",
-    "llmdoctor": "manners.lessons=400 manners.hidden_size=48 manners.layers=2 manners.doctor_hidden_size=32 "
-    "manners.doctor_layers=1 manners.num_steps=60 rank.answers_per_prompt=4 tfpo.max_num_steps=6 tfpo.pairs_per_step=8 "
-    "tfpo.val_period=3 assess.limit=6 assess.samples=2 decode.max_new_tokens=24 reward.pairs_per_wave=4",
-}
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "tests"))
+from support.recipes import SMALL, SMALL_LLMDOCTOR  # noqa: E402
+
+SETTINGS = {"pivotrl": [*SMALL, "loop.max_rounds=1"], "llmdoctor": [*SMALL_LLMDOCTOR, "reward.pairs_per_wave=4"]}
 STAGES: dict[str, tuple[str, Sequence[str]]] = {
     "world": ("pivotrl", ["world"]),
     "extract": ("pivotrl", ["candidates.*"]),
@@ -72,7 +65,7 @@ class Stage:
 
     def command(self, folder: Path) -> list[str]:
         words = [sys.executable, "-m", "nemo_pivotrl.cli", self.name, str(ROOT / f"recipes/{self.recipe}/tiny.yaml")]
-        return [*words, f"run_dir={folder}", "num_threads=1", *SMALL[self.recipe].split()]
+        return [*words, f"run_dir={folder}", *SETTINGS[self.recipe]]
 
     def spawn(self, folder: Path, limit: int | None = None) -> subprocess.Popen[str]:
         def starve() -> None:
