@@ -92,7 +92,7 @@ class Chat:
 
     `parser` names how the template writes tool calls (`tool_parsers.PARSERS`); `auto` finds out by rendering a probe call and
     taking the parser that reads it back. A template that cannot render a tool call gets an error, not a guess. `stop_ids` are
-    tokens that end a turn beside the tokenizer's own and the template's.
+    tokens that end a turn beside the tokenizer's own and the template's. `section` is the recipe's section, for errors.
     """
 
     def __init__(
@@ -103,6 +103,7 @@ class Chat:
         limits: Limits | None = None,
         settings: ChatSettings | None = None,
         stop_ids: Sequence[int] = (),
+        section: str = "policy",
     ):
         self.limits, self.settings = limits or Limits(), settings or ChatSettings()
         self.tokenizer = tokenizer
@@ -111,7 +112,7 @@ class Chat:
             raise InputError(
                 Problem("recipe", None, "policy.tool_parser", parser, f"use one of auto, {', '.join(NAMES)}")
             )
-        self.template = Template(tokenizer, self.template_kwargs, self.settings)
+        self.template = Template(tokenizer, self.template_kwargs, self.settings, section)
         self.fingerprint = fingerprint(tokenizer)
         told = [tokenizer.chat_template, self.template_kwargs]
         told += [self.settings.date] if self.template.tells_time else []
@@ -175,16 +176,12 @@ class Chat:
                 begins = self.reasoning.begins
                 opened = bool(begins) and text.plain.rstrip().endswith(begins)
                 return Turn(text, Marked(whole.text[kept:], whole.mark), opened)
-        raise InputError(
-            Problem(
-                "chat template",
-                None,
-                "assistant turn",
-                short(whole.plain[-160:]),
-                "the template writes an assistant turn that does not begin with its own generation prompt; "
-                "set policy.template_kwargs (for example enable_thinking: false) or policy.chat_template",
-            )
+        section = self.template.section
+        remedy = (
+            "the template writes an assistant turn that does not begin with its own generation prompt; "
+            f"set {section}.template_kwargs (for example enable_thinking: false) or {section}.chat_template"
         )
+        raise InputError(Problem("chat template", None, "assistant turn", short(whole.plain[-160:]), remedy))
 
     def _kept(self, prompt: str, bare: str, whole: str) -> int | None:
         """How many characters of the generation prompt the turn in `whole` continues; None where it is another state."""

@@ -128,7 +128,7 @@ def _own_chats(recipe: Recipe, chat: Chat) -> dict[str, Chat]:
     for name, doctor in recipe.decode.doctors.items():
         if _template(doctor.path) not in (None, chat.tokenizer.chat_template):
             tokenizer, patient = load_tokenizer(doctor.path), recipe.patient
-            own[name] = Chat(tokenizer, "hermes", patient.template_kwargs, settings=patient.chat)
+            own[name] = Chat(tokenizer, "hermes", patient.template_kwargs, settings=patient.chat, section="patient")
     return own
 
 

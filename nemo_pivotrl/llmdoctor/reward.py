@@ -104,7 +104,9 @@ def load_patient_chat(patient: Patient) -> Chat:
     """The patient's tokenizer and template. Answers are text, so the template need not know tool calls."""
     tokenizer = load_tokenizer(patient.model_name, patient.chat_template, "patient")
     stop_ids = generation_stop_ids(patient.model_name)
-    return Chat(tokenizer, "hermes", patient.template_kwargs, settings=patient.chat, stop_ids=stop_ids)
+    return Chat(
+        tokenizer, "hermes", patient.template_kwargs, settings=patient.chat, stop_ids=stop_ids, section="patient"
+    )
 
 
 def faces_of(settings: Reward, objectives: Sequence[str]) -> dict[str, Face]:
