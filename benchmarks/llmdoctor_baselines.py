@@ -20,7 +20,7 @@ from torch.nn.functional import logsigmoid
 from transformers import DynamicCache
 
 from nemo_pivotrl.algorithms.llmdoctor import kl
-from nemo_pivotrl.backends.doctors import Stream
+from nemo_pivotrl.backends.batching import Decoder
 from nemo_pivotrl.backends.reference.guided import Shape, Steering, draw, noise_of
 from nemo_pivotrl.demo import answer_styles as manners
 
@@ -141,7 +141,7 @@ def args_answers(
     """
     noise = [noise_of(request, prompt) for request, prompt in zip(requests, prompts, strict=True)]
     answers: list[tuple[list[int], list[float]]] = [([], []) for _ in prompts]
-    stream, rewards = Stream(patient, prompts), PartialRewards(*reward, prompts)
+    stream, rewards = Decoder(patient, prompts), PartialRewards(*reward, prompts)
     alive, running = list(range(len(prompts))), set(range(len(prompts)))
     for step in range(max(request.max_new_tokens for request in requests)):
         log_probs = torch.log_softmax(stream.logits(), 1)

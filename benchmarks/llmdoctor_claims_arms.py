@@ -18,10 +18,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from nemo_pivotrl.algorithms.llmdoctor import token_rewards
+from nemo_pivotrl.algorithms.llmdoctor import doctor_loss, token_rewards
+from nemo_pivotrl.algorithms.model_outputs import ModelOutputs
 from nemo_pivotrl.backends import loading
-from nemo_pivotrl.backends.reference.doctor import DoctorModel
+from nemo_pivotrl.backends.base import TokenBatch
 from nemo_pivotrl.backends.reference.guided import Steering
+from nemo_pivotrl.backends.reference.policy import ReferencePolicy
 from nemo_pivotrl.components.rollout import load_chat, sample_seed
 from nemo_pivotrl.config import Arm, Doctor, Recipe
 from nemo_pivotrl.config.load import load_recipe
@@ -164,26 +166,23 @@ def rewarded(pair: tfpo.Pair, contestant: Contestant, recipe: Recipe) -> tfpo.Pa
 
 def pair_loss(contestant: Contestant, recipe: Recipe, pairs: int) -> Callable[..., tuple[Tensor, dict[str, Tensor]]]:
     """The contestant's loss, a mean over pairs, as a doctor's backend takes it."""
-    settings = tfpo.tfpo_settings(recipe)
+    settings = recipe.tfpo
 
-    def loss_fn(
-        log_probs: Tensor, log_values: Tensor, reference: Tensor | None, token_ids: Tensor, data: dict[str, Tensor]
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss_fn(outputs: ModelOutputs, data: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         if contestant.loss == "tfpo":
-            given = (log_probs, log_values, reference, token_ids, data)
-            loss, metrics = tfpo._loss(*given, settings=settings, pairs=float(pairs))
+            loss, metrics = doctor_loss(outputs, data, settings, float(pairs))
             if not contestant.subtb:
-                loss = (
-                    loss - tfpo._loss(*given, settings=dataclasses.replace(settings, value_weight=0.0), pairs=pairs)[0]
-                )
+                balance = dataclasses.replace(settings, value_weight=0.0)
+                loss = loss - doctor_loss(outputs, data, balance, float(pairs))[0]
             return loss, metrics
         if contestant.loss == "arm":
-            loss = opponents.arm_loss(log_probs, contestant.beta) / pairs
+            loss = opponents.arm_loss(outputs.log_probs, contestant.beta) / pairs
         elif contestant.loss == "reward":
-            loss = opponents.reward_model_loss(log_values, data["length"]) / pairs
+            assert outputs.values is not None
+            loss = opponents.reward_model_loss(outputs.values, data["length"]) / pairs
         else:
-            assert reference is not None
-            loss = opponents.dpo_loss(log_probs, reference, contestant.beta) / pairs
+            assert outputs.reference is not None
+            loss = opponents.dpo_loss(outputs.log_probs, outputs.reference, contestant.beta) / pairs
         return loss, {"loss": loss.detach()}
 
     return loss_fn
@@ -197,7 +196,7 @@ def train(recipe: Recipe, contestant: Contestant, lr: float, folder: Path) -> li
     start = recipe.patient.model_name if contestant.on_patient else recipe.doctor.model_name
     policy = dataclasses.replace(recipe.doctor, model_name=start)
     anchored = contestant.loss == "dpo" or (contestant.loss == "tfpo" and recipe.tfpo.anchor == "reference")
-    backend = loading.load_doctor(policy, anchored)
+    backend = loading.load(policy, value_head=True, reference=anchored, section="doctor")
     backend.prepare_for_training(dataclasses.replace(policy.optimizer, lr=lr))
     pairs = [rewarded(pair, contestant, recipe) for pair in tfpo._pairs(recipe, recipe.path("token_rewards.jsonl"))[0]]
     loss_fn = pair_loss(contestant, recipe, recipe.tfpo.pairs_per_step)
@@ -205,7 +204,7 @@ def train(recipe: Recipe, contestant: Contestant, lr: float, folder: Path) -> li
     for step in range(1, recipe.tfpo.max_num_steps + 1):
         backend.prepare_for_training_step()
         batch = tfpo.batch_of(tfpo._draw(pairs, step, recipe))
-        losses.append(backend.get_pair_loss_and_metrics(batch, loss_fn)["loss"])
+        losses.append(backend.get_loss_and_metrics(batch, loss_fn, reference=anchored)["loss"])
         backend.finish_training_step()
     backend.export(folder)
     load_chat(policy).tokenizer.save_pretrained(folder)
@@ -213,9 +212,9 @@ def train(recipe: Recipe, contestant: Contestant, lr: float, folder: Path) -> li
     return losses
 
 
-def trained(recipe: Recipe, folder: Path) -> DoctorModel:
+def trained(recipe: Recipe, folder: Path) -> ReferencePolicy:
     """What `train` left in `folder`, with its head; a start model has a head of zeros."""
-    model = DoctorModel(dataclasses.replace(recipe.doctor, model_name=str(folder)))
+    model = ReferencePolicy(dataclasses.replace(recipe.doctor, model_name=str(folder)), value_head=True)
     if (folder / "head.pt").exists():
         model.head.load_state_dict(torch.load(folder / "head.pt", weights_only=True))
     return model
@@ -364,7 +363,7 @@ def best_rows(recipe: Recipe, asked: Sequence[Prompt], folder: Path) -> dict[str
         for start in range(0, len(work), 512):
             part = range(start, min(start + 512, len(work)))
             given = [list(answers[i].token_ids) for i in part]
-            values = judge.flow(rendered, [work[i][0] for i in part], given)[1]
+            values = judge.outputs(TokenBatch(rendered, [work[i][0] for i in part], given, {})).values
             rewards += [float(row[len(ids)]) for row, ids in zip(values, given, strict=True)]
     best: dict[str, list[Result]] = {}
     for n in BEST_OF:
@@ -423,7 +422,7 @@ def early_signal(folder: Path, world: World, models: Mapping[str, str]) -> Resul
 
     @torch.no_grad()
     def read(path: str) -> tuple[Tensor, Tensor]:
-        log_probs, values = trained(recipe, Path(path)).flow(batch.prompts, batch.prompt_of, batch.responses)
+        log_probs, values, _ = trained(recipe, Path(path)).outputs(batch)
         return torch.nn.functional.pad(log_probs.cumsum(1), (1, 0)), values
 
     start = read(recipe.doctor.model_name)[0]

@@ -25,7 +25,6 @@ from nemo_pivotrl.data.chat_template import Chat
 from nemo_pivotrl.demo import service_desk as world, simulators
 from nemo_pivotrl.pivotrl.evaluate import play
 from nemo_pivotrl.pivotrl.monitor import padded
-from nemo_pivotrl.pivotrl.train import loss_settings, policy_loss
 
 Turn = tuple[Sequence[int], Sample]
 
@@ -95,7 +94,7 @@ def train(
         batch, tokens = batch_of(taken, advantages.flatten().tolist())
         backend.prepare_for_training_step()
         if batch is not None:
-            loss = partial(policy_loss, settings=loss_settings(recipe.loss_fn), normaliser=tokens)
+            loss = partial(pivotrl.policy_loss, settings=recipe.loss_fn, normaliser=tokens)
             backend.get_loss_and_metrics(batch, loss)
         backend.finish_training_step()
         seconds += time.perf_counter() - begun

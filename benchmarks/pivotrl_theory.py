@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from nemo_pivotrl.algorithms import pivotrl
+from nemo_pivotrl.config import LossFn
 
 ACTIONS = 12
 PROBLEMS = 200
-SETTINGS = pivotrl.LossSettings(0.2, 0.2, None, False, True, 0.0, None, 0.0)
+SETTINGS = LossFn()
 
 
 def problem(seed: int) -> tuple[Tensor, Tensor]:

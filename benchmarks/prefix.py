@@ -18,7 +18,6 @@ import tempfile
 import time
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 SHAPE = dict(
     vocab_size=512,
@@ -62,7 +61,7 @@ def measure(prompt: int, samples: int, pivots: int, share: bool, folder: str) ->
         Policy(model_name=folder, device="cpu", prefix_sharing=share, train_micro_batch_tokens=budget)
     )
     batch = TokenBatch(prompts, of, responses, {"mask": torch.ones(len(of), RESPONSE)})
-    loss = partial(_loss, normaliser=float(len(of) * RESPONSE), fn=pivotrl.sft_loss)
+    loss = partial(pivotrl.sft_loss, normaliser=float(len(of) * RESPONSE))
     seconds = []
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for _ in range(2):
@@ -72,10 +71,6 @@ def measure(prompt: int, samples: int, pivots: int, share: bool, folder: str) ->
         seconds.append(time.perf_counter() - started)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     return {"seconds": min(seconds), "mib": peak / 1024, "loss": found["loss"], "ratio": found["token_ratio"]}
-
-
-def _loss(log_probs: Any, data: dict[str, Any], normaliser: float, fn: Any) -> Any:
-    return fn(log_probs, data["mask"], normaliser)
 
 
 def compare(hidden: int, cases: list[tuple[int, int, int]]) -> None:

@@ -19,14 +19,16 @@ Deviations from the paper as others report it:
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+
+from nemo_pivotrl.algorithms.model_outputs import ModelOutputs
+from nemo_pivotrl.config import TfpoLoss
 
 # ---- stage 1: token rewards ----
 
@@ -107,39 +109,9 @@ def reward_diagnostics(
 # ---- stage 2: TFPO ----
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TfpoSettings:
-    """Numbers and switches of TFPO; the recipe holds the defaults."""
-
-    kappa: float
-    """Nats of log Q a unit of reward (D6); > 0, a negative one would teach the reverse preference."""
-    length_normalize: bool
-    """Divide kappa by the answer's number of tokens (D6)."""
-    reduction: Literal["pair_mean", "sum"]
-    """Over the sub-trajectories of one answer: (weighted) mean, or the paper's literal sum (D9)."""
-    decay: float
-    """Weight decay^(n-m) of a sub-trajectory of n-m tokens; in (0, 1], 1 weighs all alike."""
-    anchor: Literal["none", "reference"]
-    value_weight: float
-    """The paper's lambda (D13)."""
-    gamma: float
-    """Margin of the value hinge, in nats, or in units of V with `linear_margin` (D12, D13)."""
-    value_pairs: Literal["divergence", "position"]
-    """Compare where the answers part, or at every aligned position from there on whose rewards are > 0 > (D11)."""
-    linear_margin: bool
-    """Hinge on V instead of log V (D12); V overflows fp32 above 88 nats and is 0 below -103."""
-
-    def __post_init__(self) -> None:
-        if not (self.kappa > 0 and 0 < self.decay <= 1 and self.gamma >= 0 and self.value_weight >= 0):
-            raise ValueError(
-                "kappa must be > 0, decay in (0, 1], gamma and value_weight >= 0: got kappa "
-                f"{self.kappa}, decay {self.decay}, gamma {self.gamma}, value_weight {self.value_weight}"
-            )
-
-
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """What the data alone decides about a batch. The fields [N, S] can be cut along S for context parallelism."""
+    """What the data alone decides about a batch."""
 
     edge: Tensor
     """[N, S] bool: the token taken in this state belongs to the answer."""
@@ -160,12 +132,6 @@ class Layout:
     target: Tensor
     """[N] nats: log Q of the whole answer."""
 
-    def columns(self, first: int, last: int) -> Layout:
-        """The piece of every row that holds states first..last-1; weights, pairs and target stay whole."""
-        whole = (self.edge, self.step, self.state, self.start, self.pinned, self.comparison)
-        edge, step, state, start, pinned, comparison = (x[:, first:last] for x in whole)
-        return replace(self, edge=edge, step=step, state=state, start=start, pinned=pinned, comparison=comparison)
-
 
 def log_q_steps(rewards: Tensor, mask: Tensor, kappa: float, length_normalize: bool) -> Tensor:
     """Growth of log Q by each token [N, T], nats: log Q(s_t) = sum of the first t of them, log Q(s_0) = 0 (D6)."""
@@ -173,10 +139,8 @@ def log_q_steps(rewards: Tensor, mask: Tensor, kappa: float, length_normalize: b
     return steps / mask.sum(1, keepdim=True).clamp(min=1) if length_normalize else steps
 
 
-def plan(
-    token_ids: Tensor, rewards: Tensor, mask: Tensor, ended: Tensor, pairs: Tensor, settings: TfpoSettings
-) -> Layout:
-    """The layout of a batch of answers, before any sharding.
+def plan(token_ids: Tensor, rewards: Tensor, mask: Tensor, ended: Tensor, pairs: Tensor, settings: TfpoLoss) -> Layout:
+    """The layout of a batch of answers.
 
     token_ids, rewards, mask (bool) [N, T]: column t is the token taken in state t, so a row that holds its prompt, too,
     has the whole sequence's T = length - 1 predictions, prompt masked out. Padding may stand on either side, and masked
@@ -184,6 +148,11 @@ def plan(
     the last token is EOS (True) or the answer was truncated. pairs [P, 2]: rows of chosen and rejected answers to the
     same prompt; a row belongs to one pair at most (ValueError), and counts only as a member of a pair.
     """
+    if not (settings.kappa > 0 and 0 < settings.decay <= 1 and settings.gamma >= 0 and settings.value_weight >= 0):
+        raise ValueError(
+            "kappa must be > 0, decay in (0, 1], gamma and value_weight >= 0: got kappa "
+            f"{settings.kappa}, decay {settings.decay}, gamma {settings.gamma}, value_weight {settings.value_weight}"
+        )
     if len(set(pairs.flatten().tolist())) != pairs.numel():
         raise ValueError(f"a row is in more than one pair: {pairs.tolist()}; repeat the row instead")
     rank = mask.cumsum(1)
@@ -227,19 +196,6 @@ def _comparisons(
         comparison[rows[pair], column[rows[pair], token] + 1] = number
     weight = (used if kind == "position" else used.any(1, keepdim=True)).to(_wide(rewards).dtype)
     return comparison, weight / weight.sum(1, keepdim=True).clamp(min=1)
-
-
-def unpack(stream: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """Rows [n, longest] of a packed stream [M] whose sequence i lies at cu_seqlens[i] .. cu_seqlens[i+1]-1, 0-filled.
-
-    Log V at every position gives [N, S] as it is. What belongs to tokens (ids, mask, rewards, log-probabilities of the
-    token at that position) gives [N, T] by dropping the first column; log-probabilities of the *next* token, as models
-    with shifted labels return them, by dropping the last one.
-    """
-    lengths = cu_seqlens[1:] - cu_seqlens[:-1]
-    place = torch.arange(int(lengths.max()) if len(lengths) else 0, device=stream.device)
-    outside = place >= lengths[:, None]
-    return stream[(cu_seqlens[:-1, None] + place).masked_fill(outside, 0)].masked_fill(outside, 0)
 
 
 class FlowStatistics(NamedTuple):
@@ -334,7 +290,7 @@ def subtb(flow: FlowStatistics, reduction: Literal["pair_mean", "sum"]) -> Tenso
 def boundary_values(log_values: Tensor, layout: Layout) -> Tensor:
     """Log V [N, S] with its boundary conditions: 0 after EOS, at s_0 the mean of the pair's two, 0 outside the mask.
 
-    The two are the same number for a causal model without noise; where a shard holds only one of them, it stays.
+    The two are the same number for a causal model without noise.
     """
     values = _wide(log_values).masked_fill(~layout.state | layout.pinned, 0.0)
     first, held = (values * layout.start).sum(1), layout.start.any(1)
@@ -345,7 +301,7 @@ def boundary_values(log_values: Tensor, layout: Layout) -> Tensor:
 
 
 class TfpoStatistics(NamedTuple):
-    """What one shard of a batch adds to the loss: `flow` merges in the order of states, the other fields add up."""
+    """All that the loss needs of a batch."""
 
     flow: FlowStatistics
     value_margin: Tensor
@@ -360,13 +316,13 @@ def tfpo_statistics(
     log_probs: Tensor,
     log_values: Tensor,
     layout: Layout,
-    settings: TfpoSettings,
+    settings: TfpoLoss,
     reference_log_probs: Tensor | None = None,
 ) -> TfpoStatistics:
-    """Statistics of the states that `layout` (or a piece of it, `Layout.columns`) holds; all tensors [N, S].
+    """Statistics of the states that `layout` holds; all tensors [N, S].
 
-    log_probs: of the token taken in each state, as models with shifted labels return them. Needs nothing from
-    neighbouring shards. Anything may stand in masked places, even NaN.
+    log_probs: of the token taken in each state, as models with shifted labels return them. Anything may stand in masked
+    places, even NaN.
     """
     if settings.anchor == "reference" and reference_log_probs is None:
         raise ValueError("anchor: reference needs reference_log_probs of the doctor before training")
@@ -388,21 +344,10 @@ def tfpo_statistics(
     return TfpoStatistics(flow, margin.view_as(layout.comparison_weight), taken.sum(1), drift.sum(1))
 
 
-def merge_shards(shards: Sequence[TfpoStatistics], decay: float) -> TfpoStatistics:
-    """Statistics of whole answers from those of their pieces, given in the order of states (not of ranks).
-
-    On each rank the other ranks' pieces may come without a gradient: it then gets the loss of the whole and exactly
-    its own tensors' share of the gradient.
-    """
-    flow = functools.reduce(lambda a, b: merge_flow(a, b, decay), (shard.flow for shard in shards))
-    margins, log_probs, drifts = zip(*(shard[1:] for shard in shards), strict=True)
-    return TfpoStatistics(flow, *(torch.stack(parts).sum(0) for parts in (margins, log_probs, drifts)))
-
-
 def tfpo_loss_of(
-    found: TfpoStatistics, layout: Layout, normaliser: float, settings: TfpoSettings
+    found: TfpoStatistics, layout: Layout, normaliser: float, settings: TfpoLoss
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """TFPO loss of (merged) statistics and its metrics, as sums already divided by the global number of pairs.
+    """TFPO loss of a batch's statistics and its metrics, as sums already divided by the global number of pairs.
 
     `normaliser` counts the pairs of all micro-batches and data-parallel ranks: SubTB is then the mean over answers,
     chosen and rejected alike (D9), the hinge the mean over pairs, where a pair without a comparison adds 0.
@@ -412,8 +357,7 @@ def tfpo_loss_of(
     balance = subtb(found.flow, settings.reduction)[layout.pairs].sum() / (2 * normaliser)
     short = (settings.gamma - found.value_margin).clamp(min=0)
     hinge = (short * layout.comparison_weight).sum() / normaliser
-    # the total of the last shard enters no residual: without this term its rank could have log pi outside its graph
-    loss = balance + settings.value_weight * hinge + 0.0 * found.flow.total.sum()
+    loss = balance + settings.value_weight * hinge
     with torch.no_grad():
         margin, drift = (x[better] - x[worse] for x in (found.log_prob, found.drift))
         metrics = {
@@ -436,13 +380,13 @@ def tfpo_loss(
     log_values: Tensor,
     layout: Layout,
     normaliser: float,
-    settings: TfpoSettings,
+    settings: TfpoLoss,
     reference_log_probs: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """SubTB over all sub-trajectories plus the value hinge (equation (32)), and metrics; see `tfpo_loss_of` for the normaliser.
 
     log_probs, reference_log_probs [N, T], of the token taken in each state; log_values [N, T+1], log V of each state,
-    both from one forward pass. Packed batches go through `unpack` first. Metrics, a mean over pairs each: `subtb`,
+    both from one forward pass. Metrics, a mean over pairs each: `subtb`,
     `hinge`, `compared` (share of pairs with a hinge), `margin` (log pi of chosen minus rejected answer, nats),
     `target_margin` (what it is when the loss is 0 and both answers ended; the anchored loss sets the drifts'
     difference to it), `ordered` (margin > 0), and against the reference, 0 without one: `chosen_drift`,
@@ -452,6 +396,22 @@ def tfpo_loss(
         reference_log_probs = pad(reference_log_probs, (0, 1))
     found = tfpo_statistics(pad(log_probs, (0, 1)), log_values, layout, settings, reference_log_probs)
     return tfpo_loss_of(found, layout, normaliser, settings)
+
+
+def doctor_loss(
+    outputs: ModelOutputs, data: Mapping[str, Tensor], settings: TfpoLoss, pairs: float
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """`tfpo_loss` of a micro-batch, as backends call it; rows 2p and 2p+1 are the chosen and the rejected answer of a pair.
+
+    data: `token_ids`, `rewards` [N, T], `length` [N] in tokens, `ended` [N] bool. pairs: how many there are in all
+    micro-batches and on all ranks.
+    """
+    assert outputs.values is not None, "a doctor has a value head"
+    token_ids = data["token_ids"]
+    mask = torch.arange(token_ids.shape[1], device=token_ids.device) < data["length"][:, None]
+    rows = torch.arange(len(mask), device=token_ids.device).view(-1, 2)
+    layout = plan(token_ids, data["rewards"], mask, data["ended"], rows, settings)
+    return tfpo_loss(outputs.log_probs, outputs.values, layout, pairs, settings, outputs.reference)
 
 
 # ---- stage 3: guided decoding ----

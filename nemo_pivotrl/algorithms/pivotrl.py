@@ -16,13 +16,15 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from nemo_pivotrl.algorithms.model_outputs import ModelOutputs
+from nemo_pivotrl.config import LossFn
 from nemo_pivotrl.core.types import Profile, Trajectory
 
 Rule = Literal["random", "mixed", "adv", "adv_with_zeros"]
@@ -186,28 +188,13 @@ def kl_k3(log_probs: Tensor, ref_log_probs: Tensor) -> Tensor:
     return d.exp() - d - 1.0
 
 
-@dataclass(frozen=True, slots=True)
-class LossSettings:
-    """Numbers of Eq. 7; the recipe's `loss_fn` section holds the defaults."""
-
-    clip_low: float
-    clip_high: float
-    clip_dual: float | None
-    sequence_ratio: bool
-    token_mean: bool
-    kl_beta: float
-    tis_cap: float | None
-    """Cap of the truncated importance weight; None: no correction."""
-    tis_floor: float
-
-
 def grpo_loss(
     log_probs: Tensor,
     old_log_probs: Tensor,
     advantages: Tensor,
     mask: Tensor,
     normaliser: float,
-    settings: LossSettings,
+    settings: LossFn,
     ref_log_probs: Tensor | None = None,
     sampler_log_probs: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -215,32 +202,34 @@ def grpo_loss(
 
     log_probs, old_log_probs, mask and the optional ones are [N, T]; advantages [N] or [N, T]. `mask` is 1 on the
     sampled action's tokens that train. `normaliser` is the global count over all micro-batches and ranks: trained
-    tokens (`token_mean`), or trained sequences. Micro-batches therefore add up to the batch, and an empty one gives a
-    connected zero. `ref_log_probs` is required when kl_beta > 0, `sampler_log_probs` when tis_cap is set.
+    tokens (`token_level_loss`), or trained sequences. Micro-batches therefore add up to the batch, and an empty one gives a
+    connected zero. Raises ValueError without `ref_log_probs` where there is a KL penalty, and without `sampler_log_probs`
+    where the importance of a token is corrected.
     """
-    if settings.kl_beta > 0 and ref_log_probs is None:
-        raise ValueError("kl_beta > 0 needs ref_log_probs of the profiling policy")
-    if settings.tis_cap is not None and sampler_log_probs is None:
-        raise ValueError("truncated importance sampling needs sampler_log_probs")
+    beta = settings.reference_policy_kl_penalty
+    if beta > 0 and ref_log_probs is None:
+        raise ValueError("reference_policy_kl_penalty > 0 needs ref_log_probs of the profiling policy")
+    if settings.use_importance_sampling_correction and sampler_log_probs is None:
+        raise ValueError("use_importance_sampling_correction needs sampler_log_probs")
     mask = mask.to(log_probs.dtype)
     advantages = advantages[:, None] if advantages.dim() == 1 else advantages
     lengths = mask.sum(1, keepdim=True).clamp(min=1)
     log_ratio = (log_probs - old_log_probs) * mask
-    if settings.sequence_ratio:
+    if settings.ratio_level == "sequence":
         # one ratio a sequence, the geometric mean of its tokens'; the gradient still reaches every token
         log_ratio = (log_ratio.sum(1, keepdim=True) / lengths).expand_as(log_probs)
     ratio = log_ratio.exp()
-    clipped = ratio.clamp(1.0 - settings.clip_low, 1.0 + settings.clip_high)
+    clipped = ratio.clamp(1.0 - settings.ratio_clip_min, 1.0 + settings.ratio_clip_max)
     gain = torch.minimum(ratio * advantages, clipped * advantages)
-    if settings.clip_dual is not None:
-        gain = torch.where(advantages < 0, torch.maximum(gain, settings.clip_dual * advantages), gain)
+    if settings.ratio_clip_c is not None:
+        gain = torch.where(advantages < 0, torch.maximum(gain, settings.ratio_clip_c * advantages), gain)
     per_token = -gain
-    if settings.tis_cap is not None and sampler_log_probs is not None:
-        weight = (old_log_probs - sampler_log_probs).exp().clamp(settings.tis_floor, settings.tis_cap)
-        per_token = per_token * weight.detach()
-    if settings.kl_beta > 0 and ref_log_probs is not None:
-        per_token = per_token + settings.kl_beta * kl_k3(log_probs, ref_log_probs)
-    share = mask / normaliser if settings.token_mean else mask / lengths / normaliser
+    if settings.use_importance_sampling_correction and sampler_log_probs is not None:
+        low, high = settings.truncated_importance_sampling_ratio_min, settings.truncated_importance_sampling_ratio
+        per_token = per_token * (old_log_probs - sampler_log_probs).exp().clamp(low, high).detach()
+    if beta > 0 and ref_log_probs is not None:
+        per_token = per_token + beta * kl_k3(log_probs, ref_log_probs)
+    share = mask / normaliser if settings.token_level_loss else mask / lengths / normaliser
     loss = (per_token * share).sum()
     with torch.no_grad():
         binding = (clipped * advantages < ratio * advantages).to(mask.dtype)
@@ -257,6 +246,27 @@ def grpo_loss(
     return loss, metrics
 
 
+def policy_loss(
+    outputs: ModelOutputs, data: Mapping[str, Tensor], settings: LossFn, normaliser: float
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """`grpo_loss` of a micro-batch, as backends call it.
+
+    data: `advantages` [N], `mask` [N, T], `sampler` [N, T] (the sampler's log-probabilities) and perhaps `old` [N, T];
+    without it the old policy is the current one (ratio 1), as on the first update after sampling.
+    """
+    log_probs = outputs.log_probs
+    return grpo_loss(
+        log_probs,
+        data.get("old", log_probs.detach()),
+        data["advantages"].to(log_probs.dtype),
+        data["mask"],
+        normaliser,
+        settings,
+        ref_log_probs=outputs.reference,
+        sampler_log_probs=data["sampler"],
+    )
+
+
 def sequence_error(old_log_probs: Tensor, sampler_log_probs: Tensor, mask: Tensor) -> Tensor:
     """How far trainer and sampler disagree on each sample: mean of exp(|difference|) over its tokens [N], 1 where they agree.
 
@@ -268,9 +278,9 @@ def sequence_error(old_log_probs: Tensor, sampler_log_probs: Tensor, mask: Tenso
     return 1.0 + (apart * mask).sum(1) / mask.sum(1).clamp(min=1)
 
 
-def sft_loss(log_probs: Tensor, mask: Tensor, normaliser: float) -> tuple[Tensor, dict[str, Tensor]]:
-    """Negative log-likelihood (nats a token) of expert tokens [N, T], divided by the global token count."""
-    loss = -(log_probs * mask.to(log_probs.dtype)).sum() / normaliser
+def sft_loss(outputs: ModelOutputs, data: Mapping[str, Tensor], normaliser: float) -> tuple[Tensor, dict[str, Tensor]]:
+    """Negative log-likelihood (nats a token) of the expert tokens in `data["mask"]` [N, T], divided by their global count."""
+    loss = -(outputs.log_probs * data["mask"].to(outputs.log_probs.dtype)).sum() / normaliser
     return loss, {"loss": loss.detach()}
 
 

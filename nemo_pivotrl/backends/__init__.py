@@ -2,7 +2,7 @@
 
 from nemo_pivotrl.backends.base import Backend, Sampler, Scorer, TokenBatch, Trainer
 from nemo_pivotrl.backends.identity import policy_revision
-from nemo_pivotrl.backends.loading import load, load_doctor, load_sampler, load_scorer
+from nemo_pivotrl.backends.loading import load, load_sampler, load_scorer
 
 __all__ = [
     "Backend",
@@ -11,7 +11,6 @@ __all__ = [
     "TokenBatch",
     "Trainer",
     "load",
-    "load_doctor",
     "load_sampler",
     "load_scorer",
     "policy_revision",

@@ -1,7 +1,7 @@
 """What a stage may ask of a backend, in the verbs of NeMo-Aligner's interfaces.
 
-A backend computes per-token log-probabilities and samples tokens; it knows nothing of either paper. The loss is an
-argument: a pure function of tensors, already normalised by a global count.
+A backend computes per-token log-probabilities, values of states, and samples tokens; it knows nothing of either paper. The
+loss is an argument: a pure function of tensors, already normalised by a global count.
 """
 
 from __future__ import annotations
@@ -20,8 +20,10 @@ from nemo_pivotrl.core.types import Lost, Sample
 if TYPE_CHECKING:
     from torch import Tensor
 
-    LossFn = Callable[[Tensor, dict[str, Tensor]], tuple[Tensor, dict[str, Tensor]]]
-    """(log_probs [N, T], rows' data) -> (loss, metrics that add up over micro-batches)."""
+    from nemo_pivotrl.algorithms.model_outputs import ModelOutputs
+
+    LossFn = Callable[[ModelOutputs, dict[str, Tensor]], tuple[Tensor, dict[str, Tensor]]]
+    """(outputs, rows' data) -> (loss, metrics that add up over micro-batches)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +36,13 @@ class TokenBatch:
     responses: Sequence[Sequence[int]]
     data: dict[str, Tensor]
     """Tensors with N rows that the loss wants beside the log-probabilities; token-wise ones are padded to T."""
+    together: int = 1
+    """So many consecutive rows stay in one micro-batch: 2 where they are pairs of answers."""
+
+    @property
+    def units(self) -> list[tuple[int, ...]]:
+        """Rows that stay in one micro-batch."""
+        return [tuple(range(n, n + self.together)) for n in range(0, len(self.responses), self.together)]
 
     @property
     def prompts_of_rows(self) -> list[Sequence[int]]:
@@ -68,10 +77,18 @@ class Trainer(Protocol):
     def prepare_for_training(self, optimizer: Optimizer) -> None: ...
     def prepare_for_training_step(self) -> None: ...
     def get_loss_and_metrics(
-        self, batch: TokenBatch, loss_fn: LossFn, forward_only: bool = False
-    ) -> dict[str, float]: ...
+        self, batch: TokenBatch, loss_fn: LossFn, forward_only: bool = False, reference: bool = False
+    ) -> dict[str, float]:
+        """Run the batch in micro-batches, accumulate gradients unless `forward_only`, and return the summed metrics.
+
+        reference: the loss reads `ModelOutputs.reference`; the model must have been loaded with it."""
+        ...
+
     def finish_training_step(self) -> dict[str, float]: ...
-    def get_inference_log_probs(self, batch: TokenBatch, reference: bool = False) -> Tensor: ...
+    def get_inference_log_probs(self, batch: TokenBatch, reference: bool = False) -> Tensor:
+        """[N, T] log-probabilities (nats, float32 or better, on the CPU) under the current or the start model."""
+        ...
+
     def save_training_state(self, folder: Path) -> None:
         """Write what a bit-exact resume needs into a new folder. All of it is on disk on return. Raises OSError."""
         ...
@@ -98,6 +115,24 @@ class Scorer(Protocol):
         ...
 
 
+class SequenceScores:
+    """`Scorer` of a policy. A log-probability that is no number is the caller's to deal with, sequence by sequence."""
+
+    def log_probs(self, sequences: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Tensor]:
+        """See `Scorer`. Raises ValueError for a sequence without a prompt or without a response."""
+        if any(not prompt or not response for prompt, response in sequences):
+            raise ValueError("a sequence needs at least one prompt token and one response token")
+        if not sequences:
+            return []
+        batch = TokenBatch([p for p, _ in sequences], range(len(sequences)), [r for _, r in sequences], {})
+        whole = self._log_probs(batch)
+        return [row[: len(response)] for row, (_, response) in zip(whole, sequences, strict=True)]
+
+    def _log_probs(self, batch: TokenBatch) -> Tensor:
+        """[N, T] log-probabilities (nats) of the batch."""
+        raise NotImplementedError
+
+
 def concurrency_of(sampler: Sampler) -> int:
     """How many rollouts a sampler wants to be asked for at a time, by several threads; 1: `infer` is for one thread alone."""
     return int(getattr(sampler, "concurrency", 1))
@@ -108,22 +143,27 @@ def under_way(sampler: Sampler) -> int:
     return int(getattr(sampler, "under_way", 0))
 
 
-def there(field: str, folder: str, remedy: str) -> None:
+def require_checkpoint(field: str, folder: str, remedy: str) -> None:
+    """Raise InputError where `folder`, which the recipe's `field` names, is no HF checkpoint folder."""
     if not Path(folder, "config.json").exists():
         raise InputError(Problem("recipe", None, field, folder or "nothing", remedy))
 
 
 def as_policy(patient: Patient) -> Policy:
-    """The patient as an engine loads it: a policy that scores and is not trained."""
-    if patient.dtype == "float64":
+    """The patient as a policy of which only log-probabilities are asked, those of the model itself (temperature 1)."""
+    if patient.backend == "vllm" and patient.dtype == "float64":
         remedy = "vLLM computes in float32 or bfloat16; the reference backend knows float64"
         raise InputError(Problem("recipe", None, "patient.dtype", patient.dtype, remedy))
     return Policy(
         model_name=patient.model_name,
-        sampler="vllm",
+        backend="megatron" if patient.backend == "megatron" else "reference",
+        sampler="vllm" if patient.backend == "vllm" else "backend",
         device=patient.device,
         dtype=patient.dtype,
         max_total_sequence_length=patient.max_total_sequence_length,
+        train_micro_batch_tokens=patient.batch_tokens,
+        prefix_sharing=patient.prefix_sharing,
+        generation=Generation(temperature=1.0),
     )
 
 

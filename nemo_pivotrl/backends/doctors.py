@@ -16,9 +16,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, LogitsProcessor, PreTrainedTokenizerBase
+from transformers import LogitsProcessor, PreTrainedTokenizerBase
 
 from nemo_pivotrl.algorithms.llmdoctor import entropy_gate, guided_logits, mix_logits, unguided
+from nemo_pivotrl.backends.batching import Decoder
 from nemo_pivotrl.core.errors import InputError, Problem, short
 
 
@@ -88,70 +89,6 @@ def logits_width(model: Any) -> int:
     """Columns of a causal model's logits."""
     head = model.get_output_embeddings()
     return int(head.weight.shape[0] if head is not None else model.config.get_text_config().vocab_size)
-
-
-# ---- models with their caches ----
-
-
-class Stream:
-    """One model reading the rows of a running batch. It runs when logits are asked for, on all that it has not read."""
-
-    def __init__(self, model: Any, prompts: Sequence[Sequence[int]]):
-        self.model, self.prompts = model, list(prompts)
-        self.cache: DynamicCache | None = None
-        self.pending: list[Tensor] = []
-        self.last: Tensor | None = None
-        self.mask = torch.empty(0)
-
-    def feed(self, tokens: Tensor) -> None:
-        self.pending.append(tokens)
-
-    def select(self, index: Tensor) -> None:
-        """Keep the rows at `index`, in its order."""
-        self.prompts = [self.prompts[i] for i in index.tolist()]
-        self.pending = [tokens[index] for tokens in self.pending]
-        if self.cache is not None:
-            self.cache.batch_select_indices(index)
-            self.mask = self.mask[index]
-            self.last = None if self.last is None else self.last[index]
-
-    def logits(self) -> Tensor:
-        """Next-token logits [R, V] after everything fed so far."""
-        if self.cache is None:
-            self._prefill()
-        if self.pending:
-            tokens = torch.stack(self.pending, 1)
-            self.pending = []
-            self.mask = torch.cat([self.mask, self.mask.new_ones(tokens.shape)], 1)
-            self.last = self._forward(tokens, self.mask, tokens.shape[1])
-        assert self.last is not None
-        return self.last
-
-    def _prefill(self) -> None:
-        """Run each different prompt once and hand it to its rows."""
-        different = list(dict.fromkeys(map(tuple, self.prompts)))
-        width = max(map(len, different))
-        ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in different], device=self.model.device)
-        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in different], device=self.model.device)
-        self.cache = DynamicCache()
-        logits = self._forward(ids, mask, width)
-        place = {p: i for i, p in enumerate(different)}
-        rows = torch.tensor([place[tuple(p)] for p in self.prompts], device=self.model.device)
-        self.cache.batch_select_indices(rows)
-        self.mask, self.last = mask[rows], logits[rows]
-
-    def _forward(self, ids: Tensor, mask: Tensor, new: int) -> Tensor:
-        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -new:]
-        with torch.no_grad():
-            output = self.model(
-                input_ids=ids,
-                attention_mask=mask,
-                position_ids=positions,
-                past_key_values=self.cache,
-                use_cache=True,
-                logits_to_keep=1,
-            )
-        return output.logits[:, -1]
 
 
 @dataclass
@@ -295,7 +232,7 @@ class Guide:
     ):
         self.doctors, self.alpha, self.beta, self.patient = doctors, alpha, beta, patient
         self.watches = [Watch.after(doctors.tokenizer, doctors.spans, prompt) for prompt in prompts]
-        self.streams: dict[tuple[int, str], tuple[Stream, Tensor]] = {}
+        self.streams: dict[tuple[int, str], tuple[Decoder, Tensor]] = {}
         """By model and prompts; with the rows that it reads, since each row costs a forward."""
         own_prompts = own_prompts or [{}] * len(prompts)
         own = {name for given in own_prompts for name in given}
@@ -311,7 +248,7 @@ class Guide:
             if bool(rows.any()) and key != (id(patient), ""):
                 index = rows.nonzero()[:, 0]
                 texts = [own_prompts[i].get(name, prompts[i]) for i in index.tolist()]
-                self.streams[key] = (Stream(model, texts), index)
+                self.streams[key] = (Decoder(model, texts), index)
 
     def mix(self, patient: Tensor) -> Mixed:
         """The next token's distribution, from the patient's logits [R, V]. Runs the doctors that are needed now."""

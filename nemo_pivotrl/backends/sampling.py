@@ -7,13 +7,13 @@ turn from the same seed.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from nemo_pivotrl.backends.batching import batches
 from nemo_pivotrl.config import Generation
 from nemo_pivotrl.core.errors import NotFiniteError, Problem
 from nemo_pivotrl.core.types import FinishReason, Lost, Sample
@@ -120,66 +120,26 @@ def check_log_probs(log_probs: Tensor) -> Tensor:
     return log_probs
 
 
-def chunks(rows: Sequence[Row], cost: Callable[[Row], int], budget: int, equal: bool = False) -> Iterator[list[Row]]:
-    """Consecutive rows whose padded cost (rows times the dearest) stays within `budget`; `equal`: all cost the same."""
-    held: list[Row] = []
-    dearest = 0
-    for row in rows:
-        worst = max(dearest, cost(row))
-        if held and (worst * (len(held) + 1) > budget or (equal and cost(row) != dearest)):
-            yield held
-            held, worst = [], cost(row)
-        held.append(row)
-        dearest = worst
-    if held:
-        yield held
-
-
 def shares(
-    prompts: Sequence[Sequence[int]], seeds: Sequence[Sequence[int]], generation: Generation, ranks: int, equal: bool
+    prompts: Sequence[Sequence[int]],
+    seeds: Sequence[Sequence[int]],
+    generation: Generation,
+    ranks: int = 1,
+    equal: bool = False,
 ) -> list[list[list[Row]]]:
-    """[rank][batch] -> rows, every row exactly once: whole prompts in turn, or single rows where prompts are few."""
+    """[rank][batch] -> rows, every row exactly once: whole prompts in turn, or single rows where prompts are few.
+
+    A batch's rows, with room for their new tokens, stay within `generation.batch_tokens`; `equal`: their prompts are of one length.
+    """
     order = sorted(range(len(prompts)), key=lambda p: (len(prompts[p]), p))
     groups = [[(p, k) for k in range(len(seeds[p]))] for p in order]
     if len(groups) < ranks:
         groups = [[row] for group in groups for row in group]
     dealt = [[row for group in groups[rank::ranks] for row in group] for rank in range(ranks)]
 
-    def cost(row: Row) -> int:
-        return len(prompts[row[0]]) + generation.max_new_tokens
+    def batched(share: list[Row]) -> list[list[Row]]:
+        sizes = [len(prompts[p]) + generation.max_new_tokens for p, _ in share]
+        found = batches(sizes, generation.batch_tokens, range(len(share)), equal=equal)
+        return [[share[i] for i in batch] for batch in found]
 
-    return [list(chunks(share, cost, generation.batch_tokens, equal)) for share in dealt]
-
-
-def pad(rows: Sequence[Sequence[int]], left: bool, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Token ids [B, L] padded with 0, and their mask."""
-    width = max(len(r) for r in rows)
-    ids, mask = torch.zeros(len(rows), width, dtype=torch.long), torch.zeros(len(rows), width, dtype=torch.long)
-    for i, row in enumerate(rows):
-        where = slice(width - len(row), width) if left else slice(0, len(row))
-        ids[i, where] = torch.tensor(row, dtype=torch.long)
-        mask[i, where] = 1
-    return ids.to(device), mask.to(device)
-
-
-def select_rows(cache: Any, rows: Tensor) -> None:
-    """Keep these rows of a transformers cache, in this order. Its Mamba layers know the verb under another name alone."""
-    for layer in cache.layers:
-        getattr(layer, "batch_select_indices", layer.reorder_cache)(rows)
-
-
-def positions(mask: Tensor) -> Tensor:
-    """Place [B, L] of each token in its own sequence; 0 on padding to its left."""
-    return (mask.cumsum(1) - 1).clamp(min=0)
-
-
-def batches_within(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
-    """Indices in batches whose padded size (rows times longest) stays within `budget`; a longer one is alone."""
-    held: list[int] = []
-    for n in sorted(range(len(lengths)), key=lambda n: (lengths[n], n)):
-        if held and (len(held) + 1) * lengths[n] > budget:
-            yield held
-            held = []
-        held.append(n)
-    if held:
-        yield held
+    return [batched(share) for share in dealt]

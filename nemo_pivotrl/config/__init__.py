@@ -8,20 +8,23 @@ from nemo_pivotrl.config.llmdoctor import (
     Doctor,
     Oracles,
     Patient,
+    PatientReading,
     Preferences,
     Rank,
     Reward,
     Serve,
     Tfpo,
+    TfpoLoss,
 )
 from nemo_pivotrl.config.models import ChatSettings, Generation, Lora, Megatron, Optimizer, Policy, Vllm
-from nemo_pivotrl.config.pivotrl import Evaluate, Export, Extract, Grpo, LossFn, ProfileStage, Select, Sft
+from nemo_pivotrl.config.pivotrl import Advantages, Evaluate, Export, Extract, Grpo, LossFn, ProfileStage, Select, Sft
 from nemo_pivotrl.config.recipe import Recipe
 from nemo_pivotrl.config.run import Budget, Checkpointing, Cluster, Logger, Loop, Plan
 from nemo_pivotrl.config.schema import ranged
 from nemo_pivotrl.config.verify import Audit, Judge, Limits, Rescore, Verifier
 
 __all__ = [
+    "Advantages",
     "Arm",
     "Assess",
     "Audit",
@@ -47,6 +50,7 @@ __all__ = [
     "Optimizer",
     "Oracles",
     "Patient",
+    "PatientReading",
     "Plan",
     "Policy",
     "Preferences",
@@ -59,6 +63,7 @@ __all__ = [
     "Serve",
     "Sft",
     "Tfpo",
+    "TfpoLoss",
     "Verifier",
     "Vllm",
     "World",

@@ -13,26 +13,9 @@ from nemo_pivotrl.config.schema import ranged
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
-class Tfpo:
-    """Stage 2 of LLMdoctor: flow-guided training of the doctor on token rewards."""
+class TfpoLoss:
+    """The loss of equation (32) and its options: of a recipe's `tfpo` and of NeMo-Aligner's `model.llmdoctor`."""
 
-    name: str = "doctor"
-    """Folder under run_dir for checkpoints, metrics and the final doctor."""
-    objective: str = ""
-    """Which of the artefact's objectives; empty: all.
-
-    Where it holds several, each doctor's folder is NAME-OBJECTIVE.
-    """
-    pairs_per_step: int = ranged(32, 1)
-    """Pairs a step."""
-    max_num_steps: int = ranged(100, -1)
-    """Steps of training; -1: as many as `max_num_epochs` have."""
-    max_num_epochs: int = ranged(1, 1)
-    """With `max_num_steps: -1`: how often each pair is drawn."""
-    val_period: int = ranged(10, 0)
-    """Measure the held-out pairs every so many steps; 0: never."""
-    val_pairs: int = ranged(128, 1)
-    """Held-out pairs of a measurement."""
     kappa: float = ranged(2.0, 1e-6)
     """Nats of log Q a unit of reward (D6)."""
     length_normalize: bool = False
@@ -54,6 +37,29 @@ class Tfpo:
     """Where values are compared: where the answers part, or at every position from there on (D11)."""
     linear_margin: bool = False
     """Hinge on V instead of log V (D12)."""
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Tfpo(TfpoLoss):
+    """Stage 2 of LLMdoctor: flow-guided training of the doctor on token rewards."""
+
+    name: str = "doctor"
+    """Folder under run_dir for checkpoints, metrics and the final doctor."""
+    objective: str = ""
+    """Which of the artefact's objectives; empty: all.
+
+    Where it holds several, each doctor's folder is NAME-OBJECTIVE.
+    """
+    pairs_per_step: int = ranged(32, 1)
+    """Pairs a step."""
+    max_num_steps: int = ranged(100, -1)
+    """Steps of training; -1: as many as `max_num_epochs` have."""
+    max_num_epochs: int = ranged(1, 1)
+    """With `max_num_steps: -1`: how often each pair is drawn."""
+    val_period: int = ranged(10, 0)
+    """Measure the held-out pairs every so many steps; 0: never."""
+    val_pairs: int = ranged(128, 1)
+    """Held-out pairs of a measurement."""
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -191,7 +197,25 @@ class Serve:
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
-class Patient:
+class PatientReading:
+    """What the patient reads, and how much at a time: of a recipe's `patient` and of NeMo-Aligner's `model.llmdoctor.patient`."""
+
+    template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Passed to the chat template, e.g. `enable_thinking: false`."""
+    max_total_sequence_length: int = ranged(4096, 16)
+    """Prompt with a face, plus answer.
+
+    A pair that does not fit is excluded and counted, never cut.
+    """
+    batch_tokens: int = ranged(16384, 16)
+    """Tokens of one forward pass, padding included; a longer sequence runs alone.
+
+    No row depends on it beyond rounding noise.
+    """
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Patient(PatientReading):
     """The large frozen model that is aligned at test time, and how it is run. Both faces are this model."""
 
     model_name: str = ""
@@ -211,19 +235,7 @@ class Patient:
     """
     chat_template: str | None = None
     """Jinja file that replaces the tokenizer's chat template."""
-    template_kwargs: dict[str, Any] = field(default_factory=dict)
-    """Passed to the chat template, e.g. `enable_thinking: false`."""
     chat: ChatSettings = field(default_factory=ChatSettings)
-    max_total_sequence_length: int = ranged(4096, 16)
-    """Prompt with a face, plus answer.
-
-    A pair that does not fit is excluded and counted, never cut.
-    """
-    batch_tokens: int = ranged(16384, 16)
-    """Tokens of one forward pass, padding included; a longer sequence runs alone.
-
-    No row depends on it beyond rounding noise.
-    """
     prefix_sharing: bool = True
     """Run a face's prompt once for both answers."""
 

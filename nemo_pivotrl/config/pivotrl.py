@@ -178,7 +178,32 @@ class Sft:
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
-class Grpo:
+class Advantages:
+    """From verdicts to advantages: of a recipe's `grpo` and of NeMo-Aligner's `trainer.pivotrl`."""
+
+    use_leave_one_out_baseline: bool = False
+    """NeMo-RL's leave-one-out mean and std, equation (9), instead of the group's (P7)."""
+    normalize_rewards: bool = True
+    """Divide advantages by the standard deviation (P7)."""
+    zero_variance_tolerance: float = ranged(1e-6, 0.0)
+    """A group whose rewards span less than this has no signal: all its advantages are exactly 0."""
+    advantage_clip: float | None = ranged(None, 0.0)
+    """Clip advantages to plus and minus this; None: off."""
+    overlong_filtering: bool = False
+    """Leave truncated samples out of the loss and of the group's statistics."""
+    malformed_action_advantage: float | None = None
+    """Replaces the advantage of turns whose tool call cannot be read; None: off.
+
+    Recipes of NVIDIA use -5.0.
+    """
+    max_retries: int = ranged(2, 0)
+    """Retries of a sample that could not be judged, before it is left out."""
+    max_failure_share: float = ranged(0.05, 0.0, 1.0)
+    """A greater share of a step's samples without a verdict stops the run at its last checkpoint."""
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Grpo(Advantages):
     """Single-turn GRPO on pivots."""
 
     name: str = "pivotrl"
@@ -200,23 +225,6 @@ class Grpo:
     """
     num_minibatches: int = ranged(1, 1)
     """Optimiser steps that a rollout batch is divided into (P12)."""
-    use_leave_one_out_baseline: bool = False
-    """NeMo-RL's leave-one-out mean and std, equation (9), instead of the group's (P7)."""
-    normalize_rewards: bool = True
-    """Divide advantages by the standard deviation (P7)."""
-    zero_variance_tolerance: float = ranged(1e-6, 0.0)
-    """A group whose rewards span less than this has no signal: all its advantages are exactly 0."""
-    advantage_clip: float | None = ranged(None, 0.0)
-    """Clip advantages to plus and minus this; None: off."""
-    overlong_filtering: bool = False
-    """Leave truncated samples out of the loss and of the group's statistics."""
-    malformed_action_advantage: float | None = None
-    """Replaces the advantage of turns whose tool call cannot be read; None: off.
-
-    Recipes of NVIDIA use -5.0.
-    """
-    max_retries: int = ranged(2, 0)
-    """Retries of a sample that could not be judged, before it is left out."""
     val_period: int = ranged(10, 0)
     """Validate on held-out tasks every so many steps; 0: never."""
     val_kl: bool = True
@@ -224,8 +232,6 @@ class Grpo:
 
     It needs a second copy of the weights, but not with LoRA.
     """
-    max_failure_share: float = ranged(0.05, 0.0, 1.0)
-    """A greater share of a step's samples without a verdict stops the run at its last checkpoint."""
     val_candidates: int = ranged(64, 1)
     """Held-out states of a validation."""
     val_generations: int = ranged(4, 1)

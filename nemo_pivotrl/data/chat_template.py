@@ -20,6 +20,7 @@ from nemo_pivotrl.core.types import Action, Message
 from nemo_pivotrl.data import gym_rows, template_probes
 from nemo_pivotrl.data.template_rendering import Marked, Template, check_encodable
 from nemo_pivotrl.data.tool_parsers import NAMES, PARSERS
+from nemo_pivotrl.sizing import hf_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -34,7 +35,7 @@ def load_tokenizer(path: str, chat_template: str | None = None, section: str = "
     Raises InputError when there is no tokenizer or it has no chat template.
     """
     remedy = "give an HF checkpoint folder" + (", or run the warmup stage first" if section == "policy" else "")
-    tokenizer = model_folder.load_tokenizer(path, f"{section}.model_name", remedy)
+    tokenizer = hf_folder.load_tokenizer(path, f"{section}.model_name", remedy)
     if chat_template is not None:
         tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
     if not tokenizer.chat_template:
@@ -92,7 +93,7 @@ class Chat:
 
     `parser` names how the template writes tool calls (`tool_parsers.PARSERS`); `auto` finds out by rendering a probe call and
     taking the parser that reads it back. A template that cannot render a tool call gets an error, not a guess. `stop_ids` are
-    tokens that end a turn beside the tokenizer's own and the template's.
+    tokens that end a turn beside the tokenizer's own and the template's. `section` is the recipe's section, for errors.
     """
 
     def __init__(
@@ -103,6 +104,7 @@ class Chat:
         limits: Limits | None = None,
         settings: ChatSettings | None = None,
         stop_ids: Sequence[int] = (),
+        section: str = "policy",
     ):
         self.limits, self.settings = limits or Limits(), settings or ChatSettings()
         self.tokenizer = tokenizer
@@ -111,7 +113,7 @@ class Chat:
             raise InputError(
                 Problem("recipe", None, "policy.tool_parser", parser, f"use one of auto, {', '.join(NAMES)}")
             )
-        self.template = Template(tokenizer, self.template_kwargs, self.settings)
+        self.template = Template(tokenizer, self.template_kwargs, self.settings, section)
         self.fingerprint = fingerprint(tokenizer)
         told = [tokenizer.chat_template, self.template_kwargs]
         told += [self.settings.date] if self.template.tells_time else []
@@ -175,16 +177,12 @@ class Chat:
                 begins = self.reasoning.begins
                 opened = bool(begins) and text.plain.rstrip().endswith(begins)
                 return Turn(text, Marked(whole.text[kept:], whole.mark), opened)
-        raise InputError(
-            Problem(
-                "chat template",
-                None,
-                "assistant turn",
-                short(whole.plain[-160:]),
-                "the template writes an assistant turn that does not begin with its own generation prompt; "
-                "set policy.template_kwargs (for example enable_thinking: false) or policy.chat_template",
-            )
+        section = self.template.section
+        remedy = (
+            "the template writes an assistant turn that does not begin with its own generation prompt; "
+            f"set {section}.template_kwargs (for example enable_thinking: false) or {section}.chat_template"
         )
+        raise InputError(Problem("chat template", None, "assistant turn", short(whole.plain[-160:]), remedy))
 
     def _kept(self, prompt: str, bare: str, whole: str) -> int | None:
         """How many characters of the generation prompt the turn in `whole` continues; None where it is another state."""

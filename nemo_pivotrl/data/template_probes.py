@@ -173,8 +173,8 @@ def _dropped_probes() -> dict[str, tuple[list[Message], tuple[str, ...]]]:
 
 
 REMEDIES = {
-    "developer": "set policy.chat.roles: {developer: system}",
-    "system": "set policy.chat.roles: {system: user}",
+    "developer": "set SECTION.chat.roles: {developer: system}",
+    "system": "set SECTION.chat.roles: {system: user}",
     "parallel_calls": "split turns of several calls",
 }
 
@@ -212,8 +212,9 @@ class DropCheck:
 
     def _problem(self, what: str) -> Problem:
         name = what.removeprefix("later ")
-        remedy = REMEDIES.get(name, "")
-        more = f"policy.chat_template, or accept the loss with policy.chat.accept_dropped: [{name}]"
+        section = self.template.section
+        remedy = REMEDIES.get(name, "").replace("SECTION", section)
+        more = f"{section}.chat_template, or accept the loss with {section}.chat.accept_dropped: [{name}]"
         found = f"{what.replace('_', ' ')}, left out of the prompt by the template"
         return Problem("chat template", None, name, found, f"{remedy}, or {more}" if remedy else f"set {more}")
 

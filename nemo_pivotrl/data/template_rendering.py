@@ -34,18 +34,24 @@ class Template:
     `arguments_as_text` and `reasoning_field` are how this template wants calls and reasoning; `template_probes` finds out.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, kwargs: Mapping[str, Any], settings: ChatSettings):
-        self.tokenizer, self.settings = tokenizer, settings
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        kwargs: Mapping[str, Any],
+        settings: ChatSettings,
+        section: str = "policy",
+    ):
+        self.tokenizer, self.settings, self.section = tokenizer, settings, section
         self.kwargs = dict(kwargs)
         self.arguments_as_text = False
         self.reasoning_field = "reasoning_content"
         self.inline_markers = ("", "")
         if re.search(r"\|\s*random\b", str(tokenizer.chat_template)):
-            remedy = "states must have the same tokens every time: set policy.chat_template to one without it"
+            remedy = f"states must have the same tokens every time: set {section}.chat_template to one without it"
             raise InputError(Problem("chat template", None, "filter", "random", remedy))
         self.tells_time = "strftime_now" in str(tokenizer.chat_template)
         if self.tells_time:
-            moment = _moment(settings.date)
+            moment = _moment(settings.date, f"{section}.chat.date")
             self.kwargs.setdefault("strftime_now", moment.strftime)
         added = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
         self.special_tokens = sorted({t for t in [*added, *tokenizer.all_special_tokens] if len(t) > 1})
@@ -72,7 +78,9 @@ class Template:
         except InputError:
             raise
         except Exception as error:  # whatever a template does with a state that it was not written for
-            remedy = "it is excluded; mend the row, set policy.chat.roles, or another policy.chat_template"
+            remedy = (
+                f"it is excluded; mend the row, set {self.section}.chat.roles, or another {self.section}.chat_template"
+            )
             raise UnrenderableState(
                 "template_refuses_state", f"{type(error).__name__}: {short(str(error))}", remedy
             ) from error
@@ -126,7 +134,7 @@ class Template:
         if found is None:
             return ""
         if self.settings.special_tokens == "refuse":
-            remedy = "it is excluded; policy.chat.special_tokens: as_text encodes it as text"
+            remedy = f"it is excluded; {self.section}.chat.special_tokens: as_text encodes it as text"
             raise UnrenderableState("special_token_in_text", found[0], remedy)
         texts = list(_leaves([messages, list(tools)]))
         free = next((mark for mark in _MARKS if not any(mark in text for text in texts)), None)
@@ -217,12 +225,12 @@ def check_encodable(text: str) -> None:
         raise UnrenderableState("not_encodable", found, "it is excluded; mend the text, which was cut") from None
 
 
-def _moment(date: str) -> datetime.datetime:
+def _moment(date: str, where: str) -> datetime.datetime:
     try:
         return datetime.datetime.fromisoformat(date)
     except ValueError:
         raise InputError(
-            Problem("recipe", None, "policy.chat.date", date, "give a date as YYYY-MM-DD: the template writes it")
+            Problem("recipe", None, where, date, "give a date as YYYY-MM-DD: the template writes it")
         ) from None
 
 

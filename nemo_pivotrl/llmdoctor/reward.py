@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch import Tensor
 from nemo_pivotrl.algorithms import llmdoctor
 from nemo_pivotrl.backends import loading
 from nemo_pivotrl.backends.base import Scorer
+from nemo_pivotrl.backends.batching import batches
 from nemo_pivotrl.backends.identity import policy_revision, without_start
 from nemo_pivotrl.components.costs import spend
 from nemo_pivotrl.components.lineage import check_lineage
@@ -103,7 +104,9 @@ def load_patient_chat(patient: Patient) -> Chat:
     """The patient's tokenizer and template. Answers are text, so the template need not know tool calls."""
     tokenizer = load_tokenizer(patient.model_name, patient.chat_template, "patient")
     stop_ids = generation_stop_ids(patient.model_name)
-    return Chat(tokenizer, "hermes", patient.template_kwargs, settings=patient.chat, stop_ids=stop_ids)
+    return Chat(
+        tokenizer, "hermes", patient.template_kwargs, settings=patient.chat, stop_ids=stop_ids, section="patient"
+    )
 
 
 def faces_of(settings: Reward, objectives: Sequence[str]) -> dict[str, Face]:
@@ -189,7 +192,10 @@ def reward_wave(prepared: Sequence[Prepared], recipe: Recipe, scorer: Scorer) ->
     """
     rows: dict[str, dict[str, Any]] = {}
     again = {p.preference.preference_id for p in prepared[: recipe.reward.noise_pairs]}
-    for group in pair_batches(prepared, recipe.patient.batch_tokens):
+    sizes = [p.longest for p in prepared]
+    order = sorted(range(len(prepared)), key=lambda i: (sizes[i], prepared[i].preference.preference_id))
+    for places in batches(sizes, recipe.patient.batch_tokens, order, rows=4):  # a pair's four sequences go together
+        group = [prepared[i] for i in places]
         sequences = [
             (face, answer) for p in group for answer in (p.chosen, p.rejected) for face in (p.positive, p.negative)
         ]
@@ -219,18 +225,6 @@ def _finite(group: list[Prepared], log_probs: list[Tensor], scorer: Scorer) -> t
             kept.append(p)
             found += own
     return kept, found
-
-
-def pair_batches(prepared: Sequence[Prepared], budget: int) -> Iterator[list[Prepared]]:
-    """Pairs whose four sequences each go through the patient together, shortest first."""
-    held: list[Prepared] = []
-    for p in sorted(prepared, key=lambda p: (p.longest, p.preference.preference_id)):
-        if held and 4 * (len(held) + 1) * p.longest > budget:
-            yield held
-            held = []
-        held.append(p)
-    if held:
-        yield held
 
 
 def _rows(

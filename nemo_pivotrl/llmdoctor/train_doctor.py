@@ -10,28 +10,24 @@ import random
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from nemo_pivotrl.algorithms import pivotrl
-from nemo_pivotrl.algorithms.llmdoctor import TfpoSettings, plan, tfpo_loss
+from nemo_pivotrl.algorithms.llmdoctor import doctor_loss
 from nemo_pivotrl.backends import loading
-from nemo_pivotrl.backends.base import TokenBatch
+from nemo_pivotrl.backends.base import TokenBatch, Trainer
 from nemo_pivotrl.backends.identity import identity_of, policy_revision
 from nemo_pivotrl.components.lineage import check_lineage
 from nemo_pivotrl.components.loop import Job, Step, run
 from nemo_pivotrl.components.progress import steps_of
 from nemo_pivotrl.components.rollout import load_chat
-from nemo_pivotrl.config import Recipe
+from nemo_pivotrl.config import Recipe, Tfpo
 from nemo_pivotrl.core.artifacts import digest, file_digest, read_header, read_rows
 from nemo_pivotrl.core.errors import InputError, Problem
 from nemo_pivotrl.core.lock import one_writer
 from nemo_pivotrl.data.chat_template import Chat
-
-if TYPE_CHECKING:
-    from nemo_pivotrl.backends.reference.doctor import DoctorModel
 
 Pair = dict[str, Any]
 """A row of the artefact: prompt_ids, and for chosen and rejected their ids, rewards and whether the answer ended."""
@@ -87,15 +83,17 @@ class DoctorTraining:
 
     def __init__(self, recipe: Recipe, train: Sequence[Pair], held_out: Sequence[Pair]):
         self.recipe, self.train, self.held_out = recipe, train, held_out
-        self.settings = tfpo_settings(recipe)
         anchored = recipe.tfpo.anchor == "reference"
-        self.trainer = loading.load_doctor(recipe.doctor, anchored=anchored, megatron=recipe.megatron)
+        # log pi of the flow is the model's own, however answers are sampled
+        plain = dataclasses.replace(recipe.doctor.generation, temperature=1.0)
+        doctor = dataclasses.replace(recipe.doctor, generation=plain, sampler="backend")
+        self.trainer = loading.load(doctor, recipe.megatron, value_head=True, reference=anchored, section="doctor")
         self.trainer.prepare_for_training(recipe.doctor.optimizer)
 
     def step(self, number: int) -> Step:
         """One update by `tfpo.pairs_per_step` pairs."""
         self.trainer.prepare_for_training_step()
-        metrics = _run(self.trainer, _draw(self.train, number, self.recipe), self.settings)
+        metrics = measure(self.trainer, _draw(self.train, number, self.recipe), self.recipe.tfpo)
         return Step(metrics | self.trainer.finish_training_step(), {"pairs": self.recipe.tfpo.pairs_per_step})
 
     def validate(self, step: int, last: bool, known: dict[str, float]) -> dict[str, float]:
@@ -103,14 +101,8 @@ class DoctorTraining:
         period = self.recipe.tfpo.val_period
         if not (period and self.held_out) or "val/loss" in known or (step % period and not last):
             return {}
-        found = _run(self.trainer, self.held_out, self.settings, forward_only=True)
+        found = measure(self.trainer, self.held_out, self.recipe.tfpo, forward_only=True)
         return {f"val/{name}": value for name, value in found.items()}
-
-
-def tfpo_settings(recipe: Recipe) -> TfpoSettings:
-    """The loss's settings out of the recipe's section."""
-    names = {f.name for f in dataclasses.fields(TfpoSettings)}
-    return TfpoSettings(**{name: value for name, value in dataclasses.asdict(recipe.tfpo).items() if name in names})
 
 
 def _best_by_loss(recipe: Recipe) -> Any:
@@ -168,37 +160,23 @@ def batch_of(pairs: Sequence[Pair]) -> TokenBatch:
     """Pairs as a batch: rows 2p and 2p+1 are the chosen and the rejected answer of pair p."""
     answers = [pair[side] for pair in pairs for side in ("chosen", "rejected")]
     width = max(len(answer["ids"]) for answer in answers)
+    token_ids = torch.zeros(len(answers), width, dtype=torch.long)
     rewards = torch.zeros(len(answers), width, dtype=torch.float32)
-    for row, answer in zip(rewards, answers, strict=True):
-        row[: len(answer["rewards"])] = torch.tensor(answer["rewards"])
+    for row, answer in enumerate(answers):
+        token_ids[row, : len(answer["ids"])] = torch.tensor(answer["ids"])
+        rewards[row, : len(answer["rewards"])] = torch.tensor(answer["rewards"])
     data = {
+        "token_ids": token_ids,
         "rewards": rewards,
         "length": torch.tensor([len(answer["ids"]) for answer in answers]),
         "ended": torch.tensor([answer["ended"] for answer in answers]),
     }
     prompt_of = [n // 2 for n in range(len(answers))]
-    return TokenBatch([pair["prompt_ids"] for pair in pairs], prompt_of, [answer["ids"] for answer in answers], data)
+    prompts, responses = [pair["prompt_ids"] for pair in pairs], [answer["ids"] for answer in answers]
+    return TokenBatch(prompts, prompt_of, responses, data, together=2)
 
 
-def _run(
-    backend: DoctorModel, pairs: Sequence[Pair], settings: TfpoSettings, forward_only: bool = False
-) -> dict[str, float]:
+def measure(trainer: Trainer, pairs: Sequence[Pair], settings: Tfpo, forward_only: bool = False) -> dict[str, float]:
     """Loss and metrics over the pairs, each normalised by their number however they are cut into micro-batches."""
-    loss_fn = partial(_loss, settings=settings, pairs=float(len(pairs)))
-    return backend.get_pair_loss_and_metrics(batch_of(pairs), loss_fn, forward_only)
-
-
-def _loss(
-    log_probs: Tensor,
-    log_values: Tensor,
-    reference: Tensor | None,
-    token_ids: Tensor,
-    data: dict[str, Tensor],
-    settings: TfpoSettings,
-    pairs: float,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Hand a micro-batch to the paper's objective."""
-    mask = torch.arange(log_probs.shape[1], device=log_probs.device) < data["length"][:, None]
-    rows = torch.arange(len(mask), device=log_probs.device).view(-1, 2)
-    layout = plan(token_ids, data["rewards"], mask, data["ended"], rows, settings)
-    return tfpo_loss(log_probs, log_values, layout, pairs, settings, reference)
+    loss_fn = partial(doctor_loss, settings=settings, pairs=float(len(pairs)))
+    return trainer.get_loss_and_metrics(batch_of(pairs), loss_fn, forward_only, settings.anchor == "reference")

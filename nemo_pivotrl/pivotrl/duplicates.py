@@ -119,6 +119,9 @@ class _Sketches:
     """
 
     def __init__(self, threshold: float):
+        import datasketch  # here, so that a missing package is told whatever the data are
+
+        self._datasketch = datasketch
         self.threshold = threshold
         self._indexes: dict[str, Any] = {}
         self._trajectory = ""
@@ -128,11 +131,9 @@ class _Sketches:
 
     def seen(self, candidate: Candidate, group: str) -> bool:
         """Whether a state of the group and of another trajectory is this similar; remembers the candidate if not."""
-        from datasketch import MinHashLSH
-
         self._advance(candidate)
         if group not in self._indexes:
-            self._indexes[group] = (MinHashLSH(num_perm=SKETCH_SIZE, params=SKETCH_BANDS), {})
+            self._indexes[group] = (self._datasketch.MinHashLSH(num_perm=SKETCH_SIZE, params=SKETCH_BANDS), {})
         index, kept = self._indexes[group]
         for key in index.query(self._sketch):
             if kept[key][0] != candidate.trajectory_id and kept[key][1].jaccard(self._sketch) >= self.threshold:
@@ -143,11 +144,9 @@ class _Sketches:
         return False
 
     def _advance(self, candidate: Candidate) -> None:
-        from datasketch import MinHash
-
         if candidate.trajectory_id != self._trajectory or len(candidate.messages) < self._read:
             self._trajectory, self._read, self._tail = candidate.trajectory_id, 0, []
-            self._sketch = MinHash(num_perm=SKETCH_SIZE, seed=1, hashfunc=zlib.crc32)
+            self._sketch = self._datasketch.MinHash(num_perm=SKETCH_SIZE, seed=1, hashfunc=zlib.crc32)
         new = [_spoken(m) for m in candidate.messages[self._read :] if m["role"] != "system"]
         words = [*self._tail, *" ".join(new).lower().split()]
         shingles = [" ".join(words[i : i + SHINGLE]) for i in range(max(1, len(words) - SHINGLE + 1))]

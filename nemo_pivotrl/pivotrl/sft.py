@@ -232,7 +232,7 @@ class FineTuning:
         losses, tokens = [], 0.0
         for part in self.draw(number):
             batch, count = token_batch(part)
-            losses.append(self.trainer.get_loss_and_metrics(batch, partial(_loss, normaliser=count))["loss"])
+            losses.append(self.trainer.get_loss_and_metrics(batch, partial(pivotrl.sft_loss, normaliser=count))["loss"])
             tokens += count
         metrics = {"loss": sum(losses), **self.trainer.finish_training_step()}
         return Step(metrics, {"tokens_trained": int(tokens)})
@@ -246,9 +246,3 @@ def decay(step: int, settings: Sft) -> float:
     """Factor on the learning rate: 1 until `decay_from` of the steps, then linear to 0.1."""
     start = settings.decay_from * settings.num_steps
     return 1.0 if step <= start else 1.0 - 0.9 * (step - start) / (settings.num_steps - start)
-
-
-def _loss(
-    log_probs: torch.Tensor, data: dict[str, torch.Tensor], normaliser: float
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    return pivotrl.sft_loss(log_probs, data["mask"], normaliser)

@@ -96,7 +96,7 @@ class PolicyTraining:
         anchored = recipe.loss_fn.reference_policy_kl_penalty > 0 or settings.val_kl
         self.recipe, self.chat, self.verifier, self.pivots, self.cost = recipe, chat, verifier, pivots, cost
         self.units = together(pivots, settings.keep_together if recipe.policy.prefix_sharing else 1.0)
-        self.trainer = loading.load(recipe.policy, recipe.megatron, with_reference=anchored, vllm=recipe.vllm)
+        self.trainer = loading.load(recipe.policy, recipe.megatron, recipe.vllm, reference=anchored)
         self.trainer.prepare_for_training(recipe.policy.optimizer)
         self.monitor = Monitor(recipe, self.trainer, chat, verifier, held_out[: settings.val_candidates])
         self.meter = Metered(self.trainer, cost)
@@ -264,7 +264,7 @@ def _step(
     metrics = rollout_metrics(drawn, groups, rewards, valid, settings.zero_variance_tolerance)
     _check_failures(metrics["failed"] / rewards.numel(), step, settings)
     cuts = [round(i * len(drawn) / settings.num_minibatches) for i in range(settings.num_minibatches + 1)]
-    # old and reference log-probabilities belong to the policy that sampled, so all of them precede the first update
+    # old log-probabilities belong to the policy that sampled, so all of them precede the first update
     minibatches = [
         _minibatch(recipe, drawn[i:j], groups[i:j], advantages[i:j], valid[i:j], backend) for i, j in pairwise(cuts)
     ]
@@ -360,8 +360,6 @@ def _minibatch(
         masked, counted = len(dropped), [row for row in counted if row not in dropped]
         batch = _kept(batch, (~bad).nonzero()[:, 0].tolist())
         rows = [row for row in rows if row not in dropped]
-    if batch is not None and beta > 0:
-        batch.data["reference"] = backend.get_inference_log_probs(batch, reference=True)
     tokens = sum(len(groups[i][k].sample.token_ids) for i, k in counted)
     normaliser = float(max(1, tokens if loss_fn.token_level_loss else len(counted)))
     return Minibatch(batch, normaliser, len(rows) / len(counted) if rows else 0.0, masked, apart)
@@ -391,44 +389,15 @@ def _kept(batch: TokenBatch, rows: Sequence[int]) -> TokenBatch | None:
 
 def _update(recipe: Recipe, minibatch: Minibatch, backend: Backend) -> dict[str, float]:
     """One optimiser step."""
-    batch, normaliser, share = minibatch.batch, minibatch.normaliser, minibatch.share
-    settings = loss_settings(recipe.loss_fn)
+    batch, normaliser, settings = minibatch.batch, minibatch.normaliser, recipe.loss_fn
     backend.prepare_for_training_step()
     totals: dict[str, float] = {}
     if batch is not None:
-        totals = backend.get_loss_and_metrics(batch, partial(policy_loss, settings=settings, normaliser=normaliser))
+        loss_fn = partial(pivotrl.policy_loss, settings=settings, normaliser=normaliser)
+        anchored = settings.reference_policy_kl_penalty > 0
+        totals = backend.get_loss_and_metrics(batch, loss_fn, reference=anchored)
         # the loss is a mean over all counted tokens; what is measured on computed rows is a mean over those
-        computed = float(batch.data["mask"].sum()) if settings.token_mean else float(len(batch.responses))
+        computed = float(batch.data["mask"].sum()) if settings.token_level_loss else float(len(batch.responses))
         whole = ("loss", "token_ratio")
         totals = {k: v if k in whole else v * normaliser / computed for k, v in totals.items()}
-    return {"trained_share": share} | totals | backend.finish_training_step()
-
-
-def loss_settings(loss_fn: LossFn) -> pivotrl.LossSettings:
-    """Eq. 7's numbers out of the recipe's section."""
-    return pivotrl.LossSettings(
-        clip_low=loss_fn.ratio_clip_min,
-        clip_high=loss_fn.ratio_clip_max,
-        clip_dual=loss_fn.ratio_clip_c,
-        sequence_ratio=loss_fn.ratio_level == "sequence",
-        token_mean=loss_fn.token_level_loss,
-        kl_beta=loss_fn.reference_policy_kl_penalty,
-        tis_cap=loss_fn.truncated_importance_sampling_ratio if loss_fn.use_importance_sampling_correction else None,
-        tis_floor=loss_fn.truncated_importance_sampling_ratio_min,
-    )
-
-
-def policy_loss(
-    log_probs: Tensor, data: dict[str, Tensor], settings: pivotrl.LossSettings, normaliser: float
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Hand a micro-batch to equation (15). On the first update after sampling the old policy is the current one (ratio 1)."""
-    return pivotrl.grpo_loss(
-        log_probs,
-        data.get("old", log_probs.detach()),
-        data["advantages"].to(log_probs.dtype),
-        data["mask"],
-        normaliser,
-        settings,
-        ref_log_probs=data.get("reference"),
-        sampler_log_probs=data["sampler"],
-    )
+    return {"trained_share": minibatch.share} | totals | backend.finish_training_step()

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from nemo_pivotrl.backends.base import there
+from nemo_pivotrl.backends.base import require_checkpoint
 from nemo_pivotrl.backends.installed import probe
 from nemo_pivotrl.components.rollout import load_chat, load_recipe_verifier, unrenderable_lines
 from nemo_pivotrl.config import Patient, Policy, Recipe
@@ -83,7 +83,7 @@ def of_model(recipe: Recipe, stage: str, role: str, world: int, machine: Callabl
     """The folder, its tokenizer and template, the context, and for Megatron the layout, precision and memory."""
     model: Policy | Patient = getattr(recipe, role)
     remedy = "give an HF checkpoint folder" + (", or run the warmup stage first" if role == "policy" else "")
-    problems = caught(there, f"{role}.model_name", model.model_name, remedy)[1]
+    problems = caught(require_checkpoint, f"{role}.model_name", model.model_name, remedy)[1]
     if problems:
         return problems
     problems = caught(load_tokenizer, model.model_name, model.chat_template, role)[1]

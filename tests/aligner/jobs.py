@@ -205,8 +205,8 @@ def loss(folder: Path, tp: int, pp: int, dp: int, mbs: int, kl: bool = False) ->
     settings = {
         "model.micro_batch_size": mbs,
         "model.global_batch_size": rows,
-        "model.pivotrl.loss_fn.ratio_clip_max": tiny_policy.SETTINGS["clip_high"],
-        "model.pivotrl.loss_fn.ratio_clip_c": tiny_policy.SETTINGS["clip_dual"],
+        "model.pivotrl.loss_fn.ratio_clip_max": tiny_policy.SETTINGS["ratio_clip_max"],
+        "model.pivotrl.loss_fn.ratio_clip_c": tiny_policy.SETTINGS["ratio_clip_c"],
         "trainer.pivotrl.initial_policy_kl_penalty": tiny_policy.KL_BETA if kl else 0.0,
     }
     cfg, lightning, _, model = pivotrl_model(folder, tiny_aligner.layout(tp, pp, dp) | settings)
@@ -346,9 +346,9 @@ def refusals(folder: Path, hf_folder: str, cases: list[dict[str, Any]], without_
     """What a served policy says to each of these overrides before anything is asked of a server."""
     import tiny_served
 
+    from nemo_pivotrl.config.nemo_aligner_blocks import PivotRLModelBlock, read_block
     from nemo_pivotrl.core.errors import InputError
     from nemo_pivotrl.integrations.nemo_aligner.served import ServedTurns
-    from nemo_pivotrl.integrations.nemo_aligner.settings import PivotRLModelBlock, read_block
 
     if without_httpx:
         sys.modules["httpx"] = None  # type: ignore[assignment]

@@ -35,7 +35,7 @@ ADVANTAGES = [0.9, -1.2, 0.3, 0.7, -0.7, 1.1, -0.4, -0.7]
 OLD_SHIFT = [0.0, 0.5, -0.5, 0.1, 0.4, -0.3, 0.2, 0.0]
 """Added to the current log-probabilities to make old ones: some ratios are clipped, some are not."""
 REF_SHIFT = 0.3
-SETTINGS = {"clip_low": 0.2, "clip_high": 0.28, "clip_dual": 3.0, "sequence_ratio": False, "token_mean": True}
+SETTINGS = {"ratio_clip_min": 0.2, "ratio_clip_max": 0.28, "ratio_clip_c": 3.0}
 KL_BETA = 0.05
 
 PREFERENCES = [

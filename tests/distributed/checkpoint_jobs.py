@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from train_jobs import Losses, bend, grpo_batch, megatron_of, pair_batch, policy_of
 
-from nemo_pivotrl.config import Optimizer
+from nemo_pivotrl.config import Generation, Optimizer
 
 OPTIMIZER = Optimizer(lr=3e-3, max_grad_norm=1.0, warmup_steps=4)
 STEPS = 2
@@ -18,15 +19,15 @@ class Run:
     """A policy or a doctor on its way."""
 
     def __init__(self, folder: str, kind: str, layout: dict[str, Any]):
-        from nemo_pivotrl.backends.megatron.doctor import MegatronDoctor
         from nemo_pivotrl.backends.megatron.parallel import initialize
         from nemo_pivotrl.backends.megatron.train import MegatronPolicy
 
         megatron = megatron_of(layout)
         self.groups = initialize(megatron, seed=1)
         self.kind = kind
-        make: Any = MegatronDoctor if kind == "tfpo" else MegatronPolicy
-        self.backend = make(policy_of(folder), megatron, self.groups, True)
+        temperature = 1.0 if kind == "tfpo" else 0.8
+        policy = replace(policy_of(folder), generation=Generation(temperature=temperature))
+        self.backend = MegatronPolicy(policy, megatron, self.groups, value_head=kind == "tfpo", reference=True)
         self.batch = pair_batch() if kind == "tfpo" else grpo_batch()
         self.losses = Losses(float(grpo_batch().data["mask"].sum()), len(self.batch.prompts))
         if kind == "grpo":
@@ -38,10 +39,7 @@ class Run:
         """One training step: its loss and gradient norm."""
         backend = self.backend
         backend.prepare_for_training_step()
-        if self.kind == "tfpo":
-            metrics = backend.get_pair_loss_and_metrics(self.batch, self.losses.tfpo)
-        else:
-            metrics = backend.get_loss_and_metrics(self.batch, self.losses.grpo)
+        metrics = backend.get_loss_and_metrics(self.batch, **self.losses.of(self.kind))
         return {"loss": metrics["loss"], **backend.finish_training_step()}
 
     def go_on(self) -> dict[str, Any]:

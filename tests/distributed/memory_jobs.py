@@ -12,20 +12,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from nemo_pivotrl.algorithms import pivotrl
+from nemo_pivotrl.algorithms.model_outputs import ModelOutputs
 from nemo_pivotrl.backends.base import TokenBatch
 from nemo_pivotrl.backends.megatron.parallel import initialize
-from nemo_pivotrl.config import Megatron, Optimizer, Policy
+from nemo_pivotrl.config import LossFn, Megatron, Optimizer, Policy
 
-LOSS = pivotrl.LossSettings(
-    clip_low=0.2,
-    clip_high=0.2,
-    clip_dual=None,
-    sequence_ratio=False,
-    token_mean=True,
-    kl_beta=0.0,
-    tis_cap=None,
-    tis_floor=0.0,
-)
+LOSS = LossFn()
 
 
 class Alive(TorchDispatchMode):
@@ -78,7 +70,8 @@ def step(folder: str, settings: dict[str, Any], prompt: int, response: int, rows
     batch.data["advantages"] = torch.randn(rows, generator=maker)
     alive, held = Alive(), [0]
 
-    def loss(log_probs: Tensor, data: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(outputs: ModelOutputs, data: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        log_probs = outputs.log_probs
         held.append(alive.now)
         number = float(rows * response)
         return pivotrl.grpo_loss(log_probs, log_probs.detach(), data["advantages"], data["mask"], number, LOSS)

@@ -14,7 +14,9 @@ from torch import Tensor
 from train_jobs import TFPO, VOCABULARY, bend, megatron_of, policy_of
 
 from nemo_pivotrl.algorithms import llmdoctor, pivotrl
+from nemo_pivotrl.algorithms.model_outputs import ModelOutputs
 from nemo_pivotrl.backends.base import TokenBatch
+from nemo_pivotrl.config import Generation, LossFn
 
 
 @dataclass
@@ -23,8 +25,8 @@ class Grpo:
 
     normaliser: float
 
-    def __call__(self, log_probs: Tensor, data: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        settings = pivotrl.LossSettings(0.2, 0.2, None, False, True, 0.1, None, 0.0)
+    def __call__(self, outputs: ModelOutputs, data: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        settings, log_probs = LossFn(reference_policy_kl_penalty=0.1), outputs.log_probs
         apart = data["apart"].to(log_probs.dtype)
         old, start = log_probs.detach() + apart, log_probs.detach() - 2 * apart
         advantages = data["advantages"].to(log_probs.dtype)
@@ -52,20 +54,17 @@ def tree(seed: int, pairs: bool = False) -> TokenBatch:
     data = {"mask": mask.clone(), "advantages": torch.randn(len(responses), generator=values)}
     data["mask"][2] = 0.0  # over-long
     data["apart"] = 0.4 * torch.randn(mask.shape, generator=values)
+    ids_of = [torch.nn.functional.pad(torch.tensor(r), (0, width - len(r))) for r in responses]
+    data["token_ids"] = torch.stack(ids_of)
     data["rewards"] = torch.randn(mask.shape, generator=values) * mask
     data["length"] = torch.tensor([len(r) for r in responses])
     data["ended"] = torch.tensor([i % 3 > 0 for i in range(len(responses))])
-    return TokenBatch(prompts, prompt_of, responses, data)
+    return TokenBatch(prompts, prompt_of, responses, data, together=2 if pairs else 1)
 
 
-def tfpo(
-    log_probs: Tensor, values: Tensor, start: Tensor | None, ids: Tensor, data: dict[str, Tensor]
-) -> tuple[Tensor, dict[str, Tensor]]:
-    mask = torch.arange(log_probs.shape[1]) < data["length"][:, None]
-    settings = replace(TFPO, anchor="none")
-    rows = torch.arange(len(mask)).view(-1, 2)
-    layout = llmdoctor.plan(ids, data["rewards"].double(), mask, data["ended"], rows, settings)
-    return llmdoctor.tfpo_loss(log_probs, values, layout, 6.0, settings, None)
+def tfpo(outputs: ModelOutputs, data: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    wide = {**data, "rewards": data["rewards"].double()}
+    return llmdoctor.doctor_loss(outputs, wide, replace(TFPO, anchor="none"), 6.0)
 
 
 @contextmanager
@@ -92,14 +91,15 @@ def no_rounding() -> Iterator[None]:
 
 def both(folder: str, layout: dict[str, Any], kind: str, seeds: list[int], budget: int = 60, harm: str = "") -> Any:
     """For every seed: (loss apart, worst gradient apart and its name, largest gradient, tokens run, tokens one by one)."""
-    from nemo_pivotrl.backends.megatron.doctor import MegatronDoctor
     from nemo_pivotrl.backends.megatron.parallel import initialize
     from nemo_pivotrl.backends.megatron.train import MegatronPolicy
 
     megatron = replace(megatron_of(layout), moe_freeze_router=False)
     groups = initialize(megatron, seed=1)
     policy = replace(policy_of(folder, budget), prefix_sharing=True)
-    backend: Any = (MegatronDoctor if kind == "tfpo" else MegatronPolicy)(policy, megatron, groups)
+    if kind == "tfpo":
+        policy = replace(policy, generation=Generation(temperature=1.0))
+    backend: Any = MegatronPolicy(policy, megatron, groups, value_head=kind == "tfpo")
     stage, config = backend.stage.double(), backend.stage.config
     config.params_dtype = config.pipeline_dtype = torch.float64
     config.moe_router_dtype = "fp64" if config.num_moe_experts else None
@@ -113,10 +113,8 @@ def both(folder: str, layout: dict[str, Any], kind: str, seeds: list[int], budge
                 for parameter in stage.parameters():
                     parameter.grad = None
                 with harmed(harm if share else ""):
-                    if kind == "tfpo":
-                        metrics = backend.get_pair_loss_and_metrics(batch, tfpo)
-                    else:
-                        metrics = backend.get_loss_and_metrics(batch, Grpo(float(batch.data["mask"].sum())))
+                    loss_fn = tfpo if kind == "tfpo" else Grpo(float(batch.data["mask"].sum()))
+                    metrics = backend.get_loss_and_metrics(batch, loss_fn)
                 log_probs = backend.get_inference_log_probs(batch)
                 tokens = sum(rows.tokens.numel() for rows in backend._layouts(batch))
                 runs.append((metrics, gradients(stage, groups), log_probs, tokens))

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from nemo_pivotrl import cli
+from nemo_pivotrl.algorithms.model_outputs import ModelOutputs
 from nemo_pivotrl.backends.launch import Patience, place_of
 from nemo_pivotrl.backends.megatron import workers
 from nemo_pivotrl.config import Megatron
@@ -25,22 +26,22 @@ PATIENCE = Patience(join=60.0, collective=60.0, beat=0.2, dead=4.0, stuck=60.0, 
 
 
 def stage(arguments: list[str]) -> dict[str, Any]:
-    """The command line on one rank: exit code, what it printed, and how many models it held after each order."""
+    """The command line on one rank: exit code, what it printed, and how many models it held after each call."""
     out, err, held = io.StringIO(), io.StringIO(), []
-    execute = workers.Crew._execute
+    execute = workers.RankGroup._execute
 
-    def noted(crew: Any, *order: Any) -> Any:
-        found = execute(crew, *order)
-        held.append(len(crew.models))
+    def noted(ranks: Any, *given: Any) -> Any:
+        found = execute(ranks, *given)
+        held.append(len(ranks.models))
         return found
 
-    workers.Crew._execute = noted  # type: ignore[method-assign]
+    workers.RankGroup._execute = noted  # type: ignore[method-assign]
     before = sys.stdout
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             code = cli.main(arguments)
     finally:
-        sys.stdout, workers.Crew._execute, workers._crew = before, execute, None  # type: ignore[method-assign]
+        sys.stdout, workers.RankGroup._execute, workers._ranks = before, execute, None  # type: ignore[method-assign]
     return {"code": code, "out": out.getvalue(), "err": err.getvalue(), "held": held}
 
 
@@ -59,12 +60,12 @@ def scores(folder: str, layout: dict[str, Any], sequences: list[Any]) -> Any:
         found.extend(loading.load_scorer(patient, megatron).log_probs(sequences))
 
     workers.run_together(work, megatron, place_of(os.environ))
-    workers._crew = None
+    workers._ranks = None
     return found
 
 
-def total(log_probs: Tensor, data: dict[str, Tensor], scale: float) -> tuple[Tensor, dict[str, Tensor]]:
-    return log_probs.sum() * scale, {"rows": torch.tensor(float(len(log_probs)))}
+def total(outputs: ModelOutputs, data: dict[str, Tensor], scale: float) -> tuple[Tensor, dict[str, Tensor]]:
+    return outputs.log_probs.sum() * scale, {"rows": torch.tensor(float(len(outputs.log_probs)))}
 
 
 def spread(folder: str, layout: dict[str, Any]) -> Any:
@@ -72,15 +73,15 @@ def spread(folder: str, layout: dict[str, Any]) -> Any:
     import train_jobs
 
     megatron, seen, sizes = train_jobs.megatron_of(layout), {}, []
-    execute = workers.Crew._execute
+    execute = workers.RankGroup._execute
 
-    def noted(crew: Any, verb: str, *rest: Any) -> Any:
-        found = execute(crew, verb, *rest)
+    def noted(ranks: Any, verb: str, *rest: Any) -> Any:
+        found = execute(ranks, verb, *rest)
         if verb != "stop":
-            sizes.append(sorted(m.decay for m in crew.models.values()))
+            sizes.append(sorted(m.decay for m in ranks.models.values()))
         return found
 
-    workers.Crew._execute = noted  # type: ignore[method-assign]
+    workers.RankGroup._execute = noted  # type: ignore[method-assign]
 
     from nemo_pivotrl.backends import loading
 
@@ -92,7 +93,7 @@ def spread(folder: str, layout: dict[str, Any]) -> Any:
         metrics = second.get_loss_and_metrics(batch, partial(total, scale=2.0), forward_only=True)
         seen.update(rows=metrics["rows"])
         try:
-            second.get_loss_and_metrics(batch, lambda log_probs, data: (log_probs.sum(), {}), forward_only=True)
+            second.get_loss_and_metrics(batch, lambda outputs, data: (outputs.log_probs.sum(), {}), forward_only=True)
         except TypeError as error:
             seen.update(lambda_error=str(error))
         try:
@@ -101,7 +102,7 @@ def spread(folder: str, layout: dict[str, Any]) -> Any:
             seen.update(verb_error=str(error))
 
     workers.run_together(work, megatron, place_of(os.environ))
-    workers._crew, workers.Crew._execute = None, execute  # type: ignore[method-assign]
+    workers._ranks, workers.RankGroup._execute = None, execute  # type: ignore[method-assign]
     return seen, sizes
 
 
@@ -114,7 +115,7 @@ def paused() -> int:
     try:
         return workers.run_together(work, Megatron(cpu=True, bf16=False), place_of(os.environ))
     finally:
-        workers._crew = None
+        workers._ranks = None
 
 
 def in_trouble(kind: str, arguments: list[str]) -> int:
@@ -122,9 +123,9 @@ def in_trouble(kind: str, arguments: list[str]) -> int:
     from nemo_pivotrl.backends.megatron.parallel import initialize  # noqa: F401  before megatron's other files
 
     rank, steps = int(os.environ["RANK"]), 0
-    execute = workers.Crew._execute
+    execute = workers.RankGroup._execute
 
-    def noted(crew: Any, verb: str, model: int, given: tuple[Any, ...]) -> Any:
+    def noted(ranks: Any, verb: str, model: int, given: tuple[Any, ...]) -> Any:
         nonlocal steps
         if verb == "call" and given[0] == "finish_training_step":
             steps += 1
@@ -132,9 +133,9 @@ def in_trouble(kind: str, arguments: list[str]) -> int:
                 os.kill(os.getpid(), signal.SIGKILL)
             if steps == 3 and rank == 1 and kind == "refuse":
                 raise InputError(Problem("rank 1", None, "disk", "full", "buy another"))
-        return execute(crew, verb, model, given)
+        return execute(ranks, verb, model, given)
 
-    workers.Crew._execute = noted  # type: ignore[method-assign]
+    workers.RankGroup._execute = noted  # type: ignore[method-assign]
     workers.ALIKE_S = 1.0
     run = workers.run_together
     workers.run_together = partial(run, patience=PATIENCE)  # type: ignore[assignment]

@@ -124,7 +124,7 @@ def test_a_second_model_an_attribute_and_what_cannot_be_sent(tmp_path: Path, wor
 
 
 def test_the_scorer_is_the_reference_scorer(tmp_path: Path, workers: Workers) -> None:
-    from nemo_pivotrl.backends.reference.scorer import ReferenceScorer
+    from nemo_pivotrl.backends import loading
     from nemo_pivotrl.config import Patient
 
     tiny_hf.make("qwen3", tmp_path / "hf")
@@ -133,7 +133,7 @@ def test_the_scorer_is_the_reference_scorer(tmp_path: Path, workers: Workers) ->
         tuple(torch.randint(1, 131, (length,), generator=maker).tolist() for length in (3 + 2 * n, 1 + n))
         for n in range(7)
     ]
-    want = ReferenceScorer(Patient(model_name=str(tmp_path / "hf"))).log_probs(sequences)
+    want = loading.load_scorer(Patient(model_name=str(tmp_path / "hf"))).log_probs(sequences)
     for layout in ({"tensor_model_parallel_size": 2}, {}):
         found, nothing = workers.run(
             2, "stage_jobs:scores", folder=str(tmp_path / "hf"), layout=layout, sequences=sequences

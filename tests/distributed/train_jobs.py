@@ -10,32 +10,14 @@ import torch
 from torch import Tensor
 
 from nemo_pivotrl.algorithms import llmdoctor, pivotrl
+from nemo_pivotrl.algorithms.model_outputs import ModelOutputs
 from nemo_pivotrl.backends.base import TokenBatch
-from nemo_pivotrl.config import Generation, Megatron, Optimizer, Policy
+from nemo_pivotrl.config import Generation, LossFn, Megatron, Optimizer, Policy, TfpoLoss
 
 VOCABULARY = 131
 OPTIMIZER = Optimizer(lr=1e-3, max_grad_norm=1.0)
-GRPO = pivotrl.LossSettings(
-    clip_low=0.2,
-    clip_high=0.2,
-    clip_dual=None,
-    sequence_ratio=False,
-    token_mean=True,
-    kl_beta=0.1,
-    tis_cap=None,
-    tis_floor=0.0,
-)
-TFPO = llmdoctor.TfpoSettings(
-    kappa=2.0,
-    length_normalize=False,
-    reduction="pair_mean",
-    decay=0.9,
-    anchor="reference",
-    value_weight=0.5,
-    gamma=0.3,
-    value_pairs="divergence",
-    linear_margin=False,
-)
+GRPO = LossFn(reference_policy_kl_penalty=0.1)
+TFPO = TfpoLoss(decay=0.9, anchor="reference", value_weight=0.5, gamma=0.3)
 
 
 def policy_of(folder: str, budget: int = 80) -> Policy:
@@ -72,12 +54,14 @@ def pair_batch(pairs: int = 3) -> TokenBatch:
     """Pairs of answers with token rewards."""
     plain = grpo_batch(2 * pairs)
     maker = torch.Generator().manual_seed(4)
+    ids = [torch.nn.functional.pad(torch.tensor(r), (0, plain.data["mask"].shape[1] - len(r))) for r in plain.responses]
     data = {
+        "token_ids": torch.stack(ids),
         "rewards": torch.randn(plain.data["mask"].shape, generator=maker) * plain.data["mask"],
         "length": torch.tensor([len(r) for r in plain.responses]),
         "ended": torch.tensor([i % 3 > 0 for i in range(2 * pairs)]),
     }
-    return TokenBatch(plain.prompts[:pairs], [i // 2 for i in range(2 * pairs)], plain.responses, data)
+    return TokenBatch(plain.prompts[:pairs], [i // 2 for i in range(2 * pairs)], plain.responses, data, together=2)
 
 
 @dataclass
@@ -89,7 +73,8 @@ class Losses:
     ratios: list[float] = field(default_factory=list)
     seen: list[int] = field(default_factory=list)
 
-    def grpo(self, log_probs: Tensor, data: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    def grpo(self, outputs: ModelOutputs, data: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        log_probs = outputs.log_probs
         advantages = data["advantages"].to(log_probs.dtype)
         old = data["old"] if "old" in data else log_probs.detach()
         self.ratios.append(float(((log_probs.detach() - old).abs() * data["mask"]).max()))
@@ -97,13 +82,12 @@ class Losses:
         start = data.get("start", old - 0.1)
         return pivotrl.grpo_loss(log_probs, old, advantages, data["mask"], self.tokens, GRPO, ref_log_probs=start)
 
-    def tfpo(
-        self, log_probs: Tensor, values: Tensor, start: Tensor | None, ids: Tensor, data: dict[str, Tensor]
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        mask = torch.arange(log_probs.shape[1]) < data["length"][:, None]
-        rows = torch.arange(len(mask)).view(-1, 2)
-        layout = llmdoctor.plan(ids, data["rewards"], mask, data["ended"], rows, TFPO)
-        return llmdoctor.tfpo_loss(log_probs, values, layout, float(self.pairs), TFPO, start)
+    def tfpo(self, outputs: ModelOutputs, data: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        return llmdoctor.doctor_loss(outputs, data, TFPO, float(self.pairs))
+
+    def of(self, kind: str) -> dict[str, Any]:
+        """The arguments of `get_loss_and_metrics` that are the algorithm's."""
+        return {"loss_fn": self.tfpo, "reference": True} if kind == "tfpo" else {"loss_fn": self.grpo}
 
 
 def bend(head: torch.nn.Linear | None) -> None:
@@ -116,22 +100,18 @@ def bend(head: torch.nn.Linear | None) -> None:
 
 def reference(folder: str, kind: str) -> dict[str, Any]:
     """Metrics, gradients by HF name and gradient norm from the reference backend, on one device."""
-    from nemo_pivotrl.backends.reference.doctor import DoctorModel
     from nemo_pivotrl.backends.reference.policy import ReferencePolicy
 
     settings = policy_of(folder, 10**6)
     if kind == "tfpo":
         settings = replace(settings, generation=Generation(temperature=1.0))
-    backend = DoctorModel(settings, True) if kind == "tfpo" else ReferencePolicy(settings)
+    backend = ReferencePolicy(settings, value_head=kind == "tfpo", reference=kind == "tfpo")
     batch = pair_batch() if kind == "tfpo" else grpo_batch()
     losses = Losses(float(grpo_batch().data["mask"].sum()), len(batch.prompts))
     backend.prepare_for_training(OPTIMIZER)
     backend.prepare_for_training_step()
-    if kind == "tfpo":
-        bend(backend.head)
-        metrics = backend.get_pair_loss_and_metrics(batch, losses.tfpo)
-    else:
-        metrics = backend.get_loss_and_metrics(batch, losses.grpo)
+    bend(backend.head)
+    metrics = backend.get_loss_and_metrics(batch, **losses.of(kind))
     gradients: dict[str, Tensor] = {}
     hybrid = backend.model.config.model_type == "nemotron_h"
     for key, p in backend.model.named_parameters():
@@ -152,7 +132,6 @@ def reference(folder: str, kind: str) -> dict[str, Any]:
 
 def train(folder: str, kind: str, layout: dict[str, Any], budget: int = 80) -> dict[str, Any]:
     """On one rank: the same from Megatron, the step taken twice, and what this rank saw."""
-    from nemo_pivotrl.backends.megatron.doctor import MegatronDoctor
     from nemo_pivotrl.backends.megatron.parallel import initialize
     from nemo_pivotrl.backends.megatron.train import MegatronPolicy
     from nemo_pivotrl.sizing.architecture import read_architecture
@@ -161,19 +140,15 @@ def train(folder: str, kind: str, layout: dict[str, Any], budget: int = 80) -> d
     groups = initialize(megatron, seed=1)
     settings = policy_of(folder, budget)
     if kind == "tfpo":
-        backend: Any = MegatronDoctor(settings, megatron, groups, anchored=True)
-        bend(backend.stage.head)
-    else:
-        backend = MegatronPolicy(settings, megatron, groups, with_reference=True)
+        settings = replace(settings, generation=Generation(temperature=1.0))
+    backend: Any = MegatronPolicy(settings, megatron, groups, value_head=kind == "tfpo", reference=True)
+    bend(backend.stage.head)
     batch = pair_batch() if kind == "tfpo" else grpo_batch()
     losses = Losses(float(grpo_batch().data["mask"].sum()), len(batch.prompts))
     backend.prepare_for_training(OPTIMIZER)
     log_probs = backend.get_inference_log_probs(batch)
     backend.prepare_for_training_step()
-    if kind == "tfpo":
-        metrics = backend.get_pair_loss_and_metrics(batch, losses.tfpo)
-    else:
-        metrics = backend.get_loss_and_metrics(batch, losses.grpo)
+    metrics = backend.get_loss_and_metrics(batch, **losses.of(kind))
     gradients = gradients_of(backend, read_architecture(folder))
     seen, ratio = list(losses.seen), None
     if kind == "grpo":
@@ -297,7 +272,7 @@ def explode(folder: str, layout: dict[str, Any]) -> dict[str, Any]:
     backend.prepare_for_training_step()
     before = [p.detach().clone() for p in backend.stage.parameters()]
     batch = grpo_batch()
-    backend.get_loss_and_metrics(batch, lambda log_probs, data: ((log_probs * float("inf")).sum(), {}))
+    backend.get_loss_and_metrics(batch, lambda outputs, data: ((outputs.log_probs * float("inf")).sum(), {}))
     try:
         backend.finish_training_step()
         raised = ""

@@ -11,15 +11,14 @@ import pytest
 import torch
 from support.recipes import ROOT
 
-from nemo_pivotrl.algorithms.llmdoctor import TfpoSettings
-from nemo_pivotrl.algorithms.pivotrl import LossSettings, grpo_loss
+from nemo_pivotrl.algorithms.model_outputs import ModelOutputs
+from nemo_pivotrl.algorithms.pivotrl import grpo_loss
 from nemo_pivotrl.backends.base import TokenBatch
-from nemo_pivotrl.backends.reference.doctor import DoctorModel
 from nemo_pivotrl.backends.reference.policy import ReferencePolicy
-from nemo_pivotrl.config import Optimizer, Patient, Policy, Recipe
+from nemo_pivotrl.config import LossFn, Optimizer, Patient, Policy, Recipe, Tfpo
 from nemo_pivotrl.core.artifacts import read_rows
 from nemo_pivotrl.llmdoctor.reward import build_rewards
-from nemo_pivotrl.llmdoctor.train_doctor import _run
+from nemo_pivotrl.llmdoctor.train_doctor import measure as measure_pairs
 
 KEPT = ("ids", "importance", "rewards")
 FOLDER = ROOT / "tests/aligner"
@@ -50,7 +49,7 @@ def measure(folder: Path) -> dict[str, Any]:
         "log_probs": [row[: len(r)].tolist() for row, r in zip(log_probs, tiny.RESPONSES, strict=True)]
     }
     for name, beta in (("clip", 0.0), ("kl", tiny.KL_BETA)):
-        settings = LossSettings(**tiny.SETTINGS, kl_beta=beta, tis_cap=None, tis_floor=0.0)
+        settings = LossFn(**tiny.SETTINGS, reference_policy_kl_penalty=beta)
         batch.data.update(
             old=log_probs + torch.tensor(tiny.OLD_SHIFT)[:, None],
             ref=log_probs + tiny.REF_SHIFT,
@@ -58,10 +57,9 @@ def measure(folder: Path) -> dict[str, Any]:
             mask=mask,
         )
 
-        def loss_fn(log_probs: torch.Tensor, data: dict[str, torch.Tensor], settings: LossSettings = settings) -> Any:
-            return grpo_loss(
-                log_probs, data["old"], data["advantages"], data["mask"], float(mask.sum()), settings, data["ref"]
-            )
+        def loss_fn(outputs: ModelOutputs, data: dict[str, torch.Tensor], settings: LossFn = settings) -> Any:
+            given = data["old"], data["advantages"], data["mask"]
+            return grpo_loss(outputs.log_probs, *given, float(mask.sum()), settings, data["ref"])
 
         policy.prepare_for_training_step()
         metrics = policy.get_loss_and_metrics(batch, loss_fn)
@@ -76,14 +74,14 @@ def measure(folder: Path) -> dict[str, Any]:
 
 def measure_tfpo(tiny: Any, folder: Path, anchor: Any) -> dict[str, float]:
     """Metrics and gradient norm of TFPO on the pairs, with the head away from zero."""
-    doctor = DoctorModel(Policy(model_name=str(folder), device="cpu", dtype="float64"), anchored=anchor == "reference")
+    doctor = ReferencePolicy(Policy(model_name=str(folder), device="cpu", dtype="float64"), True, anchor == "reference")
     weight, bias = tiny.head()
     with torch.no_grad():
         doctor.head.weight.copy_(weight)
         doctor.head.bias.copy_(bias)
     doctor.prepare_for_training(Optimizer(lr=0.0, max_grad_norm=0.0))
     doctor.prepare_for_training_step()
-    metrics = _run(doctor, tiny.PAIRS, TfpoSettings(**tiny.TFPO, anchor=anchor))
+    metrics = measure_pairs(doctor, tiny.PAIRS, Tfpo(**tiny.TFPO, anchor=anchor))
     return {**metrics, **doctor.finish_training_step()}
 
 

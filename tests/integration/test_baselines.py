@@ -11,7 +11,7 @@ import pytest
 import torch
 from support.recipes import ROOT
 
-from nemo_pivotrl.backends.reference.doctor import DoctorModel
+from nemo_pivotrl.backends.reference.policy import ReferencePolicy
 from nemo_pivotrl.config import Optimizer, Policy, Recipe
 from nemo_pivotrl.demo import answer_styles as manners, tiny_models as tiny
 from nemo_pivotrl.llmdoctor import train_doctor as tfpo
@@ -63,12 +63,13 @@ def test_the_baselines_train_on_both_answers_of_a_pair_in_micro_batches(tmp_path
     for name in ("dpo", "arm", "reward"):
         loss_fn = ARMS.pair_loss(ARMS.Contestant(name, 0.1), recipe, len(pairs))
         policy = Policy(model_name=str(tmp_path), dtype="float64", train_micro_batch_tokens=12)
-        backend = DoctorModel(policy, anchored=name == "dpo")
+        backend = ReferencePolicy(policy, value_head=True, reference=name == "dpo")
         backend.prepare_for_training(Optimizer(lr=1e-3))
         losses = []
         for _ in range(4):
             backend.prepare_for_training_step()
-            losses.append(backend.get_pair_loss_and_metrics(tfpo.batch_of(pairs), loss_fn)["loss"])
+            metrics = backend.get_loss_and_metrics(tfpo.batch_of(pairs), loss_fn, reference=name == "dpo")
+            losses.append(metrics["loss"])
             backend.finish_training_step()
         assert losses == sorted(losses, reverse=True) and losses[-1] < losses[0] - 1e-3
         if name != "arm":  # nothing has moved yet, and the head is 0

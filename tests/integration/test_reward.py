@@ -16,8 +16,7 @@ from nemo_pivotrl import cli
 from nemo_pivotrl.backends import loading
 from nemo_pivotrl.backends.base import Scorer
 from nemo_pivotrl.backends.identity import policy_revision
-from nemo_pivotrl.backends.reference import scorer as scorer_file
-from nemo_pivotrl.backends.reference.scorer import ReferenceScorer
+from nemo_pivotrl.backends.reference import logits
 from nemo_pivotrl.components.costs import read_ledger
 from nemo_pivotrl.config import ChatSettings, Patient, Policy, Preferences, Recipe, Reward, Tfpo
 from nemo_pivotrl.core.artifacts import read_header, read_rows
@@ -149,43 +148,36 @@ def test_the_scorer_gives_the_same_numbers_for_many_at_once_as_one_by_one(patien
     sequences = [(ids(1, 40), ids(1, 30)) for _ in range(25)]
     model = AutoModelForCausalLM.from_pretrained(patient, dtype=torch.float64)
     for budget in (16, 300, 10_000):
-        found = ReferenceScorer(Patient(model_name=str(patient), device="cpu", batch_tokens=budget)).log_probs(
+        found = loading.load_scorer(Patient(model_name=str(patient), device="cpu", batch_tokens=budget)).log_probs(
             sequences
         )
         for (prompt, answer), row in zip(sequences, found, strict=True):
             assert row.dtype is torch.float32 and row.shape == (len(answer),)
             assert row.tolist() == pytest.approx(slow_log_probs(model, prompt, answer), abs=1e-5)
     with pytest.raises(ValueError, match="at least one prompt token"):
-        ReferenceScorer(Patient(model_name=str(patient), device="cpu")).log_probs([([1], [])])
-
-
-def test_what_stands_in_the_padding_cannot_change_a_number(patient: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    scorer = ReferenceScorer(Patient(model_name=str(patient), device="cpu"))
-    sequences = [([9, 10], [11]), ([9, 10, 12], [13, 14, 15, 16])]
-    before = scorer.log_probs(sequences)
-    whole = scorer._hidden
-
-    def with_noise(ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        assert mask.tolist() == [[1, 1, 1, 0, 0, 0, 0], [1] * 7]
-        return whole(torch.where(mask.bool(), ids, 77), mask)
-
-    monkeypatch.setattr(scorer, "_hidden", with_noise)
-    assert all(torch.equal(a, b) for a, b in zip(before, scorer.log_probs(sequences), strict=True))
+        loading.load_scorer(Patient(model_name=str(patient), device="cpu")).log_probs([([1], [])])
 
 
 def test_logits_exist_for_answer_tokens_only_and_a_chunk_at_a_time(
     patient: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    scorer = ReferenceScorer(Patient(model_name=str(patient), device="cpu"))
     sequences = [(list(range(8, 60)), [9] * 11), (list(range(8, 20)), [10] * 6)]
-    expected = scorer.log_probs(sequences)
-    monkeypatch.setattr(scorer_file, "CHUNK_LOGITS", 4 * scorer.model.config.vocab_size)
-    sizes: list[int] = []
-    whole = scorer._logits
-    monkeypatch.setattr(scorer, "_logits", lambda hidden: (sizes.append(len(hidden)), whole(hidden))[1])
-    found = scorer.log_probs(sequences)
-    assert sizes == [4, 4, 4, 4, 1]
-    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(expected, found, strict=True))
+    for sharing in (True, False):
+        scorer: Any = loading.load_scorer(Patient(model_name=str(patient), device="cpu", prefix_sharing=sharing))
+        expected = scorer.log_probs(sequences)
+        sizes: list[int] = []
+        whole = logits.logits_of
+
+        def counted(model: Any, hidden: torch.Tensor, whole: Any = whole, sizes: list[int] = sizes) -> torch.Tensor:
+            sizes.append(len(hidden))
+            return whole(model, hidden)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(logits, "CHUNK_LOGITS", 4 * scorer.model.config.vocab_size)
+            patched.setattr(logits, "logits_of", counted)
+            found = scorer.log_probs(sequences)
+        assert sizes == [4, 4, 4, 4, 1], sharing
+        assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(expected, found, strict=True))
 
 
 def test_a_soft_cap_behind_the_head_is_part_of_the_chunked_logits(tmp_path: Path) -> None:
@@ -196,24 +188,27 @@ def test_a_soft_cap_behind_the_head_is_part_of_the_chunked_logits(tmp_path: Path
     with torch.no_grad():
         model.get_output_embeddings().weight.mul_(50)
     model.save_pretrained(tmp_path)
-    scorer = ReferenceScorer(Patient(model_name=str(tmp_path), device="cpu", dtype="float64", prefix_sharing=False))
+    scorer = loading.load_scorer(Patient(model_name=str(tmp_path), device="cpu", dtype="float64", prefix_sharing=False))
     (found,) = scorer.log_probs([([3, 4, 5], [6, 7])])
     assert found.tolist() == pytest.approx(slow_log_probs(model, [3, 4, 5], [6, 7]), abs=1e-9)
 
 
-def test_a_model_whose_logits_do_not_follow_from_its_last_hidden_state_is_refused(
+def test_a_model_whose_logits_do_not_follow_from_its_last_hidden_state_is_scored_by_its_whole_logits(
     patient: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = LlamaForCausalLM.forward
 
     def shifted(self: Any, input_ids: torch.Tensor, **kwargs: Any) -> Any:
         output = whole(self, input_ids, **kwargs)
-        output.logits = output.logits + input_ids[..., None]
+        output.logits = output.logits * (2.0 if input_ids.shape[1] > 1 else 1.0)
         return output
 
     monkeypatch.setattr(LlamaForCausalLM, "forward", shifted)
-    with pytest.raises(InputError, match="LlamaForCausalLM"):
-        ReferenceScorer(Patient(model_name=str(patient), device="cpu"))
+    scorer: Any = loading.load_scorer(Patient(model_name=str(patient), device="cpu", prefix_sharing=False))
+    model = AutoModelForCausalLM.from_pretrained(patient, dtype=torch.float64)
+    assert not scorer.chunked
+    (found,) = scorer.log_probs([([9, 10, 11], [12, 13])])
+    assert found.tolist() == pytest.approx(slow_log_probs(model, [9, 10, 11], [12, 13]), abs=1e-5)
 
 
 def test_pickled_weights_and_a_missing_checkpoint_are_refused(tmp_path: Path, patient: Path) -> None:
@@ -240,7 +235,7 @@ class Recording:
 
 
 def recorded(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> list[list[tuple[list[int], list[int]]]]:
-    spy = Recording(ReferenceScorer(recipe.patient))
+    spy = Recording(loading.load_scorer(recipe.patient))
     with monkeypatch.context() as patched:
         patched.setattr(loading, "load_scorer", lambda *_: spy)
         build_rewards(recipe, fresh=True)
@@ -388,7 +383,7 @@ def test_resuming_after_a_cut_at_any_byte_writes_the_same_bytes_and_diagnostics(
     recipe = recipe_for(tmp_path, patient, rows)
     path = build_rewards(recipe)
     whole, summary = path.read_bytes(), (tmp_path / "token_rewards.json").read_bytes()
-    scorer = ReferenceScorer(recipe.patient)
+    scorer = loading.load_scorer(recipe.patient)
     monkeypatch.setattr(loading, "load_scorer", lambda *_: scorer)
     ends = [i + 1 for i, byte in enumerate(whole) if byte == 10]
     cuts = {0, 1, 50, *ends[::3], *(end - 1 for end in ends[::4]), *range(77, len(whole), len(whole) // 8)}

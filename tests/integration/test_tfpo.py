@@ -11,15 +11,16 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from nemo_pivotrl.backends.base import TokenBatch
-from nemo_pivotrl.backends.reference.doctor import DoctorModel
+from nemo_pivotrl.backends.loading import load
+from nemo_pivotrl.backends.reference.policy import ReferencePolicy
 from nemo_pivotrl.components.metrics import read_metrics
-from nemo_pivotrl.config import Lora, Optimizer, Policy, Recipe
+from nemo_pivotrl.config import Lora, Optimizer, Policy, Recipe, Tfpo
 from nemo_pivotrl.config.build import build
 from nemo_pivotrl.core.artifacts import ArtefactWriter, Header, seal
 from nemo_pivotrl.core.errors import InputError
 from nemo_pivotrl.data.chat_template import Chat, load_tokenizer
 from nemo_pivotrl.demo import tiny_models as tiny
-from nemo_pivotrl.llmdoctor.train_doctor import _run, batch_of, tfpo_settings, train_doctor
+from nemo_pivotrl.llmdoctor.train_doctor import batch_of, measure, train_doctor
 
 PROMPTS, RESPONSES = [[5, 6, 7, 8], [9, 10]], [[11, 12, 13, 0], [11, 14, 0], [15, 0], [16, 17, 18, 19, 0]]
 
@@ -33,13 +34,14 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
-def doctor(start: str, dtype: str = "float64", lora: bool = False, **more: Any) -> DoctorModel:
-    made = DoctorModel(
-        Policy(model_name=start, dtype=dtype, lora=Lora(enabled=lora, r=8, alpha=16), **more),
-        anchored=True,  # type: ignore[arg-type]
-    )
+def doctor(start: str, dtype: str = "float64", lora: bool = False, **more: Any) -> ReferencePolicy:
+    policy = Policy(model_name=start, dtype=dtype, lora=Lora(enabled=lora, r=8, alpha=16), **more)  # type: ignore[arg-type]
+    made = ReferencePolicy(policy, value_head=True, reference=True, section="doctor")
     made.prepare_for_training(Optimizer(lr=1e-3))
     return made
+
+
+ANSWERS = TokenBatch(PROMPTS, [0, 0, 1, 1], RESPONSES, {}, together=2)
 
 
 def slow_flow(model: Any, head: torch.nn.Linear, prompt: list[int], response: list[int]) -> tuple[Tensor, Tensor]:
@@ -57,7 +59,7 @@ def slow_flow(model: Any, head: torch.nn.Linear, prompt: list[int], response: li
 def test_flows_equal_a_plain_forward_pass_and_both_answers_share_the_value_at_the_prompt(start: str) -> None:
     made = doctor(start)
     torch.nn.init.normal_(made.head.weight)
-    log_probs, log_values = made.flow(PROMPTS, [0, 0, 1, 1], RESPONSES)
+    log_probs, log_values, _ = made.outputs(ANSWERS)
     for n, response in enumerate(RESPONSES):
         expected_p, expected_v = slow_flow(made.model, made.head, PROMPTS[n // 2], response)
         size = len(response)
@@ -74,7 +76,7 @@ def test_flows_equal_a_plain_forward_pass_and_both_answers_share_the_value_at_th
 
 def test_a_new_head_says_nothing_and_trains_in_float32_beside_a_float32_model(start: str) -> None:
     made = doctor(start, dtype="float32")
-    assert (made.flow(PROMPTS, [0, 0, 1, 1], RESPONSES)[1] == 0).all()
+    assert (made.outputs(ANSWERS).values == 0).all()
     assert made.head.weight.dtype is torch.float32
     groups = made.optimizer.param_groups if made.optimizer else []
     assert any(p is made.head.weight for group in groups for p in group["params"])
@@ -95,16 +97,16 @@ def pairs_of(signs: tuple[float, float] = (1.0, -1.0)) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("anchor", ["none", "reference"])
 def test_micro_batches_give_the_loss_and_the_gradient_of_the_whole_batch(start: str, anchor: str) -> None:
-    settings = tfpo_settings(build(Recipe, {"tfpo": {"anchor": anchor}}, "test"))
+    settings = Tfpo(anchor=anchor)  # type: ignore[arg-type]
     found = []
     for tokens in (16, 100_000):
         made = doctor(start, train_micro_batch_tokens=tokens)
         torch.manual_seed(0)
         torch.nn.init.normal_(made.head.weight)
         made.prepare_for_training_step()
-        metrics = _run(made, pairs_of(), settings)
+        metrics = measure(made, pairs_of(), settings)
         found.append((metrics, [p.grad.clone() for p in made._trainable() if p.grad is not None]))
-        assert len(list(made._pair_batches(batch_of(pairs_of())))) == (2 if tokens == 16 else 1)
+        assert len(made._micro_batches(batch_of(pairs_of()), with_states=True)) == (2 if tokens == 16 else 1)
     (one, grads), (other, other_grads) = found
     assert one == pytest.approx(other, abs=1e-6) and one["loss"] > 0
     for a, b in zip(grads, other_grads, strict=True):
@@ -112,8 +114,8 @@ def test_micro_batches_give_the_loss_and_the_gradient_of_the_whole_batch(start: 
 
 
 def test_the_stage_counts_every_token_of_an_answer_and_none_of_its_padding(start: str) -> None:
-    settings = tfpo_settings(build(Recipe, {"tfpo": {"anchor": "reference", "kappa": 2.0}}, "test"))
-    metrics = _run(doctor(start), pairs_of((1.0, -1.0)), settings, forward_only=True)
+    settings = Tfpo(anchor="reference", kappa=2.0)
+    metrics = measure(doctor(start), pairs_of((1.0, -1.0)), settings, forward_only=True)
     # untrained and anchored: twice the variance of log Q, which runs from 0 to +-2 L in equal steps (equation (30))
     states = [len(answer) + 1 for answer in RESPONSES]
     assert metrics["subtb"] == pytest.approx(sum(4 * n * (n + 1) / 6 for n in states) / 4, abs=1e-5)
@@ -126,17 +128,17 @@ def test_the_reference_is_the_start_model_whatever_has_been_trained(start: str) 
     for lora in (False, True):
         made = doctor(start, dtype="float32", lora=lora)
         plain = AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32).eval()
-        before = made._reference_log_probs(PROMPTS, [0, 0, 1, 1], RESPONSES)
+        before = made.get_inference_log_probs(ANSWERS, reference=True)
         for _ in range(3):
             made.prepare_for_training_step()
-            _run(made, pairs_of(), tfpo_settings(build(Recipe, {"tfpo": {"anchor": "reference"}}, "test")))
+            measure(made, pairs_of(), Tfpo(anchor="reference"))
             made.finish_training_step()
-        after = made._reference_log_probs(PROMPTS, [0, 0, 1, 1], RESPONSES)
+        after = made.get_inference_log_probs(ANSWERS, reference=True)
         assert torch.equal(before, after)
         head = torch.nn.Linear(32, 1)
         expected = slow_flow(plain, head, PROMPTS[0], RESPONSES[0])[0]
         torch.testing.assert_close(before[0, :4], expected, rtol=0, atol=1e-5)
-        trained = made.flow(PROMPTS, [0, 0, 1, 1], RESPONSES)[0]
+        trained = made.outputs(ANSWERS).log_probs
         assert not torch.allclose(trained[0, :4], expected, atol=1e-4)
 
 
@@ -276,9 +278,7 @@ def test_what_does_not_fit_together_is_refused_with_the_remedy(start: str, chat:
     with pytest.raises(InputError, match="share the patient's tokenizer"):
         train_doctor(recipe(tmp_path, start))
     with pytest.raises(InputError, match="small model with the patient's tokenizer"):
-        from nemo_pivotrl.backends.loading import load_doctor
-
-        load_doctor(Policy(model_name=str(tmp_path / "nowhere")), anchored=False)
+        load(Policy(model_name=str(tmp_path / "nowhere")), value_head=True, section="doctor")
 
 
 def test_the_batch_of_pairs_keeps_ids_rewards_and_ends_apart() -> None:
@@ -286,5 +286,9 @@ def test_the_batch_of_pairs_keeps_ids_rewards_and_ends_apart() -> None:
     pairs[1]["rejected"]["ended"] = False
     batch = batch_of(pairs)
     assert isinstance(batch, TokenBatch) and batch.prompts == PROMPTS and batch.responses == RESPONSES
-    assert batch.prompt_of == [0, 0, 1, 1] and batch.data["ended"].tolist() == [True, True, True, False]
+    assert (
+        batch.prompt_of == [0, 0, 1, 1]
+        and batch.units == [(0, 1), (2, 3)]
+        and batch.data["ended"].tolist() == [True, True, True, False]
+    )
     assert batch.data["rewards"][1].tolist() == [-1.0, -1.0, -1.0, 0.0, 0.0]

@@ -31,13 +31,11 @@ class Stage(NamedTuple):
     folder: str
     steps: str
     """The setting that gives its steps."""
-    loads: str
-    """The function of `loading` by which it gets its model."""
 
 
 STAGES = {
-    "tfpo": Stage(train_doctor, "tfpo", "doctor", "max_num_steps", "load_doctor"),
-    "sft": Stage(sft, "sft", "sft", "num_steps", "load"),
+    "tfpo": Stage(train_doctor, "tfpo", "doctor", "max_num_steps"),
+    "sft": Stage(sft, "sft", "sft", "num_steps"),
 }
 
 
@@ -65,6 +63,7 @@ def recipe(stage: Stage, start: str, tmp_path: Path) -> Callable[..., Recipe]:
             "policy": {"model_name": start},
             "doctor": {"model_name": start, "optimizer": {"lr": 5e-3}},
             "extract": {"trajectories": [str(tmp_path / "talks.jsonl")], "near_duplicate": 1.0},
+            "verifier": {"message": "any"},
             "sft": {"source": "candidates", "num_steps": 4, "batch_size": 3, "optimizer": {"lr": 5e-3}},
             "tfpo": {"pairs_per_step": 3, "max_num_steps": 4, "val_period": 2},
             "checkpointing": {"save_period": 100},
@@ -151,7 +150,7 @@ def test_a_complete_run_returns_without_loading_a_model(
         raise AssertionError("a model was loaded")
 
     with monkeypatch.context() as patched:
-        patched.setattr(loading, stage.loads, loaded)
+        patched.setattr(loading, "load", loaded)
         assert stage.run(recipe()) == made
         assert "is complete, at step 4" in capsys.readouterr().out
         assert made_by(made.parent) == before and read_ledger(tmp_path / "run") == costs
@@ -170,7 +169,7 @@ def test_a_complete_run_returns_without_loading_a_model(
 def test_a_wrong_deadline_is_refused_before_a_model_is_loaded(
     stage: Stage, recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loading, stage.loads, None)
+    monkeypatch.setattr(loading, "load", None)
     with pytest.raises(InputError, match="DD:HH:MM:SS"):
         stage.run(recipe(checkpointing={"checkpoint_must_save_by": "1h"}))
 

@@ -72,7 +72,7 @@ def test_an_optimiser_step_marks_the_engine_stale_and_loading_a_state_too(pair: 
         pair.save_training_state(tmp_path / "state")
         pair.prepare_for_training_step()
         batch = TokenBatch(PROMPTS[:1], [0], [(5, 6, 7)], {"mask": torch.ones(1, 3)})
-        pair.get_loss_and_metrics(batch, lambda log_probs, data: (-(log_probs * data["mask"]).sum(), {}))
+        pair.get_loss_and_metrics(batch, lambda outputs, data: (-(outputs.log_probs * data["mask"]).sum(), {}))
         pair.finish_training_step()
     assert pair.stale
     ((sample,),) = pair.infer(PROMPTS[:1], [[3]], STOPS, GENERATION)

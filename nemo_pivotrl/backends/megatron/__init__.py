@@ -12,7 +12,7 @@ pretrained.py    start weights from Megatron-LM's and NeMo's checkpoints
 logprobs.py      log-probabilities over a vocabulary that is cut over ranks, whole or in chunks
 microbatches.py  rows to the micro-batches of each data-parallel rank
 pipeline_stage.py  a pipeline stage that ends in log-probabilities and, for a doctor, log V
-train.py         the verbs of `backends.base.Trainer` (doctor.py: the same on pairs of answers; scorer.py: of `backends.base.Scorer`)
+train.py         the verbs of `backends.base.Trainer`, with or without a value head
 sampler.py       rollouts from the weights in training
 workers.py       a stage on rank 0, its verbs on all ranks
 cpu.py           stand-ins for a machine without CUDA; loaded only when `megatron.cpu` asks for it

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from nemo_pivotrl.algorithms.prefix_tree import Forest
+from nemo_pivotrl.backends.batching import batches
 from nemo_pivotrl.sizing.layout_rules import round_up
 
 
@@ -77,21 +78,9 @@ def schedule(
     width = [max((round_up(lengths[row], multiple) for row in group), default=0) for group in groups]
     cost = [sum(round_up(lengths[row], multiple) for row in group) for group in groups]
     order = sorted(range(len(groups)), key=lambda g: (-width[g], groups[g]))
-    held: list[list[int]] = []
-    used: list[int] = []
-    for g in order:  # from the widest on, so that a padded micro-batch's width is that of its first group
-        place = None
-        if packed:
-            place = next((i for i, full in enumerate(used) if full + cost[g] <= budget), None)
-        elif held:
-            rows = sum(len(groups[h]) for h in held[-1]) + len(groups[g])
-            place = len(held) - 1 if rows * width[held[-1][0]] <= budget else None
-        if place is None:
-            held.append([])
-            used.append(0)
-            place = len(held) - 1
-        held[place].append(g)
-        used[place] += cost[g]
+    # from the widest on, so that a padded micro-batch's width is that of its first group
+    rows = [len(group) for group in groups]
+    held = _first_fit(order, cost, budget) if packed else list(batches(width, budget, order, rows))
     held = _even(held, ranks)
     held.sort(key=lambda members: (-_tokens(members, groups, width, cost, packed), members))
     plan: list[list[list[int]]] = [[] for _ in range(ranks)]
@@ -100,6 +89,20 @@ def schedule(
         for rank, members in enumerate(turn if start // ranks % 2 == 0 else reversed(turn)):
             plan[rank].append([row for g in sorted(members) for row in groups[g]])
     return plan
+
+
+def _first_fit(order: Sequence[int], cost: Sequence[int], budget: int) -> list[list[int]]:
+    """Groups in streams of at most `budget` tokens, each in the first that has room."""
+    held: list[list[int]] = []
+    used: list[int] = []
+    for g in order:
+        place = next((i for i, full in enumerate(used) if full + cost[g] <= budget), len(held))
+        if place == len(held):
+            held.append([])
+            used.append(0)
+        held[place].append(g)
+        used[place] += cost[g]
+    return held
 
 
 def _even(held: list[list[int]], ranks: int) -> list[list[int]]:

@@ -26,8 +26,9 @@ from megatron.core.transformer.attention import Attention
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
+from nemo_pivotrl.backends.batching import pad, positions
 from nemo_pivotrl.backends.megatron.parallel import Groups
-from nemo_pivotrl.backends.sampling import Row, Turns, pad, positions, shares
+from nemo_pivotrl.backends.sampling import Row, Turns, shares
 from nemo_pivotrl.config import Generation
 from nemo_pivotrl.core.errors import InputError, Problem
 from nemo_pivotrl.core.types import Lost, Sample

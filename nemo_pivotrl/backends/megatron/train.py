@@ -24,8 +24,9 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from nemo_pivotrl.algorithms import prefix_tree as prefix
+from nemo_pivotrl.algorithms.model_outputs import ModelOutputs
 from nemo_pivotrl.algorithms.prefix_tree import packs, token_ratio
-from nemo_pivotrl.backends.base import TokenBatch
+from nemo_pivotrl.backends.base import SequenceScores, TokenBatch
 from nemo_pivotrl.backends.megatron import checkpoint
 from nemo_pivotrl.backends.megatron.microbatches import Rows, lay_out, schedule
 from nemo_pivotrl.backends.megatron.model import build_model
@@ -48,25 +49,30 @@ Work = Callable[[Rows, Tensor, Tensor | None], tuple[Tensor, dict[str, Tensor]]]
 """(rows, log-probs [n, T], log V [n, T+1] or None) of one micro-batch -> (loss, metrics)."""
 
 
-class MegatronPolicy:
+class MegatronPolicy(SequenceScores):
     """A causal language model that samples, scores and trains. See `backends.base.Backend`.
+
+    value_head: its last stage has a head for log V of the final hidden state at the L+1 states of a response; it starts at zero,
+    stays in float32 and is dropped on export. Under context parallelism log pi and log V of a row's positions are put
+    together over the ranks before the loss, one float a token: a loss sees whole responses, and each rank's gradient is that
+    of its own positions. reference: the start weights are kept, in CPU memory.
 
     Raises InputError for what it cannot do: LoRA, a reference beside FP8 weights, `allgather` between unequal ranks.
     """
 
-    with_head = False
-
-    def __init__(self, policy: Policy, megatron: Megatron, groups: Groups, with_reference: bool = False):
-        if problems := training_problems(policy, megatron, with_reference):
+    def __init__(
+        self, policy: Policy, megatron: Megatron, groups: Groups, value_head: bool = False, reference: bool = False
+    ):
+        if problems := training_problems(policy, megatron, reference):
             raise InputError(problems)
-        self.settings, self.megatron, self.groups = policy, megatron, groups
+        self.settings, self.megatron, self.groups, self.with_head = policy, megatron, groups, value_head
         (chunk,) = build_model(policy.model_name, megatron, groups)
         chunk.config.calculate_per_token_loss = True
         vocab_size = read_architecture(policy.model_name).vocab_size
         self.stage = Stage(chunk, groups, vocab_size, megatron.logprob_chunk_tokens, self.with_head)
         self.stage.temperature = policy.generation.temperature or 1.0
         self.model: Any = self.stage
-        self.start = [p.detach().cpu().clone() for p in chunk.parameters()] if with_reference else None
+        self.start = [p.detach().cpu().clone() for p in chunk.parameters()] if reference else None
         self.optimizer: Any = None
         self.steps = 0
 
@@ -88,13 +94,9 @@ class MegatronPolicy:
 
     # ---- micro-batches ----
 
-    def _groups_of_rows(self, batch: TokenBatch) -> list[tuple[int, ...]]:
-        """Rows that must share a micro-batch."""
-        return [(row,) for row in range(len(batch.responses))]
-
     def _plan(self, batch: TokenBatch) -> list[list[list[int]]]:
         """[data-parallel rank][micro-batch] -> rows, the same on every rank."""
-        m, groups, units = self.megatron, self.groups, self._groups_of_rows(batch)
+        m, groups, units = self.megatron, self.groups, batch.units
         prompts, budget = batch.prompts_of_rows, self.settings.train_micro_batch_tokens
         if self.settings.prefix_sharing:
             width = 6.0 * self.stage.config.hidden_size
@@ -156,9 +158,12 @@ class MegatronPolicy:
 
     # ---- log-probabilities ----
 
-    @torch.no_grad()
     def get_inference_log_probs(self, batch: TokenBatch, reference: bool = False) -> Tensor:
         """[N, T] log-probabilities (nats) under the current policy, or under the start policy; on every rank's CPU."""
+        return check_log_probs(self._log_probs(batch, reference))
+
+    @torch.no_grad()
+    def _log_probs(self, batch: TokenBatch, reference: bool = False) -> Tensor:
         whole = torch.zeros(len(batch.responses), max(len(r) for r in batch.responses), device=self.groups.device)
         with self._start_weights() if reference else _nothing():
             found = self._run(batch, None, forward_only=True)
@@ -169,13 +174,13 @@ class MegatronPolicy:
         for group in (self.groups.dp, self.groups.pp):
             if group.size() > 1:
                 dist.all_reduce(whole, group=group)
-        return check_log_probs(whole.cpu())
+        return whole.cpu()
 
     @contextmanager
     def _start_weights(self) -> Iterator[None]:
         """The start policy's weights in place of the trained ones, which come back to the bit."""
         if self.start is None:
-            raise ValueError("the reference was not kept: ask for it with with_reference")
+            raise ValueError("the reference was not kept: load the model with reference=True")
         parameters = list(self.stage.module.parameters())
         held = [p.detach().clone() for p in parameters]
         _copy(self.start, parameters)
@@ -223,13 +228,18 @@ class MegatronPolicy:
         self.model.zero_grad_buffer()
         self.optimizer.zero_grad()
 
-    def get_loss_and_metrics(self, batch: TokenBatch, loss_fn: LossFn, forward_only: bool = False) -> dict[str, float]:
+    def get_loss_and_metrics(
+        self, batch: TokenBatch, loss_fn: LossFn, forward_only: bool = False, reference: bool = False
+    ) -> dict[str, float]:
         """Run the batch, accumulate gradients, and return the summed metrics, the same on every rank."""
         if not batch.responses:
             return {}
+        start = self.get_inference_log_probs(batch, reference=True) if reference else None
 
-        def work(rows: Rows, log_probs: Tensor, _: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
-            return loss_fn(log_probs, _data_of(batch, rows, log_probs))
+        def work(rows: Rows, log_probs: Tensor, values: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+            own = None if start is None else _of_rows(start, rows, log_probs)
+            data = {key: _of_rows(value, rows, log_probs) for key, value in batch.data.items()}
+            return loss_fn(ModelOutputs(log_probs, values, own), data)
 
         return self._totals(self._run(batch, work, forward_only)) | self._token_ratio(batch)
 
@@ -302,13 +312,10 @@ class MegatronPolicy:
             yield name, tensor
 
 
-def _data_of(batch: TokenBatch, rows: Rows, like: Tensor) -> dict[str, Tensor]:
-    """The rows' data; token-wise tensors are cut to the micro-batch's width."""
-    at = list(rows.rows)
-    return {
-        key: (value[at][:, : like.shape[1]] if value.dim() > 1 else value[at]).to(like.device)
-        for key, value in batch.data.items()
-    }
+def _of_rows(value: Tensor, rows: Rows, like: Tensor) -> Tensor:
+    """A tensor's part for the micro-batch; what is token-wise is cut to the micro-batch's width."""
+    found = value[list(rows.rows)]
+    return (found[:, : like.shape[1]] if value.dim() > 1 else found).to(like.device)
 
 
 def _pick(found: Tensor, index: Tensor, mask: Tensor) -> Tensor:

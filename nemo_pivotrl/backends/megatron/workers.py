@@ -31,13 +31,13 @@ from nemo_pivotrl.backends import launch
 from nemo_pivotrl.backends.identity import without_start
 from nemo_pivotrl.backends.launch import Patience, Place, Watch, place_of
 from nemo_pivotrl.backends.vllm.colocated import load_colocated, shut_down_engines
-from nemo_pivotrl.config import Megatron, Patient, Policy
+from nemo_pivotrl.config import Megatron, Policy
 from nemo_pivotrl.core.errors import InputError, Problem
 
 ALIKE_S = 20.0
 """How long a rank that refuses a verb waits for the others to refuse it, too."""
 FOREVER = timedelta(days=365)
-_crew: Crew | None = None
+_ranks: RankGroup | None = None
 
 
 def run_together(stage: Callable[[], None], megatron: Megatron, place: Place, patience: Patience | None = None) -> int:
@@ -54,11 +54,11 @@ def run_together(stage: Callable[[], None], megatron: Megatron, place: Place, pa
     outcome: list[Any] = [None, 0]
 
     def program(watch: Watch | None) -> None:
-        global _crew
-        _crew = crew = Crew(place, watch)
-        crew.rest()
+        global _ranks
+        _ranks = ranks = RankGroup(place, watch)
+        ranks.rest()
         if place.rank > 0:
-            outcome[1] = crew.follow()
+            outcome[1] = ranks.follow()
             return
         try:
             stage()
@@ -66,7 +66,7 @@ def run_together(stage: Callable[[], None], megatron: Megatron, place: Place, pa
             outcome[:] = [error, launch.BAD_INPUT]
         except SystemExit as leaving:  # a run that stopped at its deadline: all ranks leave with its code
             outcome[1] = leaving.code
-        crew.order("stop", 0, (outcome[1],))
+        ranks.call("stop", 0, (outcome[1],))
 
     launch.run(program, _backend(megatron), place, patience or Patience(collective=limit, stuck=limit))
     if outcome[0] is not None:
@@ -76,24 +76,23 @@ def run_together(stage: Callable[[], None], megatron: Megatron, place: Place, pa
     return int(outcome[1])
 
 
-def load(kind: str, settings: Policy | Patient, megatron: Megatron, extra: Any = False) -> Any:
-    """A model on all ranks: `policy`, `doctor` (extra: with the start model beside it), `scorer`, or `rollout` (extra: the
-    recipe's vllm section).
+def load(kind: str, policy: Policy, megatron: Megatron, *rest: Any) -> Any:
+    """A model on all ranks: `policy` (rest: value_head, reference) or `engine`, which only samples (rest: the vllm section).
 
     Raises InputError for what the model, the recipe and the machine do not have in common, and on many ranks that were
     not started through `run_together`.
     """
-    global _crew
-    if _crew is None:
+    global _ranks
+    if _ranks is None:
         place = place_of(os.environ)
         if place.world > 1:
             remedy = "start the stage itself on them: torchrun -m nemo_pivotrl.cli STAGE RECIPE, or srun nemo-pivotrl"
             raise InputError(Problem("environment", None, "processes", f"{place.world} of them", remedy))
-        _crew = Crew(place, None)
-    return _crew.load(kind, settings, megatron, extra)
+        _ranks = RankGroup(place, None)
+    return _ranks.load(kind, policy, megatron, *rest)
 
 
-class Crew:
+class RankGroup:
     """The ranks of a job, as one of them sees it."""
 
     def __init__(self, place: Place, watch: Watch | None):
@@ -101,20 +100,20 @@ class Crew:
         self.number = 0
         self.models: dict[int, Any] = {}
         self.let_go: list[int] = []
-        """Models that the stage no longer holds. They go with the next order: it may be in the middle of one."""
+        """Models that the stage no longer holds. They go with the next call: the group may be in the middle of one."""
         self.groups: Any = None
         self.layout: Megatron | None = None
 
     # ---- rank 0 ----
 
-    def load(self, kind: str, settings: Policy | Patient, megatron: Megatron, extra: Any) -> Spread:
+    def load(self, kind: str, policy: Policy, megatron: Megatron, *rest: Any) -> RemoteModel:
         number = self.number + 1
-        made = self.order("load", number, (kind, settings, megatron, extra))
-        handle = Spread(self, number, type(made))
+        made = self.call("load", number, (kind, policy, megatron, *rest))
+        handle = RemoteModel(self, number, type(made))
         weakref.finalize(handle, self.let_go.append, number).atexit = False
         return handle
 
-    def order(self, verb: str, model: int, arguments: tuple[Any, ...]) -> Any:
+    def call(self, verb: str, model: int, arguments: tuple[Any, ...]) -> Any:
         """Have all ranks do something; this rank's result. Raises TypeError for arguments that cannot be sent."""
         doomed = list(self.let_go)
         command = (verb, model, arguments, doomed)
@@ -122,18 +121,18 @@ class Crew:
         self.number += 1
         del self.let_go[: len(doomed)]
         if self.watch is not None:
-            self.watch.store.set(f"order/{self.number}", verb)
+            self.watch.store.set(f"call/{self.number}", verb)
             dist.broadcast_object_list(box, 0, device=self._device())
         return self._do(*command)
 
     # ---- the others ----
 
     def follow(self) -> int:
-        """Do what rank 0 orders until it says stop; the exit code that it gave."""
+        """Do what rank 0 calls for until it says stop; the exit code that it gave."""
         assert self.watch is not None, "alone there is nobody to follow"
         while True:
             self.number += 1
-            self.watch.store.wait([f"order/{self.number}"], FOREVER)
+            self.watch.store.wait([f"call/{self.number}"], FOREVER)
             box: list[Any] = [None]
             dist.broadcast_object_list(box, 0, device=self._device())
             verb, model, arguments, doomed = pickle.loads(box[0])
@@ -177,19 +176,14 @@ class Crew:
         shut_down_engines()  # while the process groups that they stand in are still there
         return arguments[0]  # of stop: the exit code
 
-    def _made(self, kind: str, settings: Any, megatron: Megatron, extra: Any) -> Any:
+    def _made(self, kind: str, policy: Policy, megatron: Megatron, *rest: Any) -> Any:
         groups = self._join(megatron)
-        if kind == "rollout":
-            return load_colocated(settings, extra, groups.world.size())
+        if kind == "engine":
+            return load_colocated(policy, *rest, groups.world.size())
         # after `_join`, which replaces what a CPU lacks before megatron's model files are read
-        from nemo_pivotrl.backends.megatron.doctor import MegatronDoctor
-        from nemo_pivotrl.backends.megatron.scorer import MegatronScorer
         from nemo_pivotrl.backends.megatron.train import MegatronPolicy
 
-        if kind == "scorer":
-            made: Any = MegatronScorer(settings, megatron, groups)
-        else:
-            made = {"policy": MegatronPolicy, "doctor": MegatronDoctor}[kind](settings, megatron, groups, extra)
+        made = MegatronPolicy(policy, megatron, groups, *rest)
         made.tick = self.tick
         return made
 
@@ -208,7 +202,7 @@ class Crew:
         return self.groups
 
     def _end_unless_alike(self, error: Exception) -> None:
-        """Return when every rank refused the order; else end the job, for some of them wait in a collective."""
+        """Return when every rank refused the call; else end the job, for some of them wait in a collective."""
         if self.watch is None:
             return
         store, keys = self.watch.store, [f"refused/{self.number}/{rank}" for rank in range(self.place.world)]
@@ -231,11 +225,11 @@ class Crew:
         return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else None
 
 
-class Spread:
+class RemoteModel:
     """A model that all ranks hold a part of. It has the model's verbs; what is set on it is set on every rank."""
 
-    def __init__(self, crew: Crew, number: int, kind: type):
-        self.__dict__.update(_crew=crew, _number=number, _kind=kind)
+    def __init__(self, ranks: RankGroup, number: int, kind: type):
+        self.__dict__.update(_ranks=ranks, _number=number, _kind=kind)
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         if name.startswith("_") or not callable(getattr(self._kind, name, None)):
@@ -244,15 +238,15 @@ class Spread:
 
     @property
     def in_one_process(self) -> bool:
-        return self._crew.watch is None
+        return self._ranks.watch is None
 
     def __setattr__(self, name: str, value: Any) -> None:
-        self._crew.order("set", self._number, (name, value))
+        self._ranks.call("set", self._number, (name, value))
 
 
-def _call(model: Spread, name: str, *positional: Any, **named: Any) -> Any:
+def _call(model: RemoteModel, name: str, *positional: Any, **named: Any) -> Any:
     """A verb of a model. It holds the model, which must not be let go of while the verb is called."""
-    return model._crew.order("call", model._number, (name, positional, named))
+    return model._ranks.call("call", model._number, (name, positional, named))
 
 
 def _backend(megatron: Megatron) -> str:

@@ -20,20 +20,20 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from nemo_pivotrl.algorithms.llmdoctor import kl, truncate
+from nemo_pivotrl.backends.batching import Decoder, batches
 from nemo_pivotrl.backends.doctors import (
     Doctors,
     Guide,
     GuidedLogitsProcessor,
     Span,
-    Stream,
     check_contract,
     logits_width,
 )
 from nemo_pivotrl.backends.hf_models import load_model
 from nemo_pivotrl.config import Doctor
 from nemo_pivotrl.core.errors import InputError, NotFiniteError, Problem
-from nemo_pivotrl.core.model_folder import load_tokenizer
 from nemo_pivotrl.core.types import FinishReason
+from nemo_pivotrl.sizing.hf_folder import load_tokenizer
 
 __all__ = [
     "Decoding",
@@ -231,7 +231,7 @@ class Decoding:
         self.alive = list(range(len(prompts)))
         """The request of each row that still runs; a finished one stays until enough have finished."""
         self.finished: set[int] = set()
-        self.stream = Stream(generator.patient, prompts)
+        self.stream = Decoder(generator.patient, prompts)
         alpha = torch.tensor([float(r.alpha) for r in requests], device=device)
         beta = generator.doctors.weights([r.beta for r in requests], device)
         self.guide = Guide(generator.doctors, prompts, alpha, beta, own_prompts, generator.patient)
@@ -388,17 +388,8 @@ class GuidedGenerator:
 
     def _batches(self, prompts: Sequence[Sequence[int]], requests: Sequence[Steering]) -> Iterator[list[int]]:
         """Requests by length, in batches of at most `batch_tokens` padded tokens."""
-        held: list[int] = []
-        dearest = 0
-        for i in sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i)):
-            worst = max(dearest, len(prompts[i]) + requests[i].max_new_tokens)
-            if held and worst * (len(held) + 1) > self.batch_tokens:
-                yield held
-                held, worst = [], len(prompts[i]) + requests[i].max_new_tokens
-            held.append(i)
-            dearest = worst
-        if held:
-            yield held
+        sizes = [len(p) + r.max_new_tokens for p, r in zip(prompts, requests, strict=True)]
+        return batches(sizes, self.batch_tokens, sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i)))
 
 
 def _stop_ids(patient: Any, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

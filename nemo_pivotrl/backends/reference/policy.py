@@ -1,8 +1,11 @@
 """The `reference` backend: transformers on one device. The slow truth, and what a laptop runs.
 
-The sampler pads prompts on the left and responses on the right, so that a prompt ends where its responses begin; a prompt runs
-once, and its keys and values are repeated for its responses. Scoring and training run the rows as a forest of shared
-prefixes (`algorithms/prefix_tree.py`), or with `prefix_sharing: off` padded, each row with its whole prompt.
+The sampler pads prompts on the left; a prompt runs once, and its keys and values are repeated for its responses. Scoring and
+training run the rows as a forest of shared prefixes (`algorithms/prefix_tree.py`), or with `prefix_sharing: off` padded, prompts
+on the left and responses on the right, each row with its whole prompt.
+
+With a value head the model is a doctor: the head gives log V from the last hidden state at the L+1 states of a response, the
+first of which is the prompt's last token. It starts at zero, is kept in float32 or better, and is dropped on export.
 """
 
 from __future__ import annotations
@@ -18,14 +21,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 import transformers
 from torch import Tensor
-from transformers import DynamicCache
 from transformers.core_model_loading import revert_weight_conversion
 
+from nemo_pivotrl.algorithms.model_outputs import ModelOutputs
 from nemo_pivotrl.algorithms.prefix_tree import lay_out, packs, token_ratio
-from nemo_pivotrl.backends.base import TokenBatch
+from nemo_pivotrl.backends.base import SequenceScores, TokenBatch
+from nemo_pivotrl.backends.batching import Decoder, batches, pad, positions
 from nemo_pivotrl.backends.hf_models import load_model
-from nemo_pivotrl.backends.reference.tree import log_probs, prepare, run
-from nemo_pivotrl.backends.sampling import Turns, check_finite, check_log_probs, chunks, pad, positions, select_rows
+from nemo_pivotrl.backends.reference.logits import chunked_log_probs, takes_hidden
+from nemo_pivotrl.backends.reference.tree import hidden_of, log_probs, prepare, run
+from nemo_pivotrl.backends.sampling import Row, Turns, check_finite, check_log_probs, shares
 from nemo_pivotrl.config import Generation, Optimizer, Policy
 from nemo_pivotrl.core.errors import InputError, NotFiniteError, Problem, short
 from nemo_pivotrl.core.types import Lost, Sample
@@ -40,30 +45,33 @@ STATE = "state.pt"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
-class ReferencePolicy:
-    """A causal language model that samples, scores and trains. See `backends.base.Backend` for the verbs."""
+class ReferencePolicy(SequenceScores):
+    """A causal language model that samples, scores and trains. See `backends.base.Backend` for the verbs.
+
+    value_head: give it a head for log V. reference: keep its start weights beside those in training (adapters need none).
+    section: the recipe's section that names the model, for errors.
+    """
 
     in_one_process = True
 
-    section = "policy"
-    """The recipe's section that names the model, for errors."""
-
-    def __init__(self, policy: Policy, with_reference: bool = False):
-        self.settings = policy
+    def __init__(self, policy: Policy, value_head: bool = False, reference: bool = False, section: str = "policy"):
+        self.settings, self.section = policy, section
         device = policy.device if policy.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
         self.device = torch.device(device)
-        field = f"{self.section}.model_name"
-        self.model = load_model(policy.model_name, field, DTYPES[policy.dtype], self.device)
+        self.model = load_model(policy.model_name, f"{section}.model_name", DTYPES[policy.dtype], self.device)
+        self.chunked = not policy.lora.enabled and takes_hidden(self.model)
+        """Whether scoring needs no logits of all positions at once."""
         self.reference = None
         if policy.lora.enabled:
             self.model = _with_lora(self.model, policy)
-        elif with_reference:
+        elif reference:
             self.reference = copy.deepcopy(self.model).requires_grad_(False)
         self.model.eval()
         if policy.prefix_sharing:
             for model in (self.model, self.reference):
                 if model is not None:
-                    prepare(model, "policy.prefix_sharing")
+                    prepare(model, f"{section}.prefix_sharing")
+        self.head = _value_head(self.model, self.device) if value_head else None
         self.optimizer: torch.optim.AdamW | None = None
         self.steps = 0
 
@@ -81,132 +89,137 @@ class ReferencePolicy:
         up to floating-point noise of the batch it is in, and exactly when the call is repeated as it was. One whose
         logits are NaN is drawn again alone, then it is `Lost`."""
         self.model.eval()
-        out: list[list[Sample | Lost | None]] = [[None] * len(s) for s in seeds]
-        rows = [
-            (p, k)
-            for p in sorted(range(len(prompts)), key=lambda p: (len(prompts[p]), p))
-            for k in range(len(seeds[p]))
-        ]
-        for chunk in chunks(
-            rows, lambda row: len(prompts[row[0]]) + generation.max_new_tokens, generation.batch_tokens
-        ):
-            samples = self._sample_rows(prompts, seeds, chunk, stop_ids, generation)
-            for (p, k), sample in zip(chunk, samples, strict=True):
-                lost = isinstance(sample, Lost) and len(chunk) > 1
-                out[p][k] = self._sample_rows(prompts, seeds, [(p, k)], stop_ids, generation)[0] if lost else sample
-        return [[s for s in group if s is not None] for group in out]
+        found: dict[Row, Sample | Lost] = {}
+        for rows in shares(prompts, seeds, generation)[0]:
+            samples = self._sample_rows(prompts, seeds, rows, stop_ids, generation)
+            for row, sample in zip(rows, samples, strict=True):
+                lost = isinstance(sample, Lost) and len(rows) > 1
+                found[row] = self._sample_rows(prompts, seeds, [row], stop_ids, generation)[0] if lost else sample
+        return [[found[p, k] for k in range(len(own))] for p, own in enumerate(seeds)]
 
     def _sample_rows(
         self,
         prompts: Sequence[Sequence[int]],
         seeds: Sequence[Sequence[int]],
-        rows: Sequence[tuple[int, int]],
+        rows: Sequence[Row],
         stop_ids: frozenset[int],
         generation: Generation,
     ) -> list[Sample | Lost]:
-        unique = list(dict.fromkeys(p for p, _ in rows))
-        place = {p: i for i, p in enumerate(unique)}
-        cache, logits, mask = self._prefill(self.model, [prompts[p] for p in unique], [place[p] for p, _ in rows])
+        decoder = Decoder(self.model, [prompts[p] for p, _ in rows])
         turns = Turns([seeds[p][k] for p, k in rows], stop_ids, generation)
         while True:
-            token, log_prob = turns.draw(logits)
+            token, log_prob = turns.draw(decoder.logits())
             turns.note(token.tolist(), log_prob.tolist())
             if turns.done:
                 return turns.samples()
-            staying = turns.leave()
-            if staying is not None:
-                index = torch.tensor(staying, device=self.device)
-                select_rows(cache, index)
-                mask, token = mask[index], token[index]
-            mask = torch.cat([mask, mask.new_ones(len(token), 1)], 1)
-            output = self.model(
-                input_ids=token[:, None],
-                attention_mask=mask,
-                position_ids=mask.sum(1, keepdim=True) - 1,
-                past_key_values=cache,
-                use_cache=True,
-            )
-            logits = output.logits[:, -1]
+            decoder.feed(token)
+            if (staying := turns.leave()) is not None:
+                decoder.select(torch.tensor(staying, device=self.device))
 
-    def _prefill(
-        self, model: Any, prompts: Sequence[Sequence[int]], prompt_of: Sequence[int]
-    ) -> tuple[DynamicCache, Tensor, Tensor]:
-        """Run each prompt once and hand it to its N rows: cache, next-token logits [N, V], attention mask [N, P]."""
-        ids, mask = pad(prompts, left=True, device=self.device)
-        cache = DynamicCache(config=model.config)  # it says which layers are Mamba
+    # ---- log-probabilities and values ----
+
+    def outputs(self, batch: TokenBatch, rows: Sequence[int] | None = None) -> ModelOutputs:
+        """What the model says of a micro-batch: the batch's rows at these places, by default all of them."""
+        return self._outputs(self.model, batch, range(len(batch.responses)) if rows is None else rows, self.head)
+
+    def _outputs(
+        self, model: Any, batch: TokenBatch, rows: Sequence[int], head: torch.nn.Linear | None = None
+    ) -> ModelOutputs:
+        """What rows and their prompts share runs once, with `prefix_sharing: off` each row with its whole prompt."""
+        prompts, responses = [batch.prompts[batch.prompt_of[n]] for n in rows], [batch.responses[n] for n in rows]
+        temperature = self.settings.generation.temperature or 1.0
+        asked = {} if head is None else {"output_hidden_states": True}
+        if self.settings.prefix_sharing:
+            forest = lay_out(range(len(rows)), prompts, responses, keep_last=head is not None).to(self.device)
+            output, of = run(model, forest, **asked)
+            found = log_probs(output.logits[0], of, forest, temperature)
+            if head is None:
+                return ModelOutputs(found)
+            values = _values(head, output.hidden_states[-1][0, forest.seen])[forest.states]
+            return ModelOutputs(found, values.masked_fill(~_states(forest.mask), 0.0))
+        ids, mask, targets, real = self._padded(prompts, responses)
+        size = targets.shape[1] + 1
         output = model(
             input_ids=ids,
             attention_mask=mask,
             position_ids=positions(mask),
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        rows = torch.tensor(list(prompt_of), device=self.device)
-        select_rows(cache, rows)
-        return cache, output.logits[rows, -1], mask[rows]
-
-    # ---- log-probabilities ----
-
-    def _log_probs(
-        self, model: Any, prompts: Sequence[Sequence[int]], prompt_of: Sequence[int], responses: Sequence[Sequence[int]]
-    ) -> Tensor:
-        """Log-probability [N, T] (nats, float32 or better) of every response token, 0 on padding."""
-        temperature = self.settings.generation.temperature or 1.0
-        if self.settings.prefix_sharing:
-            forest = lay_out(range(len(responses)), [prompts[p] for p in prompt_of], responses).to(self.device)
-            output, of = run(model, forest)
-            return log_probs(output.logits[0], of, forest, temperature)
-        targets, target_mask = pad(responses, left=False, device=self.device)
-        ids, mask = pad([prompts[p] for p in prompt_of], left=True, device=self.device)
-        ids, mask = torch.cat([ids, targets], 1), torch.cat([mask, target_mask], 1)
-        output = model(
-            input_ids=ids, attention_mask=mask, position_ids=positions(mask), logits_to_keep=targets.shape[1] + 1
+            use_cache=False,
+            logits_to_keep=size,
+            **asked,
         )
         logits = output.logits[:, :-1]
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
         chosen = logits.gather(2, targets[:, :, None])[:, :, 0] - logits.logsumexp(2)
-        return torch.where(target_mask.bool(), chosen, torch.zeros_like(chosen))
+        found = chosen.masked_fill(~real, 0.0)
+        if head is None:
+            return ModelOutputs(found)
+        values = _values(head, output.hidden_states[-1][:, -size:])
+        return ModelOutputs(found, values.masked_fill(~_states(real), 0.0))
 
-    def _micro_batches(self, batch: TokenBatch) -> list[list[int]]:
-        """Row numbers of each micro-batch: what shares most together, or without sharing by prompt length."""
-        budget = self.settings.train_micro_batch_tokens
+    def _padded(
+        self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(ids [N, P+T], attention mask, response tokens [N, T], which of these are real): all prompts end at one place."""
+        targets, target_mask = pad(responses, left=False, device=self.device)
+        ids, mask = pad(prompts, left=True, device=self.device)
+        return torch.cat([ids, targets], 1), torch.cat([mask, target_mask], 1), targets, target_mask.bool()
+
+    def _scores(self, model: Any, batch: TokenBatch, rows: Sequence[int]) -> Tensor:
+        """[n, T] log-probabilities without a gradient, a chunk of logits at a time where the model allows it."""
+        if not self.chunked:
+            return self._outputs(model, batch, rows).log_probs
+        prompts, responses = [batch.prompts[batch.prompt_of[n]] for n in rows], [batch.responses[n] for n in rows]
+        temperature = self.settings.generation.temperature or 1.0
+        if self.settings.prefix_sharing:
+            forest = lay_out(range(len(rows)), prompts, responses).to(self.device)
+            hidden, of = hidden_of(model, forest)
+            return forest.pick(chunked_log_probs(model, hidden, of, forest.goals, temperature))
+        ids, mask, targets, real = self._padded(prompts, responses)
+        output = model.base_model(input_ids=ids, attention_mask=mask, position_ids=positions(mask), use_cache=False)
+        hidden = output.last_hidden_state[:, -targets.shape[1] - 1 : -1][real]
+        of = torch.arange(len(hidden), device=self.device)
+        found = chunked_log_probs(model, hidden, of, targets[real], temperature)
+        return found.new_zeros(targets.shape).masked_scatter(real, found)
+
+    def _reference(self, batch: TokenBatch, rows: Sequence[int]) -> Tensor:
+        """[n, T] log-probabilities of the model as it was before training. Raises ValueError where it was not kept."""
+        with torch.no_grad():
+            if self.reference is not None:
+                return self._scores(self.reference, batch, rows)
+            if not self.settings.lora.enabled:
+                raise ValueError("the start model was not kept: load it with reference=True")
+            with self.model.disable_adapter():
+                return self._scores(self.model, batch, rows)
+
+    def _micro_batches(self, batch: TokenBatch, with_states: bool) -> list[list[int]]:
+        """Row numbers of each micro-batch: what shares most together, or without sharing by length."""
+        budget, units = self.settings.train_micro_batch_tokens, batch.units
         if self.settings.prefix_sharing:
             width = 6.0 * self.model.config.get_text_config().hidden_size
-            return packs(batch.prompts_of_rows, batch.responses, budget, pairs_per_token=width)[0]
-        length = [len(prompt) for prompt in batch.prompts_of_rows]
-        width = max(len(r) for r in batch.responses)
-        rows = sorted(range(len(length)), key=lambda n: (length[n], batch.prompt_of[n], n))
-        held: list[list[int]] = []
-        for row in rows:  # the last is the longest so far
-            if not held or (len(held[-1]) + 1) * (length[row] + width) > budget:
-                held.append([])
-            held[-1].append(row)
-        return held
+            return packs(
+                batch.prompts_of_rows,
+                batch.responses,
+                budget,
+                groups=units,
+                keep_last=with_states,
+                pairs_per_token=width,
+            )[0]
+        longest = max(map(len, batch.responses))
+        sizes = [max(len(batch.prompts[batch.prompt_of[n]]) for n in unit) + longest for unit in units]
+        return [[n for i in held for n in units[i]] for held in batches(sizes, budget, rows=batch.together)]
 
-    def _rows(self, model: Any, batch: TokenBatch, rows: list[int]) -> Tensor:
-        used = list(dict.fromkeys(batch.prompt_of[n] for n in rows))
-        place = {p: i for i, p in enumerate(used)}
-        return self._log_probs(
-            model,
-            [batch.prompts[p] for p in used],
-            [place[batch.prompt_of[n]] for n in rows],
-            [batch.responses[n] for n in rows],
-        )
-
-    @torch.no_grad()
     def get_inference_log_probs(self, batch: TokenBatch, reference: bool = False) -> Tensor:
         """[N, T] log-probabilities (nats) under the current policy, or under the start policy (`reference`)."""
-        width = max(len(r) for r in batch.responses)
-        out = torch.zeros(len(batch.responses), width)
-        for rows in self._micro_batches(batch):
-            if reference and self.reference is None:
-                with self.model.disable_adapter():
-                    found = self._rows(self.model, batch, rows)
-            else:
-                found = self._rows(self.reference if reference else self.model, batch, rows)
-            out[rows, : found.shape[1]] = found.float().cpu()
-        return check_log_probs(out)
+        return check_log_probs(self._log_probs(batch, reference))
+
+    @torch.no_grad()
+    def _log_probs(self, batch: TokenBatch, reference: bool = False) -> Tensor:
+        width, dtype = max(len(r) for r in batch.responses), torch.promote_types(self.model.dtype, torch.float32)
+        out = torch.zeros(len(batch.responses), width, dtype=dtype)
+        for rows in self._micro_batches(batch, with_states=False):
+            found = self._reference(batch, rows) if reference else self._scores(self.model, batch, rows)
+            out[rows, : found.shape[1]] = found.cpu()
+        return out
 
     # ---- training ----
 
@@ -231,34 +244,40 @@ class ReferencePolicy:
             eps=optimizer.eps,
             weight_decay=optimizer.weight_decay,
         )
+        if self.head is not None:
+            self.optimizer.add_param_group({"params": list(self.head.parameters())})
 
     def prepare_for_training_step(self) -> None:
         """Zero gradients, as tensors: a step without signal still moves by momentum, as it would with many ranks."""
         for parameter in self._trainable():
             parameter.grad = torch.zeros_like(parameter)
 
-    def get_loss_and_metrics(self, batch: TokenBatch, loss_fn: LossFn, forward_only: bool = False) -> dict[str, float]:
+    def get_loss_and_metrics(
+        self, batch: TokenBatch, loss_fn: LossFn, forward_only: bool = False, reference: bool = False
+    ) -> dict[str, float]:
         """Run the batch in micro-batches, accumulate gradients, and return the summed metrics."""
         totals: dict[str, float] = {}
         if not batch.responses:
             return totals
-        packs_of_rows = self._micro_batches(batch)
-        for rows in packs_of_rows:
+        plan = self._micro_batches(batch, with_states=self.head is not None)
+        for rows in plan:
+            start = self._reference(batch, rows) if reference else None
             with torch.set_grad_enabled(not forward_only):
-                found = self._rows(self.model, batch, rows)
-                data = {key: _fit(value[rows], found.shape[1]).to(self.device) for key, value in batch.data.items()}
-                loss, metrics = loss_fn(found, data)
+                outputs = self.outputs(batch, rows)._replace(reference=start)
+                width = outputs.log_probs.shape[1]
+                data = {key: _fit(value[rows], width).to(self.device) for key, value in batch.data.items()}
+                loss, metrics = loss_fn(outputs, data)
             if not forward_only:
                 loss.backward()
             for key, value in metrics.items():
                 totals[key] = totals.get(key, 0.0) + float(value)
-        return check_finite(totals | {"token_ratio": self._token_ratio(batch, packs_of_rows)})
+        return check_finite(totals | {"token_ratio": self._token_ratio(batch, plan)})
 
-    def _token_ratio(self, batch: TokenBatch, plan: Sequence[Sequence[int]], keep_last: bool = False) -> float:
+    def _token_ratio(self, batch: TokenBatch, plan: Sequence[Sequence[int]]) -> float:
         """Tokens of the rows one by one over those run; 1 without sharing."""
         if not self.settings.prefix_sharing:
             return 1.0
-        return token_ratio(batch.prompts_of_rows, batch.responses, plan, keep_last)
+        return token_ratio(batch.prompts_of_rows, batch.responses, plan, self.head is not None)
 
     def finish_training_step(self) -> dict[str, float]:
         """Clip, step, and return gradient norm and learning rate. Raises NotFiniteError on a non-finite gradient."""
@@ -278,7 +297,8 @@ class ReferencePolicy:
     """Factor on the learning rate, set by a stage that decays it."""
 
     def _trainable(self) -> list[torch.nn.Parameter]:
-        return [p for p in self.model.parameters() if p.requires_grad]
+        own = [p for p in self.model.parameters() if p.requires_grad]
+        return own if self.head is None else [*own, *self.head.parameters()]
 
     def save_training_state(self, folder: Path) -> None:
         """Write everything a bit-exact resume needs as `FOLDER/state.pt`. Raises OSError."""
@@ -298,14 +318,16 @@ class ReferencePolicy:
             raise InputError(Problem(str(path), None, "checkpoint", short(f"{error!r}"), remedy)) from error
 
     def _state(self) -> dict[str, Any]:
-        """Trained weights, optimiser, torch's random state, step."""
+        """Trained weights, optimiser, torch's random state, step, and the value head."""
         assert self.optimizer is not None, "prepare_for_training first"
         weights = {name: p.detach().cpu() for name, p in self.model.named_parameters() if p.requires_grad}
+        head = {} if self.head is None else {k: v.detach().cpu() for k, v in self.head.state_dict().items()}
         return {
             "weights": weights,
             "optimizer": self.optimizer.state_dict(),
             "rng": torch.get_rng_state(),
             "steps": self.steps,
+            **({"head": head} if head else {}),
         }
 
     def _restore(self, state: dict[str, Any]) -> None:
@@ -317,6 +339,8 @@ class ReferencePolicy:
         self.optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["rng"])
         self.steps = state["steps"]
+        if self.head is not None:
+            self.head.load_state_dict(state["head"])
 
     def export(self, folder: Path) -> None:
         """Write an ordinary HF checkpoint; adapters are merged into a copy."""
@@ -350,6 +374,25 @@ def _with_lora(model: Any, policy: Policy) -> Any:
         task_type="CAUSAL_LM",
     )
     return get_peft_model(model, config)
+
+
+def _value_head(model: Any, device: torch.device) -> torch.nn.Linear:
+    """A head for log V that says 0."""
+    size, dtype = model.config.get_text_config().hidden_size, torch.promote_types(model.dtype, torch.float32)
+    head = torch.nn.Linear(size, 1, device=device, dtype=dtype)
+    torch.nn.init.zeros_(head.weight)
+    torch.nn.init.zeros_(head.bias)
+    return head
+
+
+def _values(head: torch.nn.Linear, hidden: Tensor) -> Tensor:
+    """log V of hidden states [..., H]."""
+    return head(hidden.to(head.weight.dtype))[..., 0]
+
+
+def _states(tokens: Tensor) -> Tensor:
+    """[N, T+1] bool: the states of responses whose tokens are [N, T]."""
+    return torch.cat([torch.ones_like(tokens[:, :1]), tokens], 1)
 
 
 def _fit(value: Tensor, width: int) -> Tensor:

@@ -4,24 +4,26 @@ through its own chat template."""
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
+from nemo_pivotrl.backends.batching import batches
 from nemo_pivotrl.backends.hf_models import load_model
 from nemo_pivotrl.config import Oracles
 from nemo_pivotrl.core.errors import InputError, Problem
-from nemo_pivotrl.core.model_folder import load_config, load_tokenizer
-from nemo_pivotrl.data import template_sandbox
+from nemo_pivotrl.sizing.hf_folder import load_config, load_tokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class RewardModel:
-    """`(conversations, answers) -> scores` by the checkpoint of one objective."""
+    """`(conversations, answers) -> scores` by the checkpoint of one objective. render: (tokenizer, messages) -> the text of its
+    chat template."""
 
-    def __init__(self, objective: str, settings: Oracles):
+    def __init__(self, objective: str, settings: Oracles, render: Callable[..., str]):
+        self.render = render
         folder, where = settings.reward_models[objective], f"oracles.reward_models.{objective}"
 
         def refuse(found: str, remedy: str) -> InputError:
@@ -50,7 +52,7 @@ class RewardModel:
         affair.
         """
         texts = [
-            template_sandbox.render(self.tokenizer, [*messages, {"role": "assistant", "content": answer}])
+            self.render(self.tokenizer, [*messages, {"role": "assistant", "content": answer}])
             for messages, answer in zip(asked, answers, strict=True)
         ]
         ids = [self.tokenizer.encode(text, add_special_tokens=False) for text in texts]
@@ -59,17 +61,11 @@ class RewardModel:
         if limit and longest > limit:
             remedy = f"the reward model reads {limit}: lower decode.max_new_tokens or shorten the prompts"
             raise InputError(Problem("oracle", None, self.objective, f"{longest} tokens", remedy))
-        by_length: dict[int, list[int]] = {}
-        for n, row in enumerate(ids):
-            by_length.setdefault(len(row), []).append(n)
         scores: list[float | None] = [None] * len(ids)
-        for length, rows in by_length.items():
-            size = max(1, self.batch_tokens // length)
-            for start in range(0, len(rows), size):
-                chunk = rows[start : start + size]
-                for n, score in zip(chunk, self._scores([ids[n] for n in chunk]), strict=True):
-                    (again,) = [score] if math.isfinite(score) else self._scores([ids[n]])
-                    scores[n] = again if math.isfinite(again) else None
+        for rows in batches(list(map(len, ids)), self.batch_tokens, equal=True):
+            for n, score in zip(rows, self._scores([ids[n] for n in rows]), strict=True):
+                (again,) = [score] if math.isfinite(score) else self._scores([ids[n]])
+                scores[n] = again if math.isfinite(again) else None
         return scores
 
     def _scores(self, rows: list[list[int]]) -> list[float]:

@@ -76,6 +76,16 @@ def run(model: Any, forest: Forest, **asked: Any) -> tuple[Any, Tensor]:
     return output, of
 
 
+def hidden_of(model: Any, forest: Forest) -> tuple[Tensor, Tensor]:
+    """(last hidden states [A, H] of the tokens that predict, which of them each prediction [P] reads), without logits."""
+    at, of = torch.unique(forest.places, return_inverse=True)
+    with over_forests(model):
+        output = model.base_model(
+            input_ids=forest.tokens[None], position_ids=forest.positions[None], use_cache=False, forest=forest
+        )
+    return output.last_hidden_state[0, at], of
+
+
 def log_probs(logits: Tensor, of: Tensor, forest: Forest, temperature: float = 1.0) -> Tensor:
     """Log-probability [n, T] (nats, float32 or better) of every response token, 0 on padding; logits [A, V]."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature

@@ -14,7 +14,7 @@ import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -135,14 +135,6 @@ def repack_tied_head(model: Any) -> None:
 # ---- the trainer's side ----
 
 
-class Refittable(Sampler, Protocol):
-    """A sampler whose weights can be replaced."""
-
-    in_one_process: bool
-
-    def refit(self, weights: Iterable[tuple[str, Tensor]] | str) -> list[str]: ...
-
-
 class Refitted:
     """A trainer whose turns come from vLLM: `backends.base.Backend`. After a step the engine is refitted before it samples.
 
@@ -230,8 +222,10 @@ class Refitted:
     def prepare_for_training_step(self) -> None:
         self.trainer.prepare_for_training_step()
 
-    def get_loss_and_metrics(self, batch: TokenBatch, loss_fn: Any, forward_only: bool = False) -> dict[str, float]:
-        return self.trainer.get_loss_and_metrics(batch, loss_fn, forward_only)
+    def get_loss_and_metrics(
+        self, batch: TokenBatch, loss_fn: Any, forward_only: bool = False, reference: bool = False
+    ) -> dict[str, float]:
+        return self.trainer.get_loss_and_metrics(batch, loss_fn, forward_only, reference)
 
     def finish_training_step(self) -> dict[str, float]:
         self.stale = True

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from nemo_pivotrl.algorithms.pivotrl import grpo_loss
+from nemo_pivotrl.config.nemo_aligner_blocks import PivotRLModelBlock, read_block
 from nemo_pivotrl.integrations.nemo_aligner.generation import generate_turns
 from nemo_pivotrl.integrations.nemo_aligner.pivot_data import chat_of
 from nemo_pivotrl.integrations.nemo_aligner.served import ServedTurns
-from nemo_pivotrl.integrations.nemo_aligner.settings import PivotRLModelBlock, loss_settings, read_block
 from nemo_pivotrl.integrations.nemo_aligner.versions import require, without_tensorrt_llm
 
 require()
@@ -113,7 +113,7 @@ def parents_block(block: PivotRLModelBlock) -> DictConfig:
 class MegatronGPTPivotRLActorModel(MegatronGPTActorModel):  # type: ignore[misc]
     """A GPT policy that samples turns, scores them and takes PivotRL's clipped step.
 
-    `cfg` is the `model` block, with `model.pivotrl` (`settings.PivotRLModelBlock`).
+    `cfg` is the `model` block, with `model.pivotrl` (`config.nemo_aligner_blocks.PivotRLModelBlock`).
     """
 
     def __init__(self, cfg: DictConfig, trainer: Any):
@@ -122,7 +122,7 @@ class MegatronGPTPivotRLActorModel(MegatronGPTActorModel):  # type: ignore[misc]
         with open_dict(cfg):
             cfg.ppo = parents_block(self.block)  # the parent hard-codes its own name
         super().__init__(cfg, trainer=trainer)
-        self.settings = loss_settings(self.block.loss_fn)
+        self.settings = self.block.loss_fn
         self.stop_ids = chat_of(self.tokenizer, self.block).stop_ids
 
     # ---- training ----
@@ -165,7 +165,7 @@ class MegatronGPTPivotRLActorModel(MegatronGPTActorModel):  # type: ignore[misc]
             raise ValueError(f"{rows} rows for {wanted}: call prepare_for_training, and give a whole local batch")
         mask, position_ids = self._masks(batch["response_tokens"])
         batch = {**batch, "attention_mask": mask, "position_ids": position_ids}
-        counted = batch["mask"].sum() if self.settings.token_mean else batch["valid"].sum()
+        counted = batch["mask"].sum() if self.settings.token_level_loss else batch["valid"].sum()
         normaliser = max(1.0, float(data_parallel_sum(counted.double())))
         scale = get_num_microbatches() * parallel_state.get_data_parallel_world_size()
         set_sync_funcs(self, forward_only)
@@ -178,7 +178,7 @@ class MegatronGPTPivotRLActorModel(MegatronGPTActorModel):  # type: ignore[misc]
             seq_length=batch["response_tokens"].size(1),
             micro_batch_size=self.cfg.micro_batch_size,
         )
-        names = METRICS if self.settings.kl_beta > 0 else METRICS[:-1]
+        names = METRICS if self.settings.reference_policy_kl_penalty > 0 else METRICS[:-1]
         metrics = reduced_metrics(parts, names)
         return metrics["loss"], metrics
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from nemo_pivotrl.algorithms.llmdoctor import plan, tfpo_loss
+from nemo_pivotrl.config.nemo_aligner_blocks import LLMDoctorModelBlock, read_block
 from nemo_pivotrl.integrations.nemo_aligner.actor import data_parallel_sum, policy_log_probs, reduced_metrics
-from nemo_pivotrl.integrations.nemo_aligner.settings import LLMDoctorModelBlock, read_block, tfpo_settings
 from nemo_pivotrl.integrations.nemo_aligner.versions import require
 
 require()
@@ -102,14 +102,13 @@ def headless() -> Iterator[None]:
 class MegatronGPTLLMDoctorModel(  # type: ignore[misc]
     NLPAdapterModelMixin, megatron_gpt_model.MegatronGPTModel, SupervisedInterface
 ):
-    """A doctor. `cfg` is the `model` block, with `model.llmdoctor` (`settings.LLMDoctorModelBlock`)."""
+    """A doctor. `cfg` is the `model` block, with `model.llmdoctor` (`config.nemo_aligner_blocks.LLMDoctorModelBlock`)."""
 
     def __init__(self, cfg: Any, trainer: Any):
         self.block: LLMDoctorModelBlock = read_block(LLMDoctorModelBlock, cfg.llmdoctor, "model.llmdoctor")
         super().__init__(cfg, trainer=trainer)
         self.automatic_optimization = False
         self.ref_policy_state_dict: dict[str, Any] | None = None
-        self.settings = tfpo_settings(self.block)
 
     def model_provider_func(self, pre_process: bool, post_process: bool) -> Any:
         """A pipeline stage, built as NeMo builds a GPT's."""
@@ -119,7 +118,7 @@ class MegatronGPTLLMDoctorModel(  # type: ignore[misc]
     @property
     def anchored(self) -> bool:
         """Whether the loss reads the reference's log-probabilities."""
-        return self.settings.anchor == "reference"
+        return self.block.anchor == "reference"
 
     def get_forward_output_and_loss_func(
         self, normaliser: float = 1.0, scale: float = 1.0, logprobs_only: bool = False
@@ -144,12 +143,12 @@ class MegatronGPTLLMDoctorModel(  # type: ignore[misc]
                     k: torch.cat([batch[f"chosen_{k}"], batch[f"rejected_{k}"]]) for k in ("rewards", "mask", "ended")
                 }
                 rows = torch.arange(len(tokens), device=tokens.device).view(2, -1).T
-                layout = plan(tokens[:, 1:], both["rewards"], both["mask"], both["ended"], rows, self.settings)
+                layout = plan(tokens[:, 1:], both["rewards"], both["mask"], both["ended"], rows, self.block)
                 reference = None
                 if self.anchored:
                     names = ("ref_policy_log_probs_chosen", "ref_policy_log_probs_rejected")
                     reference = torch.cat([batch[name] for name in names])
-                loss, metrics = tfpo_loss(log_probs, log_values, layout, normaliser, self.settings, reference)
+                loss, metrics = tfpo_loss(log_probs, log_values, layout, normaliser, self.block, reference)
                 return loss * scale, metrics
 
             return output, log_probs_of if logprobs_only else loss_func

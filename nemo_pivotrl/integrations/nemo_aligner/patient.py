@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemo_pivotrl.backends.sampling import batches_within
+from nemo_pivotrl.backends.batching import batches
+from nemo_pivotrl.config.nemo_aligner_blocks import PatientBlock, PivotRLModelBlock
 from nemo_pivotrl.integrations.nemo_aligner.actor import MegatronGPTActorModel, Step, parents_block, policy_log_probs
-from nemo_pivotrl.integrations.nemo_aligner.settings import PatientBlock, PivotRLModelBlock
 from nemo_pivotrl.integrations.nemo_aligner.versions import require
 
 require()
@@ -73,9 +73,8 @@ class AlignerScorer:
         rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
         mine: dict[int, Tensor] = {}
         numbers = range(rank, len(sequences), ranks)
-        for places in batches_within(
-            [len(sequences[n][0]) + len(sequences[n][1]) for n in numbers], self.settings.batch_tokens
-        ):
+        sizes = [len(sequences[n][0]) + len(sequences[n][1]) for n in numbers]
+        for places in batches(sizes, self.settings.batch_tokens):
             batch = [numbers[place] for place in places]
             rows = [[*sequences[n][0], *sequences[n][1]] for n in batch]
             tokens = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)

@@ -15,33 +15,19 @@ from nemo_pivotrl.algorithms import llmdoctor
 from nemo_pivotrl.algorithms.llmdoctor import (
     FlowStatistics,
     Layout,
-    TfpoSettings,
     flow_statistics,
     guided_logits,
     merge_flow,
-    merge_shards,
     mix_logits,
     plan,
     subtb,
     tfpo_loss,
-    tfpo_loss_of,
-    tfpo_statistics,
     token_rewards,
     truncate,
-    unpack,
 )
+from nemo_pivotrl.config import TfpoLoss
 
-PLAIN = TfpoSettings(
-    kappa=1.0,
-    length_normalize=False,
-    reduction="pair_mean",
-    decay=1.0,
-    anchor="none",
-    value_weight=1.0,
-    gamma=0.1,
-    value_pairs="divergence",
-    linear_margin=False,
-)
+PLAIN = TfpoLoss(kappa=1.0)
 CHANGES: list[dict[str, object]] = [
     {},
     {"reduction": "sum"},
@@ -216,10 +202,10 @@ class Batch:
     ended: Tensor
     pairs: Tensor
 
-    def layout(self, settings: TfpoSettings) -> Layout:
+    def layout(self, settings: TfpoLoss) -> Layout:
         return plan(self.ids, self.rewards, self.mask, self.ended, self.pairs, settings)
 
-    def loss(self, settings: TfpoSettings, normaliser: float = 2.0) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, settings: TfpoLoss, normaliser: float = 2.0) -> tuple[Tensor, dict[str, Tensor]]:
         return tfpo_loss(self.log_probs, self.log_values, self.layout(settings), normaliser, settings, self.reference)
 
 
@@ -240,7 +226,7 @@ def batch(seed: int = 0, mask: list[list[int]] | None = None) -> Batch:
     return Batch(log_probs, log_values, reference, ids, rewards, kept, ended, torch.tensor([[0, 2], [3, 1]]))
 
 
-def slow_subtb(c: Callable[[int, int], Tensor], length: int, s: TfpoSettings, skip_start: bool = False) -> Tensor:
+def slow_subtb(c: Callable[[int, int], Tensor], length: int, s: TfpoLoss, skip_start: bool = False) -> Tensor:
     """Every sub-trajectory of one answer; c(m, n) is its residual."""
     terms, weights = [], []
     for m, n in itertools.combinations(range(length + 1), 2):
@@ -251,7 +237,7 @@ def slow_subtb(c: Callable[[int, int], Tensor], length: int, s: TfpoSettings, sk
     return total / sum(weights) if s.reduction == "pair_mean" else total
 
 
-def slow_tfpo(b: Batch, s: TfpoSettings, normaliser: float, wrong: str = "") -> Tensor:
+def slow_tfpo(b: Batch, s: TfpoLoss, normaliser: float, wrong: str = "") -> Tensor:
     """Equation (32) pair by pair. `wrong` names a variant that somebody published or could write."""
     columns = [row.nonzero()[:, 0].tolist() for row in b.mask]
     values, flows = [], []
@@ -323,7 +309,7 @@ HOLES = [[1, 1, 1, 1, 1, 1], [1, 0, 0, 1, 1, 0], [0, 1, 1, 0, 1, 1], [0, 1, 0, 1
 
 @pytest.mark.parametrize("settings", SETTINGS)
 @pytest.mark.parametrize("mask", [None, LEFT, HOLES])
-def test_loss_and_gradient_equal_the_slow_formula(settings: TfpoSettings, mask: list[list[int]] | None) -> None:
+def test_loss_and_gradient_equal_the_slow_formula(settings: TfpoLoss, mask: list[list[int]] | None) -> None:
     b = leaves(batch(1, mask))
     loss, metrics = b.loss(settings)
     expected = slow_tfpo(b, settings, 2.0)
@@ -334,7 +320,7 @@ def test_loss_and_gradient_equal_the_slow_formula(settings: TfpoSettings, mask: 
 
 
 @pytest.mark.parametrize("settings", SETTINGS)
-def test_gradcheck(settings: TfpoSettings) -> None:
+def test_gradcheck(settings: TfpoLoss) -> None:
     b = leaves(batch(2))
 
     def loss(log_probs: Tensor, log_values: Tensor) -> Tensor:
@@ -497,7 +483,7 @@ def test_a_row_belongs_to_one_pair() -> None:
 
 
 @pytest.mark.parametrize("settings", SETTINGS)
-def test_padding_on_any_side_and_holes_count_as_cut_out(settings: TfpoSettings) -> None:
+def test_padding_on_any_side_and_holes_count_as_cut_out(settings: TfpoLoss) -> None:
     tight = batch(5)
     wide = dataclasses.replace(batch(6, HOLES), ended=tight.ended)
     for row in range(4):  # the same answers, scattered over the places of HOLES; row lengths are those of `tight`
@@ -511,9 +497,7 @@ def test_padding_on_any_side_and_holes_count_as_cut_out(settings: TfpoSettings) 
 
 @pytest.mark.parametrize("settings", SETTINGS)
 @pytest.mark.parametrize("mask", [None, LEFT, HOLES])
-def test_nothing_outside_the_mask_matters_or_gets_a_gradient(
-    settings: TfpoSettings, mask: list[list[int]] | None
-) -> None:
+def test_nothing_outside_the_mask_matters_or_gets_a_gradient(settings: TfpoLoss, mask: list[list[int]] | None) -> None:
     b = batch(7, mask)
     state = b.layout(settings).state
     poisoned = leaves(
@@ -530,118 +514,6 @@ def test_nothing_outside_the_mask_matters_or_gets_a_gradient(
     in_tokens, in_states = gradients(poisoned, loss)
     assert torch.count_nonzero(in_tokens[~b.mask]) == 0 and torch.count_nonzero(in_states[~state]) == 0
     assert torch.count_nonzero(in_tokens[b.mask]) > 10 and torch.count_nonzero(in_states[state]) > 8
-
-
-@pytest.mark.parametrize("settings", SETTINGS)
-def test_a_packed_batch_equals_the_padded_one(settings: TfpoSettings) -> None:
-    b = leaves(batch(8))
-    lengths, prompts = b.mask.sum(1).tolist(), [2, 3, 2, 3]
-    cu = torch.tensor([0, *itertools.accumulate(n + p for n, p in zip(lengths, prompts, strict=True))])
-
-    def stream(answers: Tensor, before: int) -> Tensor:
-        """The answers behind prompts of 7s, whose last one is an answer's first state where `before` is 1."""
-        parts = [
-            torch.cat([answers.new_full((p - before,), 7), row[: n + before]])
-            for row, n, p in zip(answers, lengths, prompts, strict=True)
-        ]
-        return torch.cat(parts)
-
-    ids, rewards, reference = (unpack(stream(x, 0), cu)[:, 1:] for x in (b.ids, b.rewards, b.reference))
-    mask = unpack(torch.cat([torch.arange(n + p) >= p for n, p in zip(lengths, prompts, strict=True)]), cu)[:, 1:]
-    layout = plan(ids, rewards, mask, b.ended, b.pairs, settings)
-    tokens, states = stream(b.log_probs, 0), stream(b.log_values, 1)
-    log_values = unpack(states, cu)
-    loss, metrics = tfpo_loss(unpack(tokens, cu)[:, 1:], log_values, layout, 2.0, settings, reference)
-    whole, expected = b.loss(settings)
-    assert {k: float(v) for k, v in metrics.items()} == {
-        k: pytest.approx(float(v), rel=1e-12) for k, v in expected.items()
-    }
-    for found, right in zip(gradients(b, loss), gradients(b, whole), strict=True):
-        assert (found - right).abs().max() < 1e-12 * max(1.0, float(right.abs().max()))
-    # shifted labels: the prediction made at a position is of the next token
-    shifted = torch.cat([tokens[1:], tokens[:1]])
-    assert torch.equal(tfpo_loss(unpack(shifted, cu)[:, :-1], log_values, layout, 2.0, settings, reference)[0], loss)
-    # wrong axes: the same columns for both, and values one position late
-    late = unpack(torch.cat([states[1:], states[:1]]), cu)
-    for wrong in (
-        tfpo_loss(unpack(tokens, cu)[:, :-1], log_values, layout, 2.0, settings, reference),
-        tfpo_loss(unpack(tokens, cu)[:, 1:], late, layout, 2.0, settings, reference),
-    ):
-        assert abs(float(wrong[0].detach() - loss.detach())) > 1e-3
-
-
-def test_unpack_of_ragged_and_empty_sequences() -> None:
-    rows = unpack(torch.arange(1, 6), torch.tensor([0, 2, 2, 5]))
-    assert rows.tolist() == [[1, 2, 0], [0, 0, 0], [3, 4, 5]]
-    assert unpack(torch.ones(0), torch.tensor([0])).shape == (0, 0)
-    assert unpack(torch.ones(0), torch.tensor([0, 0])).shape == (1, 0)
-
-
-def pieces_of(b: Batch, settings: TfpoSettings, cuts: list[int]) -> list[llmdoctor.TfpoStatistics]:
-    layout, bounds = b.layout(settings), [0, *cuts, 7]
-    log_probs, reference = pad(b.log_probs, (0, 1), value=math.nan), pad(b.reference, (0, 1))
-    return [
-        tfpo_statistics(log_probs[:, i:j], b.log_values[:, i:j], layout.columns(i, j), settings, reference[:, i:j])
-        for i, j in itertools.pairwise(bounds)
-    ]
-
-
-@pytest.mark.parametrize("settings", SETTINGS)
-@pytest.mark.parametrize("mask", [None, LEFT, HOLES])
-def test_shards_merge_into_the_unsharded_loss_and_each_gets_its_own_gradient(
-    settings: TfpoSettings, mask: list[list[int]] | None
-) -> None:
-    b = leaves(batch(9, mask))
-    with torch.no_grad():  # a causal model's two values of one prompt are equal; shards cannot average them
-        for w, r in b.pairs.tolist():
-            start = b.layout(settings).start
-            b.log_values[r, start[r]] = b.log_values[w, start[w]]
-    whole, expected = b.loss(settings)
-    right = gradients(b, whole)
-    for cuts in ([1], [4], [6], [2, 5], [1, 2, 3, 4, 5, 6]):
-        pieces = pieces_of(b, settings, cuts)
-        metrics = tfpo_loss_of(merge_shards(pieces, settings.decay), b.layout(settings), 2.0, settings)[1]
-        for name, value in metrics.items():
-            assert float(value) == pytest.approx(float(expected[name]), rel=1e-12, abs=1e-13), (name, cuts)
-        parts = []
-        for own in range(len(pieces)):  # what rank `own` computes when the others' statistics arrive without gradient
-            seen = [
-                p
-                if i == own
-                else llmdoctor.TfpoStatistics(
-                    FlowStatistics(*(x.detach() for x in p.flow)), *(x.detach() for x in p[1:])
-                )
-                for i, p in enumerate(pieces)
-            ]
-            local, _ = tfpo_loss_of(merge_shards(seen, settings.decay), b.layout(settings), 2.0, settings)
-            parts.append(torch.autograd.grad(local, [b.log_probs, b.log_values], retain_graph=True))
-        for found, share in zip(map(sum, zip(*parts, strict=True)), right, strict=True):
-            # the pair's shared value may lie on one shard or on two: the sum over its two rows is what a model sees
-            state = b.layout(settings).start if share.shape[1] == 7 else torch.zeros_like(b.mask)
-            assert (found - share).masked_fill(state, 0).abs().max() < 1e-10 * max(1.0, float(share.abs().max()))
-            for w, r in b.pairs.tolist():
-                both = [x[w, state[w]].sum() + x[r, state[r]].sum() for x in (found, share)]
-                assert float(both[0]) == pytest.approx(float(both[1]), rel=1e-9, abs=1e-9)
-
-
-@pytest.mark.parametrize("decay", [1.0, 0.9])
-def test_zigzag_pieces_merge_in_the_order_of_states_and_in_no_other(decay: float) -> None:
-    b, settings = batch(10), dataclasses.replace(PLAIN, decay=decay, value_weight=0.0)
-    first, second, third, fourth = pieces_of(b, settings, [2, 4, 5])
-    layout, whole = b.layout(settings), float(b.loss(settings)[0])
-
-    def loss(*pieces: llmdoctor.TfpoStatistics) -> float:
-        return float(tfpo_loss_of(merge_shards(pieces, decay), layout, 2.0, settings)[0])
-
-    assert loss(first, second, third, fourth) == pytest.approx(whole, rel=1e-12)
-    assert loss(merge_shards([first, second], decay), merge_shards([third, fourth], decay)) == pytest.approx(whole)
-    assert abs(loss(first, fourth, second, third) - whole) > 1e-3  # ranks hold (first, fourth) and (second, third)
-
-
-def test_statistics_survive_one_tensor_for_a_collective() -> None:
-    flow = pieces_of(batch(10), PLAIN, [3])[1].flow
-    again = FlowStatistics(*torch.stack(flow).unbind(0))
-    assert all(torch.equal(a, b) for a, b in zip(flow, again, strict=True))
 
 
 @pytest.mark.parametrize("decay", [1.0, 0.9, 0.3])
@@ -674,7 +546,7 @@ def test_the_weighted_tree_equals_the_loop_over_gaps(decay: float, states: int) 
 
 
 @pytest.mark.parametrize("settings", SETTINGS)
-def test_micro_batches_of_pairs_add_up_to_the_batch(settings: TfpoSettings) -> None:
+def test_micro_batches_of_pairs_add_up_to_the_batch(settings: TfpoLoss) -> None:
     b = batch(11)
     whole = b.loss(settings)[1]
     parts = []
@@ -688,7 +560,7 @@ def test_micro_batches_of_pairs_add_up_to_the_batch(settings: TfpoSettings) -> N
 
 
 @pytest.mark.parametrize("settings", SETTINGS)
-def test_a_batch_with_everything_masked_or_without_pairs_is_a_connected_zero(settings: TfpoSettings) -> None:
+def test_a_batch_with_everything_masked_or_without_pairs_is_a_connected_zero(settings: TfpoLoss) -> None:
     b = batch(12)
     for empty in (
         dataclasses.replace(b, mask=torch.zeros_like(b.mask)),
@@ -955,7 +827,7 @@ def test_the_anchor_demands_its_reference_and_settings_their_ranges() -> None:
         tfpo_loss(b.log_probs, b.log_values, b.layout(settings), 1.0, settings)
     for change in ({"kappa": -1.0}, {"decay": 0.0}, {"decay": 1.1}, {"gamma": -0.1}, {"value_weight": -1.0}):
         with pytest.raises(ValueError, match=next(iter(change))):
-            dataclasses.replace(PLAIN, **change)
+            b.layout(dataclasses.replace(PLAIN, **change))
 
 
 # ---- stage 3: guided decoding ----

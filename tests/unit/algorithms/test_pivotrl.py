@@ -1,6 +1,5 @@
 """The PivotRL paper's mathematics against slow float64 formulas, hand-computed cases and wrong variants."""
 
-import dataclasses
 import itertools
 import math
 
@@ -8,19 +7,11 @@ import pytest
 import torch
 
 from nemo_pivotrl.algorithms import pivotrl
-from nemo_pivotrl.algorithms.pivotrl import LossSettings, group_advantages, grpo_loss, keep_pivot, kl_k3, statistics
+from nemo_pivotrl.algorithms.pivotrl import group_advantages, grpo_loss, keep_pivot, kl_k3, statistics
+from nemo_pivotrl.config import LossFn
 from nemo_pivotrl.core.types import Action, Candidate, Profile, ToolCall
 
-PLAIN = LossSettings(
-    clip_low=0.2,
-    clip_high=0.2,
-    clip_dual=None,
-    sequence_ratio=False,
-    token_mean=True,
-    kl_beta=0.0,
-    tis_cap=None,
-    tis_floor=0.0,
-)
+PLAIN = LossFn()
 
 
 def outcomes(successes: int, count: int) -> list[float]:
@@ -201,26 +192,27 @@ def test_advantage_clip_and_no_normalisation() -> None:
 # ---- loss ----
 
 
-def slow_loss(lp, old, adv, mask, normaliser, s: LossSettings, ref=None, sampler=None) -> float:  # type: ignore[no-untyped-def]
+def slow_loss(lp, old, adv, mask, normaliser, s: LossFn, ref=None, sampler=None) -> float:  # type: ignore[no-untyped-def]
     """Equation (15) token by token in Python floats."""
     total = 0.0
     for n in range(len(lp)):
         tokens = [t for t in range(len(lp[n])) if mask[n][t]]
         for t in tokens:
-            if s.sequence_ratio:
+            if s.ratio_level == "sequence":
                 w = math.exp(sum(lp[n][j] - old[n][j] for j in tokens) / len(tokens))
             else:
                 w = math.exp(lp[n][t] - old[n][t])
-            gain = min(w * adv[n], min(max(w, 1 - s.clip_low), 1 + s.clip_high) * adv[n])
-            if s.clip_dual is not None and adv[n] < 0:
-                gain = max(gain, s.clip_dual * adv[n])
+            gain = min(w * adv[n], min(max(w, 1 - s.ratio_clip_min), 1 + s.ratio_clip_max) * adv[n])
+            if s.ratio_clip_c is not None and adv[n] < 0:
+                gain = max(gain, s.ratio_clip_c * adv[n])
             value = -gain
-            if s.tis_cap is not None:
-                value *= min(max(math.exp(old[n][t] - sampler[n][t]), s.tis_floor), s.tis_cap)
-            if s.kl_beta > 0:
+            if s.use_importance_sampling_correction:
+                low, high = s.truncated_importance_sampling_ratio_min, s.truncated_importance_sampling_ratio
+                value *= min(max(math.exp(old[n][t] - sampler[n][t]), low), high)
+            if s.reference_policy_kl_penalty > 0:
                 d = ref[n][t] - lp[n][t]
-                value += s.kl_beta * (math.exp(d) - d - 1)
-            total += value / (1 if s.token_mean else len(tokens))
+                value += s.reference_policy_kl_penalty * (math.exp(d) - d - 1)
+            total += value / (1 if s.token_level_loss else len(tokens))
     return total / normaliser
 
 
@@ -234,20 +226,34 @@ def random_batch(seed: int = 0):  # type: ignore[no-untyped-def]
 
 SETTINGS = [
     PLAIN,
-    dataclasses.replace(PLAIN, clip_high=0.28),
-    dataclasses.replace(PLAIN, clip_dual=1.5),
-    dataclasses.replace(PLAIN, sequence_ratio=True),
-    dataclasses.replace(PLAIN, token_mean=False),
-    dataclasses.replace(PLAIN, kl_beta=0.1),
-    dataclasses.replace(PLAIN, tis_cap=1.3, tis_floor=0.8),
-    LossSettings(0.1, 0.3, 2.0, True, False, 0.05, 1.2, 0.5),
+    LossFn(ratio_clip_max=0.28),
+    LossFn(ratio_clip_c=1.5),
+    LossFn(ratio_level="sequence"),
+    LossFn(token_level_loss=False),
+    LossFn(reference_policy_kl_penalty=0.1),
+    LossFn(
+        use_importance_sampling_correction=True,
+        truncated_importance_sampling_ratio=1.3,
+        truncated_importance_sampling_ratio_min=0.8,
+    ),
+    LossFn(
+        ratio_clip_min=0.1,
+        ratio_clip_max=0.3,
+        ratio_clip_c=2.0,
+        ratio_level="sequence",
+        token_level_loss=False,
+        reference_policy_kl_penalty=0.05,
+        use_importance_sampling_correction=True,
+        truncated_importance_sampling_ratio=1.2,
+        truncated_importance_sampling_ratio_min=0.5,
+    ),
 ]
 
 
 @pytest.mark.parametrize("settings", SETTINGS)
-def test_loss_equals_the_token_by_token_formula_and_its_gradient_is_right(settings: LossSettings) -> None:
+def test_loss_equals_the_token_by_token_formula_and_its_gradient_is_right(settings: LossFn) -> None:
     lp, old, ref, sampler, adv, mask = random_batch()
-    normaliser = float(mask.sum()) if settings.token_mean else 4.0
+    normaliser = float(mask.sum()) if settings.token_level_loss else 4.0
     loss, metrics = grpo_loss(lp, old, adv, mask, normaliser, settings, ref, sampler)
     expected = slow_loss(
         *(x.tolist() for x in (lp, old, adv, mask)), normaliser, settings, ref.tolist(), sampler.tolist()
@@ -261,7 +267,7 @@ def test_loss_equals_the_token_by_token_formula_and_its_gradient_is_right(settin
 
 
 @pytest.mark.parametrize("settings", SETTINGS)
-def test_micro_batches_add_up_to_the_batch(settings: LossSettings) -> None:
+def test_micro_batches_add_up_to_the_batch(settings: LossFn) -> None:
     lp, old, ref, sampler, adv, mask = random_batch(1)
     whole = grpo_loss(lp, old, adv, mask, 12.0, settings, ref, sampler)[1]
     parts = [
@@ -289,7 +295,7 @@ def test_hand_computed_clipping_in_all_four_corners() -> None:
     loss, metrics = grpo_loss(lp, torch.zeros_like(lp), adv, one, 4.0, PLAIN)
     assert float(loss) == pytest.approx(-(1.2 - 1.5 + 0.5 - 0.8) / 4)
     assert float(metrics["clip_share"]) == 0.5
-    dual = grpo_loss(lp, torch.zeros_like(lp), adv, one, 4.0, dataclasses.replace(PLAIN, clip_dual=1.25))[0]
+    dual = grpo_loss(lp, torch.zeros_like(lp), adv, one, 4.0, LossFn(ratio_clip_c=1.25))[0]
     assert float(dual) == pytest.approx(-(1.2 - 1.25 + 0.5 - 0.8) / 4)
 
 
@@ -323,7 +329,7 @@ def test_only_masked_in_tokens_carry_loss_and_an_empty_mask_is_a_connected_zero(
 def test_wrong_variants_differ_from_the_loss() -> None:
     """The slow formula would notice: a flipped sign, clipping that helps, a KL in the other direction, a local count."""
     lp, old, ref, _, adv, mask = random_batch(3)
-    settings = dataclasses.replace(PLAIN, kl_beta=0.1)
+    settings = LossFn(reference_policy_kl_penalty=0.1)
     right = float(grpo_loss(lp, old, adv, mask, 12.0, settings, ref)[0])
     ratio = (lp - old).exp()
     optimistic = -(torch.maximum(ratio * adv[:, None], ratio.clamp(0.8, 1.2) * adv[:, None]) * mask).sum() / 12

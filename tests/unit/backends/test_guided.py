@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from nemo_pivotrl import cli
-from nemo_pivotrl.backends import doctors as doctors_module
+from nemo_pivotrl.backends import batching
 from nemo_pivotrl.backends.reference import guided as guided_module
 from nemo_pivotrl.backends.reference.guided import (
     Doctors,
@@ -169,7 +169,7 @@ def test_left_padding_that_is_ignored_would_show(models: dict[str, Any], monkeyp
     learned = dict(models, patient=model(6, layers=2, kind="gpt2"), kind=model(7, kind="gpt2"))
     request = Steering(beta={"kind": 1.0}, temperature=0, max_new_tokens=12)
     expected = [[r[0] for r in slow(learned, p, request)] for p in PROMPTS]
-    forward = doctors_module.Stream._forward
+    forward = batching.Decoder._forward
 
     def positions_from_padding(self: Any, ids: Any, mask: Any, new: int) -> Any:
         positions = torch.arange(mask.shape[1])[None, -new:].expand(len(ids), -1)
@@ -182,7 +182,7 @@ def test_left_padding_that_is_ignored_would_show(models: dict[str, Any], monkeyp
 
     assert [list(a.token_ids) for a in generator(learned).generate(PROMPTS, request)] == expected
     for wrong in (positions_from_padding, mask_of_ones):
-        monkeypatch.setattr(doctors_module.Stream, "_forward", wrong)
+        monkeypatch.setattr(batching.Decoder, "_forward", wrong)
         assert [list(a.token_ids) for a in generator(learned).generate(PROMPTS, request)] != expected
 
 

@@ -17,7 +17,7 @@ from nemo_pivotrl.backends import loading as backends
 from nemo_pivotrl.backends.hf_models import check_weights, load_model, not_finite
 from nemo_pivotrl.config import Patient, Policy
 from nemo_pivotrl.core.errors import InputError
-from nemo_pivotrl.core.model_folder import load_tokenizer
+from nemo_pivotrl.sizing.hf_folder import load_tokenizer
 
 VOCAB = 24
 WEIGHTS = "model.safetensors"
@@ -93,13 +93,17 @@ def sharded(folder: Path) -> dict[str, str]:
     return table
 
 
+def load_doctor(doctor: Policy, reference: bool = False) -> Any:
+    return backends.load(doctor, value_head=True, reference=reference, section="doctor")
+
+
 def refused(folder: Path) -> list[str]:
     """What a policy, a patient and a doctor of this folder are refused for: the same, each with its own field."""
     said = []
     for load_it, settings in (
         (backends.load, Policy(model_name=str(folder), device="cpu")),
         (backends.load_scorer, Patient(model_name=str(folder), device="cpu")),
-        (lambda doctor: backends.load_doctor(doctor, False), Policy(model_name=str(folder), device="cpu")),
+        (load_doctor, Policy(model_name=str(folder), device="cpu")),
     ):
         with pytest.raises(InputError) as caught:
             load_it(settings)  # type: ignore[operator]
@@ -141,7 +145,7 @@ def test_what_the_model_does_not_use_may_lie_beside_it(folder: Path) -> None:
 
 
 def test_a_doctors_head_is_new_and_a_reference_is_the_start_model(folder: Path) -> None:
-    doctor = backends.load_doctor(Policy(model_name=str(folder), device="cpu"), anchored=True)
+    doctor = load_doctor(Policy(model_name=str(folder), device="cpu"), reference=True)
     assert not doctor.head.weight.any()
     own, kept = doctor.model.state_dict(), doctor.reference.state_dict()  # type: ignore[union-attr]
     assert all(torch.equal(own[name], kept[name]) and own[name] is not kept[name] for name in own)

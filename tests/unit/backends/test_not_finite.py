@@ -11,8 +11,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from nemo_pivotrl.algorithms.model_outputs import ModelOutputs
 from nemo_pivotrl.backends.base import TokenBatch
-from nemo_pivotrl.backends.reference.doctor import DoctorModel
 from nemo_pivotrl.backends.reference.guided import Guided, Steering, Token, check_answers
 from nemo_pivotrl.backends.reference.policy import ReferencePolicy
 from nemo_pivotrl.backends.reference.reward_model import RewardModel
@@ -102,18 +102,24 @@ def test_log_probabilities_that_are_none_stop_training(policy: ReferencePolicy) 
         policy.get_inference_log_probs(BATCH)
 
 
+def test_a_scorer_gives_them_to_its_caller_who_leaves_out_the_sequence(policy: ReferencePolicy) -> None:
+    good, bad = policy.log_probs([(p, r) for p, r in zip(BATCH.prompts, BATCH.responses, strict=True)])
+    assert bool(good.isfinite().all()) and bool(bad.isnan().any())
+
+
 def test_a_loss_that_is_none_stops_training(policy: ReferencePolicy, folder: str) -> None:
     policy.prepare_for_training(Optimizer())
     policy.prepare_for_training_step()
     with pytest.raises(NotFiniteError, match=r"training: loss: found nan"):
-        policy.get_loss_and_metrics(BATCH, lambda log_probs, _: (log_probs.sum(), {"loss": log_probs.sum().detach()}))
-    doctor = DoctorModel(Policy(model_name=folder, device="cpu"))
+        policy.get_loss_and_metrics(BATCH, lambda o, _: (o.log_probs.sum(), {"loss": o.log_probs.sum().detach()}))
+    doctor = ReferencePolicy(Policy(model_name=folder, device="cpu"), value_head=True)
 
-    def loss(log_probs: torch.Tensor, *_: Any) -> Any:
-        return log_probs.sum() * NAN, {"loss": log_probs.sum() * NAN}
+    def loss(outputs: ModelOutputs, _: Any) -> Any:
+        return outputs.log_probs.sum() * NAN, {"loss": outputs.log_probs.sum() * NAN}
 
     with pytest.raises(NotFiniteError, match=r"training: loss: found nan"):
-        doctor.get_pair_loss_and_metrics(TokenBatch([[2, 3]], [0, 0], [[4, 6], [7, 8]], {}), loss, forward_only=True)
+        pair = TokenBatch([[2, 3]], [0, 0], [[4, 6], [7, 8]], {}, together=2)
+        doctor.get_loss_and_metrics(pair, loss, forward_only=True)
 
 
 def test_a_gradient_that_is_none_is_one_screen_and_moves_nothing(policy: ReferencePolicy) -> None:
@@ -170,9 +176,9 @@ def test_a_pair_without_numbers_has_no_row(mends: bool) -> None:
 def test_a_score_that_is_none_is_asked_for_again_and_then_left_out() -> None:
     model = RewardModel.__new__(RewardModel)
     model.tokenizer = SimpleNamespace(
-        apply_chat_template=lambda messages, tokenize: messages[-1]["content"],
         encode=lambda text, add_special_tokens: [*text],
     )  # type: ignore[assignment]
+    model.render = lambda _, messages: messages[-1]["content"]
     asked: list[int] = []
 
     def forward(input_ids: list[list[str]]) -> Any:

@@ -1,6 +1,7 @@
 """The reference backend against itself run the slow way, in float64, and against what sampling should be."""
 
 import dataclasses
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -93,8 +94,7 @@ def policy(folder: str, **changes: object) -> ReferencePolicy:
     return ReferencePolicy(dataclasses.replace(Policy(model_name=folder, dtype="float64", device="cpu"), **changes))
 
 
-def loss_fn(log_probs: torch.Tensor, data: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    return sft_loss(log_probs, data["mask"], 15.0)
+loss_fn = partial(sft_loss, normaliser=15.0)
 
 
 def slow_log_probs(model: ReferencePolicy, batch: TokenBatch) -> list[list[float]]:
@@ -120,7 +120,7 @@ def test_log_probs_equal_the_unpadded_uncached_ones(folders: dict[str, str], nam
     model = policy(folders[name], prefix_sharing=share)
     with torch.no_grad():
         expected = slow_log_probs(model, BATCH)
-        found = model._rows(model.model, BATCH, list(range(6)))
+        found = model.outputs(BATCH).log_probs
     for row, wanted in zip(found.tolist(), expected, strict=True):
         assert row[: len(wanted)] == pytest.approx(wanted, abs=ROUNDING[name]) and not any(row[len(wanted) :])
 
@@ -287,7 +287,7 @@ def test_adapters_leave_the_reference_alone_and_export_merged(folders: dict[str,
 
 
 def test_full_training_keeps_a_frozen_reference_copy(folders: dict[str, str]) -> None:
-    model = ReferencePolicy(Policy(model_name=folders["llama"], dtype="float64", device="cpu"), with_reference=True)
+    model = ReferencePolicy(Policy(model_name=folders["llama"], dtype="float64", device="cpu"), reference=True)
     before = model.get_inference_log_probs(BATCH)
     model.prepare_for_training(Optimizer(lr=5e-2))
     step(model)

@@ -6,18 +6,27 @@ the nearest key, and what remains becomes the same dataclasses that the project'
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-from nemo_pivotrl.config import LossFn, Reward, Tfpo, Verifier, Vllm, ranged
+from nemo_pivotrl.config import (
+    Advantages,
+    Checkpointing,
+    Generation,
+    Grpo,
+    LossFn,
+    Optimizer,
+    PatientReading,
+    Policy,
+    Reward,
+    TfpoLoss,
+    Verifier,
+    Vllm,
+    ranged,
+)
 from nemo_pivotrl.config.build import build
 from nemo_pivotrl.core.errors import InputError, Problem
-
-if TYPE_CHECKING:
-    from nemo_pivotrl.algorithms.llmdoctor import TfpoSettings
-    from nemo_pivotrl.algorithms.pivotrl import LossSettings
 
 FILE = "NeMo-Aligner config"
 
@@ -31,39 +40,31 @@ class BatchIterator:
     port: int = 5557
 
 
-@dataclass(kw_only=True, slots=True, frozen=True)
+@dataclass(kw_only=True, frozen=True)  # without slots, so that a block may have another base beside it
 class Progress:
     """What the trainers of both papers have in common; names are NeMo-Aligner's."""
 
-    max_epochs: int = ranged(1, 1)
+    max_epochs: int = ranged(Grpo().max_num_epochs, 1)
     max_steps: int = ranged(-1, -1)
     """-1: all of the train set, `max_epochs` times."""
-    val_check_interval: int = ranged(10, 0)
+    val_check_interval: int = ranged(Grpo().val_period, 0)
     """Steps between validations; 0: never."""
-    save_interval: int = ranged(10, 0)
+    save_interval: int = ranged(Checkpointing().save_period, 0)
     """Steps between checkpoints; a multiple of `val_check_interval` where there is validation."""
-    gradient_clip_val: float = ranged(1.0, 0.0)
+    gradient_clip_val: float = ranged(Optimizer().max_grad_norm, 0.0)
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
-class PivotRLTrainerBlock(Progress):
-    """`trainer.pivotrl`. What is not explained is `config.Grpo`'s field of the same name."""
+class PivotRLTrainerBlock(Progress, Advantages):
+    """`trainer.pivotrl`."""
 
-    num_rollouts_per_prompt: int = ranged(16, 2)
+    num_rollouts_per_prompt: int = ranged(Grpo().num_generations_per_prompt, 2)
     """`Grpo.num_generations_per_prompt`."""
-    initial_policy_kl_penalty: float = ranged(0.0, 0.0)
+    initial_policy_kl_penalty: float = ranged(LossFn().reference_policy_kl_penalty, 0.0)
     """`LossFn.reference_policy_kl_penalty`, against the start policy, inside the loss (k3)."""
     rollout_batch_seq_length: int | None = None
     """Pad rollouts to at least so many tokens; less fragmentation for more work."""
     batch_iterator: BatchIterator = field(default_factory=BatchIterator)
-    use_leave_one_out_baseline: bool = False
-    normalize_rewards: bool = True
-    zero_variance_tolerance: float = ranged(1e-6, 0.0)
-    advantage_clip: float | None = ranged(None, 0.0)
-    overlong_filtering: bool = False
-    malformed_action_advantage: float | None = None
-    max_retries: int = ranged(2, 0)
-    max_failure_share: float = ranged(0.05, 0.0, 1.0)
     seed: int = ranged(0, 0)
     """Decides every sampled turn, together with the step and the pivot's place in the batch."""
     model_gbs: int = ranged(64, 1)
@@ -75,9 +76,9 @@ class SamplingParams:
     """NeMo's sampling parameters. A pivot is one only as it was sampled: they must be the profile's."""
 
     use_greedy: bool = False
-    temperature: float = ranged(1.0, 1e-6, 10.0)
+    temperature: float = ranged(Generation().temperature, 1e-6, 10.0)
     top_k: int = ranged(0, 0)
-    top_p: float = ranged(1.0, 0.01, 1.0)
+    top_p: float = ranged(Generation().top_p, 0.01, 1.0)
     repetition_penalty: float = ranged(1.0, 0.0)
     add_BOS: bool = False
     all_probs: bool = False
@@ -90,7 +91,7 @@ class SamplingParams:
 class LengthParams:
     """Bounds of a sampled turn, in tokens."""
 
-    max_length: int = ranged(512, 1)
+    max_length: int = ranged(Generation().max_new_tokens, 1)
     min_length: int = ranged(1, 0)
 
 
@@ -98,7 +99,7 @@ class LengthParams:
 class ChatBlock:
     """`config.Policy`'s fields of the same names; the template is that of the model's tokenizer."""
 
-    tool_parser: str = "auto"
+    tool_parser: str = Policy().tool_parser
     template_kwargs: dict[str, Any] = field(default_factory=dict)
 
 
@@ -108,12 +109,12 @@ class PivotRLModelBlock:
 
     rollout_micro_batch_size: int = ranged(8, 1)
     """Pivots that are sampled together, one turn each."""
-    num_rollout_samples: int = ranged(64, 1)
+    num_rollout_samples: int = ranged(Grpo().num_prompts_per_step, 1)
     """Pivots of a step, over all ranks: `Grpo.num_prompts_per_step`."""
     forward_micro_batch_size: int = ranged(8, 1)
     """Rows of one forward pass that only scores."""
     val_rollout_micro_batch_size: int = ranged(8, 1)
-    num_val_samples: int = ranged(64, 1)
+    num_val_samples: int = ranged(Grpo().val_candidates, 1)
     """Held-out states of a validation: `Grpo.val_candidates`."""
     offload_adam_states: bool = False
     generation: Literal["nemo", "servers"] = "nemo"
@@ -140,19 +141,16 @@ class LLMDoctorTrainerBlock(Progress):
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
-class PatientBlock:
-    """Stage 1's patient, which is the `pretrained_checkpoint`. `config.Patient`'s fields of the same names."""
+class PatientBlock(PatientReading):
+    """Stage 1's patient, which is the `pretrained_checkpoint`."""
 
     run_dir: str = "."
     """Folder with `preferences.jsonl`; `token_rewards.jsonl` is written beside it."""
-    template_kwargs: dict[str, Any] = field(default_factory=dict)
-    max_total_sequence_length: int = ranged(4096, 16)
-    batch_tokens: int = ranged(16384, 16)
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
-class LLMDoctorModelBlock:
-    """`model.llmdoctor`. What is not explained is `config.Tfpo`'s field of the same name."""
+class LLMDoctorModelBlock(TfpoLoss):
+    """`model.llmdoctor`."""
 
     patient: PatientBlock = field(default_factory=PatientBlock)
     reward: Reward = field(default_factory=Reward)
@@ -161,15 +159,6 @@ class LLMDoctorModelBlock:
     """Which of the artefact's objectives; required where it holds several: one run trains one doctor."""
     log_prob_forward_micro_batch_size: int = ranged(1, 1)
     """Pairs of one forward pass of the reference."""
-    kappa: float = ranged(2.0, 1e-6)
-    length_normalize: bool = False
-    reduction: Literal["pair_mean", "sum"] = "pair_mean"
-    decay: float = ranged(1.0, 1e-6, 1.0)
-    anchor: Literal["none", "reference"] = "none"
-    value_weight: float = ranged(1.0, 0.0)
-    gamma: float = ranged(0.1, 0.0)
-    value_pairs: Literal["divergence", "position"] = "divergence"
-    linear_margin: bool = False
 
 
 def read_block(cls: type[Any], block: Any, name: str) -> Any:
@@ -256,27 +245,3 @@ def check_pivotrl(trainer: PivotRLTrainerBlock, model: PivotRLModelBlock, gbs: i
     problems += served_problems(model)
     if problems:
         raise InputError(problems)
-
-
-def loss_settings(loss_fn: LossFn) -> LossSettings:
-    """Eq. 7's numbers out of the block."""
-    from nemo_pivotrl.algorithms.pivotrl import LossSettings
-
-    correct = loss_fn.use_importance_sampling_correction
-    return LossSettings(
-        clip_low=loss_fn.ratio_clip_min,
-        clip_high=loss_fn.ratio_clip_max,
-        clip_dual=loss_fn.ratio_clip_c,
-        sequence_ratio=loss_fn.ratio_level == "sequence",
-        token_mean=loss_fn.token_level_loss,
-        kl_beta=loss_fn.reference_policy_kl_penalty,
-        tis_cap=loss_fn.truncated_importance_sampling_ratio if correct else None,
-        tis_floor=loss_fn.truncated_importance_sampling_ratio_min,
-    )
-
-
-def tfpo_settings(block: LLMDoctorModelBlock | Tfpo) -> TfpoSettings:
-    """The loss's settings out of the block."""
-    from nemo_pivotrl.algorithms.llmdoctor import TfpoSettings
-
-    return TfpoSettings(**{f.name: getattr(block, f.name) for f in dataclasses.fields(TfpoSettings)})
