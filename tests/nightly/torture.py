@@ -154,7 +154,7 @@ def on_tmpfs(stage: Stage, wanted: dict[str, str], grown: int, rng: random.Rando
         told, met = process.communicate()[1], process.returncode != 0
         if "Traceback" in told:
             return f"a traceback: {told[-1500:]}", 1
-        mount(folder, "-o", f"remount,size={room + 20 * grown + (1 << 26)}")
+        mount(folder, "-o", f"remount,size={room + 20 * grown + (1 << 30)}")
         return stage.finish(folder) or differences(wanted, contents(folder)), int(met)
     finally:
         subprocess.run(["umount", str(folder)], check=True)
