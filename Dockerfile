@@ -7,7 +7,7 @@ ARG ALIGNER_BASE_IMAGE=nvcr.io/nvidia/nemo:25.02
 
 FROM python:3.13.14-slim-bookworm AS wheel
 WORKDIR /source
-COPY setup.py pyproject.toml README.md ./
+COPY setup.py pyproject.toml README.md LICENSE ./
 COPY nemo_pivotrl nemo_pivotrl
 COPY hydra_plugins hydra_plugins
 RUN pip wheel --no-cache-dir --no-deps --wheel-dir /wheel .
@@ -41,7 +41,8 @@ LABEL org.opencontainers.image.title="nemo-pivotrl" \
 COPY deploy/docker /opt/pivotrl-build
 # hadolint ignore=DL3059
 RUN --mount=type=bind,from=wheel,source=/wheel,target=/wheel \
-    /opt/pivotrl-build/overlay.sh "${BASE_PYTHON}" /opt/pivotrl -r /opt/pivotrl-build/requirements.txt /wheel/*.whl
+    /opt/pivotrl-build/overlay.sh "${BASE_PYTHON}" /opt/pivotrl --require-hashes -r /opt/pivotrl-build/requirements.lock \
+    && "${BASE_PYTHON}" -m pip --python /opt/pivotrl/bin/python install --no-cache-dir --no-deps /wheel/*.whl
 # hadolint ignore=DL3059
 RUN --mount=type=bind,from=wheel,source=/wheel,target=/wheel \
     if [ "${WITH_VLLM}" = 1 ]; then \

@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 # all of these are commands, not files
-.PHONY: conformance verifier-speed quickstart smollm2 smollm2-doctor test test-aligner test-vllm test-all mutants torture check lint format fuzz clean
+.PHONY: conformance verifier-speed quickstart smollm2 smollm2-doctor test test-aligner test-vllm test-all mutants torture check lint format fuzz clean locks audit
 
 # BACKEND=megatron: the same recipes over megatron-core in two data-parallel processes, on CPUs over gloo
 quickstart: START := $(BIN)/nemo-pivotrl
@@ -48,10 +48,11 @@ torture: $(STAMP)
 # NeMo-Aligner and what it needs contradict the rest of the project's packages, so they have an environment of their own
 VENV_ALIGNER ?= .venv-aligner
 ALIGNER := tests/aligner
-$(VENV_ALIGNER)/.installed: $(ALIGNER)/requirements.txt $(ALIGNER)/packages.txt $(ALIGNER)/constraints.txt
+$(VENV_ALIGNER)/.installed: $(ALIGNER)/requirements.txt $(ALIGNER)/packages.txt $(ALIGNER)/constraints.txt requirements/aligner.lock
 	$(PYTHON) -m venv $(VENV_ALIGNER)
+	$(VENV_ALIGNER)/bin/python -m $(LOCKED) requirements/aligner.lock
 	$(VENV_ALIGNER)/bin/python -m pip install -q -c $(ALIGNER)/constraints.txt -r $(ALIGNER)/requirements.txt
-	$(VENV_ALIGNER)/bin/python -m pip install -q --no-deps -r $(ALIGNER)/packages.txt
+	$(VENV_ALIGNER)/bin/python -m $(LOCKED) requirements/aligner-packages.lock
 	touch $@
 
 # its patients may be served by vLLM: real servers come from that environment
@@ -62,8 +63,9 @@ test-aligner: $(VENV_ALIGNER)/.installed $(VENV_VLLM)/.installed
 # vLLM pins dozens of packages, so it has an environment of its own. What is uninstalled is built for CUDA, and then neither
 # vLLM nor transformers can be imported; triton is a gigabyte that nothing runs on a CPU.
 VLLM := tests/vllm
-$(VENV_VLLM)/.installed: $(VLLM)/requirements.txt $(VLLM)/constraints.txt
+$(VENV_VLLM)/.installed: $(VLLM)/requirements.txt $(VLLM)/constraints.txt requirements/vllm.lock
 	$(PYTHON) -m venv $(VENV_VLLM)
+	$(VENV_VLLM)/bin/python -m $(LOCKED) requirements/vllm.lock
 	$(VENV_VLLM)/bin/python -m pip install -q -c $(VLLM)/constraints.txt -r $(VLLM)/requirements.txt
 	$(VENV_VLLM)/bin/python -m pip install -q --no-deps -c constraints.txt trl  # its chat templates are tested, not its code
 	$(VENV_VLLM)/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec triton
@@ -77,12 +79,27 @@ check: lint test
 lint: $(STAMP)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
+# new locks need uv; `make locks UPGRADE=1` takes newer versions
+locks: $(STAMP)
+	$(BIN)/python -m pip install -q uv
+	PATH="$(abspath $(BIN)):$$PATH" UPGRADE=$(UPGRADE) requirements/renew.sh
+
+# known vulnerabilities of what the locks name; needs an index that knows them (PyPI's JSON API)
+audit: $(STAMP)
+	$(BIN)/python -m pip install -q pip-audit
+	for lock in requirements/*.lock deploy/docker/requirements.lock; do $(BIN)/pip-audit --strict --disable-pip --require-hashes -r $$lock || exit 1; done
+
 format: $(STAMP)
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
 
-$(STAMP): setup.py constraints.txt
+# Locks first: versions and hashes of all but torch (requirements/renew.sh says why). What follows installs torch, and on a Python
+# other than 3.11, for which the locks are made, what that one needs besides.
+LOCKED := pip install -q --no-deps --require-hashes -r
+
+$(STAMP): setup.py constraints.txt requirements/main.lock
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m $(LOCKED) requirements/main.lock
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[reference,megatron,verifiers,serve,report,dev]'
 	$(BIN)/python -m pip install -q --no-deps -c constraints.txt trl  # its chat templates are tested, not its code
 	touch $@
@@ -105,8 +122,9 @@ fuzz: $(STAMP)
 	$(BIN)/python benchmarks/fuzz_verifiers.py --seconds $(or $(SECONDS),60)
 
 CONFORMANCE := .venv-conformance
-$(CONFORMANCE)/.installed: benchmarks/conformance-requirements.txt constraints.txt
+$(CONFORMANCE)/.installed: benchmarks/conformance-requirements.txt constraints.txt requirements/conformance.lock
 	$(PYTHON) -m venv $(CONFORMANCE)
+	$(CONFORMANCE)/bin/python -m $(LOCKED) requirements/conformance.lock
 	$(CONFORMANCE)/bin/python -m pip install -q -r benchmarks/conformance-requirements.txt
 	touch $@
 

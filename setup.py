@@ -8,6 +8,13 @@ setup(
     description="PivotRL: pivot-turn post-training of agents, for NVIDIA's NeMo/Megatron stack",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    classifiers=[
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
     python_requires=">=3.11",
     # hydra_plugins is a namespace that Hydra searches; it must not have an __init__.py, so nothing finds it by itself
     packages=[*find_packages(include=["nemo_pivotrl", "nemo_pivotrl.*"]), "hydra_plugins"],

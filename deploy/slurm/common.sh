@@ -32,6 +32,13 @@ must_save_by() {
     printf '%02d:%02d:%02d:%02d\n' $((left / 86400)) $((left / 3600 % 24)) $((left / 60 % 60)) $((left % 60))
 }
 
+# Tell a stage that trains by when it must have saved.
+save_in_time() {
+    local deadline
+    deadline=$(must_save_by)
+    [[ -z $deadline ]] || OVERRIDES+=("checkpointing.checkpoint_must_save_by='$deadline'")
+}
+
 # Wait for process $1. Slurm's warning before the time limit and exit code 75 put the job back into the queue; it resumes.
 requeue_or_wait() {
     local code=0 warned=0

@@ -20,10 +20,10 @@ from nemo_pivotrl.core.model_folder import (
     OFFLINE,
     check_config,
     json_object,
-    load_config,
     one_screen,
     regular_file,
 )
+from nemo_pivotrl.sizing.hf_folder import load_config
 
 if TYPE_CHECKING:
     import torch

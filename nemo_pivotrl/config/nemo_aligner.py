@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_pivotrl import config
-from nemo_pivotrl.core.errors import InputError, Problem, short
-from nemo_pivotrl.integrations.nemo_aligner.settings import (
+from nemo_pivotrl.config.nemo_aligner_blocks import (
     ChatBlock,
     LLMDoctorModelBlock,
     LLMDoctorTrainerBlock,
@@ -23,6 +22,7 @@ from nemo_pivotrl.integrations.nemo_aligner.settings import (
     PivotRLTrainerBlock,
     read_block,
 )
+from nemo_pivotrl.core.errors import InputError, Problem, short
 
 CONF = Path(__file__).parents[1] / "integrations/nemo_aligner/conf"
 ALGORITHMS = ("pivotrl", "llmdoctor")

@@ -20,6 +20,7 @@ from nemo_pivotrl.core.types import Action, Message
 from nemo_pivotrl.data import gym_rows, template_probes
 from nemo_pivotrl.data.template_rendering import Marked, Template, check_encodable
 from nemo_pivotrl.data.tool_parsers import NAMES, PARSERS
+from nemo_pivotrl.sizing import hf_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -34,7 +35,7 @@ def load_tokenizer(path: str, chat_template: str | None = None, section: str = "
     Raises InputError when there is no tokenizer or it has no chat template.
     """
     remedy = "give an HF checkpoint folder" + (", or run the warmup stage first" if section == "policy" else "")
-    tokenizer = model_folder.load_tokenizer(path, f"{section}.model_name", remedy)
+    tokenizer = hf_folder.load_tokenizer(path, f"{section}.model_name", remedy)
     if chat_template is not None:
         tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
     if not tokenizer.chat_template:

@@ -22,13 +22,13 @@ from nemo_pivotrl.components.costs import spend
 from nemo_pivotrl.components.progress import progress
 from nemo_pivotrl.components.rollout import sample_seed
 from nemo_pivotrl.config import Recipe
-from nemo_pivotrl.core import model_folder
 from nemo_pivotrl.core.artifacts import ArtefactWriter, Header, digest, file_digest, is_complete, read_rows
 from nemo_pivotrl.core.errors import InputError, NotFiniteError, Problem, short
 from nemo_pivotrl.core.lock import one_writer
 from nemo_pivotrl.core.types import Lost
 from nemo_pivotrl.data.chat_template import Chat, load_tokenizer
 from nemo_pivotrl.llmdoctor.reward import load_patient_chat
+from nemo_pivotrl.sizing import hf_folder
 
 FIGURES = ("log_prob", "patient_log_prob", "mixed_log_prob", "kl")
 
@@ -133,7 +133,7 @@ def _own_chats(recipe: Recipe, chat: Chat) -> dict[str, Chat]:
 
 
 def _template(folder: str) -> str | None:
-    return model_folder.load_tokenizer(folder, "decode.doctors").chat_template
+    return hf_folder.load_tokenizer(folder, "decode.doctors").chat_template
 
 
 def prompt_ids(

@@ -15,6 +15,7 @@ from typing import Any
 from nemo_pivotrl import config
 from nemo_pivotrl.core.errors import InputError, Problem
 from nemo_pivotrl.core.plugins import load_plugin
+from nemo_pivotrl.data import template_sandbox
 
 Oracle = Callable[[Sequence[Sequence[dict[str, Any]]], Sequence[str]], Sequence[float | None]]
 """(the messages before each answer, the answers) -> scores; more is better. None: the oracle has failed, and has none."""
@@ -67,7 +68,7 @@ def load(objectives: Sequence[str], settings: config.Oracles) -> dict[str, Oracl
         if name in settings.reward_models:
             from nemo_pivotrl.backends.reference.reward_model import RewardModel
 
-            found[name] = RewardModel(name, settings)
+            found[name] = RewardModel(name, settings, template_sandbox.render)
         else:
             found[name] = _each(_function(name, settings))
     return found

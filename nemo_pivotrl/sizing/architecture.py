@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_pivotrl.core.errors import InputError, Problem, short
-from nemo_pivotrl.core.model_folder import load_config
+from nemo_pivotrl.sizing.hf_folder import load_config
 
 MODEL_TYPES = ("llama", "qwen2", "qwen3", "qwen3_moe", "nemotron_h")
 LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}

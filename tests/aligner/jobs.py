@@ -346,9 +346,9 @@ def refusals(folder: Path, hf_folder: str, cases: list[dict[str, Any]], without_
     """What a served policy says to each of these overrides before anything is asked of a server."""
     import tiny_served
 
+    from nemo_pivotrl.config.nemo_aligner_blocks import PivotRLModelBlock, read_block
     from nemo_pivotrl.core.errors import InputError
     from nemo_pivotrl.integrations.nemo_aligner.served import ServedTurns
-    from nemo_pivotrl.integrations.nemo_aligner.settings import PivotRLModelBlock, read_block
 
     if without_httpx:
         sys.modules["httpx"] = None  # type: ignore[assignment]

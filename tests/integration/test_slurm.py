@@ -100,8 +100,8 @@ esac
 """
 
 
-def pretend(folder: Path, **settings: str) -> tuple[dict[str, Any], str]:
-    """A training job whose commands do nothing: the job, and what was asked."""
+def pretend(folder: Path, stage: str = "train", **settings: str) -> tuple[dict[str, Any], str]:
+    """A stage's job whose commands do nothing: the job, and what was asked."""
     (folder / "command").write_text(PRETENDED)
     (folder / "command").chmod(0o755)
     curl = folder / "bin/curl"
@@ -109,7 +109,7 @@ def pretend(folder: Path, **settings: str) -> tuple[dict[str, Any], str]:
     servers = settings.get("NUM_SERVER_NODES", "0")  # they are healthy as soon as all of them were started
     curl.write_text(f"#!/bin/sh\n[ \"$(grep -c '^serve' {folder}/asked)\" -ge {servers} ]\n")
     curl.chmod(0o755)
-    launch(folder, "train", COMMAND_PREFIX=str(folder / "command"), **settings)
+    launch(folder, stage, COMMAND_PREFIX=str(folder / "command"), **settings)
     (job,) = jobs(folder)
     return job, (folder / "asked").read_text()
 
@@ -145,8 +145,9 @@ def test_a_run_that_stopped_at_its_deadline_is_requeued_and_another_failure_is_n
         assert bool(list(folder.glob("requeued-*"))) is requeued, name
 
 
-def test_the_deadline_is_the_jobs_time_limit_less_the_margin(tmp_path: Path) -> None:
-    _, asked = pretend(tmp_path, STUB_TIME_S="95000", SAVE_MARGIN="5000", GPUS_PER_NODE="1")
+@pytest.mark.parametrize("stage", ["train", "sft", "tfpo"])
+def test_the_deadline_is_the_jobs_time_limit_less_the_margin(tmp_path: Path, stage: str) -> None:
+    _, asked = pretend(tmp_path, stage, STUB_TIME_S="95000", SAVE_MARGIN="5000", GPUS_PER_NODE="1")
     (word,) = [w for w in asked.split() if w.startswith("checkpointing.checkpoint_must_save_by=")]
     assert 89990 <= time_limit(word.partition("=")[2].strip("'")) <= 90000 and word.partition("=")[2].startswith("'01:")
 

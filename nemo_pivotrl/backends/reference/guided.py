@@ -32,8 +32,8 @@ from nemo_pivotrl.backends.doctors import (
 from nemo_pivotrl.backends.hf_models import load_model
 from nemo_pivotrl.config import Doctor
 from nemo_pivotrl.core.errors import InputError, NotFiniteError, Problem
-from nemo_pivotrl.core.model_folder import load_tokenizer
 from nemo_pivotrl.core.types import FinishReason
+from nemo_pivotrl.sizing.hf_folder import load_tokenizer
 
 __all__ = [
     "Decoding",

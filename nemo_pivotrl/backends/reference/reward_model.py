@@ -4,7 +4,7 @@ through its own chat template."""
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,16 +13,17 @@ from nemo_pivotrl.backends.batching import batches
 from nemo_pivotrl.backends.hf_models import load_model
 from nemo_pivotrl.config import Oracles
 from nemo_pivotrl.core.errors import InputError, Problem
-from nemo_pivotrl.core.model_folder import load_config, load_tokenizer
-from nemo_pivotrl.data import template_sandbox
+from nemo_pivotrl.sizing.hf_folder import load_config, load_tokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class RewardModel:
-    """`(conversations, answers) -> scores` by the checkpoint of one objective."""
+    """`(conversations, answers) -> scores` by the checkpoint of one objective. render: (tokenizer, messages) -> the text of its
+    chat template."""
 
-    def __init__(self, objective: str, settings: Oracles):
+    def __init__(self, objective: str, settings: Oracles, render: Callable[..., str]):
+        self.render = render
         folder, where = settings.reward_models[objective], f"oracles.reward_models.{objective}"
 
         def refuse(found: str, remedy: str) -> InputError:
@@ -51,7 +52,7 @@ class RewardModel:
         affair.
         """
         texts = [
-            template_sandbox.render(self.tokenizer, [*messages, {"role": "assistant", "content": answer}])
+            self.render(self.tokenizer, [*messages, {"role": "assistant", "content": answer}])
             for messages, answer in zip(asked, answers, strict=True)
         ]
         ids = [self.tokenizer.encode(text, add_special_tokens=False) for text in texts]

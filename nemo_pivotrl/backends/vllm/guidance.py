@@ -28,7 +28,7 @@ from nemo_pivotrl.backends.reference.guided import DTYPES, Shape, Steering, Toke
 from nemo_pivotrl.backends.vllm.row_stream import RowStream, check_streams
 from nemo_pivotrl.config import Decode, Patient
 from nemo_pivotrl.core.errors import InputError, Problem, short
-from nemo_pivotrl.core.model_folder import load_config, load_tokenizer
+from nemo_pivotrl.sizing.hf_folder import load_config, load_tokenizer
 
 CLASS = "nemo_pivotrl.backends.vllm.guide:Guide"
 SECTION = "nemo_pivotrl"

@@ -431,8 +431,7 @@ def _assistant(
                 raise FieldError(where, text, f"the tool call cannot be read: {error}") from None
             notes.said["<tool_call> in an assistant's text that is no JSON call: left as text"] += 1
     turn = {"role": "assistant", "content": text}
-    kept = [piece.strip("\n") if inline is not None else piece for piece in reasoning if piece.strip()]
-    if kept:
+    if kept := [piece for piece in reasoning if piece.strip()]:
         turn["reasoning_content"] = "\n\n".join(dict.fromkeys(kept))
     if calls:
         turn["tool_calls"] = calls

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from nemo_pivotrl.algorithms.pivotrl import grpo_loss
+from nemo_pivotrl.config.nemo_aligner_blocks import PivotRLModelBlock, read_block
 from nemo_pivotrl.integrations.nemo_aligner.generation import generate_turns
 from nemo_pivotrl.integrations.nemo_aligner.pivot_data import chat_of
 from nemo_pivotrl.integrations.nemo_aligner.served import ServedTurns
-from nemo_pivotrl.integrations.nemo_aligner.settings import PivotRLModelBlock, read_block
 from nemo_pivotrl.integrations.nemo_aligner.versions import require, without_tensorrt_llm
 
 require()
@@ -113,7 +113,7 @@ def parents_block(block: PivotRLModelBlock) -> DictConfig:
 class MegatronGPTPivotRLActorModel(MegatronGPTActorModel):  # type: ignore[misc]
     """A GPT policy that samples turns, scores them and takes PivotRL's clipped step.
 
-    `cfg` is the `model` block, with `model.pivotrl` (`settings.PivotRLModelBlock`).
+    `cfg` is the `model` block, with `model.pivotrl` (`config.nemo_aligner_blocks.PivotRLModelBlock`).
     """
 
     def __init__(self, cfg: DictConfig, trainer: Any):

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nemo_pivotrl.config.nemo_aligner_blocks import LLMDoctorModelBlock, read_block
 from nemo_pivotrl.core.artifacts import HEADER_KEY, read_header
 from nemo_pivotrl.core.errors import InputError, Problem
 from nemo_pivotrl.data.chat_template import fingerprint
-from nemo_pivotrl.integrations.nemo_aligner.settings import LLMDoctorModelBlock, read_block
 from nemo_pivotrl.integrations.nemo_aligner.versions import require
 
 require()

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from nemo_pivotrl.algorithms.llmdoctor import plan, tfpo_loss
+from nemo_pivotrl.config.nemo_aligner_blocks import LLMDoctorModelBlock, read_block
 from nemo_pivotrl.integrations.nemo_aligner.actor import data_parallel_sum, policy_log_probs, reduced_metrics
-from nemo_pivotrl.integrations.nemo_aligner.settings import LLMDoctorModelBlock, read_block
 from nemo_pivotrl.integrations.nemo_aligner.versions import require
 
 require()
@@ -102,7 +102,7 @@ def headless() -> Iterator[None]:
 class MegatronGPTLLMDoctorModel(  # type: ignore[misc]
     NLPAdapterModelMixin, megatron_gpt_model.MegatronGPTModel, SupervisedInterface
 ):
-    """A doctor. `cfg` is the `model` block, with `model.llmdoctor` (`settings.LLMDoctorModelBlock`)."""
+    """A doctor. `cfg` is the `model` block, with `model.llmdoctor` (`config.nemo_aligner_blocks.LLMDoctorModelBlock`)."""
 
     def __init__(self, cfg: Any, trainer: Any):
         self.block: LLMDoctorModelBlock = read_block(LLMDoctorModelBlock, cfg.llmdoctor, "model.llmdoctor")

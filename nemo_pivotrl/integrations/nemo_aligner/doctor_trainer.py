@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from nemo_pivotrl.config.nemo_aligner_blocks import FILE, LLMDoctorTrainerBlock, read_block
 from nemo_pivotrl.core.errors import InputError, Problem
-from nemo_pivotrl.integrations.nemo_aligner.settings import FILE, LLMDoctorTrainerBlock, read_block
 from nemo_pivotrl.integrations.nemo_aligner.versions import require
 
 require()

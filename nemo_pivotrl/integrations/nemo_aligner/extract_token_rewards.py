@@ -21,11 +21,11 @@ import torch.multiprocessing as mp  # noqa: E402
 from nemo.core.config import hydra_runner  # noqa: E402
 
 from nemo_pivotrl.config.nemo_aligner import recipe_of  # noqa: E402
+from nemo_pivotrl.config.nemo_aligner_blocks import FILE, LLMDoctorModelBlock, plain, read_block  # noqa: E402
 from nemo_pivotrl.core.artifacts import digest, file_digest  # noqa: E402
 from nemo_pivotrl.integrations.nemo_aligner import launch  # noqa: E402
 from nemo_pivotrl.integrations.nemo_aligner.patient import AlignerScorer, MegatronGPTPatientModel  # noqa: E402
 from nemo_pivotrl.integrations.nemo_aligner.pivot_data import chat_over  # noqa: E402
-from nemo_pivotrl.integrations.nemo_aligner.settings import FILE, LLMDoctorModelBlock, plain, read_block  # noqa: E402
 from nemo_pivotrl.llmdoctor.reward import write_token_rewards  # noqa: E402
 
 launch.prepare()

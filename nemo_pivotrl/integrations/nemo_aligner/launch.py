@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from nemo_pivotrl.config.nemo_aligner import recipe_of, register_resolvers
+from nemo_pivotrl.config.nemo_aligner_blocks import FILE, plain
 from nemo_pivotrl.integrations.nemo_aligner.registration import register
-from nemo_pivotrl.integrations.nemo_aligner.settings import FILE, plain
 from nemo_pivotrl.integrations.nemo_aligner.state import TrainingState
 from nemo_pivotrl.integrations.nemo_aligner.versions import require
 

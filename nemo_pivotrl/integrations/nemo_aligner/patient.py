@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from nemo_pivotrl.backends.batching import batches
+from nemo_pivotrl.config.nemo_aligner_blocks import PatientBlock, PivotRLModelBlock
 from nemo_pivotrl.integrations.nemo_aligner.actor import MegatronGPTActorModel, Step, parents_block, policy_log_probs
-from nemo_pivotrl.integrations.nemo_aligner.settings import PatientBlock, PivotRLModelBlock
 from nemo_pivotrl.integrations.nemo_aligner.versions import require
 
 require()

@@ -19,12 +19,12 @@ from torch import Tensor
 
 from nemo_pivotrl.components.rollout import judge_all, rendered
 from nemo_pivotrl.config import Limits
+from nemo_pivotrl.config.nemo_aligner_blocks import FILE, PivotRLModelBlock, PivotRLTrainerBlock, read_block
 from nemo_pivotrl.core.artifacts import HEADER_KEY, read_header
 from nemo_pivotrl.core.errors import InputError, Problem
 from nemo_pivotrl.core.types import Candidate
 from nemo_pivotrl.data.chat_template import Chat
 from nemo_pivotrl.data.gym_rows import candidate_of_row
-from nemo_pivotrl.integrations.nemo_aligner.settings import FILE, PivotRLModelBlock, PivotRLTrainerBlock, read_block
 from nemo_pivotrl.integrations.nemo_aligner.versions import require
 from nemo_pivotrl.verifiers.base import Verifier, VerifierFault
 from nemo_pivotrl.verifiers.loading import identity, load_verifier

@@ -23,10 +23,10 @@ from torch import Tensor
 from nemo_pivotrl.backends.vllm.refit import PROBE_TOKENS, Fingerprint, read_folder
 from nemo_pivotrl.components.rollout import sample_seed
 from nemo_pivotrl.config import Generation, Policy
+from nemo_pivotrl.config.nemo_aligner_blocks import FILE, PivotRLModelBlock, served_problems
 from nemo_pivotrl.core.errors import InputError, Problem
 from nemo_pivotrl.core.types import Lost, Sample
 from nemo_pivotrl.integrations.nemo_aligner.exported import everywhere, export, on_first
-from nemo_pivotrl.integrations.nemo_aligner.settings import FILE, PivotRLModelBlock, served_problems
 from nemo_pivotrl.integrations.nemo_aligner.versions import REMEDY, require
 from nemo_pivotrl.sizing.architecture import read_architecture
 

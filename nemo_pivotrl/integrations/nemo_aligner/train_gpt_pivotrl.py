@@ -18,15 +18,15 @@ from nemo_aligner.data.nlp.builders import build_dataloader  # noqa: E402
 from nemo_aligner.utils.batch_iterators import get_batch_iterator_cls  # noqa: E402
 from nemo_aligner.utils.utils import retrieve_model_state_dict_in_cpu  # noqa: E402
 
-from nemo_pivotrl.integrations.nemo_aligner import launch  # noqa: E402
-from nemo_pivotrl.integrations.nemo_aligner.actor import MegatronGPTPivotRLActorModel  # noqa: E402
-from nemo_pivotrl.integrations.nemo_aligner.pivot_data import build_pivot_datasets, collate_pivots, make_verifier  # noqa: E402
-from nemo_pivotrl.integrations.nemo_aligner.settings import (  # noqa: E402
+from nemo_pivotrl.config.nemo_aligner_blocks import (  # noqa: E402
     PivotRLModelBlock,
     PivotRLTrainerBlock,
     check_pivotrl,
     read_block,
 )
+from nemo_pivotrl.integrations.nemo_aligner import launch  # noqa: E402
+from nemo_pivotrl.integrations.nemo_aligner.actor import MegatronGPTPivotRLActorModel  # noqa: E402
+from nemo_pivotrl.integrations.nemo_aligner.pivot_data import build_pivot_datasets, collate_pivots, make_verifier  # noqa: E402
 from nemo_pivotrl.integrations.nemo_aligner.state import TrainingState  # noqa: E402
 from nemo_pivotrl.integrations.nemo_aligner.trainer import PivotRLTrainer  # noqa: E402
 

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from nemo_pivotrl.algorithms import pivotrl
 from nemo_pivotrl.components.rollout import sample_seed
+from nemo_pivotrl.config.nemo_aligner_blocks import PivotRLTrainerBlock, read_block
 from nemo_pivotrl.core.errors import InputError, Problem
 from nemo_pivotrl.integrations.nemo_aligner.pivot_data import Judged
-from nemo_pivotrl.integrations.nemo_aligner.settings import PivotRLTrainerBlock, read_block
 from nemo_pivotrl.integrations.nemo_aligner.versions import require, without_tensorrt_llm
 
 require()

@@ -66,6 +66,12 @@ def test_the_package_cites_the_page() -> None:
         assert CITED_EQUATIONS.search(text) and CITED_ROWS.search(text), name
 
 
+def test_the_package_cites_no_equation_by_a_papers_number() -> None:
+    package = [path for path in sources() if "nemo_pivotrl" in path.relative_to(ROOT).parts and path.suffix == ".py"]
+    assert len(package) > 90
+    assert [str(p) for p in package if re.search(r"\bEqs?\. ?\(?\d", p.read_text(encoding="utf-8"))] == []
+
+
 @pytest.mark.parametrize("words", [r"\b[AB]\.\d+", r"\bthe specification", r"\bfield report", r"(?<![`\w/])spec/"])
 def test_no_text_refers_to_a_document_outside_the_project(words: str) -> None:
     found = [str(p) for p in sources() if p != Path(__file__) and re.search(words, p.read_text(encoding="utf-8"))]

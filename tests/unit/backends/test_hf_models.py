@@ -17,7 +17,7 @@ from nemo_pivotrl.backends import loading as backends
 from nemo_pivotrl.backends.hf_models import check_weights, load_model, not_finite
 from nemo_pivotrl.config import Patient, Policy
 from nemo_pivotrl.core.errors import InputError
-from nemo_pivotrl.core.model_folder import load_tokenizer
+from nemo_pivotrl.sizing.hf_folder import load_tokenizer
 
 VOCAB = 24
 WEIGHTS = "model.safetensors"

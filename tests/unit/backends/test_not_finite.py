@@ -176,9 +176,9 @@ def test_a_pair_without_numbers_has_no_row(mends: bool) -> None:
 def test_a_score_that_is_none_is_asked_for_again_and_then_left_out() -> None:
     model = RewardModel.__new__(RewardModel)
     model.tokenizer = SimpleNamespace(
-        apply_chat_template=lambda messages, tokenize: messages[-1]["content"],
         encode=lambda text, add_special_tokens: [*text],
     )  # type: ignore[assignment]
+    model.render = lambda _, messages: messages[-1]["content"]
     asked: list[int] = []
 
     def forward(input_ids: list[list[str]]) -> Any:

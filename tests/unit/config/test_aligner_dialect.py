@@ -12,14 +12,14 @@ from nemo_pivotrl import config
 from nemo_pivotrl.cli import main
 from nemo_pivotrl.config import nemo_aligner as dialect
 from nemo_pivotrl.config.load import load_recipe
-from nemo_pivotrl.core.errors import InputError
-from nemo_pivotrl.integrations.nemo_aligner.settings import (
+from nemo_pivotrl.config.nemo_aligner_blocks import (
     LengthParams,
     LLMDoctorModelBlock,
     PivotRLModelBlock,
     PivotRLTrainerBlock,
     served_problems,
 )
+from nemo_pivotrl.core.errors import InputError
 
 CONFS = sorted(dialect.CONF.glob("*.yaml"))
 RECIPES = sorted((ROOT / "recipes/aligner").glob("*.yaml"))
