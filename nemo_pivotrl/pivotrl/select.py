@@ -28,7 +28,7 @@ from nemo_pivotrl.core.artifacts import (
     read_rows,
     rows_at,
 )
-from nemo_pivotrl.core.errors import InputError, Problem
+from nemo_pivotrl.core.errors import InputError, Problem, short
 from nemo_pivotrl.core.lock import one_writer
 from nemo_pivotrl.core.types import Profile
 from nemo_pivotrl.data import gym_rows as responses
@@ -235,5 +235,5 @@ def _table(title: str, rows: Sequence[tuple[str, dict[str, int]]]) -> list[str]:
     used = [f for f in FATES if any(row[f] for _, row in rows)]
     lines = [f"{title:<28}{'all':>8}" + "".join(f"{f:>11}" for f in used)]
     return lines + [
-        f"{name[:27]:<28}{sum(row.values()):>8}" + "".join(f"{row[f]:>11}" for f in used) for name, row in rows
+        f"{short(name, 27):<28}{sum(row.values()):>8}" + "".join(f"{row[f]:>11}" for f in used) for name, row in rows
     ]
