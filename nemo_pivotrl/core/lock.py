@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 
 from nemo_pivotrl.core.errors import AtWork, InputError, Problem
 
@@ -73,7 +73,7 @@ def one_writer(
         with only_writer(Path(recipe.run_dir), stage.__name__.removeprefix("make_")):
             return stage(recipe, *rest, **named)
 
-    return alone
+    return cast("Callable[Concatenate[Any, Parameters], Result]", alone)
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ import os
 import threading
 import time
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import httpx
@@ -55,7 +56,7 @@ class Endpoint:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._client: httpx.AsyncClient | None = None
         self._slots: asyncio.Semaphore | None = None
-        self.close = lambda: None  # until the first request there is nothing to close
+        self.close: Callable[[], object] = lambda: None  # until the first request there is nothing to close
 
     def show(self, text: str, limit: int = 200) -> str:
         """`text` for a message: one short line without the key, which servers like to quote, and without control characters,

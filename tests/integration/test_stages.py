@@ -130,6 +130,9 @@ class Answering:
 
     name, version, concurrency, asks_judge = "single_step", "2", 1, False
 
+    def excludes(self, case: Case) -> bool:
+        return False
+
     def verify(self, case: Case, actual: Action) -> Verdict:
         return SingleStep().verify(case, actual)
 

@@ -158,6 +158,7 @@ def _become(words: list[str], cwd: str, env: dict[str, str], out: str, err: str)
     """In the fork: be `python WORDS`."""
     assert "transformers" in sys.modules, "the fork server has not imported support.preload: is PYTHONPATH set?"
     atexit._clear()  # the server's, not this process's
+    multiprocessing.current_process().daemon = False  # it may have processes of its own
     for stream, path in ((1, out), (2, err)):
         file = os.open(path, os.O_WRONLY | os.O_APPEND)
         os.dup2(file, stream)

@@ -76,7 +76,9 @@ def read_llama_json(text: str, tools: Tools) -> tuple[str, list[ToolCall]]:
     if begun and not ended:
         raise ValueError("<|python_start|> without <|python_end|>")
     body = (before + after).replace("<|python_tag|>", "", 1)
-    decoder, calls, around, place = json.JSONDecoder(), [], [], 0
+    decoder, place = json.JSONDecoder(), 0
+    calls: list[ToolCall] = []
+    around: list[str] = []
     begins_as_call = re.match(r'\s*\{\s*"name"\s*:\s*"[^"]*"\s*,\s*"(parameters|arguments)"\s*:', body) is not None
     for _ in range(MAX_OBJECTS):
         if (start := body.find("{", place)) < 0:
