@@ -21,7 +21,7 @@ from transformers import DynamicCache
 
 from nemo_pivotrl.algorithms.llmdoctor import kl
 from nemo_pivotrl.backends.batching import Decoder
-from nemo_pivotrl.backends.reference.guided import Shape, Steering, draw, noise_of
+from nemo_pivotrl.backends.reference.guided import GuidedSamplingParams, Shape, draw, noise_of
 from nemo_pivotrl.demo import answer_styles as manners
 
 # ---- losses; rows 2p and 2p+1 are the chosen and the rejected answer of pair p ----
@@ -130,7 +130,7 @@ def args_answers(
     patient: Any,
     reward: tuple[Any, Any],
     prompts: Sequence[Sequence[int]],
-    requests: Sequence[Steering],
+    requests: Sequence[GuidedSamplingParams],
     stop_ids: frozenset[int],
     weight: float,
     k: int = 10,

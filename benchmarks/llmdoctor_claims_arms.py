@@ -22,7 +22,7 @@ from nemo_pivotrl.algorithms.llmdoctor import doctor_loss, token_rewards
 from nemo_pivotrl.algorithms.model_outputs import ModelOutputs
 from nemo_pivotrl.backends import loading
 from nemo_pivotrl.backends.base import TokenBatch
-from nemo_pivotrl.backends.reference.guided import Steering
+from nemo_pivotrl.backends.reference.guided import GuidedSamplingParams
 from nemo_pivotrl.backends.reference.policy import ReferencePolicy
 from nemo_pivotrl.components.rollout import load_chat, sample_seed
 from nemo_pivotrl.config import Arm, Doctor, Recipe
@@ -307,13 +307,13 @@ def search(folder: Path, world: World, lr: float, split: str, weights: Sequence[
     return {"arms": arms | (best_rows(recipe, asked, folder / "model") if best_of else {})}
 
 
-def _requests(recipe: Recipe, asked: Sequence[Prompt], lot: int) -> list[tuple[int, int, Steering]]:
+def _requests(recipe: Recipe, asked: Sequence[Prompt], lot: int) -> list[tuple[int, int, GuidedSamplingParams]]:
     """(question, sample, request), `lot` requests of each sample behind one another, seeded as `assess` seeds them."""
     return [
         (
             p,
             k,
-            Steering(
+            GuidedSamplingParams(
                 max_new_tokens=recipe.decode.max_new_tokens,
                 seed=sample_seed("assess", recipe.seed, prompt.prompt_id, k, n),
             ),

@@ -29,7 +29,7 @@ from typing import Any
 import pivotrl_desk
 from claims import ROOT, Job, Result, provenance, results
 
-from nemo_pivotrl.algorithms.early_stopping import Plan
+from nemo_pivotrl.algorithms.early_stopping import StoppingRule
 from nemo_pivotrl.backends import loading
 from nemo_pivotrl.backends.base import Backend, Sampler, TokenBatch
 from nemo_pivotrl.components.metrics import read_metrics
@@ -156,7 +156,7 @@ def data(folder: Path, seed: int, settings: Sequence[str]) -> Result:
 
 def curtailed(rewards: Sequence[float]) -> int:
     """How many of a candidate's K rollouts curtailed sampling would have drawn."""
-    plan, drawn = Plan(len(rewards)), 0
+    plan, drawn = StoppingRule(len(rewards)), 0
     while more := plan.ask(rewards[:drawn]):
         drawn += more
     return drawn

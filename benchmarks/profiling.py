@@ -27,14 +27,14 @@ from typing import Any
 
 import numpy as np
 
-from nemo_pivotrl.algorithms.early_stopping import Plan
+from nemo_pivotrl.algorithms.early_stopping import StoppingRule
 from nemo_pivotrl.algorithms.pivotrl import keep_pivot, statistics
 from nemo_pivotrl.components.rollout import sample_seeds
 from nemo_pivotrl.core.artifacts import ArtefactWriter, Header, file_digest, json_line
 from nemo_pivotrl.pivotrl.candidate_index import index_candidates
 from nemo_pivotrl.pivotrl.profile import merge_chunks
-from nemo_pivotrl.pivotrl.profile_scheduler import Judged, Member, Unit, Wave, pump
-from nemo_pivotrl.pivotrl.profile_shards import Parts, Shard
+from nemo_pivotrl.pivotrl.profile_scheduler import CandidateProgress, Judged, Wave, WorkItem, pump
+from nemo_pivotrl.pivotrl.profile_shards import Shard, ShardStore
 from nemo_pivotrl.pivotrl.profile_statistics import summarise
 from nemo_pivotrl.pivotrl.profile_work import Work
 
@@ -75,7 +75,7 @@ def savings(size: int, seed: int) -> None:
             "all 1": whole == K,
         }
         for mode, error, prior, wave in modes:
-            drawn, chosen = simulate(Plan(K, "adv", LAMBDA, LAMBDA, False, error, prior, wave), outcomes)
+            drawn, chosen = simulate(StoppingRule(K, "adv", LAMBDA, LAMBDA, False, error, prior, wave), outcomes)
             by_class = " | ".join(f"{100 * (1 - drawn[of].mean() / K):.1f}" for of in classes.values())
             wrong = f"{100 * (chosen != kept).mean():.3f}"
             print(f"| {name:<9} | {mode:<28} | {wave} | {100 * (1 - drawn.mean() / K):.1f} | {by_class} | {wrong} |")
@@ -86,7 +86,7 @@ def savings(size: int, seed: int) -> None:
         print(f"| {name:<9} | {'no exact rule saves more than':<28} | | {100 * (1 - least.mean() / K):.1f} | | | | | |")
 
 
-def simulate(plan: Plan, outcomes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def simulate(plan: StoppingRule, outcomes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(rollouts drawn, selected) of every candidate, all of them wave by wave together."""
     size = len(outcomes)
     totals = np.concatenate([np.zeros((size, 1), int), outcomes.cumsum(1)], 1)
@@ -142,7 +142,7 @@ class Simulated:
         return [sample_seeds(("profile", 0, m.candidate_id), ks) for m, ks in wave]
 
     def judge(self, wave: Wave, seeds: list[list[int]]) -> Judged:
-        judged, start = list[tuple[Member, int, dict[str, Any]]](), time.thread_time()
+        judged, start = list[tuple[CandidateProgress, int, dict[str, Any]]](), time.thread_time()
         for (member, ks), own in zip(wave, seeds, strict=True):
             bound = self.rates[int(member.candidate_id[1:])] * 2.0**64
             member.prompt_tokens = 200
@@ -164,13 +164,13 @@ class Simulated:
 
 def in_memory(size: int, name: str) -> float:
     """Processor seconds of waves, seeds and curtailment alone: nothing is stored."""
-    simulated, plan = Simulated(hit_rates(name, size, 0)), Plan(K, "adv", LAMBDA, LAMBDA, min_wave=2)
+    simulated, plan = Simulated(hit_rates(name, size, 0)), StoppingRule(K, "adv", LAMBDA, LAMBDA, min_wave=2)
     chunk = 256
 
-    def units() -> Iterator[Unit]:
+    def units() -> Iterator[WorkItem]:
         for first in range(0, size, chunk):
             ids = [f"c{n:09d}" for n in range(first, min(size, first + chunk))]
-            yield Unit(first, [Member(place, b"", name, "t", plan) for place, name in enumerate(ids)])
+            yield WorkItem(first, [CandidateProgress(place, b"", name, "t", plan) for place, name in enumerate(ids)])
 
     start = time.process_time()
     for unit, judged in pump(units(), simulated.draw, simulated.judge):
@@ -194,8 +194,8 @@ def machinery(size: int, name: str, folder: Path) -> None:
     start = time.process_time()
     index = index_candidates(source, 0, 0, recipe.profile.candidates_per_chunk)
     times["index"] = time.process_time() - start
-    plan = Plan(K, "adv", LAMBDA, LAMBDA, min_wave=2)
-    parts = Parts(folder / "profiles.parts", Header("profiles", "simulated"), index.chunks, Shard(), 900.0)
+    plan = StoppingRule(K, "adv", LAMBDA, LAMBDA, min_wave=2)
+    parts = ShardStore(folder / "profiles.parts", Header("profiles", "simulated"), index.chunks, Shard(), 900.0)
     work = Work(recipe, index, plan, parts, True, lambda member: None)
     simulated = Simulated(hit_rates(name, size, 0))
     start = time.process_time()

@@ -46,11 +46,11 @@ trained = nemo_pivotrl.train_doctor(recipe)
 # The patient steered by the doctor, at three weights. 0 is the patient alone.
 
 # %%
-from nemo_pivotrl.backends.reference.guided import Steering, load_guided  # noqa: E402
+from nemo_pivotrl.backends.reference.guided import GuidedSamplingParams, load_guided  # noqa: E402
 
 generator = load_guided(patient, {"kind": Doctor(path=str(trained), reference=doctor)}, mode="ratio")
 asked = [{"role": "user", "content": "how is the tea"}]
 prompt = generator.tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=False)
 for weight in (-1.0, 0.0, 1.0):
-    (answer,) = generator.generate([prompt], Steering(beta={"kind": weight}, max_new_tokens=24))
+    (answer,) = generator.generate([prompt], GuidedSamplingParams(beta={"kind": weight}, max_new_tokens=24))
     print(weight, generator.tokenizer.decode(answer.token_ids))

@@ -26,7 +26,7 @@ from nemo_pivotrl.core.errors import InputError, Problem
 
 
 @dataclass(frozen=True)
-class Plan:
+class StoppingRule:
     """How many rollouts a candidate gets: what selection must be able to decide, and how surely."""
 
     count: int
@@ -110,7 +110,7 @@ class Plan:
         """Whether samples drawn under this plan decide another rule or lambda, by the same certainty."""
         if len(rewards) >= self.count:
             return True
-        asked = Plan(self.count, rule, lambda_diff, lambda_diff, inclusive, self.error_rate, self.prior)
+        asked = StoppingRule(self.count, rule, lambda_diff, lambda_diff, inclusive, self.error_rate, self.prior)
         return asked.settled(rewards)
 
     def _lambdas(self) -> tuple[float, ...]:
@@ -130,24 +130,24 @@ def _extremes(rewards: Sequence[float], count: int) -> tuple[float, float]:
     return total / count, (total + count - len(rewards)) / count
 
 
-def _selected(plan: Plan, lambda_diff: float, successes: int, count: int) -> bool:
+def _selected(plan: StoppingRule, lambda_diff: float, successes: int, count: int) -> bool:
     """Whether so many successes of so many rollouts make a pivot. `random` counts as many as `adv` would."""
     rule: Rule = "adv" if plan.rule == "random" else plan.rule
     return keep_pivot(statistics([1.0] * successes + [0.0] * (count - successes)), rule, lambda_diff, plan.inclusive)
 
 
 @lru_cache(maxsize=65536)
-def _final(plan: Plan, lambda_diff: float) -> tuple[bool, ...]:
+def _final(plan: StoppingRule, lambda_diff: float) -> tuple[bool, ...]:
     """For every k of K whether it is kept."""
     return tuple(_selected(plan, lambda_diff, k, plan.count) for k in range(plan.count + 1))
 
 
-def _fixed(plan: Plan, lambda_diff: float, successes: int, failures: int) -> bool:
+def _fixed(plan: StoppingRule, lambda_diff: float, successes: int, failures: int) -> bool:
     reachable = _final(plan, lambda_diff)[successes : plan.count - failures + 1]
     return all(reachable) or not any(reachable)
 
 
-def _chance_of_another(plan: Plan, lambda_diff: float, successes: int, failures: int) -> float:
+def _chance_of_another(plan: StoppingRule, lambda_diff: float, successes: int, failures: int) -> float:
     now = _selected(plan, lambda_diff, successes, successes + failures)
     a, b = plan.prior[0] + successes, plan.prior[1] + failures
     final, left = _final(plan, lambda_diff), plan.count - successes - failures
@@ -161,7 +161,7 @@ def beta_binomial(k: int, n: int, a: float, b: float) -> float:
     return math.exp(ways + log(a + k) + log(b + n - k) - log(a + b + n) - log(a) - log(b) + log(a + b))
 
 
-def expected_rollouts(plan: Plan, prior: tuple[float, float]) -> float:
+def expected_rollouts(plan: StoppingRule, prior: tuple[float, float]) -> float:
     """Mean rollouts a candidate under hit rates with a Beta(a, b) distribution: what a forecast multiplies."""
     if not plan.curtailed:
         return float(plan.count)
@@ -193,7 +193,7 @@ def interval(successes: int, failures: int, confidence: float = 0.95) -> tuple[f
     return low, high
 
 
-def plan_of(settings: ProfileStage, select: Select) -> Plan:
+def plan_of(settings: ProfileStage, select: Select) -> StoppingRule:
     """How many rollouts a candidate gets. Raises InputError for an interval or prior that is none."""
     given = settings.lambda_interval or (select.lambda_diff, select.lambda_diff)
     problems = []
@@ -206,7 +206,7 @@ def plan_of(settings: ProfileStage, select: Select) -> Plan:
         )
     if problems:
         raise InputError(problems)
-    return Plan(
+    return StoppingRule(
         settings.num_generations,
         "adv" if select.rule == "random" else select.rule,
         given[0],

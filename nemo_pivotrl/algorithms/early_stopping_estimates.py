@@ -12,11 +12,11 @@ from fractions import Fraction
 from functools import lru_cache
 from types import MappingProxyType
 
-from nemo_pivotrl.algorithms.early_stopping import Plan
+from nemo_pivotrl.algorithms.early_stopping import StoppingRule
 
 
 @lru_cache(maxsize=64)
-def endings(plan: Plan) -> Mapping[tuple[int, int], tuple[int, int]]:
+def endings(plan: StoppingRule) -> Mapping[tuple[int, int], tuple[int, int]]:
     """(successes, failures) at which binary sampling under `plan` ends -> (ways to get there, those whose first rollout succeeds).
 
     A candidate of hit rate p ends at (s, f) with probability ways * p^s * (1-p)^f: the stopping rule is in the ways alone.
@@ -39,7 +39,7 @@ def endings(plan: Plan) -> Mapping[tuple[int, int], tuple[int, int]]:
     return MappingProxyType(ends)
 
 
-def unbiased_rate(plan: Plan, end: tuple[int, int]) -> Fraction:
+def unbiased_rate(plan: StoppingRule, end: tuple[int, int]) -> Fraction:
     """Hit rate estimated from where sampling under `plan` ended, without the bias that stopping gives k/n; k/K for all K.
 
     It is the chance that the first rollout, itself without bias, was a success given the end (Girshick, Mosteller and Savage
@@ -50,7 +50,9 @@ def unbiased_rate(plan: Plan, end: tuple[int, int]) -> Fraction:
 
 
 @lru_cache(maxsize=65536)
-def same_rate_p_value(first: Plan, first_end: tuple[int, int], second: Plan, second_end: tuple[int, int]) -> float:
+def same_rate_p_value(
+    first: StoppingRule, first_end: tuple[int, int], second: StoppingRule, second_end: tuple[int, int]
+) -> float:
     """Exact two-sided p-value of two candidates' having one hit rate, each sampled until its plan ended it.
 
     Given all successes and failures of both, the rate has no part in how they divide: the p-value is the share of divisions, by

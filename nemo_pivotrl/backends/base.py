@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Protocol
 from nemo_pivotrl.config.llmdoctor import Patient
 from nemo_pivotrl.config.models import Generation, Optimizer, Policy
 from nemo_pivotrl.core.errors import InputError, Problem
-from nemo_pivotrl.core.types import Lost, Sample
+from nemo_pivotrl.core.types import FailedSample, Sample
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -59,10 +59,10 @@ class Sampler(Protocol):
         seeds: Sequence[Sequence[int]],
         stop_ids: frozenset[int],
         generation: Generation,
-    ) -> list[list[Sample | Lost]]:
+    ) -> list[list[Sample | FailedSample]]:
         """One sample for every seed of every prompt. The same seed at the same prompt gives the same sample.
 
-        Where servers sample, one that they failed to give after all retries is `Lost`."""
+        Where servers sample, one that they failed to give after all retries is `FailedSample`."""
         ...
 
 

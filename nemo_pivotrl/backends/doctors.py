@@ -92,7 +92,7 @@ def logits_width(model: Any) -> int:
 
 
 @dataclass
-class Watch:
+class SpanTracker:
     """Whether an answer is inside a span, token by token."""
 
     tokenizer: PreTrainedTokenizerBase
@@ -102,7 +102,7 @@ class Watch:
     """The latest tokens since the last marker: enough to hold any marker."""
 
     @classmethod
-    def after(cls, tokenizer: PreTrainedTokenizerBase, spans: tuple[Span, ...], prompt: Sequence[int]) -> Watch:
+    def after(cls, tokenizer: PreTrainedTokenizerBase, spans: tuple[Span, ...], prompt: Sequence[int]) -> SpanTracker:
         watch = cls(tokenizer, spans)
         if spans:
             reach = max(len(s.start.encode()) for s in spans) + 8
@@ -231,7 +231,7 @@ class Guide:
         patient: Any = None,
     ):
         self.doctors, self.alpha, self.beta, self.patient = doctors, alpha, beta, patient
-        self.watches = [Watch.after(doctors.tokenizer, doctors.spans, prompt) for prompt in prompts]
+        self.watches = [SpanTracker.after(doctors.tokenizer, doctors.spans, prompt) for prompt in prompts]
         self.streams: dict[tuple[int, str], tuple[Decoder, Tensor]] = {}
         """By model and prompts; with the rows that it reads, since each row costs a forward."""
         own_prompts = own_prompts or [{}] * len(prompts)

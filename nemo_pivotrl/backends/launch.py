@@ -107,7 +107,7 @@ def as_torchrun(place: Place) -> dict[str, str]:
     return {name: str(value) for name, value in numbers.items()} | {"MASTER_ADDR": place.address}
 
 
-class Watch:
+class Watchdog:
     """Signs of life of all ranks, and the first reason to end."""
 
     def __init__(self, place: Place, patience: Patience):
@@ -205,7 +205,7 @@ class Watch:
             time.sleep(self.patience.beat / 10)
 
 
-def run(program: Callable[[Watch | None], None], backend: str, place: Place, patience: Patience = Patience()) -> int:
+def run(program: Callable[[Watchdog | None], None], backend: str, place: Place, patience: Patience = Patience()) -> int:
     """Join the other processes, call `program`, and return this process's exit code; on failure it does not return.
 
     `program` is given the watch, to `tick`; None when this process is alone. InputError ends with code 2, all else with 1.
@@ -214,7 +214,7 @@ def run(program: Callable[[Watch | None], None], backend: str, place: Place, pat
     if place.world == 1:
         program(None)
         return 0
-    watch = Watch(place, patience)
+    watch = Watchdog(place, patience)
     try:
         watch.roll_call()
         store = dist.PrefixStore("group", watch.store)
@@ -243,7 +243,7 @@ def leave(code: int) -> NoReturn:
     _end("", code)
 
 
-def failed(watch: Watch, error: BaseException) -> NoReturn:
+def failed(watch: Watchdog, error: BaseException) -> NoReturn:
     """End the job with this rank's error as the reason, or with the reason that it is only a symptom of."""
     patience, rank = watch.patience, watch.place.rank
     if watch.thread.is_alive() and isinstance(error, RuntimeError) and SYMPTOM.search(str(error)):

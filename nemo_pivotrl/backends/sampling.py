@@ -16,7 +16,7 @@ from torch import Tensor
 from nemo_pivotrl.backends.batching import batches
 from nemo_pivotrl.config import Generation
 from nemo_pivotrl.core.errors import NotFiniteError, Problem
-from nemo_pivotrl.core.types import FinishReason, Lost, Sample
+from nemo_pivotrl.core.types import FailedSample, FinishReason, Sample
 
 Row = tuple[int, int]
 """Number of a prompt, and which of its seeds."""
@@ -68,16 +68,16 @@ class Turns:
         self.alive = [self.alive[place] for place in running]
         return running
 
-    def samples(self) -> list[Sample | Lost]:
-        """The turns, row by row. One with a log-probability that is no number was drawn from logits that are none: `Lost`."""
-        found: list[Sample | Lost] = []
+    def samples(self) -> list[Sample | FailedSample]:
+        """The turns, row by row. One with a log-probability that is no number was drawn from logits that are none: `FailedSample`."""
+        found: list[Sample | FailedSample] = []
         for tokens, log_probs in zip(self.tokens, self.log_probs, strict=True):
             wrong = next((place for place, value in enumerate(log_probs) if not math.isfinite(value)), None)
             if wrong is None:
                 reason: FinishReason = "stop" if tokens[-1] in self.stop_ids else "length"
                 found.append(Sample(tuple(tokens), tuple(log_probs), reason))
             else:
-                found.append(Lost("sampler_not_finite", f"log-probability {log_probs[wrong]} of token {wrong}"))
+                found.append(FailedSample("sampler_not_finite", f"log-probability {log_probs[wrong]} of token {wrong}"))
         return found
 
 

@@ -45,7 +45,7 @@ RESUME = TRY_AGAIN
 """Exit code of a run that stopped at its deadline, saved: EX_TEMPFAIL, the same command goes on."""
 
 
-class Paused(SystemExit):
+class TimeLimitReached(SystemExit):
     """A run that stopped at its deadline after a checkpoint; every process of it exits with RESUME."""
 
     def __init__(self, where: Path):

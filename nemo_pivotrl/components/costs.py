@@ -21,7 +21,7 @@ from nemo_pivotrl.algorithms import round_rules as rounds
 from nemo_pivotrl.backends.base import Sampler
 from nemo_pivotrl.config import Generation
 from nemo_pivotrl.core.atomic import append_line, open_input
-from nemo_pivotrl.core.types import Lost, Sample
+from nemo_pivotrl.core.types import FailedSample, Sample
 
 Entry = dict[str, Any]
 COUNTS = (*rounds.COSTS, "tokens_trained")
@@ -56,7 +56,7 @@ def spend(run_dir: Path, stage: str) -> Iterator[Entry]:
 
 
 @dataclass(slots=True)
-class Metered:
+class CountingSampler:
     """A sampler that counts what it is asked for, in itself and in a ledger entry."""
 
     sampler: Sampler
@@ -69,7 +69,7 @@ class Metered:
         seeds: Sequence[Sequence[int]],
         stop_ids: frozenset[int],
         generation: Generation,
-    ) -> list[list[Sample | Lost]]:
+    ) -> list[list[Sample | FailedSample]]:
         """See `backends.base.Sampler`."""
         groups = self.sampler.infer(prompts, seeds, stop_ids, generation)
         generated = sum(len(s.token_ids) for group in groups for s in group if isinstance(s, Sample))

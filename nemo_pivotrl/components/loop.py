@@ -88,7 +88,7 @@ def run(job: Job, start: Callable[[Entry], Work], fresh: bool = False) -> Path:
     """Train `job`; returns the folder of the published model (HF).
 
     start: loads the model; it is given the run's line of the cost log. Not called where the run is complete. Raises
-    InputError for a checkpoint of another run and for one beyond the last step, and `checkpoint.Paused` (exit code 75) at
+    InputError for a checkpoint of another run and for one beyond the last step, and `TimeLimitReached` (exit code 75) at
     the deadline, after saving.
     """
     limit = checkpoint.time_limit(job.checkpointing.checkpoint_must_save_by)
@@ -142,5 +142,5 @@ def _steps(job: Job, work: Work, first: int, limit: float, cost: Entry) -> None:
             bar.update()
             if due:
                 log.close()
-                raise checkpoint.Paused(job.folder)
+                raise checkpoint.TimeLimitReached(job.folder)
     log.close()

@@ -15,7 +15,7 @@ from nemo_pivotrl.algorithms import pivotrl
 from nemo_pivotrl.backends.base import Sampler
 from nemo_pivotrl.config import Generation, Limits, Policy, Recipe
 from nemo_pivotrl.core.errors import InputError, Problem, UnrenderableState
-from nemo_pivotrl.core.types import Action, Candidate, Case, Lost, Sample, Verdict
+from nemo_pivotrl.core.types import Action, Candidate, Case, FailedSample, Sample, Verdict
 from nemo_pivotrl.data.chat_template import Chat, generation_stop_ids, load_tokenizer
 from nemo_pivotrl.data.gym_rows import action_to_row
 from nemo_pivotrl.verifiers.base import Bounded, Verifier, VerifierFault, verdicts
@@ -177,10 +177,10 @@ def roll_out(
         Rollout(sample, text, action, *_outcome(result))
         for (_, sample, text, action), result in zip(turns, judged, strict=True)
     )
-    return [[_without(s) if isinstance(s, Lost) else next(rollouts) for s in group] for group in samples]
+    return [[_without(s) if isinstance(s, FailedSample) else next(rollouts) for s in group] for group in samples]
 
 
-def _without(lost: Lost) -> Rollout:
+def _without(lost: FailedSample) -> Rollout:
     """What stands for a turn that was never generated: no tokens, no action, no verdict."""
     return Rollout(Sample((), (), "stop"), "", Action("none"), None, lost.kind)
 

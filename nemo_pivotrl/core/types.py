@@ -136,7 +136,7 @@ class Sample:
 
 
 @dataclass(frozen=True, slots=True)
-class Lost:
+class FailedSample:
     """A turn that could not be generated: a fault of machines, after all retries. It says nothing about the policy."""
 
     kind: str

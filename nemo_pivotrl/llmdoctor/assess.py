@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from nemo_pivotrl.backends.identity import policy_revision
-from nemo_pivotrl.backends.reference.guided import Guided, GuidedGenerator, Steering
+from nemo_pivotrl.backends.reference.guided import Guided, GuidedGenerator, GuidedSamplingParams
 from nemo_pivotrl.components.costs import spend
 from nemo_pivotrl.components.progress import progress
 from nemo_pivotrl.components.rollout import sample_seed
@@ -126,7 +126,7 @@ class _Exam:
         settings = self.recipe.assess
         work = [(p, k, n) for p in range(len(self.asked)) for k in range(settings.samples) for n in range(arm.best_of)]
         requests = [
-            Steering(
+            GuidedSamplingParams(
                 alpha=arm.alpha,
                 beta=arm.beta,
                 temperature=arm.temperature,

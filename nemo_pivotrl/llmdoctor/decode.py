@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 from nemo_pivotrl.backends.identity import policy_revision
 from nemo_pivotrl.backends.loading import load_guided_engine
-from nemo_pivotrl.backends.reference.guided import Guided, GuidedGenerator, Span, Steering, load_guided
+from nemo_pivotrl.backends.reference.guided import Guided, GuidedGenerator, GuidedSamplingParams, Span, load_guided
 from nemo_pivotrl.components.costs import spend
 from nemo_pivotrl.components.progress import progress
 from nemo_pivotrl.components.rollout import sample_seed
@@ -25,7 +25,7 @@ from nemo_pivotrl.config import Recipe
 from nemo_pivotrl.core.artifacts import ArtefactWriter, Header, digest, file_digest, is_complete, read_rows
 from nemo_pivotrl.core.errors import InputError, NotFiniteError, Problem, short
 from nemo_pivotrl.core.lock import one_writer
-from nemo_pivotrl.core.types import Lost
+from nemo_pivotrl.core.types import FailedSample
 from nemo_pivotrl.data.chat_template import Chat, load_tokenizer
 from nemo_pivotrl.llmdoctor.reward import load_patient_chat
 from nemo_pivotrl.sizing import hf_folder
@@ -50,11 +50,17 @@ class Generator(Protocol):
     """What decodes: the reference backend or vLLM."""
 
     def check(
-        self, prompts: Sequence[Sequence[int]], requests: Sequence[Steering], own_prompts: Sequence[OwnPrompts] | None
+        self,
+        prompts: Sequence[Sequence[int]],
+        requests: Sequence[GuidedSamplingParams],
+        own_prompts: Sequence[OwnPrompts] | None,
     ) -> None: ...
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], requests: Sequence[Steering], own_prompts: Sequence[OwnPrompts] | None
+        self,
+        prompts: Sequence[Sequence[int]],
+        requests: Sequence[GuidedSamplingParams],
+        own_prompts: Sequence[OwnPrompts] | None,
     ) -> list[Guided]: ...
 
 
@@ -205,13 +211,15 @@ def _decode_wave(
     ]
 
 
-def _answers(generator: Generator, texts: Sequence[Rendered], requests: Sequence[Steering]) -> list[Guided | Lost]:
-    """An answer to each text. Where logits are no numbers each is asked for again alone, and then it is `Lost`."""
+def _answers(
+    generator: Generator, texts: Sequence[Rendered], requests: Sequence[GuidedSamplingParams]
+) -> list[Guided | FailedSample]:
+    """An answer to each text. Where logits are no numbers each is asked for again alone, and then it is `FailedSample`."""
     try:
         return list(generator.generate([own for own, _ in texts], requests, [others for _, others in texts]))
     except NotFiniteError as error:
         if len(texts) == 1:
-            return [Lost("sampler_not_finite", short(error.problems[0].found))]
+            return [FailedSample("sampler_not_finite", short(error.problems[0].found))]
     return [
         answer
         for text, request in zip(texts, requests, strict=True)
@@ -219,15 +227,15 @@ def _answers(generator: Generator, texts: Sequence[Rendered], requests: Sequence
     ]
 
 
-def _lost_row(prompt: Prompt, sample: int, request: Steering, lost: Lost) -> dict[str, Any]:
+def _lost_row(prompt: Prompt, sample: int, request: GuidedSamplingParams, lost: FailedSample) -> dict[str, Any]:
     """What stands for an answer that could not be computed: it has no text and no figures."""
     row = {"id": prompt.prompt_id, "sample": sample, "text": "", "finish_reason": "failed", "failure": lost.kind}
     return row | {"token_ids": [], "alpha": request.alpha, "beta": dict(request.beta), "seed": request.seed}
 
 
-def _steering(recipe: Recipe, prompt: Prompt, sample: int) -> Steering:
+def _steering(recipe: Recipe, prompt: Prompt, sample: int) -> GuidedSamplingParams:
     s = recipe.decode
-    return Steering(
+    return GuidedSamplingParams(
         alpha=prompt.alpha,
         beta=prompt.beta,
         temperature=s.temperature,
@@ -260,7 +268,7 @@ def _render_all(
 
 
 def _row(
-    prompt: Prompt, sample: int, request: Steering, answer: Guided, chat: Chat, token_records: bool
+    prompt: Prompt, sample: int, request: GuidedSamplingParams, answer: Guided, chat: Chat, token_records: bool
 ) -> dict[str, Any]:
     tokens = answer.tokens
     row: dict[str, Any] = {

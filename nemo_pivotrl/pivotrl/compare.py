@@ -24,7 +24,7 @@ from statistics import NormalDist
 from typing import Any, NamedTuple
 
 from nemo_pivotrl.algorithms import early_stopping_estimates as endings, pivotrl
-from nemo_pivotrl.algorithms.early_stopping import Plan
+from nemo_pivotrl.algorithms.early_stopping import StoppingRule
 from nemo_pivotrl.core.artifacts import Header, read_header, read_rows
 from nemo_pivotrl.core.errors import InputError, Problem
 from nemo_pivotrl.core.types import Profile
@@ -49,7 +49,7 @@ class Measured:
     """Mean reward of the samples there are."""
     successes: int
     count: int
-    plan: Plan | None
+    plan: StoppingRule | None
     """What its sampling stopped by; None where that is unknown (rescored samples) or rewards are not 0 or 1."""
     end: tuple[int, int]
     """(successes, failures) at which that plan ended."""
@@ -65,7 +65,7 @@ class Side:
 
     path: Path
     header: Header
-    plan: Plan
+    plan: StoppingRule
     lambda_diff: float
 
 
@@ -186,7 +186,9 @@ FAILED = Measured("failed", math.nan, math.nan, 0, 0, None, (0, 0), False, True)
 
 
 @lru_cache(maxsize=65536)
-def _measure(rewards: tuple[float, ...], plan: Plan, lambda_diff: float, full: bool, rescored: bool) -> Measured:
+def _measure(
+    rewards: tuple[float, ...], plan: StoppingRule, lambda_diff: float, full: bool, rescored: bool
+) -> Measured:
     stats = pivotrl.statistics(rewards)
     rule: pivotrl.Rule = "adv" if plan.rule == "random" else plan.rule
     kept = pivotrl.keep_pivot(stats, rule, lambda_diff, plan.inclusive)
@@ -208,7 +210,7 @@ def _measure(rewards: tuple[float, ...], plan: Plan, lambda_diff: float, full: b
     )
 
 
-def _end(rewards: Sequence[float], plan: Plan) -> tuple[int, int] | None:
+def _end(rewards: Sequence[float], plan: StoppingRule) -> tuple[int, int] | None:
     """Where the plan ends these outcomes; they may go on, where an earlier plan drew more. None where it would draw more of them."""
     seen = 0
     while more := plan.ask(rewards[:seen]):
@@ -219,7 +221,7 @@ def _end(rewards: Sequence[float], plan: Plan) -> tuple[int, int] | None:
     return successes, seen - successes
 
 
-def _class_of(stats: pivotrl.GroupStatistics, plan: Plan, kept: bool) -> str:
+def _class_of(stats: pivotrl.GroupStatistics, plan: StoppingRule, kept: bool) -> str:
     if stats.variance > 1e-12:
         return "kept" if kept else "too easy"
     if stats.mean not in (0.0, 1.0):

@@ -20,7 +20,7 @@ from nemo_pivotrl.algorithms import pivotrl
 from nemo_pivotrl.backends import loading
 from nemo_pivotrl.backends.base import Sampler
 from nemo_pivotrl.backends.identity import identity_of, policy_revision, without_start
-from nemo_pivotrl.components.costs import Metered, spend
+from nemo_pivotrl.components.costs import CountingSampler, spend
 from nemo_pivotrl.components.lineage import check_lineage
 from nemo_pivotrl.components.rollout import (
     fits,
@@ -40,7 +40,7 @@ from nemo_pivotrl.core.atomic import write_atomically
 from nemo_pivotrl.core.errors import InputError, Problem
 from nemo_pivotrl.core.lock import one_writer
 from nemo_pivotrl.core.plugins import is_import_path
-from nemo_pivotrl.core.types import Action, Lost, Message, Sample
+from nemo_pivotrl.core.types import Action, FailedSample, Message, Sample
 from nemo_pivotrl.data.chat_template import Chat
 from nemo_pivotrl.pivotrl.select import candidates_of
 
@@ -130,7 +130,7 @@ def _evaluate_policy(
     )
     if recipe.vllm.servers:  # they serve the policy alone, and here are several
         policy = dataclasses.replace(policy, sampler="backend")
-    backend = Metered(loading.load_sampler(policy, _megatron(recipe, folder), recipe.vllm), cost)
+    backend = CountingSampler(loading.load_sampler(policy, _megatron(recipe, folder), recipe.vllm), cost)
     chat = load_chat(policy, recipe.verifier.limits)
     for name, run in sets.items():
         if (label, name) not in done:
@@ -238,9 +238,9 @@ def play(
     return episodes
 
 
-def sampled(groups: Sequence[Sequence[Sample | Lost]]) -> list[list[Sample]]:
+def sampled(groups: Sequence[Sequence[Sample | FailedSample]]) -> list[list[Sample]]:
     """All of them. Raises InputError for a lost one: an episode cannot go on without its turn, and must not fail by it."""
-    lost = [s for group in groups for s in group if isinstance(s, Lost)]
+    lost = [s for group in groups for s in group if isinstance(s, FailedSample)]
     if lost:
         found = f"{len(lost)} turns were lost ({lost[0].kind}: {lost[0].detail})"
         raise InputError(

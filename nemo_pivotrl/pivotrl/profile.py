@@ -39,7 +39,7 @@ from nemo_pivotrl.pivotrl import round_trip
 from nemo_pivotrl.pivotrl.candidate_index import Index, index_candidates
 from nemo_pivotrl.pivotrl.profile_rows import plan_in
 from nemo_pivotrl.pivotrl.profile_scheduler import pump
-from nemo_pivotrl.pivotrl.profile_shards import Parts, Shard
+from nemo_pivotrl.pivotrl.profile_shards import Shard, ShardStore
 from nemo_pivotrl.pivotrl.profile_statistics import summarise, summary_text
 from nemo_pivotrl.pivotrl.profile_work import (
     OF_THE_STATE,
@@ -175,7 +175,7 @@ def _reopened(recipe: Recipe, job: Job, path: Path) -> bool:
     return True
 
 
-def open_parts(recipe: Recipe, job: Job, shard: Shard, fresh: bool) -> Parts:
+def open_parts(recipe: Recipe, job: Job, shard: Shard, fresh: bool) -> ShardStore:
     """The folder in which the profile grows."""
     earlier = recipe.path("profiles.earlier.jsonl")
     if fresh:
@@ -184,16 +184,16 @@ def open_parts(recipe: Recipe, job: Job, shard: Shard, fresh: bool) -> Parts:
     extra = {**job.header.extra, **grown, "candidates": len(job.index), "chunk": job.index.chunk}
     header = dataclasses.replace(job.header, extra=extra)
     folder = recipe.path("profiles.parts")
-    return Parts(folder, header, job.index.chunks, shard, recipe.profile.steal_after_s, fresh)
+    return ShardStore(folder, header, job.index.chunks, shard, recipe.profile.steal_after_s, fresh)
 
 
-def _whose(parts: Parts, chunks: Sequence[int]) -> str:
+def _whose(parts: ShardStore, chunks: Sequence[int]) -> str:
     held = parts.held_by_others()
     shown = ", ".join(f"{n} ({held.get(n, 'nobody works on it')})" for n in chunks[:8])
     return shown + (f" and {len(chunks) - 8} more" if len(chunks) > 8 else "")
 
 
-def _merge(recipe: Recipe, job: Job, parts: Parts, path: Path) -> None:
+def _merge(recipe: Recipe, job: Job, parts: ShardStore, path: Path) -> None:
     """All chunks in order as one artefact, then the folder goes. Raises InputError for what is missing or damaged."""
     if missing := parts.missing():
         remedy = (
@@ -206,7 +206,7 @@ def _merge(recipe: Recipe, job: Job, parts: Parts, path: Path) -> None:
     parts.remove()
 
 
-def merge_chunks(header: Header, index: Index, parts: Parts, path: Path) -> None:
+def merge_chunks(header: Header, index: Index, parts: ShardStore, path: Path) -> None:
     """All chunks in order as one artefact, by rename. Raises InputError for a damaged one."""
     with ArtefactWriter(path, header, fresh=True) as writer:
         for number in range(parts.chunks):
@@ -217,7 +217,7 @@ def merge_chunks(header: Header, index: Index, parts: Parts, path: Path) -> None
 # ---- drawing, and what is told before and after ----
 
 
-def _run(recipe: Recipe, job: Job, parts: Parts) -> None:
+def _run(recipe: Recipe, job: Job, parts: ShardStore) -> None:
     """Work until no chunk is left that another process is not at work on."""
     if recipe.audit.before_profile:
         sample = job.index.sample(4 * max(recipe.audit.sample, 1) if recipe.audit.sample else 0)
@@ -239,7 +239,7 @@ def _run(recipe: Recipe, job: Job, parts: Parts) -> None:
                 sampler.close()  # type: ignore[attr-defined]
 
 
-def forecast(recipe: Recipe, job: Job, parts: Parts) -> str:
+def forecast(recipe: Recipe, job: Job, parts: ShardStore) -> str:
     """What is to come, before it begins: rollouts, and tokens read and generated at most."""
     settings = recipe.profile
     left = sum(job.index.rows_of(n) for n in parts.missing())

@@ -9,17 +9,17 @@ from types import MappingProxyType
 from typing import Any
 
 from nemo_pivotrl.algorithms import pivotrl
-from nemo_pivotrl.algorithms.early_stopping import Plan, interval
+from nemo_pivotrl.algorithms.early_stopping import StoppingRule, interval
 from nemo_pivotrl.core.artifacts import Header, json_bytes
 from nemo_pivotrl.core.types import Action, Candidate, Profile, ToolCall
 from nemo_pivotrl.data import gym_rows as responses
-from nemo_pivotrl.pivotrl.profile_scheduler import Member
+from nemo_pivotrl.pivotrl.profile_scheduler import CandidateProgress
 
 Row = dict[str, Any]
 NO_FIELDS: Mapping[str, Any] = MappingProxyType({})
 
 
-def member_line(member: Member, plan: Plan) -> bytes:
+def member_line(member: CandidateProgress, plan: StoppingRule) -> bytes:
     """A finished candidate's row: its line of the candidates file as it is, and the profile after it.
 
     What a failed one had drawn is kept, for when it is tried again; it has no samples and no rate.
@@ -123,13 +123,13 @@ def drawn_of_row(row: Row) -> list[tuple[int, Row]]:
     return [(k, rollout) for k, rollout in row["profile"].get("kept", ())]
 
 
-def plan_in(header: Header) -> Plan:
+def plan_in(header: Header) -> StoppingRule:
     """The plan that a profile's header tells of; all K of everything where it tells of none."""
     told = header.extra.get("plan")
     if told is None:
-        return Plan(int(header.extra["num_generations"]), curtailed=False)
+        return StoppingRule(int(header.extra["num_generations"]), curtailed=False)
     kept = {key: value for key, value in told.items() if key != "control_share"}
-    return Plan(**kept | {"prior": (kept["prior"][0], kept["prior"][1])})
+    return StoppingRule(**kept | {"prior": (kept["prior"][0], kept["prior"][1])})
 
 
 def repeated(samples: Sequence[Row]) -> int:

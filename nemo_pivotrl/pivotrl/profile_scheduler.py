@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from nemo_pivotrl.algorithms.early_stopping import Plan
+from nemo_pivotrl.algorithms.early_stopping import StoppingRule
 from nemo_pivotrl.core.artifacts import json_bytes
 from nemo_pivotrl.core.types import Candidate
 
@@ -32,7 +32,7 @@ END = object()
 
 
 @dataclass(slots=True)
-class Member:
+class CandidateProgress:
     """A candidate that is being profiled."""
 
     place: int
@@ -41,7 +41,7 @@ class Member:
     """Its row in the candidates file."""
     candidate_id: str
     trajectory_id: str
-    plan: Plan
+    plan: StoppingRule
     candidate: Candidate | None = None
     """Read from `line` when it is needed."""
     prompt: array[int] | None = None
@@ -106,19 +106,19 @@ class Member:
         return (len(self.repeats) - 1) * next(iter(self.repeats.values()))[1] < SUSPICIOUS
 
 
-Wave = list[tuple[Member, list[int]]]
+Wave = list[tuple[CandidateProgress, list[int]]]
 """Members and which of their rollouts are drawn together."""
 
 
 @dataclass(slots=True)
-class Unit:
+class WorkItem:
     """Candidates that draw together: all of a chunk, or with servers those of one trajectory in it."""
 
     chunk: int
-    members: list[Member]
+    members: list[CandidateProgress]
     wave: Wave = field(default_factory=list)
     """Who draws what next; nobody when the unit is finished."""
-    _open: list[Member] = field(default_factory=list)
+    _open: list[CandidateProgress] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._open = self.members
@@ -131,17 +131,17 @@ class Unit:
         self._open = [member for member, _ in self.wave]
 
 
-Judged = list[tuple[Member, int, dict[str, Any]]]
+Judged = list[tuple[CandidateProgress, int, dict[str, Any]]]
 """A member's k-th rollout as a profile keeps it. With a `fault` in place of its verdict, or of all of it, it is tried again."""
 
 
 def pump(
-    units: Iterator[Unit | None],
+    units: Iterator[WorkItem | None],
     draw: Callable[[Wave], Any],
     judge: Callable[[Wave, Any], Judged],
     concurrency: int = 1,
     under_way: Callable[[], int] = lambda: 0,
-) -> Iterator[tuple[Unit, Judged]]:
+) -> Iterator[tuple[WorkItem, Judged]]:
     """Waves of all units as they are judged. The caller takes each in and has its unit `advance`, before it asks for the next.
 
     concurrency: rollouts that are drawn at a time. 1: `draw` is called in this thread alone, one wave after another; else in threads,
@@ -150,8 +150,8 @@ def pump(
     """
     here = concurrency == 1
     most = UNITS_OF_ONE_PROCESS if here else concurrency
-    ready: deque[Unit] = deque()
-    ended: queue.SimpleQueue[tuple[Unit, Future[Judged]]] = queue.SimpleQueue()
+    ready: deque[WorkItem] = deque()
+    ended: queue.SimpleQueue[tuple[WorkItem, Future[Judged]]] = queue.SimpleQueue()
     running, more, stalled = 0, True, False
     pool = ThreadPoolExecutor(most)
 
@@ -166,7 +166,7 @@ def pump(
             if more and not ready and room():
                 unit = next(units, END)
                 more, stalled = unit is not END, unit is None
-                if isinstance(unit, Unit):
+                if isinstance(unit, WorkItem):
                     if unit.wave:
                         ready.append(unit)
                     else:
@@ -189,11 +189,13 @@ def pump(
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _hand_over(ended: queue.SimpleQueue[tuple[Unit, Future[Judged]]], unit: Unit, job: Future[Judged]) -> None:
+def _hand_over(ended: queue.SimpleQueue[tuple[WorkItem, Future[Judged]]], unit: WorkItem, job: Future[Judged]) -> None:
     ended.put((unit, job))
 
 
-def _next(ended: queue.SimpleQueue[tuple[Unit, Future[Judged]]], look_only: bool) -> tuple[Unit, Future[Judged]] | None:
+def _next(
+    ended: queue.SimpleQueue[tuple[WorkItem, Future[Judged]]], look_only: bool
+) -> tuple[WorkItem, Future[Judged]] | None:
     """The next wave that has ended; None where there is room for others, or may be by now."""
     try:
         return ended.get(block=not look_only, timeout=LOOK_S)
@@ -201,11 +203,11 @@ def _next(ended: queue.SimpleQueue[tuple[Unit, Future[Judged]]], look_only: bool
         return None
 
 
-def units_of(chunk: int, members: Sequence[Member], together: bool) -> list[Unit]:
+def units_of(chunk: int, members: Sequence[CandidateProgress], together: bool) -> list[WorkItem]:
     """A chunk's units: all of it, or one for each trajectory, whose states begin alike and share a server's prefix cache."""
     if together:
-        return [Unit(chunk, list(members))]
-    of: dict[str, list[Member]] = {}
+        return [WorkItem(chunk, list(members))]
+    of: dict[str, list[CandidateProgress]] = {}
     for member in members:
         of.setdefault(member.trajectory_id, []).append(member)
-    return [Unit(chunk, group) for group in of.values()]
+    return [WorkItem(chunk, group) for group in of.values()]

@@ -69,7 +69,7 @@ def shard_of(text: str) -> Shard:
     raise InputError(Problem("command line", None, "--shard", text, remedy))
 
 
-class Parts:
+class ShardStore:
     """The folder of one profile, as one shard sees it. Raises InputError where it holds another recipe's work."""
 
     def __init__(

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from nemo_pivotrl.algorithms import pivotrl
-from nemo_pivotrl.algorithms.early_stopping import Plan
+from nemo_pivotrl.algorithms.early_stopping import StoppingRule
 from nemo_pivotrl.core.artifacts import read_rows
 from nemo_pivotrl.pivotrl.profile_rows import repeated
 
 CLASSES = ("all 0", "mixed, kept", "mixed, too easy", "all 1")
 
 
-def hit_class(rewards: Sequence[float], plan: Plan) -> str:
+def hit_class(rewards: Sequence[float], plan: StoppingRule) -> str:
     """Where a candidate's hit rate lies, by the samples there are."""
     stats = pivotrl.statistics(rewards)
     if stats.variance <= 1e-12:
@@ -24,12 +24,12 @@ def hit_class(rewards: Sequence[float], plan: Plan) -> str:
     return "mixed, kept" if kept else "mixed, too easy"
 
 
-def summarise(path: Path, plan: Plan) -> dict[str, Any]:
+def summarise(path: Path, plan: StoppingRule) -> dict[str, Any]:
     """The numbers of a finished profile, of any length, in constant memory."""
     return summary_of(read_rows(path), plan)
 
 
-def summary_of(rows: Iterable[dict[str, Any]], plan: Plan) -> dict[str, Any]:
+def summary_of(rows: Iterable[dict[str, Any]], plan: StoppingRule) -> dict[str, Any]:
     """`summarise` over rows."""
     counts: Counter[str] = Counter()
     classes = {name: Counter[str]() for name in CLASSES}
@@ -77,7 +77,7 @@ def summary_of(rows: Iterable[dict[str, Any]], plan: Plan) -> dict[str, Any]:
     }
 
 
-def drawn_first(rewards: Sequence[float], plan: Plan) -> list[float]:
+def drawn_first(rewards: Sequence[float], plan: StoppingRule) -> list[float]:
     """The outcomes that a plan would have drawn of a candidate that was drawn in full."""
     seen: list[float] = []
     while len(seen) < len(rewards) and (more := plan.ask(seen)):
@@ -85,7 +85,7 @@ def drawn_first(rewards: Sequence[float], plan: Plan) -> list[float]:
     return seen
 
 
-def _selected(rewards: Sequence[float], plan: Plan) -> tuple[bool, bool]:
+def _selected(rewards: Sequence[float], plan: StoppingRule) -> tuple[bool, bool]:
     stats = pivotrl.statistics(rewards)
     low, high = (
         pivotrl.keep_pivot(stats, plan.rule, lam, plan.inclusive) for lam in (plan.lambda_low, plan.lambda_high)

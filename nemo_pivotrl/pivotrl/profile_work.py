@@ -12,21 +12,21 @@ from pathlib import Path
 from typing import Any
 
 from nemo_pivotrl.algorithms import pivotrl
-from nemo_pivotrl.algorithms.early_stopping import Plan
+from nemo_pivotrl.algorithms.early_stopping import StoppingRule
 from nemo_pivotrl.backends.base import Sampler
 from nemo_pivotrl.components.progress import progress
 from nemo_pivotrl.components.rollout import SUSPICIOUS_GROUPS, drawn_row, judge_all, judged_row, sample_seeds
 from nemo_pivotrl.config import ProfileStage, Recipe
 from nemo_pivotrl.core.artifacts import Header
 from nemo_pivotrl.core.errors import UNRENDERABLE, InputError, Problem, UnrenderableState
-from nemo_pivotrl.core.types import Action, Lost, Sample
+from nemo_pivotrl.core.types import Action, FailedSample, Sample
 from nemo_pivotrl.data import gym_rows as responses
 from nemo_pivotrl.data.chat_template import Chat
 from nemo_pivotrl.data.gym_rows import action_of_row
 from nemo_pivotrl.pivotrl.candidate_index import Index
 from nemo_pivotrl.pivotrl.profile_rows import drawn_of_row, member_line
-from nemo_pivotrl.pivotrl.profile_scheduler import Judged, Member, Unit, Wave, units_of
-from nemo_pivotrl.pivotrl.profile_shards import Journal, Parts
+from nemo_pivotrl.pivotrl.profile_scheduler import CandidateProgress, Judged, Wave, WorkItem, units_of
+from nemo_pivotrl.pivotrl.profile_shards import Journal, ShardStore
 from nemo_pivotrl.verifiers.base import Bounded, Verifier, VerifierFault
 
 OPEN_CHUNKS = 16
@@ -57,10 +57,10 @@ class Job:
     chat: Chat
     verifier: Bounded
     verifier_id: str
-    plan: Plan
+    plan: StoppingRule
 
 
-def draw_wave(recipe: Recipe, job: Job, sampler: Sampler, wave: Wave) -> list[list[Sample | Lost]]:
+def draw_wave(recipe: Recipe, job: Job, sampler: Sampler, wave: Wave) -> list[list[Sample | FailedSample]]:
     """One wave's samples, group by group; none of a state that does not fit the context, or of what only lacks its verdict."""
     for member, _ in wave:
         render(job.chat, member)
@@ -79,7 +79,7 @@ def draw_wave(recipe: Recipe, job: Job, sampler: Sampler, wave: Wave) -> list[li
     return [next(drawn) if ks and m.failure is None else [] for m, ks in asked]
 
 
-def render(chat: Chat, member: Member) -> None:
+def render(chat: Chat, member: CandidateProgress) -> None:
     """Read a member's candidate and tokenise its prompt, where that is not done; a state that cannot be rendered fails."""
     if member.candidate is None or member.prompt is None:
         member.candidate = responses.candidate_of_row(json.loads(member.line))
@@ -95,18 +95,18 @@ def judge_wave(
     verifier: Verifier,
     retries: Callable[[str], int],
     wave: Wave,
-    samples: Sequence[Sequence[Sample | Lost]],
+    samples: Sequence[Sequence[Sample | FailedSample]],
 ) -> Judged:
     """Verdicts on one wave's samples, and on earlier ones that lack theirs; faults are retried as often as their kind allows."""
     judged: Judged = []
-    turns: list[tuple[Member, int, dict[str, Any], Action]] = []
+    turns: list[tuple[CandidateProgress, int, dict[str, Any], Action]] = []
     for (member, ks), group in zip(wave, samples, strict=True):
         drawn = iter(group)
         for k in ks if member.failure is None else ():
             if k in member.unjudged:
                 row = member.unjudged[k]
                 turns.append((member, k, row, action_of_row(row["action"])))
-            elif isinstance(sample := next(drawn), Lost):
+            elif isinstance(sample := next(drawn), FailedSample):
                 judged.append((member, k, {"fault": sample.kind}))
             else:
                 text = chat.decode(sample.token_ids)
@@ -143,12 +143,18 @@ class Work:
     """One process's chunks: units for the pump, what comes back into journals, finished chunks into the folder."""
 
     def __init__(
-        self, recipe: Recipe, index: Index, plan: Plan, parts: Parts, together: bool, measure: Callable[[Member], None]
+        self,
+        recipe: Recipe,
+        index: Index,
+        plan: StoppingRule,
+        parts: ShardStore,
+        together: bool,
+        measure: Callable[[CandidateProgress], None],
     ):
         self.recipe, self.index, self.plan, self.parts, self.together = recipe, index, plan, parts, together
         self.measure = measure
         """Finds out how long a member's prompt is, where all of its rollouts were there already."""
-        self.open: dict[int, tuple[list[Member], Journal, int]] = {}
+        self.open: dict[int, tuple[list[CandidateProgress], Journal, int]] = {}
         """Chunk to its members, its journal, and units that are not finished."""
         self.spent: Counter[str] = Counter()
         """For the ledger; a prompt's tokens once, however many rollouts it begins."""
@@ -157,7 +163,7 @@ class Work:
         temperature = recipe.policy.generation.temperature
         self.alike_allowed = SUSPICIOUS_GROUPS if temperature > 0 else recipe.profile.candidates_per_chunk + 1
 
-    def units(self) -> Iterator[Unit | None]:
+    def units(self) -> Iterator[WorkItem | None]:
         """Units of chunks as they are claimed; None where enough chunks are open for now."""
         while True:
             if len(self.open) >= OPEN_CHUNKS:
@@ -173,20 +179,22 @@ class Work:
             self.open[number] = (members, journal, len(units))
             yield from units
 
-    def members(self, number: int) -> list[Member]:
+    def members(self, number: int) -> list[CandidateProgress]:
         """A chunk's candidates with the rollouts that an earlier profile has of them."""
         settings, plan = self.recipe.profile, self.plan
         every = dataclasses.replace(plan, curtailed=False)
         made = []
         for place, entry in enumerate(self.index.read(number)):
             control = is_control(self.recipe.seed, entry.candidate_id, settings.control_share)
-            member = Member(place, entry.line, entry.candidate_id, entry.trajectory_id, every if control else plan)
+            member = CandidateProgress(
+                place, entry.line, entry.candidate_id, entry.trajectory_id, every if control else plan
+            )
             for k, row in self.earlier.rollouts(self.index.place(number, place)):
                 member.add(k, row)
             made.append(member)
         return made
 
-    def go(self, waves: Iterable[tuple[Unit, Judged]], cost: dict[str, Any]) -> None:
+    def go(self, waves: Iterable[tuple[WorkItem, Judged]], cost: dict[str, Any]) -> None:
         """Take every wave in, and note what was spent in `cost`.
 
         Raises InputError when too much fails, or when samples repeat as if seeds did.
@@ -217,7 +225,7 @@ class Work:
         }
         return found | ({"failed": str(self.failed.total())} if self.failed else {})
 
-    def take(self, unit: Unit, judged: Judged) -> None:
+    def take(self, unit: WorkItem, judged: Judged) -> None:
         """One wave into members and journal."""
         lines = []
         for member, k, row in judged:
@@ -237,7 +245,7 @@ class Work:
             self.open[unit.chunk][1].write(lines)
         unit.advance()
 
-    def finish(self, unit: Unit) -> None:
+    def finish(self, unit: WorkItem) -> None:
         """Count a finished unit, and publish its chunk when it was the last one."""
         for member in unit.members:
             if not member.prompt_tokens and member.failure not in UNRENDERABLE:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_pivotrl.algorithms import pivotrl
-from nemo_pivotrl.algorithms.early_stopping import Plan
+from nemo_pivotrl.algorithms.early_stopping import StoppingRule
 from nemo_pivotrl.components.lineage import check_lineage
 from nemo_pivotrl.config import Recipe
 from nemo_pivotrl.core.artifacts import (
@@ -111,7 +111,7 @@ def select_pivots(recipe: Recipe, fresh: bool = False) -> Path:
     return path
 
 
-def check_decided(recipe: Recipe, train: Sequence[Profile], plan: Plan, source: Path) -> None:
+def check_decided(recipe: Recipe, train: Sequence[Profile], plan: StoppingRule, source: Path) -> None:
     """Refuse a rule or lambda_diff that curtailed samples leave open, unless the recipe goes by their rate. Raises InputError."""
     settings = recipe.select
     if (

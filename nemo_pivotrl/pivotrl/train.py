@@ -25,7 +25,7 @@ from nemo_pivotrl.algorithms.prefix_tree import prompt_saving
 from nemo_pivotrl.backends import loading
 from nemo_pivotrl.backends.base import Backend, Sampler, TokenBatch
 from nemo_pivotrl.backends.identity import identity_of, policy_revision
-from nemo_pivotrl.components.costs import Metered
+from nemo_pivotrl.components.costs import CountingSampler
 from nemo_pivotrl.components.lineage import check_lineage
 from nemo_pivotrl.components.loop import Job, Step, run
 from nemo_pivotrl.components.progress import steps_of
@@ -99,12 +99,12 @@ class PolicyTraining:
         self.trainer = loading.load(recipe.policy, recipe.megatron, recipe.vllm, reference=anchored)
         self.trainer.prepare_for_training(recipe.policy.optimizer)
         self.monitor = Monitor(recipe, self.trainer, chat, verifier, held_out[: settings.val_candidates])
-        self.meter = Metered(self.trainer, cost)
+        self.meter = CountingSampler(self.trainer, cost)
         """Of the step that runs."""
 
     def step(self, number: int) -> Step:
         """Sample, judge and update. Every sample of the step is counted in its row, those of its validations too."""
-        self.meter = Metered(self.trainer, self.cost)
+        self.meter = CountingSampler(self.trainer, self.cost)
         drawn = _draw(self.pivots, self.units, number, self.recipe)
         metrics, timing = _step(self.recipe, number, drawn, self.trainer, self.meter, self.chat, self.verifier)
         return Step(metrics | self.meter.costs(), {"tokens_trained": round(metrics["tokens_trained"])}, timing)

@@ -352,12 +352,15 @@ def tables(found: Audit, summary: dict[str, Any]) -> str:
         for name, row in summary[key].items():
             counts = (row[GOLD], row["gold_failed"], row[RIGHT], row["right_failed"], row[WRONG], row["false_accept"])
             lines.append(
-                f"{short(name, 29):<30}" + "".join(f"{n:>{w}}" for n, w in zip(counts, (9, 10, 10, 10, 8, 10), strict=True))
+                f"{short(name, 29):<30}"
+                + "".join(f"{n:>{w}}" for n, w in zip(counts, (9, 10, 10, 10, 8, 10), strict=True))
             )
     for name in ("gold_failures", "unwinnable", "unlosable", "undeclared_tools", "won_by_a_constant"):
         ids = summary[name]
         if ids:
-            shown = ", ".join(short(name) for name in ids[:SHOWN]) + (f" and {len(ids) - SHOWN} more" if len(ids) > SHOWN else "")
+            shown = ", ".join(short(name) for name in ids[:SHOWN]) + (
+                f" and {len(ids) - SHOWN} more" if len(ids) > SHOWN else ""
+            )
             lines.append(f"{name.replace('_', ' ')}: {len(ids)} of {summary['candidates']}: {shown}")
     for answer, share in list(summary["constants"].items())[:SHOWN_CONSTANTS]:
         lines.append(f"constant answer: {answer} wins {share:.1%} of the candidates")

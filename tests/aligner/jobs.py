@@ -298,7 +298,7 @@ def train_served(
     import tiny_served
 
     from nemo_pivotrl.core.errors import InputError
-    from nemo_pivotrl.core.types import Lost
+    from nemo_pivotrl.core.types import FailedSample
 
     settings = tiny_served.settings(hf_folder, url, **(servers or {})) | overrides
     cfg, lightning, state, model = served_model(folder, settings, tp, pp, dp)
@@ -312,7 +312,7 @@ def train_served(
         if pool is not None:
             seen["theirs"].append(pool.log_probs([PROBED])[0].tolist())
             if lose and len(seen["theirs"]) == 1:
-                turns = lambda *a: [[Lost("test", "lost")] if n == 0 else f for n, f in enumerate(real(*a))]  # noqa: E731
+                turns = lambda *a: [[FailedSample("test", "lost")] if n == 0 else f for n, f in enumerate(real(*a))]  # noqa: E731
                 pool.infer = lambda *a: turns(*a) if len(a[0]) > 1 else real(*a)  # not the probe
         tokens = torch.tensor([[*PROBED[0], *PROBED[1]]])
         own = actor.get_inference_log_probs(tokens, forward_micro_batch_size=1)[0, len(PROBED[0]) - 1 :]

@@ -10,14 +10,14 @@ import time
 import torch
 import torch.distributed as dist
 
-from nemo_pivotrl.backends.launch import Patience, Watch, place_of, run
+from nemo_pivotrl.backends.launch import Patience, Watchdog, place_of, run
 from nemo_pivotrl.core.errors import InputError, Problem
 
 PATIENCE = Patience(join=10.0, collective=60.0, beat=0.2, dead=2.0, stuck=4.0, leave=5.0)
 kind, victim = sys.argv[1], int(sys.argv[2]) if len(sys.argv) > 2 else 1
 
 
-def program(watch: Watch | None) -> None:
+def program(watch: Watchdog | None) -> None:
     if watch is not None and kind in ("busy", "lost"):
         # longer than `stuck`: the stage's own work on rank 0, which the others await at rest
         watch.rest(0)

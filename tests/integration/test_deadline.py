@@ -9,7 +9,7 @@ from support.recipes import ROOT, SMALL
 
 from nemo_pivotrl import cli
 from nemo_pivotrl.backends.identity import policy_revision
-from nemo_pivotrl.components.checkpoint import RESUME, Paused, is_due, time_limit
+from nemo_pivotrl.components.checkpoint import RESUME, TimeLimitReached, is_due, time_limit
 from nemo_pivotrl.core.errors import InputError
 
 
@@ -39,7 +39,7 @@ def test_a_run_stops_before_a_step_would_pass_its_deadline() -> None:
 
 def test_a_paused_run_exits_with_a_code_of_its_own() -> None:
     with pytest.raises(SystemExit) as caught:
-        raise Paused(Path("step_00003"))
+        raise TimeLimitReached(Path("step_00003"))
     assert caught.value.code == RESUME == 75
 
 

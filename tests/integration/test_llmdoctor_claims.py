@@ -12,7 +12,7 @@ import torch
 from support.processes import run
 from support.recipes import ROOT
 
-from nemo_pivotrl.backends.reference.guided import Steering
+from nemo_pivotrl.backends.reference.guided import GuidedSamplingParams
 from nemo_pivotrl.config import Recipe, Tfpo
 from nemo_pivotrl.demo import tiny_models as tiny
 
@@ -90,7 +90,7 @@ def test_args_without_weight_is_the_patient_over_its_likeliest_tokens_and_with_m
 ) -> None:
     model = small(tmp_path, 2)
     prompts, width = [[5, 6, 7], [9, 10], [3, 4, 5, 6]], model.config.vocab_size
-    requests = [Steering(max_new_tokens=5, seed=n) for n in range(3)]
+    requests = [GuidedSamplingParams(max_new_tokens=5, seed=n) for n in range(3)]
     silent = torch.nn.Linear(32, 1, dtype=torch.float64)
 
     def answers(weight: float, k: int) -> list[Any]:

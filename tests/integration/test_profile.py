@@ -23,7 +23,7 @@ from nemo_pivotrl.backends import loading
 from nemo_pivotrl.config import Recipe
 from nemo_pivotrl.core.artifacts import read_rows, seal
 from nemo_pivotrl.core.errors import InputError
-from nemo_pivotrl.core.types import Action, Case, Lost, Sample, Verdict
+from nemo_pivotrl.core.types import Action, Case, FailedSample, Sample, Verdict
 from nemo_pivotrl.pivotrl import profile_work
 from nemo_pivotrl.pivotrl.profile import merge, prepare, profile
 from nemo_pivotrl.pivotrl.profile_shards import Shard, shard_of
@@ -165,7 +165,7 @@ def dying(monkeypatch: pytest.MonkeyPatch, rng: random.Random) -> None:
     """Let one of the next writes of the profile stop at a random byte, as a kill between two system calls does."""
     from nemo_pivotrl.pivotrl import profile_shards as chunks
 
-    left, write, publish = [rng.randrange(1, 26)], chunks.Journal.write, chunks.Parts.publish
+    left, write, publish = [rng.randrange(1, 26)], chunks.Journal.write, chunks.ShardStore.publish
 
     def counted() -> bool:
         left[0] -= 1
@@ -182,7 +182,7 @@ def dying(monkeypatch: pytest.MonkeyPatch, rng: random.Random) -> None:
         os.truncate(name, rng.randrange(max(0, size - 3000), size))
         raise Dead
 
-    def torn_publish(self: chunks.Parts, number: int, rows: Sequence[bytes], ids: str) -> None:
+    def torn_publish(self: chunks.ShardStore, number: int, rows: Sequence[bytes], ids: str) -> None:
         if not counted():
             return publish(self, number, rows, ids)
         whole = b"".join(rows)
@@ -190,7 +190,7 @@ def dying(monkeypatch: pytest.MonkeyPatch, rng: random.Random) -> None:
         raise Dead
 
     monkeypatch.setattr(chunks.Journal, "write", torn_write)
-    monkeypatch.setattr(chunks.Parts, "publish", torn_publish)
+    monkeypatch.setattr(chunks.ShardStore, "publish", torn_publish)
 
 
 def test_deaths_at_random_bytes_end_with_the_same_bytes(
@@ -333,6 +333,7 @@ class Wavering:
     def __init__(self, inner: Any, every: int, kind: str = "judge_timeout"):
         self.inner, self.every, self.kind, self.calls = inner, every, kind, 0
         self.name, self.version, self.concurrency, self.asks_judge = inner.name, inner.version, 1, False
+        self.excludes = inner.excludes
 
     def verify(self, case: Case, actual: Action) -> Verdict:
         from nemo_pivotrl.verifiers.base import VerifierFault
@@ -445,8 +446,10 @@ def test_a_lost_turn_is_drawn_again_before_its_candidate_is_given_up(
         sampler = load(*arguments)
         infer = sampler.infer
 
-        def some(*a: Any) -> list[list[Sample | Lost]]:
-            return [[Lost("sampler_timeout", "late") if next(count) % 10 == 9 else s for s in g] for g in infer(*a)]
+        def some(*a: Any) -> list[list[Sample | FailedSample]]:
+            return [
+                [FailedSample("sampler_timeout", "late") if next(count) % 10 == 9 else s for s in g] for g in infer(*a)
+            ]
 
         sampler.infer = some
         return sampler

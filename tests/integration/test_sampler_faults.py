@@ -17,7 +17,7 @@ from nemo_pivotrl.algorithms import pivotrl
 from nemo_pivotrl.backends import loading
 from nemo_pivotrl.core.artifacts import read_rows
 from nemo_pivotrl.core.errors import InputError
-from nemo_pivotrl.core.types import Lost, Sample
+from nemo_pivotrl.core.types import FailedSample, Sample
 from nemo_pivotrl.pivotrl.evaluate import sampled
 from nemo_pivotrl.pivotrl.profile import profile
 from nemo_pivotrl.pivotrl.train import train
@@ -39,9 +39,9 @@ def losing(monkeypatch: pytest.MonkeyPatch, every: int) -> None:
         backend = load(*arguments, **named)
         infer = backend.infer
 
-        def lossy(*a: Any) -> list[list[Sample | Lost]]:
+        def lossy(*a: Any) -> list[list[Sample | FailedSample]]:
             return [
-                [Lost("sampler_timeout", "gone") if next(count) % every == 0 else s for s in group]
+                [FailedSample("sampler_timeout", "gone") if next(count) % every == 0 else s for s in group]
                 for group in infer(*a)
             ]
 
@@ -86,7 +86,7 @@ def test_an_evaluation_stops_at_a_lost_turn() -> None:
     kept = [[Sample((1,), (-1.0,), "stop")]]
     assert sampled(kept) == kept
     with pytest.raises(InputError, match="sampler_timeout"):
-        sampled([*kept, [Lost("sampler_timeout", "gone")]])
+        sampled([*kept, [FailedSample("sampler_timeout", "gone")]])
 
 
 # ---- the gate between sampler and trainer ----

@@ -17,7 +17,7 @@ from nemo_pivotrl.backends.vllm.engine import Engine
 from nemo_pivotrl.backends.vllm.requests import checked, in_order
 from nemo_pivotrl.config import Generation, Vllm
 from nemo_pivotrl.core.errors import InputError
-from nemo_pivotrl.core.types import Lost, Sample
+from nemo_pivotrl.core.types import FailedSample, Sample
 
 PROMPTS = [[7, 8, 9, 10, 11], [7, 8, 9, 10, 11, 12, 13], [200, 3, 40, 5], [9]]
 STOPS = frozenset({1, 17, 90})
@@ -34,7 +34,7 @@ def truth(model: Any, prompt: Sequence[int], response: Sequence[int], temperatur
 def drawn(engine: Engine, generation: Generation, count: int = 3, stops: frozenset[int] = STOPS) -> list[list[Sample]]:
     seeds = [[1000 * p + k for k in range(count)] for p in range(len(PROMPTS))]
     groups = engine.infer(PROMPTS, seeds, stops, generation)
-    assert not any(isinstance(s, Lost) for group in groups for s in group)
+    assert not any(isinstance(s, FailedSample) for group in groups for s in group)
     return groups  # type: ignore[return-value]
 
 

@@ -12,10 +12,10 @@ from conftest import SMALL
 from vllm_models import llama, nemotron_h, qwen3, saved
 
 from nemo_pivotrl.backends.doctors import Span
-from nemo_pivotrl.backends.reference.guided import GuidedGenerator, Steering, load_guided
+from nemo_pivotrl.backends.reference.guided import GuidedGenerator, GuidedSamplingParams, load_guided
 from nemo_pivotrl.backends.vllm.decode import GuidedEngine
 from nemo_pivotrl.backends.vllm.engine import Engine
-from nemo_pivotrl.backends.vllm.guidance import NAMES, Guidance, Wish, read_wish
+from nemo_pivotrl.backends.vllm.guidance import NAMES, Guidance, GuidanceParams, read_wish
 from nemo_pivotrl.backends.vllm.row_stream import RowStream, check_streams
 from nemo_pivotrl.config import Decode, Doctor, Patient
 from nemo_pivotrl.core.errors import InputError
@@ -72,7 +72,7 @@ def pair(request: pytest.FixtureRequest, folders: dict[str, str]) -> Iterator[tu
     engine.close()
 
 
-def asked(truth: GuidedGenerator, count: int = 12) -> tuple[list[list[int]], list[Steering]]:
+def asked(truth: GuidedGenerator, count: int = 12) -> tuple[list[list[int]], list[GuidedSamplingParams]]:
     """Requests that differ in everything, of different lengths: rows come, go and move."""
     weights: list[tuple[float, dict[str, float]]] = [
         (1.0, {}),
@@ -84,7 +84,7 @@ def asked(truth: GuidedGenerator, count: int = 12) -> tuple[list[list[int]], lis
     ]
     prompts = [truth.tokenizer.encode(TEXTS[i % 4] + " " + "x" * (i % 3)) for i in range(count)]
     requests = [
-        Steering(
+        GuidedSamplingParams(
             alpha=weights[i % 6][0],
             beta=weights[i % 6][1],
             temperature=(1.0, 0.7, 0.0)[i % 3],
@@ -139,10 +139,10 @@ def test_what_cannot_be_decoded_is_refused_before_it_reaches_the_engine(
 ) -> None:
     _, engine = pair
     for prompt, request in (
-        ([], Steering()),
-        ([5], Steering(beta={"nobody": 1.0})),
-        ([5], Steering(max_new_tokens=200)),
-        ([100000], Steering()),
+        ([], GuidedSamplingParams()),
+        ([5], GuidedSamplingParams(beta={"nobody": 1.0})),
+        ([5], GuidedSamplingParams(max_new_tokens=200)),
+        ([100000], GuidedSamplingParams()),
     ):
         with pytest.raises(InputError):
             engine.generate([prompt], [request])
@@ -168,7 +168,7 @@ def test_log_probs_of_vllms_sampler_are_those_of_the_mixture(pair: tuple[GuidedG
     for weights in ({"kind": 1.0}, {"kind": 0.8, "brief": 0.5}, {"brief": -0.5}):
         extra = {"guidance.alpha": 0.9, **{f"guidance.beta.{n}": w for n, w in weights.items()}}
         for prompt, choice in zip(prompts, sampled(engine, prompts, extra_args=extra, ignore_eos=True), strict=True):
-            decoding = truth.start([prompt], [Steering(alpha=0.9, beta=weights, max_new_tokens=16)])
+            decoding = truth.start([prompt], [GuidedSamplingParams(alpha=0.9, beta=weights, max_new_tokens=16)])
             for token, got in zip(choice.token_ids, logs(choice), strict=True):
                 mixed = decoding.guide.mix(decoding.stream.logits())
                 assert float(mixed.log_probs[0, token]) == pytest.approx(got, abs=TIGHT)
@@ -281,10 +281,12 @@ def test_the_cost_of_a_doctor_is_linear_in_length(folders: dict[str, str], monke
     truth, engine = both(folders, False)
     try:
         prompt = truth.tokenizer.encode(TEXTS[3])
-        engine.generate([prompt], Steering(beta={"kind": 1.0}, max_new_tokens=1))
+        engine.generate([prompt], GuidedSamplingParams(beta={"kind": 1.0}, max_new_tokens=1))
         stream = made[0].streams[folders["kind"], ""]
         before = stream.tokens_read
-        requests = [Steering(beta={"kind": 1.0}, max_new_tokens=40, seed=i, stop_ids=frozenset()) for i in range(8)]
+        requests = [
+            GuidedSamplingParams(beta={"kind": 1.0}, max_new_tokens=40, seed=i, stop_ids=frozenset()) for i in range(8)
+        ]
         engine.generate([prompt] * 8, requests)
         # 39 of an answer's 40 tokens are read; of a twin's prompt only the last
         assert stream.tokens_read - before == len(prompt) + 7 + 8 * 39
@@ -326,7 +328,7 @@ def test_a_bad_wish_is_refused_with_what_may_stand_there(extra: dict[str, Any], 
 
 
 def test_wishes_are_read_and_strangers_arguments_left_alone() -> None:
-    assert read_wish({"other": 1}, ["kind"]) == Wish() == read_wish(None, None)
+    assert read_wish({"other": 1}, ["kind"]) == GuidanceParams() == read_wish(None, None)
     wish = read_wish({"guidance.beta.kind": "0.5", "guidance.spans": ["<a>", "</a>", "<b>", ""], "k": 1}, ["kind"])
     assert wish.beta == {"kind": 0.5} and wish.alpha is None and wish.given
     assert wish.spans == (Span("<a>", "</a>"), Span("<b>", ""))

@@ -16,7 +16,7 @@ from vllm.v1.sample.logits_processor import _load_custom_logitsprocs
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsContext, LogitsProcRequestState
 from vllm.v1.worker.gpu.sample.logits_processor.loader import _load_v2_logitsprocs_by_fqcns
 
-from nemo_pivotrl.backends.reference.guided import Steering, load_guided
+from nemo_pivotrl.backends.reference.guided import GuidedSamplingParams, load_guided
 from nemo_pivotrl.backends.vllm import guide as vllm_guide
 from nemo_pivotrl.backends.vllm.guidance import CLASS, guide_arguments
 from nemo_pivotrl.config import Decode, Patient
@@ -96,7 +96,9 @@ def test_rows_that_come_go_and_change_places_get_the_mixture(folders: dict[str, 
         alpha, beta = wishes[which]
         extra = {"guidance.alpha": alpha, **{f"guidance.beta.{n}": b for n, b in beta.items()}}
         assert runner.add(slot, prompts[which], extra) == bool(beta)
-        decodings[slot] = truth.start([prompts[which]], [Steering(alpha=alpha, beta=beta, max_new_tokens=30)])
+        decodings[slot] = truth.start(
+            [prompts[which]], [GuidedSamplingParams(alpha=alpha, beta=beta, max_new_tokens=30)]
+        )
 
     def step(slots: list[int]) -> None:
         logits = torch.cat([decodings[s].stream.logits() for s in slots])

@@ -18,7 +18,7 @@ import torch
 from test_vllm_guide import TEXTS, folders
 from vllm_world import ROOT, Process
 
-from nemo_pivotrl.backends.reference.guided import GuidedGenerator, Steering, load_guided
+from nemo_pivotrl.backends.reference.guided import GuidedGenerator, GuidedSamplingParams, load_guided
 from nemo_pivotrl.config import Doctor
 from nemo_pivotrl.config.load import load_recipe
 from nemo_pivotrl.core.artifacts import read_rows
@@ -106,7 +106,7 @@ def ask(server: Process, **body: Any) -> tuple[int, dict[str, Any]]:
 
 
 def mixed(truth: GuidedGenerator, prompt: list[int], ids: list[int], alpha: float, beta: float) -> list[float]:
-    decoding = truth.start([prompt], [Steering(alpha=alpha, beta={"kind": beta}, max_new_tokens=20)])
+    decoding = truth.start([prompt], [GuidedSamplingParams(alpha=alpha, beta={"kind": beta}, max_new_tokens=20)])
     found = []
     for token in ids:
         found.append(float(decoding.guide.mix(decoding.stream.logits()).log_probs[0, token]))

@@ -39,7 +39,7 @@ from nemo_pivotrl.core.errors import InputError, Problem, short
 from nemo_pivotrl.sizing.architecture import Architecture, read_architecture
 
 if TYPE_CHECKING:
-    from nemo_pivotrl.backends.megatron.pipeline_stage import Stage
+    from nemo_pivotrl.backends.megatron.pipeline_stage import PipelineStage
     from nemo_pivotrl.config import Megatron, Policy
 
 FORMAT = 1
@@ -54,7 +54,7 @@ class MegatronPolicy(Protocol):
     settings: Policy
     megatron: Megatron
     groups: Groups
-    stage: Stage
+    stage: PipelineStage
     optimizer: Any
     steps: int
 

@@ -22,7 +22,7 @@ from nemo_pivotrl.backends.megatron.microbatches import Rows, context_part
 from nemo_pivotrl.backends.megatron.parallel import Groups
 
 
-class Stage(MegatronModule):
+class PipelineStage(MegatronModule):
     """A GPT or hybrid model chunk and, on a doctor's last stage, the head for log V.
 
     The chunk stands in `module`, through which Megatron's schedules reach what they ask a model for.

@@ -31,7 +31,7 @@ from nemo_pivotrl.backends.megatron.parallel import Groups
 from nemo_pivotrl.backends.sampling import Row, Turns, shares
 from nemo_pivotrl.config import Generation
 from nemo_pivotrl.core.errors import InputError, Problem
-from nemo_pivotrl.core.types import Lost, Sample
+from nemo_pivotrl.core.types import FailedSample, Sample
 
 MASKED_TOKENS = 4096
 """Length of a prompt up to which prompts of unequal lengths decode together."""
@@ -49,7 +49,7 @@ def sample(
     generation: Generation,
     row_multiple: int,
     tick: Callable[[str], None],
-) -> list[list[Sample | Lost]]:
+) -> list[list[Sample | FailedSample]]:
     """One sample for every seed of every prompt, on every rank; see `backends.base.Sampler.infer`.
 
     stage: a `stage.Stage`. row_multiple: what the rows of a forward pass must be a multiple of (FP8). tick: called with
@@ -63,7 +63,7 @@ def sample(
     equal = bool(memory.mixers) or max((len(p) for p in prompts), default=0) > MASKED_TOKENS
     plan = shares(prompts, seeds, generation, groups.dp_cp.size(), equal)
     mine, together = plan[groups.dp_cp.rank()], groups.ep.size() > 1
-    found_here: dict[Row, Sample | Lost] = {}
+    found_here: dict[Row, Sample | FailedSample] = {}
     with memory.in_place():
         for number in range(max(map(len, plan)) if together else len(mine)):
             rows = mine[number] if number < len(mine) else []

@@ -31,13 +31,13 @@ from nemo_pivotrl.backends.megatron import checkpoint
 from nemo_pivotrl.backends.megatron.microbatches import Rows, lay_out, schedule
 from nemo_pivotrl.backends.megatron.model import build_model
 from nemo_pivotrl.backends.megatron.parallel import Groups
-from nemo_pivotrl.backends.megatron.pipeline_stage import Stage
+from nemo_pivotrl.backends.megatron.pipeline_stage import PipelineStage
 from nemo_pivotrl.backends.megatron.sampler import sample
 from nemo_pivotrl.backends.megatron.weights import export_hf, save_hf
 from nemo_pivotrl.backends.sampling import check_finite, check_log_probs
 from nemo_pivotrl.config import Generation, Megatron, Optimizer, Policy
 from nemo_pivotrl.core.errors import InputError, NotFiniteError, Problem
-from nemo_pivotrl.core.types import Lost, Sample
+from nemo_pivotrl.core.types import FailedSample, Sample
 from nemo_pivotrl.sizing.architecture import read_architecture
 from nemo_pivotrl.sizing.layout_rules import multiple_of, training_problems
 from nemo_pivotrl.sizing.precision import token_multiple
@@ -69,7 +69,7 @@ class MegatronPolicy(SequenceScores):
         (chunk,) = build_model(policy.model_name, megatron, groups)
         chunk.config.calculate_per_token_loss = True
         vocab_size = read_architecture(policy.model_name).vocab_size
-        self.stage = Stage(chunk, groups, vocab_size, megatron.logprob_chunk_tokens, self.with_head)
+        self.stage = PipelineStage(chunk, groups, vocab_size, megatron.logprob_chunk_tokens, self.with_head)
         self.stage.temperature = policy.generation.temperature or 1.0
         self.model: Any = self.stage
         self.start = [p.detach().cpu().clone() for p in chunk.parameters()] if reference else None
@@ -87,7 +87,7 @@ class MegatronPolicy(SequenceScores):
         seeds: Sequence[Sequence[int]],
         stop_ids: frozenset[int],
         generation: Generation,
-    ) -> list[list[Sample | Lost]]:
+    ) -> list[list[Sample | FailedSample]]:
         """One sample per seed and prompt, on every rank; that of the reference backend up to rounding."""
         rows = token_multiple(self.megatron)
         return sample(self.stage, self.groups, prompts, seeds, stop_ids, generation, rows, self.tick)

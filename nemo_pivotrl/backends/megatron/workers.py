@@ -29,7 +29,7 @@ import torch.distributed as dist
 
 from nemo_pivotrl.backends import launch
 from nemo_pivotrl.backends.identity import without_start
-from nemo_pivotrl.backends.launch import Patience, Place, Watch, place_of
+from nemo_pivotrl.backends.launch import Patience, Place, Watchdog, place_of
 from nemo_pivotrl.backends.vllm.colocated import load_colocated, shut_down_engines
 from nemo_pivotrl.config import Megatron, Policy
 from nemo_pivotrl.core.errors import InputError, Problem
@@ -53,7 +53,7 @@ def run_together(stage: Callable[[], None], megatron: Megatron, place: Place, pa
         warnings.simplefilter("ignore")  # rank 0 has the same ones
     outcome: list[Any] = [None, 0]
 
-    def program(watch: Watch | None) -> None:
+    def program(watch: Watchdog | None) -> None:
         global _ranks
         _ranks = ranks = RankGroup(place, watch)
         ranks.rest()
@@ -95,7 +95,7 @@ def load(kind: str, policy: Policy, megatron: Megatron, *rest: Any) -> Any:
 class RankGroup:
     """The ranks of a job, as one of them sees it."""
 
-    def __init__(self, place: Place, watch: Watch | None):
+    def __init__(self, place: Place, watch: Watchdog | None):
         self.place, self.watch = place, watch
         self.number = 0
         self.models: dict[int, Any] = {}

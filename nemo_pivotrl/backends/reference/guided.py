@@ -41,8 +41,8 @@ __all__ = [
     "Guided",
     "GuidedGenerator",
     "GuidedLogitsProcessor",
+    "GuidedSamplingParams",
     "Span",
-    "Steering",
     "Step",
     "Token",
     "check_contract",
@@ -55,7 +55,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Steering:
+class GuidedSamplingParams:
     """What one request decides for itself."""
 
     alpha: float = 1.0
@@ -178,7 +178,7 @@ def draw(scores: Tensor, settings: Shape, uniform: Tensor) -> tuple[Tensor, Tens
     return token, shaped.gather(1, token[:, None])[:, 0]
 
 
-def noise_of(request: Steering, prompt: Sequence[int]) -> np.ndarray[Any, np.dtype[np.float64]]:
+def noise_of(request: GuidedSamplingParams, prompt: Sequence[int]) -> np.ndarray[Any, np.dtype[np.float64]]:
     """The request's random numbers, from its seed and its prompt alone."""
     key = hashlib.sha256(repr((request.seed, list(prompt))).encode()).digest()[:16]
     return np.random.Generator(np.random.Philox(int.from_bytes(key, "big"))).random(request.max_new_tokens)
@@ -186,7 +186,7 @@ def noise_of(request: Steering, prompt: Sequence[int]) -> np.ndarray[Any, np.dty
 
 def check_requests(
     prompts: Sequence[Sequence[int]],
-    requests: Sequence[Steering],
+    requests: Sequence[GuidedSamplingParams],
     own_prompts: Sequence[Mapping[str, Sequence[int]]] | None,
     doctors: Sequence[str],
     vocab_size: int,
@@ -220,7 +220,7 @@ class Decoding:
         self,
         generator: GuidedGenerator,
         prompts: Sequence[Sequence[int]],
-        requests: Sequence[Steering],
+        requests: Sequence[GuidedSamplingParams],
         own_prompts: Sequence[Mapping[str, Sequence[int]]] | None = None,
     ):
         generator.check(prompts, requests, own_prompts)
@@ -345,7 +345,7 @@ class GuidedGenerator:
     def check(
         self,
         prompts: Sequence[Sequence[int]],
-        requests: Sequence[Steering],
+        requests: Sequence[GuidedSamplingParams],
         own_prompts: Sequence[Mapping[str, Sequence[int]]] | None = None,
     ) -> None:
         """InputError for a request that cannot be decoded, naming it."""
@@ -354,7 +354,7 @@ class GuidedGenerator:
     def start(
         self,
         prompts: Sequence[Sequence[int]],
-        requests: Sequence[Steering],
+        requests: Sequence[GuidedSamplingParams],
         own_prompts: Sequence[Mapping[str, Sequence[int]]] | None = None,
     ) -> Decoding:
         """One batch, to be stepped by the caller: for streaming."""
@@ -363,7 +363,7 @@ class GuidedGenerator:
     def generate(
         self,
         prompts: Sequence[Sequence[int]],
-        requests: Steering | Sequence[Steering],
+        requests: GuidedSamplingParams | Sequence[GuidedSamplingParams],
         own_prompts: Sequence[Mapping[str, Sequence[int]]] | None = None,
     ) -> list[Guided]:
         """One answer for each prompt (token ids), under its own request or the one of all.
@@ -372,7 +372,7 @@ class GuidedGenerator:
         An answer depends on its prompt and request only, up to floating-point noise of the batch it is in, and exactly
         when the call is repeated as it was.
         """
-        if isinstance(requests, Steering):
+        if isinstance(requests, GuidedSamplingParams):
             requests = [requests] * len(prompts)
         self.check(prompts, requests, own_prompts)
         tokens: list[list[Token]] = [[] for _ in prompts]
@@ -386,7 +386,9 @@ class GuidedGenerator:
                     reasons[batch[row]] = reason or reasons[batch[row]]
         return check_answers([Guided(tuple(t), r) for t, r in zip(tokens, reasons, strict=True)])
 
-    def _batches(self, prompts: Sequence[Sequence[int]], requests: Sequence[Steering]) -> Iterator[list[int]]:
+    def _batches(
+        self, prompts: Sequence[Sequence[int]], requests: Sequence[GuidedSamplingParams]
+    ) -> Iterator[list[int]]:
         """Requests by length, in batches of at most `batch_tokens` padded tokens."""
         sizes = [len(p) + r.max_new_tokens for p, r in zip(prompts, requests, strict=True)]
         return batches(sizes, self.batch_tokens, sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i)))

@@ -33,7 +33,7 @@ from nemo_pivotrl.backends.reference.tree import hidden_of, log_probs, prepare, 
 from nemo_pivotrl.backends.sampling import Row, Turns, check_finite, check_log_probs, shares
 from nemo_pivotrl.config import Generation, Optimizer, Policy
 from nemo_pivotrl.core.errors import InputError, NotFiniteError, Problem, short
-from nemo_pivotrl.core.types import Lost, Sample
+from nemo_pivotrl.core.types import FailedSample, Sample
 
 if TYPE_CHECKING:
     from nemo_pivotrl.backends.base import LossFn
@@ -84,16 +84,16 @@ class ReferencePolicy(SequenceScores):
         seeds: Sequence[Sequence[int]],
         stop_ids: frozenset[int],
         generation: Generation,
-    ) -> list[list[Sample | Lost]]:
+    ) -> list[list[Sample | FailedSample]]:
         """One sample per seed and prompt. Batches are formed by length; a sample depends on its seed and prompt only
         up to floating-point noise of the batch it is in, and exactly when the call is repeated as it was. One whose
-        logits are NaN is drawn again alone, then it is `Lost`."""
+        logits are NaN is drawn again alone, then it is `FailedSample`."""
         self.model.eval()
-        found: dict[Row, Sample | Lost] = {}
+        found: dict[Row, Sample | FailedSample] = {}
         for rows in shares(prompts, seeds, generation)[0]:
             samples = self._sample_rows(prompts, seeds, rows, stop_ids, generation)
             for row, sample in zip(rows, samples, strict=True):
-                lost = isinstance(sample, Lost) and len(rows) > 1
+                lost = isinstance(sample, FailedSample) and len(rows) > 1
                 found[row] = self._sample_rows(prompts, seeds, [row], stop_ids, generation)[0] if lost else sample
         return [[found[p, k] for k in range(len(own))] for p, own in enumerate(seeds)]
 
@@ -104,7 +104,7 @@ class ReferencePolicy(SequenceScores):
         rows: Sequence[Row],
         stop_ids: frozenset[int],
         generation: Generation,
-    ) -> list[Sample | Lost]:
+    ) -> list[Sample | FailedSample]:
         decoder = Decoder(self.model, [prompts[p] for p, _ in rows])
         turns = Turns([seeds[p][k] for p, k in rows], stop_ids, generation)
         while True:

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from nemo_pivotrl.backends.base import as_policy
 from nemo_pivotrl.backends.doctors import Span, vocabulary_size
-from nemo_pivotrl.backends.reference.guided import Guided, Steering, Token, check_answers, check_requests
+from nemo_pivotrl.backends.reference.guided import Guided, GuidedSamplingParams, Token, check_answers, check_requests
 from nemo_pivotrl.backends.vllm.engine import Engine
 from nemo_pivotrl.backends.vllm.guidance import NAMES, PREFIX, SECTION, guide_arguments, names_here
 from nemo_pivotrl.config import Decode, Patient, Vllm
@@ -50,7 +50,7 @@ class GuidedEngine:
     def check(
         self,
         prompts: Sequence[Sequence[int]],
-        requests: Sequence[Steering],
+        requests: Sequence[GuidedSamplingParams],
         own_prompts: Sequence[Mapping[str, Sequence[int]]] | None = None,
     ) -> None:
         """InputError for a request that cannot be decoded, naming it."""
@@ -59,11 +59,11 @@ class GuidedEngine:
     def generate(
         self,
         prompts: Sequence[Sequence[int]],
-        requests: Steering | Sequence[Steering],
+        requests: GuidedSamplingParams | Sequence[GuidedSamplingParams],
         own_prompts: Sequence[Mapping[str, Sequence[int]]] | None = None,
     ) -> list[Guided]:
         """One answer for each prompt (token ids); see `guided.GuidedGenerator.generate`."""
-        asked = [requests] * len(prompts) if isinstance(requests, Steering) else list(requests)
+        asked = [requests] * len(prompts) if isinstance(requests, GuidedSamplingParams) else list(requests)
         self.check(prompts, asked, own_prompts)
         numbers = [next(_numbers) for _ in prompts]
         own = own_prompts or [{}] * len(prompts)
@@ -85,7 +85,7 @@ class GuidedEngine:
             found.append(Guided(tokens, choice.finish_reason))
         return check_answers(found)
 
-    def _params(self, request: Steering, own: Mapping[str, Sequence[int]], number: int) -> Any:
+    def _params(self, request: GuidedSamplingParams, own: Mapping[str, Sequence[int]], number: int) -> Any:
         stops = self.stop_ids if request.stop_ids is None else request.stop_ids
         shape = {k: v for k, v in asdict(request).items() if k not in ("stop_ids", "top", "alpha", "beta")}
         extra: dict[str, Any] = {f"{PREFIX}alpha": request.alpha, f"{PREFIX}draw": {**shape, "number": number}}

@@ -33,7 +33,7 @@ from nemo_pivotrl.backends.hf_models import check_engine_model
 from nemo_pivotrl.backends.vllm.requests import checked, engine_arguments, in_order, request
 from nemo_pivotrl.config import Generation, Policy, Vllm
 from nemo_pivotrl.core.errors import InputError, Problem
-from nemo_pivotrl.core.types import Lost, Sample
+from nemo_pivotrl.core.types import FailedSample, Sample
 
 
 def _meet_without_shared_memory(_: ExecutorWithExternalLauncher) -> tuple[str, int, int]:
@@ -104,7 +104,7 @@ class Engine:
         seeds: Sequence[Sequence[int]],
         stop_ids: frozenset[int],
         generation: Generation,
-    ) -> list[list[Sample | Lost]]:
+    ) -> list[list[Sample | FailedSample]]:
         """One sample for every seed of every prompt; see `backends.base.Sampler`. A sample depends on its prompt and seed only, up
         to floating-point noise of what else is decoded with it."""
         order = in_order(prompts, seeds)
@@ -112,7 +112,7 @@ class Engine:
         for params in asked:
             params.detokenize = False
         found = self._generate([prompts[p] for p, _ in order], asked)
-        out: list[list[Sample | Lost]] = [[Lost("sampler_lost", "")] * len(own) for own in seeds]
+        out: list[list[Sample | FailedSample]] = [[FailedSample("sampler_lost", "")] * len(own) for own in seeds]
         for (p, k), answer in zip(order, found, strict=True):
             (choice,) = answer.outputs
             ids = list(choice.token_ids)
@@ -120,7 +120,7 @@ class Engine:
             try:
                 out[p][k] = checked(ids, logs, choice.finish_reason, stop_ids, generation.max_new_tokens)
             except ValueError as error:
-                out[p][k] = Lost("sampler_malformed", str(error))
+                out[p][k] = FailedSample("sampler_malformed", str(error))
         return out
 
     def _generate(self, prompts: Sequence[Sequence[int]], params: Sequence[Any]) -> list[Any]:

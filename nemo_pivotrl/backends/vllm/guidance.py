@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 from nemo_pivotrl.algorithms.llmdoctor import kl
-from nemo_pivotrl.backends.doctors import Doctors, Mixed, Span, Watch, check_contract, mix_rows
+from nemo_pivotrl.backends.doctors import Doctors, Mixed, Span, SpanTracker, check_contract, mix_rows
 from nemo_pivotrl.backends.hf_models import check_weights, load_model
-from nemo_pivotrl.backends.reference.guided import DTYPES, Shape, Steering, Token, draw, noise_of
+from nemo_pivotrl.backends.reference.guided import DTYPES, GuidedSamplingParams, Shape, Token, draw, noise_of
 from nemo_pivotrl.backends.vllm.row_stream import RowStream, check_streams
 from nemo_pivotrl.config import Decode, Patient
 from nemo_pivotrl.core.errors import InputError, Problem, short
@@ -77,7 +77,7 @@ def guide_arguments(patient: Patient, decode: Decode, where: str = "decode") -> 
 
 
 @dataclass(frozen=True, slots=True)
-class Wish:
+class GuidanceParams:
     """A request's guidance. None: the engine's default."""
 
     alpha: float | None = None
@@ -86,18 +86,18 @@ class Wish:
     own_prompts: Mapping[str, Sequence[int]] = field(default_factory=dict)
     """Doctors that read another prompt than the patient."""
     draw: Mapping[str, Any] | None = None
-    """Arguments of Steering, and `number`."""
+    """Arguments of GuidedSamplingParams, and `number`."""
     given: bool = False
 
 
-def read_wish(extra: Mapping[str, Any] | None, names: Sequence[str] | None) -> Wish:
+def read_wish(extra: Mapping[str, Any] | None, names: Sequence[str] | None) -> GuidanceParams:
     """The guidance in a request's extra arguments; names: the engine's doctors, None where there is no engine of ours.
 
     Raises ValueError that says which field is wrong, what stands there and what may.
     """
     asked = {key[len(PREFIX) :]: value for key, value in (extra or {}).items() if key.startswith(PREFIX)}
     if not asked:
-        return Wish()
+        return GuidanceParams()
     if names is None:
         raise ValueError(f"{PREFIX}{next(iter(asked))}: no doctors here; start the server with `nemo-pivotrl serve`")
     beta: dict[str, float] = {}
@@ -124,7 +124,7 @@ def read_wish(extra: Mapping[str, Any] | None, names: Sequence[str] | None) -> W
         else:
             known = "alpha, beta.NAME, spans, prompt.NAME"
             raise ValueError(f"{PREFIX}{short(key, 60)}: unknown; known after {PREFIX!r}: {known}")
-    return Wish(alpha, beta, spans, own, drawn, True)
+    return GuidanceParams(alpha, beta, spans, own, drawn, True)
 
 
 def _number(key: str, value: Any) -> float:
@@ -162,9 +162,9 @@ class Row:
     """All that was sampled; the engine's own list where it keeps one."""
     alpha: float
     beta: list[float]
-    watch: Watch
+    watch: SpanTracker
     own_prompts: Mapping[str, Sequence[int]]
-    steering: Steering | None = None
+    steering: GuidedSamplingParams | None = None
     noise: Any = None
     number: int = -1
     read: int = 0
@@ -213,10 +213,10 @@ class Guidance:
         if alpha == 1.0 and not any(beta) and wish.draw is None:
             return None
         spans = self.spans if wish.spans is None else wish.spans
-        watch = Watch.after(self.tokenizer, spans, prompt)
+        watch = SpanTracker.after(self.tokenizer, spans, prompt)
         made = Row(prompt, output, alpha, beta, watch, wish.own_prompts)
         if wish.draw is not None:
-            made.steering = Steering(**{k: v for k, v in wish.draw.items() if k != "number"})
+            made.steering = GuidedSamplingParams(**{k: v for k, v in wish.draw.items() if k != "number"})
             made.noise, made.number = noise_of(made.steering, prompt), wish.draw["number"]
             RECORDS[made.number] = []
         return made
@@ -288,7 +288,7 @@ class Guidance:
     def _drawn(self, mixed: Mixed, scores: Tensor, rows: Sequence[Row], drawn: Sequence[int]) -> Tensor:
         """Draw these rows' tokens and note what guidance did to them; all other tokens are excluded."""
         index = torch.tensor(list(drawn), device=scores.device)
-        asked: list[Steering] = [rows[i].steering for i in drawn]  # type: ignore[misc]
+        asked: list[GuidedSamplingParams] = [rows[i].steering for i in drawn]  # type: ignore[misc]
         shape = Shape(
             torch.tensor([float(s.temperature) for s in asked], device=scores.device),
             torch.tensor([s.top_k for s in asked], device=scores.device),

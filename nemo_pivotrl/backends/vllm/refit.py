@@ -25,7 +25,7 @@ from nemo_pivotrl.backends.hf_models import not_finite
 from nemo_pivotrl.config import Generation, Optimizer, Policy, Vllm
 from nemo_pivotrl.core.artifacts import digest
 from nemo_pivotrl.core.errors import InputError, Problem
-from nemo_pivotrl.core.types import Lost, Sample
+from nemo_pivotrl.core.types import FailedSample, Sample
 
 PROBE_TOKENS = 16
 """Of the probe's prompt, and of its answer."""
@@ -157,7 +157,7 @@ class Refitted:
         seeds: Sequence[Sequence[int]],
         stop_ids: frozenset[int],
         generation: Generation,
-    ) -> list[list[Sample | Lost]]:
+    ) -> list[list[Sample | FailedSample]]:
         """See `backends.base.Sampler`; always from the weights in training. Raises InputError when they did not arrive."""
         if self.stale:
             self.refit()
@@ -199,7 +199,7 @@ class Refitted:
         words = range(3, 3 + PROBE_TOKENS)
         generation = Generation(temperature=self.policy.generation.temperature, max_new_tokens=PROBE_TOKENS)
         ((drawn,),) = self.sampler.infer([list(words)], [[1]], frozenset(), generation)
-        if isinstance(drawn, Lost):
+        if isinstance(drawn, FailedSample):
             raise InputError(
                 Problem("refit", None, "probe", f"{drawn.kind}: {drawn.detail}", "mend the engine; run again")
             )

@@ -3,7 +3,7 @@
 Requests go to the healthy server that has the fewest, a prompt's samples preferably to the same one, whose prefix cache then
 knows the prompt. A request that fails is tried again, elsewhere if it can be, after a growing pause. A server that cannot be
 reached, or fails several times in a row, gets nothing more until its /health says it is well again and, in training, it has
-the current weights. Nothing of this is ever a reward: what stays lost after all retries is `Lost`.
+the current weights. Nothing of this is ever a reward: what stays lost after all retries is `FailedSample`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from nemo_pivotrl.backends.identity import policy_revision
 from nemo_pivotrl.backends.vllm.requests import IMPOSSIBLE, checked, families, in_order, request
 from nemo_pivotrl.config import Generation, Policy, Vllm
 from nemo_pivotrl.core.errors import InputError, Problem, short
-from nemo_pivotrl.core.types import Lost, Sample
+from nemo_pivotrl.core.types import FailedSample, Sample
 
 RETRIED = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
 BUSY = frozenset({429, 503})
@@ -43,7 +43,7 @@ _log = logging.getLogger(__name__)
 _jitter = random.Random()
 
 
-class Passing(Exception):
+class TransientError(Exception):
     """A failure that may be over when the request is made again."""
 
     def __init__(self, kind: str, detail: str, pause: float = 0.0):
@@ -134,12 +134,12 @@ class Servers:
         seeds: Sequence[Sequence[int]],
         stop_ids: frozenset[int],
         generation: Generation,
-    ) -> list[list[Sample | Lost]]:
-        """One sample for every seed of every prompt, or `Lost`. Raises InputError when no server is left."""
+    ) -> list[list[Sample | FailedSample]]:
+        """One sample for every seed of every prompt, or `FailedSample`. Raises InputError when no server is left."""
         preferred: dict[int, Server] = {}
         family = families(prompts)
 
-        def one(place: tuple[int, int]) -> Sample | Lost:
+        def one(place: tuple[int, int]) -> Sample | FailedSample:
             p, k = place
             body = {**request(seeds[p][k], stop_ids, generation), "prompt": list(prompts[p])}
 
@@ -176,7 +176,7 @@ class Servers:
                 return torch.tensor(values)
 
             found = self._asked(body, read, {}, 0)
-            if isinstance(found, Lost):
+            if isinstance(found, FailedSample):
                 raise InputError(Problem("servers", None, found.kind, found.detail, "mend the servers; run again"))
             return found
 
@@ -196,7 +196,7 @@ class Servers:
         for server in [s for s in self.servers if s.well]:
             try:
                 found += self._load_weights(server)
-            except Passing as failure:
+            except TransientError as failure:
                 self._eject(server, f"{failure.kind}: {failure}")
         self._arrived = found[:1]
         return found
@@ -233,7 +233,7 @@ class Servers:
 
     def _asked(self, body: dict[str, Any], read: Callable[[Any], Any], preferred: dict[int, Server], group: int) -> Any:
         """What `read` makes of an answer (it raises ValueError and the like for a malformed one), or Lost."""
-        failure, failed = Passing("sampler_unreachable", "never asked"), None
+        failure, failed = TransientError("sampler_unreachable", "never asked"), None
         for attempt in range(self.settings.max_retries + 1):
             server = self._take(preferred.get(group), failed)
             preferred[group] = server
@@ -243,13 +243,13 @@ class Servers:
                 )
                 self._give_back(server, None)
                 return found
-            except Passing as passing:
+            except TransientError as passing:
                 failure = passing
             except InputError:
                 self._give_back(server, None)
                 raise
             except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-                failure = Passing("sampler_malformed", short(f"{server.url}: {type(error).__name__}: {error}"))
+                failure = TransientError("sampler_malformed", short(f"{server.url}: {type(error).__name__}: {error}"))
             failed = server
             self._give_back(server, failure)
             preferred.pop(group, None)
@@ -257,10 +257,10 @@ class Servers:
             if attempt < self.settings.max_retries:
                 self._closing.wait(self._pause(attempt))
         self._count("lost")
-        return Lost(failure.kind, f"{failure} (asked {self.settings.max_retries + 1} times)")
+        return FailedSample(failure.kind, f"{failure} (asked {self.settings.max_retries + 1} times)")
 
     def _exchange(self, server: Server, method: str, path: str, body: Any = None, timeout: float = 0.0) -> Any:
-        """A good answer's JSON. Raises Passing where it pays to ask again, InputError where it does not."""
+        """A good answer's JSON. Raises TransientError where it pays to ask again, InputError where it does not."""
         limit, read = timeout or self.settings.timeout_s, bytearray()
         deadline = time.monotonic() + limit
         try:
@@ -268,13 +268,13 @@ class Servers:
                 for block in response.iter_bytes():
                     read += block
                     if len(read) > MAX_ANSWER:
-                        raise Passing("sampler_malformed", f"{server.url}: more than {MAX_ANSWER} bytes")
+                        raise TransientError("sampler_malformed", f"{server.url}: more than {MAX_ANSWER} bytes")
                     if time.monotonic() > deadline:
-                        raise Passing("sampler_timeout", f"{server.url}: no whole answer in {limit:g} s")
+                        raise TransientError("sampler_timeout", f"{server.url}: no whole answer in {limit:g} s")
         except httpx.TimeoutException:
-            raise Passing("sampler_timeout", f"{server.url}: no answer in {limit:g} s") from None
+            raise TransientError("sampler_timeout", f"{server.url}: no answer in {limit:g} s") from None
         except (httpx.RequestError, httpx.InvalidURL) as error:
-            raise Passing("sampler_unreachable", f"{server.url}: {type(error).__name__}: {error}") from None
+            raise TransientError("sampler_unreachable", f"{server.url}: {type(error).__name__}: {error}") from None
         status = response.status_code
         if status == 200:
             return json.loads(bytes(read)) if read else None
@@ -283,7 +283,7 @@ class Servers:
             f"status {status} of {server.url}{path}: {short(text.replace(self._key, '[key]') if self._key else text)}"
         )
         if status in RETRIED or status >= 500:
-            raise Passing(
+            raise TransientError(
                 "sampler_http", found, _seconds(response.headers.get("retry-after", "")) if status in BUSY else 0.0
             )
         remedy = "the server refuses the request: start it with the recipe's model and lengths (`nemo-pivotrl serve`)"
@@ -321,7 +321,7 @@ class Servers:
     def _room(self, server: Server) -> int:
         return 1 if server.on_trial else self.settings.concurrency
 
-    def _give_back(self, server: Server, failure: Passing | None) -> None:
+    def _give_back(self, server: Server, failure: TransientError | None) -> None:
         with self._changed:
             server.busy -= 1
             if failure is None:
@@ -354,7 +354,7 @@ class Servers:
             self._exchange_plain(server, "/health")
             if self._weights and self._load_weights(server)[:1] != self._arrived:
                 return False
-        except (Passing, InputError, ValueError):
+        except (TransientError, InputError, ValueError):
             return False
         with self._changed:
             server.well, server.on_trial, server.failures, server.not_before = True, True, 0, 0.0
@@ -368,9 +368,9 @@ class Servers:
         try:
             status = self._client.get(server.url + path, timeout=min(5.0, self.settings.timeout_s)).status_code
         except (httpx.RequestError, httpx.InvalidURL) as error:
-            raise Passing("sampler_unreachable", f"{server.url}: {type(error).__name__}") from None
+            raise TransientError("sampler_unreachable", f"{server.url}: {type(error).__name__}") from None
         if status != 200:
-            raise Passing("sampler_http", f"status {status} of {server.url}{path}")
+            raise TransientError("sampler_http", f"status {status} of {server.url}{path}")
 
     def _load_weights(self, server: Server) -> list[str]:
         body = {"method": "refit", "args": [self._weights]}
@@ -398,7 +398,7 @@ class Servers:
             try:
                 listed = self._exchange(server, "GET", "/v1/models", timeout=min(30.0, self.settings.timeout_s))["data"]
                 names = {model["id"]: str(model.get("root") or "") for model in listed}
-            except Passing as failure:
+            except TransientError as failure:
                 server.model = self.settings.model
                 self._eject(server, f"{failure.kind}: {failure}")
                 continue
@@ -437,7 +437,7 @@ class Servers:
                     top = _choice(self._exchange(server, "POST", "/v1/completions", body))["logprobs"]["top_logprobs"][
                         0
                     ]
-                except Passing as failure:
+                except TransientError as failure:
                     self._eject(server, f"{failure.kind}: {failure}")
                     break
                 found.append(max(top.values()))

@@ -25,7 +25,7 @@ from nemo_pivotrl.components.rollout import sample_seed
 from nemo_pivotrl.config import Generation, Policy
 from nemo_pivotrl.config.nemo_aligner_blocks import FILE, PivotRLModelBlock, served_problems
 from nemo_pivotrl.core.errors import InputError, Problem
-from nemo_pivotrl.core.types import Lost, Sample
+from nemo_pivotrl.core.types import FailedSample, Sample
 from nemo_pivotrl.integrations.nemo_aligner.exported import everywhere, export, on_first
 from nemo_pivotrl.integrations.nemo_aligner.versions import REMEDY, require
 from nemo_pivotrl.sizing.architecture import read_architecture
@@ -129,7 +129,7 @@ class ServedTurns:
         """Draw a short answer and compare its log-probabilities with Megatron's, at the policy's temperature."""
         generation = Generation(temperature=self.generation.temperature, max_new_tokens=PROBE_TOKENS)
         drawn = on_first(lambda: self.pool.infer([PROBE], [[1]], frozenset(), generation)[0][0])
-        if isinstance(drawn, Lost):
+        if isinstance(drawn, FailedSample):
             remedy = "mend the servers; the same command resumes"
             raise InputError(Problem("refit", None, "probe", f"{drawn.kind}: {drawn.detail}", remedy))
         tokens = torch.tensor([[*PROBE, *drawn.token_ids]], device=torch.cuda.current_device())
@@ -171,7 +171,7 @@ class ServedTurns:
         """[b, 3 + S] int64: whole length, whether it ended, whether it was lost, and prompt and turn padded with EOS."""
         prompts = [row[:length] for row, length in zip(tokens, lengths, strict=True)]
         seeds = [[sample_seed("turn", seed, row)] for row in range(len(prompts))]
-        turns: list[Sample | Lost] = [Lost("sampler_refused", "the pool has given up")] * len(prompts)
+        turns: list[Sample | FailedSample] = [FailedSample("sampler_refused", "the pool has given up")] * len(prompts)
         if not self.refused:
             try:
                 turns = [one for (one,) in self.pool.infer(prompts, seeds, stop_ids, self.generation)]
@@ -182,8 +182,8 @@ class ServedTurns:
             if (
                 isinstance(turn, Sample) and max(turn.token_ids) >= tokenizer.vocab_size
             ):  # columns that the loss has not
-                turn = Lost("sampler_malformed", f"token {max(turn.token_ids)} of {tokenizer.vocab_size}")
-            if isinstance(turn, Lost):
+                turn = FailedSample("sampler_malformed", f"token {max(turn.token_ids)} of {tokenizer.vocab_size}")
+            if isinstance(turn, FailedSample):
                 if not self.refused:
                     logging.warning(f"a turn is lost, and left out: {turn.kind}: {turn.detail}")
                 rows.append([len(prompt), 0, 1, *prompt])

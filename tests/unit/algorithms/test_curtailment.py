@@ -7,13 +7,13 @@ import random
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from nemo_pivotrl.algorithms.early_stopping import Plan, beta_binomial, expected_rollouts, interval
+from nemo_pivotrl.algorithms.early_stopping import StoppingRule, beta_binomial, expected_rollouts, interval
 from nemo_pivotrl.algorithms.pivotrl import Rule, keep_pivot, statistics
 
 RULES: tuple[Rule, ...] = ("adv", "mixed", "adv_with_zeros")
 
 
-def drawn(plan: Plan, outcomes: list[float]) -> list[float]:
+def drawn(plan: StoppingRule, outcomes: list[float]) -> list[float]:
     """The prefix of a candidate's outcomes that the plan draws."""
     seen: list[float] = []
     while more := plan.ask(seen):
@@ -33,7 +33,7 @@ def kept(rewards: list[float], rule: Rule, lam: float, inclusive: bool) -> bool:
 def test_every_outcome_of_eight_is_selected_as_all_eight_are(
     rule: Rule, lam: float, inclusive: bool, min_wave: int
 ) -> None:
-    plan = Plan(8, rule, lam, lam, inclusive, min_wave=min_wave)
+    plan = StoppingRule(8, rule, lam, lam, inclusive, min_wave=min_wave)
     for bits in itertools.product([0.0, 1.0], repeat=8):
         few = drawn(plan, list(bits))
         assert kept(few, rule, lam, inclusive) == kept(list(bits), rule, lam, inclusive), (bits, few)
@@ -41,7 +41,7 @@ def test_every_outcome_of_eight_is_selected_as_all_eight_are(
 
 def test_the_selection_of_sixteen_by_hand() -> None:
     """lambda 0.6: 1 to 9 successes are kept. Seven failures and a success are enough, as ten successes are."""
-    plan = Plan(16)
+    plan = StoppingRule(16)
     assert plan.ask([]) == 8, "before eight are drawn nothing can be known"
     assert plan.ask([0.0] * 7 + [1.0]) == 0
     assert plan.ask([0.0] * 8) == 1, "one success would settle it"
@@ -53,7 +53,7 @@ def test_the_selection_of_sixteen_by_hand() -> None:
 
 def test_stopping_one_draw_earlier_would_select_another_set() -> None:
     """The rule is sharp: wherever it says to draw on, two ways of going on end in different selections."""
-    plan = Plan(8, "adv", 0.6, 0.6)
+    plan = StoppingRule(8, "adv", 0.6, 0.6)
     for n in range(8):
         for successes in range(n + 1):
             seen = [1.0] * successes + [0.0] * (n - successes)
@@ -63,7 +63,7 @@ def test_stopping_one_draw_earlier_would_select_another_set() -> None:
 
 def test_waves_never_overshoot_and_a_least_wave_does_by_less_than_itself() -> None:
     rng = random.Random(3)
-    one_by_one, plan, four = Plan(16), Plan(16), Plan(16, min_wave=4)
+    one_by_one, plan, four = StoppingRule(16), StoppingRule(16), StoppingRule(16, min_wave=4)
     for _ in range(400):
         rate = rng.random()
         outcomes = [float(rng.random() < rate) for _ in range(16)]
@@ -75,7 +75,7 @@ def test_waves_never_overshoot_and_a_least_wave_does_by_less_than_itself() -> No
 @pytest.mark.parametrize(("low", "high"), [(0.3, 0.6), (0.5, 0.9), (0.59, 0.61)])
 def test_an_interval_of_lambdas_stays_decidable_and_what_is_outside_it_is_not(low: float, high: float) -> None:
     rng = random.Random(5)
-    plan, undecided = Plan(16, "adv", low, high), 0
+    plan, undecided = StoppingRule(16, "adv", low, high), 0
     for _ in range(300):
         rate = rng.random()
         outcomes = [float(rng.random() < rate) for _ in range(16)]
@@ -91,12 +91,12 @@ def test_an_interval_of_lambdas_stays_decidable_and_what_is_outside_it_is_not(lo
 @settings(max_examples=400, deadline=None)
 def test_fractional_rewards_are_selected_alike(outcomes: list[float], rule: Rule, data: st.DataObject) -> None:
     lam = data.draw(st.sampled_from([0.25, 0.5, 0.6, 0.75, 1.0]))
-    few = drawn(Plan(8, rule, lam, lam), outcomes)
+    few = drawn(StoppingRule(8, rule, lam, lam), outcomes)
     assert kept(few, rule, lam, False) == kept(outcomes, rule, lam, False)
 
 
 def test_off_draws_everything() -> None:
-    plan = Plan(16, curtailed=False)
+    plan = StoppingRule(16, curtailed=False)
     assert plan.ask([]) == 16 and plan.ask([1.0] * 15) == 1 and plan.ask([1.0] * 16) == 0
 
 
@@ -110,7 +110,7 @@ def test_beta_binomial_is_a_distribution_with_the_hand_computed_values() -> None
 
 
 def test_sequential_stops_sooner_on_zeros_and_errs_at_its_rate_on_its_prior() -> None:
-    exact, loose = Plan(16), Plan(16, error_rate=0.1, prior=(0.3, 0.3))
+    exact, loose = StoppingRule(16), StoppingRule(16, error_rate=0.1, prior=(0.3, 0.3))
     assert len(drawn(exact, [0.0] * 16)) == 16 and len(drawn(loose, [0.0] * 16)) < 16
     rng = random.Random(7)
     errors, saved, tries = 0, 0, 6000
@@ -126,30 +126,30 @@ def test_sequential_stops_sooner_on_zeros_and_errs_at_its_rate_on_its_prior() ->
 
 def test_the_chance_of_another_decision_by_hand() -> None:
     """After 15 failures one draw is left, which succeeds with chance 0.5/16 under the prior (0.5, 0.5)."""
-    plan = Plan(16, error_rate=0.01)
+    plan = StoppingRule(16, error_rate=0.01)
     assert plan.disagreement(0, 15) == pytest.approx(0.5 / 16)
-    assert Plan(16, error_rate=0.05).ask([0.0] * 15) == 0 and plan.ask([0.0] * 15) == 1
-    assert plan.disagreement(1, 7) == 0.0 and Plan(16).disagreement(0, 15) == 1.0
+    assert StoppingRule(16, error_rate=0.05).ask([0.0] * 15) == 0 and plan.ask([0.0] * 15) == 1
+    assert plan.disagreement(1, 7) == 0.0 and StoppingRule(16).disagreement(0, 15) == 1.0
 
 
 # ---- what is forecast and told ----
 
 
 def test_expected_rollouts_is_the_mean_of_a_simulation() -> None:
-    rng, plan = random.Random(11), Plan(16, min_wave=2)
+    rng, plan = random.Random(11), StoppingRule(16, min_wave=2)
     counts = []
     for _ in range(4000):
         rate = rng.betavariate(0.5, 0.7)
         counts.append(len(drawn(plan, [float(rng.random() < rate) for _ in range(16)])))
     mean = sum(counts) / len(counts)
     assert expected_rollouts(plan, (0.5, 0.7)) == pytest.approx(mean, abs=0.25)
-    assert expected_rollouts(Plan(16, curtailed=False), (0.5, 0.5)) == 16
+    assert expected_rollouts(StoppingRule(16, curtailed=False), (0.5, 0.5)) == 16
 
 
 def test_intervals_cover_the_rate_after_curtailed_sampling() -> None:
     assert interval(0, 16) == pytest.approx((0.0, 0.1438), abs=1e-3) and interval(16, 0)[1] == 1.0
     assert interval(8, 8) == pytest.approx((0.2728, 0.7272), abs=1e-3), "Beta(8.5, 8.5), by table"
-    rng, plan, covered, tries = random.Random(13), Plan(16), 0, 3000
+    rng, plan, covered, tries = random.Random(13), StoppingRule(16), 0, 3000
     for _ in range(tries):
         rate = rng.random()
         few = drawn(plan, [float(rng.random() < rate) for _ in range(16)])

@@ -25,8 +25,8 @@ from nemo_pivotrl.backends.reference.guided import (
     Guided,
     GuidedGenerator,
     GuidedLogitsProcessor,
+    GuidedSamplingParams,
     Span,
-    Steering,
     check_contract,
     load_guided,
 )
@@ -66,7 +66,7 @@ def slow_logs(a_model: Any, ids: Sequence[int]) -> torch.Tensor:
     return torch.log_softmax(logits[:VOCAB].double(), 0)
 
 
-def slow_cut(log_p: torch.Tensor, request: Steering) -> list[float]:
+def slow_cut(log_p: torch.Tensor, request: GuidedSamplingParams) -> list[float]:
     """Probabilities after temperature, top-k and top-p, one token after another."""
     p = torch.softmax(log_p / request.temperature, 0).tolist()
     order = sorted(range(len(p)), key=lambda i: (-p[i], i))[: request.top_k or len(p)]
@@ -79,7 +79,7 @@ def slow_cut(log_p: torch.Tensor, request: Steering) -> list[float]:
     return [p[i] / sum(p[j] for j in kept) if i in kept else 0.0 for i in range(len(p))]
 
 
-def slow_draw(log_p: torch.Tensor, request: Steering, uniform: float) -> tuple[int, float]:
+def slow_draw(log_p: torch.Tensor, request: GuidedSamplingParams, uniform: float) -> tuple[int, float]:
     if request.temperature == 0:
         return int(log_p.argmax()), float(log_p.max())
     p, reached = slow_cut(log_p, request), 0.0
@@ -93,7 +93,7 @@ def slow_draw(log_p: torch.Tensor, request: Steering, uniform: float) -> tuple[i
 def slow(
     models: Mapping[str, Any],
     prompt: Sequence[int],
-    request: Steering,
+    request: GuidedSamplingParams,
     ratio: Sequence[str] = (),
     own: Mapping[str, Sequence[int]] | None = None,
     off: Callable[[Sequence[int], torch.Tensor], bool] = lambda answer, patient: False,
@@ -129,10 +129,10 @@ def agrees(found: Guided, expected: list[tuple[int, float, float, float, float, 
 
 
 REQUESTS = [
-    Steering(alpha=1.0, beta={"kind": 0.8, "brief": -0.4}, temperature=0, max_new_tokens=14),
-    Steering(alpha=0.6, beta={"kind": 1.5}, temperature=0.7, top_k=9, seed=3, max_new_tokens=20),
-    Steering(alpha=1.0, beta={"brief": 1.0}, temperature=1.3, top_p=0.8, seed=4, max_new_tokens=9),
-    Steering(alpha=1.0, temperature=0.9, top_k=12, top_p=0.9, seed=5, max_new_tokens=16),
+    GuidedSamplingParams(alpha=1.0, beta={"kind": 0.8, "brief": -0.4}, temperature=0, max_new_tokens=14),
+    GuidedSamplingParams(alpha=0.6, beta={"kind": 1.5}, temperature=0.7, top_k=9, seed=3, max_new_tokens=20),
+    GuidedSamplingParams(alpha=1.0, beta={"brief": 1.0}, temperature=1.3, top_p=0.8, seed=4, max_new_tokens=9),
+    GuidedSamplingParams(alpha=1.0, temperature=0.9, top_k=12, top_p=0.9, seed=5, max_new_tokens=16),
 ]
 
 
@@ -167,7 +167,7 @@ def test_left_padding_that_is_ignored_would_show(models: dict[str, Any], monkeyp
 
     With learned positions, since rotary ones forgive a row that is shifted as a whole."""
     learned = dict(models, patient=model(6, layers=2, kind="gpt2"), kind=model(7, kind="gpt2"))
-    request = Steering(beta={"kind": 1.0}, temperature=0, max_new_tokens=12)
+    request = GuidedSamplingParams(beta={"kind": 1.0}, temperature=0, max_new_tokens=12)
     expected = [[r[0] for r in slow(learned, p, request)] for p in PROMPTS]
     forward = batching.Decoder._forward
 
@@ -193,7 +193,7 @@ def test_beta_0_is_plain_greedy_to_the_bit_and_runs_no_doctor(
     made = generator(plain)
     for doctor in ("kind", "brief"):
         monkeypatch.setattr(plain[doctor], "forward", lambda **_: pytest.fail("a doctor ran"))
-    zero = Steering(beta={"kind": 0.0, "brief": 0.0}, temperature=0, max_new_tokens=16)
+    zero = GuidedSamplingParams(beta={"kind": 0.0, "brief": 0.0}, temperature=0, max_new_tokens=16)
     answers = made.generate(PROMPTS, zero)
     ids, mask = padded(PROMPTS)
     settings = {"max_new_tokens": 16, "do_sample": False, "eos_token_id": None, "output_logits": True}
@@ -223,7 +223,7 @@ def test_a_doctor_runs_for_the_rows_that_weigh_it_only(models: dict[str, Any], m
 
 
 def test_alpha_0_beta_1_is_the_doctor_and_two_objectives_commute(models: dict[str, Any]) -> None:
-    doctor_alone = Steering(alpha=0.0, beta={"kind": 1.0}, temperature=0.8, seed=2, max_new_tokens=10)
+    doctor_alone = GuidedSamplingParams(alpha=0.0, beta={"kind": 1.0}, temperature=0.8, seed=2, max_new_tokens=10)
     as_patient = GuidedGenerator(models["kind"], {}, TOKENIZER, stop_ids=NEVER)
     found = generator(models).generate(PROMPTS, doctor_alone)
     expected = as_patient.generate(PROMPTS, dataclasses.replace(doctor_alone, alpha=1.0, beta={}))
@@ -231,7 +231,7 @@ def test_alpha_0_beta_1_is_the_doctor_and_two_objectives_commute(models: dict[st
     both = {"kind": 0.7, "brief": 0.9}
     forth = GuidedGenerator(models["patient"], {n: models[n] for n in both}, TOKENIZER, stop_ids=NEVER)
     back = GuidedGenerator(models["patient"], {n: models[n] for n in reversed(both)}, TOKENIZER, stop_ids=NEVER)
-    request = Steering(beta=both, seed=1, max_new_tokens=10)
+    request = GuidedSamplingParams(beta=both, seed=1, max_new_tokens=10)
     for a, b in zip(forth.generate(PROMPTS, request), back.generate(PROMPTS, request), strict=True):
         assert a.token_ids == b.token_ids and a.log_probs == pytest.approx(b.log_probs, abs=1e-5)
 
@@ -239,7 +239,7 @@ def test_alpha_0_beta_1_is_the_doctor_and_two_objectives_commute(models: dict[st
 def test_the_patient_as_reference_is_not_run_twice_and_changes_nothing(
     models: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    request = Steering(beta={"kind": 0.9}, seed=8, max_new_tokens=8)
+    request = GuidedSamplingParams(beta={"kind": 0.9}, seed=8, max_new_tokens=8)
     doubled = GuidedGenerator(
         models["patient"], {"kind": models["kind"]}, TOKENIZER, {"kind": model(1, layers=2, extra=8)}, stop_ids=NEVER
     )
@@ -264,7 +264,9 @@ def test_every_model_may_read_its_own_prompt(models: dict[str, Any]) -> None:
 def test_float64_models_agree_with_the_slow_truth_to_1e_6(models: dict[str, Any]) -> None:
     exact = {name: model(*made) for name, made in {"patient": (1, 2, 8), "kind": (2, 1, 3), "brief": (3,)}.items()}
     exact = {name: made.double() for name, made in exact.items()}
-    request = Steering(alpha=0.5, beta={"kind": 1.5, "brief": 0.25}, temperature=0.7, seed=9, max_new_tokens=12)
+    request = GuidedSamplingParams(
+        alpha=0.5, beta={"kind": 1.5, "brief": 0.25}, temperature=0.7, seed=9, max_new_tokens=12
+    )
     for answer, prompt in zip(generator(exact).generate(PROMPTS, request), PROMPTS, strict=True):
         expected = slow(exact, prompt, request)
         assert answer.token_ids == tuple(e[0] for e in expected)
@@ -275,7 +277,7 @@ def test_float64_models_agree_with_the_slow_truth_to_1e_6(models: dict[str, Any]
 
 
 def test_padding_columns_are_never_sampled_and_would_be(models: dict[str, Any]) -> None:
-    hot = Steering(beta={"kind": 1.0}, temperature=5.0, max_new_tokens=40)
+    hot = GuidedSamplingParams(beta={"kind": 1.0}, temperature=5.0, max_new_tokens=40)
     for request in (hot, dataclasses.replace(hot, beta={}), dataclasses.replace(hot, temperature=0.0, beta={})):
         for answer in generator(models).generate(PROMPTS, [dataclasses.replace(request, seed=i) for i in range(4)]):
             assert max(answer.token_ids) < VOCAB
@@ -285,7 +287,7 @@ def test_padding_columns_are_never_sampled_and_would_be(models: dict[str, Any]) 
 
 
 def test_top_p_before_mixing_gives_another_answer(models: dict[str, Any]) -> None:
-    request = Steering(beta={"kind": 1.5}, top_p=0.08, max_new_tokens=1)
+    request = GuidedSamplingParams(beta={"kind": 1.5}, top_p=0.08, max_new_tokens=1)
     patient, doctor = (slow_logs(models[m], PROMPTS[0]) for m in ("patient", "kind"))
     after = slow_cut(torch.log_softmax(patient + 1.5 * doctor, 0), request)
     kept = torch.tensor(slow_cut(patient, request)).log()
@@ -297,7 +299,7 @@ def test_top_p_before_mixing_gives_another_answer(models: dict[str, Any]) -> Non
 
 
 def test_log_softmax_omitted_would_show_in_what_is_reported(models: dict[str, Any]) -> None:
-    request = Steering(beta={"kind": 1.0}, temperature=0, max_new_tokens=1, top=VOCAB)
+    request = GuidedSamplingParams(beta={"kind": 1.0}, temperature=0, max_new_tokens=1, top=VOCAB)
     (answer,) = generator(models).generate([PROMPTS[0]], request)
     token = answer.tokens[0]
     assert sum(math.exp(lp) for _, lp in token.top) == pytest.approx(1, abs=1e-5)
@@ -308,7 +310,7 @@ def test_log_softmax_omitted_would_show_in_what_is_reported(models: dict[str, An
 
 
 def test_ids_without_a_token_are_never_sampled(models: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    request = Steering(beta={"kind": 1.0}, temperature=0, max_new_tokens=6)
+    request = GuidedSamplingParams(beta={"kind": 1.0}, temperature=0, max_new_tokens=6)
     (plain,) = generator(models).generate([PROMPTS[0]], request)
     words = dict(TOKENIZER.get_vocab())
     hole = plain.token_ids[0]
@@ -321,7 +323,9 @@ def test_ids_without_a_token_are_never_sampled(models: dict[str, Any], monkeypat
 
 
 def test_frequencies_are_those_of_the_mixture(models: dict[str, Any]) -> None:
-    request = Steering(alpha=0.5, beta={"kind": 1.2}, temperature=0.8, top_k=6, top_p=0.95, max_new_tokens=1)
+    request = GuidedSamplingParams(
+        alpha=0.5, beta={"kind": 1.2}, temperature=0.8, top_k=6, top_p=0.95, max_new_tokens=1
+    )
     patient, doctor = (slow_logs(models[m], PROMPTS[1]) for m in ("patient", "kind"))
     expected = torch.tensor(slow_cut(torch.log_softmax(0.5 * patient + 1.2 * doctor, 0), request))
     draws = 3000
@@ -336,7 +340,7 @@ def test_frequencies_are_those_of_the_mixture(models: dict[str, Any]) -> None:
 
 
 def test_guidance_is_off_between_the_markers_and_on_again_after_them(models: dict[str, Any]) -> None:
-    request = Steering(alpha=0.8, beta={"kind": 1.0, "brief": 0.6}, temperature=0, max_new_tokens=24)
+    request = GuidedSamplingParams(alpha=0.8, beta={"kind": 1.0, "brief": 0.6}, temperature=0, max_new_tokens=24)
     free = [t[0] for t in slow(models, PROMPTS[0], request)]
     start = TOKENIZER.decode(free[4:6])
     inside = slow(models, PROMPTS[0], request, off=lambda answer, _: start in TOKENIZER.decode(answer))
@@ -363,7 +367,7 @@ def test_guidance_is_off_between_the_markers_and_on_again_after_them(models: dic
 def test_a_row_keeps_its_own_span_when_others_leave_the_batch(models: dict[str, Any]) -> None:
     inside = [*PROMPTS[3], *TOKENIZER.encode("<tool_call>")]
     prompts, steps = [PROMPTS[0], PROMPTS[1], inside, PROMPTS[2]], [2, 3, 14, 14]
-    requests = [Steering(beta={"kind": 1.0}, temperature=0, max_new_tokens=n) for n in steps]
+    requests = [GuidedSamplingParams(beta={"kind": 1.0}, temperature=0, max_new_tokens=n) for n in steps]
     found = generator(models, spans=[Span("<tool_call>", "</tool_call>")]).generate(prompts, requests)
     agrees(found[2], slow(models, inside, requests[2], off=lambda *_: True))
     agrees(found[3], slow(models, PROMPTS[2], requests[3]))
@@ -377,7 +381,7 @@ def test_a_doctor_that_nobody_needs_waits_and_reads_what_it_missed_in_one_piece(
     monkeypatch.setattr(
         models["kind"], "forward", lambda **given: (widths.append(given["input_ids"].shape[1]), forward(**given))[1]
     )
-    request = Steering(beta={"kind": 1.0}, temperature=0, max_new_tokens=12)
+    request = GuidedSamplingParams(beta={"kind": 1.0}, temperature=0, max_new_tokens=12)
     prompt = [*PROMPTS[0], *TOKENIZER.encode("<tool_call>")]
     alone = [t[0] for t in slow(models, prompt, dataclasses.replace(request, beta={}))]
     spans = [Span("<tool_call>", TOKENIZER.decode(alone[3:5]))]
@@ -386,7 +390,7 @@ def test_a_doctor_that_nobody_needs_waits_and_reads_what_it_missed_in_one_piece(
 
 
 def test_the_entropy_gate_leaves_sure_states_to_the_patient(models: dict[str, Any]) -> None:
-    request = Steering(alpha=0.8, beta={"kind": 1.0}, temperature=0, max_new_tokens=14)
+    request = GuidedSamplingParams(alpha=0.8, beta={"kind": 1.0}, temperature=0, max_new_tokens=14)
     found = [slow_logs(models["patient"], p) for p in PROMPTS]
     minimum = sorted(float(-(log_p.exp() * log_p).sum()) for log_p in found)[1] + 1e-3
 
@@ -417,7 +421,7 @@ def test_the_markers_of_a_template_are_found() -> None:
 
 
 def test_stop_tokens_end_answers_and_belong_to_them(models: dict[str, Any]) -> None:
-    request = Steering(beta={"kind": 0.8}, temperature=0, max_new_tokens=14)
+    request = GuidedSamplingParams(beta={"kind": 0.8}, temperature=0, max_new_tokens=14)
     free = [a.token_ids for a in generator(models).generate(PROMPTS, request)]
     stop = frozenset({free[0][5]})
     for answer, whole in zip(generator(models, stop_ids=stop).generate(PROMPTS, request), free, strict=True):
@@ -430,7 +434,7 @@ def test_stop_tokens_end_answers_and_belong_to_them(models: dict[str, Any]) -> N
 
 
 def test_a_stopped_row_costs_nothing_more_and_the_others_go_on(models: dict[str, Any]) -> None:
-    request = Steering(beta={"kind": 0.8}, temperature=0, max_new_tokens=8)
+    request = GuidedSamplingParams(beta={"kind": 0.8}, temperature=0, max_new_tokens=8)
     made = generator(models)
     whole = made.generate(PROMPTS, request)
     decoding = made.start(PROMPTS, [request] * 4)
@@ -445,7 +449,7 @@ def test_a_stopped_row_costs_nothing_more_and_the_others_go_on(models: dict[str,
 
 
 def test_a_seed_repeats_itself_and_others_differ(models: dict[str, Any]) -> None:
-    request = Steering(beta={"kind": 0.5}, max_new_tokens=10)
+    request = GuidedSamplingParams(beta={"kind": 0.5}, max_new_tokens=10)
     requests = [dataclasses.replace(request, seed=s) for s in (1, 1, 2)]
     one, again, other = generator(models).generate([PROMPTS[0]] * 3, requests)
     assert one == again and one.token_ids != other.token_ids
@@ -464,13 +468,13 @@ def test_a_seed_repeats_itself_and_others_differ(models: dict[str, Any]) -> None
 )
 def test_a_request_out_of_range_is_refused(change: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
-        Steering(**change)
+        GuidedSamplingParams(**change)
 
 
 def test_requests_that_cannot_be_decoded_are_named_all_at_once(models: dict[str, Any]) -> None:
     with pytest.raises(InputError) as caught:
         generator(models).generate(
-            [[], [VOCAB], PROMPTS[0] * 40, PROMPTS[0]], Steering(beta={"kindness": 1.0}, max_new_tokens=4)
+            [[], [VOCAB], PROMPTS[0] * 40, PROMPTS[0]], GuidedSamplingParams(beta={"kindness": 1.0}, max_new_tokens=4)
         )
     text = str(caught.value)
     assert len(caught.value.problems) == 4
@@ -539,10 +543,13 @@ def test_the_processor_equals_the_generator_token_by_token(models: dict[str, Any
     alpha = [1.0, 0.7, 1.0, 1.0]
     beta = [{"kind": 1.0}, {"kind": -0.5, "brief": 1.0}, {}, {"brief": 0.8}]
     made = generator(models, ratio=ratio, spans=[Span("e", "t")], min_entropy=0.5)
-    requests = [Steering(alpha=a, beta=b, temperature=0, max_new_tokens=12) for a, b in zip(alpha, beta, strict=True)]
+    requests = [
+        GuidedSamplingParams(alpha=a, beta=b, temperature=0, max_new_tokens=12)
+        for a, b in zip(alpha, beta, strict=True)
+    ]
     expected = [list(a.token_ids) for a in made.generate(PROMPTS, requests)]
     assert processed(models, made, alpha, beta, PROMPTS) == expected
-    same = made.generate(PROMPTS, Steering(beta={"kind": 1.0}, temperature=0, max_new_tokens=12))
+    same = made.generate(PROMPTS, GuidedSamplingParams(beta={"kind": 1.0}, temperature=0, max_new_tokens=12))
     assert processed(models, made, 1.0, {"kind": 1.0}, PROMPTS) == [list(a.token_ids) for a in same]
 
 
@@ -613,7 +620,7 @@ def folders(models: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) ->
 
 def test_loaded_folders_decode_as_the_models_do_and_pickles_are_refused(models: dict[str, Any], folders: Path) -> None:
     chosen = {"kind": Doctor(path=str(folders / "kind"), reference=str(folders / "base"))}
-    request = Steering(beta={"kind": 1.0}, temperature=0, max_new_tokens=6)
+    request = GuidedSamplingParams(beta={"kind": 1.0}, temperature=0, max_new_tokens=6)
     for mode, ratio in (("product", ()), ("ratio", ("kind",))):
         made = load_guided(str(folders / "patient"), chosen, mode, device="cpu", stop_ids=NEVER)
         expected = generator(models, ratio=ratio).generate(PROMPTS, request)
@@ -660,10 +667,10 @@ def test_the_stage_decodes_prompts_of_every_shape_with_their_own_weights(
     assert rows[8]["kl"] == 0 and rows[0]["kl"] > 0 and len(rows[0]["tokens"]["kl"]) == len(rows[0]["token_ids"])
     made = generator(models, stop_ids=None, spans=[Span("<tool_call>", "</tool_call>")])
     prompt = TOKENIZER.encode("oslo")
-    request = Steering(alpha=0.5, beta=rows[6]["beta"], seed=rows[6]["seed"], max_new_tokens=8)
+    request = GuidedSamplingParams(alpha=0.5, beta=rows[6]["beta"], seed=rows[6]["seed"], max_new_tokens=8)
     assert list(made.generate([prompt], request)[0].token_ids) == rows[6]["token_ids"]
     shown = Chat(TOKENIZER).prompt_ids([{"role": "user", "content": "book a flight"}], [])
-    request = Steering(beta={"kind": 0.8, "brief": 0.5}, seed=rows[0]["seed"], max_new_tokens=8)
+    request = GuidedSamplingParams(beta={"kind": 0.8, "brief": 0.5}, seed=rows[0]["seed"], max_new_tokens=8)
     (answer,) = made.generate([shown], request)
     assert list(answer.token_ids) == rows[0]["token_ids"]
     assert rows[0]["log_prob"] == pytest.approx(sum(answer.log_probs), abs=1e-4)

@@ -13,14 +13,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from nemo_pivotrl.algorithms.model_outputs import ModelOutputs
 from nemo_pivotrl.backends.base import TokenBatch
-from nemo_pivotrl.backends.reference.guided import Guided, Steering, Token, check_answers
+from nemo_pivotrl.backends.reference.guided import Guided, GuidedSamplingParams, Token, check_answers
 from nemo_pivotrl.backends.reference.policy import ReferencePolicy
 from nemo_pivotrl.backends.reference.reward_model import RewardModel
 from nemo_pivotrl.backends.sampling import Turns, check_finite, check_log_probs
 from nemo_pivotrl.backends.vllm.requests import checked
 from nemo_pivotrl.config import Generation, Optimizer, Policy, Rank, Reward
 from nemo_pivotrl.core.errors import InputError, NotFiniteError, Problem
-from nemo_pivotrl.core.types import Lost, Preference, Sample
+from nemo_pivotrl.core.types import FailedSample, Preference, Sample
 from nemo_pivotrl.llmdoctor.contrastive_prompts import Prepared
 from nemo_pivotrl.llmdoctor.decode import Prompt, _answers, _lost_row
 from nemo_pivotrl.llmdoctor.rank import ranked
@@ -66,7 +66,7 @@ def test_a_turn_drawn_from_no_numbers_is_lost_and_the_others_are_not(value: floa
         turns.note(token.tolist(), log_prob.tolist())
     first, second = turns.samples()
     assert isinstance(first, Sample) and all(map(math.isfinite, first.log_probs))
-    assert isinstance(second, Lost) and second.kind == "sampler_not_finite" and "token 1" in second.detail
+    assert isinstance(second, FailedSample) and second.kind == "sampler_not_finite" and "token 1" in second.detail
 
 
 def test_a_lost_turn_is_drawn_again_alone(policy: ReferencePolicy, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,7 +83,7 @@ def test_a_lost_turn_is_drawn_again_alone(policy: ReferencePolicy, monkeypatch: 
     seeds = [n for n, sample in alone.items() if isinstance(sample, Sample)][:2]
     sizes.clear()
     good, bad = policy.infer([[2, 3], [2, POISON]], [seeds, [3]], frozenset(), GENERATION)
-    assert [type(s) for s in good] == [Sample, Sample] and isinstance(bad[0], Lost)
+    assert [type(s) for s in good] == [Sample, Sample] and isinstance(bad[0], FailedSample)
     assert sizes == [3, 1]
     assert [s.token_ids for s in good] == [alone[n].token_ids for n in seeds]  # type: ignore[union-attr]
 
@@ -230,9 +230,9 @@ def test_decode_asks_again_alone_and_writes_a_row_without_figures() -> None:
 
     generator: Any = Generator()
     texts: Any = [([2], {}), ([POISON], {}), ([3], {})]
-    first, lost, last = _answers(generator, texts, [Steering(seed=n) for n in range(3)])
+    first, lost, last = _answers(generator, texts, [GuidedSamplingParams(seed=n) for n in range(3)])
     assert isinstance(first, Guided) and isinstance(last, Guided) and asked == [3, 1, 1, 1]
-    assert isinstance(lost, Lost)
-    row = _lost_row(Prompt("p", "text", (), 1.0, {}, 1), 0, Steering(), lost)
+    assert isinstance(lost, FailedSample)
+    row = _lost_row(Prompt("p", "text", (), 1.0, {}, 1), 0, GuidedSamplingParams(), lost)
     assert row["finish_reason"] == "failed" and row["failure"] == "sampler_not_finite"
     assert not row.keys() & {"log_prob", "kl", "changed", "tokens"}

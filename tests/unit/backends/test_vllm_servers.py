@@ -16,7 +16,7 @@ from support.http_stub import Fault, StandIn, good, turn
 from nemo_pivotrl.backends.vllm.servers import Servers
 from nemo_pivotrl.config import Generation, Policy, Vllm
 from nemo_pivotrl.core.errors import InputError
-from nemo_pivotrl.core.types import Lost, Sample
+from nemo_pivotrl.core.types import FailedSample, Sample
 
 GENERATION = Generation(max_new_tokens=4)
 STOPS = frozenset({2})
@@ -41,11 +41,11 @@ def start() -> Iterator[Callable[..., Any]]:
         one.close()
 
 
-def infer(pool: Servers) -> list[list[Sample | Lost]]:
+def infer(pool: Servers) -> list[list[Sample | FailedSample]]:
     return pool.infer(PROMPTS, SEEDS, STOPS, GENERATION)
 
 
-def whole(groups: list[list[Sample | Lost]]) -> bool:
+def whole(groups: list[list[Sample | FailedSample]]) -> bool:
     """Whether everything arrived where it belongs."""
     for prompt, seeds, group in zip(PROMPTS, SEEDS, groups, strict=True):
         for seed, sample in zip(seeds, group, strict=True):
@@ -120,7 +120,7 @@ def test_what_stays_lost_is_lost_and_counted_and_has_no_tokens(start: Any) -> No
     pool, (one,) = start(lambda body, n: (500, b"oh") if body["seed"] == 20 else None, max_retries=2, eject_after=50)
     groups = infer(pool)
     lost = groups[1][0]
-    assert isinstance(lost, Lost) and lost.kind == "sampler_http" and "status 500" in lost.detail
+    assert isinstance(lost, FailedSample) and lost.kind == "sampler_http" and "status 500" in lost.detail
     assert [isinstance(s, Sample) for g in groups for s in g] == [True, True, False, True, True, True]
     assert pool.counts["lost"] == 1 and sum(b["seed"] == 20 for b in one.asked) == 3
 

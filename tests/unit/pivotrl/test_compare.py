@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from nemo_pivotrl import cli
-from nemo_pivotrl.algorithms.early_stopping import Plan
+from nemo_pivotrl.algorithms.early_stopping import StoppingRule
 from nemo_pivotrl.algorithms.early_stopping_estimates import unbiased_rate
 from nemo_pivotrl.core.artifacts import ArtefactWriter, Header
 from nemo_pivotrl.core.errors import InputError
@@ -21,7 +21,7 @@ from nemo_pivotrl.pivotrl.compare import compare, significant_to
 from nemo_pivotrl.pivotrl.compare_text import as_text
 from nemo_pivotrl.pivotrl.profile_rows import profile_to_row
 
-FOUR = Plan(4, curtailed=False)
+FOUR = StoppingRule(4, curtailed=False)
 SAMPLING = {"temperature": 1.0, "top_p": 1.0, "max_new_tokens": 64}
 
 
@@ -40,7 +40,7 @@ def row(name: str, rewards: Sequence[float] | None, **more: Any) -> dict[str, An
     return profile_to_row(Profile(candidate, samples, 1, tokens, failure, **more), "agent")
 
 
-def write(path: Path, rows: Sequence[dict[str, Any]], plan: Plan = FOUR, **fields: Any) -> Path:
+def write(path: Path, rows: Sequence[dict[str, Any]], plan: StoppingRule = FOUR, **fields: Any) -> Path:
     told = dataclasses.asdict(plan) | {"prior": list(plan.prior), "control_share": 0.1}
     extra = {"num_generations": plan.count, "sampling": SAMPLING, "plan": told} | fields.pop("extra", {})
     header = Header(**{"stage": "profiles", "config_hash": "c", "policy": path.stem, "extra": extra, **fields})
@@ -96,7 +96,7 @@ def test_a_small_comparison_equals_the_one_done_by_hand(tmp_path: Path) -> None:
 
 
 def test_significant_moves_are_told_up_and_down_by_tool_depth_task_and_length(tmp_path: Path) -> None:
-    plan = Plan(16, curtailed=False)
+    plan = StoppingRule(16, curtailed=False)
     cases = [("up", 1, 15, "f", 0), ("up2", 0, 13, "g", 3), ("down", 16, 2, "g", 4)]
     cases += [(f"same{i}", 8, 8 + i % 2, "f", 0) for i in range(9)]
     rows = [
@@ -134,7 +134,7 @@ def test_benjamini_and_hochbergs_threshold(values: list[float], threshold: float
 
 
 def test_curtailed_samples_say_what_they_do_not_know_and_their_mean_is_without_bias(tmp_path: Path) -> None:
-    plan = Plan(8, "adv", 0.6, 0.6)
+    plan = StoppingRule(8, "adv", 0.6, 0.6)
     rows = [
         row("easy", outcomes(5, 5)),  # may end as 5 to 8 of 8: no pivot, whichever
         row("hard", [0.0] * 4 + [1.0]),
@@ -161,7 +161,7 @@ def test_curtailed_samples_say_what_they_do_not_know_and_their_mean_is_without_b
 
 
 def test_a_profile_for_an_interval_of_lambdas_must_be_told_which(tmp_path: Path) -> None:
-    wide = write(tmp_path / "l.jsonl", [row("a", outcomes(1, 4))], Plan(4, "adv", 0.2, 0.9))
+    wide = write(tmp_path / "l.jsonl", [row("a", outcomes(1, 4))], StoppingRule(4, "adv", 0.2, 0.9))
     with pytest.raises(InputError, match=r"from 0.2 to 0.9(?s:.*)--lambda"):
         compare(wide, wide)
     assert compare(wide, wide, 0.3)["left"]["lambda_diff"] == 0.3
@@ -173,7 +173,7 @@ def test_rewards_between_and_rescored_samples_are_compared_and_not_tested(tmp_pa
     assert found["moved"]["tested"] == found["moved"]["not_testable"] == 1
     assert found["hit_rate"]["change"] == pytest.approx(0.375 / 2) and "all equal" in found["classes"]
     assert found["largest"][0]["p_value"] is None and "not testable" in as_text(found)
-    plan, rows = Plan(8, "adv", 0.6, 0.6), [row("a", outcomes(2, 5)), row("c", outcomes(2, 8), control=True)]
+    plan, rows = StoppingRule(8, "adv", 0.6, 0.6), [row("a", outcomes(2, 5)), row("c", outcomes(2, 8), control=True)]
     rescored = write(tmp_path / "s.jsonl", rows, plan, extra={"rescored_from": "x"})
     found = compare(write(tmp_path / "l.jsonl", rows, plan), rescored)
     assert found["moved"]["tested"] == 1 and found["hit_rate"]["right"] == pytest.approx((0.4 + 0.25) / 2)
