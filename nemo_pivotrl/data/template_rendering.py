@@ -69,11 +69,11 @@ class Template:
 
     def render(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], prompt: bool) -> Marked:
         """The template's text; `prompt`: up to where the policy writes. Raises UnrenderableState."""
-        prepared = self._prepared(messages)
-        mark = self._mark_for(prepared, tools)
-        if mark:
-            prepared, tools = self._broken_up(prepared, mark), self._broken_up(list(tools), mark)
         try:
+            prepared = self._prepared(messages)
+            mark = self._mark_for(prepared, tools)
+            if mark:
+                prepared, tools = self._broken_up(prepared, mark), self._broken_up(list(tools), mark)
             text = template_sandbox.render(self.tokenizer, prepared, tools, prompt, **self.kwargs)
         except InputError:
             raise

@@ -23,7 +23,7 @@ from nemo_pivotrl.components.progress import progress
 from nemo_pivotrl.components.rollout import sample_seed
 from nemo_pivotrl.config import Recipe
 from nemo_pivotrl.core.artifacts import ArtefactWriter, Header, digest, file_digest, is_complete, read_rows
-from nemo_pivotrl.core.errors import InputError, NotFiniteError, Problem, short
+from nemo_pivotrl.core.errors import InputError, NotFiniteError, Problem, UnrenderableState, short
 from nemo_pivotrl.core.lock import one_writer
 from nemo_pivotrl.core.types import FailedSample
 from nemo_pivotrl.data.chat_template import Chat, load_tokenizer
@@ -260,6 +260,9 @@ def _render_all(
             text = prompt_ids(prompt.content, prompt.tools, chat, own_chats)
             generator.check([text[0]], [_steering(recipe, prompt, 0)], [text[1]])
             rendered.append(text)
+        except UnrenderableState as error:
+            told = f"{error.found}: {error.kind}"
+            problems += [Problem(recipe.decode.prompts, prompt.line, "messages", told, p.remedy) for p in error.problems]
         except InputError as error:
             problems += [replace(p, file=recipe.decode.prompts, line=prompt.line) for p in error.problems]
     if problems:
