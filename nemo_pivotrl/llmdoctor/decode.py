@@ -262,7 +262,9 @@ def _render_all(
             rendered.append(text)
         except UnrenderableState as error:
             told = f"{error.found}: {error.kind}"
-            problems += [Problem(recipe.decode.prompts, prompt.line, "messages", told, p.remedy) for p in error.problems]
+            problems += [
+                Problem(recipe.decode.prompts, prompt.line, "messages", told, p.remedy) for p in error.problems
+            ]
         except InputError as error:
             problems += [replace(p, file=recipe.decode.prompts, line=prompt.line) for p in error.problems]
     if problems:

@@ -162,7 +162,10 @@ def _check(recipe: Recipe, source: Path, chat: Chat, verifier_id: str) -> None:
 def _identity(recipe: Recipe, source: Path) -> str:
     """What a checkpoint belongs to: pivots and every setting that changes training, but not how long it runs."""
     grpo = dataclasses.asdict(recipe.grpo) | {"max_num_steps": None, "max_num_epochs": None}
-    parts = [dataclasses.asdict(x) for x in (recipe.policy, recipe.loss_fn, recipe.verifier)]
+    policy = dataclasses.asdict(recipe.policy) | {
+        "model_name": policy_revision(recipe.policy.model_name)
+    }  # wherever it lies
+    parts = [policy, *(dataclasses.asdict(x) for x in (recipe.loss_fn, recipe.verifier))]
     computed = identity_of(recipe.policy, recipe.megatron)
     parts += [computed] if computed else []
     return digest([recipe.seed, grpo, parts, recipe.checkpointing.save_period, file_digest(source)])

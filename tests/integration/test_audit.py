@@ -178,7 +178,7 @@ def test_the_stage_writes_rows_and_numbers_and_the_sample_is_the_recipes(
 def test_profile_stops_before_generating_when_the_experts_fail(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from nemo_pivotrl.backends import loading
 
-    def never(*_: object) -> None:
+    def never(*_: object, **__: object) -> None:
         raise AssertionError("the policy was loaded")
 
     monkeypatch.setattr(loading, "load", never)
