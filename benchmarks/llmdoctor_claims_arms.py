@@ -233,7 +233,7 @@ def answer(
     chat, generator, own = load(recipe)
     rendered = [prompt_ids(p.content, p.tools, chat, own) for p in asked]
     exam = assess._Exam(recipe, asked, rendered, chat, generator, load_oracles([KIND], recipe.oracles))
-    rows = {label: exam.answers(label, arm) for label, arm in arms.items()}
+    rows = {label: exam.answers(label, arm)[0] for label, arm in arms.items()}
     return {
         label: [_row(r["prompt"], r["sample"], r["asked"], r["text"], r["tokens"], r["kl"]) for r in found]
         for label, found in rows.items()

@@ -165,7 +165,9 @@ def _identity(recipe: Recipe, source: Path) -> str:
     policy = dataclasses.asdict(recipe.policy) | {
         "model_name": policy_revision(recipe.policy.model_name)
     }  # wherever it lies
-    parts = [policy, *(dataclasses.asdict(x) for x in (recipe.loss_fn, recipe.verifier))]
+    verifier = dataclasses.asdict(recipe.verifier)
+    verifier["judge"]["cache"] = ""  # so that a run may be moved
+    parts = [policy, dataclasses.asdict(recipe.loss_fn), verifier]
     computed = identity_of(recipe.policy, recipe.megatron)
     parts += [computed] if computed else []
     return digest([recipe.seed, grpo, parts, recipe.checkpointing.save_period, file_digest(source)])

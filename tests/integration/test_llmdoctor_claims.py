@@ -12,6 +12,7 @@ import torch
 from support.processes import run
 from support.recipes import ROOT
 
+from nemo_pivotrl.algorithms.model_outputs import ModelOutputs
 from nemo_pivotrl.backends.reference.guided import GuidedSamplingParams
 from nemo_pivotrl.config import Recipe, Tfpo
 from nemo_pivotrl.demo import tiny_models as tiny
@@ -147,7 +148,9 @@ def test_without_subtb_the_hinge_alone_is_left_and_moves_no_log_probability() ->
         "ended": torch.tensor([True, True]),
     }
     recipe = dataclasses.replace(Recipe(), tfpo=Tfpo(anchor="reference", gamma=100.0))
-    loss, _ = arms.pair_loss(plan.tfpo(subtb=False), recipe, 1)(log_probs, log_values, log_probs.detach(), ids, data)
+    loss, _ = arms.pair_loss(plan.tfpo(subtb=False), recipe, 1)(
+        ModelOutputs(log_probs, log_values, log_probs.detach()), {**data, "token_ids": ids}
+    )
     assert float(loss.detach()) == pytest.approx(100.0 - float((log_values[0, 1] - log_values[1, 1]).detach()))
     policy, values = torch.autograd.grad(loss, (log_probs, log_values))
     assert policy.abs().max() < 1e-12

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import assume, given, settings, strategies as st
 
 from nemo_pivotrl.core.artifacts import json_line
 from nemo_pivotrl.core.types import Action, Candidate, Message, ToolCall
@@ -47,7 +47,10 @@ def assistant(draw: st.DrawFn) -> Message:
 
 @st.composite
 def conversation(draw: st.DrawFn) -> list[Message]:
-    """Any messages, but never two assistant ones in a row: those merge by design."""
+    """Any messages, but never two assistant ones in a row, which merge by design, and no output before another call's end.
+
+    A tool message answers a call of the assistant turn before it: items have no other place for it.
+    """
     other = st.one_of(
         st.builds(
             lambda role, text: {"role": role, "content": text}, st.sampled_from(["system", "developer", "user"]), TEXT
@@ -55,9 +58,18 @@ def conversation(draw: st.DrawFn) -> list[Message]:
         st.builds(lambda call_id, text: {"role": "tool", "tool_call_id": call_id, "content": text}, TEXT, TEXT),
     )
     found: list[Message] = []
+    open_calls: list[str] = []
     for turn in draw(st.lists(st.one_of(other, assistant()), min_size=1, max_size=8)):
-        if not (found and found[-1]["role"] == turn["role"] == "assistant"):
-            found.append(turn)
+        if found and found[-1]["role"] == turn["role"] == "assistant":
+            continue
+        if turn["role"] == "tool":
+            if not open_calls:
+                continue
+            turn["tool_call_id"] = open_calls.pop(0)
+        else:
+            open_calls = [call["id"] for call in turn.get("tool_calls", ())]
+        found.append(turn)
+    assume(found)
     return found
 
 

@@ -168,7 +168,6 @@ def deep(levels: int) -> dict[str, Any]:
         ({"$dynamicRef": "http://127.0.0.1:9/leak"}, "none is fetched"),
         ({"$ref": "#/properties/x"}, "refers to itself|schema checks"),
         ({"anyOf": [{"$ref": "#/properties/x"}, {"$ref": "#/properties/x"}]}, "refers to itself|schema checks"),
-        ({"allOf": [{"$ref": "#"}]}, "refers to itself|schema checks|not of type"),
         ({"pattern": "("}, "is not a 'regex'|error"),
         ({"pattern": "((a{1000}){1000}){1000}"}, "too large"),
         ({"pattern": "a" * 5000}, "too large"),
