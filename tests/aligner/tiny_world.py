@@ -54,7 +54,15 @@ def write_world(folder: Path, pivots: int) -> None:
         extra={"sampling": {"temperature": 1.0, "top_p": 1.0, "max_new_tokens": MAX_LENGTH}},
     )
     chosen = rows[:pivots] + [
-        {**row, "provenance": {**row["provenance"], "split": "validation"}} for row in rows[:pivots]
+        {
+            **row,
+            "provenance": {
+                **(made := row["provenance"]),
+                "split": "validation",
+                "candidate_id": f"{made['candidate_id']}v",
+            },
+        }
+        for row in rows[:pivots]
     ]
     write_artefact(folder / "pivots.jsonl", header, chosen)
 
