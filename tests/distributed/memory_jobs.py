@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import weakref
 from contextlib import nullcontext
 from typing import Any
@@ -92,6 +93,16 @@ def step(folder: str, settings: dict[str, Any], prompt: int, response: int, rows
         "held": max(held),
         "peak": alive.peak,
     }
+
+
+def kept(**arguments: Any) -> int:
+    """How many models are still in memory after a `step` whose objects nobody uses."""
+    from nemo_pivotrl.backends.megatron.parallel import leave_layout
+    from nemo_pivotrl.backends.megatron.pipeline_stage import PipelineStage
+
+    step(**arguments)
+    leave_layout()
+    return sum(isinstance(one, PipelineStage) for one in gc.get_objects())
 
 
 def state_bytes(optimizer: Any) -> int:

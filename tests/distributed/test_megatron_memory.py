@@ -117,3 +117,11 @@ def test_a_ranks_memory_is_what_the_arithmetic_says(
         assert total == pytest.approx(measured, rel=0.1)
         print(f"\n{name:12}{settings} rank {rank}: held {activations.held / max(found['held'], 1):.3f}, ", end="")
         print(f"all {total / measured:.3f} of {measured / 1e6:.1f} MB")
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_that_took_a_step_is_freed_when_nobody_uses_it(
+    workers: Workers, folders: dict[str, tuple[Path, Architecture]], name: str
+) -> None:
+    step = {"folder": str(folders[name][0]), "settings": {}, "prompt": 16, "response": 8, "rows": 1}
+    assert workers.run(1, "memory_jobs:kept", **step) == [0]

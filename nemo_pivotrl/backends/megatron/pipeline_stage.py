@@ -110,6 +110,18 @@ class PipelineStage(MegatronModule):
             return chunk.shared_embedding_or_output_weight()
         return chunk.output_layer.weight
 
+    def forget_graphs(self) -> None:
+        """Let go of autograd graphs that layers keep after a step.
+
+        A mixture's dispatcher keeps its routing probabilities, whose graph refers to every weight and through their hooks to
+        the model and its process groups: Python's collector could never free them.
+        """
+        for layer in self.modules():
+            dispatcher = getattr(layer, "token_dispatcher", None)
+            for name, value in vars(dispatcher).items() if dispatcher is not None else ():
+                if isinstance(value, Tensor) and value.grad_fn is not None:
+                    setattr(dispatcher, name, None)
+
     def _whole(self, found: Tensor, place: Tensor, size: int) -> Tensor:
         """Numbers [m] at `place` of [size], with those of the other context-parallel ranks."""
         return _Collect.apply(found.new_zeros(size).index_put((place,), found), self.groups.cp)

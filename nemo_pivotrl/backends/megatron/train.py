@@ -145,7 +145,7 @@ class MegatronPolicy(SequenceScores):
             return model(rows), partial(finish, rows)
 
         with torch.set_grad_enabled(not forward_only):
-            return get_forward_backward_func()(
+            found: list[Any] = get_forward_backward_func()(
                 forward_step_func=step,
                 data_iterator=iter(layouts),
                 model=[self.model],
@@ -155,6 +155,8 @@ class MegatronPolicy(SequenceScores):
                 forward_only=forward_only,
                 collect_non_loss_data=work is None,
             )
+        self.stage.forget_graphs()
+        return found
 
     # ---- log-probabilities ----
 
