@@ -109,7 +109,9 @@ def _similar(group: Sequence[tuple[Candidate, np.ndarray]], threshold: float) ->
         entries = [(place, value) for place, value in zip(rare[i].tolist(), sketch[rare[i]].tolist(), strict=True)]
         near = sorted({j for entry in entries for j in kept.get(entry, ())})
         agree = (sketches[near] == sketch).sum(1) >= threshold * SKETCH_SIZE if near else ()
-        if any(yes and group[j][0].trajectory_id != candidate.trajectory_id for j, yes in zip(near, agree, strict=True)):
+        if any(
+            yes and group[j][0].trajectory_id != candidate.trajectory_id for j, yes in zip(near, agree, strict=True)
+        ):
             yield candidate.candidate_id
         else:
             for entry in entries:
