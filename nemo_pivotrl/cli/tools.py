@@ -92,6 +92,34 @@ def run_plan(options: argparse.Namespace) -> int:
     return 0 if verdict.good else BAD_INPUT
 
 
+def trace_arguments(made: argparse.ArgumentParser) -> None:
+    recipe_arguments(made, "YAML recipe")
+    made.add_argument("--rank", type=int, default=0, metavar="R", help="which of the ranks that train (default: 0)")
+    made.add_argument("--layers", default="", metavar="PATTERN", help="layers in place of the model's, e.g. ME*E or DE")
+    made.add_argument("--optimizer", action="store_true", help="with an optimiser's step")
+    made.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run_trace(options: argparse.Namespace) -> int:
+    """Print one rank's training step, traced beside planned; 2 where they differ or FP8's rules are broken."""
+    import json
+
+    from nemo_pivotrl.config.load import load_recipe
+    from nemo_pivotrl.tools import trace as tracing
+
+    recipe = load_recipe(options.recipe, options.overrides)
+    with missing_module("trace", {"megatron": "megatron"}, "megatron"):
+        from nemo_pivotrl.backends.traced.step import trace
+
+        asked = tracing.asked_of(recipe, options.rank, options.layers, options.optimizer)
+        found = trace(asked)
+    lines = tracing.compared(asked, found)
+    show = tracing.as_json if options.json else tracing.as_text
+    made = show(options.recipe, asked, found, lines)
+    print(json.dumps(made, indent=1) if options.json else made)
+    return 0 if tracing.good(found, lines) else BAD_INPUT
+
+
 def preflight_arguments(made: argparse.ArgumentParser) -> None:
     stages = (
         f"which stage ({', '.join(CHECKED)}; default: the algorithm's main ones), and override a setting of the recipe"
@@ -234,6 +262,7 @@ def run_serve(options: argparse.Namespace) -> None:
 TOOLS = {
     "env": Tool("what is installed here, and which recipes could run", env_arguments, run_env),
     "plan": Tool("will it fit, and what will it cost", plan_arguments, run_plan),
+    "trace": Tool("one rank's training step without a GPU, beside the plan", trace_arguments, run_trace),
     "preflight": Tool("what would stop a stage, all at once", preflight_arguments, run_preflight),
     "compare": Tool("two profiles of the same candidates: what moved, and the pivots", compare_arguments, run_compare),
     "seal": Tool("vouch for artefacts as they stand: of an earlier version, or edited", seal_arguments, run_seal),

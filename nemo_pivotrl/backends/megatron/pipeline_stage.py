@@ -7,6 +7,7 @@ context-parallel ranks, so that a loss sees whole rows whatever the layout.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -59,12 +60,9 @@ class PipelineStage(MegatronModule):
                 hidden, tensor_parallel_output_grad=False, group=self.groups.tp
             )
         flat = hidden.transpose(0, 1).reshape(batch * len(here), -1)
-        place = (torch.arange(batch, device=here.device)[:, None] * length + here).flatten()  # in the whole [B * S]
-        local = torch.full((batch * length,), -1, device=here.device)
-        local[place] = torch.arange(len(place), device=here.device)
-        mine = (local[rows.places] >= 0).nonzero()[:, 0]
+        mine, at = own_places(rows.places, starts, batch, self.groups.cp.rank(), self.groups.cp.size())
         found, _ = chunked_log_probs(
-            flat[local[rows.places[mine]]],
+            flat[at],
             self.lm_head(),
             rows.goals[mine],
             self.groups.tp,
@@ -75,8 +73,8 @@ class PipelineStage(MegatronModule):
         log_probs = self._whole(found, mine, len(rows.places))
         if self.head is None:
             return log_probs
-        mine = (local[rows.seen] >= 0).nonzero()[:, 0]
-        values = self.head(flat[local[rows.seen[mine]]].to(self.head.weight.dtype))[:, 0]
+        mine, at = own_places(rows.seen, starts, batch, self.groups.cp.rank(), self.groups.cp.size())
+        values = self.head(flat[at].to(self.head.weight.dtype))[:, 0]
         return torch.cat([log_probs, self._whole(values, mine, len(rows.seen))])
 
     def _hidden(self, tokens: Tensor, positions: Tensor, packed: PackedSeqParams | None = None) -> Tensor:
@@ -125,6 +123,17 @@ class PipelineStage(MegatronModule):
     def _whole(self, found: Tensor, place: Tensor, size: int) -> Tensor:
         """Numbers [m] at `place` of [size], with those of the other context-parallel ranks."""
         return _Collect.apply(found.new_zeros(size).index_put((place,), found), self.groups.cp)
+
+
+def own_places(places: Tensor, starts: Sequence[int], batch: int, rank: int, ranks: int) -> tuple[Tensor, Tensor]:
+    """Which of `places` [P] in the flattened [B * S] a context-parallel rank holds [m], and where each of these is among the
+    tokens that it holds [m]. starts: as for `context_part`."""
+    length, here = starts[-1], context_part(starts, rank, ranks).to(places.device)
+    place = (torch.arange(batch, device=here.device)[:, None] * length + here).flatten()  # in the whole [B * S]
+    local = torch.full((batch * length,), -1, device=here.device)
+    local[place] = torch.arange(len(place), device=here.device)
+    mine = (local[places] >= 0).nonzero()[:, 0]
+    return mine, local[places[mine]]
 
 
 def _packed(rows: Rows) -> PackedSeqParams | None:
