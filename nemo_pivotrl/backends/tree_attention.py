@@ -60,13 +60,39 @@ def _compiled_flex() -> Any:
 
 @functools.lru_cache(maxsize=4)
 def _masks(leave: Tensor) -> Any:
-    from torch.nn.attention.flex_attention import create_block_mask
+    from torch.nn.attention.flex_attention import BlockMask
 
     def seen(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (key <= query) & (query < leave[key])
 
-    size = len(leave)
-    return create_block_mask(seen, None, None, size, size, device=leave.device, BLOCK_SIZE=FLEX_BLOCK)
+    counts_and_places = [x for part in block_lists(leave, FLEX_BLOCK) for x in (part.sum(-1), _listed(part))]
+    lists = [x.to(torch.int32)[None, None] for x in counts_and_places]
+    return BlockMask.from_kv_blocks(*lists, BLOCK_SIZE=FLEX_BLOCK, mask_mod=seen, seq_lengths=(len(leave), len(leave)))
+
+
+def block_lists(leave: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Blocks of queries (rows) and keys (columns) of which some pairs are seen, and those of which all are; [n, n] bool, disjoint.
+
+    torch's `create_block_mask` makes the mask of all pairs first, S^2 bytes several times over: 48 GiB at 131,072 tokens. What
+    leaves a block of keys first and last is enough, since a query that comes after a key sees it until the key's subtree ends.
+    """
+    length = len(leave)
+    n = -(-length // size)
+    padded = torch.nn.functional.pad(leave, (0, n * size - length), value=0).view(n, size)
+    first = torch.arange(n, device=leave.device) * size
+    below = first[:, None] > first[None]
+    some = below & (first[:, None] < padded.amax(1)[None])
+    whole = first + size <= length  # the others end with pairs that do not exist
+    every = some & whole[:, None] & (first[:, None] + size <= padded.amin(1)[None])
+    own = torch.eye(n, dtype=torch.bool, device=leave.device)
+    if size == 1:
+        return some & ~every, every | own
+    return (some & ~every) | own, every
+
+
+def _listed(part: Tensor) -> Tensor:
+    """The columns of each row's True entries in ascending order, then the others."""
+    return part.int().argsort(dim=-1, descending=True, stable=True)
 
 
 def _block_mask(forest: Forest) -> Any:

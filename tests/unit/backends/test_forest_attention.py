@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
 
 from nemo_pivotrl.algorithms.prefix_tree import Forest, Fork, lay_out, visible
+from nemo_pivotrl.backends import tree_attention
 from nemo_pivotrl.backends.tree_attention import attend, blocks, dense, flex
 
 EXACT = 1e-12
@@ -59,6 +64,51 @@ def test_flex_attention_sees_the_same_pairs() -> None:
     forest = tree(3)
     given = [x.detach() for x in inputs(forest, 4, 2)]
     torch.testing.assert_close(flex(*given, forest, 0.3), by_hand(*given, forest, 0.3), rtol=0, atol=EXACT)
+
+
+@pytest.mark.parametrize("size", [1, 2, 4, 16, 128])
+def test_block_lists_are_those_that_the_mask_of_all_pairs_gives(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against torch's own builder, which makes that mask; forests of many shapes, also of lengths that no block divides."""
+    monkeypatch.setattr(tree_attention, "FLEX_BLOCK", size)
+    for seed in range(40):
+        forest = tree(seed, rows=1 + seed % 12, multiple=1 + seed % 3)
+        leave, length = forest.leave, len(forest.leave)
+        found = tree_attention._masks(leave)
+        want = create_block_mask(found.mask_mod, None, None, length, length, device="cpu", BLOCK_SIZE=size)
+        assert torch.equal(found.to_dense(), want.to_dense()) and found.seq_lengths == want.seq_lengths
+        for kind in ("kv_num_blocks", "full_kv_num_blocks", "q_num_blocks", "full_q_num_blocks"):
+            assert torch.equal(getattr(found, kind), getattr(want, kind)), (seed, kind)
+        for kind in ("kv", "full_kv", "q", "full_q"):
+            counts = getattr(found, f"{kind}_num_blocks")
+            ours, theirs = (getattr(mask, f"{kind}_indices") for mask in (found, want))
+            listed = torch.arange(ours.shape[-1]) < counts[..., None]
+            assert torch.equal(ours[listed], theirs[listed]), (seed, kind)
+
+
+class Largest(TorchDispatchMode):
+    """Bytes of the largest tensor made under it."""
+
+    found = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = function(*args, **(kwargs or {}))
+        self.found = max(
+            [self.found, *(x.numel() * x.element_size() for x in tree_iter(made) if isinstance(x, Tensor))]
+        )
+        return made
+
+
+def test_the_mask_of_131072_tokens_takes_megabytes() -> None:
+    """1,024 blocks a side: a list of all their pairs is 4 MiB of int32, and sorting makes it 8."""
+    size, trunk = 131_072, 65_536
+    leave = torch.arange(size) + 1
+    leave[:trunk] = size
+    for first in range(trunk, size, 512):
+        leave[first : first + 512] = first + 512
+    with Largest() as watched:
+        mask = tree_attention._masks(leave)
+    assert watched.found <= 8 << 20
+    assert mask.seq_lengths == (size, size) and int(mask.full_kv_num_blocks.sum()) > int(mask.kv_num_blocks.sum())
 
 
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
