@@ -34,11 +34,6 @@ class Span:
     start: str
     end: str
 
-    @classmethod
-    def of_ids(cls, tokenizer: PreTrainedTokenizerBase, start: Sequence[int], end: Sequence[int]) -> Span:
-        """The span between two markers given as token ids."""
-        return cls(tokenizer.decode(list(start)), tokenizer.decode(list(end)))
-
 
 # ---- contract ----
 
