@@ -34,7 +34,9 @@ def slow_truncate(probabilities: list[float], temperature: float, top_k: int, to
 
 def test_truncation_equals_the_slow_definition_with_settings_of_each_row() -> None:
     choices = list(itertools.product([0.0, 0.5, 1.0, 2.0], [0, 1, 3, 50], [0.0, 0.3, 0.9, 1.0]))
-    log_probs = torch.randn(len(choices), 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64).log_softmax(1)
+    log_probs = torch.randn(
+        len(choices), 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    ).log_softmax(1)
     temperature, top_k, top_p = (torch.tensor(x) for x in zip(*choices, strict=True))
     found = truncate(log_probs, temperature, top_k, top_p).exp()
     for r, (t, k, p) in enumerate(choices):
