@@ -31,6 +31,10 @@ def run(recipe: Recipe, fresh: bool = False) -> Path:
     """Every stage the recipe needs, resuming what is unfinished, PivotRL's in rounds (`loop.py`). Returns the report.
 
     A `random` arm (same number of candidates, no profiling) trains beside the pivots when evaluate.policies names one.
+
+    >>> page = run(load_recipe("llmdoctor.yaml", ["run_dir=runs/steered"]))
+    >>> page.name
+    'report.html'
     """
     start = time.perf_counter()
     if fresh:

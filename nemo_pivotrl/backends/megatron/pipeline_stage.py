@@ -61,7 +61,7 @@ class PipelineStage(MegatronModule):
             )
         flat = hidden.transpose(0, 1).reshape(batch * len(here), -1)
         mine, at = own_places(rows.places, starts, batch, self.groups.cp.rank(), self.groups.cp.size())
-        found, _ = chunked_log_probs(
+        found = chunked_log_probs(
             flat[at],
             self.lm_head(),
             rows.goals[mine],

@@ -313,10 +313,10 @@ def _without_numbers(asked: Asked, fake: Any) -> None:
     model.load_hf = lambda *_: None
     model.read_architecture = train.read_architecture = lambda _: asked.architecture
     stage.own_places, stage._packed = _really(stage.own_places), _really(stage._packed)
-    block_mask = _really(attention._block_mask)
+    masks = _really(attention._masks)
 
-    def flex(query: Tensor, key: Tensor, value: Tensor, forest: Any, scale: float) -> Tensor:
-        block_mask(forest)
+    def flex(query: Tensor, key: Tensor, value: Tensor, forest: Any, scale: float, held: Any = None) -> Tensor:
+        masks(forest.leave, held)
         return kernels.Flex.apply(query, key, value)
 
     attention.flex = flex
