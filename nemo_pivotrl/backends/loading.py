@@ -9,6 +9,7 @@ from nemo_pivotrl.backends.base import Backend, Sampler, Scorer, as_policy, extr
 from nemo_pivotrl.config.llmdoctor import Decode, Patient
 from nemo_pivotrl.config.models import Megatron, Policy, Vllm
 from nemo_pivotrl.core.errors import InputError, Problem
+from nemo_pivotrl.sizing.precision import engine_dtype
 
 if TYPE_CHECKING:
     from nemo_pivotrl.backends.vllm.decode import GuidedEngine
@@ -66,6 +67,7 @@ def load_sampler(
         with extra_of("vllm.servers", "vllm"):
             from nemo_pivotrl.backends.vllm.servers import Servers
         return Servers(policy, vllm)
+    policy = replace(policy, dtype=engine_dtype(policy, megatron))
     if vllm.colocated:
         with extra_of("vllm.colocated", "megatron"):
             from nemo_pivotrl.backends.megatron import workers

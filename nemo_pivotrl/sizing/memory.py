@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from nemo_pivotrl.config import Megatron
-from nemo_pivotrl.sizing.architecture import Architecture, padded_vocab_size
+from nemo_pivotrl.sizing.architecture import Architecture, Mamba, padded_vocab_size
 
 Engine = Literal["te", "local"]
 GIB = 2**30
@@ -164,7 +164,7 @@ class MicroBatch:
     length: int
     """Of its longest row."""
     predicted: int
-    """Tokens whose log-probability is asked for."""
+    """Tokens whose log-probability is asked of one context-parallel rank."""
     shared: bool = False
     """A stream that shares prefixes."""
 
@@ -206,7 +206,7 @@ def layer_kept(a: Architecture, kind: str, m: Megatron, engine: Engine, batch: M
     e, h = 2 if m.bf16 else 4, a.hidden_size
     norm = Kept(along=_norm(h, e, engine))
     if kind == "M":
-        return norm + _mamba(a, e, engine, batch.shared)
+        return norm + _mamba(a, m, e, engine, batch.shared)
     attention = norm + _attention(a, engine, e, batch.length if scores else 0)
     if batch.shared:  # every context-parallel rank keeps the keys and values of the whole stream
         own = a.head_dim * max(1, a.num_key_value_heads // m.tensor_model_parallel_size)
@@ -215,22 +215,23 @@ def layer_kept(a: Architecture, kind: str, m: Megatron, engine: Engine, batch: M
         return attention
     mixed = attention if not a.hybrid else Kept()
     if kind in "D-":
-        return mixed + norm + Kept(across=_act(a.gated) * a.intermediate_size * e)
+        return mixed + norm + Kept(across=_act(a.gated, engine) * a.intermediate_size * e)
     assert a.moe is not None
     moe = a.moe
     # router: logits, scores, probabilities and masks over all experts; the chosen ones' numbers and places
     router = moe.num_experts * (14 if moe.score_function == "sigmoid" else 10) + 16 * moe.top_k
-    rows = Kept(
-        row=(moe.latent_size or h) * e + 16, row_across=(_act(a.gated) + 1) * moe.intermediate_size * e
-    )  # the weight of an expert multiplies its hidden state: one copy more than an MLP
+    # without fusion the weight of an expert multiplies its hidden state: one copy more than an MLP
+    hidden = (_act(a.gated, engine) + (engine == "local")) * moe.intermediate_size * e
+    rows = Kept(row=(moe.latent_size or h) * e + 16, row_across=hidden)
     latent = (moe.latent_size or 0) * e
-    shared = Kept(across=_act(a.gated) * (moe.shared_intermediate_size or 0) * e)
+    shared = Kept(across=_act(a.gated, engine) * (moe.shared_intermediate_size or 0) * e)
     return mixed + norm + Kept(along=router + latent) + rows + shared
 
 
-def _act(gated: bool) -> int:
-    """Tensors of an MLP's width: gate and up, the gate's activation, a copy of up and their product; or relu and its square."""
-    return 5 if gated else 2
+def _act(gated: bool, engine: Engine) -> int:
+    """Tensors of an MLP's width: gate and up, the gate's activation, a copy of up and their product, where they are fused gate,
+    up and product; or relu and its square."""
+    return (3 if engine == "te" else 5) if gated else 2
 
 
 def _norm(width: int, e: int, engine: Engine) -> float:
@@ -257,7 +258,7 @@ def _attention(a: Architecture, engine: Engine, e: int, length: int) -> Kept:
     return Kept(across=across, whole=whole)
 
 
-def _mamba(a: Architecture, e: int, engine: Engine, shared: bool) -> Kept:
+def _mamba(a: Architecture, m: Megatron, e: int, engine: Engine, shared: bool) -> Kept:
     """mamba_ssm's fused convolution and scan keep the projection, their output before the gate and the gated output. Over
     shared prefixes the convolution, the scan and the gate run one after another, the gate in float32. The plain-torch scan
     keeps what a chunk's matrix products are made of."""
@@ -265,11 +266,20 @@ def _mamba(a: Architecture, e: int, engine: Engine, shared: bool) -> Kept:
     mamba = a.mamba
     inner, states = mamba.num_heads * mamba.head_dim, mamba.num_groups * mamba.state_dim
     if engine == "te":
-        apart = 3 * e * (inner + 2 * states) + 12 * inner if shared else 0
-        return Kept(across=e * (2 * inner + 2 * states + mamba.num_heads + 2 * inner) + apart)
+        own = replicated_states(mamba, m)
+        fused = Kept(across=e * (4 * inner + mamba.num_heads), whole=2 * e * own)
+        apart = Kept(across=e * (4 * inner + mamba.num_heads) + 12 * inner, whole=6 * e * own)
+        return fused + apart if shared else fused
     scan = 9.0 * inner + 6 * mamba.num_heads * mamba.state_dim + 4 * mamba.num_heads
     chunks = 3.0 * mamba.num_heads * mamba.chunk_size + 2 * inner * mamba.state_dim / mamba.chunk_size
     return Kept(across=4 * (scan + chunks) + e * (2 * (inner + 2 * states) + inner))
+
+
+def replicated_states(mamba: Mamba, m: Megatron) -> int:
+    """Elements of B, and of C, for a token of a rank: with more context-parallel ranks than groups, several ranks make the
+    same group's for the whole sequence."""
+    groups = max(mamba.num_groups // m.tensor_model_parallel_size, m.context_parallel_size)
+    return mamba.state_dim * groups
 
 
 @dataclass(frozen=True, slots=True)
@@ -321,24 +331,77 @@ def activation_bytes(
     )  # a dispatcher keeps its last map
     keeps = {kind: boundary + routed * (kind == "E") if full else each[kind] for kind in kinds}
     held = sum(keeps[kind] for kind in layers) * under_way
-    columns = padded_vocab_size(a.vocab_size, layout.tp) // layout.tp
-    logits = 0
+    logits = chosen = 0
     if last:
-        asked = batch.predicted * (1 if not head else 2)
-        held += int(tokens * (_norm(h, e, engine) - h * e) / layout.sp) + asked * h * e
-        held += tokens * h * e if layout.sp > 1 else 0
-        chunk = min(m.logprob_chunk_tokens, max(batch.predicted, 1))
-        logits = chunk * columns * (2 * e + 8) + columns * h * (4 + e)
-    backward = left = 0
+        chosen = batch.predicted * h * (e + (4 if head else 0))  # a value head reads them in float32
+        held += int(tokens * (_norm(h, e, engine) - h * e) / layout.sp) + chosen
+        logits = _logits_bytes(a, m, layout, batch, tokens * h * e if layout.sp > 1 else 0)
+    elif engine == "te":
+        held += boundary * under_way  # what it sent of each micro-batch
+    if layout.pp > 1 and engine == "te":
+        held += boundary  # what the next pass is given
+    backward, left = 0, chosen  # what the head kept is gone when the layers' turn comes
     for kind in reversed(layers):
         again = whole[kind] if full else whole[kind] - each[kind]
-        gradients = max(whole[kind] // 2, whole[kind] - kept(kind, scores=False))
-        if engine == "local" and kind == "M":
-            gradients //= 5  # many small steps, whose gradients live one at a time
-        gradients += 2 * boundary + _largest(a, kind, layout) * e
+        if engine == "te":
+            gradients = transient_bytes(a, kind, m, layout, batch, imbalance) + 3 * boundary
+        else:
+            gradients = max(whole[kind] // 2, whole[kind] - kept(kind, scores=False))
+            if kind == "M":
+                gradients //= 5  # many small steps, whose gradients live one at a time
+            gradients += 2 * boundary + _largest(a, kind, layout) * e
         backward = max(backward, again + gradients - left)
         left += keeps[kind]
     return Activations(held, backward, logits)
+
+
+def _logits_bytes(a: Architecture, m: Megatron, layout: Layout, batch: MicroBatch, gathered: int) -> int:
+    """Beside what is held, while log-probabilities are made a chunk of positions at a time: forward with the gathered hidden
+    states, of which they are some; backward with the gradients of the chosen ones and of the LM head."""
+    e, h = 2 if m.bf16 else 4, a.hidden_size
+    columns = padded_vocab_size(a.vocab_size, layout.tp) // layout.tp
+    chunk = min(m.logprob_chunk_tokens, max(batch.predicted, 1))
+    forward = gathered + chunk * columns * (e + 4)
+    backward = batch.predicted * h * e + columns * h * 4 + max(chunk * columns * (3 * e + 4), columns * h * e)
+    return max(forward, backward)
+
+
+def transient_bytes(
+    a: Architecture, kind: str, m: Megatron, layout: Layout, batch: MicroBatch, imbalance: float
+) -> int:
+    """What a layer of Transformer Engine's has beside what it keeps, at its worst moment: computed again, or backward."""
+    e, h, tokens = 2 if m.bf16 else 4, a.hidden_size, batch.tokens // layout.cp
+    output = h * e  # whole on every rank before it is cut over the sequence
+
+    def mlp(width: float) -> float:
+        """Backward the output's gradient and the activation's, or the activation's and those of what it is made of."""
+        return max(output + width * e, (2 if a.gated else 3) * width * e)
+
+    if kind == "M":
+        assert a.mamba is not None
+        inner, chunk = a.mamba.num_heads * a.mamba.head_dim / layout.tp, a.mamba.chunk_size
+        if batch.shared:
+            return int(tokens * max(output, 8 * inner))
+        states, groups = replicated_states(a.mamba, m), replicated_states(a.mamba, m) / a.mamba.state_dim
+        heads = a.mamba.num_heads / layout.tp
+        # gradients of the projection, of B and C in float32 and of a chunk's products, and the convolution's input and output
+        projection, convolved = 2 * inner + 2 * states + heads, inner + 2 * states
+        return int(tokens * max(output, e * (projection + 2 * convolved + inner) + 8 * states + 12 * chunk * groups))
+    query, key = a.num_attention_heads * a.head_dim / layout.tp, a.num_key_value_heads * a.head_dim / layout.tp
+    attention = output + e * (2 * query + 4 * key)
+    if kind == "*":
+        return int(tokens * attention)
+    if kind in "D-":
+        return int(tokens * max(mlp(a.intermediate_size / layout.tp), 0 if a.hybrid else attention))
+    assert a.moe is not None
+    # computed again: the rows as they are sent, those received, the experts' answers, and these as they go back; or backward,
+    # where all experts' gradients of one matrix are there before they are added to the buffer
+    row, hidden = (a.moe.latent_size or h) * e, a.moe.intermediate_size * e / layout.etp
+    sent = tokens / layout.sp * a.moe.top_k
+    rows = sent * layout.etp * imbalance
+    matrix = _largest(a, kind, layout) * e / (2 if a.gated else 1)
+    copies = 3 if m.fp8 == "none" else 4  # and these padded
+    return int(max(sent * row + rows * copies * row, rows * (row + hidden) + matrix))
 
 
 def forward_bytes(

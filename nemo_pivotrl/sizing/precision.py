@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from nemo_pivotrl.core.errors import InputError, Problem
 
 if TYPE_CHECKING:
-    from nemo_pivotrl.config import Megatron
+    from nemo_pivotrl.config import Megatron, Policy
 
 CONTAINER = "use NVIDIA's NeMo or PyTorch container, which brings it built for its CUDA"
 DIMENSION_MULTIPLE = 16
@@ -128,6 +128,12 @@ def fp8_fields(megatron: Megatron) -> dict[str, Any]:
     if megatron.fp8_recipe == "delayed":  # one step's maximum says little of the next's: NVIDIA's presets keep 1024
         fields |= {"fp8_amax_history_len": 1024, "fp8_amax_compute_algo": "max"}
     return fields
+
+
+def engine_dtype(policy: Policy, megatron: Megatron) -> str:
+    """Precision in which vLLM serves the policy: that in which it trains. vLLM's fast attention takes no float32."""
+    trained_in_bf16 = policy.backend == "megatron" and megatron.bf16 and not megatron.cpu
+    return "bfloat16" if trained_in_bf16 else policy.dtype
 
 
 def token_multiple(megatron: Megatron) -> int:

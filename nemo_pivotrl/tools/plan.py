@@ -14,6 +14,7 @@ from typing import Any
 from nemo_pivotrl.config import Megatron, Policy, Recipe
 from nemo_pivotrl.core.errors import Problem
 from nemo_pivotrl.sizing.architecture import Architecture
+from nemo_pivotrl.sizing.engine_buffers import fp8_copy_bytes, workspace_bytes
 from nemo_pivotrl.sizing.flops import cache_bytes, model_bytes
 from nemo_pivotrl.sizing.layout_rules import (
     fp8_dimensions,
@@ -26,6 +27,7 @@ from nemo_pivotrl.sizing.layout_rules import (
 from nemo_pivotrl.sizing.memory import (
     GIB,
     Activations,
+    Engine,
     MicroBatch,
     activation_bytes,
     forward_bytes,
@@ -33,9 +35,13 @@ from nemo_pivotrl.sizing.memory import (
     stage_parameters,
     state_bytes,
 )
-from nemo_pivotrl.sizing.precision import Probe, check_fp8, token_multiple
+from nemo_pivotrl.sizing.precision import Probe, check_fp8, engine_dtype, token_multiple
 from nemo_pivotrl.tools.plan_costs import GPUS, Cost, llmdoctor_costs, pivotrl_costs, step_tokens, trainers
 from nemo_pivotrl.tools.plan_models import Model, models_of
+
+
+WIDTH = {"float32": 4, "bfloat16": 2, "float64": 8}
+"""Bytes of a number."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,7 +251,8 @@ def micro_batch(model: Policy, m: Megatron) -> MicroBatch:
     length = round_up(model.max_total_sequence_length, multiple)
     tokens = max(round_up(model.train_micro_batch_tokens, multiple), length)
     rows = tokens // length
-    asked = tokens if model.prefix_sharing else min(tokens, rows * model.generation.max_new_tokens)
+    cp = m.context_parallel_size
+    asked = tokens // cp if model.prefix_sharing else min(tokens // cp, rows * model.generation.max_new_tokens)
     return MicroBatch(tokens, length, asked, model.prefix_sharing)
 
 
@@ -264,7 +271,8 @@ def _training(recipe: Recipe, phase: str, model: Policy, shape: Architecture, an
     m = recipe.megatron if model.backend == "megatron" else one_device(model)
     layout = layout_of(m, trainers(recipe, model.backend))
     batch, worst = micro_batch(model, m), None
-    engine = "local" if m.cpu else "te"
+    engine: Engine = "local" if m.cpu or model.backend != "megatron" else "te"
+    capability = GPUS[recipe.cluster.gpu].capability
     for stage in range(layout.pp):
         count = stage_parameters(shape, m, layout, stage, head)
         state = state_bytes(count, m, layout)
@@ -276,6 +284,8 @@ def _training(recipe: Recipe, phase: str, model: Policy, shape: Architecture, an
             "weights": state.weights,
             "gradients": state.gradients,
             "optimizer state": state.optimizer,
+            "FP8 copies of weights": fp8_copy_bytes(shape, m, layout, stage) if engine == "te" else 0,
+            "workspaces of matrix products": workspace_bytes(shape, m, capability) if engine == "te" else 0,
             "or backward pass: activations kept": running.held,
             "or backward pass: one layer's, or logits": max(running.backward, running.logits),
             "or optimiser step": state.step,
@@ -304,7 +314,7 @@ def _on_one_device(
     shape: Architecture, model: Policy, parts: dict[str, int], parameters: int, anchored: bool, running: Activations
 ) -> dict[str, int]:
     """The reference backend: weights, gradients and moments of one precision; adapters train alone where there are any."""
-    size = {"float32": 4, "bfloat16": 2, "float64": 8}[model.dtype]
+    size = WIDTH[model.dtype]
     trained = lora_parameters(shape, model) if model.lora.enabled else parameters
     copies = 2 if anchored and not model.lora.enabled else 1
     return parts | {
@@ -373,14 +383,17 @@ def rollouts(recipe: Recipe, shape: Architecture) -> Memory:
         parts["caches"] = cache
         return _memory(recipe, "rollouts", "in the trainer", parts, _peak(parts), f"{rows} rows of {length:,} tokens")
     tp = vllm.tensor_parallel_size if not vllm.colocated else trainers(recipe, "megatron")
-    return engine(recipe, "rollouts", shape, tp, length, {})
+    return engine(recipe, "rollouts", shape, tp, length, {}, WIDTH[engine_dtype(policy, recipe.megatron)])
 
 
-def engine(recipe: Recipe, phase: str, shape: Architecture, tp: int, length: int, beside: dict[str, int]) -> Memory:
-    """Memory of a GPU under vLLM, which takes all that it is given; what matters is how many sequences that holds."""
+def engine(
+    recipe: Recipe, phase: str, shape: Architecture, tp: int, length: int, beside: dict[str, int], element: int
+) -> Memory:
+    """Memory of a GPU under vLLM, which takes all that it is given; what matters is how many sequences that holds. element: bytes
+    of a weight and of a cached number."""
     share = recipe.vllm.gpu_memory_utilization * GPUS[recipe.cluster.gpu].memory_gib * GIB
-    weights = model_bytes(shape, tp)
-    token, sequence = cache_bytes(shape, tp)
+    weights = model_bytes(shape, tp, element)
+    token, sequence = cache_bytes(shape, tp, element)
     room = int(share) - weights - sum(beside.values()) - int(recipe.plan.reserve_gib * GIB / 2)
     whole = token * length + sequence
     fit = max(room, 0) // whole
@@ -400,7 +413,7 @@ def scoring(recipe: Recipe, shape: Architecture) -> Memory:
     """The patient under its two faces: a forward pass, nothing kept."""
     patient, length = recipe.patient, recipe.patient.max_total_sequence_length
     if patient.backend == "vllm":
-        return engine(recipe, "reward", shape, recipe.vllm.tensor_parallel_size, length, {})
+        return engine(recipe, "reward", shape, recipe.vllm.tensor_parallel_size, length, {}, WIDTH[patient.dtype])
     m = (
         recipe.megatron
         if patient.backend == "megatron"
@@ -435,7 +448,7 @@ def steering(recipe: Recipe, patient: Architecture, doctor: Architecture) -> Mem
         "their caches": models * (token * decode.batch_tokens + sequence * max(decode.batch_tokens // length, 1)),
     }
     if recipe.patient.backend == "vllm":
-        return engine(recipe, "decode", patient, recipe.vllm.tensor_parallel_size, length, beside)
+        return engine(recipe, "decode", patient, recipe.vllm.tensor_parallel_size, length, beside, WIDTH[recipe.patient.dtype])
     size = 2 if recipe.patient.dtype == "bfloat16" else 4
     token, sequence = cache_bytes(patient, 1, size)
     rows = max(decode.batch_tokens // length, 1)

@@ -11,6 +11,7 @@ import json
 import os
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from nemo_pivotrl.backends.base import as_policy
@@ -18,6 +19,7 @@ from nemo_pivotrl.backends.hf_models import check_engine_model
 from nemo_pivotrl.backends.vllm.requests import engine_arguments
 from nemo_pivotrl.config import Recipe
 from nemo_pivotrl.core.errors import InputError, Problem
+from nemo_pivotrl.sizing.precision import engine_dtype
 from nemo_pivotrl.tools.http_guard import NAMES, is_loopback, names_of, read_token
 
 
@@ -45,6 +47,7 @@ def command(recipe: Recipe, host: str, port: int, refit: bool) -> tuple[list[str
     environment = {"VLLM_NO_USAGE_STATS": "1", **os.environ}
     steered = recipe.algorithm == "llmdoctor"
     policy = as_policy(recipe.patient) if steered else recipe.policy
+    policy = replace(policy, dtype=engine_dtype(policy, recipe.megatron))
     template = recipe.patient.chat_template if steered else recipe.policy.chat_template
     settings = {
         **engine_arguments(policy, recipe.vllm),

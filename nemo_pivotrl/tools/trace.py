@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from nemo_pivotrl.config import Recipe
 from nemo_pivotrl.core.errors import InputError, Problem
 from nemo_pivotrl.sizing.architecture import Architecture
+from nemo_pivotrl.sizing.engine_buffers import fp8_copy_bytes, workspace_bytes
 from nemo_pivotrl.sizing.memory import (
     GIB,
     activation_bytes,
@@ -142,16 +143,23 @@ def compared(asked: Asked, found: Traced) -> list[Line]:
     running = activation_bytes(
         a, m, layout, found.stage, found.micro_batches[0], "te", layout.pp, asked.imbalance, head=asked.head
     )
-    optimizer = state.optimizer if asked.optimizer else None
+    copies = fp8_copy_bytes(a, m, layout, found.stage)
+    workspace = workspace_bytes(a, m, asked.capability)
     lines = [
         Line("weights", found.weights / GIB, state.weights / GIB),
         Line("gradients", found.gradients / GIB, state.gradients / GIB),
+        Line("FP8 copies of weights", found.copies / GIB, copies / GIB),
+        Line("workspaces", found.workspace / GIB, workspace / GIB),
         Line("activations kept", found.held / GIB, running.held / GIB),
         Line("activations at most", found.peak / GIB, running.peak / GIB),
     ]
-    if optimizer is not None:
-        lines.insert(2, Line("optimizer state", found.optimizer / GIB, optimizer / GIB))
+    planned = state.weights + state.gradients + copies + workspace
+    moment = running.peak
+    if asked.optimizer:
+        lines.insert(2, Line("optimizer state", found.optimizer / GIB, state.optimizer / GIB))
         lines.append(Line("optimizer's step", found.step / GIB, state.step / GIB))
+        planned, moment = planned + state.optimizer, max(moment, state.step)
+    lines.append(Line("at most, all together", found.total / GIB, (planned + moment) / GIB))
     return lines
 
 

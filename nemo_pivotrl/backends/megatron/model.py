@@ -131,6 +131,9 @@ def transformer_config(architecture: Architecture, megatron: Megatron, te: bool)
         add_qkv_bias=architecture.qkv_bias,
         gated_linear_unit=architecture.gated,
         activation_func=functional.silu if architecture.gated else squared_relu,
+        # fused, an activation keeps its input alone; experts' weights, which are float32, make no tensor of that width
+        bias_activation_fusion=te and architecture.gated,
+        use_fused_weighted_squared_relu=te and not architecture.gated,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         params_dtype=dtype,

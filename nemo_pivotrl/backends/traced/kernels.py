@@ -41,6 +41,32 @@ def install(folder: Path, versions: dict[str, str]) -> None:
         importlib.import_module("megatron.core.models.mamba.mamba_layer_specs")
 
 
+def fuse_activations() -> None:
+    """What torch.compile makes one kernel of: only its outputs come into being."""
+    import megatron.core.fusions.fused_bias_swiglu as gated
+    import megatron.core.fusions.fused_weighted_squared_relu as squared
+
+    def weights_too(grad: Tensor, x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        LAUNCHES["fused activation, backward"] += 1
+        return torch.empty_like(x), torch.empty_like(weights)
+
+    def half(x: Tensor, *_: Tensor) -> Tensor:
+        LAUNCHES["fused activation"] += 1
+        return x.new_empty(*x.shape[:-1], x.shape[-1] // 2)
+
+    def same(x: Tensor, *_: Tensor) -> Tensor:
+        LAUNCHES["fused activation"] += 1
+        return torch.empty_like(x)
+
+    def back(grad: Tensor, x: Tensor) -> Tensor:
+        LAUNCHES["fused activation, backward"] += 1
+        return torch.empty_like(x)
+
+    gated.swiglu = gated.weighted_swiglu = half
+    gated.swiglu_back, gated.weighted_swiglu_back = back, weights_too
+    squared.weighted_squared_relu, squared.weighted_squared_relu_back = same, weights_too
+
+
 def _convolve(x: Tensor, weight: Tensor, *_: Any) -> None:
     """The checks of causal_conv1d.cpp."""
     rows, channels, _length = x.shape

@@ -65,6 +65,8 @@ class Traced:
     """Beside the state, for a moment in the optimiser's step."""
     left: int = 0
     """Of activations, after the last backward pass."""
+    copies: int = 0
+    """FP8 copies of weights that stay from step to step."""
     workspace: int = 0
     micro_batches: list[MicroBatch] = field(default_factory=list)
     collectives: dict[str, tuple[int, int]] = field(default_factory=dict)
@@ -82,7 +84,8 @@ class Traced:
     @property
     def total(self) -> int:
         """Bytes at the worst moment."""
-        return self.weights + self.gradients + self.optimizer + self.workspace + max(self.peak, self.step)
+        state = self.weights + self.gradients + self.optimizer + self.copies + self.workspace
+        return state + max(self.peak, self.step)
 
 
 def trace(asked: Asked) -> Traced:
@@ -92,6 +95,7 @@ def trace(asked: Asked) -> Traced:
     device.install(asked.capability, asked.memory_gib)
     engine.install(folder, found.versions["transformer_engine"])
     kernels.install(folder, found.versions)
+    kernels.fuse_activations()
     routing.install(asked.imbalance)
     with _clock(found, "groups"):
         groups = _join(asked)
@@ -119,14 +123,22 @@ def _run(asked: Asked, groups: Any, fake: Any, ledger: Ledger, found: Traced) ->
         backend.prepare_for_training(Optimizer(lr=1e-6))
     buffers = [*backend.model.buffers, *backend.model.expert_parallel_buffers]
     found.gradients = sum(b.grad_data.untyped_storage().nbytes() for b in buffers)
-    found.optimizer = ledger.now - found.weights - found.gradients
+    found.optimizer = ledger.now - found.weights - found.gradients if asked.optimizer else 0
     with _real():
         layouts, found.micro_batches = _micro_batches(asked, backend)
     backend._layouts = lambda _: layouts  # type: ignore[method-assign]
     backend._totals = lambda _: {}  # type: ignore[method-assign]
     backend._token_ratio = lambda _: {}  # type: ignore[method-assign]
     backend.prepare_for_training_step()
-    state = ledger.now
+    before = ledger.now
+    if asked.megatron.fp8 != "none":  # as from the second step on, when the weights' FP8 copies are there
+        with _clock(found, "first step"), _watched(ledger, before, found, groups, layouts):
+            backend._run(_batch(layouts), _loss, forward_only=False)
+        gc.collect()
+        found.workspace, found.held = sum(w.numel() for w in engine.WORKSPACES), 0
+        found.copies = ledger.now - before - found.workspace
+        before += found.copies
+    state = before
     ledger.restart()
     with _clock(found, "forward and backward"), _watched(ledger, state, found, groups, layouts):
         backend._run(_batch(layouts), _loss, forward_only=False)
@@ -163,6 +175,7 @@ def _micro_batches(asked: Asked, backend: Any) -> tuple[list[Any], list[MicroBat
     """As many micro-batches as there are stages, and with several stages a shorter one, whose length they must learn."""
     from nemo_pivotrl.algorithms import prefix_tree
     from nemo_pivotrl.backends.megatron.microbatches import Rows, lay_out
+    from nemo_pivotrl.backends.megatron.pipeline_stage import own_places
 
     multiple, stages = backend._multiple(), asked.megatron.pipeline_model_parallel_size
     packed = asked.megatron.sequence_packing
@@ -180,7 +193,10 @@ def _micro_batches(asked: Asked, backend: Any) -> tuple[list[Any], list[MicroBat
     sizes = []
     for rows in layouts:
         length = rows.tokens.shape[1] if not packed else max(asked.responses) + len(asked.prompt)
-        sizes.append(MicroBatch(rows.tokens.numel(), length, len(rows.places), asked.policy.prefix_sharing))
+        batch, width = rows.tokens.shape
+        starts = [0, width] if rows.starts is None else rows.starts.tolist()
+        mine, _ = own_places(rows.places, starts, batch, backend.groups.cp.rank(), backend.groups.cp.size())
+        sizes.append(MicroBatch(rows.tokens.numel(), length, len(mine), asked.policy.prefix_sharing))
     return layouts, sizes
 
 
