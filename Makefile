@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 # all of these are commands, not files
-.PHONY: conformance verifier-speed quickstart smollm2 smollm2-doctor test test-aligner test-vllm test-all mutants torture check lint format fuzz clean locks audit
+.PHONY: conformance verifier-speed quickstart smollm2 smollm2-doctor test test-aligner test-vllm test-all trace trace-sources trace-full mutants torture check lint format fuzz clean locks audit
 
 # BACKEND=megatron: the same recipes over megatron-core in two data-parallel processes, on CPUs over gloo
 quickstart: START := $(BIN)/nemo-pivotrl
@@ -74,6 +74,26 @@ $(VENV_VLLM)/.installed: $(VLLM)/requirements.txt $(VLLM)/constraints.txt requir
 test-vllm: $(VENV_VLLM)/.installed
 	$(VENV_VLLM)/bin/python -m pytest -n 2 --dist loadfile -c $(VLLM)/pytest.ini --rootdir $(VLLM) $(VLLM)
 
+# Transformer Engine's, mamba_ssm's and causal-conv1d's Python, for `nemo-pivotrl trace`: their sources are unpacked, nothing is built
+TRACE := .trace
+$(TRACE)/.unpacked: requirements/trace.txt | $(STAMP)
+	rm -rf $(TRACE) && mkdir -p $(TRACE)/packages
+	MAMBA_SKIP_CUDA_BUILD=TRUE CAUSAL_CONV1D_SKIP_CUDA_BUILD=TRUE $(BIN)/python -m pip download -q --no-deps --no-build-isolation \
+	    --no-binary mamba-ssm,causal-conv1d --require-hashes -r requirements/trace.txt -d $(TRACE)/packages
+	$(BIN)/python -m zipfile -e $(TRACE)/packages/transformer_engine-*.whl $(TRACE)
+	for package in mamba_ssm causal_conv1d; do \
+	    tar xzf $(TRACE)/packages/$$package-*.tar.gz -C $(TRACE) --strip-components=1 --wildcards "*/$$package" || exit 1; done
+	touch $@
+
+trace-sources: $(TRACE)/.unpacked
+
+# slices of every GPU recipe's training step, and what must hold of them; `trace-full` takes all layers of all of them
+trace: $(TRACE)/.unpacked
+	$(BIN)/python -m pytest -c tests/trace/pytest.ini --rootdir tests/trace tests/trace
+
+trace-full: $(TRACE)/.unpacked
+	$(BIN)/python tests/trace/table.py $(ARGS)
+
 check: lint test
 
 lint: $(STAMP)
@@ -139,4 +159,4 @@ verifier-speed: $(CONFORMANCE)/.installed
 	PYTHONPATH=. $(CONFORMANCE)/bin/python benchmarks/verifier_speed.py $(ARGS)
 
 clean:
-	rm -rf $(VENV) $(VENV_ALIGNER) $(VENV_VLLM) $(CONFORMANCE) build runs
+	rm -rf $(VENV) $(VENV_ALIGNER) $(VENV_VLLM) $(CONFORMANCE) $(TRACE) build runs

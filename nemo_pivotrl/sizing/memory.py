@@ -326,10 +326,7 @@ def activation_bytes(
     boundary = tokens * h * e // layout.sp
     under_way = min(layout.pp - stage, num_microbatches)
     full = m.recompute == "full"
-    routed = (
-        tokens // layout.sp * (5 * a.moe.num_experts + 8 * top_k) if a.moe else 0
-    )  # a dispatcher keeps its last map
-    keeps = {kind: boundary + routed * (kind == "E") if full else each[kind] for kind in kinds}
+    keeps = {kind: boundary if full else each[kind] for kind in kinds}
     held = sum(keeps[kind] for kind in layers) * under_way
     logits = chosen = 0
     if last:

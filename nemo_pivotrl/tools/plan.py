@@ -39,7 +39,6 @@ from nemo_pivotrl.sizing.precision import Probe, check_fp8, engine_dtype, token_
 from nemo_pivotrl.tools.plan_costs import GPUS, Cost, llmdoctor_costs, pivotrl_costs, step_tokens, trainers
 from nemo_pivotrl.tools.plan_models import Model, models_of
 
-
 WIDTH = {"float32": 4, "bfloat16": 2, "float64": 8}
 """Bytes of a number."""
 
@@ -448,7 +447,9 @@ def steering(recipe: Recipe, patient: Architecture, doctor: Architecture) -> Mem
         "their caches": models * (token * decode.batch_tokens + sequence * max(decode.batch_tokens // length, 1)),
     }
     if recipe.patient.backend == "vllm":
-        return engine(recipe, "decode", patient, recipe.vllm.tensor_parallel_size, length, beside, WIDTH[recipe.patient.dtype])
+        return engine(
+            recipe, "decode", patient, recipe.vllm.tensor_parallel_size, length, beside, WIDTH[recipe.patient.dtype]
+        )
     size = 2 if recipe.patient.dtype == "bfloat16" else 4
     token, sequence = cache_bytes(patient, 1, size)
     rows = max(decode.batch_tokens // length, 1)

@@ -7,7 +7,7 @@ compiled kernels do inside.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from nemo_pivotrl.config import Recipe
@@ -187,6 +187,7 @@ def as_text(path: str, asked: Asked, found: Traced, lines: list[Line]) -> str:
     for title, counted in (("kernels", found.kernels), ("attention", found.attention), ("modules", found.modules)):
         out += ["", f"  {title}: " + ", ".join(f"{name} x {n}" for name, n in counted.most_common())]
     out += [f"  FP8 REFUSED: {text}" for text in found.broken_fp8]
+    out += [f"  NOT IN CHECKPOINTS: {text}" for text in found.unmapped]
     spent = ", ".join(f"{name} {seconds:.1f}" for name, seconds in found.seconds.items())
     return "\n".join([*out, "", f"  seconds: {spent}"])
 
@@ -200,10 +201,11 @@ def as_json(path: str, asked: Asked, found: Traced, lines: list[Line]) -> dict[s
         "layers": asked.architecture.layers,
         "good": good(found, lines),
         "lines": [asdict(line) | {"off": line.off, "close": line.close} for line in lines],
-        "traced": asdict(found),
+        "traced": {field.name: getattr(found, field.name) for field in fields(found)}
+        | {"micro_batches": [asdict(batch) for batch in found.micro_batches]},
     }
 
 
 def good(found: Traced, lines: list[Line]) -> bool:
-    """Every figure is close and cuBLAS takes every FP8 product."""
-    return not found.broken_fp8 and all(line.close for line in lines)
+    """Figures are close, cuBLAS takes every FP8 product, and checkpoints have every parameter."""
+    return not found.broken_fp8 and not found.unmapped and all(line.close for line in lines)

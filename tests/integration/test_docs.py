@@ -24,6 +24,7 @@ PROGRAMS = (
     "make",
     "bash",
     "docker",
+    "make",
     "kubectl",
     "nemo",
     "python",
@@ -37,6 +38,8 @@ TINY = {"pivotrl": "recipes/pivotrl/tiny.yaml", "llmdoctor": "recipes/llmdoctor/
 ELSEWHERE = {
     "nemo-pivotrl serve recipes/": "vllm/test_vllm_serve.py",
     "nemo-pivotrl profile RECIPE.yaml policy.sampler=vllm vllm.servers=": "vllm/test_vllm_stages.py",
+    "make trace-sources": "trace/test_slices.py",
+    "nemo-pivotrl trace ": "trace/test_slices.py",
     "nemo-pivotrl seal ": "unit/core/test_whole_files.py",
     "nemo-pivotrl serve-verifier ": "test_verify.py",
     "torchrun --nproc-per-node 8 -m nemo_pivotrl.cli train ": "distributed/test_megatron_stages.py",

@@ -146,7 +146,7 @@ def transformer_config(architecture: Architecture, megatron: Megatron, te: bool)
         expert_model_parallel_size=megatron.expert_model_parallel_size,
         expert_tensor_parallel_size=megatron.expert_tensor_parallel_size,
         sequence_parallel=megatron.sequence_parallel,
-        variable_seq_lengths=dispatcher == "alltoall",
+        variable_seq_lengths=dispatcher != "allgather",
         moe_token_dispatcher_type=dispatcher,
         use_cpu_initialization=megatron.cpu,
         perform_initialization=False,  # every weight is read from the checkpoint, and checked to have been

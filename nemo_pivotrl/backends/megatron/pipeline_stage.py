@@ -34,6 +34,7 @@ class PipelineStage(MegatronModule):
         self.module = chunk
         self.groups, self.vocab_size, self.chunk_tokens = groups, vocab_size, chunk_tokens
         self.temperature = 1.0
+        forget_routing(chunk)
         self.head: nn.Linear | None = None
         if with_head and groups.last_stage:
             # float32 whatever the model's precision, and outside FP8: a plain torch module
@@ -108,21 +109,30 @@ class PipelineStage(MegatronModule):
             return chunk.shared_embedding_or_output_weight()
         return chunk.output_layer.weight
 
-    def forget_graphs(self) -> None:
-        """Let go of autograd graphs that layers keep after a step.
-
-        A mixture's dispatcher keeps its routing probabilities, whose graph refers to every weight and through their hooks to
-        the model and its process groups: Python's collector could never free them.
-        """
-        for layer in self.modules():
-            dispatcher = getattr(layer, "token_dispatcher", None)
-            for name, value in vars(dispatcher).items() if dispatcher is not None else ():
-                if isinstance(value, Tensor) and value.grad_fn is not None:
-                    setattr(dispatcher, name, None)
-
     def _whole(self, found: Tensor, place: Tensor, size: int) -> Tensor:
         """Numbers [m] at `place` of [size], with those of the other context-parallel ranks."""
         return _Collect.apply(found.new_zeros(size).index_put((place,), found), self.groups.cp)
+
+
+def forget_routing(stage: nn.Module) -> None:
+    """Let every mixture's dispatcher go of its routing when its layer has run.
+
+    It would keep it until the layer runs again: a map and probabilities of all tokens, and by the probabilities' graph the layer's
+    input (with pipeline stages, of a micro-batch more than are under way), all weights, and through their hooks the model and its
+    process groups, which Python's collector could then never free.
+    """
+    for layer in stage.modules():
+        dispatcher = getattr(layer, "token_dispatcher", None)
+        if dispatcher is None:
+            continue
+        constant = {name for name, value in vars(dispatcher).items() if isinstance(value, Tensor)}
+
+        def forget(_: Any, __: Any, ___: Any, dispatcher: Any = dispatcher, constant: set[str] = constant) -> None:
+            for name, value in vars(dispatcher).items():
+                if isinstance(value, Tensor) and name not in constant:
+                    setattr(dispatcher, name, None)
+
+        layer.register_forward_hook(forget)
 
 
 def own_places(places: Tensor, starts: Sequence[int], batch: int, rank: int, ranks: int) -> tuple[Tensor, Tensor]:

@@ -155,7 +155,6 @@ class MegatronPolicy(SequenceScores):
                 forward_only=forward_only,
                 collect_non_loss_data=work is None,
             )
-        self.stage.forget_graphs()
         return found
 
     # ---- log-probabilities ----

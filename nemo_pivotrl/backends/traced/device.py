@@ -78,6 +78,7 @@ def install(capability: tuple[int, int], memory_gib: float, gpus: int = 8) -> No
     cuda.IntTensor = lambda values: torch.tensor(values, dtype=torch.int32)
     cuda.FloatTensor = lambda values: torch.tensor(values, dtype=torch.float32)
     torch.version.cuda = "13.0"
+    torch.compile = lambda model=None, *_, **__: (lambda function: function) if model is None else model
     _literals()
 
 
@@ -103,7 +104,9 @@ def _literals() -> None:
     def to(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if "device" in kwargs:
             kwargs["device"] = _place(kwargs["device"])
-        found: Tensor = move(self, *(_place(a) if isinstance(a, str | torch.device) or type(a) is int else a for a in args), **kwargs)
+        found: Tensor = move(
+            self, *(_place(a) if isinstance(a, str | torch.device) or type(a) is int else a for a in args), **kwargs
+        )
         return found
 
     def type_of(self: Tensor, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:

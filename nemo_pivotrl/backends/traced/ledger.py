@@ -13,7 +13,10 @@ from torch._C._distributed_c10d import FakeWork
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-COALESCED = ("c10d::allgather_into_tensor_coalesced_", "c10d::reduce_scatter_tensor_coalesced_")
+COALESCED = tuple(
+    f"c10d::{name}_"
+    for name in ("allgather_into_tensor_coalesced", "reduce_scatter_tensor_coalesced", "allreduce_coalesced")
+)
 """Collectives that torch's fake process group cannot run on fake tensors: they only write into tensors that are there."""
 
 

@@ -15,7 +15,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -75,6 +74,9 @@ class Traced:
     modules: Counter[str] = field(default_factory=Counter)
     attention: Counter[str] = field(default_factory=Counter)
     broken_fp8: list[str] = field(default_factory=list)
+    """FP8 products that cuBLAS would refuse."""
+    unmapped: list[str] = field(default_factory=list)
+    """Parameters that have no place in the name map of checkpoints, or another size there."""
     living: list[tuple[int, int, str]] = field(default_factory=list)
     """(bytes, how many, what) when the first backward pass begins."""
     at_peak: list[tuple[int, int, str]] = field(default_factory=list)
@@ -103,7 +105,7 @@ def trace(asked: Asked) -> Traced:
     fake = _fake_mode()
     ledger = Ledger()
     ledger.names = _names(groups)
-    _without_numbers(asked, fake)
+    _without_numbers(asked, found)
     with fake, ledger:
         _run(asked, groups, fake, ledger, found)
     found.kernels = Counter(engine.CALLS) + Counter(triton_names.LAUNCHES)
@@ -218,24 +220,16 @@ def _watched(ledger: Ledger, state: int, found: Traced, groups: Any, layouts: Se
 
     arrivals, returns = iter(layouts), iter(layouts)
 
-    def shape(rows: Any) -> list[int]:
-        m = ledger.names  # the communicator knows no layout: its own tensors are cut as all of the stage's are
-        assert m is not None
-        length = rows.tokens.shape[1] // groups.cp.size()
-        return [length // found_cut, rows.tokens.shape[0], width]
-
-    config: Any = None
-
     def communicate_shapes(self: Any, to_next: Any, to_before: Any, from_before: bool, from_next: bool) -> Any:
-        nonlocal config, found_cut, width
-        config = self.config
-        width, found_cut = config.hidden_size, groups.tp.size() if config.sequence_parallel else 1
-        return (
-            shape(next(arrivals)) if from_before else [0, 0, 0],
-            shape(next(returns)) if from_next else [0, 0, 0],
-        )
+        """Each stage's answer, which is the shape of this stage's own hidden states of the same micro-batch."""
+        cut = groups.cp.size() * (groups.tp.size() if self.config.sequence_parallel else 1)
 
-    width = found_cut = 1
+        def shape(rows: Any) -> list[int]:
+            return [rows.tokens.shape[1] // cut, rows.tokens.shape[0], self.config.hidden_size]
+
+        nothing = [0, 0, 0]
+        return shape(next(arrivals)) if from_before else nothing, shape(next(returns)) if from_next else nothing
+
     schedules.backward_step = backward_step
     p2p.P2PCommunicator._communicate_shapes = communicate_shapes
     try:
@@ -280,7 +274,6 @@ def _join(asked: Asked) -> Any:
     import torch.distributed._tools.fake_collectives
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    os.environ.update(WORLD_SIZE=str(asked.world), RANK=str(asked.rank), LOCAL_RANK="0")
     dist.init_process_group("fake", store=FakeStore(), rank=asked.rank, world_size=asked.world)
     make = dist.new_group
 
@@ -303,9 +296,11 @@ def _join(asked: Asked) -> Any:
 
     answer: Any = torch.cuda.current_device
     torch.cuda.current_device = lambda: 0  # here it is asked for a number, and elsewhere for a device
+    os.environ["WORLD_SIZE"] = str(asked.world)  # the rest of a launcher's variables is only read to join a job
     try:
         return initialize(asked.megatron, seed=1)
     finally:
+        del os.environ["WORLD_SIZE"]
         torch.cuda.current_device = answer
 
 
@@ -316,7 +311,7 @@ def _names(groups: Any) -> dict[str, str]:
     return names
 
 
-def _without_numbers(asked: Asked, fake: Any) -> None:
+def _without_numbers(asked: Asked, found: Traced) -> None:
     """Replace what of the project and megatron-core reads weights or numbers of tensors."""
     import megatron.core.optimizer.optimizer as optimizers
 
@@ -326,17 +321,39 @@ def _without_numbers(asked: Asked, fake: Any) -> None:
     import nemo_pivotrl.backends.tree_attention as attention
 
     model.check_weights = lambda *_: None
-    model.load_hf = lambda *_: None
+    model.load_hf = lambda chunks, _, shape, groups: found.unmapped.extend(_unmapped(chunks, shape, groups))
     model.read_architecture = train.read_architecture = lambda _: asked.architecture
     stage.own_places, stage._packed = _really(stage.own_places), _really(stage._packed)
     masks = _really(attention._masks)
 
     def flex(query: Tensor, key: Tensor, value: Tensor, forest: Any, scale: float, held: Any = None) -> Tensor:
-        masks(forest.leave, held)
+        told, given = masks(forest.leave, held).seq_lengths, (query.shape[2], key.shape[2])
+        if told != given:
+            raise RuntimeError(
+                f"attention of {given[0]} queries and {given[1]} keys, its mask of {told[0]} and {told[1]}"
+            )
         return kernels.Flex.apply(query, key, value)
 
     attention.flex = flex
     optimizers.get_grad_norm_fp32 = lambda *_, **__: 1.0
+
+
+def _unmapped(chunks: Any, shape: Architecture, groups: Any) -> list[str]:
+    """Parameters that a checkpoint could not be read into."""
+    from nemo_pivotrl.backends.megatron import weights
+
+    table = {entry.name: entry for entry in weights.entries(shape)}
+    wrong = []
+    for name, tensor in weights.local_tensors(chunks, shape, groups).items():
+        entry = table.get(name)
+        if entry is None:
+            wrong.append(f"{name}: not in the map")
+        elif not entry.padded:
+            ranks = weights._ranks_of(entry, groups)
+            size = sum(stop - start for _, start, stop in entry.cut(ranks.rank(), ranks.size()))
+            if size != tensor.shape[entry.dim]:
+                wrong.append(f"{name}: {tuple(tensor.shape)}, in the map {size} along {entry.dim}")
+    return wrong
 
 
 @contextlib.contextmanager

@@ -103,9 +103,8 @@ def test_activations_fall_with_every_cut_that_should_make_them_fall() -> None:
         return activation_bytes(a, m, layout_of(m, 256), 0, batch, "te", 1).held
 
     whole = kept(context_parallel_size=8)
-    norm = 131072 // 8 // 8 * 4096 * 2  # the last norm's input; and the hidden states, gathered, and those asked for
-    layers = 88 * norm + 40 * 2048 * (5 * 512 + 8 * 22)
-    assert whole == layers + norm + 131072 // 8 * 4096 * 2 + 1024 * 4096 * 2
+    norm = 131072 // 8 // 8 * 4096 * 2  # the last norm's input; and the hidden states that are asked for
+    assert whole == 88 * norm + norm + 1024 * 4096 * 2
     assert kept(context_parallel_size=16) < 0.52 * whole
     assert kept(context_parallel_size=8, sequence_parallel=False) > 4 * whole
     assert kept(context_parallel_size=8, recompute="selective") > 10 * whole
@@ -134,7 +133,7 @@ def test_what_does_not_fit_says_by_how_much_and_what_would() -> None:
 def test_without_recompute_the_remedy_is_to_recompute() -> None:
     path = str(RECIPES / "pivotrl-nemotron-3-super-120b-a12b-20n8g-tp8ep16-swe-shared.yaml")
     verdict = plan(load_recipe(path, ["megatron.recompute=selective"]))
-    assert verdict.memory[0].remedies[0].startswith("megatron.recompute=full: 69.")
+    assert verdict.memory[0].remedies[0].startswith("megatron.recompute=full: 62.")
 
 
 @pytest.mark.parametrize(
@@ -243,7 +242,7 @@ def test_the_command_prints_tables_and_json_and_says_by_its_code_what_it_found(
     path = str(RECIPES / "pivotrl-nemotron-3-super-120b-a12b-20n8g-tp8cp8ep16-swe.yaml")
     assert cli.main(["plan", path]) == 0
     text = capsys.readouterr().out
-    assert "fits: train needs 46." in text and "huggingface.co/nvidia/" in text and "plan.train_mfu=0.2" in text
+    assert "fits: train needs 45." in text and "huggingface.co/nvidia/" in text and "plan.train_mfu=0.2" in text
     assert cli.main(["plan", path, "--json", "megatron.grad_reduce_in_fp32=true", "plan.reserve_gib=20"]) == 2
     found = json.loads(capsys.readouterr().out)
     assert not found["good"] and not found["memory"][0]["fits"] and found["memory"][1]["fits"]
