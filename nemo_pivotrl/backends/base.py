@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from nemo_pivotrl.config.llmdoctor import Patient
-from nemo_pivotrl.config.models import Generation, Optimizer, Policy
+from nemo_pivotrl.config.models import Generation, Optimizer, Policy, TrainedModel
 from nemo_pivotrl.core.errors import InputError, Problem
 from nemo_pivotrl.core.types import FailedSample, Sample
 
@@ -147,6 +147,11 @@ def require_checkpoint(field: str, folder: str, remedy: str) -> None:
     """Raise InputError where `folder`, which the recipe's `field` names, is no HF checkpoint folder."""
     if not Path(folder, "config.json").exists():
         raise InputError(Problem("recipe", None, field, folder or "nothing", remedy))
+
+
+def as_trained(doctor: TrainedModel) -> Policy:
+    """The doctor as a policy: log pi of its flow is the model's own (temperature 1), however answers are sampled."""
+    return Policy(**{f.name: getattr(doctor, f.name) for f in fields(TrainedModel)})
 
 
 def as_policy(patient: Patient) -> Policy:

@@ -13,10 +13,13 @@ from typing import Any, Literal
 from nemo_pivotrl.config import Recipe
 from nemo_pivotrl.core.errors import InputError, Problem, short
 
+_NOT_SAMPLED = "remove it: no stage samples from a doctor alone; `decode` says how answers are sampled"
 GONE = {
     "serve_guided": "remove it: `serve` is vLLM's server now; `serve.model` has its model's name, `vllm.engine_args` its bounds",
     "warmup.puzzle_batch_size": "remove it: a step of the demo's warm-up has 32 puzzles",
     "sft.puzzle_batch_size": "remove it: only the demo's warm-up has puzzles",
+    "doctor.sampler": _NOT_SAMPLED,
+    "doctor.generation": _NOT_SAMPLED,
 }
 """Settings of earlier versions -> what to do about them."""
 
@@ -64,9 +67,6 @@ def _build(cls: type[Any], values: Mapping[str, Any], prefix: str, file: str, pr
 def _without_effect(recipe: Recipe, file: str) -> list[Problem]:
     """Settings that were changed and that nothing reads in this recipe: sections of one kind do not all use all of theirs."""
     usual, found = Recipe(), []
-    doctor = "remove it: no stage samples from a doctor alone; `decode` says how answers are sampled"
-    for name in ("sampler", *(f"generation.{spec.name}" for spec in dataclasses.fields(usual.doctor.generation))):
-        found.append((f"doctor.{name}", attrgetter(f"doctor.{name}"), doctor))
     copying = "remove it: only `warmup` with `source: world` begins with copying"
     found.append(("sft.copy_steps", attrgetter("sft.copy_steps"), copying))
     if recipe.warmup.source != "world":
