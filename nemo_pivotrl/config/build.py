@@ -1,4 +1,4 @@
-"""Any settings dataclass from a mapping: unknown keys, wrong types and values out of range are errors, told all at once."""
+"""Any settings dataclass from a mapping: unknown keys, wrong types and values out of range are errors, all raised together."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import types
 import typing
+import warnings
 from collections.abc import Mapping
 from operator import attrgetter
 from typing import Any, Literal
@@ -22,6 +23,10 @@ GONE = {
     "doctor.generation": _NOT_SAMPLED,
 }
 """Settings of earlier versions -> what to do about them."""
+
+
+RENAMED = {"world.slips": "expert_error_rate"}
+"""Settings of earlier versions -> their names now, in the same section. The old ones are still read, with a warning."""
 
 
 def build(cls: type[Any], values: Mapping[str, Any], file: str, prefix: str = "") -> Any:
@@ -42,6 +47,12 @@ def _build(cls: type[Any], values: Mapping[str, Any], prefix: str, file: str, pr
     arguments = {}
     for key, value in values.items():
         name = f"{prefix}{key}"
+        if name in RENAMED:
+            key = RENAMED[name]
+            if key in values:
+                problems.append(Problem(file, None, name, "an old name", f"remove it: {prefix}{key} is given too"))
+            warnings.warn(f"{file}: {name} is {prefix}{key} now: write that", FutureWarning, stacklevel=2)
+            name = f"{prefix}{key}"
         if key not in fields:
             near = difflib.get_close_matches(str(key), fields, n=1, cutoff=0.5)
             hint = f"did you mean `{near[0]}`?" if near else f"known keys: {', '.join(fields)}"

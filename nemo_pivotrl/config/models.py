@@ -58,7 +58,7 @@ class Optimizer:
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class ChatSettings:
-    """What a chat template is told and allowed to do."""
+    """How messages reach the chat template, and what it may leave out."""
 
     roles: dict[str, str] = field(default_factory=dict)
     """Roles that are renamed before the template sees them, e.g. `developer: system` where it knows no developer."""

@@ -206,6 +206,7 @@ def epochs(sequences: Sequence[Sequence_], size: int, step: int, seed: int) -> l
 
 
 def conversation(trajectory: dict, chat: Chat) -> Sequence_:
+    """One training sequence of a whole conversation; every assistant turn trains."""
     messages, tools = trajectory["messages"], trajectory["tools"]
     turns = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
     return merge(_example(messages[:i], tools, messages[i], chat) for i in turns)[0]

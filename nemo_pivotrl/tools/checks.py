@@ -173,7 +173,7 @@ def of_data(recipe: Recipe, stage: str) -> list[Problem]:
 
 
 def of_states(path: Path, chat: Chat) -> list[Problem]:
-    """The template renders the first states. A few that it refuses are told of; most of them, or a part left out, is a problem."""
+    """The template renders the first states. It warns of a few that are refused; most of them, or a part left out, is a problem."""
     rows, problems = caught(lambda: list(islice(read_rows(path), VERIFIED)))
     refused = []
     for row in rows or ():
