@@ -63,7 +63,7 @@ class RewardModel:
             except UnrenderableState as error:
                 if error.kind != "not_encodable":  # half an emoji of one answer is no fault of the template
                     raise
-        limit = getattr(self.model.config, "max_position_embeddings", None)
+        limit = self.model.config.to_dict().get("max_position_embeddings")
         longest = max(map(len, ids.values()), default=0)
         if limit and longest > limit:
             remedy = f"the reward model reads {limit}: lower decode.max_new_tokens or shorten the prompts"
