@@ -101,7 +101,9 @@ def test_few_prompts_are_shared_out_by_row_and_ranks_may_stay_without(workers: W
             same(answer["found"]["plain"], want)
 
 
-@pytest.mark.parametrize(("name", "ranks", "layout"), [("qwen3", 1, {}), ("qwen3_moe", 2, {EP: 2}), ("qwen3", 2, {PP: 2})])
+@pytest.mark.parametrize(
+    ("name", "ranks", "layout"), [("qwen3", 1, {}), ("qwen3_moe", 2, {EP: 2}), ("qwen3", 2, {PP: 2})]
+)
 def test_logits_that_are_no_numbers_are_drawn_again_alone_and_then_a_failure(
     workers: Workers, expected: Any, name: str, ranks: int, layout: dict[str, Any]
 ) -> None:
