@@ -44,6 +44,7 @@ class StandIn:
     ):
         self.fault, self.away, self.held, self.most = fault, False, 0, 0
         self.asked: list[dict[str, Any]] = []
+        self.keys: set[str | None] = set()
         self.calls: Counter[str] = Counter()
         self.loaded, self.fingerprint, self.sick = "", "abc", False
         lock = threading.Lock()
@@ -62,6 +63,7 @@ class StandIn:
                 self.wfile.write(raw)
 
             def do_GET(self) -> None:
+                me.keys.add(self.headers["Authorization"])
                 me.calls[self.path] += 1
                 if me.away:
                     return self.connection.close()
@@ -70,6 +72,7 @@ class StandIn:
                 self.answer(200, {"data": [{"id": model, "root": root}]})
 
             def do_POST(self) -> None:
+                me.keys.add(self.headers["Authorization"])
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])) or b"null")
                 me.calls[self.path] += 1
                 if me.away:
