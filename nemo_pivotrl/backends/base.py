@@ -38,6 +38,9 @@ class TokenBatch:
     """Tensors with N rows that the loss wants beside the log-probabilities; token-wise ones are padded to T."""
     together: int = 1
     """So many consecutive rows stay in one micro-batch: 2 where they are pairs of answers."""
+    asked: Tensor | None = None
+    """[N, T] bool: tokens whose log-probability the loss reads, in a batch whose rows share nothing; a backend may give 0 for the
+    others. None: all tokens."""
 
     @property
     def units(self) -> list[tuple[int, ...]]:

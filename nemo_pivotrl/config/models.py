@@ -217,6 +217,11 @@ class Vllm:
     """Name under which all servers serve the policy; empty: what each says it serves."""
     api_key_env: str = "VLLM_API_KEY"
     """Environment variable that holds the servers' key; unset means that none is sent."""
+    api_key_hosts: tuple[str, ...] = ()
+    """Hosts (or host:port) that the key is sent to, over https or on this machine, and no others.
+
+    One written `http://HOST` gets it over http, too: then the network to it must be private.
+    """
     concurrency: int = ranged(64, 1)
     """Requests that one server holds at a time; the others wait here."""
     timeout_s: float = ranged(600.0, 0.1)
