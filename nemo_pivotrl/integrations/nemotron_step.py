@@ -1,7 +1,7 @@
 """The step `rl/pivotrl` of NVIDIA-NeMo/Nemotron's pipeline: its config files are recipes with a `run` section beside.
 
-`${manifest:FOLDER,KEY}` is an entry of FOLDER/manifest.json, as Nemotron's data preparation or `export nemotron` writes it; `${art:NAME,FIELD}` is
-resolved by Nemotron's own code, where that is installed.
+`${manifest:FOLDER,KEY}` is an entry of FOLDER/manifest.json, which Nemotron's data preparation and `export nemotron` write;
+`${art:NAME,FIELD}` is resolved by Nemotron's own code, where that is installed.
 """
 
 from __future__ import annotations
