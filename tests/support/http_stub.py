@@ -91,14 +91,13 @@ class StandIn:
                     fate = me.fault(body, number) if me.fault else None
                     if fate == "hang":
                         time.sleep(1.5)
-                    if fate in ("drop", "hang"):
-                        return self.connection.close()
-                    if fate is None:
-                        return self.answer(200, policy(body))
-                    self.answer(*fate)
+                    answer = (200, policy(body)) if fate is None else fate
                 finally:
-                    with lock:
+                    with lock:  # before the answer leaves: whoever has it may ask again at once
                         me.held -= 1
+                if fate in ("drop", "hang"):
+                    return self.connection.close()
+                self.answer(*answer)
 
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.server.daemon_threads = True

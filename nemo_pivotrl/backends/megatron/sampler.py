@@ -308,6 +308,7 @@ class RememberingAttention(nn.Module):
         return found.permute(2, 0, 1, 3).flatten(2)
 
     def keep(self, rows: Tensor) -> None:
+        """Go on with these rows of the batch, in this order."""
         assert self.keys is not None and self.values is not None, "nothing has been seen"
         self.keys, self.values = (self._kept(held, rows) for held in (self.keys, self.values))
 

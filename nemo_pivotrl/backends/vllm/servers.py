@@ -52,7 +52,7 @@ class TransientError(Exception):
 
 @dataclass
 class Server:
-    """One server as the pool sees it. Times are of the monotonic clock."""
+    """State of one server in the pool. Times are of the monotonic clock."""
 
     url: str
     """Without /v1 and without a slash at its end."""
@@ -125,7 +125,7 @@ class Servers:
             self._under_way -= 1
 
     def close(self) -> None:
-        """Give the connections back and stop looking after lost servers. Requests under way end soon, as failures."""
+        """Close the connections and stop polling ejected servers. Requests in flight end soon, as failures."""
         _let_go(self._closing, self._pool)
         self._client.close()
 
@@ -233,7 +233,7 @@ class Servers:
             raise
 
     def _asked(self, body: dict[str, Any], read: Callable[[Any], Any], preferred: dict[int, Server], group: int) -> Any:
-        """What `read` makes of an answer (it raises ValueError and the like for a malformed one), or Lost."""
+        """What `read` makes of an answer (it raises ValueError and the like for a malformed one), or `FailedSample`."""
         failure, failed = TransientError("sampler_unreachable", "never asked"), None
         for attempt in range(self.settings.max_retries + 1):
             server = self._take(preferred.get(group), failed)
@@ -358,7 +358,7 @@ class Servers:
         nurse.start()
 
     def _recovered(self, server: Server) -> bool:
-        """Whether a lost server is well and has the current weights; then it is let back."""
+        """Re-admit an ejected server if it is healthy and has the current weights; whether it is."""
         try:
             self._exchange_plain(server, "/health")
             if self._weights and self._load_weights(server)[:1] != self._arrived:
@@ -398,7 +398,7 @@ class Servers:
     # ---- at the start ----
 
     def _meet(self, policy: Policy) -> None:
-        """Learn what each server serves. One that is away now may come later; at least one must be there."""
+        """Read each server's list of models. A server may be unreachable now and join later; at least one must answer."""
         problems = []
         for server in self.servers:
             try:
@@ -457,7 +457,7 @@ NEAR = 8
 
 
 def _look_after(pool: weakref.ref[Servers], server: Server, closing: threading.Event) -> None:
-    """Ask a lost server again and again, until it is back or nobody needs it."""
+    """Poll an ejected server until it has recovered or the pool is closed."""
     attempt = server.ejections - 1
     while True:
         servers = pool()
