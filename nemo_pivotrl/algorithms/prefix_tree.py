@@ -30,7 +30,7 @@ from __future__ import annotations
 from array import array
 from bisect import bisect_left, insort
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
@@ -59,6 +59,12 @@ class Fork(NamedTuple):
     last: int
     begin: int
     end: int
+
+
+def on_device(made: Any, device: torch.device) -> Any:
+    """A dataclass with its tensors on a device."""
+    values = ((f.name, getattr(made, f.name)) for f in fields(made))
+    return replace(made, **{name: x.to(device) for name, x in values if isinstance(x, Tensor)})
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,9 +97,8 @@ class Forest:
 
     def to(self, device: torch.device) -> Forest:
         """The same with its tensors on a device."""
-        values = ((name, getattr(self, name)) for name in self.__dataclass_fields__)
-        moved: dict[str, Any] = {name: x.to(device) for name, x in values if isinstance(x, Tensor)}
-        return replace(self, **moved)
+        moved: Forest = on_device(self, device)
+        return moved
 
     def pick(self, found: Tensor) -> Tensor:
         """What was found for the predictions [P], row by row [n, T]; 0 on padding."""
@@ -223,7 +228,7 @@ def _cut(run: _Run, room: int) -> list[tuple[int, int]]:
 
 
 def _even(run: _Run, cuts: list[tuple[int, int]], ranks: int) -> list[tuple[int, int]]:
-    """As many packs as a multiple of `ranks`, at least one each: the dearest are cut in two, then fillers are added."""
+    """As many packs as a multiple of `ranks`, at least one each: the most expensive are cut in two, then fillers are added."""
     while not cuts or len(cuts) % ranks:
         wide = [cut for cut in cuts if cut[1] - cut[0] > 1]
         if not wide:

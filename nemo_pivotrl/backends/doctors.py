@@ -55,8 +55,9 @@ def check_contract(
         problems.append(Problem(f"doctor {name}" if name != "doctor" else name, None, what, found, remedy))
 
     same_words = "the mixture adds log-probabilities id by id: train the doctor with the patient's own tokenizer"
-    for what, method in (("vocabulary", "get_vocab"), ("added tokens", "get_added_vocab")):
-        a, b = getattr(ours, method)(), getattr(theirs, method)()
+    words = {"vocabulary": (ours.get_vocab(), theirs.get_vocab())}
+    words["added tokens"] = (ours.get_added_vocab(), theirs.get_added_vocab())
+    for what, (a, b) in words.items():
         if a != b:
             differing = sorted(t for t in a.keys() | b.keys() if a.get(t) != b.get(t))
             shown = ", ".join(f"{short(t, 24)!r}: {a.get(t)} against {b.get(t)}" for t in differing[:3])
@@ -98,6 +99,7 @@ class SpanTracker:
 
     @classmethod
     def after(cls, tokenizer: PreTrainedTokenizerBase, spans: tuple[Span, ...], prompt: Sequence[int]) -> SpanTracker:
+        """A tracker of the answer that follows `prompt`, which may end inside a span."""
         watch = cls(tokenizer, spans)
         if spans:
             reach = max(len(s.start.encode()) for s in spans) + 8
@@ -106,6 +108,7 @@ class SpanTracker:
         return watch
 
     def read(self, token: int) -> None:
+        """Take the answer's next token in."""
         if not self.spans:
             return
         # a token that is more than part of a character has at least one byte
@@ -167,6 +170,8 @@ class Doctors:
 
 
 class Mixed(NamedTuple):
+    """What guidance makes of one step's logits."""
+
     log_probs: Tensor
     """[R, V] of the mixture."""
     alone: Tensor

@@ -113,6 +113,8 @@ class Watchdog:
     def __init__(self, place: Place, patience: Patience):
         self.place, self.patience = place, patience
         self.ticks, self.doing = 0, "start"
+        self._progress: dict[int, list[str]] = {}
+        self._moved = time.monotonic()
         self.finished = threading.Event()
         self.store = _store(place, patience, server=place.rank == 0 and not place.agent_store)
         # a connection of its own: a client that waits for a key lets nobody else speak
@@ -120,7 +122,7 @@ class Watchdog:
         self.thread = threading.Thread(target=self._look, daemon=True)
 
     def tick(self, doing: str) -> None:
-        """Note progress. What hangs is found by who has come least far."""
+        """Count one step of progress. The watchdog blames the rank with the fewest steps for a hang."""
         self.ticks, self.doing = self.ticks + 1, doing
 
     def rest(self, orders: int) -> None:
@@ -148,7 +150,7 @@ class Watchdog:
         return won
 
     def _look(self) -> None:
-        """The watching thread: show life, look at the others, end this process when there is a reason."""
+        """The watching thread: send heart-beats, read those of the other ranks, end this process when there is a reason."""
         seen: dict[int, tuple[str, float]] = {}
         while not self.finished.wait(self.patience.beat):
             try:
@@ -178,9 +180,9 @@ class Watchdog:
         self._judge_progress({rank: text.split(" ", 2)[1:] for rank, (text, _) in alive.items()}, now)
 
     def _judge_progress(self, progress: dict[int, list[str]], now: float) -> None:
-        """Nobody has moved for too long: blame those that have come least far of all that do not rest."""
+        """If no rank has made progress for too long, blame the working ranks with the fewest steps."""
         working = {rank: (int(ticks), doing) for rank, (ticks, doing) in progress.items() if doing != RESTING}
-        if progress != getattr(self, "_progress", None) or not working:
+        if progress != self._progress or not working:
             self._progress, self._moved = progress, now
         elif now - self._moved > self.patience.stuck:
             least = min(ticks for ticks, _ in working.values())
@@ -195,7 +197,7 @@ class Watchdog:
         _end("", FAILED)
 
     def _let_others_read(self) -> None:
-        """Rank 0 serves the store: it leaves last, or when its patience ends."""
+        """Rank 0 serves the store: it ends last, or when `patience.leave` is over."""
         self.own.set(f"left/{self.place.rank}", "1")
         deadline = time.monotonic() + self.patience.leave
         keys = [f"left/{rank}" for rank in range(self.place.world)]
@@ -226,7 +228,7 @@ def run(program: Callable[[Watchdog | None], None], backend: str, place: Place, 
         if place.rank == 0:
             # the store's host goes last; a rank that fails meanwhile is found by the watch
             watch.store.wait([f"done/{rank}" for rank in range(place.world)], timedelta(days=365))
-    except BaseException as error:
+    except BaseException as error:  # the other ranks wait: whatever ends this one ends them, with its reason
         failed(watch, error)
     watch.finished.set()
     watch.thread.join(patience.leave)  # it may be asking the store

@@ -125,7 +125,7 @@ class WorkItem:
         self.advance()
 
     def advance(self) -> None:
-        """Ask every member anew, when a wave was taken in."""
+        """Ask every member for its next rollouts, after a wave is taken in."""
         asked = [(member, member.asks()) for member in self._open]
         self.wave = [(member, ks) for member, ks in asked if ks]
         self._open = [member for member, _ in self.wave]
@@ -135,7 +135,7 @@ Judged = list[tuple[CandidateProgress, int, dict[str, Any]]]
 """A member's k-th rollout as a profile keeps it. With a `fault` in place of its verdict, or of all of it, it is tried again."""
 
 
-def pump(
+def run_waves(
     units: Iterator[WorkItem | None],
     draw: Callable[[Wave], Any],
     judge: Callable[[Wave, Any], Judged],

@@ -24,7 +24,6 @@ PROGRAMS = (
     "make",
     "bash",
     "docker",
-    "make",
     "kubectl",
     "nemo",
     "python",

@@ -114,6 +114,7 @@ class Guided:
 
     @property
     def token_ids(self) -> tuple[int, ...]:
+        """Ids of the answer's tokens."""
         return tuple(t.token_id for t in self.tokens)
 
     @property
@@ -155,6 +156,7 @@ class Shape(NamedTuple):
     top_p: Tensor
 
     def at(self, rows: Tensor) -> Shape:
+        """The settings of these rows."""
         return Shape(self.temperature[rows], self.top_k[rows], self.top_p[rows])
 
 
@@ -244,6 +246,7 @@ class Decoding:
 
     @property
     def done(self) -> bool:
+        """Whether every request has its answer."""
         return len(self.finished) == len(self.requests)
 
     def stop(self, row: int) -> None:
@@ -408,7 +411,7 @@ def _stop_ids(patient: Any, tokenizer: PreTrainedTokenizerBase) -> frozenset[int
 
 
 def _context(model: Any) -> float:
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    return model.config.get_text_config().to_dict().get("max_position_embeddings") or math.inf
 
 
 # ---- loading ----

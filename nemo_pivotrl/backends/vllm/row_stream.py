@@ -81,7 +81,7 @@ class Table(Cache):
                 layer[target, :, :length] = layer[source, :, :length]
 
     def _grow(self, rows: int, tokens: int) -> None:
-        """Have room for so many."""
+        """Grow the cache to hold so many rows and tokens."""
         new_rows, new_tokens = self.rows, self.tokens
         while new_rows < rows:
             new_rows *= 2
@@ -123,6 +123,7 @@ class RowStream:
         self.waiting[key] = list(tokens)
 
     def extend(self, key: Hashable, tokens: Sequence[int]) -> None:
+        """Add tokens to a row; they are read when its logits are asked for."""
         self.waiting[key] += tokens
 
     def drop(self, key: Hashable) -> None:
@@ -213,7 +214,8 @@ class RowStream:
 def check_streams(name: str, model: Any) -> None:
     """Raises InputError for a model whose layers keep anything but all keys and values (sliding windows, Mamba)."""
     config = model.config.get_text_config()
-    kinds = set(getattr(config, "layer_types", None) or []) | set(getattr(config, "layers_block_type", None) or [])
+    given = config.to_dict()
+    kinds = {*(given.get("layer_types") or []), *(given.get("layers_block_type") or [])}
     other = sorted(kinds - {"full_attention", "mlp", "moe"})
     ids = torch.arange(6, device=model.device)[None] % config.vocab_size
     try:
