@@ -122,6 +122,11 @@ class Select:
     """
     max_message_ratio: float = ranged(1.0, 0.0, 1.0)
     """Largest share of talking turns among train pivots (P15); 1.0: off."""
+    drop_constant_wins: bool = False
+    """Leave out pivots that a constant answer wins, such as any text or one tool's commonest call.
+
+    A policy can learn such an answer instead of the task. Every pivot is judged again with each constant answer.
+    """
     undecided: Literal["refuse", "by_rate"] = "refuse"
     """What to do with candidates whose rollouts do not decide this rule and lambda_diff.
 
