@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 # all of these are commands, not files
-.PHONY: conformance verifier-speed quickstart smollm2 smollm2-doctor test test-aligner test-vllm test-all mutants torture check lint format fuzz clean locks audit
+.PHONY: conformance verifier-speed quickstart smollm2 smollm2-doctor test test-aligner test-vllm test-view test-all mutants torture check lint format fuzz clean locks audit
 
 # BACKEND=megatron: the same recipes over megatron-core in two data-parallel processes, on CPUs over gloo
 quickstart: START := $(BIN)/nemo-pivotrl
@@ -36,7 +36,7 @@ test test-aligner test-vllm: export HYPOTHESIS_PROFILE ?= ci
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
 
-test-all: test test-aligner test-vllm
+test-all: test test-aligner test-vllm test-view
 
 mutants: $(STAMP)
 	$(BIN)/python tests/nightly/mutants.py $(ARGS)
@@ -73,6 +73,16 @@ $(VENV_VLLM)/.installed: $(VLLM)/requirements.txt $(VLLM)/constraints.txt requir
 
 test-vllm: $(VENV_VLLM)/.installed
 	$(VENV_VLLM)/bin/python -m pytest -n 2 --dist loadfile -c $(VLLM)/pytest.ini --rootdir $(VLLM) $(VLLM)
+
+# the viewer in a real browser, whose driver has an environment of its own; `apt-get install chromium` brings the browser
+VENV_VIEW ?= .venv-view
+$(VENV_VIEW)/.installed: tests/view/requirements.txt
+	$(PYTHON) -m venv $(VENV_VIEW)
+	$(VENV_VIEW)/bin/python -m pip install -q -r tests/view/requirements.txt
+	touch $@
+
+test-view: $(STAMP) $(VENV_VIEW)/.installed
+	PACKAGE_PYTHON=$(abspath $(BIN))/python $(VENV_VIEW)/bin/python -m pytest -q -p no:cacheprovider -c tests/view/pytest.ini --rootdir tests/view tests/view
 
 check: lint test
 
@@ -139,4 +149,4 @@ verifier-speed: $(CONFORMANCE)/.installed
 	PYTHONPATH=. $(CONFORMANCE)/bin/python benchmarks/verifier_speed.py $(ARGS)
 
 clean:
-	rm -rf $(VENV) $(VENV_ALIGNER) $(VENV_VLLM) $(CONFORMANCE) build runs
+	rm -rf $(VENV) $(VENV_ALIGNER) $(VENV_VLLM) $(VENV_VIEW) $(CONFORMANCE) build runs
