@@ -29,7 +29,7 @@ class ServiceDesk:
 
 
 def service_desk(recipe: Recipe, split: str = "test") -> ServiceDesk:
-    """Customers with one wish each, tools and a database."""
+    """Customers with one request each, tools and a database."""
     world = recipe.world
     sizes = {"warmup": world.warmup_tasks, "train": world.train_tasks, "test": world.test_tasks}
     return ServiceDesk(recipe.seed, sizes, split=split)

@@ -57,8 +57,8 @@ def warmup_trajectories(recipe: Recipe) -> tuple[list[dict], list[dict]]:
     desk = simulators.service_desk(recipe, "warmup").tasks()
     puzzles = simulators.puzzles(recipe, "warmup").tasks()
     with_family = [{**service_desk.expert_trajectory(t, rng), "family": t.family} for t in puzzles]
-    careless, slipping = random.Random(f"slips {recipe.seed}"), recipe.world.slips
-    clerks = [service_desk.expert_trajectory(t, rng, slips=service_desk.draw_slips(careless, slipping)) for t in desk]
+    draws, rate = random.Random(f"slips {recipe.seed}"), recipe.world.expert_error_rate
+    clerks = [service_desk.expert_trajectory(t, rng, errors=service_desk.draw_errors(draws, rate)) for t in desk]
     return clerks, with_family
 
 

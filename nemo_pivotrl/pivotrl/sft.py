@@ -94,6 +94,7 @@ def token_batch(sequences: Sequence[Sequence_]) -> tuple[TokenBatch, float]:
         range(len(sequences)),
         [s.ids[start:] for s, start in zip(sequences, starts, strict=True)],
         {"mask": mask},
+        asked=mask.bool(),  # the language model's head is most of a step where tools said much and the vocabulary is large
     )
     return batch, float(mask.sum())
 
@@ -206,6 +207,7 @@ def epochs(sequences: Sequence[Sequence_], size: int, step: int, seed: int) -> l
 
 
 def conversation(trajectory: dict, chat: Chat) -> Sequence_:
+    """One training sequence of a whole conversation; every assistant turn trains."""
     messages, tools = trajectory["messages"], trajectory["tools"]
     turns = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
     return merge(_example(messages[:i], tools, messages[i], chat) for i in turns)[0]
