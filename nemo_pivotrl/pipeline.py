@@ -48,6 +48,9 @@ def run(recipe: Recipe, fresh: bool = False) -> Path:
         path = stage(recipe, fresh)
     pivots, points = gains(read_history(Path(recipe.run_dir)))
     print("\n" + ledger.table(ledger.read_ledgers(Path(recipe.run_dir)), recipe.budget.gpus, pivots, points))
+    for folder in (recipe.path("final/policy"), *sorted(Path(recipe.run_dir).glob("doctor*/policy"))):
+        if folder.exists():
+            print(f"\n{'policy' if folder.parent.name == 'final' else 'doctor'}: {folder}", end="")
     print(f"\nreport: {path} ({time.perf_counter() - start:.0f} s)")
     return path
 

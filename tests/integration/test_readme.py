@@ -38,6 +38,7 @@ def test_the_readme_shows_the_commands_this_file_runs() -> None:
         "nemo-pivotrl env",
         "nemo-pivotrl plan recipes/pivotrl/pivotrl-nemotron-3-super-120b-a12b-64n8g-tp8cp16ep8-swe.yaml",
         "nemo-pivotrl preflight recipes/pivotrl/tiny.yaml",
+        "nemo-pivotrl view runs/quickstart",  # run in tests/view and tests/unit/report
         "nemo-pivotrl select recipes/pivotrl/tiny.yaml --print-config",
         "nemo-pivotrl select recipes/pivotrl/tiny.yaml select.lambda_diff=0.6",
         "nemo-pivotrl export recipes/pivotrl/tiny.yaml",
