@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from nemo_pivotrl.algorithms import pivotrl
+from nemo_pivotrl.algorithms import pivotrl, selection
 from nemo_pivotrl.backends import loading
 from nemo_pivotrl.backends.base import Backend, TokenBatch
 from nemo_pivotrl.components.rollout import load_chat
@@ -34,7 +34,7 @@ def drawn(tasks: Sequence[world.Task], step: int, size: int, seed: int) -> list[
     places = range((step - 1) * size, step * size)
 
     def order(epoch: int) -> list[world.Task]:
-        return sorted(tasks, key=lambda task: pivotrl.order_key(seed, f"{epoch} {task.task_id}"))
+        return sorted(tasks, key=lambda task: selection.order_key(seed, f"{epoch} {task.task_id}"))
 
     orders = {epoch: order(epoch) for epoch in {place // len(tasks) for place in places}}
     return [orders[place // len(tasks)][place % len(tasks)] for place in places]

@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 
 from nemo_pivotrl.algorithms.early_stopping import StoppingRule
-from nemo_pivotrl.algorithms.pivotrl import keep_pivot, statistics
+from nemo_pivotrl.algorithms.selection import keep_pivot, statistics
 from nemo_pivotrl.components.rollout import sample_seeds
 from nemo_pivotrl.core.artifacts import ArtefactWriter, Header, file_digest, json_line
 from nemo_pivotrl.pivotrl.candidate_index import index_candidates

@@ -12,7 +12,8 @@ from nemo_pivotrl.core import old_names
 
 if TYPE_CHECKING:
     from nemo_pivotrl.algorithms.llmdoctor import mix_logits, tfpo_loss, token_rewards
-    from nemo_pivotrl.algorithms.pivotrl import group_advantages, grpo_loss, keep_pivot
+    from nemo_pivotrl.algorithms.pivotrl import group_advantages, grpo_loss
+    from nemo_pivotrl.algorithms.selection import keep_pivot
     from nemo_pivotrl.backends.doctors import GuidedLogitsProcessor
     from nemo_pivotrl.backends.reference.guided import GuidedGenerator
     from nemo_pivotrl.config import Recipe
@@ -66,7 +67,8 @@ __all__ = [
 
 _HOMES = {
     "algorithms.llmdoctor": "mix_logits tfpo_loss token_rewards",
-    "algorithms.pivotrl": "group_advantages grpo_loss keep_pivot",
+    "algorithms.pivotrl": "group_advantages grpo_loss",
+    "algorithms.selection": "keep_pivot",
     "backends.doctors": "GuidedLogitsProcessor",
     "backends.reference.guided": "GuidedGenerator",
     "config": "Recipe",

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
-from nemo_pivotrl.algorithms.pivotrl import Rule, keep_pivot, statistics
+from nemo_pivotrl.algorithms.selection import Rule, keep_pivot, statistics
 from nemo_pivotrl.config import ProfileStage, Select
 from nemo_pivotrl.core.errors import InputError, Problem
 

@@ -10,6 +10,7 @@ from nemo_pivotrl.config.models import Megatron, Policy
 from nemo_pivotrl.core.artifacts import digest
 from nemo_pivotrl.core.atomic import SUMS, compare_sums, file_sums, read_sums
 from nemo_pivotrl.core.errors import InputError, Problem
+from nemo_pivotrl.core.known_sums import known_sum
 from nemo_pivotrl.core.model_folder import AGAIN, regular_file
 
 
@@ -52,6 +53,6 @@ def policy_revision(folder: str | Path) -> str:
         raise InputError([Problem(str(p), None, "file", f"no line in {SUMS}", AGAIN) for p in bare])
     more = [path for name in wanted if (path := Path(folder, name)) not in files and path.is_file()]
     paths = [*files, *more]
-    found = {str(p.relative_to(folder)): total for p, total in zip(paths, file_sums(paths), strict=True)}
+    found = {str(p.relative_to(folder)): total for p, total in zip(paths, file_sums(paths, known_sum), strict=True)}
     compare_sums(Path(folder), wanted, found, f"{AGAIN}; if you changed it: remove {SUMS}")
     return digest([[p.name, found[p.name][:16]] for p in files])

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from nemo_pivotrl.algorithms import pivotrl
+from nemo_pivotrl.algorithms import selection
 from nemo_pivotrl.backends.base import Sampler
 from nemo_pivotrl.config import Generation, Limits, Policy, Recipe
 from nemo_pivotrl.core.errors import InputError, Problem, UnrenderableState
@@ -154,7 +154,7 @@ def roll_out(
     samples = sampler.infer(prompts, seeds, chat.stop_ids, generation)
     if generation.temperature > 0:
         groups = [[(s.token_ids, sum(s.log_probs)) for s in group if isinstance(s, Sample)] for group in samples]
-        repeated = pivotrl.identical_groups(groups)
+        repeated = selection.identical_groups(groups)
         if len(repeated) >= min(SUSPICIOUS_GROUPS, len(groups)) and repeated:
             raise InputError(
                 Problem(

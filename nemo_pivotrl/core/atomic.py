@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 import stat
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any
@@ -205,10 +205,10 @@ def file_sum(path: Path) -> str:
     return hasher.hexdigest()
 
 
-def file_sums(paths: Iterable[Path]) -> list[str]:
-    """`file_sum` of each; several are read at once, as hashing lets other threads run."""
+def file_sums(paths: Iterable[Path], sum_of: Callable[[Path], str] = file_sum) -> list[str]:
+    """`sum_of` each; several are read at once, as hashing lets other threads run."""
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        return list(pool.map(file_sum, paths))
+        return list(pool.map(sum_of, paths))
 
 
 def write_sums(folder: Path, summed: str = "") -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from nemo_pivotrl.algorithms import pivotrl
+from nemo_pivotrl.algorithms import selection
 from nemo_pivotrl.algorithms.llmdoctor import doctor_loss
 from nemo_pivotrl.backends import loading
 from nemo_pivotrl.backends.base import TokenBatch, Trainer
@@ -137,7 +137,7 @@ def _pairs(recipe: Recipe, source: Path) -> tuple[list[Pair], list[Pair]]:
     train = [row for row in fits if row["split"] == "train"]
     held_out = sorted(
         (row for row in fits if row["split"] == "validation"),
-        key=lambda row: pivotrl.order_key(recipe.seed, row["preference_id"]),
+        key=lambda row: selection.order_key(recipe.seed, row["preference_id"]),
     )
     if not train:
         remedy = "raise doctor.max_total_sequence_length, or read more preferences"

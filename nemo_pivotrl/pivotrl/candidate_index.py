@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from nemo_pivotrl.algorithms import pivotrl
+from nemo_pivotrl.algorithms import selection
 from nemo_pivotrl.core.artifacts import read_rows
 from nemo_pivotrl.core.atomic import open_input
 from nemo_pivotrl.core.errors import InputError, Problem, short
@@ -72,7 +72,7 @@ class Index:
 
     def sample(self, size: int) -> list[Candidate]:
         """So many candidates chosen by hash (0: all), in the file's order."""
-        keyed = ((pivotrl.order_key(self.seed, e.candidate_id), n) for n, e in enumerate(self._entries()))
+        keyed = ((selection.order_key(self.seed, e.candidate_id), n) for n, e in enumerate(self._entries()))
         chosen = {n for _, n in heapq.nsmallest(size, keyed)} if size and size < len(self) else None
         return [
             responses.candidate_of_row(json.loads(e.line))
@@ -95,14 +95,14 @@ def index_candidates(path: Path, seed: int, limit: int, chunk: int) -> Index:
             at += len(line)
             if limit:
                 entry = entry_of(line, path, number)
-                keys[entry.split].append(int(pivotrl.order_key(seed, entry.candidate_id)[:16], 16))
+                keys[entry.split].append(int(selection.order_key(seed, entry.candidate_id)[:16], 16))
     if limit:
         bounds = {split: sorted(found)[min(limit, len(found)) - 1] for split, found in keys.items() if found}
         whole = Index(path, seed, max(1, len(offsets)), offsets, [""])
         chosen = (
             offset
             for offset, e in zip(offsets, whole.read(0), strict=True)
-            if int(pivotrl.order_key(seed, e.candidate_id)[:16], 16) <= bounds[e.split]
+            if int(selection.order_key(seed, e.candidate_id)[:16], 16) <= bounds[e.split]
         )
         offsets = array("q", chosen)
     index = Index(path, seed, chunk, offsets, [""] * -(-len(offsets) // chunk))

@@ -23,7 +23,7 @@ from pathlib import Path
 from statistics import NormalDist
 from typing import Any, NamedTuple
 
-from nemo_pivotrl.algorithms import early_stopping_estimates as endings, pivotrl
+from nemo_pivotrl.algorithms import early_stopping_estimates as endings, selection
 from nemo_pivotrl.algorithms.early_stopping import StoppingRule
 from nemo_pivotrl.core.artifacts import Header, read_header, read_rows
 from nemo_pivotrl.core.errors import InputError, Problem
@@ -189,9 +189,9 @@ FAILED = Measured("failed", math.nan, math.nan, 0, 0, None, (0, 0), False, True)
 def _measure(
     rewards: tuple[float, ...], plan: StoppingRule, lambda_diff: float, full: bool, rescored: bool
 ) -> Measured:
-    stats = pivotrl.statistics(rewards)
-    rule: pivotrl.Rule = "adv" if plan.rule == "random" else plan.rule
-    kept = pivotrl.keep_pivot(stats, rule, lambda_diff, plan.inclusive)
+    stats = selection.statistics(rewards)
+    rule: selection.Rule = "adv" if plan.rule == "random" else plan.rule
+    kept = selection.keep_pivot(stats, rule, lambda_diff, plan.inclusive)
     stopped, end = None, (0, 0)
     if stats.binary:
         drawn_by = dataclasses.replace(plan, curtailed=False) if full else plan
@@ -221,7 +221,7 @@ def _end(rewards: Sequence[float], plan: StoppingRule) -> tuple[int, int] | None
     return successes, seen - successes
 
 
-def _class_of(stats: pivotrl.GroupStatistics, plan: StoppingRule, kept: bool) -> str:
+def _class_of(stats: selection.GroupStatistics, plan: StoppingRule, kept: bool) -> str:
     if stats.variance > 1e-12:
         return "kept" if kept else "too easy"
     if stats.mean not in (0.0, 1.0):

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 import zlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
+
+import numpy as np
 
 from nemo_pivotrl.core.artifacts import canonical_json, digest
 from nemo_pivotrl.core.types import Candidate, Message
 
 SHINGLE = 5
 SKETCH_SIZE = 128
-SKETCH_BANDS = (16, 8)
-"""16 bands of 8: states above 0.9 similarity meet with probability > 0.999, then their sketches are compared."""
 
 
 def without_duplicates(candidates: list[Candidate], skipped: Counter[str], threshold: float) -> list[Candidate]:
@@ -81,12 +82,40 @@ def _near_duplicates(candidates: Sequence[Candidate], threshold: float) -> froze
     members: dict[str, set[str]] = {}
     for key, c in zip(keys, candidates, strict=True):
         members.setdefault(key, set()).add(c.trajectory_id)
-    sketches = _Sketches(threshold)
-    return frozenset(
-        c.candidate_id
-        for key, c in zip(keys, candidates, strict=True)
-        if len(members[key]) > 1 and sketches.seen(c, key)
-    )
+    sketcher = _Sketcher()
+    rows: dict[str, list[tuple[Candidate, np.ndarray]]] = {}
+    for key, c in zip(keys, candidates, strict=True):
+        if len(members[key]) > 1:
+            rows.setdefault(key, []).append((c, sketcher.of(c)))
+    return frozenset(name for group in rows.values() for name in _similar(group, threshold))
+
+
+def _similar(group: Sequence[tuple[Candidate, np.ndarray]], threshold: float) -> Iterator[str]:
+    """Ids of those whose sketch agrees with the one of an earlier candidate that stays in at least this share of its places.
+
+    Two such sketches differ in at most `apart` places, so one of the `apart` + 1 rarest entries of each is an entry of both
+    (the prefix filter of similarity joins). Where a template makes thousands of states alike, the rare entries are what tells
+    them apart: few are compared, none of the similar ones is missed.
+    """
+    sketches = np.stack([sketch for _, sketch in group])
+    apart = SKETCH_SIZE - math.ceil(threshold * SKETCH_SIZE)
+    rarity = np.empty(sketches.shape, np.int64)
+    for place in range(SKETCH_SIZE):
+        _, inverse, counts = np.unique(sketches[:, place], return_inverse=True, return_counts=True)
+        rarity[:, place] = counts[inverse]
+    rare = np.argsort(rarity, axis=1, kind="stable")[:, : apart + 1]
+    kept: dict[tuple[int, int], list[int]] = {}
+    for i, (candidate, sketch) in enumerate(group):
+        entries = [(place, value) for place, value in zip(rare[i].tolist(), sketch[rare[i]].tolist(), strict=True)]
+        near = sorted({j for entry in entries for j in kept.get(entry, ())})
+        agree = (sketches[near] == sketch).sum(1) >= threshold * SKETCH_SIZE if near else ()
+        if any(
+            yes and group[j][0].trajectory_id != candidate.trajectory_id for j, yes in zip(near, agree, strict=True)
+        ):
+            yield candidate.candidate_id
+        else:
+            for entry in entries:
+                kept.setdefault(entry, []).append(i)
 
 
 class _Groups:
@@ -112,36 +141,25 @@ class _Groups:
         return digest([candidate.depth, _action(candidate), self._system, self._asked, last], 32)
 
 
-class _Sketches:
-    """MinHash over word 5-grams of the conversation, compared within a group.
+class _Sketcher:
+    """MinHash over word 5-grams of the conversation.
 
     The states of a trajectory grow out of one another, so its sketch grows with it: the cost is one pass over the text.
     """
 
-    def __init__(self, threshold: float):
+    def __init__(self) -> None:
         import datasketch  # here, so that a missing package is told whatever the data are
 
         self._datasketch = datasketch
-        self.threshold = threshold
-        self._indexes: dict[str, Any] = {}
         self._trajectory = ""
         self._read = 0
         self._tail: list[str] = []
         self._sketch: Any = None
 
-    def seen(self, candidate: Candidate, group: str) -> bool:
-        """Whether a state of the group and of another trajectory is this similar; remembers the candidate if not."""
+    def of(self, candidate: Candidate) -> np.ndarray:
+        """The state's sketch, [SKETCH_SIZE] of 32 bits; the share of equal places estimates the Jaccard similarity."""
         self._advance(candidate)
-        if group not in self._indexes:
-            self._indexes[group] = (self._datasketch.MinHashLSH(num_perm=SKETCH_SIZE, params=SKETCH_BANDS), {})
-        index, kept = self._indexes[group]
-        for key in index.query(self._sketch):
-            if kept[key][0] != candidate.trajectory_id and kept[key][1].jaccard(self._sketch) >= self.threshold:
-                return True
-        sketch = self._sketch.copy()
-        index.insert(candidate.candidate_id, sketch)
-        kept[candidate.candidate_id] = (candidate.trajectory_id, sketch)
-        return False
+        return self._sketch.hashvalues.astype(np.uint32)
 
     def _advance(self, candidate: Candidate) -> None:
         if candidate.trajectory_id != self._trajectory or len(candidate.messages) < self._read:

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from nemo_pivotrl.algorithms import pivotrl
+from nemo_pivotrl.algorithms import selection
 from nemo_pivotrl.backends import loading
 from nemo_pivotrl.backends.base import Sampler
 from nemo_pivotrl.backends.identity import identity_of, policy_revision, without_start
@@ -161,7 +161,7 @@ def one_turn(recipe: Recipe, policy: Policy, backend: Sampler, chat: Chat) -> li
     prompts = {c.candidate_id: prompt for c, prompt in states}
     held_out = sorted(
         (c for c, prompt in states if fits(prompt, policy)),
-        key=lambda c: pivotrl.order_key(recipe.seed, c.candidate_id),
+        key=lambda c: selection.order_key(recipe.seed, c.candidate_id),
     )
     held_out = held_out[: settings.one_turn_candidates]
     if not held_out:

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from nemo_pivotrl.algorithms import pivotrl
+from nemo_pivotrl.algorithms import selection
 from nemo_pivotrl.components.lineage import source_digest
 from nemo_pivotrl.config import Extract, Recipe
 from nemo_pivotrl.core.artifacts import Header, digest, write_artefact
@@ -151,7 +151,7 @@ def _judged(trajectory: Trajectory, settings: Extract) -> Iterator[tuple[int, in
     """(index, depth, why it is skipped or '', what is to be reported) of every turn."""
     whole = _skip_whole(trajectory, settings)
     state, read = GrowingState(), 0
-    for index, depth in pivotrl.cut(trajectory):
+    for index, depth in selection.cut(trajectory):
         if whole:
             yield index, depth, whole, None
             continue

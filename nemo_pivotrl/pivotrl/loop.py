@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from nemo_pivotrl.algorithms import pivotrl, round_rules as rounds
+from nemo_pivotrl.algorithms import round_rules as rounds, selection
 from nemo_pivotrl.algorithms.round_rules import Ending, Spent
 from nemo_pivotrl.backends.identity import policy_revision, without_start
 from nemo_pivotrl.components import checkpoint, costs as ledger
@@ -173,7 +173,7 @@ def _candidates(recipe: Recipe, past: Sequence[Round], target: Path) -> None:
     rows = {row["provenance"]["candidate_id"]: row["provenance"]["split"] for row in read_rows(source)}
     resting = {c for r in past for c in r.mastered} if recipe.loop.rest_mastered else set()
     ids = [c for c, split in rows.items() if split == "train" and c not in resting]
-    ids.sort(key=lambda c: (sum(c in r.seen for r in past), pivotrl.order_key(recipe.seed, c)))
+    ids.sort(key=lambda c: (sum(c in r.seen for r in past), selection.order_key(recipe.seed, c)))
     held_out = {c for c in past[0].seen if rows.get(c) == "validation"}
     wanted = held_out | set(ids[: recipe.profile.limit or len(ids)])
     header = replace(found, parent=file_digest(source), config_hash=digest([found.config_hash, sorted(wanted)]))
@@ -204,7 +204,7 @@ def _round(own: Recipe, past: Sequence[Round], fresh: bool, tell: Callable[..., 
         source = _with_earlier(own, past, source)
     header = read_header(source, "pivots")
     train_rows = [p for p in rows if p.candidate.split == "train" and p.failure is None]
-    constant = sum(pivotrl.statistics(p.rewards).variance <= 1e-12 for p in train_rows)
+    constant = sum(selection.statistics(p.rewards).variance <= 1e-12 for p in train_rows)
     pivots = _train_ids(own.path("pivots.jsonl"))
     figures: dict[str, Any] = {
         "round": number,

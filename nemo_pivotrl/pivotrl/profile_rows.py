@@ -8,7 +8,7 @@ from functools import lru_cache
 from types import MappingProxyType
 from typing import Any
 
-from nemo_pivotrl.algorithms import pivotrl
+from nemo_pivotrl.algorithms import selection
 from nemo_pivotrl.algorithms.early_stopping import StoppingRule, interval
 from nemo_pivotrl.core.artifacts import Header, json_bytes
 from nemo_pivotrl.core.types import Action, Candidate, Profile, ToolCall
@@ -36,7 +36,7 @@ def member_line(member: CandidateProgress, plan: StoppingRule) -> bytes:
         drawn = b",".join(b"[%d,%b]" % (k, member.rows[k]) for k in ks)
         tail = b',"samples":[],"profile":%b,"kept":[%b]}' % (json_bytes(told)[:-1], drawn)
     else:
-        stats = pivotrl.statistics([member.rewards[k] for k in ks])
+        stats = selection.statistics([member.rewards[k] for k in ks])
         told |= _measured(stats, plan.curtailed and not member.plan.curtailed)
         rate = (json_bytes(stats.mean), stats.count, stats.successes)
         tail = b',"pass_rate":%b,"pass_rate_total":%d,"pass_rate_passed":%d' % rate
@@ -44,7 +44,7 @@ def member_line(member: CandidateProgress, plan: StoppingRule) -> bytes:
     return member.line.rstrip()[:-1] + tail + b"}\n"
 
 
-def _measured(stats: pivotrl.GroupStatistics, control: bool) -> Row:
+def _measured(stats: selection.GroupStatistics, control: bool) -> Row:
     ends = interval(stats.successes, stats.count - stats.successes) if stats.binary else None
     return {"interval": [round(end, 4) for end in ends] if ends else None, "control": control}
 
@@ -58,7 +58,7 @@ def profile_to_row(profile: Profile, agent_ref: str) -> Row:
         "failure": profile.failure,
     }
     if profile.failure is None:
-        stats = pivotrl.statistics(profile.rewards)
+        stats = selection.statistics(profile.rewards)
         row |= {"pass_rate": stats.mean, "pass_rate_total": stats.count, "pass_rate_passed": stats.successes}
         told |= _measured(stats, profile.control)
     return row | {"samples": list(profile.samples), "profile": told}

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from nemo_pivotrl.algorithms import pivotrl
+from nemo_pivotrl.algorithms import selection
 from nemo_pivotrl.algorithms.early_stopping import StoppingRule
 from nemo_pivotrl.core.artifacts import read_rows
 from nemo_pivotrl.pivotrl.profile_rows import repeated
@@ -17,10 +17,10 @@ CLASSES = ("all 0", "mixed, kept", "mixed, too easy", "all 1")
 
 def hit_class(rewards: Sequence[float], plan: StoppingRule) -> str:
     """Where a candidate's hit rate lies, by the samples there are."""
-    stats = pivotrl.statistics(rewards)
+    stats = selection.statistics(rewards)
     if stats.variance <= 1e-12:
         return "all 1" if stats.mean >= 0.5 else "all 0"
-    kept = pivotrl.keep_pivot(stats, "adv", plan.lambda_high, plan.inclusive)
+    kept = selection.keep_pivot(stats, "adv", plan.lambda_high, plan.inclusive)
     return "mixed, kept" if kept else "mixed, too easy"
 
 
@@ -86,9 +86,9 @@ def drawn_first(rewards: Sequence[float], plan: StoppingRule) -> list[float]:
 
 
 def _selected(rewards: Sequence[float], plan: StoppingRule) -> tuple[bool, bool]:
-    stats = pivotrl.statistics(rewards)
+    stats = selection.statistics(rewards)
     low, high = (
-        pivotrl.keep_pivot(stats, plan.rule, lam, plan.inclusive) for lam in (plan.lambda_low, plan.lambda_high)
+        selection.keep_pivot(stats, plan.rule, lam, plan.inclusive) for lam in (plan.lambda_low, plan.lambda_high)
     )
     return low, high
 

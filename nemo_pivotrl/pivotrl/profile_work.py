@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nemo_pivotrl.algorithms import pivotrl
+from nemo_pivotrl.algorithms import selection
 from nemo_pivotrl.algorithms.early_stopping import StoppingRule
 from nemo_pivotrl.backends.base import Sampler
 from nemo_pivotrl.components.progress import progress
@@ -290,7 +290,7 @@ def too_many(where: str, faults: int, of: int, failed: Counter[str]) -> Problem:
 
 def is_control(seed: int, candidate_id: str, share: float) -> bool:
     """Whether a candidate is one of those that get all K rollouts."""
-    return int(pivotrl.order_key(seed, "control " + candidate_id)[:8], 16) < share * 2**32
+    return int(selection.order_key(seed, "control " + candidate_id)[:8], 16) < share * 2**32
 
 
 class Earlier:

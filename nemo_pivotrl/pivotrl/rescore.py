@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 
-from nemo_pivotrl.algorithms import pivotrl
+from nemo_pivotrl.algorithms import selection
 from nemo_pivotrl.components.lineage import check_lineage
 from nemo_pivotrl.components.progress import progress
 from nemo_pivotrl.components.rollout import judge_all, load_recipe_verifier
@@ -59,7 +59,7 @@ def rescore(recipe: Recipe, fresh: bool = False) -> Path:
     after = [profile_of_row(row) for row in read_rows(target)]
     print(difference(recipe, before, after))
     s, plan = recipe.select, plan_in(found)
-    rule: pivotrl.Rule = "adv" if s.rule == "random" else s.rule
+    rule: selection.Rule = "adv" if s.rule == "random" else s.rule
     open_ = sum(not plan.decided_at(s.lambda_diff, rule, s.inclusive, p.rewards) for p in after if p.failure is None)
     if open_:
         print(
@@ -119,5 +119,5 @@ def difference(recipe: Recipe, before: Sequence[Profile], after: Sequence[Profil
 def _pivots(recipe: Recipe, profiles: Sequence[Profile]) -> set[str]:
     s = recipe.select
     train = [p for p in profiles if p.candidate.split == "train"]
-    chosen = pivotrl.select(train, s.rule, s.lambda_diff, recipe.seed, s.inclusive, s.limit, s.max_message_ratio)
+    chosen = selection.select(train, s.rule, s.lambda_diff, recipe.seed, s.inclusive, s.limit, s.max_message_ratio)
     return {p.candidate.candidate_id for p in chosen}

@@ -14,7 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from nemo_pivotrl.algorithms import pivotrl
+from nemo_pivotrl.algorithms import selection
 from nemo_pivotrl.algorithms.early_stopping import StoppingRule
 from nemo_pivotrl.components.lineage import check_lineage
 from nemo_pivotrl.config import Recipe
@@ -58,7 +58,7 @@ def select_pivots(recipe: Recipe, fresh: bool = False) -> Path:
         elif light.failure is None:
             held_out.append(place)
     check_decided(recipe, train, plan_in(found), source)
-    pivots = pivotrl.select(
+    pivots = selection.select(
         train,
         settings.rule,
         settings.lambda_diff,
@@ -155,10 +155,10 @@ def fate(profile: Profile, pivots: set[str], lambda_diff: float) -> str:
         return "pivot"
     if profile.failure is not None:
         return "failed"
-    stats = pivotrl.statistics(profile.rewards)
+    stats = selection.statistics(profile.rewards)
     if stats.variance <= 1e-12:
         return "all 0" if stats.mean == 0.0 else "all 1" if stats.mean == 1.0 else "all equal"
-    return "not drawn" if pivotrl.keep_pivot(stats, "adv", lambda_diff) else "too easy"
+    return "not drawn" if selection.keep_pivot(stats, "adv", lambda_diff) else "too easy"
 
 
 def length_band(tokens: int) -> str:

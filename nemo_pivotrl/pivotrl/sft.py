@@ -9,8 +9,11 @@ one sequence with several trained spans, which costs a pass over the trajectory 
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
+import hashlib
 import random
+from array import array
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -48,16 +51,36 @@ class Sequence_:
 
 
 def merge(examples: Iterable[tuple[Sequence[int], Sequence[int]]]) -> list[Sequence_]:
-    """Sequences that train every (prompt ids, action ids) once, prefixes merged. Order: longest first."""
+    """Sequences that train every (prompt ids, action ids) once, prefixes merged. Order: longest first.
+
+    The beginnings of what is kept are known by their digests, so the cost is one pass over each sequence, also where a template
+    rewrites earlier turns and nothing merges.
+    """
+    ordered = sorted(examples, key=lambda e: -len(e[0]) - len(e[1]))
+    lengths = sorted({len(prompt) + len(action) for prompt, action in ordered})
+    homes: dict[bytes, list[int]] = {}
     merged: list[tuple[tuple[int, ...], list[int]]] = []
-    for prompt, action in sorted(examples, key=lambda e: -len(e[0]) - len(e[1])):
+    for prompt, action in ordered:
         ids = (*prompt, *action)
-        home = next((trained for held, trained in merged if held[: len(ids)] == ids), None)
+        beginnings = _beginnings(ids, lengths)
+        home = homes.get(beginnings[-1])
         if home is None:
             home = [0] * len(ids)
             merged.append((ids, home))
+            for beginning in beginnings:
+                homes.setdefault(beginning, home)
         home[len(prompt) : len(ids)] = [1] * len(action)
     return [Sequence_(ids, tuple(trained)) for ids, trained in merged]
+
+
+def _beginnings(ids: Sequence[int], lengths: Sequence[int]) -> list[bytes]:
+    """Digests of the first n ids for every n of `lengths` that there is; ascending."""
+    running, found, start = hashlib.sha256(), [], 0
+    for end in lengths[: bisect.bisect_right(lengths, len(ids))]:
+        running.update(array("q", ids[start:end]).tobytes())
+        found.append(running.digest())
+        start = end
+    return found
 
 
 def token_batch(sequences: Sequence[Sequence_]) -> tuple[TokenBatch, float]:

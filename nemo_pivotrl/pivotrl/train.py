@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemo_pivotrl.algorithms import pivotrl, round_rules as rounds
+from nemo_pivotrl.algorithms import pivotrl, round_rules as rounds, selection
 from nemo_pivotrl.algorithms.prefix_tree import prompt_saving
 from nemo_pivotrl.backends import loading
 from nemo_pivotrl.backends.base import Backend, Sampler, TokenBatch
@@ -92,7 +92,7 @@ class PolicyTraining:
         source = recipe.path(settings.pivots)
         found = [c for c in candidates_of(source, "validation") if not verifier.excludes(c.case)]
         held_out = _states(found, chat, recipe, source)
-        held_out = sorted(held_out, key=lambda s: pivotrl.order_key(recipe.seed, s.candidate.candidate_id))
+        held_out = sorted(held_out, key=lambda s: selection.order_key(recipe.seed, s.candidate.candidate_id))
         anchored = recipe.loss_fn.reference_policy_kl_penalty > 0 or settings.val_kl
         self.recipe, self.chat, self.verifier, self.pivots, self.cost = recipe, chat, verifier, pivots, cost
         self.units = together(pivots, settings.keep_together if recipe.policy.prefix_sharing else 1.0)
@@ -220,7 +220,7 @@ def _units(ids: tuple[str, ...], units: tuple[str, ...]) -> tuple[tuple[str, tup
 @lru_cache(maxsize=4)
 def _epoch(units: tuple[tuple[str, tuple[tuple[str, int], ...]], ...], seed: int, epoch: int) -> list[int]:
     def key(named: tuple[str, object]) -> str:
-        return pivotrl.order_key(seed, f"{epoch} {named[0]}")
+        return selection.order_key(seed, f"{epoch} {named[0]}")
 
     return [number for _, members in sorted(units, key=key) for _, number in sorted(members, key=key)]
 

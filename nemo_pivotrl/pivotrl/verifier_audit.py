@@ -15,7 +15,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from nemo_pivotrl.algorithms import pivotrl
+from nemo_pivotrl.algorithms import selection
 from nemo_pivotrl.components.costs import spend
 from nemo_pivotrl.components.lineage import check_lineage
 from nemo_pivotrl.components.progress import progress
@@ -179,7 +179,7 @@ def run_audit(recipe: Recipe, candidates: Sequence[Candidate], verifier: Verifie
     """Probe a sample of the candidates. Other rows' actions come from the whole set."""
     settings = recipe.audit
     size = settings.judged_sample if verifier.asks_judge else settings.sample
-    by_hash = sorted(candidates, key=lambda c: pivotrl.order_key(recipe.seed, c.candidate_id))
+    by_hash = sorted(candidates, key=lambda c: selection.order_key(recipe.seed, c.candidate_id))
     chosen = by_hash[:size] if size else by_hash
     by_tool: dict[str, list[Candidate]] = defaultdict(list)
     for candidate in by_hash:

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from nemo_pivotrl.algorithms import pivotrl
+from nemo_pivotrl.algorithms import selection
 from nemo_pivotrl.config import Recipe
 from nemo_pivotrl.core.artifacts import Header, read_header, read_rows
 from nemo_pivotrl.core.types import Profile
@@ -68,7 +68,7 @@ def gather(recipe: Recipe, numbers: dict[str, Any], plots: dict[str, str]) -> No
 
 
 def _rates(profiles: Sequence[Profile]) -> list[float]:
-    return [pivotrl.statistics(p.rewards).mean for p in profiles if p.failure is None]
+    return [selection.statistics(p.rewards).mean for p in profiles if p.failure is None]
 
 
 def _counts(rates: Sequence[float]) -> dict[str, int]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from support.recipes import recipe_at
 
-from nemo_pivotrl.algorithms import pivotrl
+from nemo_pivotrl.algorithms import selection
 from nemo_pivotrl.core.artifacts import Header, read_header, read_rows, write_artefact
 from nemo_pivotrl.pivotrl.profile_rows import plan_in, profile_of_row
 from nemo_pivotrl.pivotrl.profile_statistics import summarise
@@ -36,7 +36,7 @@ def test_the_page_shows_what_was_saved_the_control_set_repeats_failures_and_toke
     assert f"{summary['repeated_samples']} samples" in page
     assert f"{summary['tokens_generated']} tokens generated" in page
     control = [p for p in map(profile_of_row, rows) if p.control and p.candidate.split == "train"]
-    rates = [pivotrl.statistics(p.rewards).mean for p in control]
+    rates = [selection.statistics(p.rewards).mean for p in control]
     assert numbers["profile"]["control_mean_reward"] == pytest.approx(sum(rates) / len(rates))
     assert sum(numbers["profile"]["control_hit_rate_counts"].values()) == len(control) > 0
     assert f"Control set: {summary['control']['candidates']} candidates" in page

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from support.recipes import recipe_at
 
-from nemo_pivotrl.algorithms import pivotrl
+from nemo_pivotrl.algorithms import selection
 from nemo_pivotrl.config import Recipe
 from nemo_pivotrl.core.artifacts import json_line, placed_rows, read_rows, rows_at
 from nemo_pivotrl.core.types import Action, Candidate, Profile, ToolCall
@@ -24,7 +24,7 @@ def whole(recipe: Recipe) -> bytes:
     s = recipe.select
     train = [p for p in profiles if p.candidate.split == "train"]
     held_out = [p for p in profiles if p.candidate.split == "validation" and p.failure is None]
-    pivots = pivotrl.select(train, s.rule, s.lambda_diff, recipe.seed, s.inclusive, s.limit, s.max_message_ratio)
+    pivots = selection.select(train, s.rule, s.lambda_diff, recipe.seed, s.inclusive, s.limit, s.max_message_ratio)
     rows = (profile_to_row(p, recipe.extract.agent_ref) for p in [*pivots, *held_out])
     return b"".join(json_line({k: v for k, v in row.items() if k not in ("samples", "profile")}) for row in rows)
 

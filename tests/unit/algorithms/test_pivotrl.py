@@ -6,8 +6,9 @@ import math
 import pytest
 import torch
 
-from nemo_pivotrl.algorithms import pivotrl
-from nemo_pivotrl.algorithms.pivotrl import group_advantages, grpo_loss, keep_pivot, kl_k3, statistics
+from nemo_pivotrl.algorithms import selection
+from nemo_pivotrl.algorithms.pivotrl import group_advantages, grpo_loss, kl_k3
+from nemo_pivotrl.algorithms.selection import keep_pivot, statistics
 from nemo_pivotrl.config import LossFn
 from nemo_pivotrl.core.types import Action, Candidate, Profile, ToolCall
 
@@ -87,22 +88,22 @@ def names(profiles: list[Profile]) -> list[str]:
 
 def test_a_failed_candidate_is_never_selected_not_even_by_adv_with_zeros() -> None:
     profiles = [profile("a", outcomes(1, 4)), profile("failed", [], failure="judge"), profile("zero", outcomes(0, 4))]
-    assert names(pivotrl.select(profiles, "adv_with_zeros", 0.6, 0)) == ["a", "zero"]
-    assert "failed" not in names(pivotrl.select(profiles, "random", 0.6, 0, limit=3))
+    assert names(selection.select(profiles, "adv_with_zeros", 0.6, 0)) == ["a", "zero"]
+    assert "failed" not in names(selection.select(profiles, "random", 0.6, 0, limit=3))
 
 
 def test_random_without_a_limit_is_as_large_as_adv_and_does_not_look_at_rewards() -> None:
     profiles = [profile(str(i), outcomes(i % 5, 4)) for i in range(50)]
     flipped = [profile(str(i), outcomes(4 - i % 5, 4)) for i in range(50)]
-    drawn = pivotrl.select(profiles, "random", 0.6, seed=3)
-    assert len(drawn) == len(pivotrl.select(profiles, "adv", 0.6, seed=3)) == 20
-    assert names(drawn) == names(pivotrl.select(flipped, "random", 0.6, seed=3, limit=20))
+    drawn = selection.select(profiles, "random", 0.6, seed=3)
+    assert len(drawn) == len(selection.select(profiles, "adv", 0.6, seed=3)) == 20
+    assert names(drawn) == names(selection.select(flipped, "random", 0.6, seed=3, limit=20))
 
 
 def test_another_seed_is_another_subset_and_smaller_subsets_are_nested() -> None:
     profiles = [profile(f"c{i}", [1.0, 0.0, 0.0, 0.0]) for i in range(40)]
     drawn = {
-        (seed, n): set(names(pivotrl.select(profiles, "adv", 0.6, seed, limit=n))) for seed in (1, 2) for n in (8, 20)
+        (seed, n): set(names(selection.select(profiles, "adv", 0.6, seed, limit=n))) for seed in (1, 2) for n in (8, 20)
     }
     assert drawn[1, 8] < drawn[1, 20] and drawn[2, 8] < drawn[2, 20]
     assert drawn[1, 20] != drawn[2, 20] and drawn[1, 8] != drawn[2, 8]
@@ -112,7 +113,7 @@ def test_max_message_ratio_bounds_talking_turns_and_only_them() -> None:
     profiles = [profile(f"m{i}", outcomes(1, 4), "message") for i in range(6)] + [
         profile(f"c{i}", outcomes(1, 4)) for i in range(6)
     ]
-    kept = names(pivotrl.select(profiles, "adv", 0.6, 0, max_message_ratio=0.25))
+    kept = names(selection.select(profiles, "adv", 0.6, 0, max_message_ratio=0.25))
     assert [n for n in kept if n[0] == "c"] == [f"c{i}" for i in range(6)]
     assert sum(n[0] == "m" for n in kept) == 2  # 2 of 8 is a quarter, 3 of 9 would be a third
 
@@ -403,4 +404,4 @@ def test_identical_improbable_samples_are_suspicious_and_confident_ones_are_not(
     shared_seed = [((1, 2, 3), -4.0)] * 8
     confident = [((1,), -0.001)] * 8
     honest = [((1,), -1.0), ((2,), -1.0), ((1,), -1.0)]
-    assert pivotrl.identical_groups([shared_seed, confident, honest, shared_seed]) == [0, 3]
+    assert selection.identical_groups([shared_seed, confident, honest, shared_seed]) == [0, 3]

@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from support.recipes import ROOT
 
@@ -16,6 +17,7 @@ from nemo_pivotrl.core.errors import InputError
 from nemo_pivotrl.core.types import Action, Candidate, Message, ToolCall, Trajectory
 from nemo_pivotrl.data.gym_rows import candidate_of_row
 from nemo_pivotrl.data.splits import split_by_task
+from nemo_pivotrl.pivotrl.duplicates import SKETCH_SIZE, _similar
 from nemo_pivotrl.pivotrl.extract import cut_all, extract, is_error
 from nemo_pivotrl.pivotrl.growing_state import dangling_call, leaks
 
@@ -420,3 +422,24 @@ def test_real_trajectories_lose_no_turn(tmp_path: Path) -> None:
         {r["provenance"]["task_id"] for r in rows if r["provenance"]["split"] == s} for s in ("train", "validation")
     ]
     assert not tasks[0] & tasks[1] and len(rows) == sum(audit["kept"].values())
+
+
+def test_similar_sketches_are_those_that_comparing_every_pair_finds() -> None:
+    draw = np.random.default_rng(0)
+    base = draw.integers(0, 2**32, (3, SKETCH_SIZE), np.uint32)
+    rows = base[draw.integers(0, 3, 300)].copy()
+    for row in rows:  # entries of few and of many rows, so that rare ones decide and common ones do not
+        places = draw.choice(SKETCH_SIZE, draw.integers(0, 14), replace=False)
+        row[places] = draw.integers(0, 4, len(places))
+    made = [asked("a", "b", 1, str(i % 200)) for i in range(300)]
+    group = [(c, row) for (c, *_), row in zip((cut(one)[0] for one in made), rows, strict=True)]
+    group = [(dataclasses.replace(c, candidate_id=str(i)), row) for i, (c, row) in enumerate(group)]
+    kept: list[int] = []
+    dropped = []
+    for i, (candidate, row) in enumerate(group):
+        near = any(
+            (rows[j] == row).mean() >= 0.95 and group[j][0].trajectory_id != candidate.trajectory_id for j in kept
+        )
+        (dropped if near else kept).append(i)
+    assert len(dropped) > 50 and len(kept) > 50
+    assert list(_similar(group, 0.95)) == [str(i) for i in dropped]
