@@ -205,10 +205,15 @@ def epochs(sequences: Sequence[Sequence_], size: int, step: int, seed: int) -> l
     return [sequences[orders[p // len(sequences)][p % len(sequences)]] for p in places]
 
 
-def conversation(trajectory: dict, chat: Chat) -> Sequence_:
+def conversation(trajectory: dict, chat: Chat, own: Sequence[int] | None = None) -> Sequence_:
+    """A whole conversation as one sequence. own: the assistant turns, counted from 0, that are trained; None: all of them.
+
+    What follows the last trained turn is left out.
+    """
     messages, tools = trajectory["messages"], trajectory["tools"]
     turns = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
-    return merge(_example(messages[:i], tools, messages[i], chat) for i in turns)[0]
+    trained = turns if own is None else [turns[number] for number in own]
+    return merge(_example(messages[:i], tools, messages[i], chat) for i in trained)[0]
 
 
 def fit(
