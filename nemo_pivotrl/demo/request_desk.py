@@ -1,12 +1,12 @@
 """A desk with long conversations: a customer brings two or three requests at once, and most of the clerk's turns are routine.
 
-It stands nearer to what the PivotRL paper trains on than the shop of `service_desk.py`: 9 to 16 turns a conversation instead of four
-(public Terminal-Pivot trajectories have a median of 14), about 60 % of the turns always done right (the paper: 71 % of random turns have no
-signal), and families of requests that no trajectory shows (the paper: 838 training domains, three test domains).
+It stands nearer to what the PivotRL paper trains on than the shop of `service_desk.py`: 9 to 16 turns a conversation instead of
+four (public Terminal-Pivot trajectories have a median of 14), about 60 % of the turns always done right (the paper: 71 % of random
+turns have no signal), and families of requests that no trajectory shows (the paper: 838 training domains, three test domains).
 
 Twelve families come from one grammar: each has a tool of its own name, half of them take a number. `SEEN` are those of the experts'
-trajectories and of validation; `UNSEEN` are played in the test alone. A request is done in five turns: open the record, check it, ask,
-change it, log it; a held record is passed on instead of changed. The start policy has learned all families from clerks who slip
+trajectories and of validation; `UNSEEN` are played in the test alone. A request is done in five turns: open the record, check it,
+ask, change it, log it; a held record is passed on instead of changed. The start policy has learned all families from clerks who slip
 (`SLIPS`) and reads conversations of other clerks (`mixed`), as a post-trained model reads what other models wrote.
 """
 
@@ -30,8 +30,8 @@ FAMILIES = (*PLAIN, *COUNTED)
 HELD = 0.3
 """Share of the records that are held."""
 SLIPS = {"blind": 0.15, "heedless": 0.5, "unasked": 0.25, "stale": 0.2}
-"""What careless clerks do, and at how many of the requests: not check the record, change a held one, change it without asking, write the
-number that the record has already."""
+"""What careless clerks do, and at how many of the requests: not check the record, change a held one, change it without asking,
+write the number that the record has already."""
 
 TOOLS = (
     tool_schema("open", "Open a customer's record.", user="string", kind="string"),
@@ -70,7 +70,9 @@ class RequestEpisode(Episode):
         """Run one of the tools. What changes a record takes the customer's word with it: each change needs one of its own."""
         records = self.database["records"]
         if name == "open":
-            mine = (key for key, r in records.items() if r["user"] == arguments["user"] and r["kind"] == arguments["kind"])
+            mine = (
+                key for key, r in records.items() if r["user"] == arguments["user"] and r["kind"] == arguments["kind"]
+            )
             return {"id": key} if (key := next(mine, None)) else {"error": "no record"}
         record = records.get(arguments["id"])
         if record is None:

@@ -37,6 +37,7 @@ from nemo_pivotrl.core.types import Action, Candidate, Message
 from nemo_pivotrl.data import gym_rows as responses
 from nemo_pivotrl.data.chat_template import Chat
 from nemo_pivotrl.pivotrl.select import candidates_of
+from nemo_pivotrl.pivotrl.validation import whole_tasks
 
 EMBEDDED = "nemo_pivotrl.demo.start_policy:make_start_policy"
 """What `warmup.source: world` runs."""
@@ -144,7 +145,7 @@ def _fine_tune(recipe: Recipe, settings: Sft, fresh: bool) -> Path:
     def draw(step: int) -> list[list[Sequence_]]:
         return [epochs(sequences, settings.batch_size, step, recipe.seed)]
 
-    return fit(recipe, settings, policy, chat, draw, identity, fresh)
+    return fit(recipe, settings, policy, chat, draw, identity, fresh, validated=settings is recipe.sft)
 
 
 def identity_for(recipe: Recipe, settings: Sft, policy: Policy, chat: Chat, data: str) -> str:
@@ -224,9 +225,14 @@ def fit(
     draw: Callable[[int], list[list[Sequence_]]],
     identity: str,
     fresh: bool,
+    validated: bool = False,
 ) -> Path:
-    """Fine-tune `policy`; returns the policy's folder. draw: the parts of a step, each of which has its own token mean."""
-    kept = recipe.checkpointing
+    """Fine-tune `policy`; returns the policy's folder.
+
+    draw: the parts of a step, each of which has its own token mean. validated: play `checkpointing.simulator` and publish as
+    `checkpointing.publish` says; a start policy is what its last step made.
+    """
+    kept = recipe.checkpointing if validated else dataclasses.replace(recipe.checkpointing, publish="last")
     job = Job(
         recipe=recipe,
         stage="sft",
@@ -238,18 +244,26 @@ def fit(
         steps_field="num_steps",
         checkpointing=dataclasses.replace(kept, save_period=max(kept.save_period, settings.num_steps // 5)),
     )
-    return run(job, lambda cost: FineTuning(recipe, settings, policy, draw), fresh)
+    return run(job, lambda cost: FineTuning(recipe, settings, policy, draw, chat if validated else None), fresh)
 
 
 class FineTuning:
     """A policy in training on expert actions (`components.loop.Work`)."""
 
-    def __init__(self, recipe: Recipe, settings: Sft, policy: Policy, draw: Callable[[int], list[list[Sequence_]]]):
+    def __init__(
+        self,
+        recipe: Recipe,
+        settings: Sft,
+        policy: Policy,
+        draw: Callable[[int], list[list[Sequence_]]],
+        chat: Chat | None = None,
+    ):
+        """chat: with it, whole tasks are played as `checkpointing.simulator` says."""
         plain = dataclasses.replace(policy.generation, temperature=1.0)  # the likelihood itself, not a tempered one
         own = policy.model_name == recipe.policy.model_name
         megatron = recipe.megatron if own else without_start(recipe.megatron)
         trained = dataclasses.replace(policy, prefix_sharing=False, generation=plain, sampler="backend")
-        self.settings, self.draw = settings, draw
+        self.recipe, self.settings, self.draw, self.chat = recipe, settings, draw, chat
         self.trainer = loading.load(trained, megatron)
         self.trainer.prepare_for_training(settings.optimizer)
 
@@ -266,8 +280,8 @@ class FineTuning:
         return Step(metrics, {"tokens_trained": int(tokens)})
 
     def validate(self, step: int, last: bool, known: dict[str, float]) -> dict[str, float]:
-        """Nothing is held out."""
-        return {}
+        """Whole tasks; no turn is held out."""
+        return whole_tasks(self.recipe, self.trainer, self.chat, step, last, known) if self.chat else {}
 
 
 def decay(step: int, settings: Sft) -> float:
