@@ -48,6 +48,8 @@ class World:
 class Manners:
     """The embedded world of LLMdoctor (`demo/answer_styles.py`): a tiny patient, a smaller doctor, questions to ask."""
 
+    source: Literal["lessons", "shipped"] = "lessons"
+    """Train patient and novice on lessons, or take those that come with the package and have the default sizes."""
     lessons: int = ranged(4000, 1)
     """Conversations from which the tiny patient and the untrained doctor learn."""
     vocab_size: int = ranged(400, 300)

@@ -159,10 +159,11 @@ class Sft:
 
     name: str = "sft"
     """Folder under run_dir that receives the checkpoint."""
-    source: Literal["world", "candidates", "pivots"] = "pivots"
+    source: Literal["world", "shipped", "candidates", "pivots"] = "pivots"
     """What it trains on: the train split of candidates or pivots, or the demo world's own text.
 
-    `world` makes a tiny model from nothing.
+    `world` makes a tiny model from nothing; `shipped` trains nothing and takes the one that comes with the package. Both are the
+    warm-up's only.
     """
     init: str = ""
     """HF checkpoint to start from; empty: policy.model_name."""

@@ -11,7 +11,8 @@ from nemo_pivotrl.components.rollout import load_chat
 from nemo_pivotrl.config import Recipe
 from nemo_pivotrl.core.artifacts import digest
 from nemo_pivotrl.core.atomic import replacing_folder
-from nemo_pivotrl.demo import request_desk, service_desk, simulators, tiny_models
+from nemo_pivotrl.core.errors import InputError, Problem
+from nemo_pivotrl.demo import request_desk, service_desk, shipped, simulators, tiny_models
 from nemo_pivotrl.pivotrl.sft import Sequence_, conversation, epochs, fit, identity_for
 
 COPY_BATCH = 128
@@ -51,6 +52,14 @@ def make_start_policy(recipe: Recipe, fresh: bool) -> Path:
         return [desk_batch, epochs(puzzle_sequences, PUZZLE_BATCH, step, recipe.seed)]
 
     return fit(recipe, settings, policy, chat, draw, identity, fresh)
+
+
+def shipped_start_policy(recipe: Recipe, fresh: bool) -> Path:
+    """The request desk's start policy as the package has it; returns its folder. Raises InputError for another desk."""
+    if recipe.world.desk != "requests":
+        remedy = "set world.desk: requests, or warmup.source: world, which trains one"
+        raise InputError(Problem("recipe", None, "warmup.source", "shipped, for another desk", remedy))
+    return shipped.unpack("start-policy", recipe.path(recipe.warmup.name) / "policy")
 
 
 def warmup_trajectories(recipe: Recipe) -> tuple[list[dict], list[dict]]:

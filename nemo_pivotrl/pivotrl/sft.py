@@ -39,8 +39,11 @@ from nemo_pivotrl.data.chat_template import Chat
 from nemo_pivotrl.pivotrl.select import candidates_of
 from nemo_pivotrl.pivotrl.validation import whole_tasks
 
-EMBEDDED = "nemo_pivotrl.demo.start_policy:make_start_policy"
-"""What `warmup.source: world` runs."""
+EMBEDDED = {
+    "world": "nemo_pivotrl.demo.start_policy:make_start_policy",
+    "shipped": "nemo_pivotrl.demo.start_policy:shipped_start_policy",
+}
+"""What runs for `warmup.source`."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -102,12 +105,9 @@ def token_batch(sequences: Sequence[Sequence_]) -> tuple[TokenBatch, float]:
 @one_writer
 def sft(recipe: Recipe, fresh: bool = False) -> Path:
     """Fine-tune the start policy on the expert actions of `sft.source`; returns the policy's folder."""
-    if recipe.sft.source == "world":
-        raise InputError(
-            Problem(
-                "recipe", None, "sft.source", "world", "only warmup starts from the world; use candidates or pivots"
-            )
-        )
+    if (source := recipe.sft.source) in EMBEDDED:
+        remedy = "only warmup starts from the world; use candidates or pivots"
+        raise InputError(Problem("recipe", None, "sft.source", source, remedy))
     return _fine_tune(recipe, recipe.sft, fresh)
 
 
@@ -118,8 +118,8 @@ def warmup(recipe: Recipe, fresh: bool = False) -> Path:
         found, target = recipe.policy.model_name, recipe.path(recipe.warmup.name) / "policy"
         remedy = f"the warmup would write {target}; point policy.model_name there, or leave the warmup out"
         raise InputError(Problem("recipe", None, "policy.model_name", found, remedy))
-    if recipe.warmup.source == "world":
-        return cast("Path", load_plugin(EMBEDDED, "warmup.source")(recipe, fresh))
+    if recipe.warmup.source in EMBEDDED:
+        return cast("Path", load_plugin(EMBEDDED[recipe.warmup.source], "warmup.source")(recipe, fresh))
     return _fine_tune(recipe, recipe.warmup, fresh)
 
 
