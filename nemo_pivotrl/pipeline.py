@@ -35,6 +35,10 @@ def run(recipe: Recipe, fresh: bool = False) -> Path:
 
     An arm trains beside the pivots for each rule of `select.rule` that evaluate.policies names, e.g. `random`: as many candidates,
     not filtered.
+
+    >>> page = run(load_recipe("llmdoctor.yaml", ["run_dir=runs/steered"]))
+    >>> page.name
+    'report.html'
     """
     start = time.perf_counter()
     if fresh:

@@ -55,6 +55,11 @@ def token_rewards(
     rewards of exactly 0. Which face prefers the token plays no part: the label alone gives the sign.
 
     Raises ValueError for a log-probability inside the mask that is not finite, and for settings out of range.
+
+    >>> kind, rude = torch.tensor([[-1.0, -1.0, -1.0]]), torch.tensor([[-1.0, -4.0, -1.0]])
+    >>> mask, chosen = torch.ones(1, 3, dtype=torch.bool), torch.tensor([False])
+    >>> token_rewards(kind, rude, mask, chosen, tau=1.0, theta=0.5, eps=1e-6).rewards  # a rejected answer
+    tensor([[ 0.0000, -0.9951,  0.0000]])
     """
     if not (tau > 0 and eps > 0 and 0 <= theta < 1):
         raise ValueError(f"tau and eps must be > 0 and theta in [0, 1): got tau {tau}, eps {eps}, theta {theta}")
@@ -391,6 +396,13 @@ def tfpo_loss(
     `target_margin` (what it is when the loss is 0 and both answers ended; the anchored loss sets the drifts'
     difference to it), `ordered` (margin > 0), and against the reference, 0 without one: `chosen_drift`,
     `rejected_drift` (nats an answer; the latter rising is rejected text becoming likelier) and `ordered_drift`.
+
+    >>> tokens, rewards = torch.tensor([[5, 6], [5, 7]]), torch.tensor([[0.0, 1.0], [0.0, -1.0]])
+    >>> mask, ended, settings = torch.ones(2, 2, dtype=torch.bool), torch.tensor([True, True]), TfpoLoss()
+    >>> layout = plan(tokens, rewards, mask, ended, pairs=torch.tensor([[0, 1]]), settings=settings)
+    >>> loss, metrics = tfpo_loss(torch.full((2, 2), -1.0), torch.zeros(2, 3), layout, normaliser=1, settings=settings)
+    >>> float(metrics["margin"]), float(metrics["target_margin"])  # both answers are as likely; one should be likelier
+    (0.0, 4.0)
     """
     if reference_log_probs is not None:
         reference_log_probs = pad(reference_log_probs, (0, 1))
@@ -434,6 +446,10 @@ def mix_logits(
     A model with weight 0 in a row is not read there: it may hold anything, and beta 0 with alpha 1 gives the patient's
     log-softmax to the bit. A token that a model with another weight excludes (-inf) is excluded. Raises ValueError for
     a row in which that leaves no token.
+
+    >>> patient, doctor = torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.75, 0.25]]).log()
+    >>> mix_logits(patient, [doctor], alpha=torch.ones(1), beta=torch.tensor([[2.0]]), vocab_size=2).exp()  # 9 to 1
+    tensor([[0.9000, 0.1000]])
     """
     logs = [_log_probs(model, vocab_size) for model in (patient, *doctors)]
     weights = [alpha, *beta.unbind(1)]
@@ -474,24 +490,6 @@ def entropy_gate(patient: Tensor, beta: Tensor, minimum: Tensor, vocab_size: int
     log = _log_probs(patient, vocab_size)
     entropy = -(log.exp() * log.masked_fill(log.isneginf(), 0.0)).sum(1)
     return beta.masked_fill((entropy < minimum)[:, None], 0.0)
-
-
-def truncate(log_probs: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
-    """Log-probabilities [R, V] to sample from: temperature, then top-k, then top-p of what top-k left (D16).
-
-    Apply it to the mixture, not to the patient. All settings [R]: temperature 0 keeps the argmax alone, top_k 0 and
-    top_p 1 keep all. Top-p keeps the fewest likeliest tokens whose mass reaches it, one at least; lower ids win ties.
-    """
-    greedy = temperature == 0
-    ordered, token = log_probs.sort(dim=1, descending=True, stable=True)
-    ordered = ordered / temperature.to(ordered.dtype).masked_fill(greedy, 1.0)[:, None]
-    keep = top_k.masked_fill(top_k == 0, log_probs.shape[1]).masked_fill(greedy, 1)[:, None]
-    ordered = ordered.masked_fill(torch.arange(log_probs.shape[1], device=token.device) >= keep, -torch.inf)
-    before = pad(torch.softmax(ordered, 1).cumsum(1), (1, -1))
-    cut = (before >= top_p[:, None]) & (top_p < 1)[:, None]
-    cut[:, 0] = False
-    kept = torch.log_softmax(ordered.masked_fill(cut, -torch.inf), 1)
-    return torch.empty_like(kept).scatter(1, token, kept)
 
 
 def kl(log_probs: Tensor, other: Tensor) -> Tensor:

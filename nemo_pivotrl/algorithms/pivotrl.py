@@ -39,6 +39,11 @@ def group_advantages(
     and sample standard deviation (G-1), divided by std + `delta`. `leave_one_out` reproduces NeMo-RL: mean and sample
     std of the *other* samples, no division where that std is 0 (within `tolerance`, so that rounding cannot explode).
     Computed in float64, returned in the rewards' dtype.
+
+    >>> rewards = torch.tensor([[1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0]])  # the second pivot has no signal
+    >>> group_advantages(rewards, valid=torch.ones(2, 4, dtype=torch.bool))
+    tensor([[ 1.5000, -0.5000, -0.5000, -0.5000],
+            [ 0.0000,  0.0000,  0.0000,  0.0000]])
     """
     raw, mask = rewards.double(), valid.double()
     count = mask.sum(1, keepdim=True)
@@ -92,6 +97,11 @@ def grpo_loss(
     tokens (`token_level_loss`), or trained sequences. Micro-batches therefore add up to the batch, and an empty one gives a
     connected zero. Raises ValueError without `ref_log_probs` where there is a KL penalty, and without `sampler_log_probs`
     where the importance of a token is corrected.
+
+    >>> old, advantages = torch.full((2, 3), -1.0), torch.tensor([1.0, -1.0])
+    >>> loss, metrics = grpo_loss(old, old, advantages, torch.ones(2, 3), normaliser=6, settings=LossFn())
+    >>> float(loss), float(metrics["clip_share"])  # the policy that sampled: its ratios are 1
+    (0.0, 0.0)
     """
     beta = settings.reference_policy_kl_penalty
     if beta > 0 and ref_log_probs is None:

@@ -34,11 +34,6 @@ class Span:
     start: str
     end: str
 
-    @classmethod
-    def of_ids(cls, tokenizer: PreTrainedTokenizerBase, start: Sequence[int], end: Sequence[int]) -> Span:
-        """The span between two markers given as token ids."""
-        return cls(tokenizer.decode(list(start)), tokenizer.decode(list(end)))
-
 
 # ---- contract ----
 
@@ -302,6 +297,12 @@ class GuidedLogitsProcessor(LogitsProcessor):
     all rows, or one for each prompt. Padding columns come out as -inf; where the patient decodes alone its logits pass
     to the bit. Rows may be repeated and reordered (several samples, beams): a row's past says which caches are its own.
     One object serves one call of generate(); another past is refused with ValueError.
+
+    >>> asked = patient_tokenizer("how is the tea", return_tensors="pt")
+    >>> steer = GuidedLogitsProcessor(guided.doctors, asked["attention_mask"], beta={"kind": 1.0})
+    >>> given = {"input_ids": asked["input_ids"], "attention_mask": asked["attention_mask"]}
+    >>> guided.patient.generate(**given, logits_processor=LogitsProcessorList([steer]), max_new_tokens=4).shape[0]
+    1
     """
 
     def __init__(

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from nemo_pivotrl.backends.batching import batches
 from nemo_pivotrl.config import Generation
@@ -99,6 +100,24 @@ def draw(logits: Tensor, uniform: Tensor, generation: Generation) -> tuple[Tenso
         max=log_p.shape[1] - 1
     )
     return token, log_p.gather(1, token[:, None])[:, 0]
+
+
+def truncate(log_probs: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
+    """Log-probabilities [R, V] to sample from: temperature, then top-k, then top-p of what top-k left (D16).
+
+    Apply it to the mixture, not to the patient. All settings [R]: temperature 0 keeps the argmax alone, top_k 0 and
+    top_p 1 keep all. Top-p keeps the fewest likeliest tokens whose mass reaches it, one at least; lower ids win ties.
+    """
+    greedy = temperature == 0
+    ordered, token = log_probs.sort(dim=1, descending=True, stable=True)
+    ordered = ordered / temperature.to(ordered.dtype).masked_fill(greedy, 1.0)[:, None]
+    keep = top_k.masked_fill(top_k == 0, log_probs.shape[1]).masked_fill(greedy, 1)[:, None]
+    ordered = ordered.masked_fill(torch.arange(log_probs.shape[1], device=token.device) >= keep, -torch.inf)
+    before = pad(torch.softmax(ordered, 1).cumsum(1), (1, -1))
+    cut = (before >= top_p[:, None]) & (top_p < 1)[:, None]
+    cut[:, 0] = False
+    kept = torch.log_softmax(ordered.masked_fill(cut, -torch.inf), 1)
+    return torch.empty_like(kept).scatter(1, token, kept)
 
 
 def check_finite(totals: Mapping[str, float]) -> dict[str, float]:

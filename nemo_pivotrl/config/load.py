@@ -27,6 +27,9 @@ def load_recipe(path: str, overrides: Sequence[str] = (), beside: Sequence[str] 
     """The recipe at `path` with `key=value` overrides. Raises InputError with every problem found.
 
     `beside`: sections of the file that are another program's.
+
+    >>> load_recipe("recipe.yaml", ["select.lambda_diff=0.6"]).select.lambda_diff
+    0.6
     """
     from omegaconf import DictConfig, OmegaConf
     from omegaconf.errors import OmegaConfBaseException

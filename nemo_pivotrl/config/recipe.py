@@ -23,7 +23,11 @@ from nemo_pivotrl.core.artifacts import digest
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class Recipe:
-    """All of it."""
+    """Every setting of a run, by section. Values are checked when a file is loaded (`load_recipe`).
+
+    >>> Recipe(run_dir="runs/mine").path("pivots.jsonl")
+    PosixPath('runs/mine/pivots.jsonl')
+    """
 
     algorithm: Literal["pivotrl", "llmdoctor"] = "pivotrl"
     """Whose stages `run` goes through."""

@@ -14,7 +14,12 @@ TRY_AGAIN = 75
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One thing wrong with an input, in the words a person needs to mend it."""
+    """One thing wrong with an input, in the words a person needs to mend it.
+
+    >>> print(Problem("recipe.yaml", None, "seed", "-1", "give 0 or more"))
+    recipe.yaml: seed: found -1
+        -> give 0 or more
+    """
 
     file: str
     """Path of the input, or the recipe's path."""
@@ -46,7 +51,14 @@ class AtWork(RuntimeError):
 
 
 class InputError(ValueError):
-    """Bad input or a bad recipe: all problems at once. The command prints it and exits with code 2."""
+    """Bad input or a bad recipe: all problems at once. The command prints it and exits with code 2.
+
+    >>> try:
+    ...     load_recipe("recipe.yaml", ["select.lambda_dif=0.6"])
+    ... except InputError as error:
+    ...     [(problem.field, problem.remedy) for problem in error.problems]
+    [('select.lambda_dif', 'did you mean `lambda_diff`?')]
+    """
 
     def __init__(self, problems: Iterable[Problem] | Problem):
         self.problems = [problems] if isinstance(problems, Problem) else list(problems)

@@ -78,7 +78,12 @@ class Case:
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A pair (state, expert action): one assistant turn of one trajectory."""
+    """A pair (state, expert action): one assistant turn of one trajectory.
+
+    >>> state, action = ({"role": "user", "content": "Book it."},), Action("calls", calls=(ToolCall("book", "{}"),))
+    >>> Candidate("t1:1", "t1", "task", "train", 1, 0, messages=state, tools=(), expected=action).action_name
+    'book'
+    """
 
     candidate_id: str
     trajectory_id: str
@@ -146,7 +151,11 @@ class FailedSample:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """A verifier's judgement of one sampled action."""
+    """A verifier's judgement of one sampled action.
+
+    >>> Verdict(1.0, "EQUAL").reward
+    1.0
+    """
 
     reward: float
     """In [0, 1]."""

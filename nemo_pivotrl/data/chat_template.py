@@ -194,10 +194,6 @@ class Chat:
             return None
         return place + len(begins) if whole.startswith(begins, place) else place
 
-    def action_text(self, messages: Sequence[Message], tools: Tools, action: Message) -> str:
-        """What the template writes for assistant message `action` after the state, end-of-turn marker included."""
-        return self.turn(messages, tools, action).text.plain
-
     def example_ids(self, messages: Sequence[Message], tools: Tools, action: Message) -> tuple[list[int], list[int]]:
         """Token ids of a state and of an expert's turn behind it, up to its end-of-turn token.
 

@@ -38,7 +38,12 @@ Row = dict[str, Any]
 @one_writer
 def assess(recipe: Recipe, fresh: bool = False) -> Path:
     """Write `assessment.jsonl` (one row an answer) and `assessment.json`, and print the table. Resumes after kill -9 to the
-    same bytes; times stand in the ledger alone."""
+    same bytes; times stand in the ledger alone.
+
+    >>> path = assess(load_recipe("llmdoctor.yaml"))
+    >>> path.name
+    'assessment.jsonl'
+    """
     _check(recipe)
     settings, path = recipe.assess, recipe.path("assessment.jsonl")
     header = Header("assessment", _digest(recipe), policy=policy_revision(recipe.patient.model_name))

@@ -71,7 +71,12 @@ Rendered = tuple[list[int], dict[str, list[int]]]
 
 @one_writer
 def decode(recipe: Recipe, fresh: bool = False) -> Path:
-    """Write the decoded artefact and print what guidance changed. Raises InputError for what cannot be decoded."""
+    """Write the decoded artefact and print what guidance changed. Raises InputError for what cannot be decoded.
+
+    >>> path = decode(load_recipe("llmdoctor.yaml", ["decode.prompts=prompts.jsonl", "decode.max_new_tokens=8"]))
+    >>> path.name
+    'decoded.jsonl'
+    """
     settings = recipe.decode
     if not settings.prompts:
         problem = Problem("recipe", None, "decode.prompts", "nothing", "give a JSONL file, one prompt a line")

@@ -55,7 +55,12 @@ NOISE_MARGIN = 10
 
 @one_writer
 def build_rewards(recipe: Recipe, fresh: bool = False) -> Path:
-    """Write `token_rewards.jsonl` and `token_rewards.json`; returns the artefact. Raises InputError for bad input."""
+    """Write `token_rewards.jsonl` and `token_rewards.json`; returns the artefact. Raises InputError for bad input.
+
+    >>> path = build_rewards(load_recipe("llmdoctor.yaml"))
+    >>> path.name
+    'token_rewards.jsonl'
+    """
     return write_token_rewards(
         recipe,
         load_patient_chat(recipe.patient),

@@ -38,6 +38,10 @@ def train_doctor(recipe: Recipe, fresh: bool = False) -> Path:
     """Train the doctors; returns the (last) doctor's folder, an ordinary HF checkpoint without the head.
 
     Raises InputError for another tokenizer than the patient's, an unknown objective, and pairs that do not fit.
+
+    >>> folder = train_doctor(load_recipe("llmdoctor.yaml"))
+    >>> (folder / "model.safetensors").exists()
+    True
     """
     settings, source = recipe.tfpo, recipe.path("token_rewards.jsonl")
     chat = load_chat(recipe.doctor)

@@ -49,6 +49,10 @@ def evaluate(recipe: Recipe, fresh: bool = False) -> Path:
     """Write `evaluation.jsonl` (a line for each policy and set) and `evaluation.json`; print the table.
 
     The JSON holds means, intervals and paired differences from the first policy.
+
+    >>> path = evaluate(load_recipe("recipe.yaml"))
+    >>> path.name
+    'evaluation.jsonl'
     """
     settings, source = recipe.evaluate, recipe.path("candidates.jsonl")
     check_dashboards(recipe)

@@ -77,7 +77,12 @@ _ERROR_START = re.compile(
 
 @one_writer
 def extract(recipe: Recipe, fresh: bool = False) -> Path:
-    """Write `candidates.jsonl` and its audit; returns the artefact's path. Raises InputError for bad trajectories."""
+    """Write `candidates.jsonl` and its audit; returns the artefact's path. Raises InputError for bad trajectories.
+
+    >>> path = extract(load_recipe("recipe.yaml", ["run_dir=runs/mine"]))
+    >>> path.name
+    'candidates.jsonl'
+    """
     settings = recipe.extract
     reading = read_trajectories(
         settings.trajectories, settings.format, settings.tools, settings.on_invalid, settings.min_reward

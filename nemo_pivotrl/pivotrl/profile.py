@@ -61,6 +61,10 @@ def profile(recipe: Recipe, fresh: bool = False, shard: Shard | None = None) -> 
     """Write `profiles.jsonl`, or with a `shard` its part of it, beside other shards.
 
     Raises InputError when more candidates fail than the recipe allows, AtWork where another process writes in the run folder.
+
+    >>> path = profile(load_recipe("recipe.yaml"))
+    >>> path.name
+    'profiles.jsonl'
     """
     with only_writer(Path(recipe.run_dir), "profile", f"shard {shard.number}/{shard.of}" if shard else ""):
         return _profile(recipe, fresh, shard)

@@ -58,6 +58,10 @@ def train(recipe: Recipe, fresh: bool = False, until: Until | None = None) -> Pa
     """Train on the pivot set; returns the final policy's folder (HF). Raises InputError for headers that do not match.
 
     `until` ends the training before its last step; without it the out-of-domain score does, where it is measured.
+
+    >>> folder = train(load_recipe("recipe.yaml", ["grpo.max_num_steps=1"]))
+    >>> (folder / "model.safetensors").exists()
+    True
     """
     settings, source = recipe.grpo, recipe.path(recipe.grpo.pivots)
     chat = load_chat(recipe.policy, recipe.verifier.limits)

@@ -82,17 +82,12 @@ def model_problems(architecture: Architecture, megatron: Megatron) -> list[Probl
 def training_problems(policy: Policy, megatron: Megatron, with_reference: bool) -> list[Problem]:
     """What the trainer cannot do. with_reference: the start policy's weights are kept beside those that train."""
     problems = []
-    cp, cpu = megatron.context_parallel_size, megatron.cpu
     if policy.lora.enabled:
         remedy = "the megatron backend trains all weights: switch it off, or use the reference backend"
         problems.append(Problem("recipe", None, "policy.lora.enabled", "true", remedy))
     if with_reference and megatron.fp8 != "none" and megatron.fp8_param:
         remedy = "weights in FP8 cannot be swapped for the start policy's and come back unrounded: unset it"
         problems.append(Problem("recipe", None, "megatron.fp8_param", "true, with a KL reference", remedy))
-    if policy.prefix_sharing and cp > 1 and not cpu:
-        remedy = "on GPUs attention over shared prefixes is not cut over ranks: set it to off, or use 1 such rank"
-        found = f"on, with megatron.context_parallel_size {cp}"
-        problems.append(Problem("recipe", None, "policy.prefix_sharing", found, remedy))
     unequal = megatron.pipeline_model_parallel_size > 1 or megatron.expert_model_parallel_size > 1
     if megatron.moe_token_dispatcher_type == "allgather" and unequal:
         remedy = "micro-batches differ in length between ranks, which only alltoall allows"
@@ -107,8 +102,6 @@ def _mamba_problems(mamba: Mamba, megatron: Megatron) -> list[Problem]:
     if megatron.sequence_packing:
         remedy = "megatron-core 0.16 would carry a Mamba state from one sequence into the next: leave it off"
         problems.append(Problem("recipe", None, "megatron.sequence_packing", "true, with Mamba layers", remedy))
-    if cp > 1 and megatron.cpu:
-        problems.append(Problem("recipe", None, field, str(cp), "Mamba layers with context parallelism need a GPU"))
     if mamba.num_heads % tp == 0 and mamba.num_heads // tp % cp:
         remedy = f"it must divide a rank's Mamba heads, {mamba.num_heads} / {tp}"
         problems.append(Problem("recipe", None, field, str(cp), remedy))

@@ -208,6 +208,9 @@ def layer_kept(a: Architecture, kind: str, m: Megatron, engine: Engine, batch: M
     if kind == "M":
         return norm + _mamba(a, e, engine, batch.shared)
     attention = norm + _attention(a, engine, e, batch.length if scores else 0)
+    if batch.shared:  # every context-parallel rank keeps the keys and values of the whole stream
+        own = a.head_dim * max(1, a.num_key_value_heads // m.tensor_model_parallel_size)
+        attention += Kept(whole=2 * e * own * (m.context_parallel_size - 1))
     if kind == "*":
         return attention
     mixed = attention if not a.hybrid else Kept()

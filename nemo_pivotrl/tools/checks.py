@@ -46,7 +46,6 @@ ROLES: dict[str, tuple[str, ...]] = {
 }
 """Stages that are checked -> the sections whose model they load."""
 TRAINS = ("sft", "train", "tfpo")
-ARTEFACTS = {"candidates", "pivots", "preferences", "token_rewards"}
 VERIFIED = 16
 """Candidates whose own expert action is shown to the verifier."""
 ROOM = 1 << 28

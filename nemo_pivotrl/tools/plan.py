@@ -167,10 +167,7 @@ def notes_of(recipe: Recipe, shape: Architecture) -> list[str]:
             notes.append(f"{shape.num_key_value_heads} key-value heads over {tp} ranks: {copies} ranks hold each head")
     if not recipe.policy.prefix_sharing:
         naive, shared = step_tokens(replace(recipe, policy=replace(recipe.policy, prefix_sharing=True)))
-        why = (
-            " (on GPUs it needs megatron.context_parallel_size 1)" if recipe.megatron.context_parallel_size > 1 else ""
-        )
-        notes.append(f"policy.prefix_sharing is off{why}: on, a step would run {naive / shared:.1f} times fewer tokens")
+        notes.append(f"policy.prefix_sharing is off: on, a step would run {naive / shared:.1f} times fewer tokens")
     if recipe.policy.backend == "megatron" and recipe.megatron.fp8 != "none":
         notes.append("operations in FP8 are counted at the speed of bfloat16: put a measured share in plan.train_mfu")
     return notes

@@ -26,7 +26,16 @@ class VerifierFault(RuntimeError):
 
 
 class Verifier(Protocol):
-    """What a stage needs of a verifier."""
+    """What a stage needs of a verifier. A class that has these parts is one; it inherits nothing.
+
+    >>> class AnyCall:
+    ...     name, version, concurrency, asks_judge = "any_call", "1", 1, False
+    ...
+    ...     def verify(self, case, actual):
+    ...         return Verdict(float(actual.kind == "calls"), "CALLS")
+    >>> AnyCall().verify(Case(Action("message", "Hello")), Action("message", "Hi")).reward
+    0.0
+    """
 
     @property
     def name(self) -> str: ...

@@ -14,7 +14,6 @@ import itertools
 import json
 import logging
 import os
-import random
 import re
 import threading
 import time
@@ -26,6 +25,7 @@ from typing import Any, ClassVar, Literal
 import httpx
 
 from nemo_pivotrl import config
+from nemo_pivotrl.backends.http_retry import growing_pause
 from nemo_pivotrl.core.artifacts import digest, json_line
 from nemo_pivotrl.core.atomic import append_line, open_input
 from nemo_pivotrl.core.errors import InputError, Problem, short
@@ -40,9 +40,6 @@ from nemo_pivotrl.verifiers.swe import category_of
 __all__ = ["Calibration", "Judge", "JudgeVerifier", "calibrate", "connect", "refuse_self_judge"]
 
 ORDERS_DISAGREE = "the orders disagree"
-MAX_PAUSE = 30.0
-"""Seconds; bounds what a server may ask for with Retry-After too."""
-_JITTER = random.Random()  # the global generator belongs to the stages
 
 
 class _Cache:
@@ -158,8 +155,7 @@ class Judge:
             except PassingFault as fault:
                 if attempt == s.max_retries:
                     raise VerifierFault(fault.kind, f"{fault} (asked {attempt + 1} times)") from None
-                growing = min(MAX_PAUSE, s.backoff_s * 2.0 ** min(attempt, 30))
-                time.sleep(min(MAX_PAUSE, max(fault.pause, growing * _JITTER.uniform(0.5, 1.0))))
+                time.sleep(max(fault.pause, growing_pause(attempt, s.backoff_s)))
         raise AssertionError("unreachable")
 
     def _answer(self, body: dict[str, Any], code: str) -> bool:

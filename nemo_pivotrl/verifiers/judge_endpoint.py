@@ -9,13 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import email.utils
 import ipaddress
 import logging
-import math
 import os
 import threading
-import time
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -23,10 +20,10 @@ from typing import Any
 import httpx
 
 from nemo_pivotrl import config
+from nemo_pivotrl.backends.http_retry import RETRIED, retry_after
 from nemo_pivotrl.core.errors import InputError, Problem, short
 from nemo_pivotrl.verifiers.base import VerifierFault
 
-RETRIED = frozenset((408, 409, 425, 429, *range(500, 600)))
 MAX_ANSWER = 1 << 20
 """Bytes of a response that are read."""
 KEY_PIECE = 8
@@ -118,7 +115,7 @@ class Endpoint:
             return bytes(read)
         found = f"status {response.status_code} from {self._base}: {self.show(read.decode('utf-8', 'replace'))}"
         if response.status_code in RETRIED:
-            raise PassingFault("judge_http", found, _seconds(response.headers.get("retry-after", "")))
+            raise PassingFault("judge_http", found, retry_after(response.headers.get("retry-after", "")) or 0.0)
         raise VerifierFault("judge_refused", found)
 
 
@@ -201,15 +198,3 @@ def _traces(key: str) -> list[str]:
         return []
     forms = [key, key[::-1], base64.b64encode(key.encode()).decode().rstrip("=")]
     return [*forms, *(form[i : i + KEY_PIECE] for form in forms for i in range(len(form) - KEY_PIECE + 1))]
-
-
-def _seconds(retry_after: str) -> float:
-    """Seconds of a Retry-After header, which is a number or a date; 0 where it is neither."""
-    try:
-        wanted = float(retry_after)
-    except ValueError:
-        try:
-            wanted = email.utils.parsedate_to_datetime(retry_after).timestamp() - time.time()
-        except (ValueError, OverflowError):
-            return 0.0
-    return 0.0 if math.isnan(wanted) else max(wanted, 0.0)

@@ -48,6 +48,10 @@ def load_verifier(
 
     Raises InputError for an unknown name or setting and for a class that lacks a part of `Verifier`.
     `judge_factory` makes the judge of a verifier that asks one; the default connects to `settings.judge`.
+
+    >>> verifier = load_verifier(nemo_pivotrl.config.Verifier(name="exact"))
+    >>> verifier.verify(Case(Action("message", "Hello")), Action("message", "Hello")).reward
+    1.0
     """
     cls = _class_of(settings.name, where)
     given = {f.name for f in dataclasses.fields(cls)} & SHARED

@@ -33,7 +33,6 @@ NAMED_DATE = re.compile(
 MOMENT = re.compile(r"\d{4}-\d{2}-\d{2}[T ]\d{2}:\d{2}(:\d{2}([.,]\d{1,6})?)?([Zz]|[+-]\d{2}:?\d{2})?")
 MAIL = re.compile(r"([^@\s\"'<>]+)@([A-Za-z0-9-]+(?:\.[A-Za-z0-9-]+)+)")
 PHONE = re.compile(r"\+\d[\d ().-]{5,22}\d")
-WEB = re.compile(r"https?://\S+")
 
 
 def number(value: int | float | Decimal) -> tuple[str, str]:

@@ -11,107 +11,84 @@ from support.workers import Workers
 from torch import Tensor
 
 from nemo_pivotrl.backends.megatron import logprobs
-from nemo_pivotrl.backends.megatron.logprobs import chunked_log_probs, log_probs_of, shard_of
+from nemo_pivotrl.backends.megatron.logprobs import chunked_log_probs, shard_of
 
 VOCABULARY, PADDED, HIDDEN, TOKENS = 37, 40, 8, 12
 
 
-def case(dtype: torch.dtype = torch.float64, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """hidden [M, H], weight [padded V, H], targets [M], and a weight for each log-probability and entropy."""
+def case(dtype: torch.dtype = torch.float64, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """hidden [M, H], weight [padded V, H], targets [M], and a weight for each log-probability."""
     maker = torch.Generator().manual_seed(seed)
     hidden = torch.randn(TOKENS, HIDDEN, generator=maker, dtype=torch.float64).to(dtype)
     weight = torch.randn(PADDED, HIDDEN, generator=maker, dtype=torch.float64).to(dtype)
     targets = torch.randint(VOCABULARY, (TOKENS,), generator=maker)
     targets[0], targets[1] = 0, VOCABULARY - 1
-    a, b = torch.randn(2, TOKENS, generator=maker, dtype=torch.float64).unbind(0)
-    return hidden, weight, targets, a, b
+    return hidden, weight, targets, torch.randn(TOKENS, generator=maker, dtype=torch.float64)
 
 
-def plain(logits: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def plain(logits: Tensor, targets: Tensor, temperature: float) -> Tensor:
     """The formula, straight from torch."""
-    log_p = torch.log_softmax(logits[..., :VOCABULARY] / temperature, -1)
-    return log_p.gather(-1, targets[..., None])[..., 0], -(log_p.exp() * log_p).sum(-1)
+    return torch.log_softmax(logits[..., :VOCABULARY] / temperature, -1).gather(-1, targets[..., None])[..., 0]
 
 
-def expected(temperature: float, with_entropy: bool = True) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(log-probs, entropy, hidden's gradient, weight's gradient) of the weighted sum, in float64 on one rank."""
-    hidden, weight, targets, a, b = case()
+def expected(temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    """(log-probs, hidden's gradient, weight's gradient) of the weighted sum, in float64 on one rank."""
+    hidden, weight, targets, a = case()
     hidden, weight = hidden.requires_grad_(), weight.requires_grad_()
-    log_probs, entropy = plain(hidden @ weight.t(), targets, temperature)
-    ((a * log_probs).sum() + (b * entropy).sum() * with_entropy).backward()
-    return log_probs.detach(), entropy.detach(), hidden.grad, weight.grad
+    log_probs = plain(hidden @ weight.t(), targets, temperature)
+    (a * log_probs).sum().backward()
+    return log_probs.detach(), hidden.grad, weight.grad
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("chunk", [1, 5, 100])
-def test_both_forms_equal_torch_in_float64(temperature: float, chunk: int) -> None:
-    log_probs, entropy, grad_hidden, grad_weight = expected(temperature)
-    hidden, weight, targets, a, b = case()
-    for form in ("plain", "chunked"):
-        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
-        if form == "plain":
-            found, spread = log_probs_of(h @ w.t(), targets, None, VOCABULARY, temperature, with_entropy=True)
-        else:
-            found, spread = chunked_log_probs(h, w, targets, None, chunk, VOCABULARY, temperature, with_entropy=True)
-        ((a * found).sum() + (b * spread).sum()).backward()
-        for got, want in ((found, log_probs), (spread, entropy), (h.grad, grad_hidden), (w.grad, grad_weight)):
-            torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
+def test_chunks_equal_torch_in_float64(temperature: float, chunk: int) -> None:
+    hidden, weight, targets, a = case()
+    hidden.requires_grad_(), weight.requires_grad_()
+    found = chunked_log_probs(hidden, weight, targets, None, chunk, VOCABULARY, temperature)
+    (a * found).sum().backward()
+    for got, want in zip((found, hidden.grad, weight.grad), expected(temperature), strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
 
 
 def test_gradcheck() -> None:
-    hidden, weight, targets, _, _ = case()
+    hidden, weight, targets, _ = case()
     hidden, weight = hidden[:4].clone().requires_grad_(), weight.clone().requires_grad_()
 
-    def chunked(h: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
-        return chunked_log_probs(h, w, targets[:4], None, 3, VOCABULARY, 0.8, with_entropy=True)
-
-    def direct(logits: Tensor) -> tuple[Tensor, Tensor]:
-        return log_probs_of(logits, targets[:4], None, VOCABULARY, 0.8, with_entropy=True)
+    def chunked(h: Tensor, w: Tensor) -> Tensor:
+        return chunked_log_probs(h, w, targets[:4], None, 3, VOCABULARY, 0.8)
 
     assert torch.autograd.gradcheck(chunked, (hidden, weight))
-    assert torch.autograd.gradcheck(direct, ((hidden @ weight.t()).detach().requires_grad_(),))
-
-
-def test_the_callers_logits_are_never_written_to() -> None:
-    hidden, weight, targets, _, _ = case(torch.float32)
-    for dtype in (torch.float32, torch.bfloat16):
-        logits = (hidden @ weight.t()).to(dtype).requires_grad_()
-        before = logits.detach().clone()
-        found, entropy = log_probs_of(logits, targets, None, VOCABULARY, with_entropy=True)
-        (found.sum() + entropy.sum()).backward()
-        assert torch.equal(logits.detach(), before) and found.dtype == torch.float32
 
 
 def test_bf16_logits_lose_nothing_but_their_own_rounding() -> None:
-    hidden, weight, targets, _, _ = case(torch.float32)
-    logits = (4 * hidden @ weight.t()).bfloat16()
-    found, entropy = log_probs_of(logits, targets, None, VOCABULARY, with_entropy=True)
-    want, spread = plain(logits.double(), targets, 1.0)
+    hidden, weight, targets, _ = case(torch.bfloat16)
+    found = chunked_log_probs(4 * hidden, weight, targets, None, 5, VOCABULARY)
+    want = plain((4 * hidden @ weight.t()).double(), targets, 1.0)
+    assert found.dtype == torch.float32
     torch.testing.assert_close(found.double(), want, rtol=0, atol=5e-6)
-    torch.testing.assert_close(entropy.double(), spread, rtol=0, atol=5e-6)
 
 
 def test_large_logits_do_not_overflow_and_padding_has_no_probability() -> None:
     logits = torch.zeros(2, PADDED)
     logits[:, VOCABULARY:] = 1e4  # garbage in padding columns
     logits[1, 3] = 9e3
-    found, entropy = log_probs_of(logits, torch.tensor([0, 3]), None, VOCABULARY, with_entropy=True)
+    found = chunked_log_probs(torch.eye(2), logits.t().contiguous(), torch.tensor([0, 3]), None, 2, VOCABULARY)
     torch.testing.assert_close(found, torch.tensor([-math.log(VOCABULARY), 0.0]))
-    torch.testing.assert_close(entropy, torch.tensor([math.log(VOCABULARY), 0.0]), rtol=0, atol=1e-6)
 
 
 def test_ignored_targets_give_zero_and_no_gradient_and_impossible_ones_give_nan() -> None:
-    hidden, weight, targets, _, _ = case()
-    logits = (hidden @ weight.t()).requires_grad_()
+    hidden, weight, targets, _ = case()
+    hidden.requires_grad_(), weight.requires_grad_()
     targets[2], targets[3] = -100, VOCABULARY
-    found, _ = log_probs_of(logits, targets, None, VOCABULARY)
+    found = chunked_log_probs(hidden, weight, targets, None, 5, VOCABULARY)
     assert found[2] == 0 and found[3].isnan() and found[4:].isfinite().all()
     found[2].backward()
-    assert not logits.grad.any()
+    assert not hidden.grad.any() and not weight.grad.any()
 
 
 def test_wrong_sizes_are_refused() -> None:
-    hidden, weight, targets, _, _ = case()
+    hidden, weight, targets, _ = case()
     for wrong in ({"chunk": 0}, {"chunk": 4, "vocab_size": PADDED + 1}, {"chunk": 4, "temperature": 0.0}):
         with pytest.raises(ValueError):
             chunked_log_probs(hidden, weight, targets, None, **wrong)
@@ -131,27 +108,19 @@ def half(x: Tensor) -> Tensor:
     return x.chunk(2)[dist.get_rank()]
 
 
-def sharded(form: str, temperature: float) -> dict[str, Tensor]:
+def sharded(temperature: float) -> dict[str, Tensor]:
     """On one of two ranks: results, gradients of hidden states and of this rank's weight."""
-    hidden, weight, targets, a, b = case()
-    group, w = dist.group.WORLD, half(weight).clone().requires_grad_()
-    h = (half(hidden) if form == "sequence_parallel" else hidden).clone().requires_grad_()
-    if form == "plain":
-        found, spread = log_probs_of(h @ w.t(), targets, group, VOCABULARY, temperature, with_entropy=True)
-    else:
-        found, spread = chunked_log_probs(
-            h, w, targets, group, 5, VOCABULARY, temperature, True, sequence_parallel=form == "sequence_parallel"
-        )
-    ((a * found).sum() + (b * spread).sum()).backward()
-    if form == "plain":
-        dist.all_reduce(h.grad)  # what the LM head's own backward does
-    return {"log_probs": found.detach(), "entropy": spread.detach(), "hidden": h.grad, "weight": w.grad}
+    hidden, weight, targets, a = case()
+    w, h = half(weight).clone().requires_grad_(), hidden.clone().requires_grad_()
+    found = chunked_log_probs(h, w, targets, dist.group.WORLD, 5, VOCABULARY, temperature)
+    (a * found).sum().backward()
+    return {"log_probs": found.detach(), "hidden": h.grad, "weight": w.grad}
 
 
 def on_two_ranks() -> dict[str, dict[str, Tensor]]:
     """Every sharded case and every wrong variant."""
     dist.init_process_group("gloo")
-    found = {f"{form} {t}": sharded(form, t) for form in ("plain", "chunked", "sequence_parallel") for t in (1.0, 0.7)}
+    found = {str(t): sharded(t) for t in (1.0, 0.7)}
     found["all padding on rank 1"] = padding_alone()
     real = dist.all_reduce
 
@@ -170,7 +139,7 @@ def on_two_ranks() -> dict[str, dict[str, Tensor]]:
         if kind == "sum":
             logprobs._merge = with_reductions(merge, real, without(kind))
         try:
-            found[f"without {kind}"] = sharded("chunked", 1.0)
+            found[f"without {kind}"] = sharded(1.0)
         finally:
             dist.all_reduce, logprobs._merge = real, merge
     return found
@@ -191,12 +160,12 @@ def with_reductions(merge, real, broken):
 
 def padding_alone() -> dict[str, Tensor]:
     """Rank 1 holds nothing but padding."""
-    hidden, weight, targets, _, _ = case()
+    hidden, weight, targets, _ = case()
     targets = targets % 20
-    found, entropy = chunked_log_probs(hidden, half(weight), targets, dist.group.WORLD, 5, 20, with_entropy=True)
+    found = chunked_log_probs(hidden, half(weight), targets, dist.group.WORLD, 5, 20)
     log_p = torch.log_softmax(hidden @ weight[:20].t(), -1)
     want = log_p.gather(1, targets[:, None])[:, 0]
-    return {"apart": (found - want).abs().max(), "entropy": (entropy + (log_p.exp() * log_p).sum(1)).abs().max()}
+    return {"apart": (found - want).abs().max()}
 
 
 @pytest.fixture(scope="module")
@@ -204,23 +173,17 @@ def two(workers: Workers) -> list[dict[str, dict[str, Tensor]]]:
     return workers.run(2, "test_megatron_logprobs:on_two_ranks")
 
 
-def apart(found: dict[str, Tensor], rank: int, temperature: float, sequence_parallel: bool = False) -> dict[str, float]:
+def apart(found: dict[str, Tensor], rank: int, temperature: float) -> dict[str, float]:
     """Largest error of each result of a rank."""
-    log_probs, entropy, grad_hidden, grad_weight = expected(temperature)
-    want = {
-        "log_probs": log_probs,
-        "entropy": entropy,
-        "hidden": grad_hidden.chunk(2)[rank] if sequence_parallel else grad_hidden,
-        "weight": grad_weight.chunk(2)[rank],
-    }
+    log_probs, grad_hidden, grad_weight = expected(temperature)
+    want = {"log_probs": log_probs, "hidden": grad_hidden, "weight": grad_weight.chunk(2)[rank]}
     return {name: float((found[name] - value).abs().max()) for name, value in want.items()}
 
 
-@pytest.mark.parametrize("form", ["plain", "chunked", "sequence_parallel"])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_two_ranks_equal_one(two: list[dict[str, dict[str, Tensor]]], form: str, temperature: float) -> None:
+def test_two_ranks_equal_one(two: list[dict[str, dict[str, Tensor]]], temperature: float) -> None:
     for rank in range(2):
-        errors = apart(two[rank][f"{form} {temperature}"], rank, temperature, form == "sequence_parallel")
+        errors = apart(two[rank][str(temperature)], rank, temperature)
         assert max(errors.values()) < 1e-12, errors
 
 

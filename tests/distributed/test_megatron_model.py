@@ -38,7 +38,7 @@ CASES = [
     *((name, "tp4+sp") for name in ("qwen2", "qwen3", "qwen3_moe")),  # more ranks than key-value heads
     *(("qwen3_moe", layout) for layout in SPARSE),
     ("qwen3_moe_unnormalised", "ep2 alltoall"),
-    *(("nemotron_h", layout) for layout in SPARSE if "cp2" not in layout),
+    *(("nemotron_h", layout) for layout in SPARSE),
     ("nemotron_h_groups", "tp2 x ep2"),
 ]
 
@@ -143,7 +143,6 @@ def test_a_config_with_another_number_of_experts_is_refused(
         ("llama", 2, {EP: 2}, EP, "has no experts"),
         ("qwen3_moe", 2, {TP: 2}, "sequence_parallel", "only with it"),
         ("qwen3_moe", 1, {"moe_token_dispatcher_type": "flex"}, "moe_token_dispatcher_type", "DeepEP"),
-        ("nemotron_h", 2, {"context_parallel_size": 2}, "context_parallel_size", "need a GPU"),
         ("llama", 1, {"fp8": "hybrid"}, "fp8", "CPUs have no FP8"),
         ("llama", 1, {"cpu": False}, "cpu", "on a machine with GPUs"),
     ],

@@ -22,15 +22,21 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tp4+sp": (4, {TP: 4, "sequence_parallel": True}),
     "pp2": (2, {PP: 2}),
     "cp2": (2, {CP: 2}),
+    "cp4": (4, {CP: 4}),
+    "cp2 x tp2": (4, {CP: 2, TP: 2, "sequence_parallel": True}),
+    "cp2 x ep2": (2, {CP: 2, EP: 2}),
     "ep2": (2, {EP: 2}),
     "tp2 x pp2": (4, {TP: 2, PP: 2, "sequence_parallel": True}),
 }
 CASES = [
-    *(("grpo", "qwen3", layout) for layout in LAYOUTS if layout != "ep2"),
+    *(("grpo", "qwen3", layout) for layout in LAYOUTS if "ep2" not in layout),
     *(("tfpo", "qwen3", layout) for layout in ("w1", "tp2+sp", "pp2")),
     *(("tfpo", name, "w1") for name in ("qwen3_moe", "nemotron_h")),
-    *(("grpo", "qwen3_moe", layout) for layout in ("w1", "tp2+sp", "pp2", "ep2")),
-    *(("grpo", "nemotron_h", layout) for layout in ("w1", "w1 full recompute", "tp2+sp", "pp2", "ep2")),
+    *(("grpo", "qwen3_moe", layout) for layout in ("w1", "tp2+sp", "pp2", "ep2", "cp2 x ep2")),
+    *(
+        ("grpo", "nemotron_h", layout)
+        for layout in ("w1", "w1 full recompute", "tp2+sp", "pp2", "ep2", "cp2", "cp2 x tp2")
+    ),
     ("grpo", "llama_tied", "pp2"),
 ]
 

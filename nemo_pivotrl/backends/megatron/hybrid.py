@@ -93,8 +93,16 @@ def recomputed(layer: type, group: ProcessGroup) -> type:
 class ForestMixer(MambaMixer):
     """megatron-core's Mamba-2 layer, which over a stream with shared prefixes forks its states where branches leave."""
 
+    def forward(self, hidden_states: Tensor, *args: Any, packed_seq_params: Any = None, **kwargs: Any) -> Any:
+        """[S/C, 1, hidden] to the same; of C context-parallel ranks each has all of the stream for some heads in between."""
+        if not isinstance(packed_seq_params, ForestParams):
+            return super().forward(hidden_states, *args, packed_seq_params=packed_seq_params, **kwargs)
+        projected, _ = self.in_proj(hidden_states)
+        # a forest is one stream, cut over ranks as one row is: what megatron-core puts in order where nothing is packed
+        return self.out_proj(self._ssm_training(self.cp.pre_conv_ssm(projected), packed_seq_params))
+
     def _ssm_training(self, zxBCdt: Tensor, packed_seq_params: Any = None) -> Tensor:
-        """Convolution, scan, gate and norm: [S, 1, 2HP + 2GN + H] to [S, 1, HP], with this rank's heads and groups."""
+        """Convolution, scan, gate and norm: [S, 1, 2HP + 2GN + H] with this rank's heads and groups to [S/C, 1, HP]."""
         forest = packed_seq_params.forest if isinstance(packed_seq_params, ForestParams) else None
         if forest is None:
             return super()._ssm_training(zxBCdt, packed_seq_params)
@@ -121,6 +129,7 @@ class ForestMixer(MambaMixer):
             dt_softplus=True,
         )
         gated = (y.flatten(2).float() * functional.silu(z.float())).to(z.dtype).transpose(0, 1).contiguous()
+        gated = own.post_conv_ssm(gated)
         return self.norm(gated) if self.rmsnorm else gated
 
 

@@ -13,8 +13,8 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from torch import Tensor, nn
 
-from nemo_pivotrl.algorithms.prefix_tree import Forest, visible
-from nemo_pivotrl.backends.megatron.microbatches import context_part
+from nemo_pivotrl.algorithms.prefix_tree import Forest
+from nemo_pivotrl.backends.megatron.microbatches import context_part, context_ranges
 from nemo_pivotrl.backends.tree_attention import attend
 
 
@@ -53,9 +53,19 @@ class ForestParams(PackedSeqParams):
     forest: Forest | None = None
 
 
-def over_forest(query: Tensor, key: Tensor, value: Tensor, forest: Forest, scale: float) -> Tensor:
-    """query [S, 1, heads, head_dim], key and value likewise with fewer heads, to [S, 1, heads * head_dim]."""
-    found = attend(*(x.permute(1, 2, 0, 3) for x in (query, key, value)), forest, scale)
+def over_forest(query: Tensor, key: Tensor, value: Tensor, forest: Forest, scale: float, group: Any) -> Tensor:
+    """query [S/C, 1, heads, head_dim], key and value likewise with fewer heads, to [S/C, 1, heads * head_dim].
+
+    group: the C context-parallel ranks. Each gathers the keys and values of all, which are few, and answers its own queries.
+    """
+    held = None
+    if group.size() > 1:
+        key, value = (gather_from_sequence_parallel_region(x, group=group) for x in (key, value))
+        keys, _ = _held([0, key.shape[0]], 0, group.size())
+        order = keys.argsort().to(key.device)  # of the stream; they come in the order in which the ranks hold them
+        key, value = key[order], value[order]
+        held = context_ranges(key.shape[0], group.rank(), group.size())
+    found = attend(*(x.permute(1, 2, 0, 3) for x in (query, key, value)), forest, scale, held)
     return found.permute(2, 0, 1, 3).flatten(2)
 
 
@@ -63,6 +73,10 @@ def with_forests(attention: type) -> type:
     """A core attention of megatron-core (Transformer Engine's) that takes streams with shared prefixes, too."""
 
     class Attention(attention):  # type: ignore[misc]
+        def __init__(self, *args: Any, pg_collection: Any, **kwargs: Any) -> None:
+            super().__init__(*args, pg_collection=pg_collection, **kwargs)
+            self.over = pg_collection.cp
+
         def forward(
             self,
             query: Tensor,
@@ -74,7 +88,7 @@ def with_forests(attention: type) -> type:
         ) -> Any:
             if isinstance(packed_seq_params, ForestParams):
                 assert packed_seq_params.forest is not None, "made with one"
-                return over_forest(query, key, value, packed_seq_params.forest, query.shape[-1] ** -0.5)
+                return over_forest(query, key, value, packed_seq_params.forest, query.shape[-1] ** -0.5, self.over)
             return super().forward(query, key, value, *args, packed_seq_params=packed_seq_params, **kwargs)
 
     return Attention
@@ -90,7 +104,7 @@ def te_with_forests() -> dict[type, type]:
 class StreamAttention(DotProductAttention):
     """Causal attention over packed streams and over context-parallel ranks, which megatron-core's plain one refuses.
 
-    Every rank gathers all keys and values and answers its own queries, with a mask of all pairs: for CPUs and small
+    Every rank gathers all keys and values and answers its own queries, over rows with a mask of all pairs: for CPUs and small
     sequences.
     """
 
@@ -116,18 +130,14 @@ class StreamAttention(DotProductAttention):
             return super().forward(query, key, value, attention_mask, *args, **kwargs)
         assert attention_mask is None, "the mask is causal and made here"
         forest = packed_seq_params.forest if isinstance(packed_seq_params, ForestParams) else None
-        if forest is not None and size == 1:
-            return over_forest(query, key, value, forest, self.softmax_scale)
-        if packed_seq_params is not None and forest is None:
+        if forest is not None:
+            return over_forest(query, key, value, forest, self.softmax_scale, self.cp_group)
+        if packed_seq_params is not None:
             query, key, value = (x[:, None] for x in (query, key, value))
         if size > 1:
             key, value = (gather_from_sequence_parallel_region(x, group=self.cp_group) for x in (key, value))
-        if forest is not None:
-            keys, own = _held([0, key.shape[0]], rank, size)
-            mask = ~visible(forest)[own][:, keys]
-        else:
-            starts = [0, key.shape[0]] if packed_seq_params is None else packed_seq_params.cu_seqlens_q.tolist()
-            mask = stream_mask(starts, rank, size).to(key.device)
+        starts = [0, key.shape[0]] if packed_seq_params is None else packed_seq_params.cu_seqlens_q.tolist()
+        mask = stream_mask(starts, rank, size).to(key.device)
         return super().forward(query, key, value, mask[None, None], *args, **kwargs)
 
 

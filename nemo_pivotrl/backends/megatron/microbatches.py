@@ -188,8 +188,16 @@ def context_part(starts: Sequence[int], rank: int, ranks: int) -> Tensor:
     """
     if ranks == 1:
         return torch.arange(starts[0], starts[-1])
-    parts = []
-    for begin, end in pairwise(starts):
-        pieces = torch.arange(begin, end).chunk(2 * ranks)
-        parts += [pieces[rank], pieces[2 * ranks - 1 - rank]]
-    return torch.cat(parts)
+    ranges = [
+        (begin + first, begin + last)
+        for begin, end in pairwise(starts)
+        for first, last in context_ranges(end - begin, rank, ranks)
+    ]
+    return torch.cat([torch.arange(first, last) for first, last in ranges])
+
+
+def context_ranges(length: int, rank: int, ranks: int) -> tuple[tuple[int, int], ...]:
+    """The two ranges of one sequence that a context-parallel rank holds. Its length is a multiple of 2 * ranks."""
+    piece = length // (2 * ranks)
+    mirror = 2 * ranks - 1 - rank
+    return (rank * piece, (rank + 1) * piece), (mirror * piece, (mirror + 1) * piece)

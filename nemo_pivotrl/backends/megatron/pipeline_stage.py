@@ -63,7 +63,7 @@ class PipelineStage(MegatronModule):
         local = torch.full((batch * length,), -1, device=here.device)
         local[place] = torch.arange(len(place), device=here.device)
         mine = (local[rows.places] >= 0).nonzero()[:, 0]
-        found, _ = chunked_log_probs(
+        found = chunked_log_probs(
             flat[local[rows.places[mine]]],
             self.lm_head(),
             rows.goals[mine],

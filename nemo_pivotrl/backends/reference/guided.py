@@ -19,7 +19,7 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from nemo_pivotrl.algorithms.llmdoctor import kl, truncate
+from nemo_pivotrl.algorithms.llmdoctor import kl
 from nemo_pivotrl.backends.batching import Decoder, batches
 from nemo_pivotrl.backends.doctors import (
     Doctors,
@@ -30,6 +30,7 @@ from nemo_pivotrl.backends.doctors import (
     logits_width,
 )
 from nemo_pivotrl.backends.hf_models import load_model
+from nemo_pivotrl.backends.sampling import truncate
 from nemo_pivotrl.config import Doctor
 from nemo_pivotrl.core.errors import InputError, NotFiniteError, Problem
 from nemo_pivotrl.core.types import FinishReason
@@ -315,6 +316,11 @@ class GuidedGenerator:
 
     patient, doctors, references: HF causal models on one device. A doctor with a reference is mixed as their ratio.
     doctor_tokenizers: where given, the contract is checked; without them only the widths can be.
+
+    >>> guided = GuidedGenerator(patient, {"kind": doctor}, patient_tokenizer)
+    >>> (answer,) = guided.generate([patient_tokenizer.encode("how is the tea")], GuidedSamplingParams(beta={"kind": 1.0}))
+    >>> 0 < len(answer.token_ids) <= 128
+    True
     """
 
     def __init__(

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from nemo_pivotrl.config import Generation, Policy, Vllm
-from nemo_pivotrl.core.errors import InputError, Problem
+from nemo_pivotrl.core.errors import InputError, Problem, short
 from nemo_pivotrl.core.model_folder import json_object
 from nemo_pivotrl.core.types import Sample
 
@@ -110,6 +110,27 @@ def request(seed: int, stop_ids: frozenset[int], generation: Generation) -> dict
         "skip_special_tokens": False,
         "logprobs": 0,  # of the sampled token alone
     }
+
+
+WANTED = {"return_token_ids": True, "return_tokens_as_token_ids": True, "stream": False}
+"""What a completion is asked for beside that: token ids, never text."""
+
+
+def choice_of(answer: Any) -> Any:
+    """The one choice of a completion. Raises LookupError, TypeError or ValueError for what is none."""
+    (choice,) = answer["choices"]
+    return choice
+
+
+def sample_of(answer: Any, stop_ids: frozenset[int], most: int) -> Sample:
+    """The turn in a server's completion. Raises as `choice_of` and `checked`."""
+    choice = choice_of(answer)
+    ids, listed = choice["token_ids"], choice["logprobs"]
+    if not isinstance(ids, list) or not all(type(i) is int and i >= 0 for i in ids):
+        raise ValueError(f"token_ids {short(ids)}")
+    if [f"token_id:{i}" for i in ids] != listed["tokens"]:
+        raise ValueError("log-probabilities of other tokens than token_ids")
+    return checked(ids, [float(v) for v in listed["token_logprobs"]], choice.get("finish_reason"), stop_ids, most)
 
 
 def in_order(prompts: Sequence[Sequence[int]], seeds: Sequence[Sequence[int]]) -> list[tuple[int, int]]:

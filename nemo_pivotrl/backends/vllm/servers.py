@@ -12,7 +12,6 @@ import json
 import logging
 import math
 import os
-import random
 import threading
 import time
 import weakref
@@ -27,20 +26,20 @@ import httpx
 import torch
 from torch import Tensor
 
+from nemo_pivotrl.backends.http_retry import RETRIED, growing_pause, retry_after
 from nemo_pivotrl.backends.identity import policy_revision
-from nemo_pivotrl.backends.vllm.requests import IMPOSSIBLE, checked, families, in_order, request
+from nemo_pivotrl.backends.vllm.requests import IMPOSSIBLE, WANTED, choice_of, families, in_order, request, sample_of
 from nemo_pivotrl.config import Generation, Policy, Vllm
 from nemo_pivotrl.core.errors import InputError, Problem, short
 from nemo_pivotrl.core.types import FailedSample, Sample
 
-RETRIED = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
 BUSY = frozenset({429, 503})
 """The server is well and has too much to do: it is given a pause, and is not blamed."""
+BUSY_PAUSE = 1.0
+"""Seconds, where it does not say how long."""
 MAX_ANSWER = 256 << 20
 """Bytes of one answer."""
-MAX_PAUSE = 30.0
 _log = logging.getLogger(__name__)
-_jitter = random.Random()
 
 
 class TransientError(Exception):
@@ -144,9 +143,7 @@ class Servers:
             body = {**request(seeds[p][k], stop_ids, generation), "prompt": list(prompts[p])}
 
             def read(answer: Any) -> Sample:
-                choice = _choice(answer)
-                ids, logs = _ids(choice), _logs(choice)
-                return checked(ids, logs, choice.get("finish_reason"), stop_ids, generation.max_new_tokens)
+                return sample_of(answer, stop_ids, generation.max_new_tokens)
 
             return self._asked(body, read, preferred, family[p])
 
@@ -167,7 +164,7 @@ class Servers:
             body = {"prompt": [*prompt, *response], "max_tokens": 1, "temperature": 1.0, "prompt_logprobs": 0}
 
             def read(answer: Any) -> Tensor:
-                listed = _choice(answer).get("prompt_logprobs")
+                listed = choice_of(answer).get("prompt_logprobs")
                 if not isinstance(listed, list) or len(listed) != len(prompt) + len(response):
                     raise ValueError(f"prompt_logprobs of {len(prompt) + len(response)} tokens: {short(listed)}")
                 values = [at[str(t)]["logprob"] for at, t in zip(listed[len(prompt) :], response, strict=True)]
@@ -255,7 +252,7 @@ class Servers:
             preferred.pop(group, None)
             self._count(f"retried {failure.kind}")
             if attempt < self.settings.max_retries:
-                self._closing.wait(self._pause(attempt))
+                self._closing.wait(growing_pause(attempt, self.settings.backoff_s))
         self._count("lost")
         return FailedSample(failure.kind, f"{failure} (asked {self.settings.max_retries + 1} times)")
 
@@ -282,9 +279,10 @@ class Servers:
         found = (
             f"status {status} of {server.url}{path}: {short(text.replace(self._key, '[key]') if self._key else text)}"
         )
-        if status in RETRIED or status >= 500:
+        if status in RETRIED:
+            asked = retry_after(response.headers.get("retry-after", ""))
             raise TransientError(
-                "sampler_http", found, _seconds(response.headers.get("retry-after", "")) if status in BUSY else 0.0
+                "sampler_http", found, (BUSY_PAUSE if asked is None else max(asked, 0.01)) if status in BUSY else 0.0
             )
         remedy = "the server refuses the request: start it with the recipe's model and lengths (`nemo-pivotrl serve`)"
         raise InputError(Problem("servers", None, path, found, remedy))
@@ -382,9 +380,6 @@ class Servers:
         self._exchange(server, "POST", "/reset_prefix_cache")
         return found
 
-    def _pause(self, attempt: int) -> float:
-        return min(MAX_PAUSE, self.settings.backoff_s * 2.0 ** min(attempt, 30)) * _jitter.uniform(0.5, 1.0)
-
     def _count(self, what: str) -> None:
         with self._changed:
             self.counts[what] += 1
@@ -434,9 +429,9 @@ class Servers:
                 asked = request(0, frozenset(), Generation(temperature=temperature, max_new_tokens=1))
                 body = {"model": server.model, **asked, "prompt": [0], **WANTED, "logprobs": 1}
                 try:
-                    top = _choice(self._exchange(server, "POST", "/v1/completions", body))["logprobs"]["top_logprobs"][
-                        0
-                    ]
+                    top = choice_of(self._exchange(server, "POST", "/v1/completions", body))["logprobs"][
+                        "top_logprobs"
+                    ][0]
                 except TransientError as failure:
                     self._eject(server, f"{failure.kind}: {failure}")
                     break
@@ -446,7 +441,6 @@ class Servers:
                 raise InputError(Problem("servers", None, server.url, "log-probabilities before temperature", remedy))
 
 
-WANTED = {"return_token_ids": True, "return_tokens_as_token_ids": True, "stream": False}
 NEAR = 8
 """How many more requests than the least loaded a server may hold and still get a prompt's next sample."""
 
@@ -458,7 +452,7 @@ def _look_after(pool: weakref.ref[Servers], server: Server, closing: threading.E
         servers = pool()
         if servers is None or closing.is_set():
             return
-        pause = servers._pause(attempt)
+        pause = growing_pause(attempt, servers.settings.backoff_s)
         del servers
         if closing.wait(pause):
             return
@@ -471,28 +465,6 @@ def _look_after(pool: weakref.ref[Servers], server: Server, closing: threading.E
 def _let_go(closing: threading.Event, pool: ThreadPoolExecutor) -> None:
     closing.set()
     pool.shutdown(wait=False, cancel_futures=True)
-
-
-# ---- answers ----
-
-
-def _choice(answer: Any) -> Any:
-    (choice,) = answer["choices"]
-    return choice
-
-
-def _ids(choice: Any) -> list[int]:
-    ids = choice["token_ids"]
-    if not isinstance(ids, list) or not all(type(i) is int and i >= 0 for i in ids):
-        raise ValueError(f"token_ids {short(ids)}")
-    return ids
-
-
-def _logs(choice: Any) -> list[float]:
-    listed = choice["logprobs"]
-    if [f"token_id:{i}" for i in choice["token_ids"]] != listed["tokens"]:
-        raise ValueError("log-probabilities of other tokens than token_ids")
-    return [float(value) for value in listed["token_logprobs"]]
 
 
 def _root(url: str) -> str:
@@ -508,12 +480,3 @@ def _root(url: str) -> str:
         remedy = "give addresses such as http://127.0.0.1:8000; a key goes into the variable vllm.api_key_env"
         raise InputError(Problem("recipe", None, "vllm.servers", shown, remedy))
     return url.rstrip("/").removesuffix("/v1").rstrip("/")
-
-
-def _seconds(retry_after: str) -> float:
-    """Seconds of a Retry-After header; 1 where it has none that can be read."""
-    try:
-        wanted = float(retry_after)
-    except ValueError:
-        return 1.0
-    return min(max(wanted, 0.01), MAX_PAUSE) if math.isfinite(wanted) else 1.0

@@ -131,7 +131,7 @@ def test_a_template_whose_turn_does_not_begin_with_its_own_prompt_is_refused(
     made = with_template(tokenizer, TEMPLATES["hermes"])
     tokenizer.chat_template = HEAD + HERMES + TAIL + "EXTRA{%- endif -%}"
     with pytest.raises(InputError, match="template_kwargs"):
-        made.action_text(STATE, TOOLS, {"role": "assistant", "content": "x"})
+        made.turn(STATE, TOOLS, {"role": "assistant", "content": "x"})
 
 
 def test_fingerprint_changes_with_the_vocabulary_and_not_with_the_template(tokenizer: PreTrainedTokenizerFast) -> None:

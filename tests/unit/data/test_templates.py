@@ -291,9 +291,8 @@ def test_stop_tokens_are_the_models_the_tokenizers_and_the_templates(tmp_path: P
 
 def test_reasoning_reaches_a_template_under_the_name_that_it_reads() -> None:
     for name in ("gptoss", "lfm2_2_5", "gemma4_v5", "qwen3", "glm4moe"):
-        assert "It is so." in chat_of(name).action_text(
-            [USER], (), {"role": "assistant", "content": "A.", "reasoning_content": "It is so."}
-        )
+        turn = chat_of(name).turn([USER], (), {"role": "assistant", "content": "A.", "reasoning_content": "It is so."})
+        assert "It is so." in turn.text.plain
 
 
 def test_what_was_thought_is_kept_apart_from_what_is_done() -> None:
