@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,8 +63,6 @@ def weights(folder: Path) -> str:
 
 @pytest.fixture
 def rigged(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Recipe:
-    import shutil
-
     shutil.copytree(trained, tmp_path / "run")
     monkeypatch.setattr(simulation, "load_plugin", lambda path, field: lambda recipe: Rigged())
     chosen = ["checkpointing.simulator=world", "checkpointing.metric_name=val/tasks", "checkpointing.publish=best"]
@@ -82,11 +81,9 @@ def test_the_best_checkpoint_is_published_and_the_first_of_equals(stage: Any, ri
 
 
 def test_a_run_without_the_metric_says_so(trained: Path, tmp_path: Path) -> None:
-    import shutil
-
     shutil.copytree(trained, tmp_path / "run")
     recipe = recipe_at(tmp_path / "run", "checkpointing.metric_name=val/tasks", "checkpointing.publish=best")
-    with pytest.raises(InputError, match="checkpointing.simulator"):
+    with pytest.raises(InputError, match=r"checkpointing\.simulator"):
         sft(recipe)
 
 

@@ -28,7 +28,7 @@ def test_routine_turns_are_about_six_of_ten() -> None:
     """Opening, logging, ending, and changes without a number once asked: what no slip touches."""
     routine = {"open", "log", *desk.PLAIN}
     turns = [action for task in TASKS for action, _ in desk.clerk_turns(task, random.Random(1))]
-    kept = sum(not a.calls and "?" not in a.content or bool(a.calls) and a.calls[0].name in routine for a in turns)
+    kept = sum((not a.calls and "?" not in a.content) or (bool(a.calls) and a.calls[0].name in routine) for a in turns)
     assert 0.5 < kept / len(turns) < 0.7
 
 
@@ -50,7 +50,9 @@ def test_a_change_needs_a_yes_of_its_own_and_a_held_record_a_human() -> None:
     right = [action for action, _ in desk.clerk_turns(free, random.Random(0))]
     assert play(free, right).success
     asked = [i for i, a in enumerate(right) if "?" in a.content]
-    assert not play(free, [a for i, a in enumerate(right) if i != asked[-1]]).success  # the first yes is not for the second change
+    assert not play(
+        free, [a for i, a in enumerate(right) if i != asked[-1]]
+    ).success  # the first yes is not for the second change
     careless = [a for a, _ in desk.clerk_turns(held, random.Random(0))]
     swapped = [
         Action("calls", calls=(ToolCall("close", a.calls[0].arguments, "x"),))
