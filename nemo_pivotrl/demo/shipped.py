@@ -1,9 +1,9 @@
 """The tiny models that come with the package, so that a quickstart need not train them, and the command that packs them.
 
-They are what `warmup.source: world` and `manners.source: world` make; training them takes minutes, and gives other bytes on another
-processor. Weights are packed in float16 and unpacked in float32. To make them anew:
+They are what the tiny recipes train; that takes minutes, and gives other bytes on another processor. Weights are packed in float16
+and unpacked in float32. To make them anew:
 
-    nemo-pivotrl warmup recipes/pivotrl/quickstart.yaml warmup.source=world run_dir=runs/start
+    nemo-pivotrl warmup recipes/pivotrl/tiny.yaml run_dir=runs/start
     nemo-pivotrl manners recipes/llmdoctor/tiny.yaml run_dir=runs/manners
     python -m nemo_pivotrl.demo.shipped runs/start/start/policy runs/manners/patient/policy runs/manners/novice/policy
 """
@@ -27,7 +27,9 @@ FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
 )
-DIGESTS: dict[str, str] = {}
+DIGESTS: dict[str, str] = {
+    "start-policy": "51961cc4f4dc249b072b29080d9d8c2005b0a358298471ea7d8d02bacafb6e79",
+}
 """Model -> digest of its files, names included."""
 
 

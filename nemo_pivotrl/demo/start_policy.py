@@ -55,9 +55,9 @@ def make_start_policy(recipe: Recipe, fresh: bool) -> Path:
 
 
 def shipped_start_policy(recipe: Recipe, fresh: bool) -> Path:
-    """The request desk's start policy as the package has it; returns its folder. Raises InputError for another desk."""
-    if recipe.world.desk != "requests":
-        remedy = "set world.desk: requests, or warmup.source: world, which trains one"
+    """The shop's start policy as the package has it; returns its folder. Raises InputError for another desk."""
+    if recipe.world.desk != "shop":
+        remedy = "set world.desk: shop, or warmup.source: world, which trains one"
         raise InputError(Problem("recipe", None, "warmup.source", "shipped, for another desk", remedy))
     return shipped.unpack("start-policy", recipe.path(recipe.warmup.name) / "policy")
 
