@@ -30,7 +30,7 @@ from __future__ import annotations
 from array import array
 from bisect import bisect_left, insort
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
@@ -59,6 +59,12 @@ class Fork(NamedTuple):
     last: int
     begin: int
     end: int
+
+
+def on_device(made: Any, device: torch.device) -> Any:
+    """A dataclass with its tensors on a device."""
+    values = ((f.name, getattr(made, f.name)) for f in fields(made))
+    return replace(made, **{name: x.to(device) for name, x in values if isinstance(x, Tensor)})
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,9 +97,8 @@ class Forest:
 
     def to(self, device: torch.device) -> Forest:
         """The same with its tensors on a device."""
-        values = ((name, getattr(self, name)) for name in self.__dataclass_fields__)
-        moved: dict[str, Any] = {name: x.to(device) for name, x in values if isinstance(x, Tensor)}
-        return replace(self, **moved)
+        moved: Forest = on_device(self, device)
+        return moved
 
     def pick(self, found: Tensor) -> Tensor:
         """What was found for the predictions [P], row by row [n, T]; 0 on padding."""

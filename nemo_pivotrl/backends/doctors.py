@@ -55,8 +55,9 @@ def check_contract(
         problems.append(Problem(f"doctor {name}" if name != "doctor" else name, None, what, found, remedy))
 
     same_words = "the mixture adds log-probabilities id by id: train the doctor with the patient's own tokenizer"
-    for what, method in (("vocabulary", "get_vocab"), ("added tokens", "get_added_vocab")):
-        a, b = getattr(ours, method)(), getattr(theirs, method)()
+    words = {"vocabulary": (ours.get_vocab(), theirs.get_vocab())}
+    words["added tokens"] = (ours.get_added_vocab(), theirs.get_added_vocab())
+    for what, (a, b) in words.items():
         if a != b:
             differing = sorted(t for t in a.keys() | b.keys() if a.get(t) != b.get(t))
             shown = ", ".join(f"{short(t, 24)!r}: {a.get(t)} against {b.get(t)}" for t in differing[:3])

@@ -318,7 +318,8 @@ def _differences(folder: str, stored: Mapping[str, StoredTensor], report: Mappin
 def _untied(folder: str, model: Any, stored: Mapping[str, StoredTensor]) -> list[Problem]:
     """A head that the config ties to the embedding, and that the file gives other values: readers choose differently."""
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    if not getattr(model.config.get_text_config(), "tie_word_embeddings", False) or head is None or embedding is None:
+    tied = model.config.get_text_config().to_dict().get("tie_word_embeddings")
+    if not tied or head is None or embedding is None:
         return []
     if head.weight is embedding.weight or head.weight.data_ptr() == embedding.weight.data_ptr():
         return []

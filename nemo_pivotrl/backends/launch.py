@@ -113,6 +113,8 @@ class Watchdog:
     def __init__(self, place: Place, patience: Patience):
         self.place, self.patience = place, patience
         self.ticks, self.doing = 0, "start"
+        self._progress: dict[int, list[str]] = {}
+        self._moved = time.monotonic()
         self.finished = threading.Event()
         self.store = _store(place, patience, server=place.rank == 0 and not place.agent_store)
         # a connection of its own: a client that waits for a key lets nobody else speak
@@ -180,7 +182,7 @@ class Watchdog:
     def _judge_progress(self, progress: dict[int, list[str]], now: float) -> None:
         """Nobody has moved for too long: blame those that have come least far of all that do not rest."""
         working = {rank: (int(ticks), doing) for rank, (ticks, doing) in progress.items() if doing != RESTING}
-        if progress != getattr(self, "_progress", None) or not working:
+        if progress != self._progress or not working:
             self._progress, self._moved = progress, now
         elif now - self._moved > self.patience.stuck:
             least = min(ticks for ticks, _ in working.values())
@@ -226,7 +228,7 @@ def run(program: Callable[[Watchdog | None], None], backend: str, place: Place, 
         if place.rank == 0:
             # the store's host goes last; a rank that fails meanwhile is found by the watch
             watch.store.wait([f"done/{rank}" for rank in range(place.world)], timedelta(days=365))
-    except BaseException as error:
+    except BaseException as error:  # the other ranks wait: whatever ends this one ends them, with its reason
         failed(watch, error)
     watch.finished.set()
     watch.thread.join(patience.leave)  # it may be asking the store

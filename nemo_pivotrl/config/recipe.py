@@ -89,6 +89,11 @@ class Recipe:
         """The run directory of the whole run, of which this recipe may be a round."""
         return Path(self.run_dir) if self.loop.round == 1 else Path(self.run_dir).parent
 
+    def model(self, role: str) -> Policy | Patient:
+        """The section of a model by its name: `policy`, `doctor` or `patient`."""
+        models: dict[str, Policy | Patient] = {"policy": self.policy, "doctor": self.doctor, "patient": self.patient}
+        return models[role]
+
     def path(self, name: str) -> Path:
         """`name` inside the run directory."""
         return Path(self.run_dir) / name

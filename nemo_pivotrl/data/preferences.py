@@ -146,7 +146,7 @@ def _read_record(
 
 def preference_to_row(preference: Preference) -> dict[str, Any]:
     """The preference as an artefact's row."""
-    return {f.name: getattr(preference, f.name) for f in dataclasses.fields(preference)}
+    return dataclasses.asdict(preference)
 
 
 def preference_of_row(row: dict[str, Any]) -> Preference:

@@ -243,14 +243,14 @@ class _Bounded(NodeTransformer):
 
 def _call(name: str, *values: nodes.Expr) -> nodes.Call:
     made = nodes.Call(nodes.Name(name, "load"), list(values), [], None, None)
-    made.set_lineno(getattr(values[0], "lineno", 1) or 1 if values else 1)
+    made.set_lineno(values[0].lineno or 1 if values else 1)
     return made
 
 
 def _counted(body: Sequence[nodes.Node]) -> nodes.Node:
     text = sum(len(data.data) for node in body for data in node.find_all(nodes.TemplateData))
     statement = nodes.ExprStmt(_call(TICK, nodes.Const(text)))
-    statement.set_lineno(getattr(body[0], "lineno", 1) if body else 1)
+    statement.set_lineno(body[0].lineno if body else 1)
     return statement
 
 

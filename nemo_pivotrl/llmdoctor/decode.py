@@ -17,7 +17,14 @@ from typing import Any, Protocol
 
 from nemo_pivotrl.backends.identity import policy_revision
 from nemo_pivotrl.backends.loading import load_guided_engine
-from nemo_pivotrl.backends.reference.guided import Guided, GuidedGenerator, GuidedSamplingParams, Span, load_guided
+from nemo_pivotrl.backends.reference.guided import (
+    Guided,
+    GuidedGenerator,
+    GuidedSamplingParams,
+    Span,
+    Token,
+    load_guided,
+)
 from nemo_pivotrl.components.costs import spend
 from nemo_pivotrl.components.progress import progress
 from nemo_pivotrl.components.rollout import sample_seed
@@ -295,9 +302,9 @@ def _row(
         "changed": round(fmean(t.changed_token for t in tokens), 6),
     }
     if token_records:
-        columns: dict[str, Any] = {key: [round(getattr(t, key), 6) for t in tokens] for key in FIGURES}
-        flags = {key: [int(getattr(t, key)) for t in tokens] for key in ("changed_argmax", "changed_token")}
-        row["tokens"] = columns | flags
+        columns = dict(zip(Token._fields, zip(*tokens, strict=True), strict=True))
+        figures: dict[str, Any] = {key: [round(value, 6) for value in columns[key]] for key in FIGURES}
+        row["tokens"] = figures | {key: list(map(int, columns[key])) for key in ("changed_argmax", "changed_token")}
     return row
 
 

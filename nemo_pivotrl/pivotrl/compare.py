@@ -143,13 +143,13 @@ def _told(side: Side) -> dict[str, Any]:
 
 def other_reasons(left: Header, right: Header) -> list[str]:
     """What besides the policy may have moved hit rates: each is a reason not to call the difference drift."""
-    found = [
-        f"{name}: {getattr(left, name)} | {getattr(right, name)}"
-        for name in ("verifier", "tokenizer", "chat_template")
-        if getattr(left, name) != getattr(right, name)
-    ]
-    ours, theirs = left.extra.get("sampling"), right.extra.get("sampling")
-    found += [f"sampling: {ours} | {theirs}"] if ours != theirs else []
+    compared = {
+        "verifier": (left.verifier, right.verifier),
+        "tokenizer": (left.tokenizer, right.tokenizer),
+        "chat_template": (left.chat_template, right.chat_template),
+        "sampling": (left.extra.get("sampling"), right.extra.get("sampling")),
+    }
+    found = [f"{name}: {ours} | {theirs}" for name, (ours, theirs) in compared.items() if ours != theirs]
     if left.policy == right.policy:
         found.append(f"policy: both are of revision {left.policy}; what differs is no drift of the policy")
     return found

@@ -80,7 +80,7 @@ def caught(check: Callable[..., Any], *arguments: Any, **named: Any) -> tuple[An
 
 def of_model(recipe: Recipe, stage: str, role: str, world: int, machine: Callable[[], Probe]) -> list[Problem]:
     """The folder, its tokenizer and template, the context, and for Megatron the layout, precision and memory."""
-    model: Policy | Patient = getattr(recipe, role)
+    model = recipe.model(role)
     remedy = "give an HF checkpoint folder" + (", or run the warmup stage first" if role == "policy" else "")
     problems = caught(require_checkpoint, f"{role}.model_name", model.model_name, remedy)[1]
     if problems:
@@ -152,11 +152,12 @@ def _memory(
 def of_data(recipe: Recipe, stage: str) -> list[Problem]:
     """The stage's input: there, of the right kind, and of this tokenizer and template."""
     if stage in ("decode", "rank", "assess"):
-        field = {"decode": "decode.prompts", "rank": "rank.prompts", "assess": "assess.prompts"}[stage]
-        path = getattr(getattr(recipe, stage), "prompts")  # noqa: B009
+        path = {"decode": recipe.decode, "rank": recipe.rank, "assess": recipe.assess}[stage].prompts
         if path and Path(path).exists():
             return []
-        return [Problem("recipe", None, field, path or "nothing", "name a JSONL file with one prompt a line")]
+        return [
+            Problem("recipe", None, f"{stage}.prompts", path or "nothing", "name a JSONL file with one prompt a line")
+        ]
     path, kinds = source(recipe, stage)
     header, problems = caught(read_header, path, kinds)
     if header is None or stage not in ("profile", "sft", "train"):
@@ -264,7 +265,8 @@ def disk(recipe: Recipe, stage: str) -> list[Problem]:
     free, need = shutil.disk_usage(folder).free, ROOM
     if stage in TRAINS:
         role = ROLES[stage][0]
-        model: Policy = getattr(recipe, role)
+        model = recipe.model(role)
+        assert isinstance(model, Policy)  # what trains
         weights = sum(p.stat().st_size for p in _weights(model.model_name))
         state = 1 if model.lora.enabled else 7 if model.backend == "megatron" and recipe.megatron.bf16 else 3
         kept = 0 if stage == "sft" else recipe.checkpointing.keep_top_k + 2  # the latest, and one being written
@@ -285,7 +287,7 @@ def installed(recipe: Recipe, stage: str) -> list[Problem]:
     """Packages that the recipe's backends need and that are not here, by the module that they bring; nothing is imported."""
     needs: list[tuple[str, str, str]] = []
     for role in ROLES[stage]:
-        model = getattr(recipe, role)
+        model = recipe.model(role)
         if model.backend == "megatron":
             needs.append((f"{role}.backend", "megatron", "megatron"))
         sampled = isinstance(model, Policy) and model.sampler == "vllm" and stage in ("profile", "train")

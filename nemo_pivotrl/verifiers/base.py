@@ -10,7 +10,7 @@ import dataclasses
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 from nemo_pivotrl import config
 from nemo_pivotrl.core.types import Action, Case, Verdict
@@ -89,6 +89,18 @@ class Judging(Protocol):
         ...
 
 
+class Computing:
+    """A verifier that computes: it takes one question at a time and asks no judge."""
+
+    concurrency: ClassVar[int] = 1
+    asks_judge: ClassVar[bool] = False
+
+
+def talk_rule_of(verifier: Any) -> str:
+    """By what rule a verifier, or its class, takes any text where the expert talks; '' where it does not."""
+    return str(getattr(verifier, "talk_rule", ""))
+
+
 @dataclasses.dataclass(frozen=True)
 class Bounded:
     """A verifier behind the recipe's limits and its decision on talk.
@@ -112,12 +124,12 @@ class Bounded:
 
     @property
     def concurrency(self) -> int:
-        return max(int(getattr(self.inner, "concurrency", 1)), self.talk_judge.concurrency if self.talk_judge else 1)
+        return max(int(self.inner.concurrency), self.talk_judge.concurrency if self.talk_judge else 1)
 
     @property
     def asks_judge(self) -> bool:
         """Whether a verdict may need an LLM judge."""
-        return bool(getattr(self.inner, "asks_judge", False)) or self.talk_judge is not None
+        return bool(self.inner.asks_judge) or self.talk_judge is not None
 
     @property
     def reads_state(self) -> bool:
@@ -130,12 +142,11 @@ class Bounded:
 
     def excludes(self, case: Case) -> bool:
         """Whether the expert's turn is talk that `verifier.message: exclude` leaves out: nothing is drawn for it."""
-        talk_rule = bool(getattr(self.inner, "talk_rule", ""))
-        return talk_rule and self.message == "exclude" and is_talk(case.expected, case.fields)
+        return bool(talk_rule_of(self.inner)) and self.message == "exclude" and is_talk(case.expected, case.fields)
 
     def verify(self, case: Case, actual: Action) -> Verdict:
         """The verdict, in [0, 1] whatever `actual` holds. Raises VerifierFault."""
-        rule = getattr(self.inner, "talk_rule", "")
+        rule = talk_rule_of(self.inner)
         decided = bool(rule) and self.message != "any" and is_talk(case.expected, case.fields)
         # what is no text differs from an expert's talk under any decision
         if decided and self.message == "exclude" and rule == "decided" and actual.kind == "message":

@@ -11,7 +11,7 @@ from nemo_pivotrl.config.build import build
 from nemo_pivotrl.core.artifacts import digest
 from nemo_pivotrl.core.errors import InputError, Problem
 from nemo_pivotrl.core.plugins import is_import_path, load_plugin
-from nemo_pivotrl.verifiers.base import Bounded, Judging, Verifier
+from nemo_pivotrl.verifiers.base import Bounded, Judging, Verifier, talk_rule_of
 
 VERIFIERS = {
     "single_step": "nemo_pivotrl.verifiers.single_step:SingleStep",
@@ -66,7 +66,7 @@ def load_verifier(
     checked = build(cls, settings.settings, where, "verifier.settings.")
     made = dataclasses.replace(checked, **{k: v for k, v in shared.items() if k in given})
     asks = "judge" in given and made.asks_judge
-    judged_talk = bool(getattr(cls, "talk_rule", "")) and settings.talk == "judge"
+    judged_talk = bool(talk_rule_of(cls)) and settings.talk == "judge"
     judge = None
     if asks or judged_talk:
         from nemo_pivotrl.verifiers.judge import connect
@@ -78,7 +78,7 @@ def load_verifier(
 
 def excludes_talk(settings: config.Verifier) -> bool:
     """Whether turns in which the expert talks are left out."""
-    return settings.talk == "exclude" and bool(getattr(_class_of(settings.name, "recipe"), "talk_rule", ""))
+    return settings.talk == "exclude" and bool(talk_rule_of(_class_of(settings.name, "recipe")))
 
 
 def _class_of(named: str, where: str) -> type[Any]:
@@ -122,7 +122,7 @@ def identity(verifier: Verifier, settings: config.Verifier) -> str:
 
         judge["rubric"] = RUBRIC_VERSION
     decides: list[Any] = [settings.compat, dict(settings.settings), dataclasses.asdict(settings.limits), judge]
-    if getattr(_class_of(settings.name, "recipe"), "talk_rule", ""):
+    if talk_rule_of(_class_of(settings.name, "recipe")):
         decides.append(settings.talk)
     return f"{verifier.name} {verifier.version} {digest(decides, 8)}"
 

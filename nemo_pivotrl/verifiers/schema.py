@@ -197,7 +197,7 @@ def difference(schema: Mapping[str, Any], instance: Any) -> str:
         raise BadSchema(f"the reference {unresolved.ref!r} points out of the schema, and none is fetched") from None
     except LimitExceeded as exceeded:
         raise BadSchema(str(exceeded)) from None
-    except BaseException as fault:
+    except BaseException as fault:  # the schema library raises any type, its Rust part no Exception: `_as_reason` tells
         raise BadSchema(_as_reason(fault)) from None
     return "" if error is None else str(error.message)
 
@@ -214,7 +214,7 @@ def _draft_2020(text: str) -> Any:
         return bounded(Draft202012Validator)(schema, registry=Registry())
     except SchemaError as error:
         return str(error.message)
-    except BaseException as fault:
+    except BaseException as fault:  # as in `difference`
         return _as_reason(fault)
 
 

@@ -18,7 +18,7 @@ from typing import Any, ClassVar, Literal
 
 from nemo_pivotrl.config import Limits, ranged
 from nemo_pivotrl.core.types import Action, Case, ToolCall, Verdict
-from nemo_pivotrl.verifiers.base import VerifierFault
+from nemo_pivotrl.verifiers.base import Computing, VerifierFault
 from nemo_pivotrl.verifiers.bounds import LimitExceeded, decode_json
 
 PAIR_WORK = 192
@@ -83,7 +83,7 @@ def _augmenting_path(
 
 
 @dataclass(kw_only=True, frozen=True)
-class SingleStep:
+class SingleStep(Computing):
     """Recursive argument comparison with a word-overlap threshold, and set matching for parallel calls.
 
     Defaults are Gym's base (tau) config; the shipped SWE config has threshold 0.0, search 0.3.
@@ -239,7 +239,7 @@ def _check_pairs(wanted: Sequence[ToolCall], found: Sequence[ToolCall], limits: 
 
 
 @dataclass(kw_only=True, frozen=True)
-class Exact:
+class Exact(Computing):
     """The naive local reward: the action must equal the expert's, calls as parsed JSON and in order, messages as text.
 
     This is the reward that PivotRL's ablation shows to be too strict; it is here to be compared with.

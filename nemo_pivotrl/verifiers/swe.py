@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Literal
 
 from nemo_pivotrl.config import Limits, ranged
 from nemo_pivotrl.core.types import Action, Case, ToolCall, Verdict
+from nemo_pivotrl.verifiers.base import Computing
 from nemo_pivotrl.verifiers.bounds import LimitExceeded, decode_json, ratio
 
 MAX_COMPARED_CHARS = 2000
@@ -98,7 +99,7 @@ def edit_content(arguments: Any) -> str:
 
 
 @dataclass(kw_only=True, frozen=True)
-class Swe:
+class Swe(Computing):
     """Layered comparison of one tool call; the first call of the turn is judged. Defaults are Gym's."""
 
     name: ClassVar[str] = "swe"

@@ -19,7 +19,7 @@ from referencing import Registry
 
 from nemo_pivotrl.config import Limits, ranged
 from nemo_pivotrl.core.types import Action, Case, ToolCall, Verdict
-from nemo_pivotrl.verifiers.base import VerifierFault
+from nemo_pivotrl.verifiers.base import Computing, VerifierFault
 from nemo_pivotrl.verifiers.bounds import LimitExceeded, decode_json, ratio
 from nemo_pivotrl.verifiers.schema import bounded, is_valid as follows
 
@@ -164,7 +164,7 @@ def _validator(schema_text: str) -> Any:
         validate(None, schema, registry=Registry())  # references are never fetched
     except ValidationError:
         pass
-    except Exception:
+    except Exception:  # as released: a schema over which the library raises anything else is invalid
         return None
     return bounded(OAS32Validator)(schema, registry=Registry())
 
@@ -217,7 +217,7 @@ def unstring(arguments: Arguments, schema: dict[str, Any], limits: Limits) -> No
 
 
 @dataclass(kw_only=True, frozen=True)
-class TerminalMultiHarness:
+class TerminalMultiHarness(Computing):
     """One call against the expert's call by the harness's rules; batches pairwise after sorting."""
 
     name: ClassVar[str] = "terminal_multi_harness"

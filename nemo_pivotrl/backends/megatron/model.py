@@ -6,6 +6,7 @@ layers, which know no FP8. Dropout is off throughout: the policy that trains is 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -229,7 +230,7 @@ def swap(spec: Any, twins: dict[type, type]) -> None:
     elif isinstance(spec, ModuleSpec):
         spec.module = twins.get(spec.module, spec.module)
         swap(spec.submodules, twins)
-    elif hasattr(spec, "__dataclass_fields__"):
+    elif dataclasses.is_dataclass(spec):
         for name in spec.__dataclass_fields__:
             part = getattr(spec, name)
             if isinstance(part, type):

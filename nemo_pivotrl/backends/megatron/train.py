@@ -118,7 +118,7 @@ class MegatronPolicy(SequenceScores):
             given = [prompts[n] for n in rows], [batch.responses[n] for n in rows]
             if self.settings.prefix_sharing:
                 return Rows.of(prefix.lay_out(rows, *given, multiple, self.with_head).to(groups.device))
-            return _to(lay_out(rows, *given, multiple, m.sequence_packing), groups.device)
+            return prefix.on_device(lay_out(rows, *given, multiple, m.sequence_packing), groups.device)
 
         return [made(rows) for rows in self._plan(batch)[groups.dp.rank()]]
 
@@ -323,11 +323,6 @@ def _of_rows(value: Tensor, rows: Rows, like: Tensor) -> Tensor:
 def _pick(found: Tensor, index: Tensor, mask: Tensor) -> Tensor:
     """[n, T] of what was found, 0 outside the mask."""
     return found[index].masked_fill(~mask, 0.0)
-
-
-def _to(rows: Rows, device: torch.device) -> Rows:
-    moved = {name: getattr(rows, name) for name in Rows.__dataclass_fields__}
-    return Rows(**{name: x.to(device) if isinstance(x, Tensor) else x for name, x in moved.items()})
 
 
 @torch.no_grad()

@@ -156,7 +156,7 @@ class RankGroup:
         except (InputError, OSError) as error:
             self._end_unless_alike(error)
             raise
-        except Exception as error:
+        except Exception as error:  # a library's fault on one rank: the others wait in its collective
             if self.watch is None:
                 raise
             launch.failed(self.watch, error)

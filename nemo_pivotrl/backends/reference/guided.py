@@ -408,7 +408,7 @@ def _stop_ids(patient: Any, tokenizer: PreTrainedTokenizerBase) -> frozenset[int
 
 
 def _context(model: Any) -> float:
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    return model.config.get_text_config().to_dict().get("max_position_embeddings") or math.inf
 
 
 # ---- loading ----

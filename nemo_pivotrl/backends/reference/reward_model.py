@@ -56,7 +56,7 @@ class RewardModel:
             for messages, answer in zip(asked, answers, strict=True)
         ]
         ids = [self.tokenizer.encode(text, add_special_tokens=False) for text in texts]
-        limit = getattr(self.model.config, "max_position_embeddings", None)
+        limit = self.model.config.to_dict().get("max_position_embeddings")
         longest = max(map(len, ids), default=0)
         if limit and longest > limit:
             remedy = f"the reward model reads {limit}: lower decode.max_new_tokens or shorten the prompts"

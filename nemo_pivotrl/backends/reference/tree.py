@@ -98,9 +98,10 @@ def prepare(model: Any, field: str) -> None:
     Beside what its config says, a small forest is run and compared with its rows.
     """
     config = model.config.get_text_config()
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    given = config.to_dict()  # settings that its architecture does not have are not there
+    kinds = set(given.get("layer_types") or ["full_attention"])
     mixers = [module for module in model.modules() if type(module).__name__ == MAMBA]
-    windowed = getattr(config, "sliding_window", None) and not getattr(config, "layer_types", None)
+    windowed = given.get("sliding_window") and not given.get("layer_types")
     if windowed or kinds - KNOWN or ("linear_attention" in kinds and not mixers):
         found = "sliding_window" if windowed else ", ".join(sorted(kinds - {"full_attention"}))
         raise InputError(Problem("recipe", None, field, f"on, for a {config.model_type} with {found}", OFF))

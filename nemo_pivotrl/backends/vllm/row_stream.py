@@ -213,7 +213,8 @@ class RowStream:
 def check_streams(name: str, model: Any) -> None:
     """Raises InputError for a model whose layers keep anything but all keys and values (sliding windows, Mamba)."""
     config = model.config.get_text_config()
-    kinds = set(getattr(config, "layer_types", None) or []) | set(getattr(config, "layers_block_type", None) or [])
+    given = config.to_dict()
+    kinds = {*(given.get("layer_types") or []), *(given.get("layers_block_type") or [])}
     other = sorted(kinds - {"full_attention", "mlp", "moe"})
     ids = torch.arange(6, device=model.device)[None] % config.vocab_size
     try:

@@ -130,7 +130,7 @@ def _whole(lines: list[bytes]) -> list[Any] | None:
             return several
         if len(lines) == 1 and lines[0].lstrip()[:1] != b"[":
             return None  # a single broken line
-        at = getattr(error, "lineno", None)
+        at = error.lineno if isinstance(error, json.JSONDecodeError) else None
         raise _Unreadable("broken JSON", f"{error}; neither JSON lines nor one JSON text", at) from None
 
 

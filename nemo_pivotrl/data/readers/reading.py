@@ -6,12 +6,12 @@ import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from nemo_pivotrl.core.artifacts import digest
 from nemo_pivotrl.core.errors import InputError, Problem
+from nemo_pivotrl.core.plugins import load_plugin
 from nemo_pivotrl.core.types import Message, Trajectory
 from nemo_pivotrl.data import published
 from nemo_pivotrl.data.readers.agents import claude_code_sessions, is_claude_code, tau2_simulations
@@ -142,14 +142,8 @@ def _reader(format: str) -> Callable[..., Any] | None:
         return None
     if format in READERS:
         return READERS[format]
-    module, colon, name = format.partition(":")
-    if colon:
-        try:
-            return getattr(import_module(module), name)
-        except (ImportError, AttributeError) as error:
-            raise InputError(
-                Problem("recipe", None, "extract.format", format, f"cannot be imported: {error}")
-            ) from None
+    if ":" in format:
+        return cast(Callable[..., Any], load_plugin(format, "extract.format"))
     known = f"use one of auto, {', '.join(READERS)}, or module:function"
     raise InputError(Problem("recipe", None, "extract.format", format, known))
 

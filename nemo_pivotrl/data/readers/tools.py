@@ -26,7 +26,7 @@ def read_tools(path: str) -> Tools:
         found = "no such file" if isinstance(error, FileNotFoundError) else str(error)
         raise InputError(Problem(path, None, "extract.tools", path, found)) from None
     except (ValueError, RecursionError) as error:
-        line = getattr(error, "lineno", None)
+        line = error.lineno if isinstance(error, json.JSONDecodeError) else None
         raise InputError(Problem(path, line, "extract.tools", "broken JSON", str(error))) from None
     try:
         return tools_of(raw, "extract.tools")

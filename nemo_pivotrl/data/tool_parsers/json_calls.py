@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from nemo_pivotrl.core.errors import short
@@ -51,19 +51,27 @@ def refuse_strays(content: str, *markers: str) -> None:
             raise ValueError(f"{marker} outside a tool call")
 
 
-def read_hermes(text: str, tools: Tools) -> tuple[str, list[ToolCall]]:
-    """`<tool_call>{"name": ..., "arguments": {...}}</tool_call>`, any number of them (Hermes, Qwen2.5, Qwen3)."""
+def between_tags(text: str, read: Callable[[str], ToolCall], *markers: str) -> tuple[str, list[ToolCall]]:
+    """(text beside the calls, calls) where each call is what `read` makes of a `<tool_call>BODY</tool_call>`.
+
+    Raises ValueError for a block that is not closed, and for `markers` of a call outside of one.
+    """
     content, calls, place = [], [], 0
     while (start := text.find("<tool_call>", place)) >= 0:
         content.append(text[place:start])
         end = text.find("</tool_call>", start)
         if end < 0:
             raise ValueError("<tool_call> without </tool_call>")
-        calls.append(_of_object(loads(text[start + len("<tool_call>") : end]), tools, "arguments"))
+        calls.append(read(text[start + len("<tool_call>") : end]))
         place = end + len("</tool_call>")
-    content.append(text[place:])
-    refuse_strays("".join(content), "</tool_call>")
-    return "".join(content), calls
+    beside = "".join([*content, text[place:]])
+    refuse_strays(beside, "</tool_call>", *markers)
+    return beside, calls
+
+
+def read_hermes(text: str, tools: Tools) -> tuple[str, list[ToolCall]]:
+    """`<tool_call>{"name": ..., "arguments": {...}}</tool_call>`, any number of them (Hermes, Qwen2.5, Qwen3)."""
+    return between_tags(text, lambda body: _of_object(loads(body), tools, "arguments"))
 
 
 def read_llama_json(text: str, tools: Tools) -> tuple[str, list[ToolCall]]:

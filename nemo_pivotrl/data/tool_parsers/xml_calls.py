@@ -9,7 +9,7 @@ from typing import Any
 
 from nemo_pivotrl.core.errors import short
 from nemo_pivotrl.core.types import ToolCall
-from nemo_pivotrl.data.tool_parsers.json_calls import refuse_strays
+from nemo_pivotrl.data.tool_parsers.json_calls import between_tags, refuse_strays
 from nemo_pivotrl.data.tool_parsers.schema_types import Parameters
 
 Tools = Sequence[Mapping[str, Any]]
@@ -71,27 +71,17 @@ _GLM_ARGUMENT = re.compile(r"\s*<arg_key>(.*?)</arg_key>\s*<arg_value>(.*?)</arg
 
 def read_glm(text: str, tools: Tools) -> tuple[str, list[ToolCall]]:
     """`<tool_call>NAME<arg_key>KEY</arg_key><arg_value>VALUE</arg_value>...</tool_call>` (GLM 4.5 and later)."""
-    content, calls, place = [], [], 0
-    while (start := text.find("<tool_call>", place)) >= 0:
-        content.append(text[place:start])
-        end = text.find("</tool_call>", start)
-        if end < 0:
-            raise ValueError("<tool_call> without </tool_call>")
-        body = text[start + len("<tool_call>") : end]
-        name = body.partition("<arg_key>")[0]
-        if not name.strip() or re.search(r"[\s<>]", name.strip()):
-            raise ValueError(f"{short(name, 40)} is no name of a tool")
-        if tools and not Parameters(name.strip(), tools).declared:
-            raise ValueError(f"{short(name, 40)} is not declared")  # vLLM reads no call of such a tool
-        calls.append(_glm_call(name.strip(), body[len(name) :], tools))
-        place = end + len("</tool_call>")
-    content.append(text[place:])
-    beside = "".join(content)
-    refuse_strays(beside, "</tool_call>", "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>")
-    return beside, calls
+    markers = ("<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>")
+    return between_tags(text, lambda body: _glm_call(body, tools), *markers)
 
 
-def _glm_call(name: str, body: str, tools: Tools) -> ToolCall:
+def _glm_call(block: str, tools: Tools) -> ToolCall:
+    written = block.partition("<arg_key>")[0]
+    name, body = written.strip(), block[len(written) :]
+    if not name or re.search(r"[\s<>]", name):
+        raise ValueError(f"{short(written, 40)} is no name of a tool")
+    if tools and not Parameters(name, tools).declared:
+        raise ValueError(f"{short(written, 40)} is not declared")  # vLLM reads no call of such a tool
     parameters, arguments, place = Parameters(name, tools), {}, 0
     while (found := _GLM_ARGUMENT.match(body, place)) is not None:
         key, value = found[1].strip(), found[2]

@@ -8,6 +8,7 @@ size are left out, so that the loss does not depend on the layout.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -99,7 +100,7 @@ def parents_block(block: PivotRLModelBlock) -> DictConfig:
         {
             "length_params": {"max_length": length.max_length, "min_length": length.min_length},
             "sampling_params": {
-                **{f: getattr(sampling, f) for f in sampling.__dataclass_fields__ if f != "end_strings"},
+                **dataclasses.asdict(sampling),
                 "end_strings": [],
             },
             "offload_adam_states": block.offload_adam_states,

@@ -13,6 +13,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from nemo_pivotrl.core.plugins import load_plugin
+
 GROUP = "nemo_aligner.algorithms"
 HERE = "nemo_pivotrl.integrations.nemo_aligner"
 
@@ -37,17 +39,17 @@ class Algorithm:
     @property
     def trainer(self) -> Any:
         """Trainer class; its constructor takes the keywords of NeMo-Aligner's own."""
-        return _load(self.trainer_name)
+        return load_plugin(self.trainer_name, "trainer_name")
 
     @property
     def model(self) -> Any:
         """Megatron model class, built from (`model` block, Lightning trainer)."""
-        return _load(self.model_name)
+        return load_plugin(self.model_name, "model_name")
 
     @property
     def dataset_builder(self) -> Any:
         """(cfg=, data_prefix=, data_impl=, splits_string=, ..., tokenizer=) to train, validation and test sets."""
-        return _load(self.dataset_builder_name)
+        return load_plugin(self.dataset_builder_name, "dataset_builder_name")
 
     @property
     def conf(self) -> Path:
@@ -102,8 +104,3 @@ def trust(prefix: str) -> None:
         prefixes.append(prefix)  # seen by those who imported the list itself
     else:
         common.ALLOWED_TARGET_PREFIXES = type(prefixes)([*prefixes, prefix])
-
-
-def _load(name: str) -> Any:
-    module, _, attribute = name.partition(":")
-    return getattr(import_module(module), attribute)

@@ -8,6 +8,7 @@ turns it samples follow from its number: a resumed run goes on as if it had not 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -285,7 +286,7 @@ def _read_by_parent(block: PivotRLTrainerBlock) -> dict[str, Any]:
         "model_gbs",
         "model_mbs",
     )
-    return {name: getattr(block, name) for name in names}
+    return {name: value for name, value in dataclasses.asdict(block).items() if name in names}
 
 
 def _by_pivot(value: Tensor, group: int) -> Tensor:

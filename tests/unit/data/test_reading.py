@@ -427,7 +427,7 @@ def test_a_readers_own_format_is_named_by_its_import_path(tmp_path: Path, monkey
     monkeypatch.syspath_prepend(tmp_path)
     (found,) = read(tmp_path, {"ask": "q", "say": "a"}, format="mine:read").trajectories
     assert turns(found) == ["user: q", "assistant: a"]
-    with pytest.raises(InputError, match="cannot be imported"):
+    with pytest.raises(InputError, match="mine has no nothing"):
         read(tmp_path, {"ask": "q"}, format="mine:nothing")
     with pytest.raises(InputError, match="use one of auto, openai"):
         read(tmp_path, {"ask": "q"}, format="opena")
