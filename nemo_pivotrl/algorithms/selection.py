@@ -13,7 +13,7 @@ from typing import Literal
 
 from nemo_pivotrl.core.types import Profile, Trajectory
 
-Rule = Literal["all", "random", "mixed", "adv", "adv_with_zeros"]
+Rule = Literal["random", "mixed", "adv", "adv_with_zeros", "all"]
 """`all` and `random` filter nothing: every candidate, or as many as `adv` keeps."""
 
 

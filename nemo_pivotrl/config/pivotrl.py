@@ -109,7 +109,7 @@ class ProfileStage:
 class Select:
     """Profiles to pivots. Pure and instant: change it as often as you like."""
 
-    rule: Literal["all", "random", "mixed", "adv", "adv_with_zeros"] = "adv"
+    rule: Literal["random", "mixed", "adv", "adv_with_zeros", "all"] = "adv"
     """Which candidates are pivots (P4): `adv` is equation (4), the paper's rule.
 
     `all` keeps every candidate that could be profiled: what the paper compares its filter with.
