@@ -17,9 +17,13 @@ ARG VERSION=0.1.0
 LABEL org.opencontainers.image.title="nemo-pivotrl (NeMo-Aligner)" \
       org.opencontainers.image.description="PivotRL and LLMdoctor as NeMo-Aligner components" \
       org.opencontainers.image.version="${VERSION}"
+COPY requirements/aligner.lock deploy/docker/locked.sh /opt/pivotrl-build/
 RUN --mount=type=bind,from=wheel,source=/wheel,target=/wheel \
-    pip install --no-cache-dir --no-deps /wheel/*.whl jsonschema==4.26.0 jsonschema-specifications==2025.9.1 \
-        referencing==0.37.0 rpds-py==2026.9.1 attrs==26.1.0 httpx==0.28.1 \
+    /opt/pivotrl-build/locked.sh /opt/pivotrl-build/aligner.lock jsonschema jsonschema-specifications referencing rpds-py attrs \
+        httpx httpcore h11 anyio sniffio >/tmp/requirements.lock \
+    && pip install --no-cache-dir --no-deps --require-hashes -r /tmp/requirements.lock \
+    && pip install --no-cache-dir --no-deps /wheel/*.whl \
+    && rm /tmp/requirements.lock \
     && useradd --create-home --uid 10001 --shell /bin/bash pivotrl
 WORKDIR /workspace
 RUN chown pivotrl: /workspace
@@ -34,7 +38,6 @@ ARG VERSION=0.1.0
 ARG BASE_PYTHON=/opt/ray_venvs/nemo_rl.models.policy.workers.megatron_policy_worker.MegatronPolicyWorker/bin/python
 # the image's own vLLM is older than the one we are tested with; 0 leaves ours out, several GB
 ARG WITH_VLLM=1
-ARG VLLM_VERSION=0.32.0
 LABEL org.opencontainers.image.title="nemo-pivotrl" \
       org.opencontainers.image.description="PivotRL and LLMdoctor on megatron-core and vLLM" \
       org.opencontainers.image.version="${VERSION}"
@@ -47,8 +50,9 @@ RUN --mount=type=bind,from=wheel,source=/wheel,target=/wheel \
 RUN --mount=type=bind,from=wheel,source=/wheel,target=/wheel \
     if [ "${WITH_VLLM}" = 1 ]; then \
         "${BASE_PYTHON}" -m venv --without-pip /opt/pivotrl-vllm \
-        && "${BASE_PYTHON}" -m pip --python /opt/pivotrl-vllm/bin/python install --no-cache-dir --find-links /wheel \
-            "vllm==${VLLM_VERSION}" "nemo-pivotrl[vllm,reference,verifiers]==${VERSION}"; \
+        && "${BASE_PYTHON}" -m pip --python /opt/pivotrl-vllm/bin/python install --no-cache-dir --no-deps \
+            --require-hashes -r /opt/pivotrl-build/vllm.lock \
+        && "${BASE_PYTHON}" -m pip --python /opt/pivotrl-vllm/bin/python install --no-cache-dir --no-deps /wheel/*.whl; \
     fi
 # Python itself and linked packages lie under /root there, which is closed to others; nothing in it is made writable
 RUN for folder in /root /root/.local /root/.local/share /root/.cache; do \

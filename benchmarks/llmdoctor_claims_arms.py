@@ -21,7 +21,7 @@ from torch import Tensor
 from nemo_pivotrl.algorithms.llmdoctor import doctor_loss, token_rewards
 from nemo_pivotrl.algorithms.model_outputs import ModelOutputs
 from nemo_pivotrl.backends import loading
-from nemo_pivotrl.backends.base import TokenBatch
+from nemo_pivotrl.backends.base import TokenBatch, as_trained
 from nemo_pivotrl.backends.reference.guided import GuidedSamplingParams
 from nemo_pivotrl.backends.reference.policy import ReferencePolicy
 from nemo_pivotrl.components.rollout import load_chat, sample_seed
@@ -194,7 +194,7 @@ def train(recipe: Recipe, contestant: Contestant, lr: float, folder: Path) -> li
     fields = {"objective": contestant.objective, **dict(contestant.tfpo)}
     recipe = dataclasses.replace(recipe, tfpo=dataclasses.replace(recipe.tfpo, **fields))
     start = recipe.patient.model_name if contestant.on_patient else recipe.doctor.model_name
-    policy = dataclasses.replace(recipe.doctor, model_name=start)
+    policy = as_trained(dataclasses.replace(recipe.doctor, model_name=start))
     anchored = contestant.loss == "dpo" or (contestant.loss == "tfpo" and recipe.tfpo.anchor == "reference")
     backend = loading.load(policy, value_head=True, reference=anchored, section="doctor")
     backend.prepare_for_training(dataclasses.replace(policy.optimizer, lr=lr))
@@ -214,7 +214,7 @@ def train(recipe: Recipe, contestant: Contestant, lr: float, folder: Path) -> li
 
 def trained(recipe: Recipe, folder: Path) -> ReferencePolicy:
     """What `train` left in `folder`, with its head; a start model has a head of zeros."""
-    model = ReferencePolicy(dataclasses.replace(recipe.doctor, model_name=str(folder)), value_head=True)
+    model = ReferencePolicy(as_trained(dataclasses.replace(recipe.doctor, model_name=str(folder))), value_head=True)
     if (folder / "head.pt").exists():
         model.head.load_state_dict(torch.load(folder / "head.pt", weights_only=True))
     return model

@@ -3,8 +3,8 @@
     python benchmarks/pivotrl_claims.py --processes 2
 
 The start policy is a tiny model that can do all the desk needs but often does not, for those it learned from are careless
-(`world.SLIPS`), and that is good at puzzles, which nobody trains on later. All arms get the same trajectories of an expert whose
-wording is another than the start policy's (`world.teacher: other`), which is what an SFT set from other models is to a
+(`world.EXPERT_ERRORS`), and that is good at puzzles, which nobody trains on later. All arms get the same trajectories of an
+expert whose wording is another than the start policy's (`world.teacher: other`), which is what an SFT set from other models is to a
 post-trained policy. Arms that learn from rewards take the same number of steps: of 192 turns, end-to-end GRPO of 192 whole
 episodes; SFT takes as many as cost about PivotRL's processor time, its profile included. The verifier compares calls as `functional`
 does and talk by what it does (`demo/talk_judge.py`). **Every arm's learning rate** is the
@@ -42,7 +42,8 @@ from nemo_pivotrl.pivotrl.profile_rows import profile_of_row
 
 SETTINGS = """
 num_threads=1 logger.tensorboard=false audit.before_profile=false
-world.slips=0.8 world.teacher=other world.vocab_size=512 world.train_tasks=300 world.test_tasks=200 world.puzzle_test_tasks=200
+world.expert_error_rate=0.8 world.teacher=other world.vocab_size=512
+world.train_tasks=300 world.test_tasks=200 world.puzzle_test_tasks=200
 world.warmup_tasks=2000 world.puzzle_warmup_tasks=16000 warmup.num_steps=1500 warmup.copy_steps=220
 verifier.name=nemo_pivotrl.demo.talk_judge:DeskTalk extract.validation_share=0.2
 profile.num_generations=8 profile.curtail=none select.lambda_diff=0.6

@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 
 import nemo_pivotrl
-from nemo_pivotrl.config import Checkpointing, Doctor, Patient, Policy, Preferences, Reward, Tfpo
+from nemo_pivotrl.config import Checkpointing, Doctor, Patient, Preferences, Reward, Tfpo, TrainedModel
 
 patient = os.environ.get("PATIENT", "runs/llmdoctor/patient/policy")
 doctor = os.environ.get("DOCTOR", "runs/llmdoctor/novice/policy")
@@ -28,7 +28,7 @@ recipe = nemo_pivotrl.Recipe(
     algorithm="llmdoctor",
     run_dir=str(folder),
     patient=Patient(model_name=patient, max_total_sequence_length=256),
-    doctor=Policy(model_name=doctor, max_total_sequence_length=256),
+    doctor=TrainedModel(model_name=doctor, max_total_sequence_length=256),
     preferences=Preferences(objectives={"kindness": [str(folder / "pairs.jsonl")]}, validation_share=0.25),
     reward=Reward(faces={"kindness": {"positive": "be kind to the user", "negative": "be rude to the user"}}),
     tfpo=Tfpo(anchor="reference", max_num_steps=2, pairs_per_step=2, max_num_epochs=2, val_period=2),

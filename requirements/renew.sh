@@ -2,7 +2,7 @@
 # Renew the locks: every version and the hashes of its files, for each environment. `UPGRADE=1` takes the newest that the constraints
 # allow; without it, what a lock names already stays. Needs uv on PATH, and the network.
 #
-# torch is in no lock. It has a build for each accelerator, under one version and with other hashes and other dependencies, and NVIDIA's
+# torch is in no lock but that of the image's vLLM. It has a build for each accelerator, under one version and with other hashes and other dependencies, and NVIDIA's
 # containers bring their own; constraints.txt pins its version. The locks are resolved against the CPU build, so they hold no CUDA
 # packages; LOCK_TORCH says where that build comes from (default: PyTorch's own index).
 set -euo pipefail
@@ -25,3 +25,7 @@ lock 3.11 $here/aligner.lock tests/aligner/requirements.txt -c tests/aligner/con
 lock 3.11 $here/aligner-packages.lock --no-deps tests/aligner/packages.txt
 lock 3.11 $here/conformance.lock benchmarks/conformance-requirements.txt
 lock 3.13 deploy/docker/requirements.lock --no-deps deploy/docker/requirements.txt
+# the image's vLLM: on GPUs, so with the torch of PyPI and its CUDA
+uv pip compile -q --python-version 3.13 --python-platform x86_64-manylinux_2_28 --generate-hashes --no-annotate \
+    --custom-compile-command "make locks" --no-emit-package nemo-pivotrl ${UPGRADE:+--upgrade} -o deploy/docker/vllm.lock \
+    deploy/docker/vllm.txt setup.py --extra reference --extra verifiers

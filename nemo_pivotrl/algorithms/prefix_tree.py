@@ -228,7 +228,7 @@ def _cut(run: _Run, room: int) -> list[tuple[int, int]]:
 
 
 def _even(run: _Run, cuts: list[tuple[int, int]], ranks: int) -> list[tuple[int, int]]:
-    """As many packs as a multiple of `ranks`, at least one each: the dearest are cut in two, then fillers are added."""
+    """As many packs as a multiple of `ranks`, at least one each: the most expensive are cut in two, then fillers are added."""
     while not cuts or len(cuts) % ranks:
         wide = [cut for cut in cuts if cut[1] - cut[0] > 1]
         if not wide:

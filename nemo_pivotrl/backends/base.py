@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from nemo_pivotrl.config.llmdoctor import Patient
-from nemo_pivotrl.config.models import Generation, Optimizer, Policy
+from nemo_pivotrl.config.models import Generation, Optimizer, Policy, TrainedModel
 from nemo_pivotrl.core.errors import InputError, Problem
 from nemo_pivotrl.core.types import FailedSample, Sample
 
@@ -38,6 +38,9 @@ class TokenBatch:
     """Tensors with N rows that the loss wants beside the log-probabilities; token-wise ones are padded to T."""
     together: int = 1
     """So many consecutive rows stay in one micro-batch: 2 where they are pairs of answers."""
+    asked: Tensor | None = None
+    """[N, T] bool: tokens whose log-probability the loss reads, in a batch whose rows share nothing; a backend may give 0 for the
+    others. None: all tokens."""
 
     @property
     def units(self) -> list[tuple[int, ...]]:
@@ -74,8 +77,14 @@ class Trainer(Protocol):
         """Whether `weights` can be asked for."""
         ...
 
-    def prepare_for_training(self, optimizer: Optimizer) -> None: ...
-    def prepare_for_training_step(self) -> None: ...
+    def prepare_for_training(self, optimizer: Optimizer) -> None:
+        """Make the optimiser, once, before the first step."""
+        ...
+
+    def prepare_for_training_step(self) -> None:
+        """Zero the gradients."""
+        ...
+
     def get_loss_and_metrics(
         self, batch: TokenBatch, loss_fn: LossFn, forward_only: bool = False, reference: bool = False
     ) -> dict[str, float]:
@@ -84,7 +93,10 @@ class Trainer(Protocol):
         reference: the loss reads `ModelOutputs.reference`; the model must have been loaded with it."""
         ...
 
-    def finish_training_step(self) -> dict[str, float]: ...
+    def finish_training_step(self) -> dict[str, float]:
+        """Clip the gradients and make the optimiser's step; `grad_norm` and `lr`."""
+        ...
+
     def get_inference_log_probs(self, batch: TokenBatch, reference: bool = False) -> Tensor:
         """[N, T] log-probabilities (nats, float32 or better, on the CPU) under the current or the start model."""
         ...
@@ -97,7 +109,10 @@ class Trainer(Protocol):
         """Undo `save_training_state`. Raises InputError for a damaged folder and for another model's."""
         ...
 
-    def export(self, folder: Path) -> None: ...
+    def export(self, folder: Path) -> None:
+        """Write an ordinary HF checkpoint. Raises OSError."""
+        ...
+
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor of `export`, by its HF name, one at a time. Only where the model is in one process."""
         ...
@@ -147,6 +162,11 @@ def require_checkpoint(field: str, folder: str, remedy: str) -> None:
     """Raise InputError where `folder`, which the recipe's `field` names, is no HF checkpoint folder."""
     if not Path(folder, "config.json").exists():
         raise InputError(Problem("recipe", None, field, folder or "nothing", remedy))
+
+
+def as_trained(doctor: TrainedModel) -> Policy:
+    """The doctor as a policy: log pi of its flow is the model's own (temperature 1), however answers are sampled."""
+    return Policy(**{f.name: getattr(doctor, f.name) for f in fields(TrainedModel)})
 
 
 def as_policy(patient: Patient) -> Policy:

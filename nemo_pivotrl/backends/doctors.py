@@ -99,6 +99,7 @@ class SpanTracker:
 
     @classmethod
     def after(cls, tokenizer: PreTrainedTokenizerBase, spans: tuple[Span, ...], prompt: Sequence[int]) -> SpanTracker:
+        """A tracker of the answer that follows `prompt`, which may end inside a span."""
         watch = cls(tokenizer, spans)
         if spans:
             reach = max(len(s.start.encode()) for s in spans) + 8
@@ -107,6 +108,7 @@ class SpanTracker:
         return watch
 
     def read(self, token: int) -> None:
+        """Take the answer's next token in."""
         if not self.spans:
             return
         # a token that is more than part of a character has at least one byte
@@ -168,6 +170,8 @@ class Doctors:
 
 
 class Mixed(NamedTuple):
+    """What guidance makes of one step's logits."""
+
     log_probs: Tensor
     """[R, V] of the mixture."""
     alone: Tensor

@@ -6,7 +6,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from nemo_pivotrl.config.models import Megatron, Policy
+from nemo_pivotrl.config.models import Megatron, TrainedModel
 from nemo_pivotrl.core.artifacts import digest
 from nemo_pivotrl.core.atomic import SUMS, compare_sums, file_sums, read_sums
 from nemo_pivotrl.core.errors import InputError, Problem
@@ -19,7 +19,7 @@ def without_start(megatron: Megatron) -> Megatron:
     return replace(megatron, load="")
 
 
-def identity_of(model: Policy, megatron: Megatron) -> dict[str, Any]:
+def identity_of(model: TrainedModel, megatron: Megatron) -> dict[str, Any]:
     """Settings of the `megatron` section that change what a model computes beyond rounding; its layout does not."""
     if model.backend != "megatron":
         return {}

@@ -122,7 +122,7 @@ class Watchdog:
         self.thread = threading.Thread(target=self._look, daemon=True)
 
     def tick(self, doing: str) -> None:
-        """Note progress. What hangs is found by who has come least far."""
+        """Count one step of progress. The watchdog blames the rank with the fewest steps for a hang."""
         self.ticks, self.doing = self.ticks + 1, doing
 
     def rest(self, orders: int) -> None:
@@ -150,7 +150,7 @@ class Watchdog:
         return won
 
     def _look(self) -> None:
-        """The watching thread: show life, look at the others, end this process when there is a reason."""
+        """The watching thread: send heart-beats, read those of the other ranks, end this process when there is a reason."""
         seen: dict[int, tuple[str, float]] = {}
         while not self.finished.wait(self.patience.beat):
             try:
@@ -180,7 +180,7 @@ class Watchdog:
         self._judge_progress({rank: text.split(" ", 2)[1:] for rank, (text, _) in alive.items()}, now)
 
     def _judge_progress(self, progress: dict[int, list[str]], now: float) -> None:
-        """Nobody has moved for too long: blame those that have come least far of all that do not rest."""
+        """If no rank has made progress for too long, blame the working ranks with the fewest steps."""
         working = {rank: (int(ticks), doing) for rank, (ticks, doing) in progress.items() if doing != RESTING}
         if progress != self._progress or not working:
             self._progress, self._moved = progress, now
@@ -197,7 +197,7 @@ class Watchdog:
         _end("", FAILED)
 
     def _let_others_read(self) -> None:
-        """Rank 0 serves the store: it leaves last, or when its patience ends."""
+        """Rank 0 serves the store: it ends last, or when `patience.leave` is over."""
         self.own.set(f"left/{self.place.rank}", "1")
         deadline = time.monotonic() + self.patience.leave
         keys = [f"left/{rank}" for rank in range(self.place.world)]

@@ -41,15 +41,13 @@ SUMMED = "state/*.distcp"
 _DAMAGED = "damaged: remove this checkpoint's folder, then the same command goes on from the one before"
 HELD = "retention/held"
 """Metric of a checkpoint whose out-of-domain score was measured: true where it had been kept. Such checkpoints are saved at once."""
-RESUME = TRY_AGAIN
-"""Exit code of a run that stopped at its deadline, saved: EX_TEMPFAIL, the same command goes on."""
 
 
 class TimeLimitReached(SystemExit):
-    """A run that stopped at its deadline after a checkpoint; every process of it exits with RESUME."""
+    """A run that stopped at its deadline after a checkpoint; every process of it exits with `TRY_AGAIN`."""
 
     def __init__(self, where: Path):
-        super().__init__(RESUME)
+        super().__init__(TRY_AGAIN)
         self.where = where
 
 
@@ -73,7 +71,7 @@ def is_due(limit_s: float, elapsed_s: float, slowest_step_s: float) -> bool:
 
 @contextmanager
 def _whole(final: Path) -> Iterator[Path]:
-    """A folder to fill that becomes `final`, or nothing. A failed write is an OSError, whoever noticed it."""
+    """A folder to fill that becomes `final`, or nothing. A failed write is an OSError, on every rank."""
     from safetensors import SafetensorError
 
     with replacing_folder(final, SUMMED) as part:

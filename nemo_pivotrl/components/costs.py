@@ -57,7 +57,7 @@ def spend(run_dir: Path, stage: str) -> Iterator[Entry]:
 
 @dataclass(slots=True)
 class CountingSampler:
-    """A sampler that counts what it is asked for, in itself and in a ledger entry."""
+    """A sampler that counts rollouts and tokens, in itself and in a ledger entry."""
 
     sampler: Sampler
     entry: Entry = field(default_factory=dict)

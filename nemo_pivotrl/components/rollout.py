@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from nemo_pivotrl.algorithms import selection
 from nemo_pivotrl.backends.base import Sampler
-from nemo_pivotrl.config import Generation, Limits, Policy, Recipe
+from nemo_pivotrl.config import Generation, Limits, Policy, Recipe, TrainedModel
 from nemo_pivotrl.core.errors import InputError, Problem, UnrenderableState
 from nemo_pivotrl.core.types import Action, Candidate, Case, FailedSample, Sample, Verdict
 from nemo_pivotrl.data.chat_template import Chat, generation_stop_ids, load_tokenizer
@@ -39,7 +39,7 @@ class Rollout:
     failure: str | None = None
 
 
-def load_chat(policy: Policy, limits: Limits | None = None) -> Chat:
+def load_chat(policy: TrainedModel, limits: Limits | None = None) -> Chat:
     """The recipe's tokenizer and template."""
     tokenizer = load_tokenizer(policy.model_name, policy.chat_template)
     stop_ids = generation_stop_ids(policy.model_name)

@@ -37,7 +37,7 @@ BLOCK = 32768
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What a dashboard is told when it starts."""
+    """What a dashboard needs to start a run."""
 
     settings: Logger
     folder: Path
@@ -66,7 +66,7 @@ class Sink:
 
 
 class Feed:
-    """A sink that may fail. What it did not take waits, and is tried again when twice as much has come together."""
+    """A sink with a queue. After a failure the steps stay in the queue and are sent again when twice as many have come."""
 
     def __init__(self, name: str, sink: Sink):
         self.name, self.sink = name, sink
@@ -121,7 +121,7 @@ def log_summary(recipe: Recipe, name: str, numbers: Mapping[str, Any], step: int
 
     numbers: nested mappings become `a/b/c`; what is no number is left out. step: of a stage that runs again and again (a
     round), so that its numbers make curves; the same step again replaces them. Raises InputError for a missing package
-    (`check_dashboards` finds it beforehand); any other fault is told, and the stage goes on.
+    (`check_dashboards` finds it beforehand); logs any other error and continues.
     """
     values = {key: float(value) for key, value in flat(numbers, "/").items() if isinstance(value, (int, float))}
     check_dashboards(recipe)

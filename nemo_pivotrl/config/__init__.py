@@ -16,7 +16,7 @@ from nemo_pivotrl.config.llmdoctor import (
     Tfpo,
     TfpoLoss,
 )
-from nemo_pivotrl.config.models import ChatSettings, Generation, Lora, Megatron, Optimizer, Policy, Vllm
+from nemo_pivotrl.config.models import ChatSettings, Generation, Lora, Megatron, Optimizer, Policy, TrainedModel, Vllm
 from nemo_pivotrl.config.pivotrl import Advantages, Evaluate, Export, Extract, Grpo, LossFn, ProfileStage, Select, Sft
 from nemo_pivotrl.config.recipe import Recipe
 from nemo_pivotrl.config.run import Budget, Checkpointing, Cluster, Logger, Loop, Plan
@@ -64,6 +64,7 @@ __all__ = [
     "Sft",
     "Tfpo",
     "TfpoLoss",
+    "TrainedModel",
     "Verifier",
     "Vllm",
     "World",

@@ -1,4 +1,4 @@
-"""Any settings dataclass from a mapping: unknown keys, wrong types and values out of range are errors, told all at once."""
+"""Any settings dataclass from a mapping: unknown keys, wrong types and values out of range are errors, all raised together."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import types
 import typing
+import warnings
 from collections.abc import Mapping
 from operator import attrgetter
 from typing import Any, Literal
@@ -13,12 +14,19 @@ from typing import Any, Literal
 from nemo_pivotrl.config import Recipe
 from nemo_pivotrl.core.errors import InputError, Problem, short
 
+_NOT_SAMPLED = "remove it: no stage samples from a doctor alone; `decode` says how answers are sampled"
 GONE = {
     "serve_guided": "remove it: `serve` is vLLM's server now; `serve.model` has its model's name, `vllm.engine_args` its bounds",
     "warmup.puzzle_batch_size": "remove it: a step of the demo's warm-up has 32 puzzles",
     "sft.puzzle_batch_size": "remove it: only the demo's warm-up has puzzles",
+    "doctor.sampler": _NOT_SAMPLED,
+    "doctor.generation": _NOT_SAMPLED,
 }
 """Settings of earlier versions -> what to do about them."""
+
+
+RENAMED = {"world.slips": "expert_error_rate"}
+"""Settings of earlier versions -> their names now, in the same section. The old ones are still read, with a warning."""
 
 
 def build(cls: type[Any], values: Mapping[str, Any], file: str, prefix: str = "") -> Any:
@@ -39,6 +47,12 @@ def _build(cls: type[Any], values: Mapping[str, Any], prefix: str, file: str, pr
     arguments = {}
     for key, value in values.items():
         name = f"{prefix}{key}"
+        if name in RENAMED:
+            key = RENAMED[name]
+            if key in values:
+                problems.append(Problem(file, None, name, "an old name", f"remove it: {prefix}{key} is given too"))
+            warnings.warn(f"{file}: {name} is {prefix}{key} now: write that", FutureWarning, stacklevel=2)
+            name = f"{prefix}{key}"
         if key not in fields:
             near = difflib.get_close_matches(str(key), fields, n=1, cutoff=0.5)
             hint = f"did you mean `{near[0]}`?" if near else f"known keys: {', '.join(fields)}"
@@ -64,9 +78,6 @@ def _build(cls: type[Any], values: Mapping[str, Any], prefix: str, file: str, pr
 def _without_effect(recipe: Recipe, file: str) -> list[Problem]:
     """Settings that were changed and that nothing reads in this recipe: sections of one kind do not all use all of theirs."""
     usual, found = Recipe(), []
-    doctor = "remove it: no stage samples from a doctor alone; `decode` says how answers are sampled"
-    for name in ("sampler", *(f"generation.{spec.name}" for spec in dataclasses.fields(usual.doctor.generation))):
-        found.append((f"doctor.{name}", attrgetter(f"doctor.{name}"), doctor))
     copying = "remove it: only `warmup` with `source: world` begins with copying"
     found.append(("sft.copy_steps", attrgetter("sft.copy_steps"), copying))
     if recipe.warmup.source != "world":

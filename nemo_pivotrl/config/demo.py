@@ -35,10 +35,10 @@ class World:
     """Layers of the tiny policy."""
     heads: int = ranged(4, 1)
     """Attention heads of the tiny policy."""
-    slips: float = ranged(0.0, 0.0, 1.0)
-    """How careless the teachers of the start policy are; 0: they are experts.
+    expert_error_rate: float = ranged(0.0, 0.0, 1.0)
+    """How often the teachers of the start policy make errors; 0: never.
 
-    It is a share of the desk's rates, `SLIPS`.
+    It is a share of the desk's own rates, `EXPERT_ERRORS`.
     """
     teacher: Literal["house", "other"] = "house"
     """Whose wording the train trajectories have: that of the start policy's lessons, or another's who does the same."""

@@ -58,7 +58,7 @@ class Optimizer:
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class ChatSettings:
-    """What a chat template is told and allowed to do."""
+    """How messages reach the chat template, and what it may leave out."""
 
     roles: dict[str, str] = field(default_factory=dict)
     """Roles that are renamed before the template sees them, e.g. `developer: system` where it knows no developer."""
@@ -76,8 +76,8 @@ class ChatSettings:
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
-class Policy:
-    """The start policy (pi_0) and how it is run."""
+class TrainedModel:
+    """A model that trains: where it starts, what runs it and how it is optimised."""
 
     model_name: str = ""
     """HF checkpoint folder to start from; of a policy also what is profiled, and the KL reference."""
@@ -85,11 +85,6 @@ class Policy:
     """What runs and trains the model: transformers on one device, or megatron-core over many processes.
 
     Of a doctor, it says what trains it (`tfpo`); guided decoding runs `reference`.
-    """
-    sampler: Literal["backend", "vllm"] = "backend"
-    """What generates turns: the backend itself, or vLLM as the `vllm` section says.
-
-    vLLM gets the new weights after every training step.
     """
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the `reference` backend runs; `auto` takes CUDA where there is one."""
@@ -116,8 +111,19 @@ class Policy:
     """
     lora: Lora = field(default_factory=Lora)
     """Low-rank adapters (peft)."""
-    generation: Generation = field(default_factory=Generation)
     optimizer: Optimizer = field(default_factory=Optimizer)
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Policy(TrainedModel):
+    """The start policy (pi_0) and how it is run."""
+
+    sampler: Literal["backend", "vllm"] = "backend"
+    """What generates turns: the backend itself, or vLLM as the `vllm` section says.
+
+    vLLM gets the new weights after every training step.
+    """
+    generation: Generation = field(default_factory=Generation)
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -211,6 +217,11 @@ class Vllm:
     """Name under which all servers serve the policy; empty: what each says it serves."""
     api_key_env: str = "VLLM_API_KEY"
     """Environment variable that holds the servers' key; unset means that none is sent."""
+    api_key_hosts: tuple[str, ...] = ()
+    """Hosts (or host:port) that the key is sent to, over https or on this machine, and no others.
+
+    One written `http://HOST` gets it over http, too: then the network to it must be private.
+    """
     concurrency: int = ranged(64, 1)
     """Requests that one server holds at a time; the others wait here."""
     timeout_s: float = ranged(600.0, 0.1)

@@ -11,7 +11,7 @@ import difflib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from nemo_pivotrl import config
 from nemo_pivotrl.config.nemo_aligner_blocks import (
@@ -25,6 +25,7 @@ from nemo_pivotrl.config.nemo_aligner_blocks import (
 from nemo_pivotrl.core.errors import InputError, Problem, short
 
 CONF = Path(__file__).parents[1] / "integrations/nemo_aligner/conf"
+Model = TypeVar("Model", bound=config.TrainedModel)
 ALGORITHMS = ("pivotrl", "llmdoctor")
 TOP = ("name", "trainer", "exp_manager", "pretrained_checkpoint", "model", "hydra")
 """Sections of a config. Below `trainer` and `model` only our own blocks have a schema: the rest is NeMo's."""
@@ -116,7 +117,7 @@ def _pivotrl(tree: Mapping[str, Any], trainer: Mapping[str, Any], model: Mapping
         top_p=block.sampling_params.top_p,
         max_new_tokens=block.length_params.max_length,
     )
-    policy = _policy(tree, model, block.chat, steps.gradient_clip_val, generation)
+    policy = _model(config.Policy, tree, model, block.chat, steps.gradient_clip_val, generation=generation)
     served = {}
     if block.generation == "servers":  # then a recipe's policy is the folder that `serve` starts its servers from
         half = str(_section(tree, "trainer").get("precision", "bf16")).startswith("bf16")
@@ -162,7 +163,7 @@ def _llmdoctor(tree: Mapping[str, Any], trainer: Mapping[str, Any], model: Mappi
     return config.Recipe(
         algorithm="llmdoctor",
         seed=int(model.get("seed", 0)),
-        doctor=_policy(tree, model, ChatBlock(), steps.gradient_clip_val, config.Generation()),
+        doctor=_model(config.TrainedModel, tree, model, ChatBlock(), steps.gradient_clip_val),
         tfpo=tfpo,
         patient=config.Patient(**_same(config.Patient, block.patient)),
         reward=block.reward,
@@ -171,17 +172,19 @@ def _llmdoctor(tree: Mapping[str, Any], trainer: Mapping[str, Any], model: Mappi
     )
 
 
-def _policy(
+def _model(
+    cls: type[Model],
     tree: Mapping[str, Any],
     model: Mapping[str, Any],
     chat: ChatBlock,
     max_grad_norm: float,
-    generation: config.Generation,
-) -> config.Policy:
+    **own: Any,
+) -> Model:
+    """The model that trains as a `cls`, whose `own` fields are given."""
     optim, usual = _section(model, "optim"), config.Optimizer()
     beta1, beta2 = optim.get("betas") or (usual.beta1, usual.beta2)
     peft, lora = _section(model, "peft"), _section(_section(model, "peft"), "lora_tuning")
-    return config.Policy(
+    return cls(
         model_name=str(_section(tree, "pretrained_checkpoint").get("restore_from_path") or ""),
         backend="megatron",
         tool_parser=chat.tool_parser,
@@ -189,7 +192,6 @@ def _policy(
         max_total_sequence_length=int(
             _section(model, "data").get("seq_length", config.Policy().max_total_sequence_length)
         ),
-        generation=generation,
         lora=config.Lora(enabled=peft.get("peft_scheme") == "lora", r=int(lora.get("adapter_dim", config.Lora().r))),
         optimizer=config.Optimizer(
             lr=float(optim.get("lr", usual.lr)),
@@ -200,6 +202,7 @@ def _policy(
             max_grad_norm=max_grad_norm,
             warmup_steps=int(_section(optim, "sched").get("warmup_steps", usual.warmup_steps)),
         ),
+        **own,
     )
 
 

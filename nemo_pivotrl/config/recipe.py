@@ -13,7 +13,7 @@ from typing import Literal
 
 from nemo_pivotrl.config.demo import Manners, World
 from nemo_pivotrl.config.llmdoctor import Assess, Decode, Oracles, Patient, Preferences, Rank, Reward, Serve, Tfpo
-from nemo_pivotrl.config.models import Lora, Megatron, Optimizer, Policy, Vllm
+from nemo_pivotrl.config.models import Lora, Megatron, Optimizer, Policy, TrainedModel, Vllm
 from nemo_pivotrl.config.pivotrl import Evaluate, Export, Extract, Grpo, LossFn, ProfileStage, Select, Sft
 from nemo_pivotrl.config.run import Budget, Checkpointing, Cluster, Logger, Loop, Plan
 from nemo_pivotrl.config.schema import ranged
@@ -61,7 +61,9 @@ class Recipe:
     loss_fn: LossFn = field(default_factory=LossFn)
     loop: Loop = field(default_factory=Loop)
     budget: Budget = field(default_factory=Budget)
-    doctor: Policy = field(default_factory=lambda: Policy(lora=Lora(r=8, alpha=16), optimizer=Optimizer(lr=1e-4)))
+    doctor: TrainedModel = field(
+        default_factory=lambda: TrainedModel(lora=Lora(r=8, alpha=16), optimizer=Optimizer(lr=1e-4))
+    )
     """LLMdoctor's start model and how it trains (D14)."""
     tfpo: Tfpo = field(default_factory=Tfpo)
     manners: Manners = field(default_factory=Manners)
@@ -89,9 +91,13 @@ class Recipe:
         """The run directory of the whole run, of which this recipe may be a round."""
         return Path(self.run_dir) if self.loop.round == 1 else Path(self.run_dir).parent
 
-    def model(self, role: str) -> Policy | Patient:
+    def model(self, role: str) -> TrainedModel | Patient:
         """The section of a model by its name: `policy`, `doctor` or `patient`."""
-        models: dict[str, Policy | Patient] = {"policy": self.policy, "doctor": self.doctor, "patient": self.patient}
+        models: dict[str, TrainedModel | Patient] = {
+            "policy": self.policy,
+            "doctor": self.doctor,
+            "patient": self.patient,
+        }
         return models[role]
 
     def path(self, name: str) -> Path:

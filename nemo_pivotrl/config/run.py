@@ -140,7 +140,7 @@ class Cluster:
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class Plan:
-    """What `plan` cannot know and has to be told. It prints every one of these beside the figures that rest on it."""
+    """Assumptions of `plan` about the data and the machines. It prints each beside the figures that rest on it."""
 
     candidates: int = ranged(0, 0)
     """States to profile, or preference pairs to score; 0: as many as the run folder's artefact holds."""

@@ -41,7 +41,8 @@ class Judge:
     api_key_host: str = ""
     """Host (or host:port) that the key is sent to, over https or on this machine, and no other.
 
-    Empty: api.openai.com for OPENAI_API_KEY. Every other variable needs its host named.
+    Empty: api.openai.com for OPENAI_API_KEY. Every other variable needs its host named. One written `http://HOST` gets it over
+    http, too: then the network to it must be private.
     """
     votes: int = ranged(1, 1, 99)
     """Answers per order; the majority of them is that order's verdict."""

@@ -487,7 +487,7 @@ def header_difference(found: bytes, wanted: bytes) -> str:
 
 
 def seal(path: Path) -> int:
-    """Vouch for an artefact as it stands: one of an earlier version, or edited by hand. Returns its number of rows.
+    """Seal an artefact as it is: one of an earlier version, or edited by hand. Returns its number of rows.
 
     Raises InputError for a file without a header, for lines that are no rows, and for ids that come twice.
     """

@@ -1,4 +1,4 @@
-"""What is told to a person who gave bad input: each problem with its place and its remedy, all at once."""
+"""Errors over bad input: every problem with its place and its remedy, all raised together."""
 
 from __future__ import annotations
 

@@ -64,7 +64,7 @@ class OldName(Loader):
 
 
 class OldNames(MetaPathFinder):
-    """Finds what no other finder has found."""
+    """Finds old module names after all other finders have failed."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
@@ -77,6 +77,6 @@ class OldNames(MetaPathFinder):
 
 
 def install() -> None:
-    """Look old names up after everything else."""
+    """Put `OldNames` behind all other finders."""
     if not any(isinstance(finder, OldNames) for finder in sys.meta_path):
         sys.meta_path.append(OldNames())

@@ -66,7 +66,7 @@ class Trajectory:
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """What a verifier is told: the expert's action and the state it was taken in."""
+    """What a verifier judges against: the expert's action and the state it was taken in."""
 
     expected: Action
     tools: tuple[dict[str, Any], ...] = ()

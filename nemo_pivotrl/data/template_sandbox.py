@@ -2,7 +2,7 @@
 
 A template is a program by whoever made the folder. Jinja's sandbox keeps it from objects and files, and lets it loop for hours
 or fill memory in one expression. Here every loop and macro call counts time, and every value that an expression makes is
-weighed before it is kept or handed on: characters, and the items of containers as often as they would be written out. What
+weighed in bytes before it is kept or handed on, the items of containers as often as they would be written out. What
 multiplies (`*`, `**`, `%`, `replace`, `join`, paddings) is weighed before it happens. The text is transformers' own: same
 options, filters and globals, as a test compares.
 """
@@ -14,6 +14,7 @@ import datetime
 import functools
 import json
 import re
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence, Sized
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -33,10 +34,12 @@ MAX_SOURCE = 1 << 20
 """Characters of a template. The longest known ones have 20,000."""
 MAX_SECONDS = 10.0
 """Of one rendering. Long states take hundredths of a second."""
-MAX_WEIGHT = 1 << 26
-"""Of one value: characters, and items written out. A state of 131,072 tokens weighs less than a million."""
-MAX_MADE = 1 << 30
-"""Of all values of a rendering together."""
+MAX_WEIGHT = 1 << 27
+"""Bytes of one value, with what its items hold as often as it stands in it. A state of 131,072 tokens has less than five million."""
+MAX_MADE = 1 << 29
+"""Bytes of all values of a rendering together."""
+CONTAINER, ITEM = 256, 64
+"""Bytes of a list or mapping, the note that it was weighed included, and of each of its items beside the item's own."""
 MAX_NUMBER = 10_000
 """Of a width, a count or an exponent that a template gives to a filter or method."""
 MAX_RANGE = 100_000
@@ -84,6 +87,10 @@ PLAIN_FILTERS |= {"striptags", "urlencode", "random", "forceescape"}
 """Filters of jinja2 that stay: their work is linear, or what multiplies is weighed."""
 
 
+SPREADING = frozenset("split rsplit splitlines wordcount list sort unique batch slice groupby dictsort".split())
+"""Methods and filters that make an item of every character or word of a text."""
+
+
 class TemplateTooCostly(TemplateError):
     """A template goes beyond the bounds of time or memory."""
 
@@ -98,9 +105,9 @@ class _Meter:
         """Containers that were weighed, by identity; held, so that no other takes their place."""
 
     def tick(self, text: int = 0) -> str:
-        """One turn of a loop, or one call of a macro, that writes `text` characters of the template itself."""
+        """One turn of a loop, or one call of a macro, that writes `text` bytes of the template itself."""
         self.ticks += 1
-        self.spend(text)
+        self.spend(text + ITEM)
         if self.ticks % 64 == 0 and time.monotonic() > self.until:
             raise TemplateTooCostly(f"more than {MAX_SECONDS:g} s")
         return ""
@@ -108,7 +115,7 @@ class _Meter:
     def spend(self, weight: int) -> None:
         self.made += weight
         if self.made > MAX_MADE:
-            raise TemplateTooCostly(f"values of more than {MAX_MADE:,} characters and items together")
+            raise TemplateTooCostly(f"values of more than {MAX_MADE:,} bytes together")
 
     def put(self, value: Any) -> Any:
         """A value that an expression made, as it is, once it is known to be small enough."""
@@ -117,7 +124,7 @@ class _Meter:
 
     def check(self, weight: int) -> int:
         if weight > MAX_WEIGHT:
-            raise TemplateTooCostly(f"a value of more than {MAX_WEIGHT:,} characters and items")
+            raise TemplateTooCostly(f"a value of more than {MAX_WEIGHT:,} bytes")
         return weight
 
     def few(self, items: int) -> None:
@@ -125,22 +132,18 @@ class _Meter:
             raise TemplateTooCostly(f"a list of more than {MAX_ITEMS:,} items")
 
     def weigh(self, value: Any, depth: int = 0) -> int:
-        """Characters and items of a value, written out: what stands in it twice counts twice."""
-        if isinstance(value, (str, bytes)):
-            return len(value)
-        if isinstance(value, int):
-            return 1 + value.bit_length() // 3
+        """Bytes of a value, written out: what stands in it twice counts twice."""
         if not isinstance(value, (list, tuple, dict, set, frozenset)):
-            return 1
+            return sys.getsizeof(value) if isinstance(value, (str, bytes, int)) else ITEM
         if (seen := self.known.get(id(value))) is not None:
             return seen[1]
         if depth > 200:
             raise TemplateTooCostly("a value nested more than 200 deep")
         self.few(len(value))
         items = [*value.keys(), *value.values()] if isinstance(value, dict) else value
-        weight = 1
+        weight = CONTAINER
         for item in items:
-            weight += 1 + self.weigh(item, depth + 1)
+            weight += ITEM + self.weigh(item, depth + 1)
             self.check(weight)
         self.known[id(value)] = (value, weight)
         return weight
@@ -160,8 +163,13 @@ def _tick(text: int) -> str:
 def _concat(*parts: Any) -> str:
     meter = _meter.get()
     texts = [part if isinstance(part, str) else str(_put(part)) for part in parts]
-    meter.spend(meter.check(sum(map(len, texts))))
+    meter.spend(meter.check(sum(map(_bytes, texts))))
     return "".join(texts)
+
+
+def _bytes(text: Any) -> int:
+    """The most that a text's characters take; it joins others, so its own header does not count."""
+    return len(text) * (1 if isinstance(text, bytes) or text.isascii() else 4) if isinstance(text, (str, bytes)) else 1
 
 
 def _number(value: Any) -> None:
@@ -178,7 +186,7 @@ def _multiplies(name: str, subject: Any, given: Sequence[Any]) -> None:
     if not isinstance(subject, (str, bytes)) and name not in ("join", "format"):
         return
     if name == "replace" and len(given) >= 2:
-        old, new = (len(v) if isinstance(v, (str, bytes)) else 1 for v in given[:2])
+        old = len(given[0]) if isinstance(given[0], (str, bytes)) else 1
         places = (
             len(subject) + 1
             if old == 0
@@ -186,19 +194,30 @@ def _multiplies(name: str, subject: Any, given: Sequence[Any]) -> None:
             if type(given[0]) is type(subject)
             else len(subject)
         )
-        meter.spend(meter.check(len(subject) + places * new))
+        meter.spend(meter.check(_bytes(subject) + places * _bytes(given[1])))
     elif name == "join":
         between, items = (
             (given[0] if given else "", subject) if not isinstance(subject, str) or not given else (subject, given[0])
         )
         if isinstance(items, Sized):
-            size = len(between) if isinstance(between, str) else 1
-            meter.spend(meter.check(meter.weigh(items) + len(items) * size))
+            meter.spend(meter.check(meter.weigh(items) + len(items) * _bytes(between)))
     elif name == "indent" and given:
-        width = len(given[0]) if isinstance(given[0], (str, bytes)) else int(given[0])
-        meter.spend(meter.check(len(subject) + (subject.count("\n") + 1) * abs(width)))
-    elif name in ("format", "format_map") and LONG_NUMBER.search(str(subject)):
-        raise TemplateTooCostly("a format with a width of its arguments, or of five digits")
+        width = _bytes(given[0]) if isinstance(given[0], (str, bytes)) else abs(int(given[0]))
+        meter.spend(meter.check(_bytes(subject) + (subject.count("\n") + 1) * width))
+    elif name in ("format", "format_map"):
+        if LONG_NUMBER.search(str(subject)):
+            raise TemplateTooCostly("a format with a width of its arguments, or of five digits")
+        places = str(subject).count("{") + str(subject).count("%")  # each may stand for all that is given
+        meter.check(_bytes(subject) + places * sum(map(meter.weigh, given)))
+    elif name == "expandtabs":
+        meter.check(_bytes(subject) * (given[0] if given and isinstance(given[0], int) else 8))
+    elif name == "translate":
+        meter.check(_bytes(subject) * sum(map(meter.weigh, given)))
+    elif name in SPREADING and len(subject) > MAX_ITEMS:
+        parts = subject.count(given[0]) if given and isinstance(given[0], type(subject)) and given[0] else len(subject)
+        meter.few(parts if name in ("split", "rsplit") and given else sum(map(str.isspace, str(subject))))
+        if name not in ("split", "rsplit", "splitlines", "wordcount"):
+            meter.few(len(subject))
 
 
 class _Bounded(NodeTransformer):
@@ -248,7 +267,7 @@ def _call(name: str, *values: nodes.Expr) -> nodes.Call:
 
 
 def _counted(body: Sequence[nodes.Node]) -> nodes.Node:
-    text = sum(len(data.data) for node in body for data in node.find_all(nodes.TemplateData))
+    text = sum(_bytes(data.data) for node in body for data in node.find_all(nodes.TemplateData))
     statement = nodes.ExprStmt(_call(TICK, nodes.Const(text)))
     statement.set_lineno(body[0].lineno if body else 1)
     return statement
@@ -299,6 +318,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
             if LONG_NUMBER.search(str(left)):
                 raise TemplateTooCostly("a format with a width of its arguments, or of five digits")
             meter.put(right)
+            meter.check(_bytes(left) + left.count("%" if isinstance(left, str) else b"%") * meter.weigh(right))
         elif isinstance(left, texts):
             meter.check(meter.weigh(left) + meter.weigh(right))
             meter.few(

@@ -6,8 +6,8 @@ turns have no signal), and families of requests that no trajectory shows (the pa
 
 Twelve families come from one grammar: each has a tool of its own name, half of them take a number. `SEEN` are those of the experts'
 trajectories and of validation; `UNSEEN` are played in the test alone. A request is done in five turns: open the record, check it,
-ask, change it, log it; a held record is passed on instead of changed. The start policy has learned all families from clerks who slip
-(`SLIPS`) and reads conversations of other clerks (`mixed`), as a post-trained model reads what other models wrote.
+ask, change it, log it; a held record is passed on instead of changed. The start policy has learned all families from clerks who err
+(`EXPERT_ERRORS`) and reads conversations of other clerks (`mixed`), as a post-trained model reads what other models wrote.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ UNSEEN = (*PLAIN[4:], *COUNTED[4:])
 FAMILIES = (*PLAIN, *COUNTED)
 HELD = 0.3
 """Share of the records that are held."""
-SLIPS = {"blind": 0.15, "heedless": 0.5, "unasked": 0.25, "stale": 0.2}
+EXPERT_ERRORS = {"blind": 0.15, "heedless": 0.5, "unasked": 0.25, "stale": 0.2}
 """What careless clerks do, and at how many of the requests: not check the record, change a held one, change it without asking,
 write the number that the record has already."""
 
@@ -127,15 +127,15 @@ def of_families(families: tuple[str, ...]) -> Callable[[random.Random, str], Tas
     return partial(request_task, families=families)
 
 
-def draw_slips(rng: random.Random, share: float) -> frozenset[str]:
-    """The slips at one request; share in [0, 1] of their rates."""
-    return frozenset(name for name, rate in SLIPS.items() if rng.random() < share * rate)
+def draw_errors(rng: random.Random, share: float) -> frozenset[str]:
+    """The errors at one request; share in [0, 1] of their rates."""
+    return frozenset(name for name, rate in EXPERT_ERRORS.items() if rng.random() < share * rate)
 
 
 def clerk_turns(
-    task: Task, rng: random.Random, teachers: Callable[[], str] = lambda: "house", slips: float = 0.0
+    task: Task, rng: random.Random, teachers: Callable[[], str] = lambda: "house", error_rate: float = 0.0
 ) -> Iterator[tuple[Action, str]]:
-    """The actions of a clerk in order, each with the wording it has. teachers: draws the wording of a turn; slips: share of SLIPS."""
+    """The actions of a clerk in order, each with the wording it has. teachers: draws the wording of a turn; error_rate: share of EXPERT_ERRORS."""
     number = iter(range(99))
 
     def call(name: str, **arguments: Any) -> tuple[Action, str]:
@@ -148,7 +148,7 @@ def clerk_turns(
         return Action("message", content=rng.choice(WORDING[teacher][what]).format(**facts)), teacher
 
     for wish in task.facts["wishes"]:
-        made, key, verb = draw_slips(rng, slips), wish["id"], wish["verb"]
+        made, key, verb = draw_errors(rng, error_rate), wish["id"], wish["verb"]
         yield call("open", user=task.facts["user"], kind=wish["kind"])
         checked = "blind" not in made
         if checked:
@@ -166,11 +166,11 @@ def clerk_turns(
 
 
 def conversation(
-    task: Task, rng: random.Random, teachers: Callable[[], str] = lambda: "house", slips: float = 0.0
+    task: Task, rng: random.Random, teachers: Callable[[], str] = lambda: "house", error_rate: float = 0.0
 ) -> dict[str, Any]:
     """A clerk's conversation as an OpenAI chat record, with its reward and the wording of each of its turns."""
     episode, worded = RequestEpisode(task), []
-    for action, teacher in clerk_turns(task, rng, teachers, slips):
+    for action, teacher in clerk_turns(task, rng, teachers, error_rate):
         episode.step(action)
         worded.append(teacher)
     return {

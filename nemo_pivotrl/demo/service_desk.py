@@ -113,7 +113,7 @@ WRITES = frozenset({"cancel_order", "change_order", "place_order"})
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """One customer with one wish."""
+    """One customer with one request."""
 
     task_id: str
     family: str
@@ -379,7 +379,7 @@ def _chat_call(call: ToolCall) -> dict[str, Any]:
     return {"id": call.call_id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
 
 
-SLIPS = {"detour": 0.25, "dear": 0.6, "unchecked": 0.5, "heedless": 0.7, "unasked": 0.4}
+EXPERT_ERRORS = {"detour": 0.25, "dear": 0.6, "unchecked": 0.5, "heedless": 0.7, "unasked": 0.4}
 """What careless clerks do, and in how many of their conversations: look in the wrong place first, take the dear item, not look
 at the order, overlook that it is shipped, change things without asking."""
 
@@ -422,15 +422,15 @@ WORDING: dict[str, dict[str, tuple[str, ...]]] = {
 """What is said, by teacher. `other` puts arguments in another order, too; it does the same things."""
 
 
-def draw_slips(rng: random.Random, share: float) -> frozenset[str]:
-    """The slips of one conversation; share in [0, 1] of their rates."""
-    return frozenset(name for name, rate in SLIPS.items() if rng.random() < share * rate)
+def draw_errors(rng: random.Random, share: float) -> frozenset[str]:
+    """The expert errors of one conversation, each drawn at `share` in [0, 1] of its rate."""
+    return frozenset(name for name, rate in EXPERT_ERRORS.items() if rng.random() < share * rate)
 
 
 def expert_turns(
-    task: Task, rng: random.Random, teacher: str = "house", slips: frozenset[str] = frozenset()
+    task: Task, rng: random.Random, teacher: str = "house", errors: frozenset[str] = frozenset()
 ) -> Iterator[Action]:
-    """The actions of a clerk in order. Wording varies, as it does in real traces; what experts (no slips) do does not."""
+    """The actions of a clerk in order. Wording varies, as it does in real traces; what experts (no errors) do does not."""
     facts, number = task.facts, iter(range(99))
 
     def call(name: str, **arguments: Any) -> Action:
@@ -448,44 +448,44 @@ def expert_turns(
         return
     if task.family == "buy":
         offers = task.database["items"][facts["kind"]]
-        item = max(offers, key=offers.__getitem__) if "dear" in slips else facts["item"]
-        if "detour" in slips:
+        item = max(offers, key=offers.__getitem__) if "dear" in errors else facts["item"]
+        if "detour" in errors:
             yield call("find_orders", user=facts["user"])
         yield call("search_items", kind=facts["kind"])
-        if "unasked" not in slips:
+        if "unasked" not in errors:
             yield talk("offer", item=item)
         yield call("place_order", user=facts["user"], item=item, qty=facts["qty"])
         yield talk("ordered", item=item)
         return
-    order_id, seen = facts["order_id"], "unchecked" not in slips
-    if "detour" in slips:
+    order_id, seen = facts["order_id"], "unchecked" not in errors
+    if "detour" in errors:
         yield call("search_items", kind=facts["item"])
     yield call("find_orders", user=facts["user"])
     if seen:
         yield call("get_order", order_id=order_id)
     if task.family == "status":
         yield talk("status") if seen else talk("status", status=rng.choice(["pending", "shipped"]))
-    elif facts["status"] == "shipped" and seen and "heedless" not in slips:
+    elif facts["status"] == "shipped" and seen and "heedless" not in errors:
         yield call("transfer", summary=say("summary"))
         yield talk("passed")
     elif task.family == "cancel":
-        if "unasked" not in slips:
+        if "unasked" not in errors:
             yield talk("cancel")
         yield call("cancel_order", order_id=order_id, note=say("note"))
         yield talk("cancelled")
     else:
-        if "unasked" not in slips:
+        if "unasked" not in errors:
             yield talk("change")
         yield call("change_order", order_id=order_id, qty=facts["qty"])
         yield talk("changed")
 
 
 def expert_trajectory(
-    task: Task, rng: random.Random, teacher: str = "house", slips: frozenset[str] = frozenset()
+    task: Task, rng: random.Random, teacher: str = "house", errors: frozenset[str] = frozenset()
 ) -> dict[str, Any]:
     """A clerk's conversation as an OpenAI chat record; its reward is the episode's own judgement."""
     episode = Episode(task)
-    for action in expert_turns(task, rng, teacher, slips):
+    for action in expert_turns(task, rng, teacher, errors):
         episode.step(action)
     return {
         "trajectory_id": f"{task.task_id}-expert",

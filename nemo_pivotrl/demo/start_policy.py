@@ -68,19 +68,19 @@ def warmup_trajectories(recipe: Recipe) -> tuple[list[dict], list[dict]]:
     desk = simulators.service_desk(recipe, "warmup").tasks()
     puzzles = simulators.puzzles(recipe, "warmup").tasks()
     with_family = [{**service_desk.expert_trajectory(t, rng), "family": t.family} for t in puzzles]
-    careless, slipping = random.Random(f"slips {recipe.seed}"), recipe.world.slips
+    draws, rate = random.Random(f"slips {recipe.seed}"), recipe.world.expert_error_rate
     if recipe.world.desk == "requests":
-        return _request_clerks(desk, careless, slipping), with_family
-    clerks = [service_desk.expert_trajectory(t, rng, slips=service_desk.draw_slips(careless, slipping)) for t in desk]
+        return _request_clerks(desk, draws, rate), with_family
+    clerks = [service_desk.expert_trajectory(t, rng, errors=service_desk.draw_errors(draws, rate)) for t in desk]
     return clerks, with_family
 
 
-def _request_clerks(tasks: Sequence[service_desk.Task], rng: random.Random, slips: float) -> list[dict]:
+def _request_clerks(tasks: Sequence[service_desk.Task], rng: random.Random, error_rate: float) -> list[dict]:
     """Every second conversation has turns of clerks with another wording, which the start policy reads and does not learn to say."""
     return [
-        request_desk.conversation(task, rng, request_desk.mixed(rng), slips)
+        request_desk.conversation(task, rng, request_desk.mixed(rng), error_rate)
         if number % 2
-        else request_desk.conversation(task, rng, slips=slips)
+        else request_desk.conversation(task, rng, error_rate=error_rate)
         for number, task in enumerate(tasks)
     ]
 

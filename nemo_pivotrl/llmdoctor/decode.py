@@ -61,14 +61,18 @@ class Generator(Protocol):
         prompts: Sequence[Sequence[int]],
         requests: Sequence[GuidedSamplingParams],
         own_prompts: Sequence[OwnPrompts] | None,
-    ) -> None: ...
+    ) -> None:
+        """Raises InputError for a request that cannot be decoded, naming it."""
+        ...
 
     def generate(
         self,
         prompts: Sequence[Sequence[int]],
         requests: Sequence[GuidedSamplingParams],
         own_prompts: Sequence[OwnPrompts] | None,
-    ) -> list[Guided]: ...
+    ) -> list[Guided]:
+        """One answer for each prompt (token ids), under its own request."""
+        ...
 
 
 OwnPrompts = Mapping[str, Sequence[int]]

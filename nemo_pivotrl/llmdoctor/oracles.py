@@ -15,7 +15,7 @@ from typing import Any
 from nemo_pivotrl import config
 from nemo_pivotrl.core.errors import InputError, Problem
 from nemo_pivotrl.core.plugins import load_plugin
-from nemo_pivotrl.data import template_sandbox
+from nemo_pivotrl.data.template_rendering import Template
 
 Oracle = Callable[[Sequence[Sequence[dict[str, Any]]], Sequence[str]], Sequence[float | None]]
 """(the messages before each answer, the answers) -> scores; more is better. None: the oracle has failed, and has none."""
@@ -68,10 +68,17 @@ def load(objectives: Sequence[str], settings: config.Oracles) -> dict[str, Oracl
         if name in settings.reward_models:
             from nemo_pivotrl.backends.reference.reward_model import RewardModel
 
-            found[name] = RewardModel(name, settings, template_sandbox.render)
+            found[name] = RewardModel(name, settings, _encoder)
         else:
             found[name] = _each(_function(name, settings))
     return found
+
+
+def _encoder(tokenizer: Any, where: str) -> Callable[[Sequence[dict[str, Any]]], list[int]]:
+    """Messages to token ids by a tokenizer's chat template. Special tokens in their text are text: an answer cannot end its own
+    turn and praise itself in another."""
+    template = Template(tokenizer, {}, config.ChatSettings(), where)
+    return lambda messages: template.encode(template.render(messages, [], prompt=False))
 
 
 def _function(name: str, settings: config.Oracles) -> Callable[[str], float]:

@@ -47,7 +47,7 @@ MAX_NAMED = 1000
 
 
 def make_audit(found: Found, kept: Sequence[Preference], splits: Sequence[str]) -> dict[str, Any]:
-    """What became of every record, and how far length alone tells the chosen answer."""
+    """What became of every record, and how often the longer answer is the chosen one."""
     longer = sum(len(p.chosen) > len(p.rejected) for p in kept)
     return {
         "records": found.records,

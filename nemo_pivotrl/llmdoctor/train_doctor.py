@@ -17,7 +17,7 @@ import torch
 from nemo_pivotrl.algorithms import selection
 from nemo_pivotrl.algorithms.llmdoctor import doctor_loss
 from nemo_pivotrl.backends import loading
-from nemo_pivotrl.backends.base import TokenBatch, Trainer
+from nemo_pivotrl.backends.base import TokenBatch, Trainer, as_trained
 from nemo_pivotrl.backends.identity import identity_of, policy_revision
 from nemo_pivotrl.components.lineage import check_lineage
 from nemo_pivotrl.components.loop import Job, Step, run
@@ -88,9 +88,7 @@ class DoctorTraining:
     def __init__(self, recipe: Recipe, train: Sequence[Pair], held_out: Sequence[Pair]):
         self.recipe, self.train, self.held_out = recipe, train, held_out
         anchored = recipe.tfpo.anchor == "reference"
-        # log pi of the flow is the model's own, however answers are sampled
-        plain = dataclasses.replace(recipe.doctor.generation, temperature=1.0)
-        doctor = dataclasses.replace(recipe.doctor, generation=plain, sampler="backend")
+        doctor = as_trained(recipe.doctor)
         self.trainer = loading.load(doctor, recipe.megatron, value_head=True, reference=anchored, section="doctor")
         self.trainer.prepare_for_training(recipe.doctor.optimizer)
 
@@ -121,7 +119,8 @@ def _identity(recipe: Recipe, source: Path, chat: Chat) -> str:
     """What a checkpoint belongs to: data, start weights and every setting that changes training, not its length."""
     free = ("max_num_steps", "max_num_epochs", "val_period", "val_pairs")
     kept = dataclasses.asdict(recipe.tfpo) | dict.fromkeys(free)
-    doctor = dataclasses.asdict(recipe.doctor) | {"model_name": None, "device": None, "generation": None}
+    doctor = dataclasses.asdict(recipe.doctor) | {"model_name": None, "device": None}
+    doctor |= {"generation": None, "sampler": "backend"}  # as when a doctor had these settings, too
     doctor |= identity_of(recipe.doctor, recipe.megatron)
     start = policy_revision(recipe.doctor.model_name)
     return digest([recipe.seed, kept, doctor, start, chat.fingerprint, file_digest(source)])

@@ -142,6 +142,7 @@ def validate(
 
 
 def padded(rows: Sequence[Sequence[float]]) -> Tensor:
+    """Rows of any length as [N, longest], 0 behind their ends."""
     width = max(len(r) for r in rows)
     return torch.tensor([[*r, *[0.0] * (width - len(r))] for r in rows])
 

@@ -124,7 +124,7 @@ def drawn_of_row(row: Row) -> list[tuple[int, Row]]:
 
 
 def plan_in(header: Header) -> StoppingRule:
-    """The plan that a profile's header tells of; all K of everything where it tells of none."""
+    """The stopping rule in a profile's header; without one, all K rollouts of every candidate."""
     told = header.extra.get("plan")
     if told is None:
         return StoppingRule(int(header.extra["num_generations"]), curtailed=False)

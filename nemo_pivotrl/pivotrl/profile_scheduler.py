@@ -125,7 +125,7 @@ class WorkItem:
         self.advance()
 
     def advance(self) -> None:
-        """Ask every member anew, when a wave was taken in."""
+        """Ask every member for its next rollouts, after a wave is taken in."""
         asked = [(member, member.asks()) for member in self._open]
         self.wave = [(member, ks) for member, ks in asked if ks]
         self._open = [member for member, _ in self.wave]

@@ -102,7 +102,7 @@ class ShardStore:
             raise InputError(Problem(str(path), 1, "header", short(header_difference(found, line)), remedy))
 
     def close(self) -> None:
-        """Let go of the folder; what is claimed and not finished may be taken at once."""
+        """Stop the heart-beat and free this shard's unfinished chunks for others."""
         self._closing.set()
         for number in list(self._mine):
             self._path(number, "claim").unlink(missing_ok=True)
@@ -115,8 +115,8 @@ class ShardStore:
     # ---- who works on what ----
 
     def claim(self) -> int | None:
-        """The next chunk to work on: this shard's own share in order, then the end of whoever is farthest behind, then what a
-        dead process has left. None when nothing is left that another process is not at work on."""
+        """The next chunk to work on: this shard's own share in order, then the last free chunk of the slowest shard, then chunks
+        of dead processes. None if living processes work on all that is left."""
         while self._next < self.shard.last(self.chunks):
             self._next += 1
             if not self.finished(self._next - 1) and self._take(self._next - 1):
@@ -191,7 +191,7 @@ class ShardStore:
         return [n for n in range(self.chunks) if not self.finished(n)]
 
     def journal(self, number: int) -> Journal:
-        """The chunk's rollouts so far, whoever drew them, open for more."""
+        """The chunk's rollouts so far, of all shards, open for more."""
         found: dict[tuple[int, int], dict[str, Any]] = {}
         rounds = []
         for path in sorted(self.folder.glob(f"{number:06d}.*.part")):

@@ -44,7 +44,7 @@ DEPTHS = ((0, 0), (1, 1), (2, 2), (3, 4), (5, 8), (9, 16), (17, 10**9))
 
 @one_writer
 def select_pivots(recipe: Recipe, fresh: bool = False) -> Path:
-    """Write the pivot set and print who survived. Raises InputError when nobody does.
+    """Write the pivot set and print how many candidates are pivots. Raises InputError if none is.
 
     >>> path = select_pivots(load_recipe("recipe.yaml", ["select.output=most.jsonl", "select.lambda_diff=0.9"]))
     >>> path.name

@@ -98,6 +98,7 @@ def token_batch(sequences: Sequence[Sequence_]) -> tuple[TokenBatch, float]:
         range(len(sequences)),
         [s.ids[start:] for s, start in zip(sequences, starts, strict=True)],
         {"mask": mask},
+        asked=mask.bool(),  # the language model's head is most of a step where tools said much and the vocabulary is large
     )
     return batch, float(mask.sum())
 

@@ -18,7 +18,7 @@ PANELS = (
 
 
 def gather(recipe: Recipe, numbers: dict[str, Any], plots: dict[str, str]) -> None:
-    """Add what `loop.jsonl` tells, where there is one. Pivots and points are of all rounds, for the costs."""
+    """Add the history of `loop.jsonl`, where there is one. Pivots and points are of all rounds, for the costs."""
     events = read_history(Path(recipe.run_dir))
     if not events:
         return

@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 from nemo_pivotrl.backends.base import require_checkpoint
 from nemo_pivotrl.backends.installed import probe
 from nemo_pivotrl.components.rollout import load_chat, load_recipe_verifier, unrenderable_lines
-from nemo_pivotrl.config import Patient, Policy, Recipe
+from nemo_pivotrl.config import Patient, Policy, Recipe, TrainedModel
 from nemo_pivotrl.core.artifacts import check_headers, read_header, read_rows
 from nemo_pivotrl.core.errors import InputError, Problem, UnrenderableState, short
 from nemo_pivotrl.core.types import Verdict
@@ -173,7 +173,7 @@ def of_data(recipe: Recipe, stage: str) -> list[Problem]:
 
 
 def of_states(path: Path, chat: Chat) -> list[Problem]:
-    """The template renders the first states. A few that it refuses are told of; most of them, or a part left out, is a problem."""
+    """The template renders the first states. It warns of a few that are refused; most of them, or a part left out, is a problem."""
     rows, problems = caught(lambda: list(islice(read_rows(path), VERIFIED)))
     refused = []
     for row in rows or ():
@@ -266,7 +266,7 @@ def disk(recipe: Recipe, stage: str) -> list[Problem]:
     if stage in TRAINS:
         role = ROLES[stage][0]
         model = recipe.model(role)
-        assert isinstance(model, Policy)  # what trains
+        assert isinstance(model, TrainedModel)
         weights = sum(p.stat().st_size for p in _weights(model.model_name))
         state = 1 if model.lora.enabled else 7 if model.backend == "megatron" and recipe.megatron.bf16 else 3
         kept = 0 if stage == "sft" else recipe.checkpointing.keep_top_k + 2  # the latest, and one being written
@@ -293,7 +293,7 @@ def installed(recipe: Recipe, stage: str) -> list[Problem]:
         sampled = isinstance(model, Policy) and model.sampler == "vllm" and stage in ("profile", "train")
         if (sampled or model.backend == "vllm") and not recipe.vllm.servers:
             needs.append((f"{role}.{'sampler' if sampled else 'backend'}", "vllm", "vllm"))
-        if isinstance(model, Policy) and model.lora.enabled and stage in TRAINS:
+        if isinstance(model, TrainedModel) and model.lora.enabled and stage in TRAINS:
             needs.append((f"{role}.lora.enabled", "peft", "reference"))
     return [
         Problem("environment", None, field, f"no module {module}", f"pip install 'nemo-pivotrl[{extra}]'")

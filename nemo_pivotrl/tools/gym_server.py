@@ -30,9 +30,10 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from nemo_pivotrl import config
+from nemo_pivotrl.backends.api_keys import is_loopback
 from nemo_pivotrl.core.errors import short
 from nemo_pivotrl.core.types import Verdict
-from nemo_pivotrl.tools.http_guard import TOKEN, Guard, is_loopback, names_of, read_token
+from nemo_pivotrl.tools.http_guard import TOKEN, Guard, names_of, read_token
 from nemo_pivotrl.tools.http_server import run
 from nemo_pivotrl.tools.verify import verdict_row
 from nemo_pivotrl.verifiers.base import Bounded, VerifierFault, verdicts

@@ -18,6 +18,7 @@ from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from pathlib import Path
 from typing import Any
 
+from nemo_pivotrl.backends.api_keys import is_loopback
 from nemo_pivotrl.core.errors import InputError, Problem
 
 Message = MutableMapping[str, Any]
@@ -41,14 +42,6 @@ _LOG = logging.getLogger(__name__)
 
 
 # ---- settings ----
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches a server that listens on `host`."""
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return host.lower() == "localhost"
 
 
 def read_token(file: str | None, host: str, variable: str = TOKEN) -> str:

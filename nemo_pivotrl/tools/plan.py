@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from nemo_pivotrl.backends.base import as_trained
 from nemo_pivotrl.config import Megatron, Policy, Recipe
 from nemo_pivotrl.core.errors import Problem
 from nemo_pivotrl.sizing.architecture import Architecture
@@ -86,8 +87,8 @@ def plan(recipe: Recipe) -> Verdict:
         memory += [] if problems else [rollouts(recipe, shapes["policy"])]
         spent = [] if problems else pivotrl_costs(recipe, shapes["policy"])
         return Verdict(models, memory, problems, spent, notes_of(recipe, shapes["policy"]))
-    anchored = recipe.tfpo.anchor == "reference"
-    problems = training_legality(recipe, "doctor", recipe.doctor, shapes["doctor"], anchored)
+    anchored, doctor = recipe.tfpo.anchor == "reference", as_trained(recipe.doctor)
+    problems = training_legality(recipe, "doctor", doctor, shapes["doctor"], anchored)
     if recipe.patient.backend == "megatron":
         world = trainers(recipe, "megatron")
         problems += [p for p in layout_problems(recipe.megatron, world) if p not in problems]
@@ -101,7 +102,7 @@ def plan(recipe: Recipe) -> Verdict:
         return Verdict(models, [], problems)
     memory = [
         scoring(recipe, shapes["patient"]),
-        training(recipe, "tfpo", recipe.doctor, shapes["doctor"], anchored, head=True),
+        training(recipe, "tfpo", doctor, shapes["doctor"], anchored, head=True),
         steering(recipe, shapes["patient"], shapes["doctor"]),
     ]
     return Verdict(models, memory, [], llmdoctor_costs(recipe, shapes["patient"], shapes["doctor"]))

@@ -13,12 +13,13 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+from nemo_pivotrl.backends.api_keys import is_loopback
 from nemo_pivotrl.backends.base import as_policy
 from nemo_pivotrl.backends.hf_models import check_engine_model
 from nemo_pivotrl.backends.vllm.requests import engine_arguments
 from nemo_pivotrl.config import Recipe
 from nemo_pivotrl.core.errors import InputError, Problem
-from nemo_pivotrl.tools.http_guard import NAMES, is_loopback, names_of, read_token
+from nemo_pivotrl.tools.http_guard import NAMES, names_of, read_token
 
 
 def serve(recipe: Recipe, host: str, port: int, refit: bool = False, token_file: str | None = None) -> None:

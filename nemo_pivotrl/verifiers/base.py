@@ -38,10 +38,14 @@ class Verifier(Protocol):
     """
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """What artefact headers call it."""
+        ...
 
     @property
-    def version(self) -> str: ...
+    def version(self) -> str:
+        """Part of artefact headers too: raise it when a verdict changes."""
+        ...
 
     @property
     def concurrency(self) -> int:

@@ -386,5 +386,5 @@ def _differences(ours: CallForm, theirs: CallForm) -> dict[str, str]:
 
 
 def _judged_kind(kind: str, name: str, arguments: tuple[Mapping[str, Any], Mapping[str, Any]]) -> str:
-    """What a judge would be told that an argument is: texts of several words are prose, whatever they are called."""
+    """The kind of an argument in the judge's prompt: texts of several words are prose, whatever their name."""
     return "prose" if kind in ("text", "body") and all(is_prose(side.get(name)) for side in arguments) else kind

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import ipaddress
 import logging
 import os
 import threading
@@ -20,6 +19,7 @@ from typing import Any
 import httpx
 
 from nemo_pivotrl import config
+from nemo_pivotrl.backends.api_keys import HOSTS, goes_to, is_loopback, key_of
 from nemo_pivotrl.backends.http_retry import RETRIED, retry_after
 from nemo_pivotrl.core.errors import InputError, Problem, short
 from nemo_pivotrl.verifiers.base import VerifierFault
@@ -28,8 +28,6 @@ MAX_ANSWER = 1 << 20
 """Bytes of a response that are read."""
 KEY_PIECE = 8
 """Characters of the key in a row that no message shows."""
-HOSTS = {"OPENAI_API_KEY": "api.openai.com"}
-"""Variables whose key belongs to a host by its name. A recipe that names another variable names its host, too."""
 
 
 class PassingFault(VerifierFault):
@@ -142,54 +140,22 @@ def _stop(loop: asyncio.AbstractEventLoop, thread: threading.Thread) -> None:
 def key_for(settings: config.Judge) -> str:
     """The key that requests to `base_url` carry; '' for none. Raises InputError where it must not go there.
 
-    A key goes to the host that it belongs to, over https or within this machine. `OPENAI_API_KEY` belongs to OpenAI unless
-    the recipe says otherwise, and another host is asked without it.
+    `OPENAI_API_KEY` belongs to OpenAI unless the recipe says otherwise, and another host is asked without it.
     """
-    key = os.environ.get(settings.api_key_env, "").strip()
-    if not key:
-        return ""
-
-    def refuse(where: str, name: str, found: str, remedy: str) -> InputError:
-        return InputError(Problem(where, None, f"verifier.judge.{name}", found, remedy))
-
-    if not (key.isascii() and key.isprintable()) or " " in key:
-        found = f"a key in {settings.api_key_env} that no header can carry"
-        raise refuse("environment", "api_key_env", found, "check the variable's value")
-    url = httpx.URL(settings.base_url)
-    named = settings.api_key_host.strip().lower().rstrip(".")
-    owner = named or HOSTS.get(settings.api_key_env, "")
-    if not owner:
-        remedy = f"name the host that the key in {settings.api_key_env} belongs to: it is sent to no other"
-        raise refuse("recipe", "api_key_host", "nothing", remedy)
-    if owner not in addresses(url):
-        if not named:
-            text = "verifier.judge: the key in %s belongs to %s and is not sent to %s; if it is, set verifier.judge.api_key_host"
-            logging.getLogger(__name__).warning(text, settings.api_key_env, owner, url.host)
-            return ""
+    variable, host = settings.api_key_env, settings.api_key_host.strip()
+    key, url = key_of(variable, "verifier.judge.api_key_env"), httpx.URL(settings.base_url)
+    if not key or goes_to(variable, [host], url, "verifier.judge.base_url"):
+        return key
+    if host or variable not in HOSTS:
         remedy = f"base_url goes to {url.host}: give the key's own host there, or another api_key_env"
-        raise refuse("recipe", "api_key_host", owner, remedy)
-    if url.scheme != "https" and not is_loopback(url.host):
-        remedy = f"use https: over http everybody on the way reads the key in {settings.api_key_env}"
-        raise refuse("recipe", "base_url", f"{url.scheme}://{url.host}", remedy)
-    return key
-
-
-def addresses(url: httpx.URL) -> set[str]:
-    """What a recipe may call the URL's host: with its port and without it."""
-    host = url.host.lower().rstrip(".")
-    shown = f"[{host}]" if ":" in host else host
-    port = url.port or {"https": 443, "http": 80}.get(url.scheme)
-    return {host, shown, f"{shown}:{port}"}
-
-
-def is_loopback(host: str) -> bool:
-    """Whether a host is this machine by its name."""
-    if host.lower().rstrip(".") == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False
+        if not host:
+            remedy = f"name the host that the key in {variable} belongs to: it is sent to no other"
+        raise InputError(Problem("recipe", None, "verifier.judge.api_key_host", host or "nothing", remedy))
+    text = (
+        "verifier.judge: the key in %s belongs to %s and is not sent to %s; if it is, set verifier.judge.api_key_host"
+    )
+    logging.getLogger(__name__).warning(text, variable, HOSTS[variable], url.host)
+    return ""
 
 
 def _traces(key: str) -> list[str]:

@@ -48,6 +48,7 @@ class Lexer:
         ] = []  # here-documents whose body comes after the line: token, leading tabs dropped
 
     def read(self) -> list[Token]:
+        """The tokens of the whole text. Raises ValueError for what this lexer does not read."""
         text = self.text
         while self.at < len(text):
             char = text[self.at]

@@ -158,7 +158,7 @@ RULES: dict[str, dict[str, Rule]] = {
 
 @lru_cache(maxsize=512)
 def _validator(schema_text: str) -> Any:
-    """Validator of a declared schema, None where the schema itself is invalid. The check of a schema is dear: kept."""
+    """Validator of a declared schema, None where the schema itself is invalid. Checking a schema takes long: cached."""
     schema = json.loads(schema_text)
     try:
         validate(None, schema, registry=Registry())  # references are never fetched

@@ -47,7 +47,7 @@ def files_shown(messages: Sequence[Message]) -> dict[str, str]:
 
 
 def working_directory(messages: Sequence[Message]) -> str | None:
-    """Where the shell was after the last command that a tool's output tells of; None if none does."""
+    """The shell's folder after the last command whose output shows it; None if no output does."""
     for message in reversed(messages):
         if message.get("role") == "tool" and (places := WHERE.findall(str(message.get("content") or "")[-2000:])):
             return str(places[-1]).rstrip("/") or None

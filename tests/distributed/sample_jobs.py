@@ -10,7 +10,7 @@ import train_jobs
 
 from nemo_pivotrl.backends.base import TokenBatch
 from nemo_pivotrl.config import Generation
-from nemo_pivotrl.core.types import Sample
+from nemo_pivotrl.core.types import FailedSample, Sample
 
 GENERATIONS = {
     "plain": Generation(max_new_tokens=12, batch_tokens=120),
@@ -107,3 +107,26 @@ def sample(
         "ticks": len(ticks),
         "left": outside(backend) != before,
     }
+
+
+def spoilt(folder: str, layout: dict[str, Any], always: bool) -> list[list[Sample | FailedSample]]:
+    """Samples where the last row of the first pass has NaN for its second token; `always`: of every pass that follows, too."""
+    from nemo_pivotrl.backends.megatron import sampler
+    from nemo_pivotrl.backends.megatron.parallel import initialize
+    from nemo_pivotrl.backends.megatron.train import MegatronPolicy
+
+    megatron, whole, passes = train_jobs.megatron_of(layout), sampler._forward, []
+    backend = MegatronPolicy(train_jobs.policy_of(folder), megatron, initialize(megatron, seed=1))
+
+    def forward(stage: Any, groups: Any, memory: Any, tokens: torch.Tensor) -> torch.Tensor | None:
+        logits = whole(stage, groups, memory, tokens)
+        passes.append(tokens.shape[1] > 1)
+        if logits is not None and not passes[-1] and passes[-2] and (always or sum(passes) == 1):
+            logits[-1] = float("nan")
+        return logits
+
+    sampler._forward = forward
+    try:
+        return backend.infer(prompts(), seeds(), STOP, GENERATIONS["plain"])
+    finally:
+        sampler._forward = whole

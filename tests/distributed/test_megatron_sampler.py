@@ -11,6 +11,7 @@ import tiny_hf
 from support.workers import Workers
 
 from nemo_pivotrl.backends.sampling import shares
+from nemo_pivotrl.core.types import FailedSample
 
 TP, PP, EP = (f"{axis}_model_parallel_size" for axis in ("tensor", "pipeline", "expert"))
 CP, SP = "context_parallel_size", {"sequence_parallel": True}
@@ -98,6 +99,22 @@ def test_few_prompts_are_shared_out_by_row_and_ranks_may_stay_without(workers: W
             ranks, "sample_jobs:sample", folder=str(folder), layout=layout, kinds=["plain"], number=1
         ):
             same(answer["found"]["plain"], want)
+
+
+@pytest.mark.parametrize(
+    ("name", "ranks", "layout"), [("qwen3", 1, {}), ("qwen3_moe", 2, {EP: 2}), ("qwen3", 2, {PP: 2})]
+)
+def test_logits_that_are_no_numbers_are_drawn_again_alone_and_then_a_failure(
+    workers: Workers, expected: Any, name: str, ranks: int, layout: dict[str, Any]
+) -> None:
+    folder, want = expected(name, "plain")
+    given = {"folder": str(folder), "layout": layout}
+    for answer in workers.run(ranks, "sample_jobs:spoilt", always=False, **given):
+        same(answer, want)
+    for answer in workers.run(ranks, "sample_jobs:spoilt", always=True, **given):
+        rows = [s for group in answer for s in group]
+        lost = [s for s in rows if isinstance(s, FailedSample)]
+        assert 0 < len(lost) < len(rows) and {s.kind for s in lost} == {"sampler_not_finite"}
 
 
 def test_every_row_is_dealt_once_within_the_budget() -> None:

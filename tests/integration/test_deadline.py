@@ -9,8 +9,8 @@ from support.recipes import ROOT, SMALL
 
 from nemo_pivotrl import cli
 from nemo_pivotrl.backends.identity import policy_revision
-from nemo_pivotrl.components.checkpoint import RESUME, TimeLimitReached, is_due, time_limit
-from nemo_pivotrl.core.errors import InputError
+from nemo_pivotrl.components.checkpoint import TimeLimitReached, is_due, time_limit
+from nemo_pivotrl.core.errors import TRY_AGAIN, InputError
 
 
 @pytest.mark.parametrize(
@@ -40,7 +40,7 @@ def test_a_run_stops_before_a_step_would_pass_its_deadline() -> None:
 def test_a_paused_run_exits_with_a_code_of_its_own() -> None:
     with pytest.raises(SystemExit) as caught:
         raise TimeLimitReached(Path("step_00003"))
-    assert caught.value.code == RESUME == 75
+    assert caught.value.code == TRY_AGAIN == 75
 
 
 @pytest.mark.slow
@@ -55,7 +55,7 @@ def test_training_stops_at_its_deadline_saved_and_the_same_command_ends_as_if_it
         if deadline:
             with pytest.raises(SystemExit) as caught:
                 cli.main([*words, f"checkpointing.checkpoint_must_save_by='{deadline}'"])
-            assert caught.value.code == RESUME
+            assert caught.value.code == TRY_AGAIN
             saved = [path.name for path in (tmp_path / name / "pivotrl").glob("step_*")]
             assert saved == ["step_00001"] and not (tmp_path / name / "pivotrl/policy").exists()
         assert cli.main(words) == 0

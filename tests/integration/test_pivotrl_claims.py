@@ -94,16 +94,16 @@ def test_curtailed_counts_what_would_have_been_drawn() -> None:
     assert pivotrl_claims.curtailed([1.0, 0.0, 0.0, 0.0, 0.0, 1.0, 1.0, 1.0]) == 5
 
 
-def test_careless_clerks_slip_at_their_rates_and_another_teacher_does_the_same_in_other_words() -> None:
+def test_experts_make_errors_at_their_rates_and_another_teacher_does_the_same_in_other_words() -> None:
     import random
 
     rng = random.Random(0)
-    drawn = [world.draw_slips(rng, 0.5) for _ in range(4000)]
-    for name, rate in world.SLIPS.items():
-        assert sum(name in slips for slips in drawn) / 4000 == pytest.approx(rate / 2, abs=0.03)
-    assert all(not world.draw_slips(rng, 0.0) for _ in range(100))
+    drawn = [world.draw_errors(rng, 0.5) for _ in range(4000)]
+    for name, rate in world.EXPERT_ERRORS.items():
+        assert sum(name in errors for errors in drawn) / 4000 == pytest.approx(rate / 2, abs=0.03)
+    assert all(not world.draw_errors(rng, 0.0) for _ in range(100))
     tasks = world.tasks(0, {"train": 300})["train"]
-    careless = [world.expert_trajectory(t, rng, slips=frozenset(world.SLIPS))["reward"] for t in tasks]
+    careless = [world.expert_trajectory(t, rng, errors=frozenset(world.EXPERT_ERRORS))["reward"] for t in tasks]
     assert sum(careless) < 100
     for task in tasks:
         house, other = (list(world.expert_turns(task, random.Random(1), teacher)) for teacher in ("house", "other"))

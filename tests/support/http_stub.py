@@ -44,6 +44,7 @@ class StandIn:
     ):
         self.fault, self.away, self.held, self.most = fault, False, 0, 0
         self.asked: list[dict[str, Any]] = []
+        self.keys: set[str | None] = set()
         self.calls: Counter[str] = Counter()
         self.loaded, self.fingerprint, self.sick = "", "abc", False
         lock = threading.Lock()
@@ -62,6 +63,7 @@ class StandIn:
                 self.wfile.write(raw)
 
             def do_GET(self) -> None:
+                me.keys.add(self.headers["Authorization"])
                 me.calls[self.path] += 1
                 if me.away:
                     return self.connection.close()
@@ -70,6 +72,7 @@ class StandIn:
                 self.answer(200, {"data": [{"id": model, "root": root}]})
 
             def do_POST(self) -> None:
+                me.keys.add(self.headers["Authorization"])
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])) or b"null")
                 me.calls[self.path] += 1
                 if me.away:
@@ -88,14 +91,13 @@ class StandIn:
                     fate = me.fault(body, number) if me.fault else None
                     if fate == "hang":
                         time.sleep(1.5)
-                    if fate in ("drop", "hang"):
-                        return self.connection.close()
-                    if fate is None:
-                        return self.answer(200, policy(body))
-                    self.answer(*fate)
+                    answer = (200, policy(body)) if fate is None else fate
                 finally:
-                    with lock:
+                    with lock:  # before the answer leaves: whoever has it may ask again at once
                         me.held -= 1
+                if fate in ("drop", "hang"):
+                    return self.connection.close()
+                self.answer(*answer)
 
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.server.daemon_threads = True

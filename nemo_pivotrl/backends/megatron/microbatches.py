@@ -132,8 +132,11 @@ def lay_out(
     responses: Sequence[Sequence[int]],
     multiple: int = 1,
     packed: bool = False,
+    asked: Tensor | None = None,
 ) -> Rows:
     """Tensors of a micro-batch; prompts and responses are those of `rows`, in their order. No rows give a filler.
+
+    asked: `TokenBatch.asked`; the log-probabilities of other tokens are not computed.
 
     Raises ValueError for an empty prompt or response: nothing would predict the first token, or there is none.
     """
@@ -149,16 +152,18 @@ def lay_out(
         size = max(padded, default=multiple)
         starts, shape = [i * size for i in range(n + 1)], (max(n, 1), size)
     tokens, positions = (torch.zeros(shape[0] * shape[1], dtype=torch.long) for _ in range(2))
-    mask = torch.zeros(n, longest, dtype=torch.bool)
+    real_tokens = torch.zeros(n, longest, dtype=torch.bool)
     last = torch.zeros(n, 1, dtype=torch.long)
-    goals = [torch.tensor(list(response), dtype=torch.long) for response in responses]
+    goals = torch.zeros(n, longest, dtype=torch.long)
     for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
         first, end = starts[i], starts[i + 1]
         tokens[first : first + real[i]] = torch.tensor([*prompt, *response], dtype=torch.long)
         positions[first:end] = torch.arange(end - first)
         last[i] = first + len(prompt) - 1
-        mask[i, : len(response)] = True
-    states = torch.cat([torch.ones_like(mask[:, :1]), mask], 1)
+        real_tokens[i, : len(response)] = True
+        goals[i, : len(response)] = torch.tensor(list(response), dtype=torch.long)
+    mask = real_tokens if asked is None else real_tokens & asked[list(rows), :longest]
+    states = torch.cat([torch.ones_like(mask[:, :1]), real_tokens], 1)
     place = last + torch.arange(longest + 1)  # of each state in the flattened [B * S]
     bounds = torch.tensor(starts, dtype=torch.int32) if packed and n else None
     return Rows(
@@ -166,7 +171,7 @@ def lay_out(
         tokens.view(shape),
         positions.view(shape),
         places=place[:, :-1][mask],
-        goals=torch.cat([*goals, mask.new_zeros(0, dtype=torch.long)]),
+        goals=goals[mask],
         predicts=_numbered(mask),
         seen=place[states],
         states=_numbered(states),

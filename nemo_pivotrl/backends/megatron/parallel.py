@@ -180,7 +180,7 @@ def leave() -> None:
 
 
 def _forget_models() -> None:
-    """Let go of models that nobody uses: a group's threads end only when no module refers to the group."""
+    """Collect unreferenced models as garbage: a group's threads end only when no module refers to the group."""
     from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 
     for kind in (RotaryEmbedding, *RotaryEmbedding.__subclasses__()):

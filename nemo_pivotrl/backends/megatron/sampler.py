@@ -50,7 +50,8 @@ def sample(
     row_multiple: int,
     tick: Callable[[str], None],
 ) -> list[list[Sample | FailedSample]]:
-    """One sample for every seed of every prompt, on every rank; see `backends.base.Sampler.infer`.
+    """One sample for every seed of every prompt, on every rank; see `backends.base.Sampler.infer`. One whose logits were NaN
+    is drawn again alone, then it is `FailedSample`.
 
     stage: a `stage.Stage`. row_multiple: what the rows of a forward pass must be a multiple of (FP8). tick: called with
     every step.
@@ -64,18 +65,25 @@ def sample(
     plan = shares(prompts, seeds, generation, groups.dp_cp.size(), equal)
     mine, together = plan[groups.dp_cp.rank()], groups.ep.size() > 1
     found_here: dict[Row, Sample | FailedSample] = {}
+
+    def draw(rows: Sequence[Row]) -> None:
+        # where the others still decode, a rank without rows takes their steps with a row that nobody asked for
+        standing = [*rows, *[rows[-1] if rows else None] * (-len(rows) % row_multiple if rows else row_multiple)]
+        batch = Batch(
+            [prompts[row[0]] if row else [0] for row in standing],
+            [seeds[row[0]][row[1]] if row else 0 for row in standing],
+        )
+        turns = Turns(batch.seeds, stop_ids, generation)
+        _decode(stage, groups, memory, batch, turns, together, row_multiple > 1, tick)
+        found_here.update(zip(rows, turns.samples(), strict=False))
+
     with memory.in_place():
         for number in range(max(map(len, plan)) if together else len(mine)):
-            rows = mine[number] if number < len(mine) else []
-            # where the others still decode, a rank without rows takes their steps with a row that nobody asked for
-            standing = [*rows, *[rows[-1] if rows else None] * (-len(rows) % row_multiple if rows else row_multiple)]
-            batch = Batch(
-                [prompts[row[0]] if row else [0] for row in standing],
-                [seeds[row[0]][row[1]] if row else 0 for row in standing],
-            )
-            turns = Turns(batch.seeds, stop_ids, generation)
-            _decode(stage, groups, memory, batch, turns, together, row_multiple > 1, tick)
-            found_here |= dict(zip(rows, turns.samples(), strict=False))
+            draw(mine[number] if number < len(mine) else [])
+        # logits that are no numbers: once more, alone, as what stood beside a row may have spoilt it
+        lost = [row for row, found in found_here.items() if isinstance(found, FailedSample)]
+        for number in range(_most(len(lost), groups) if together else len(lost)):
+            draw(lost[number : number + 1])
     everything: list[Any] = [found_here]
     if groups.dp_cp.size() > 1:
         everything = [None] * groups.dp_cp.size()
@@ -166,6 +174,13 @@ def _from_last_stage(drawn: Tensor, groups: Groups) -> None:
         dist.broadcast(drawn, dist.get_global_rank(groups.tp, 0), group=groups.tp)
     if groups.pp.size() > 1:
         dist.broadcast(drawn, dist.get_global_rank(groups.pp, groups.pp.size() - 1), group=groups.pp)
+
+
+def _most(count: int, groups: Groups) -> int:
+    """The largest count of any rank."""
+    found = torch.tensor([float(count)], device=groups.device)
+    dist.all_reduce(found, dist.ReduceOp.MAX, group=groups.world)
+    return int(found)
 
 
 def _all_done(turns: Turns, groups: Groups) -> bool:
@@ -293,6 +308,7 @@ class RememberingAttention(nn.Module):
         return found.permute(2, 0, 1, 3).flatten(2)
 
     def keep(self, rows: Tensor) -> None:
+        """Go on with these rows of the batch, in this order."""
         assert self.keys is not None and self.values is not None, "nothing has been seen"
         self.keys, self.values = (self._kept(held, rows) for held in (self.keys, self.values))
 

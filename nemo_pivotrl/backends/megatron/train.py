@@ -118,7 +118,7 @@ class MegatronPolicy(SequenceScores):
             given = [prompts[n] for n in rows], [batch.responses[n] for n in rows]
             if self.settings.prefix_sharing:
                 return Rows.of(prefix.lay_out(rows, *given, multiple, self.with_head).to(groups.device))
-            return prefix.on_device(lay_out(rows, *given, multiple, m.sequence_packing), groups.device)
+            return prefix.on_device(lay_out(rows, *given, multiple, m.sequence_packing, batch.asked), groups.device)
 
         return [made(rows) for rows in self._plan(batch)[groups.dp.rank()]]
 

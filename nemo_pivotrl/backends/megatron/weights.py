@@ -62,6 +62,7 @@ class Checkpoint:
         return str(self.folder / self.file_of[name])
 
     def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor, from the file's header."""
         return tuple(self._file(self.file_of[name]).get_slice(name).get_shape())
 
     def read(self, name: str, dim: int, start: int, stop: int) -> Tensor:
@@ -71,6 +72,7 @@ class Checkpoint:
         return found
 
     def whole(self, name: str) -> Tensor:
+        """A tensor, read as a whole."""
         found: Tensor = self._file(self.file_of[name]).get_tensor(name)
         return found
 

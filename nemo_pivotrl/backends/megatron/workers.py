@@ -41,7 +41,7 @@ _ranks: RankGroup | None = None
 
 
 def run_together(stage: Callable[[], None], megatron: Megatron, place: Place, patience: Patience | None = None) -> int:
-    """Run a stage on rank 0 with the other ranks at its service; the exit code of this rank.
+    """Run a stage on rank 0, whose calls the other ranks execute; the exit code of this rank.
 
     Raises on rank 0 what the stage raised as InputError or OSError, after all others have left. All else ends the process.
     """
@@ -107,6 +107,7 @@ class RankGroup:
     # ---- rank 0 ----
 
     def load(self, kind: str, policy: Policy, megatron: Megatron, *rest: Any) -> RemoteModel:
+        """Load a model of `kind` on all ranks (see `_made`). Rank 0 alone calls it."""
         number = self.number + 1
         made = self.call("load", number, (kind, policy, megatron, *rest))
         handle = RemoteModel(self, number, type(made))
@@ -128,7 +129,7 @@ class RankGroup:
     # ---- the others ----
 
     def follow(self) -> int:
-        """Do what rank 0 calls for until it says stop; the exit code that it gave."""
+        """Execute the calls of rank 0 until it sends stop; the exit code that it sent."""
         assert self.watch is not None, "alone there is nobody to follow"
         while True:
             self.number += 1
@@ -214,10 +215,12 @@ class RankGroup:
             time.sleep(0.02)
 
     def tick(self, doing: str) -> None:
+        """Note progress for the watchdog."""
         if self.watch is not None:
             self.watch.tick(doing)
 
     def rest(self) -> None:
+        """Note for the watchdog that this rank waits for the next call."""
         if self.watch is not None:
             self.watch.rest(self.number)
 
@@ -245,7 +248,7 @@ class RemoteModel:
 
 
 def _call(model: RemoteModel, name: str, *positional: Any, **named: Any) -> Any:
-    """A verb of a model. It holds the model, which must not be let go of while the verb is called."""
+    """A verb of a model. It keeps a reference to the model, which must not be freed while the verb is called."""
     return model._ranks.call("call", model._number, (name, positional, named))
 
 

@@ -114,6 +114,7 @@ class Guided:
 
     @property
     def token_ids(self) -> tuple[int, ...]:
+        """Ids of the answer's tokens."""
         return tuple(t.token_id for t in self.tokens)
 
     @property
@@ -155,6 +156,7 @@ class Shape(NamedTuple):
     top_p: Tensor
 
     def at(self, rows: Tensor) -> Shape:
+        """The settings of these rows."""
         return Shape(self.temperature[rows], self.top_k[rows], self.top_p[rows])
 
 
@@ -244,6 +246,7 @@ class Decoding:
 
     @property
     def done(self) -> bool:
+        """Whether every request has its answer."""
         return len(self.finished) == len(self.requests)
 
     def stop(self, row: int) -> None:

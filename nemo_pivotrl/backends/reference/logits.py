@@ -1,5 +1,5 @@
-"""Log-probabilities from hidden states, a chunk of positions at a time: a forward pass that only scores costs its hidden states
-and one chunk of logits, never all positions times the vocabulary."""
+"""Log-probabilities from hidden states, a chunk of positions at a time: a pass costs its hidden states and one chunk of logits, never
+all positions times the vocabulary. With gradients a chunk's logits are computed once more in the backward pass."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_outputs import MoeModelOutputWithPast
 
 CHUNK_LOGITS = 1 << 25
 """Logits that exist at one time: 128 MiB in float32, and a few times that on the way."""
@@ -19,13 +20,19 @@ def chunked_log_probs(model: Any, hidden: Tensor, of: Tensor, goals: Tensor, tem
     `of` must not decrease. model: one that `takes_hidden`.
     """
     size = max(1, CHUNK_LOGITS // model.config.get_text_config().vocab_size)
+
+    def part(rows: Tensor, wanted: Tensor, at: Tensor) -> Tensor:
+        logits = logits_of(model, rows)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+        return logits[at, wanted] - logits.logsumexp(1)[at]
+
+    again = torch.is_grad_enabled() and len(hidden) > size
     found = []
     for start in range(0, len(hidden), size):
-        logits = logits_of(model, hidden[start : start + size])
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
         mine = (of >= start) & (of < start + size)
-        found.append(logits[of[mine] - start, goals[mine]] - logits.logsumexp(1)[of[mine] - start])
-    return torch.cat(found)
+        given = hidden[start : start + size], goals[mine], of[mine] - start
+        found.append(checkpoint(part, *given, use_reentrant=False) if again else part(*given))
+    return torch.cat(found) if found else hidden.new_zeros(0, dtype=torch.promote_types(hidden.dtype, torch.float32))
 
 
 def logits_of(model: Any, hidden: Tensor) -> Tensor:
@@ -56,11 +63,11 @@ def takes_hidden(model: Any) -> bool:
 
 
 class _Answered(torch.nn.Module):
-    """Stands in for a decoder: gives the hidden states it was made with, whatever it is asked."""
+    """Stands in for a decoder, also one of experts: gives the hidden states it was made with, whatever it is asked."""
 
     def __init__(self, hidden: Tensor):
         super().__init__()
         self.hidden = hidden
 
-    def forward(self, *args: Any, **kwargs: Any) -> BaseModelOutputWithPast:
-        return BaseModelOutputWithPast(last_hidden_state=self.hidden)
+    def forward(self, *args: Any, **kwargs: Any) -> MoeModelOutputWithPast:
+        return MoeModelOutputWithPast(last_hidden_state=self.hidden)

@@ -126,6 +126,8 @@ class ReferencePolicy(SequenceScores):
         self, model: Any, batch: TokenBatch, rows: Sequence[int], head: torch.nn.Linear | None = None
     ) -> ModelOutputs:
         """What rows and their prompts share runs once, with `prefix_sharing: off` each row with its whole prompt."""
+        if head is None and self.chunked:
+            return ModelOutputs(self._log_probs_of(model, batch, rows))
         prompts, responses = [batch.prompts[batch.prompt_of[n]] for n in rows], [batch.responses[n] for n in rows]
         temperature = self.settings.generation.temperature or 1.0
         asked = {} if head is None else {"output_hidden_states": True}
@@ -164,10 +166,8 @@ class ReferencePolicy(SequenceScores):
         ids, mask = pad(prompts, left=True, device=self.device)
         return torch.cat([ids, targets], 1), torch.cat([mask, target_mask], 1), targets, target_mask.bool()
 
-    def _scores(self, model: Any, batch: TokenBatch, rows: Sequence[int]) -> Tensor:
-        """[n, T] log-probabilities without a gradient, a chunk of logits at a time where the model allows it."""
-        if not self.chunked:
-            return self._outputs(model, batch, rows).log_probs
+    def _log_probs_of(self, model: Any, batch: TokenBatch, rows: Sequence[int]) -> Tensor:
+        """[n, T] log-probabilities by `chunked_log_probs`; 0 where the batch does not ask."""
         prompts, responses = [batch.prompts[batch.prompt_of[n]] for n in rows], [batch.responses[n] for n in rows]
         temperature = self.settings.generation.temperature or 1.0
         if self.settings.prefix_sharing:
@@ -175,6 +175,8 @@ class ReferencePolicy(SequenceScores):
             hidden, of = hidden_of(model, forest)
             return forest.pick(chunked_log_probs(model, hidden, of, forest.goals, temperature))
         ids, mask, targets, real = self._padded(prompts, responses)
+        if batch.asked is not None:
+            real = real & batch.asked[list(rows), : real.shape[1]].to(self.device)
         output = model.base_model(input_ids=ids, attention_mask=mask, position_ids=positions(mask), use_cache=False)
         hidden = output.last_hidden_state[:, -targets.shape[1] - 1 : -1][real]
         of = torch.arange(len(hidden), device=self.device)
@@ -185,11 +187,11 @@ class ReferencePolicy(SequenceScores):
         """[n, T] log-probabilities of the model as it was before training. Raises ValueError where it was not kept."""
         with torch.no_grad():
             if self.reference is not None:
-                return self._scores(self.reference, batch, rows)
+                return self._outputs(self.reference, batch, rows).log_probs
             if not self.settings.lora.enabled:
                 raise ValueError("the start model was not kept: load it with reference=True")
             with self.model.disable_adapter():
-                return self._scores(self.model, batch, rows)
+                return self._outputs(self.model, batch, rows).log_probs
 
     def _micro_batches(self, batch: TokenBatch, with_states: bool) -> list[list[int]]:
         """Row numbers of each micro-batch: what shares most together, or without sharing by length."""
@@ -217,7 +219,7 @@ class ReferencePolicy(SequenceScores):
         width, dtype = max(len(r) for r in batch.responses), torch.promote_types(self.model.dtype, torch.float32)
         out = torch.zeros(len(batch.responses), width, dtype=dtype)
         for rows in self._micro_batches(batch, with_states=False):
-            found = self._reference(batch, rows) if reference else self._scores(self.model, batch, rows)
+            found = self._reference(batch, rows) if reference else self._outputs(self.model, batch, rows).log_probs
             out[rows, : found.shape[1]] = found.cpu()
         return out
 

@@ -12,18 +12,20 @@ import torch
 from nemo_pivotrl.backends.batching import batches
 from nemo_pivotrl.backends.hf_models import load_model
 from nemo_pivotrl.config import Oracles
-from nemo_pivotrl.core.errors import InputError, Problem
+from nemo_pivotrl.core.errors import InputError, Problem, UnrenderableState
 from nemo_pivotrl.sizing.hf_folder import load_config, load_tokenizer
 
+Encode = Callable[[Sequence[dict[str, Any]]], list[int]]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class RewardModel:
-    """`(conversations, answers) -> scores` by the checkpoint of one objective. render: (tokenizer, messages) -> the text of its
-    chat template."""
+    """`(conversations, answers) -> scores` by the checkpoint of one objective.
 
-    def __init__(self, objective: str, settings: Oracles, render: Callable[..., str]):
-        self.render = render
+    encoder: (tokenizer, its setting's name) -> what makes token ids of messages by the tokenizer's chat template.
+    """
+
+    def __init__(self, objective: str, settings: Oracles, encoder: Callable[[Any, str], Encode]):
         folder, where = settings.reward_models[objective], f"oracles.reward_models.{objective}"
 
         def refuse(found: str, remedy: str) -> InputError:
@@ -36,6 +38,7 @@ class RewardModel:
             self.tokenizer = load_tokenizer(folder, where)
             if self.tokenizer.chat_template is None:
                 raise refuse("no chat template", "add the one it was trained with to its tokenizer")
+            self.encode = encoder(self.tokenizer, where)
             device = settings.device if settings.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
             kind = "AutoModelForSequenceClassification"
             self.model = load_model(folder, where, DTYPES[settings.dtype], device, kind).requires_grad_(False)
@@ -46,23 +49,28 @@ class RewardModel:
 
     @torch.no_grad()
     def __call__(self, asked: Sequence[Sequence[dict[str, Any]]], answers: Sequence[str]) -> list[float | None]:
-        """A score for each answer to its messages; None where the model gave NaN or infinity, twice.
+        """A score for each answer to its messages; None where the model gave NaN or infinity, twice, and for text that has
+        no UTF-8 form.
 
         One conversation runs with others of its length only: what a classifier makes of padding is the architecture's own
         affair.
         """
-        texts = [
-            self.render(self.tokenizer, [*messages, {"role": "assistant", "content": answer}])
-            for messages, answer in zip(asked, answers, strict=True)
-        ]
-        ids = [self.tokenizer.encode(text, add_special_tokens=False) for text in texts]
+        scores: list[float | None] = [None] * len(answers)
+        ids: dict[int, list[int]] = {}
+        for n, (messages, answer) in enumerate(zip(asked, answers, strict=True)):
+            try:
+                ids[n] = self.encode([*messages, {"role": "assistant", "content": answer}])
+            except UnrenderableState as error:
+                if error.kind != "not_encodable":  # half an emoji of one answer is no fault of the template
+                    raise
         limit = self.model.config.to_dict().get("max_position_embeddings")
-        longest = max(map(len, ids), default=0)
+        longest = max(map(len, ids.values()), default=0)
         if limit and longest > limit:
             remedy = f"the reward model reads {limit}: lower decode.max_new_tokens or shorten the prompts"
             raise InputError(Problem("oracle", None, self.objective, f"{longest} tokens", remedy))
-        scores: list[float | None] = [None] * len(ids)
-        for rows in batches(list(map(len, ids)), self.batch_tokens, equal=True):
+        known = list(ids)
+        for batch in batches([len(ids[n]) for n in known], self.batch_tokens, equal=True):
+            rows = [known[place] for place in batch]
             for n, score in zip(rows, self._scores([ids[n] for n in rows]), strict=True):
                 (again,) = [score] if math.isfinite(score) else self._scores([ids[n]])
                 scores[n] = again if math.isfinite(again) else None

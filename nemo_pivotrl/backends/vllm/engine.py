@@ -183,7 +183,7 @@ vLLM's process groups down with it, and torch's. Last: a guest, made where those
 
 
 def _free() -> None:
-    """Free engines that nobody holds any more, if there is no other. Guests stay: with them the trainer's groups would go."""
+    """Free unreferenced engines, if no engine is referenced. Colocated engines stay: their end would destroy the trainer's groups."""
     if any(hasattr(engine(), "llm") or guest for engine, _, guest in _engines):
         return
     shut_down()

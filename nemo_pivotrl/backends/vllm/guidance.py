@@ -1,4 +1,4 @@
-"""LLMdoctor inside an engine, but for the engine's own classes: what a request may ask, and what its rows get.
+"""LLMdoctor inside an engine, without the engine's own classes: guidance of requests, and logits of their rows.
 
 A request carries `guidance.alpha`, `guidance.beta.NAME` and `guidance.spans` (markers in pairs: where one begins and where it ends,
 the patient decodes alone) in SamplingParams' `extra_args`, over HTTP in `vllm_xargs`. One without any of them has the engine's
@@ -145,7 +145,7 @@ def _spans(value: Any) -> tuple[Span, ...]:
 
 
 def names_here() -> list[str] | None:
-    """The doctors that requests may name, as the process was told."""
+    """The names of doctors that requests may use, from the process's environment."""
     given = os.environ.get(NAMES)
     return None if given is None else list(json.loads(given))
 
@@ -206,7 +206,7 @@ class Guidance:
         return models
 
     def row(self, extra: Mapping[str, Any] | None, prompt: Sequence[int], output: Sequence[int]) -> Row | None:
-        """A request that enters the batch; None for one whose logits are nobody's business here."""
+        """The row of a request that enters the batch; None if the request is neither guided nor recorded."""
         wish = read_wish(extra, self.names)
         alpha = wish.alpha if wish.alpha is not None else 1.0 if wish.given else float(self.settings["alpha"])
         beta = [wish.beta.get(n, 0.0) for n in self.names] if wish.given else list(self.defaults)

@@ -35,7 +35,7 @@ PROBE_TOKENS = 16
 
 
 class Fingerprint:
-    """Adds up what passes through: equal for equal names, shapes and bits, whatever the order."""
+    """Fingerprint of a stream of tensors: equal for equal names, shapes and bits, in any order."""
 
     def __init__(self) -> None:
         self.seen: dict[str, tuple[object, ...]] = {}

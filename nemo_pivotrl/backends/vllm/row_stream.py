@@ -81,7 +81,7 @@ class Table(Cache):
                 layer[target, :, :length] = layer[source, :, :length]
 
     def _grow(self, rows: int, tokens: int) -> None:
-        """Have room for so many."""
+        """Grow the cache to hold so many rows and tokens."""
         new_rows, new_tokens = self.rows, self.tokens
         while new_rows < rows:
             new_rows *= 2
@@ -123,6 +123,7 @@ class RowStream:
         self.waiting[key] = list(tokens)
 
     def extend(self, key: Hashable, tokens: Sequence[int]) -> None:
+        """Add tokens to a row; they are read when its logits are asked for."""
         self.waiting[key] += tokens
 
     def drop(self, key: Hashable) -> None:

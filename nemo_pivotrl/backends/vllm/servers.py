@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import threading
 import time
 import weakref
@@ -26,6 +25,7 @@ import httpx
 import torch
 from torch import Tensor
 
+from nemo_pivotrl.backends.api_keys import goes_to, key_of
 from nemo_pivotrl.backends.http_retry import RETRIED, growing_pause, retry_after
 from nemo_pivotrl.backends.identity import policy_revision
 from nemo_pivotrl.backends.vllm.requests import IMPOSSIBLE, WANTED, choice_of, families, in_order, request, sample_of
@@ -52,7 +52,7 @@ class TransientError(Exception):
 
 @dataclass
 class Server:
-    """One server as the pool sees it. Times are of the monotonic clock."""
+    """State of one server in the pool. Times are of the monotonic clock."""
 
     url: str
     """Without /v1 and without a slash at its end."""
@@ -79,13 +79,7 @@ class Servers:
         self.settings = settings
         self.counts: Counter[str] = Counter()
         """Requests tried again, by the kind of failure; servers ejected and re-admitted; turns lost."""
-        key = os.environ.get(settings.api_key_env, "").strip()
-        if not (key.isascii() and key.isprintable()) or " " in key:
-            found, remedy = f"a key in {settings.api_key_env} that no header can carry", "check the variable's value"
-            raise InputError(Problem("environment", None, "vllm.api_key_env", found, remedy))
-        self._key = key
         self._client = httpx.Client(
-            headers={"Authorization": f"Bearer {key}"} if key else {},
             timeout=httpx.Timeout(settings.timeout_s, pool=None),
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=64),
             follow_redirects=False,
@@ -99,12 +93,22 @@ class Servers:
         self._pool = ThreadPoolExecutor(self.concurrency)
         self._under_way = 0
         weakref.finalize(self, _let_go, self._closing, self._pool)
+        self._key = key_of(settings.api_key_env, "vllm.api_key_env")
         self.servers = [Server(_root(url)) for url in settings.servers]
+        self._with_key = frozenset(server.url for server in self.servers if self._has_key(server.url))
         if len({server.url for server in self.servers}) < len(self.servers):
             remedy = "name each server once"
             raise InputError(Problem("recipe", None, "vllm.servers", ", ".join(settings.servers), remedy))
         self._meet(policy)
         self._check_log_probs(policy.generation)
+
+    def _has_key(self, url: str) -> bool:
+        """Whether the key goes to this server. Raises InputError as `goes_to` does."""
+        variable, hosts = self.settings.api_key_env, self.settings.api_key_hosts
+        if not self._key or goes_to(variable, hosts, httpx.URL(url), "vllm.servers"):
+            return bool(self._key)
+        _log.warning("the key in %s is not sent to %s: vllm.api_key_hosts names the hosts that get it", variable, url)
+        return False
 
     @property
     def concurrency(self) -> int:
@@ -121,7 +125,7 @@ class Servers:
             self._under_way -= 1
 
     def close(self) -> None:
-        """Give the connections back and stop looking after lost servers. Requests under way end soon, as failures."""
+        """Close the connections and stop polling ejected servers. Requests in flight end soon, as failures."""
         _let_go(self._closing, self._pool)
         self._client.close()
 
@@ -229,7 +233,7 @@ class Servers:
             raise
 
     def _asked(self, body: dict[str, Any], read: Callable[[Any], Any], preferred: dict[int, Server], group: int) -> Any:
-        """What `read` makes of an answer (it raises ValueError and the like for a malformed one), or Lost."""
+        """What `read` makes of an answer (it raises ValueError and the like for a malformed one), or `FailedSample`."""
         failure, failed = TransientError("sampler_unreachable", "never asked"), None
         for attempt in range(self.settings.max_retries + 1):
             server = self._take(preferred.get(group), failed)
@@ -260,8 +264,11 @@ class Servers:
         """A good answer's JSON. Raises TransientError where it pays to ask again, InputError where it does not."""
         limit, read = timeout or self.settings.timeout_s, bytearray()
         deadline = time.monotonic() + limit
+        url, headers = server.url + path, {}
+        if server.url in self._with_key:
+            headers["Authorization"] = f"Bearer {self._key}"
         try:
-            with self._client.stream(method, server.url + path, json=body, timeout=httpx.Timeout(limit)) as response:
+            with self._client.stream(method, url, json=body, headers=headers, timeout=httpx.Timeout(limit)) as response:
                 for block in response.iter_bytes():
                     read += block
                     if len(read) > MAX_ANSWER:
@@ -285,6 +292,10 @@ class Servers:
                 "sampler_http", found, (BUSY_PAUSE if asked is None else max(asked, 0.01)) if status in BUSY else 0.0
             )
         remedy = "the server refuses the request: start it with the recipe's model and lengths (`nemo-pivotrl serve`)"
+        if status in (401, 403) and server.url not in self._with_key:
+            remedy = (
+                f"no key was sent: put it into {self.settings.api_key_env}, and name the host in vllm.api_key_hosts"
+            )
         raise InputError(Problem("servers", None, path, found, remedy))
 
     # ---- which server ----
@@ -347,7 +358,7 @@ class Servers:
         nurse.start()
 
     def _recovered(self, server: Server) -> bool:
-        """Whether a lost server is well and has the current weights; then it is let back."""
+        """Re-admit an ejected server if it is healthy and has the current weights; whether it is."""
         try:
             self._exchange_plain(server, "/health")
             if self._weights and self._load_weights(server)[:1] != self._arrived:
@@ -387,7 +398,7 @@ class Servers:
     # ---- at the start ----
 
     def _meet(self, policy: Policy) -> None:
-        """Learn what each server serves. One that is away now may come later; at least one must be there."""
+        """Read each server's list of models. A server may be unreachable now and join later; at least one must answer."""
         problems = []
         for server in self.servers:
             try:
@@ -446,7 +457,7 @@ NEAR = 8
 
 
 def _look_after(pool: weakref.ref[Servers], server: Server, closing: threading.Event) -> None:
-    """Ask a lost server again and again, until it is back or nobody needs it."""
+    """Poll an ejected server until it has recovered or the pool is closed."""
     attempt = server.ejections - 1
     while True:
         servers = pool()

@@ -94,6 +94,7 @@ class Conversation:
     tools: Sequence[dict[str, Any]] = ()
 
     def say(self, message: Message, untrained: str = "") -> None:
+        """Append a message; `untrained`: why an assistant turn is not to be learned."""
         if untrained and message["role"] == "assistant":
             self.untrained[len(self.messages)] = untrained
         self.messages.append(message)

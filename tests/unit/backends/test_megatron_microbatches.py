@@ -81,6 +81,17 @@ def test_both_forms_point_at_the_tokens_they_predict(packed: bool) -> None:
 
 
 @pytest.mark.parametrize("packed", [False, True])
+def test_what_nobody_asks_for_is_not_predicted(packed: bool) -> None:
+    asked = torch.zeros(9, 4, dtype=torch.bool)
+    asked[4, 1], asked[7, 0], asked[7, 2] = True, True, True
+    made = lay_out([4, 7], PROMPTS, RESPONSES, multiple=2, packed=packed, asked=asked)
+    assert made.goals.tolist() == [6, 7, 9] and made.mask.tolist() == [[False, True, False], [True, False, True]]
+    assert made.tokens.flatten()[made.places + 1].tolist() == [6, 7, 9]
+    whole = lay_out([4, 7], PROMPTS, RESPONSES, multiple=2, packed=packed)
+    assert made.states.tolist() == whole.states.tolist() and torch.equal(made.tokens, whole.tokens)
+
+
+@pytest.mark.parametrize("packed", [False, True])
 def test_a_filler_has_tokens_and_no_rows(packed: bool) -> None:
     made = lay_out([], [], [], multiple=8, packed=packed)
     assert made.tokens.shape == (1, 8) and made.mask.shape == (0, 1) and made.states.shape == (0, 2)

@@ -21,6 +21,7 @@ from nemo_pivotrl.algorithms.pivotrl import sft_loss
 from nemo_pivotrl.backends.base import TokenBatch
 from nemo_pivotrl.backends.identity import policy_revision
 from nemo_pivotrl.backends.loading import load
+from nemo_pivotrl.backends.reference import logits
 from nemo_pivotrl.backends.reference.policy import ReferencePolicy
 from nemo_pivotrl.config import Generation, Lora, Optimizer, Policy
 from nemo_pivotrl.core.errors import InputError
@@ -123,6 +124,51 @@ def test_log_probs_equal_the_unpadded_uncached_ones(folders: dict[str, str], nam
         found = model.outputs(BATCH).log_probs
     for row, wanted in zip(found.tolist(), expected, strict=True):
         assert row[: len(wanted)] == pytest.approx(wanted, abs=ROUNDING[name]) and not any(row[len(wanted) :])
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("share", [True, False])
+def test_gradients_through_chunks_of_logits_are_those_of_all_logits_at_once(
+    folders: dict[str, str], name: str, share: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Chunks of 1, 3 and all positions, and the form for models whose head is not known."""
+    model = policy(folders[name], prefix_sharing=share)
+    assert model.chunked
+    model.chunked = False
+    whole = gradients(model)
+    model.chunked = True
+    for positions in (1, 3, 1000):
+        monkeypatch.setattr(logits, "CHUNK_LOGITS", positions * model.model.config.vocab_size)
+        found = gradients(model)
+        assert max(float((a - b).abs().max()) for a, b in zip(whole, found, strict=True)) <= ROUNDING[name]
+
+
+def test_in_training_no_more_logits_exist_than_one_chunk_has(
+    folders: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = policy(folders["llama"], prefix_sharing=False)
+    size = model.model.config.vocab_size
+    monkeypatch.setattr(logits, "CHUNK_LOGITS", 2 * size)
+    made: list[int] = []
+    head = model.model.get_output_embeddings()
+    head.register_forward_hook(lambda _module, _given, out: made.append(out.numel() // size))
+    gradients(model)
+    assert max(made) == 2 and sum(made) == 2 * sum(map(len, BATCH.responses)), "each chunk runs twice"
+
+
+def test_log_probs_that_the_loss_does_not_read_are_not_computed(folders: dict[str, str]) -> None:
+    model = policy(folders["llama"], prefix_sharing=False)
+    asked = torch.zeros(6, 5, dtype=torch.bool)
+    asked[0, 1:3] = asked[2, 4] = asked[5, 0] = True
+    whole = dataclasses.replace(BATCH, data={"mask": asked.double()})
+    found = []
+    for batch in (whole, dataclasses.replace(whole, asked=asked)):
+        model.prepare_for_training_step()
+        loss = model.get_loss_and_metrics(batch, loss_fn)["loss"]
+        found.append([torch.tensor(loss), *(p.grad.clone() for p in model.model.parameters())])
+    assert max(float((a - b).abs().max()) for a, b in zip(*found, strict=True)) <= 1e-12
+    log_probs = model.outputs(dataclasses.replace(whole, asked=asked)).log_probs
+    assert not log_probs[~asked].any() and log_probs[asked].all()
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -275,18 +275,48 @@ def test_a_server_whose_log_probs_ignore_the_temperature_is_refused() -> None:
         one.close()
 
 
-def test_a_key_is_sent_and_never_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_key_goes_to_the_hosts_that_the_recipe_names_for_it_and_is_never_shown(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setenv("VLLM_API_KEY", "sesame")
-    one = StandIn(lambda body, n: (401, b'{"error": "sesame is no key"}'))
+    named, other = (StandIn(lambda body, n: (401, b'{"error": "sesame is no key"}')) for _ in range(2))
     try:
-        pool = Servers(Policy(model_name="x"), Vllm(servers=(one.url,)))
-        assert pool._client.headers["Authorization"] == "Bearer sesame"
-        with pytest.raises(InputError) as caught:
-            infer(pool)
-        assert "sesame" not in str(caught.value) and "[key] is no key" in str(caught.value)
+        hosts = (named.url.removeprefix("http://"),)
+        pool = Servers(Policy(model_name="x"), Vllm(servers=(named.url, other.url), api_key_hosts=hosts))
+        for server in pool.servers:
+            with pytest.raises(InputError) as caught:
+                pool._exchange(server, "POST", "/v1/completions", {})
+            assert "sesame" not in str(caught.value) and "[key] is no key" in str(caught.value)
+        assert "vllm.api_key_hosts" in str(caught.value)  # the remedy of the one that had none
         pool.close()
+        assert (named.keys, other.keys) == ({"Bearer sesame"}, {None})
+        assert other.url in caplog.text and "sesame" not in caplog.text
     finally:
-        one.close()
+        named.close()
+        other.close()
+
+
+@pytest.mark.parametrize(
+    ("hosts", "field"),
+    [(("10.255.255.1",), "vllm.servers"), (("10.255.255.1:8000", "elsewhere"), "vllm.servers"), ((), "")],
+)
+def test_over_http_a_key_leaves_this_machine_only_where_the_recipe_says_so(
+    monkeypatch: pytest.MonkeyPatch, hosts: tuple[str, ...], field: str
+) -> None:
+    monkeypatch.setenv("VLLM_API_KEY", "sesame")
+    url, settings = "http://10.255.255.1:8000", {"timeout_s": 0.1}
+    monkeypatch.setattr(Servers, "_meet", lambda self, policy: None)
+    if field:
+        with pytest.raises(InputError, match=field) as caught:
+            Servers(Policy(model_name="x"), Vllm(servers=(url,), api_key_hosts=hosts, **settings))
+        assert "sesame" not in str(caught.value)
+        hosts = ("http://10.255.255.1:8000",)
+    pool = Servers(Policy(model_name="x"), Vllm(servers=(url,), api_key_hosts=hosts, **settings))
+    assert pool._with_key == ({url} if field else set())
+    pool.close()
+
+
+def test_a_key_that_no_header_can_carry_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_API_KEY", "two words")
     with pytest.raises(InputError, match=r"vllm\.api_key_env"):
         Servers(Policy(model_name="x"), Vllm(servers=("http://127.0.0.1:1",)))

@@ -63,7 +63,7 @@ grpo:
   val_generations: 1
   pivots: PIVOTS
 loss_fn: {ratio_clip_max: 0.28, reference_policy_kl_penalty: 0.1}
-verifier: {name: functional}
+verifier: {name: functional, message: exclude}
 logger: {tensorboard: true, wandb: true}
 """
 

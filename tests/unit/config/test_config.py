@@ -3,6 +3,7 @@
 import dataclasses
 import re
 import typing
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from support.recipes import ROOT
 
 from nemo_pivotrl import cli, config
 from nemo_pivotrl.config import Recipe
-from nemo_pivotrl.config.build import GONE
+from nemo_pivotrl.config.build import GONE, RENAMED
 from nemo_pivotrl.config.load import load_recipe
 from nemo_pivotrl.config.show import to_yaml
 from nemo_pivotrl.core.errors import InputError, Problem
@@ -110,23 +111,32 @@ def test_a_section_given_in_part_keeps_the_rest_of_its_own_defaults(tmp_path: Pa
 
 
 def test_a_setting_that_went_is_refused_with_what_to_do(tmp_path: Path) -> None:
-    text = "serve_guided: {max_batch: 4}\nwarmup: {puzzle_batch_size: 32}\nsft: {puzzle_batch_size: 32}"
+    text = "serve_guided: {max_batch: 4}\nwarmup: {puzzle_batch_size: 32}\nsft: {puzzle_batch_size: 32}\n"
+    text += "doctor: {sampler: vllm, generation: {temperature: 0.5}}"
     found = {p.field: p.remedy for p in problems_of(recipe_file(tmp_path, text))}
-    assert list(found) == ["serve_guided", "warmup.puzzle_batch_size", "sft.puzzle_batch_size"] == list(GONE)
+    assert list(found) == list(GONE)
     assert all(remedy.startswith("remove it: ") for remedy in found.values())
 
 
+def test_a_setting_with_a_new_name_is_read_under_the_old_one_with_a_warning(tmp_path: Path) -> None:
+    for old, new in RENAMED.items():
+        section, now = old.partition(".")[0], f"{old.rpartition('.')[0]}.{new}"
+        with pytest.warns(FutureWarning, match=f"{old} is {now} now"):
+            recipe = load_recipe(recipe_file(tmp_path, f"{section}: {{{old.rpartition('.')[2]}: 0.5}}"))
+        assert attrgetter(now)(recipe) == 0.5
+        both = f"{section}: {{{old.rpartition('.')[2]}: 0.5, {new}: 0.1}}"
+        with pytest.warns(FutureWarning):
+            assert [p.field for p in problems_of(recipe_file(tmp_path, both))] == [old]
+
+
 def test_what_has_no_effect_where_it_stands_is_refused(tmp_path: Path) -> None:
-    text = "doctor: {sampler: vllm, generation: {temperature: 0.5, max_new_tokens: 512}, tool_parser: auto}\n"
-    text += "sft: {copy_steps: 3}\nwarmup: {copy_steps: 4}"
+    text = "sft: {copy_steps: 3}\nwarmup: {copy_steps: 4}"
     found = problems_of(recipe_file(tmp_path, text))
     assert [(p.field, p.found) for p in found] == [
-        ("doctor.sampler", "vllm"),
-        ("doctor.generation.temperature", "0.5"),
         ("sft.copy_steps", "3"),
         ("warmup.copy_steps", "4"),
     ]
-    assert "`decode`" in found[0].remedy and "`source: world`" in found[2].remedy
+    assert "`source: world`" in found[0].remedy
     world = load_recipe(recipe_file(tmp_path, "warmup: {copy_steps: 4, source: world}"))
     assert world.warmup.copy_steps == 4
 

@@ -96,8 +96,10 @@ def page() -> str:
         inner = [(s.name.partition(".")[2], s) for s in found]
         if twin := TWINS.get(section):
             usual = {s.name.partition(".")[2]: s.default for s in of[twin]}
+            without = sorted({name.partition(".")[0] for name in usual.keys() - {name for name, _ in inner}})
+            but = f" but for {' and '.join(f'`{name}`' for name in without)}" if without else ""
             inner = [(name, s) for name, s in inner if s.default != usual[name]]
-            lines += ["", f"It has the settings of `{twin}`. These defaults differ:"]
+            lines += ["", f"It has the settings of `{twin}`{but}. These defaults differ:"]
         lines += [*TABLE, *(row(s, name) for name, s in inner)]
     for verifier in VERIFIERS:
         own = [s for name, s in of_verifiers() if name == verifier]

@@ -25,16 +25,16 @@ def test_experts_of_either_wording_always_succeed_in_9_to_16_turns() -> None:
 
 
 def test_routine_turns_are_about_six_of_ten() -> None:
-    """Opening, logging, ending, and changes without a number once asked: what no slip touches."""
+    """Opening, logging, ending, and changes without a number once asked: what no error touches."""
     routine = {"open", "log", *desk.PLAIN}
     turns = [action for task in TASKS for action, _ in desk.clerk_turns(task, random.Random(1))]
     kept = sum((not a.calls and "?" not in a.content) or (bool(a.calls) and a.calls[0].name in routine) for a in turns)
     assert 0.5 < kept / len(turns) < 0.7
 
 
-def test_clerks_slip_and_finish_about_three_tasks_of_ten() -> None:
+def test_clerks_err_and_finish_about_three_tasks_of_ten() -> None:
     rng = random.Random(0)
-    assert 0.2 < statistics.mean(desk.conversation(task, rng, slips=1.0)["reward"] for task in TASKS) < 0.4
+    assert 0.2 < statistics.mean(desk.conversation(task, rng, error_rate=1.0)["reward"] for task in TASKS) < 0.4
 
 
 def play(task: desk.Task, actions: list[Action]) -> desk.RequestEpisode:

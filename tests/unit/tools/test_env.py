@@ -10,7 +10,7 @@ import pytest
 from support.recipes import ROOT
 
 from nemo_pivotrl import cli
-from nemo_pivotrl.config import Logger, Lora, Megatron, Patient, Policy, Recipe, Vllm
+from nemo_pivotrl.config import Logger, Lora, Megatron, Patient, Policy, Recipe, TrainedModel, Vllm
 from nemo_pivotrl.sizing.precision import Probe
 from nemo_pivotrl.tools import environment as env
 from nemo_pivotrl.tools.environment import (
@@ -53,7 +53,7 @@ def test_dashboards_that_are_on_are_needed() -> None:
 
 
 def test_the_doctor_of_llmdoctor_is_looked_at_and_not_the_policy() -> None:
-    doctor = Policy(lora=Lora(enabled=True))
+    doctor = TrainedModel(lora=Lora(enabled=True))
     (line,) = obstacles(Recipe(algorithm="llmdoctor", doctor=doctor), without(CPU, peft=Package(None)))
     assert line.startswith("peft is not installed")
     assert obstacles(Recipe(policy=Policy(device="cuda"), algorithm="llmdoctor"), CPU) == []
