@@ -135,7 +135,10 @@ def draw_errors(rng: random.Random, share: float) -> frozenset[str]:
 def clerk_turns(
     task: Task, rng: random.Random, teachers: Callable[[], str] = lambda: "house", error_rate: float = 0.0
 ) -> Iterator[tuple[Action, str]]:
-    """The actions of a clerk in order, each with the wording it has. teachers: draws the wording of a turn; error_rate: share of EXPERT_ERRORS."""
+    """The actions of a clerk in order, each with the wording it has.
+
+    teachers: draws the wording of a turn; error_rate: share of EXPERT_ERRORS.
+    """
     number = iter(range(99))
 
     def call(name: str, **arguments: Any) -> tuple[Action, str]:
