@@ -32,18 +32,14 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if "C
 ORDER = ("distributed", "integration", "unit")
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What takes long begins first, a file is one worker's, and so are all tests that use the ranks, of which there is one set."""
+    """What takes long begins first, so that the workers end together: each of them takes the next file when it is done with one."""
 
     def room(item: pytest.Item) -> int:
         name = item.path.relative_to(ROOT / "tests").parts[0]
         return ORDER.index(name) if name in ORDER else len(ORDER)
 
     items.sort(key=room)
-    for item in items:
-        ranks = "workers" in getattr(item, "fixturenames", ())
-        item.add_marker(pytest.mark.xdist_group("ranks" if ranks else item.nodeid.partition("::")[0].replace("/", ".")))
 
 
 @pytest.fixture(autouse=True)

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from nemo_pivotrl.algorithms.model_outputs import ModelOutputs
+from nemo_pivotrl.algorithms.model_outputs import ModelOutputs, wide
 from nemo_pivotrl.config import TfpoLoss
 
 # ---- stage 1: token rewards ----
@@ -70,45 +70,11 @@ def token_rewards(
             f"answer {row}, token {token}: log-probabilities {float(positive[row, token])} and "
             f"{float(negative[row, token])} are not finite; a face that excludes the token has no importance to give"
         )
-    importance = (_wide(positive) - _wide(negative)).abs().masked_fill(~mask, 0.0)
+    importance = (wide(positive) - wide(negative)).abs().masked_fill(~mask, 0.0)
     mean = importance.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
     smoothed = torch.tanh(importance / (mean + eps) / tau)
     signed = torch.where(chosen[:, None], smoothed, -smoothed)
     return TokenRewards(importance, smoothed, torch.where(smoothed > theta, signed, torch.zeros_like(signed)))
-
-
-class RewardDiagnostics(NamedTuple):
-    """How much signal stage 1 found, answer by answer, each [N]; kept share = sum of `kept` / sum of `tokens`."""
-
-    tokens: Tensor
-    kept: Tensor
-    """Tokens with a non-zero reward. Theta 0.1 keeps most tokens (> 90 % of exponential importances), 0.9 keeps 23 %."""
-    importance: Tensor
-    """Mean Delta (nats a token)."""
-    agreement: Tensor
-    """Share of the summed Delta from tokens which the face that the label calls for prefers; 0.5 is chance, 0 if none."""
-    noise: Tensor | None
-    """Mean difference (nats a token) of one face scored twice: `importance` near it is noise that S would amplify."""
-
-
-def reward_diagnostics(
-    found: TokenRewards,
-    positive: Tensor,
-    negative: Tensor,
-    mask: Tensor,
-    chosen: Tensor,
-    positive_again: Tensor | None = None,
-) -> RewardDiagnostics:
-    """Diagnostics of `token_rewards`. positive_again [N, T]: the positive face scored a second time (D20)."""
-    tokens = mask.sum(1)
-    right_face = torch.where(chosen[:, None], positive > negative, negative > positive)
-    total = found.importance.sum(1)
-    agreement = (found.importance * right_face).sum(1) / torch.where(total > 0, total, torch.ones_like(total))
-    noise = None
-    if positive_again is not None:
-        apart = (_wide(positive) - _wide(positive_again)).abs().masked_fill(~mask, 0.0)
-        noise = apart.sum(1) / tokens.clamp(min=1)
-    return RewardDiagnostics(tokens, (found.rewards != 0).sum(1), total / tokens.clamp(min=1), agreement, noise)
 
 
 # ---- stage 2: TFPO ----
@@ -140,7 +106,7 @@ class Layout:
 
 def log_q_steps(rewards: Tensor, mask: Tensor, kappa: float, length_normalize: bool) -> Tensor:
     """Growth of log Q by each token [N, T], nats: log Q(s_t) = sum of the first t of them, log Q(s_0) = 0 (D6)."""
-    steps = kappa * _wide(rewards).masked_fill(~mask, 0.0)
+    steps = kappa * wide(rewards).masked_fill(~mask, 0.0)
     return steps / mask.sum(1, keepdim=True).clamp(min=1) if length_normalize else steps
 
 
@@ -199,7 +165,7 @@ def _comparisons(
     comparison = torch.full((mask.shape[0], mask.shape[1] + 1), -1, dtype=torch.long, device=mask.device)
     for rows in (better, worse):
         comparison[rows[pair], column[rows[pair], token] + 1] = number
-    weight = (used if kind == "position" else used.any(1, keepdim=True)).to(_wide(rewards).dtype)
+    weight = (used if kind == "position" else used.any(1, keepdim=True)).to(wide(rewards).dtype)
     return comparison, weight / weight.sum(1, keepdim=True).clamp(min=1)
 
 
@@ -297,7 +263,7 @@ def boundary_values(log_values: Tensor, layout: Layout) -> Tensor:
 
     The two are the same number for a causal model without noise.
     """
-    values = _wide(log_values).masked_fill(~layout.state | layout.pinned, 0.0)
+    values = wide(log_values).masked_fill(~layout.state | layout.pinned, 0.0)
     first, held = (values * layout.start).sum(1), layout.start.any(1)
     partner = torch.arange(len(first), device=first.device)
     partner[layout.pairs] = layout.pairs.flip(1)
@@ -331,10 +297,10 @@ def tfpo_statistics(
     """
     if settings.anchor == "reference" and reference_log_probs is None:
         raise ValueError("anchor: reference needs reference_log_probs of the doctor before training")
-    taken = _wide(log_probs).masked_fill(~layout.edge, 0.0)
+    taken = wide(log_probs).masked_fill(~layout.edge, 0.0)
     drift = torch.zeros_like(taken)
     if reference_log_probs is not None:
-        drift = taken - _wide(reference_log_probs).masked_fill(~layout.edge, 0.0)
+        drift = taken - wide(reference_log_probs).masked_fill(~layout.edge, 0.0)
     values = boundary_values(log_values, layout)
     gain = layout.step - (drift if settings.anchor == "reference" else taken)
     sign = torch.zeros_like(values[:, 0])
@@ -482,7 +448,7 @@ def guided_logits(patient: Tensor, mixed: Tensor, alpha: Tensor, beta: Tensor) -
 
     These are the patient's to the bit, in at least fp32, padding columns included.
     """
-    return torch.where(unguided(alpha, beta)[:, None], _wide(patient), mixed)
+    return torch.where(unguided(alpha, beta)[:, None], wide(patient), mixed)
 
 
 def entropy_gate(patient: Tensor, beta: Tensor, minimum: Tensor, vocab_size: int) -> Tensor:
@@ -502,9 +468,4 @@ def kl(log_probs: Tensor, other: Tensor) -> Tensor:
 def _log_probs(logits: Tensor, vocab_size: int) -> Tensor:
     if logits.shape[1] < vocab_size:
         raise ValueError(f"logits have {logits.shape[1]} columns for {vocab_size} tokens: another tokenizer?")
-    return torch.log_softmax(_wide(logits[:, :vocab_size]), 1)
-
-
-def _wide(x: Tensor) -> Tensor:
-    """At least fp32: differences of log-probabilities are lost in half precision."""
-    return x if x.dtype == torch.float64 else x.float()
+    return torch.log_softmax(wide(logits[:, :vocab_size]), 1)

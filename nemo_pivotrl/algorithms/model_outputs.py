@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -16,3 +17,8 @@ class ModelOutputs(NamedTuple):
     """[N, T+1] log V of every state, the prompt's end first. None: the model has no value head."""
     reference: Tensor | None = None
     """[N, T] `log_probs` of the model as it was before training, without a gradient. None: nobody asked for it."""
+
+
+def wide(x: Tensor) -> Tensor:
+    """At least fp32: differences of log-probabilities are lost in half precision."""
+    return x if x.dtype == torch.float64 else x.float()

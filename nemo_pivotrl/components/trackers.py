@@ -151,7 +151,8 @@ def check_dashboards(recipe: Recipe) -> None:
 
 def wanted(settings: Logger) -> list[str]:
     """Names of the dashboards that are on."""
-    return [name for name in SINKS if getattr(settings, name)]
+    on = {"tensorboard": settings.tensorboard, "wandb": settings.wandb, "mlflow": settings.mlflow}
+    return [name for name in SINKS if on[name]]
 
 
 def _run(recipe: Recipe, folder: Path, stage: str, first_step: int) -> Run:

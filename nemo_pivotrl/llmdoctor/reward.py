@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from nemo_pivotrl.algorithms import llmdoctor
+from nemo_pivotrl.algorithms.reward_diagnostics import reward_diagnostics
 from nemo_pivotrl.backends import loading
 from nemo_pivotrl.backends.base import Scorer
 from nemo_pivotrl.backends.batching import batches
@@ -246,7 +247,7 @@ def _rows(
     mask = torch.arange(pos.shape[1]) < lengths[:, None]
     chosen = torch.arange(len(positive)) % 2 == 0
     found = llmdoctor.token_rewards(pos, neg, mask, chosen, settings.tau, settings.theta, settings.eps)
-    measured = llmdoctor.reward_diagnostics(found, pos, neg, mask, chosen, twice)
+    measured = reward_diagnostics(found, pos, neg, mask, chosen, twice)
     assert measured.noise is not None, "a second scoring was given"
 
     def answer(n: int, ids: Sequence[int]) -> dict[str, Any]:

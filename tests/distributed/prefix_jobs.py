@@ -89,14 +89,15 @@ def no_rounding() -> Iterator[None]:
         Tensor.float = as_it_is  # type: ignore[method-assign]
 
 
-def both(folder: str, layout: dict[str, Any], kind: str, seeds: list[int], budget: int = 60, harm: str = "") -> Any:
-    """For every seed: (loss apart, worst gradient apart and its name, largest gradient, tokens run, tokens one by one)."""
+def both(folder: str, layout: dict[str, Any], kind: str, runs: list[tuple[int, int]], harm: str = "") -> Any:
+    """For every run, (seed, tokens of a micro-batch): (loss apart, worst gradient apart and its name, largest gradient, tokens run,
+    tokens one by one). One model serves all of them."""
     from nemo_pivotrl.backends.megatron.parallel import initialize
     from nemo_pivotrl.backends.megatron.train import MegatronPolicy
 
     megatron = replace(megatron_of(layout), moe_freeze_router=False)
     groups = initialize(megatron, seed=1)
-    policy = replace(policy_of(folder, budget), prefix_sharing=True)
+    policy = replace(policy_of(folder), prefix_sharing=True)
     if kind == "tfpo":
         policy = replace(policy, generation=Generation(temperature=1.0))
     backend: Any = MegatronPolicy(policy, megatron, groups, value_head=kind == "tfpo")
@@ -106,10 +107,10 @@ def both(folder: str, layout: dict[str, Any], kind: str, seeds: list[int], budge
     bend(stage.head)
     found = []
     with no_rounding():
-        for seed in seeds:
-            batch, runs = tree(seed, kind == "tfpo"), []
+        for seed, budget in runs:
+            batch, made = tree(seed, kind == "tfpo"), []
             for share in (False, True):
-                backend.settings = replace(policy, prefix_sharing=share)
+                backend.settings = replace(policy, prefix_sharing=share, train_micro_batch_tokens=budget)
                 for parameter in stage.parameters():
                     parameter.grad = None
                 with harmed(harm if share else ""):
@@ -117,8 +118,8 @@ def both(folder: str, layout: dict[str, Any], kind: str, seeds: list[int], budge
                     metrics = backend.get_loss_and_metrics(batch, loss_fn)
                 log_probs = backend.get_inference_log_probs(batch)
                 tokens = sum(rows.tokens.numel() for rows in backend._layouts(batch))
-                runs.append((metrics, gradients(stage, groups), log_probs, tokens))
-            (one, a, log_a, many), (other, b, log_b, few) = runs
+                made.append((metrics, gradients(stage, groups), log_probs, tokens))
+            (one, a, log_a, many), (other, b, log_b, few) = made
             apart = {name: float((a[name] - b[name]).abs().max()) for name in a}
             worst = max(apart, key=apart.__getitem__, default="")
             largest = max((float(g.abs().max()) for g in a.values()), default=0.0)

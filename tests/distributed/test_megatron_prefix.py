@@ -28,6 +28,9 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "ep2": (2, {EP: 2}),
     "tp2 x pp2": (4, {TP: 2, PP: 2, "sequence_parallel": True}),
 }
+# (seed of the tree, tokens of a micro-batch): all rows in one, or a few of them in each
+RUNS = [(0, 10**4), (1, 10**4), (1, 60), (2, 60)]
+ONE_RANKS_RUNS = [*RUNS, (3, 10**4), (4, 10**4), (4, 60), (5, 60)]
 CASES = [
     *(("grpo", "qwen3", layout) for layout in LAYOUTS if "ep2" not in layout),
     *(("tfpo", "qwen3", layout) for layout in ("w1", "tp2+sp", "pp2")),
@@ -59,10 +62,8 @@ def test_shared_and_whole_rows_give_one_gradient(
     workers: Workers, folder_of: Any, kind: str, name: str, layout: str
 ) -> None:
     ranks, settings = LAYOUTS[layout]
-    seeds = list(range(6 if ranks == 1 else 3))
-    job = "prefix_jobs:both"
-    answers = workers.run(ranks, job, folder=folder_of(name), layout=settings, kind=kind, seeds=seeds, budget=10**4)
-    answers += workers.run(ranks, job, folder=folder_of(name), layout=settings, kind=kind, seeds=seeds)
+    arguments = {"folder": folder_of(name), "layout": settings, "kind": kind}
+    answers = workers.run(ranks, "prefix_jobs:both", runs=ONE_RANKS_RUNS if ranks == 1 else RUNS, **arguments)
     largest = 0.0
     for answer in answers:
         for loss, apart, worst, size, few, many in answer:
@@ -78,7 +79,6 @@ def test_shared_and_whole_rows_give_one_gradient(
     ("name", "harm"), [("qwen3", "offset"), ("qwen3", "positions"), ("qwen3", "first"), ("nemotron_h", "state")]
 )
 def test_mistakes_one_could_make_are_found(workers: Workers, folder_of: Any, name: str, harm: str) -> None:
-    (answer,) = workers.run(
-        1, "prefix_jobs:both", folder=folder_of(name), layout={}, kind="grpo", seeds=[0, 1], budget=10**4, harm=harm
-    )
+    arguments = {"folder": folder_of(name), "layout": {}, "kind": "grpo", "harm": harm}
+    (answer,) = workers.run(1, "prefix_jobs:both", runs=[(0, 10**4), (1, 10**4)], **arguments)
     assert all(apart > 1e-4 for _, apart, *_ in answer)

@@ -1,6 +1,7 @@
 """What the fork server has imported before it forks: what takes seconds and is the same for every process."""
 
 import gc
+import importlib.util
 import os
 
 import datasketch
@@ -22,8 +23,11 @@ __all__ = [
     "nemo_pivotrl", "safetensors", "scipy", "torch", "transformers", "utils",
 ]  # fmt: skip
 
+if importlib.util.find_spec("megatron") and importlib.util.find_spec("megatron.core"):
+    from nemo_pivotrl.backends.megatron import parallel, train  # noqa: F401  in this order
+
 torch.set_num_threads(1)
 gc.collect()
-gc.freeze()  # collections in the forks pass over what is imported here
+gc.freeze()  # collections in the forks pass over what is imported here: three quarters of the work of a small job otherwise
 # a fork has one thread; a lock that another of them held would never be released in it
 assert len(os.listdir("/proc/self/task")) == 1, "an import of the fork server has started a thread"

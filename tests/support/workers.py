@@ -108,6 +108,8 @@ def work(rank: int, pipe: Connection, log: str) -> None:
     os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "MASTER_ADDR": "127.0.0.1"}
     import torch
 
+    from nemo_pivotrl.backends.megatron import parallel
+
     torch.set_num_threads(1)
     while True:
         try:
@@ -123,7 +125,5 @@ def work(rank: int, pipe: Connection, log: str) -> None:
         except Exception:
             answer = False, traceback.format_exc()
         pipe.send(answer)
-        from nemo_pivotrl.backends.megatron import parallel
-
         if answer[0]:
             parallel.leave()

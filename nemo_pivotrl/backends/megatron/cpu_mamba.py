@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from nemo_pivotrl.algorithms.model_outputs import wide
+
 NO_LIMIT = (0.0, float("inf"))
 
 
@@ -44,10 +46,6 @@ def install() -> None:
         sys.modules[name] = module
 
 
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
-
-
 class RMSNorm(nn.Module):
     """RMS norm over groups of channels, of x * silu(z) where z is given."""
 
@@ -66,14 +64,14 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor, z: Tensor | None = None) -> Tensor:
         """x and z [..., hidden_size] to the same."""
-        h = _wide(x)
+        h = wide(x)
         if z is not None and not self.norm_before_gate:
-            h = h * functional.silu(_wide(z))
+            h = h * functional.silu(wide(z))
         grouped = h.unflatten(-1, (-1, self.group_size))
         grouped = grouped * torch.rsqrt(grouped.square().mean(-1, keepdim=True) + self.eps)
-        h = grouped.flatten(-2) * _wide(self.weight)
+        h = grouped.flatten(-2) * wide(self.weight)
         if z is not None and self.norm_before_gate:
-            h = h * functional.silu(_wide(z))
+            h = h * functional.silu(wide(z))
         return h.to(x.dtype)
 
 
@@ -146,7 +144,7 @@ def mamba_chunk_scan_combined(
     if seq_idx is not None or cu_seqlens is not None or return_varlen_states:
         raise NotImplementedError("on a CPU: no packed sequences")
     kind, length, heads = x.dtype, x.shape[1], x.shape[2]
-    step = _wide(dt) if dt_bias is None else _wide(dt) + _wide(dt_bias)
+    step = wide(dt) if dt_bias is None else wide(dt) + wide(dt_bias)
     step = functional.softplus(step) if dt_softplus else step
     step = step.clamp(*dt_limit) if dt_limit != NO_LIMIT else step
     chunk = min(chunk_size, length)
@@ -158,17 +156,17 @@ def mamba_chunk_scan_combined(
         return t.unflatten(1, (-1, chunk))
 
     per_head = heads // B.shape[2]
-    b = chunked(_wide(B).repeat_interleave(per_head, 2))
-    c = chunked(_wide(C).repeat_interleave(per_head, 2))
-    decay = chunked(step * _wide(A)).cumsum(2)  # log of the decay since the chunk's beginning [B, n, Q, H]
-    moved = chunked(_wide(x) * step[..., None])
+    b = chunked(wide(B).repeat_interleave(per_head, 2))
+    c = chunked(wide(C).repeat_interleave(per_head, 2))
+    decay = chunked(step * wide(A)).cumsum(2)  # log of the decay since the chunk's beginning [B, n, Q, H]
+    moved = chunked(wide(x) * step[..., None])
     between = decay[:, :, :, None] - decay[:, :, None]  # [B, n, Q, Q, H]: from column to row
     future = torch.ones(chunk, chunk, dtype=torch.bool, device=x.device).triu(1)
     weight = between.masked_fill(future[:, :, None], -torch.inf).exp()
     y = torch.einsum("bnqhs,bnkhs,bnqkh,bnkhp->bnqhp", c, b, weight, moved)
     to_end = (decay[:, :, -1:] - decay).exp()
     added = torch.einsum("bnqhs,bnqh,bnqhp->bnhps", b, to_end, moved)
-    state = torch.zeros_like(added[:, 0]) if initial_states is None else _wide(initial_states)
+    state = torch.zeros_like(added[:, 0]) if initial_states is None else wide(initial_states)
     before = []
     for n in range(added.shape[1]):
         before.append(state)
@@ -176,7 +174,7 @@ def mamba_chunk_scan_combined(
     y = y + torch.einsum("bnqhs,bnqh,bnhps->bnqhp", c, decay.exp(), torch.stack(before, 1))
     y = y.flatten(1, 2)[:, :length]
     if D is not None:
-        y = y + _wide(x) * (_wide(D) if D.dim() == 2 else _wide(D)[:, None])
+        y = y + wide(x) * (wide(D) if D.dim() == 2 else wide(D)[:, None])
     if z is not None:
-        y = y * functional.silu(_wide(z))
+        y = y * functional.silu(wide(z))
     return (y.to(kind), state) if return_final_states else y.to(kind)

@@ -21,6 +21,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from nemo_pivotrl.algorithms.model_outputs import wide
+
 
 class Shard(NamedTuple):
     """Which columns of the padded vocabulary this rank holds, and of which group it is a part."""
@@ -90,13 +92,9 @@ def chunked_log_probs(
     return log_probs.view(targets.shape)
 
 
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
-
-
 def _scaled(logits: Tensor, shard: Shard) -> Tensor:
     """Logits [M, V] over temperature, padding columns at -inf; may be the same tensor."""
-    x = _wide(logits)
+    x = wide(logits)
     if shard.temperature != 1.0:
         x = x / shard.temperature
     if shard.real < x.shape[1]:
@@ -170,7 +168,7 @@ class _FromHidden(torch.autograd.Function):
         hidden, weight, targets, normaliser = ctx.saved_tensors
         shard: Shard = ctx.shard
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        grad_weight = torch.zeros_like(weight, dtype=_wide(weight).dtype) if ctx.needs_input_grad[1] else None
+        grad_weight = torch.zeros_like(weight, dtype=wide(weight).dtype) if ctx.needs_input_grad[1] else None
         for start in range(0, hidden.shape[0], ctx.chunk):
             at = slice(start, start + ctx.chunk)
             logits = hidden[at] @ weight.t()

@@ -41,18 +41,7 @@ REASONING = {
     "think": ("think", "text"),
     "thought": ("thought", "text", "value"),
 }
-MEDIA = (
-    "image",
-    "image_url",
-    "input_image",
-    "audio",
-    "input_audio",
-    "audio_url",
-    "video",
-    "video_url",
-    "file",
-    "input_file",
-)
+MEDIA = tuple("image image_url input_image audio input_audio audio_url video video_url file input_file".split())
 ONLY_TEXT = "only text is trained; drop the record, or set extract.on_invalid=skip"
 SILENT_FIELDS = frozenset(
     "id uuid name index type timestamp ts created created_at model usage cost turn_idx raw_data generation_time_seconds"

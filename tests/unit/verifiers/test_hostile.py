@@ -290,11 +290,12 @@ def test_a_hostile_shape_of_json_is_judged_at_once(what: str) -> None:
 # ---- many calls ----
 
 
-def batch(count: int, make: Callable[[int], ToolCall]) -> Action:
-    return calls(*map(make, range(count)))
+def batch(count: int, make: Callable[[int], ToolCall]) -> Callable[[], Action]:
+    """To be made when its test runs: a hundred thousand calls are seconds of every start otherwise."""
+    return lambda: calls(*map(make, range(count)))
 
 
-BATCHES: dict[str, tuple[Action, Action]] = {
+BATCHES: dict[str, tuple[Callable[[], Action], Callable[[], Action]]] = {
     "100,000 calls": (batch(2, lambda i: call({"x": i})), batch(100_000, lambda i: call("{}"))),
     "1,500 equal calls": (batch(1500, lambda i: call("{}")), batch(1500, lambda i: call("{}"))),
     "4,096 calls for 2": (batch(2, lambda i: call({"x": i})), batch(4096, lambda i: call({"x": -i}))),
@@ -315,7 +316,7 @@ BATCHES: dict[str, tuple[Action, Action]] = {
 
 @pytest.mark.parametrize("what", BATCHES)
 def test_many_parallel_calls_are_judged_at_once(what: str) -> None:
-    expected, actual = BATCHES[what]
+    expected, actual = (make() for make in BATCHES[what])
     check([(Case(expected, UNIQUE, fields=CODEX), actual)])
 
 
@@ -368,7 +369,7 @@ def test_a_hostile_shape_takes_little_memory(what: str) -> None:
 
 @pytest.mark.parametrize("what", ["100,000 calls", "4,096 calls for 2", "60 other calls"])
 def test_many_calls_take_little_memory(what: str) -> None:
-    expected, actual = BATCHES[what]
+    expected, actual = (make() for make in BATCHES[what])
     assert peak((Case(expected, fields=CODEX), actual)) < BYTES
 
 
