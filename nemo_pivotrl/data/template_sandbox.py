@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 MAX_SOURCE = 1 << 20
 """Characters of a template. The longest known ones have 20,000."""
 MAX_SECONDS = 10.0
-"""Of one rendering. Long states take hundredths of a second."""
+"""Of one rendering, of processor time: what is refused does not depend on how busy the machine is."""
 MAX_WEIGHT = 1 << 27
 """Bytes of one value, with what its items hold as often as it stands in it. A state of 131,072 tokens has less than five million."""
 MAX_MADE = 1 << 29
@@ -99,7 +99,7 @@ class _Meter:
     """What one rendering has spent."""
 
     def __init__(self) -> None:
-        self.until = time.monotonic() + MAX_SECONDS
+        self.until = time.thread_time() + MAX_SECONDS
         self.made = self.ticks = 0
         self.known: dict[int, tuple[Any, int]] = {}
         """Containers that were weighed, by identity; held, so that no other takes their place."""
@@ -108,7 +108,7 @@ class _Meter:
         """One turn of a loop, or one call of a macro, that writes `text` bytes of the template itself."""
         self.ticks += 1
         self.spend(text + ITEM)
-        if self.ticks % 64 == 0 and time.monotonic() > self.until:
+        if self.ticks % 64 == 0 and time.thread_time() > self.until:
             raise TemplateTooCostly(f"more than {MAX_SECONDS:g} s")
         return ""
 

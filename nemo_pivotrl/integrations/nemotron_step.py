@@ -1,7 +1,7 @@
 """The step `rl/pivotrl` of NVIDIA-NeMo/Nemotron's pipeline: its config files are recipes with a `run` section beside.
 
-`${manifest:FOLDER,KEY}` is an entry of FOLDER/manifest.json, as Nemotron's data preparation writes it; `${art:NAME,FIELD}` is
-resolved by Nemotron's own code, where that is installed.
+`${manifest:FOLDER,KEY}` is an entry of FOLDER/manifest.json, which Nemotron's data preparation and `export nemotron` write;
+`${art:NAME,FIELD}` is resolved by Nemotron's own code, where that is installed.
 """
 
 from __future__ import annotations
@@ -46,7 +46,10 @@ def register_resolvers(config: str) -> None:
 
 
 def manifest_entry(folder: str, key: str) -> str:
-    """An entry of FOLDER/manifest.json. Raises InputError for a folder or a key that is not there."""
+    """The path that FOLDER/manifest.json has under `key`; a relative one is from FOLDER on.
+
+    Raises InputError for a folder or a key that is not there.
+    """
     path = Path(folder) / "manifest.json"
     try:
         manifest = json.loads(path.read_bytes())
@@ -54,7 +57,7 @@ def manifest_entry(folder: str, key: str) -> str:
         raise InputError(Problem(str(path), None, "manifest", "no such file", "run data preparation first")) from None
     if not manifest.get(key):
         raise InputError(Problem(str(path), None, key, "missing or empty", f"it has {', '.join(sorted(manifest))}"))
-    return str(manifest[key])
+    return str(path.parent / str(manifest[key]))
 
 
 if __name__ == "__main__":

@@ -133,12 +133,16 @@ def _yaml(tree: Mapping[str, Any], notes: Sequence[str]) -> str:
 
 
 def _nemotron(recipe: Recipe, source: Path, header: Header) -> Path:
-    """Files as `SplitJsonlDataArtifact` names them; what the set depends on stands in metadata.json."""
-    folder = recipe.path("nemotron").absolute()
+    """Files as `SplitJsonlDataArtifact` names them; what the set depends on stands in metadata.json.
+
+    Paths are relative to the folder, which may be moved.
+    """
+    folder = recipe.path("nemotron")
     files = {"train": folder / "train/train.jsonl", "validation": folder / "val/val.jsonl"}
     (folder / SUMS).unlink(missing_ok=True)
     counts = write_rows(source, files)
-    val = str(files["validation"]) if counts["validation"] else ""
+    train, val = (str(path.relative_to(folder)) for path in files.values())
+    val = val if counts["validation"] else ""
     own = {
         "pivot_set": header.extra["version"],
         "policy": header.policy,
@@ -150,11 +154,11 @@ def _nemotron(recipe: Recipe, source: Path, header: Header) -> Path:
         "parent": header.parent,
     }
     manifest = {
-        "train": str(files["train"]),
+        "train": train,
         "val": val,
         "test": "",
         "mode": "pivotrl",
-        "source": str(source.absolute()),
+        "source": os.path.relpath(source, folder),
         "run_hash": digest([file_digest(source), recipe.extract.agent_ref]),
         "train_rows": counts["train"],
         "val_rows": counts["validation"],
@@ -162,13 +166,13 @@ def _nemotron(recipe: Recipe, source: Path, header: Header) -> Path:
     fields = {
         "total_sequences": sum(counts.values()),
         "elapsed_sec": 0.0,
-        "train": str(files["train"]),
+        "train": train,
         "val": val or None,
         "test": None,
-        "source_datasets": [f"file://{Path(path).absolute()}" for path in recipe.extract.trajectories],
+        "source_datasets": [os.path.relpath(path, folder) for path in recipe.extract.trajectories],
     }
     metadata = {
-        "path": str(folder / "manifest.json"),
+        "path": "manifest.json",
         "type": "SplitJsonlDataArtifact",
         "metadata": {key: value for key, value in {**fields, **own}.items() if value is not None},
         "created_at": made_at(),

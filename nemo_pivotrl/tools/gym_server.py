@@ -26,7 +26,7 @@ from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
 from nemo_pivotrl import config
@@ -42,6 +42,8 @@ from nemo_pivotrl.verifiers.rows import RowError, case_of, sampled_action
 
 LARGE = 1 << 20
 """Bytes of a body from which on a process of its own reads it."""
+PIECE = 1 << 18
+"""Bytes of a response that are written at a time."""
 WORKER_MEMORY = 8 << 30
 """Bytes of that process."""
 MAX_REWARD = 1e12
@@ -183,7 +185,8 @@ def create_app(settings: config.Verifier, token: str = "", names: frozenset[str]
     async def answered(request: Request, small: Callable[[bytes], Answer], big: Callable[[bytes], Answer]) -> Response:
         raw = await request.body()
         found = await (run_in_threadpool(small, raw) if len(raw) <= LARGE else large(big, raw))
-        return Response(found.body, found.status, media_type="application/json")
+        length = {"content-length": str(len(found.body))}
+        return StreamingResponse(_pieces(found.body), found.status, length, "application/json")
 
     async def verify(request: Request) -> Response:
         return await answered(request, partial(judge, verifier, name), _judge_large)
@@ -224,6 +227,12 @@ def create_app(settings: config.Verifier, token: str = "", names: frozenset[str]
     ]
     app = Starlette(routes=routes, exception_handlers={HTTPException: refused, Exception: failed}, lifespan=lifespan)
     return Guard(app, token, names)
+
+
+async def _pieces(body: bytes) -> AsyncIterator[bytes]:
+    """A response as its client takes it: a large one at once would be copied several times and hold up all others."""
+    for begin in range(0, len(body), PIECE):
+        yield body[begin : begin + PIECE]
 
 
 def _response(value: Any) -> Response:

@@ -116,7 +116,8 @@ class Guard:
                     body += block
                     if not message.get("more_body", False):
                         break
-            await self._run(scope, bytes(body), receive, send)
+            whole, body = bytes(body), bytearray()  # it is held once, not twice
+            await self._run(scope, whole, receive, send)
         except TimeoutError:
             full = self._held > BODIES // 2
             status, why = (503, "too many large requests") if full else (408, f"no whole body in {BODY_S:g} s")

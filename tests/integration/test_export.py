@@ -162,7 +162,7 @@ def test_what_nemo_rl_refuses_is_refused_here(tmp_path: Path) -> None:
 def test_what_is_lost_is_told_in_the_recipe_itself(exported: Path) -> None:
     head = (exported / "grpo-pivotrl.yaml").read_text().partition("\ndefaults:")[0]
     assert "policy.prefix_sharing" in head and "policy.lora" not in head
-    assert any("policy.lora" in what for what in nemo_rl.lost(tiny("policy.lora.enabled=true")))
+    assert any("policy.lora" in what for what in nemo_rl.not_exported(tiny("policy.lora.enabled=true")))
 
 
 @pytest.mark.parametrize(
@@ -264,12 +264,13 @@ def test_the_nemotron_artefact_has_its_fields(trained: Path, tmp_path: Path) -> 
     folder = tmp_path / "run/nemotron"
     manifest, metadata = (json.loads((folder / name).read_text()) for name in ("manifest.json", "metadata.json"))
     assert set(manifest) == {"train", "val", "test", "mode", "source", "run_hash", "train_rows", "val_rows"}
-    counted = {key: len(Path(manifest[key]).read_text().splitlines()) for key in ("train", "val")}
+    counted = {key: len((folder / manifest[key]).read_text().splitlines()) for key in ("train", "val")}
     assert counted == {"train": manifest["train_rows"], "val": manifest["val_rows"]} and min(counted.values()) > 0
-    assert manifest["train"].endswith("/nemotron/train/train.jsonl") and manifest["val"].endswith(
-        "/nemotron/val/val.jsonl"
-    )
-    assert metadata["type"] == "SplitJsonlDataArtifact" and metadata["path"] == str(folder / "manifest.json")
+    assert (manifest["train"], manifest["val"], manifest["source"]) == (
+        "train/train.jsonl", "val/val.jsonl", "../pivots.jsonl",
+    )  # fmt: skip
+    assert metadata["type"] == "SplitJsonlDataArtifact" and metadata["path"] == "manifest.json"
+    assert str(tmp_path) not in (folder / "manifest.json").read_text() + (folder / "metadata.json").read_text()
     assert metadata["total_sequences"] == sum(counted.values()) == metadata["metadata"]["total_sequences"]
     assert metadata["metadata"]["verifier"] and metadata["metadata"]["policy"] and metadata["metadata"]["pivot_set"]
-    assert metadata["source_datasets"][0].startswith("file:///")
+    assert metadata["source_datasets"] == ["../world/trajectories.jsonl"]

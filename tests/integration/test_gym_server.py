@@ -1,5 +1,6 @@
 """`serve-verifier` against clients that are slow, large, hostile or gone: on a real socket, with short deadlines."""
 
+import asyncio
 import http.client
 import json
 import os
@@ -349,3 +350,27 @@ def test_a_large_row_is_judged_and_does_not_hold_the_others_up() -> None:
         assert sorted(waits)[len(waits) * 3 // 4] < 0.5  # other processes share this machine: not the last of them
     finally:
         server.close()
+
+
+def test_a_large_response_is_written_in_pieces() -> None:
+    app = gym_server.create_app(config.Verifier(name="exact"))
+    row = json.dumps({"verify_responses": [], "pad": "x" * (3 * gym_server.PIECE)}).encode()
+    sent: list[Any] = []
+
+    parts = iter([{"type": "http.request", "body": row, "more_body": False}])
+
+    async def receive() -> Any:
+        return next(parts, None) or await asyncio.Event().wait()  # a client that stays
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    headers = [(b"host", b"localhost"), (b"content-type", b"application/json"), (b"content-length", b"%d" % len(row))]
+    scope = {"type": "http", "method": "POST", "path": "/verify", "query_string": b"", "root_path": ""}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gym_server, "judge", lambda *_: gym_server.Answer(200, row))
+        asyncio.run(app({**scope, "headers": headers}, receive, send))
+    pieces = [message["body"] for message in sent[1:]]
+    assert b"".join(pieces) == row and max(map(len, pieces)) <= gym_server.PIECE
+    assert dict(sent[0]["headers"])[b"content-length"] == b"%d" % len(row)

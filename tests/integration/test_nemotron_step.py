@@ -74,8 +74,9 @@ def test_every_config_is_a_recipe_with_nemotrons_section_beside(name: str, tmp_p
 
 
 def test_a_manifests_entry_is_found_or_named(tmp_path: Path) -> None:
-    (tmp_path / "manifest.json").write_text(json.dumps({"train": "/t.jsonl", "val": ""}))
+    (tmp_path / "manifest.json").write_text(json.dumps({"train": "/t.jsonl", "val": "", "source": "../s.jsonl"}))
     assert manifest_entry(str(tmp_path), "train") == "/t.jsonl"
+    assert manifest_entry(str(tmp_path), "source") == f"{tmp_path}/../s.jsonl"
     with pytest.raises(InputError, match="missing or empty"):
         manifest_entry(str(tmp_path), "val")
     with pytest.raises(InputError, match="run data preparation first"):
@@ -101,6 +102,6 @@ def test_the_step_runs_and_what_it_produces_it_can_consume(tmp_path: Path) -> No
     extract(again)
     rows = list(read_rows(tmp_path / "again/candidates.jsonl"))
     assert len(rows) == manifest["train_rows"] > 0
-    first = json.loads(Path(manifest["train"]).read_text().splitlines()[0])
+    first = json.loads((folder / "nemotron" / manifest["train"]).read_text().splitlines()[0])
     same = [row for row in rows if row["responses_create_params"] == first["responses_create_params"]]
     assert same and same[0]["expected_action"] == first["expected_action"]
