@@ -33,7 +33,7 @@ from nemo_pivotrl.components.rollout import sample_seeds
 from nemo_pivotrl.core.artifacts import ArtefactWriter, Header, file_digest, json_line
 from nemo_pivotrl.pivotrl.candidate_index import index_candidates
 from nemo_pivotrl.pivotrl.profile import merge_chunks
-from nemo_pivotrl.pivotrl.profile_scheduler import CandidateProgress, Judged, Wave, WorkItem, pump
+from nemo_pivotrl.pivotrl.profile_scheduler import CandidateProgress, Judged, Wave, WorkItem, run_waves
 from nemo_pivotrl.pivotrl.profile_shards import Shard, ShardStore
 from nemo_pivotrl.pivotrl.profile_statistics import summarise
 from nemo_pivotrl.pivotrl.profile_work import Work
@@ -173,7 +173,7 @@ def in_memory(size: int, name: str) -> float:
             yield WorkItem(first, [CandidateProgress(place, b"", name, "t", plan) for place, name in enumerate(ids)])
 
     start = time.process_time()
-    for unit, judged in pump(units(), simulated.draw, simulated.judge):
+    for unit, judged in run_waves(units(), simulated.draw, simulated.judge):
         for member, k, row in judged:
             member.rewards[k], member.end = row["reward"], k + 1
         unit.advance()
@@ -199,7 +199,7 @@ def machinery(size: int, name: str, folder: Path) -> None:
     work = Work(recipe, index, plan, parts, True, lambda member: None)
     simulated = Simulated(hit_rates(name, size, 0))
     start = time.process_time()
-    work.go(pump(work.units(), simulated.draw, simulated.judge), {})
+    work.go(run_waves(work.units(), simulated.draw, simulated.judge), {})
     times["waves, seeds, curtailment, journals, chunks"] = time.process_time() - start - simulated.seconds
     start = time.process_time()
     target = folder / "profiles.jsonl"

@@ -53,7 +53,7 @@ def spent_of(rows: Sequence[Row]) -> Spent:
 COSTS = ("rollouts", "tokens_generated", "tokens_read")
 
 
-def faded(rows: Sequence[Row], loop: Loop) -> Ending | None:
+def saturated(rows: Sequence[Row], loop: Loop) -> Ending | None:
     """Whether the pivots of a round have been used up.
 
     rows: of this round, step 0 included. Either the mean `reward_std` of the last `std_window` steps is below `std_ratio` of
@@ -79,7 +79,7 @@ def held(change: float, high: float, loop: Loop) -> bool:
     return not (change < -loop.max_retention_loss and high < 0.0)
 
 
-def lost(rows: Sequence[Row], loop: Loop) -> Ending | None:
+def retention_lost(rows: Sequence[Row], loop: Loop) -> Ending | None:
     """Whether the latest out-of-domain measurement ends the run."""
     for row in reversed(rows):
         if "retention/change" in row:

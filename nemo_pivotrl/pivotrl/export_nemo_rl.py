@@ -141,7 +141,7 @@ def recipe_of(recipe: Recipe, folder: Path, has_validation: bool) -> tuple[dict[
         },
         "cluster": {"num_nodes": recipe.cluster.num_nodes, "gpus_per_node": recipe.cluster.gpus_per_node},
     }
-    return made, lost(recipe)
+    return made, not_exported(recipe)
 
 
 def _grpo(recipe: Recipe, has_validation: bool) -> dict[str, Any]:
@@ -289,7 +289,7 @@ def _checkpointing(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def lost(recipe: Recipe) -> list[str]:
+def not_exported(recipe: Recipe) -> list[str]:
     """What the recipe says and NeMo-RL cannot do, or does in another way."""
     told = {
         "policy.lora: all weights train": recipe.policy.lora.enabled,

@@ -268,14 +268,14 @@ def _until(own: Recipe, before: Spent, profiled: Spent) -> Callable[[Sequence[ro
 
     def until(rows: Sequence[rounds.Row]) -> Ending | None:
         spent = before + rounds.spent_of(rows)
-        ending = rounds.lost(rows, own.loop) or _exhausted(own, spent)
+        ending = rounds.retention_lost(rows, own.loop) or _exhausted(own, spent)
         if ending is not None or own.loop.round >= own.loop.max_rounds:
             return ending
         # without the last row: what is measured at the end of a round adds to it, and must not change the decision
         steps = before + rounds.spent_of(rows[:-1]) + rounds.spent_of(rows[-2:-1]) * (1 + 2 * own.loop.std_window)
         if rounds.exhausted(steps + profiled, 0.0, own.budget) is not None:
             return None
-        return rounds.faded(rows, own.loop)
+        return rounds.saturated(rows, own.loop)
 
     return until
 

@@ -39,7 +39,7 @@ from nemo_pivotrl.core.lock import one_writer, only_writer
 from nemo_pivotrl.pivotrl import round_trip
 from nemo_pivotrl.pivotrl.candidate_index import Index, index_candidates
 from nemo_pivotrl.pivotrl.profile_rows import plan_in
-from nemo_pivotrl.pivotrl.profile_scheduler import pump
+from nemo_pivotrl.pivotrl.profile_scheduler import run_waves
 from nemo_pivotrl.pivotrl.profile_shards import Shard, ShardStore
 from nemo_pivotrl.pivotrl.profile_statistics import summarise, summary_text
 from nemo_pivotrl.pivotrl.profile_work import (
@@ -237,7 +237,7 @@ def _run(recipe: Recipe, job: Job, parts: ShardStore) -> None:
         try:
             draw = partial(draw_wave, recipe, job, sampler)
             judge = partial(judge_wave, job.chat, job.verifier, partial(retries_of, recipe.profile))
-            work.go(pump(work.units(), draw, judge, concurrency, lambda: under_way(sampler)), cost)
+            work.go(run_waves(work.units(), draw, judge, concurrency, lambda: under_way(sampler)), cost)
         finally:
             work.close()
             if concurrency > 1:

@@ -135,7 +135,7 @@ Judged = list[tuple[CandidateProgress, int, dict[str, Any]]]
 """A member's k-th rollout as a profile keeps it. With a `fault` in place of its verdict, or of all of it, it is tried again."""
 
 
-def pump(
+def run_waves(
     units: Iterator[WorkItem | None],
     draw: Callable[[Wave], Any],
     judge: Callable[[Wave, Any], Judged],

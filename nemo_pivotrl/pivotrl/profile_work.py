@@ -140,7 +140,7 @@ def retries_of(settings: ProfileStage, kind: str) -> int:
 
 
 class Work:
-    """One process's chunks: units for the pump, what comes back into journals, finished chunks into the folder."""
+    """One process's chunks: units for `run_waves`, judged waves into journals, finished chunks into the folder."""
 
     def __init__(
         self,

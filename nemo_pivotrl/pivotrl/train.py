@@ -87,7 +87,7 @@ def train(recipe: Recipe, fresh: bool = False, until: Until | None = None) -> Pa
         steps_field="grpo.max_num_steps",
         checkpointing=recipe.checkpointing,
         shown=("reward", "mixed_group_share"),
-        ended=until or partial(rounds.lost, loop=recipe.loop),
+        ended=until or partial(rounds.retention_lost, loop=recipe.loop),
     )
     folder = run(job, lambda cost: PolicyTraining(recipe, chat, verifier, pivots, cost), fresh)
     checks = training_checks(read_metrics(recipe.path(settings.name) / "metrics.jsonl"))

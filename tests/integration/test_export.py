@@ -162,7 +162,7 @@ def test_what_nemo_rl_refuses_is_refused_here(tmp_path: Path) -> None:
 def test_what_is_lost_is_told_in_the_recipe_itself(exported: Path) -> None:
     head = (exported / "grpo-pivotrl.yaml").read_text().partition("\ndefaults:")[0]
     assert "policy.prefix_sharing" in head and "policy.lora" not in head
-    assert any("policy.lora" in what for what in nemo_rl.lost(tiny("policy.lora.enabled=true")))
+    assert any("policy.lora" in what for what in nemo_rl.not_exported(tiny("policy.lora.enabled=true")))
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from nemo_pivotrl.algorithms import round_rules as rounds
 from nemo_pivotrl.algorithms.round_rules import Ending, Spent
 from nemo_pivotrl.components import checkpoint, costs as ledger
 from nemo_pivotrl.components.metrics import read_metrics
-from nemo_pivotrl.config import Budget, Loop, Recipe
+from nemo_pivotrl.config import Budget, Checkpointing, Loop, Recipe
 from nemo_pivotrl.core.artifacts import read_header, read_rows
 from nemo_pivotrl.core.atomic import write_sums
 from nemo_pivotrl.core.errors import InputError
@@ -60,14 +60,14 @@ def stds(*values: float) -> list[dict[str, Any]]:
 def test_signal_has_faded_when_the_last_windows_std_is_below_a_third_of_the_first() -> None:
     settings = Loop(std_window=2, gain_window=9)
     # first window (0.4 + 0.2) / 2 = 0.3, a third of it 0.1
-    assert rounds.faded(stds(0.4, 0.2, 0.11, 0.09), settings) is None  # 0.1 is not below it
-    found = rounds.faded(stds(0.4, 0.2, 0.11, 0.08), settings)
+    assert rounds.saturated(stds(0.4, 0.2, 0.11, 0.09), settings) is None  # 0.1 is not below it
+    found = rounds.saturated(stds(0.4, 0.2, 0.11, 0.08), settings)
     assert found is not None and found.why == "std" and "0.0950" in found.text and "0.3000" in found.text
-    assert rounds.faded(stds(0.4, 0.0, 0.0), settings) is None  # windows would overlap
-    assert rounds.faded(stds(0.4, 0.2, 0.0, 0.0, 0.2, 0.2), settings) is None  # only the last window counts
-    assert rounds.faded(stds(0.4, 0.2, 0.0, 0.0), dataclasses.replace(settings, std_ratio=0.0)) is None
+    assert rounds.saturated(stds(0.4, 0.0, 0.0), settings) is None  # windows would overlap
+    assert rounds.saturated(stds(0.4, 0.2, 0.0, 0.0, 0.2, 0.2), settings) is None  # only the last window counts
+    assert rounds.saturated(stds(0.4, 0.2, 0.0, 0.0), dataclasses.replace(settings, std_ratio=0.0)) is None
     # step 0 and its validation have no std, and are no step of a window
-    assert rounds.faded([{"step": 0, "val/accuracy": 0.5}, *stds(0.4, 0.2, 0.11, 0.08)], settings) is not None
+    assert rounds.saturated([{"step": 0, "val/accuracy": 0.5}, *stds(0.4, 0.2, 0.11, 0.08)], settings) is not None
 
 
 def accuracies(*values: float) -> list[dict[str, Any]]:
@@ -76,20 +76,22 @@ def accuracies(*values: float) -> list[dict[str, Any]]:
 
 def test_signal_has_faded_when_validation_gains_too_little_over_a_window() -> None:
     settings = Loop(gain_window=2, min_gain=0.1)
-    assert rounds.faded(accuracies(0.5, 0.5), settings) is None  # one validation after the first is no window of two
-    assert rounds.faded(accuracies(0.5, 0.4, 0.6), settings) is None  # 0.1 is enough, the dip does not matter
-    assert rounds.faded(accuracies(0.1, 0.5, 0.4, 0.55), settings) == Ending(
+    assert (
+        rounds.saturated(accuracies(0.5, 0.5), settings) is None
+    )  # one validation after the first is no window of two
+    assert rounds.saturated(accuracies(0.5, 0.4, 0.6), settings) is None  # 0.1 is enough, the dip does not matter
+    assert rounds.saturated(accuracies(0.1, 0.5, 0.4, 0.55), settings) == Ending(
         "gain", "held-out accuracy 0.5000 to 0.5500 in 2 validations"
     )
-    assert rounds.faded(accuracies(0.5, 0.5, 0.5), dataclasses.replace(settings, min_gain=0.0)) is None
+    assert rounds.saturated(accuracies(0.5, 0.5, 0.5), dataclasses.replace(settings, min_gain=0.0)) is None
 
 
 def test_std_is_looked_at_first_so_that_a_last_validation_does_not_change_the_reason() -> None:
     settings = Loop(std_window=1, gain_window=1, min_gain=0.1)
     rows = [*accuracies(0.5), *stds(0.3, 0.0)]
-    before = rounds.faded(rows, settings)
+    before = rounds.saturated(rows, settings)
     rows[-1]["val/accuracy"] = 0.5
-    assert before == rounds.faded(rows, settings) and before is not None and before.why == "std"
+    assert before == rounds.saturated(rows, settings) and before is not None and before.why == "std"
 
 
 @pytest.mark.parametrize(
@@ -105,9 +107,9 @@ def test_retention_is_lost_only_when_the_drop_is_large_and_sure(change: float, h
     settings = Loop(max_retention_loss=0.02)
     rows = [{"step": 5, "retention/change": change, "retention/low": -0.2, "retention/high": high}, {"step": 6}]
     assert rounds.held(change, high, settings) is held
-    assert (rounds.lost(rows, settings) is None) is held
+    assert (rounds.retention_lost(rows, settings) is None) is held
     kept = {"step": 7, "retention/change": 0.0, "retention/low": 0.0, "retention/high": 0.0}
-    assert rounds.lost([*rows, kept], settings) is None  # the latest measurement decides
+    assert rounds.retention_lost([*rows, kept], settings) is None  # the latest measurement decides
 
 
 def test_budget_counts_rollouts_tokens_and_hours_each_for_itself() -> None:
@@ -520,9 +522,14 @@ def test_the_report_shows_the_history(looped: Path) -> None:
 def test_a_published_policy_is_known_only_for_its_own_run_and_latest_step(run_dir: Path) -> None:
     folder = train(of(run_dir, "grpo.max_num_steps=2", "loop.retention_period=0")).parent
     told = json.loads((folder / "published.json").read_text())
-    assert checkpoint.published(folder, told["identity"]) == 2 and checkpoint.published(folder, "other") is None
+    last = Checkpointing()
+    assert checkpoint.published(folder, told["identity"], last) == 2
+    assert checkpoint.published(folder, "other", last) is None
+    assert checkpoint.published(folder, told["identity"], Checkpointing(publish="best")) is None  # chosen otherwise
     shutil.copytree(folder / "step_00002", folder / "step_00003")
     meta = json.loads((folder / "step_00003/meta.json").read_text())
     (folder / "step_00003/meta.json").write_text(json.dumps({**meta, "step": 3}))
     write_sums(folder / "step_00003")
-    assert checkpoint.published(folder, told["identity"]) is None  # killed between checkpoint and publication
+    assert (
+        checkpoint.published(folder, told["identity"], Checkpointing()) is None
+    )  # killed between checkpoint and publication
