@@ -84,6 +84,7 @@ check: lint test
 
 lint: $(STAMP)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+	$(BIN)/python tests/nightly/mutants.py --check
 
 # new locks need uv; `make locks UPGRADE=1` takes newer versions
 locks: $(STAMP)
