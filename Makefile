@@ -94,6 +94,7 @@ check: lint test
 
 lint: $(STAMP)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+	$(BIN)/python tests/nightly/mutants.py --check
 
 # new locks need uv; `make locks UPGRADE=1` takes newer versions
 locks: $(STAMP)
@@ -103,7 +104,7 @@ locks: $(STAMP)
 # known vulnerabilities of what the locks name; needs an index that knows them (PyPI's JSON API)
 audit: $(STAMP)
 	$(BIN)/python -m pip install -q pip-audit
-	for lock in requirements/*.lock deploy/docker/requirements.lock; do $(BIN)/pip-audit --strict --disable-pip --require-hashes -r $$lock || exit 1; done
+	for lock in requirements/*.lock deploy/docker/*.lock; do $(BIN)/pip-audit --strict --disable-pip --require-hashes -r $$lock || exit 1; done
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
