@@ -20,7 +20,8 @@ setup(
     packages=[*find_packages(include=["nemo_pivotrl", "nemo_pivotrl.*"]), "hydra_plugins"],
     package_data={
         "nemo_pivotrl": ["py.typed"],
-        "nemo_pivotrl.report": ["*.jinja"],
+        "nemo_pivotrl.demo": ["models/*/*"],
+        "nemo_pivotrl.report": ["*.jinja", "view/*"],
         "nemo_pivotrl.verifiers": ["*.jsonl", "*.toml"],
         "nemo_pivotrl.integrations.nemo_aligner": ["conf/*.yaml"],
     },

@@ -7,7 +7,7 @@ The start policy is a tiny model that can do all the desk needs but often does n
 expert whose wording is another than the start policy's (`world.teacher: other`), which is what an SFT set from other models is to a
 post-trained policy. Arms that learn from rewards take the same number of steps: of 192 turns, end-to-end GRPO of 192 whole
 episodes; SFT takes as many as cost about PivotRL's processor time, its profile included. The verifier compares calls as `functional`
-does and talk by what it does (`pivotrl_desk.py`). **Every arm's learning rate** is the
+does and talk by what it does (`demo/talk_judge.py`). **Every arm's learning rate** is the
 one of `GRID` with the best success on validation tasks of the tuning seeds, which are none of the reported ones.
 
 FOLDER has a folder for each choice of settings; in it, start is the start policy and seed-N/ARM-LR one training with its result. What
@@ -26,7 +26,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pivotrl_desk
 from claims import ROOT, Job, Result, provenance, results
 
 from nemo_pivotrl.algorithms.early_stopping import StoppingRule
@@ -46,7 +45,7 @@ num_threads=1 logger.tensorboard=false audit.before_profile=false
 world.expert_error_rate=0.8 world.teacher=other world.vocab_size=512
 world.train_tasks=300 world.test_tasks=200 world.puzzle_test_tasks=200
 world.warmup_tasks=2000 world.puzzle_warmup_tasks=16000 warmup.num_steps=1500 warmup.copy_steps=220
-verifier.name=desk_talk extract.validation_share=0.2
+verifier.name=nemo_pivotrl.demo.talk_judge:DeskTalk extract.validation_share=0.2
 profile.num_generations=8 profile.curtail=none select.lambda_diff=0.6
 policy.generation.max_new_tokens=48 policy.generation.batch_tokens=65536
 sft.batch_size=16 sft.num_steps=120
@@ -108,7 +107,6 @@ def recipe_of(home: Path, seed: int, *settings: str) -> Recipe:
     """The recipe of one training in `home`, FOLDER/seed-N/ARM."""
     from nemo_pivotrl.config.load import load_recipe
 
-    pivotrl_desk.register()
     start = home.parents[1] / "start/policy"
     own = [f"run_dir={home}", f"seed={seed}", f"policy.model_name={start}", *SETTINGS, *settings]
     return load_recipe(str(ROOT / "recipes/pivotrl/tiny.yaml"), own)
@@ -119,7 +117,6 @@ def start(folder: Path, settings: Sequence[str]) -> Result:
     from nemo_pivotrl.config.load import load_recipe
     from nemo_pivotrl.pivotrl.sft import warmup
 
-    pivotrl_desk.register()
     home = folder.parent
     warmup(load_recipe(str(ROOT / "recipes/pivotrl/tiny.yaml"), [f"run_dir={home}", "seed=0", *SETTINGS, *settings]))
     return {}

@@ -6,8 +6,11 @@ import dataclasses
 import os
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import get_args
 
+from nemo_pivotrl.algorithms.selection import Rule
 from nemo_pivotrl.backends.launch import place_of
 from nemo_pivotrl.components import costs as ledger
 from nemo_pivotrl.config import Recipe
@@ -30,7 +33,8 @@ Stage = Callable[[Recipe, bool], Path]
 def run(recipe: Recipe, fresh: bool = False) -> Path:
     """Every stage the recipe needs, resuming what is unfinished, PivotRL's in rounds (`loop.py`). Returns the report.
 
-    A `random` arm (same number of candidates, no profiling) trains beside the pivots when evaluate.policies names one.
+    An arm trains beside the pivots for each rule of `select.rule` that evaluate.policies names, e.g. `random`: as many candidates,
+    not filtered.
 
     >>> page = run(load_recipe("llmdoctor.yaml", ["run_dir=runs/steered"]))
     >>> page.name
@@ -48,6 +52,9 @@ def run(recipe: Recipe, fresh: bool = False) -> Path:
         path = stage(recipe, fresh)
     pivots, points = gains(read_history(Path(recipe.run_dir)))
     print("\n" + ledger.table(ledger.read_ledgers(Path(recipe.run_dir)), recipe.budget.gpus, pivots, points))
+    for folder in (recipe.path("final/policy"), *sorted(Path(recipe.run_dir).glob("doctor*/policy"))):
+        if folder.exists():
+            print(f"\n{'policy' if folder.parent.name == 'final' else 'doctor'}: {folder}", end="")
     print(f"\nreport: {path} ({time.perf_counter() - start:.0f} s)")
     return path
 
@@ -64,8 +71,9 @@ def _pivotrl(recipe: Recipe, fresh: bool) -> dict[str, Stage]:
     stages["profile"] = loop
     if recipe.sft.name in policies:
         stages["sft"] = sft
-    if "random" in policies:
-        stages["random_arm"] = _random_arm
+    for rule in get_args(Rule):
+        if rule in policies:
+            stages[f"arm {rule}"] = partial(_arm, rule=rule)
     return {**stages, "evaluate": evaluate}
 
 
@@ -86,10 +94,9 @@ def _llmdoctor(recipe: Recipe) -> dict[str, Stage]:
     return {**stages, "assess": assess} if recipe.assess.arms else stages
 
 
-def _random_arm(recipe: Recipe, fresh: bool = False) -> Path:
-    """The paper's comparison: as many turns drawn at random, trained alike."""
-    drawn = dataclasses.replace(recipe, select=dataclasses.replace(recipe.select, rule="random", output="random.jsonl"))
+def _arm(recipe: Recipe, fresh: bool = False, *, rule: Rule) -> Path:
+    """Another selection from the same profile, trained alike; `all` and `random` are the paper's comparisons."""
+    file = f"{rule}.jsonl"
+    drawn = dataclasses.replace(recipe, select=dataclasses.replace(recipe.select, rule=rule, output=file))
     select_pivots(drawn, fresh)
-    return train(
-        dataclasses.replace(recipe, grpo=dataclasses.replace(recipe.grpo, name="random", pivots="random.jsonl")), fresh
-    )
+    return train(dataclasses.replace(recipe, grpo=dataclasses.replace(recipe.grpo, name=rule, pivots=file)), fresh)

@@ -88,6 +88,8 @@ class StoppingRule:
         mixed = apart**2 / (2 * self.count) > 1e-12
         if self.rule == "mixed":
             return mixed
+        if self.rule == "all":
+            return bool(rewards)
         slack = 1e-9
         surely_hard = highs < self.lambda_low - slack
         surely_easy = lows > self.lambda_high + slack

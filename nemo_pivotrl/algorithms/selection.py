@@ -13,7 +13,8 @@ from typing import Literal
 
 from nemo_pivotrl.core.types import Profile, Trajectory
 
-Rule = Literal["random", "mixed", "adv", "adv_with_zeros"]
+Rule = Literal["random", "mixed", "adv", "adv_with_zeros", "all"]
+"""`all` and `random` filter nothing: every candidate, or as many as `adv` keeps."""
 
 
 def cut(trajectory: Trajectory) -> Iterator[tuple[int, int]]:
@@ -65,7 +66,7 @@ def keep_pivot(
     """
     if not isinstance(stats, GroupStatistics):
         stats = statistics(stats)
-    if rule == "random":
+    if rule in ("all", "random"):
         return True
     if stats.binary:
         mixed = 0 < stats.successes < stats.count

@@ -8,8 +8,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import shlex
 import sys
 import time
+from collections.abc import Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING, NoReturn
 
@@ -73,6 +75,26 @@ STAGES = {
 }
 EXPORTS = ("nemo-gym", "nemo-rl", "nemotron")
 """`export nemo-rl RECIPE` is `export RECIPE export.target=nemo-rl`."""
+NEXT = {
+    "world": "extract",
+    "extract": "profile",
+    "warmup": "profile",
+    "audit": "profile",
+    "profile": "select",
+    "merge": "select",
+    "rescore": "select",
+    "select": "train",
+    "train": "evaluate",
+    "sft": "evaluate",
+    "evaluate": "report",
+    "manners": "rank",
+    "rank": "preferences",
+    "preferences": "reward",
+    "reward": "tfpo",
+    "tfpo": "assess",
+    "assess": "report",
+}
+"""Stage to the one after it. After every other stage the run is there to be looked at."""
 CHECKED = ("profile", "sft", "train", "rank", "reward", "tfpo", "decode", "assess")
 """Stages that load a model which must be there already: `tools/checks.py` looks at all they need before they begin."""
 STARTED = frozenset({"RANK", "WORLD_SIZE", "SLURM_STEP_ID"})
@@ -87,9 +109,26 @@ def stage_command(stage: str, options: argparse.Namespace) -> int | None:
     fresh = "fresh=true" in options.overrides
     recipe = load_recipe(options.recipe, [o for o in options.overrides if o not in ("fresh=true", "fresh=false")])
     if not options.print_config:
-        return run_stage(stage, recipe, fresh, options.shard)
+        code = run_stage(stage, recipe, fresh, options.shard)
+        if code == 0 and not options.shard and (not os.environ.keys() & STARTED or here().rank == 0):
+            print(f"next: {following(stage, recipe, options.recipe, options.overrides)}")
+        return code
     print(to_yaml(recipe, options.changed), end="")
     return None
+
+
+def following(stage: str, recipe: Recipe, path: str, overrides: Sequence[str]) -> str:
+    """The command that a person would type next, with the recipe and the settings of the last one."""
+    then = NEXT.get(stage, "view")
+    if then == "evaluate" and not recipe.evaluate.policies:
+        then = "report"
+    if then == "assess" and not recipe.assess.arms:
+        then = "decode"
+    if then == "view":
+        return shlex.join(["nemo-pivotrl", "view", recipe.run_dir])
+    kept = [o for o in overrides if not o.startswith("fresh=")]
+    more = ["select.profiles=profiles.rescored.jsonl"] if stage == "rescore" else []
+    return shlex.join(["nemo-pivotrl", then, path, *kept, *more])
 
 
 def run_stage(stage: str, recipe: Recipe, fresh: bool, shard: str | None = None) -> int:

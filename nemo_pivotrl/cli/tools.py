@@ -259,7 +259,25 @@ def run_serve(options: argparse.Namespace) -> None:
     serve(load_recipe(options.recipe, options.overrides), options.host, options.port, options.refit, options.token_file)
 
 
+def view_arguments(made: argparse.ArgumentParser) -> None:
+    made.add_argument("run", metavar="RUN", help="run folder, e.g. runs/quickstart")
+    made.add_argument("--port", type=int, default=8765, help="port on this machine (default: 8765)")
+
+
+def run_view(options: argparse.Namespace) -> None:
+    """Serve the viewer until it is interrupted."""
+    from pathlib import Path
+
+    with missing_module("view", {"starlette": "serve", "uvicorn": "serve", "matplotlib": "report"}, "reference"):
+        from nemo_pivotrl.report.view_server import view
+
+        view(Path(options.run), options.port)
+
+
 TOOLS = {
+    "view": Tool(
+        "a run in the browser: every turn, its samples, and why each was accepted or not", view_arguments, run_view
+    ),
     "env": Tool("what is installed here, and which recipes could run", env_arguments, run_env),
     "plan": Tool("will it fit, and what will it cost", plan_arguments, run_plan),
     "trace": Tool("one rank's training step without a GPU, beside the plan", trace_arguments, run_trace),

@@ -106,13 +106,17 @@ def prune(folder: Path, settings: Checkpointing) -> None:
     for doomed in folder.glob("*.old"):  # left by a kill in the middle of a deletion
         shutil.rmtree(doomed)
     found = steps(folder)
-    sign = -1.0 if settings.higher_is_better else 1.0
-    scored = [p for p in found if settings.metric_name in _meta(p)["metrics"]]
-    scored.sort(key=lambda p: (sign * _meta(p)["metrics"][settings.metric_name], _step_of(p)))
-    keep = {*scored[: settings.keep_top_k], *found[-1:], *last_held(folder)}
+    keep = {*ranked(folder, settings)[: settings.keep_top_k], *found[-1:], *last_held(folder)}
     for path in found:
         if path not in keep:
             remove_folder(path)
+
+
+def ranked(folder: Path, settings: Checkpointing) -> list[Path]:
+    """Checkpoints that have the recipe's metric, the best first; of equals the earlier."""
+    sign = -1.0 if settings.higher_is_better else 1.0
+    scored = [p for p in steps(folder) if settings.metric_name in _meta(p)["metrics"]]
+    return sorted(scored, key=lambda p: (sign * _meta(p)["metrics"][settings.metric_name], _step_of(p)))
 
 
 def last_held(folder: Path) -> list[Path]:
@@ -167,26 +171,50 @@ PUBLISHED = "published.json"
 
 
 def publish(folder: Path, trainer: Trainer, chat: Chat, settings: Checkpointing) -> Path:
-    """Write the final policy as `FOLDER/policy`."""
+    """Write the final policy, or the best checkpoint's, as `FOLDER/policy`.
+
+    Raises InputError where `publish: best` has no checkpoint to choose.
+    """
     prune(folder, settings)  # a run that was killed while pruning has one too many
     (folder / PUBLISHED).unlink(missing_ok=True)
-    with _whole(folder / "policy") as part:
-        trainer.export(part)
-        chat.tokenizer.save_pretrained(part)
+    if settings.publish == "best":
+        share(_best(folder, settings) / "policy", folder / "policy")
+    else:
+        with _whole(folder / "policy") as part:
+            trainer.export(part)
+            chat.tokenizer.save_pretrained(part)
     if found := steps(folder):
         meta = _meta(found[-1])
-        write_atomically(folder / PUBLISHED, json.dumps({key: meta[key] for key in ("step", "identity")}))
+        made = {key: meta[key] for key in ("step", "identity")} | _choice(settings)
+        write_atomically(folder / PUBLISHED, json.dumps(made))
     return folder / "policy"
 
 
-def published(folder: Path, identity: str) -> int | None:
-    """The step of the published policy; None where there is none, another run's, or one older than the latest checkpoint."""
+def _best(folder: Path, settings: Checkpointing) -> Path:
+    if found := ranked(folder, settings):
+        print(f"{found[0]} is published: {settings.metric_name} {_meta(found[0])['metrics'][settings.metric_name]:.4f}")
+        return found[0]
+    remedy = "measure it (grpo.val_period, checkpointing.simulator), or set checkpointing.publish: last"
+    raise InputError(Problem("recipe", None, "checkpointing.metric_name", f"no {settings.metric_name}", remedy))
+
+
+def _choice(settings: Checkpointing) -> dict[str, str]:
+    """What a published policy was chosen by, where it is not the last."""
+    return {} if settings.publish == "last" else {"best": f"{settings.metric_name} {settings.higher_is_better}"}
+
+
+def published(folder: Path, identity: str, settings: Checkpointing) -> int | None:
+    """The step that training had reached when it published; None where nothing is published that these settings would give.
+
+    It may be another run's, one older than the latest checkpoint, or one that was chosen otherwise.
+    """
     path, found = folder / PUBLISHED, steps(folder)
     if not path.exists() or not found or not any((folder / "policy").glob("*.safetensors")):
         return None
     told = read_json(path, {"step": int, "identity": str}, "remove it: the policy is published again")
     check_sums(folder / "policy", f"remove {path}: the policy is published again from the last checkpoint")
-    return int(told["step"]) if told == {"step": _meta(found[-1])["step"], "identity": identity} else None
+    now = {"step": _meta(found[-1])["step"], "identity": identity} | _choice(settings)
+    return int(told["step"]) if told == now else None
 
 
 def share(source: Path, final: Path) -> Path:

@@ -92,7 +92,7 @@ def run(job: Job, start: Callable[[Entry], Work], fresh: bool = False) -> Path:
     the deadline, after saving.
     """
     limit = checkpoint.time_limit(job.checkpointing.checkpoint_must_save_by)
-    if not fresh and (done := checkpoint.published(job.folder, job.identity)) is not None:
+    if not fresh and (done := checkpoint.published(job.folder, job.identity, job.checkpointing)) is not None:
         rows = [row for row in read_metrics(job.folder / "metrics.jsonl") if row["step"] <= done]
         if done == job.steps or (done < job.steps and job.ended(rows) is not None):
             print(f"{job.folder / 'policy'} is complete, at step {done}; fresh=true trains anew")
@@ -136,7 +136,8 @@ def _steps(job: Job, work: Work, first: int, limit: float, cost: Entry) -> None:
             for name, count in {"steps": 1, **made.counts}.items():
                 cost[name] = cost.get(name, 0) + count
             due = not last and checkpoint.is_due(limit, time.monotonic() - checkpoint.STARTED, slowest)
-            if step % job.checkpointing.save_period == 0 or last or due or checkpoint.HELD in row:
+            scored = job.checkpointing.publish == "best" and job.checkpointing.metric_name in row
+            if step % job.checkpointing.save_period == 0 or last or due or scored or checkpoint.HELD in row:
                 checkpoint.save(job.folder, step, job.identity, row, work.trainer, job.chat, job.checkpointing)
             bar.set_postfix({name: f"{row[name]:.4g}" for name in job.shown}, refresh=False)
             bar.update()

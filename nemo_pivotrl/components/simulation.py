@@ -66,6 +66,7 @@ class Simulator(Protocol):
 EMBEDDED = {
     "evaluate.simulator": "nemo_pivotrl.demo.simulators:service_desk",
     "evaluate.retention": "nemo_pivotrl.demo.simulators:puzzles",
+    "checkpointing.simulator": "nemo_pivotrl.demo.simulators:validation",
 }
 """What `world` means at each setting."""
 

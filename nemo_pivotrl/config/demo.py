@@ -11,14 +11,18 @@ from nemo_pivotrl.config.schema import ranged
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class World:
-    """The embedded service-desk world (`demo/service_desk.py`) and the tiny model made for it."""
+    """The embedded worlds of PivotRL and the tiny model made for them."""
 
+    desk: Literal["shop", "requests"] = "shop"
+    """Which one: `demo/service_desk.py`, four turns a conversation, or `demo/request_desk.py`, 9 to 16."""
     warmup_tasks: int = ranged(1000, 1)
     """Tasks from which the start policy learns the service desk."""
     train_tasks: int = ranged(120, 1)
     """Tasks whose trajectories PivotRL trains on."""
+    validation_tasks: int = ranged(100, 1)
+    """Tasks that choose a checkpoint, where `checkpointing.simulator` is `world`."""
     test_tasks: int = ranged(100, 1)
-    """Tasks that `evaluate` plays."""
+    """Tasks that `evaluate` plays. Of the request desk half are of families that the train trajectories show."""
     puzzle_warmup_tasks: int = ranged(8000, 1)
     """Puzzles from which the start policy learns what is later out of domain."""
     puzzle_test_tasks: int = ranged(200, 1)
@@ -34,7 +38,7 @@ class World:
     expert_error_rate: float = ranged(0.0, 0.0, 1.0)
     """How often the teachers of the start policy make errors; 0: never.
 
-    It is a share of the rates `service_desk.EXPERT_ERRORS`.
+    It is a share of the desk's own rates, `EXPERT_ERRORS`.
     """
     teacher: Literal["house", "other"] = "house"
     """Whose wording the train trajectories have: that of the start policy's lessons, or another's who does the same."""
@@ -44,6 +48,8 @@ class World:
 class Manners:
     """The embedded world of LLMdoctor (`demo/answer_styles.py`): a tiny patient, a smaller doctor, questions to ask."""
 
+    source: Literal["lessons", "shipped"] = "lessons"
+    """Train patient and novice on lessons, or take those that come with the package and have the default sizes."""
     lessons: int = ranged(4000, 1)
     """Conversations from which the tiny patient and the untrained doctor learn."""
     vocab_size: int = ranged(400, 300)

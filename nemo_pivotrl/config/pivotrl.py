@@ -109,8 +109,11 @@ class ProfileStage:
 class Select:
     """Profiles to pivots. Pure and instant: change it as often as you like."""
 
-    rule: Literal["random", "mixed", "adv", "adv_with_zeros"] = "adv"
-    """Which candidates are pivots (P4): `adv` is equation (4), the paper's rule."""
+    rule: Literal["random", "mixed", "adv", "adv_with_zeros", "all"] = "adv"
+    """Which candidates are pivots (P4): `adv` is equation (4), the paper's rule.
+
+    `all` keeps every candidate that could be profiled: what the paper compares its filter with.
+    """
     lambda_diff: float = ranged(0.6, 0.0, 1.0)
     """Keep iff k < lambda_diff * K (P2), decided on integers."""
     inclusive: bool = False
@@ -122,6 +125,11 @@ class Select:
     """
     max_message_ratio: float = ranged(1.0, 0.0, 1.0)
     """Largest share of talking turns among train pivots (P15); 1.0: off."""
+    drop_constant_wins: bool = False
+    """Leave out pivots that a constant answer wins, such as any text or one tool's commonest call.
+
+    A policy can learn such an answer instead of the task. Every pivot is judged again with each constant answer.
+    """
     undecided: Literal["refuse", "by_rate"] = "refuse"
     """What to do with candidates whose rollouts do not decide this rule and lambda_diff.
 
@@ -156,10 +164,11 @@ class Sft:
 
     name: str = "sft"
     """Folder under run_dir that receives the checkpoint."""
-    source: Literal["world", "candidates", "pivots"] = "pivots"
+    source: Literal["world", "shipped", "candidates", "pivots"] = "pivots"
     """What it trains on: the train split of candidates or pivots, or the demo world's own text.
 
-    `world` makes a tiny model from nothing.
+    `world` makes a tiny model from nothing; `shipped` trains nothing and takes the one that comes with the package. Both are the
+    warm-up's only.
     """
     init: str = ""
     """HF checkpoint to start from; empty: policy.model_name."""
@@ -293,5 +302,7 @@ class Evaluate:
     """Out-of-domain set: a simulator as above, `world`, or a JSONL file of `{"messages": [...], "answer": "..."}`."""
     temperature: float = ranged(1.0, 0.0, 10.0)
     """Temperature of the sampling; 0 takes the likeliest token."""
+    greedy: bool = False
+    """Play the whole tasks once more at temperature 0: sampling favours a policy whose entropy fell."""
     confidence: float = ranged(0.95, 0.5, 0.999)
     """Probability of the intervals."""

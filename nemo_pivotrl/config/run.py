@@ -79,6 +79,18 @@ class Checkpointing:
     """Metric by which checkpoints are compared."""
     higher_is_better: bool = True
     """Whether more of that metric is better."""
+    publish: Literal["last", "best"] = "last"
+    """Which state becomes the stage's policy: the last one, or the best checkpoint by metric_name.
+
+    With `best` every step that has the metric is saved. Ties go to the earlier step.
+    """
+    simulator: Literal["world", "none"] | str = "none"
+    """What plays whole validation tasks in PivotRL's trainings, SFT included: `world`, the demo's, or `package.module:function`.
+
+    Their success is the metric `val/tasks`. The tasks must be others than those of `evaluate.simulator`.
+    """
+    simulator_period: int = ranged(10, 1)
+    """Play them every so many steps, and after the last one."""
     checkpoint_must_save_by: str = ""
     """Time after the start of this process (DD:HH:MM:SS) by which to save and stop; empty: none.
 

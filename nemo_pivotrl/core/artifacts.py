@@ -219,9 +219,7 @@ def _parsed(path: Path, first: bytes) -> tuple[Header, Seal | None]:
 def _check_whole(path: Path, content: _Content, header: Header, seal: Seal | None) -> None:
     """Refuse an artefact that is not what its seal says. Raises InputError that names the line, where one shows."""
     made_by = MADE_BY.get(header.stage, "STAGE")
-    again = (
-        f"re-run the stage (nemo-pivotrl {made_by} RECIPE fresh=true), or copy the file again from where it is whole"
-    )
+    again = f"re-run the stage (nemo-pivotrl {made_by} RECIPE fresh=true), or copy the file again, whole"
     if seal is None:
         found = f"no seal on {content.rows} rows: unfinished, made by an earlier version, or edited"
         remedy = f"if it is as you want it: nemo-pivotrl seal {path}; or {again}"
@@ -235,9 +233,8 @@ def _check_whole(path: Path, content: _Content, header: Header, seal: Seal | Non
         problems.append(Problem(str(path), content.rows + 1 + content.torn, "rows", found, again))
     elif not problems:
         found = "rows or header are not what was written: changed, or in another order"
-        problems.append(
-            Problem(str(path), 1, "sha256", found, f"if you changed it: nemo-pivotrl seal {path}; or {again}")
-        )
+        remedy = f"if you changed it: nemo-pivotrl seal {path}; or {again}"
+        problems.append(Problem(str(path), 1, "sha256", found, remedy))
     raise InputError(problems)
 
 
@@ -338,14 +335,9 @@ def rows_at(path: Path, places: Iterable[int]) -> Iterator[dict[str, Any]]:
 
 def check_headers(path: Path, found: Header, **expected: str) -> None:
     """Compare header fields with what the recipe implies, all differences in one InputError."""
+    text = "the recipe gives {!r}; use the matching recipe or re-run the stage"
     problems = [
-        Problem(
-            str(path),
-            1,
-            name,
-            repr(getattr(found, name)),
-            f"the recipe gives {value!r}; use the matching recipe or re-run the stage",
-        )
+        Problem(str(path), 1, name, repr(getattr(found, name)), text.format(value))
         for name, value in expected.items()
         if getattr(found, name) != value
     ]

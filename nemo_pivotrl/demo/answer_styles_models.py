@@ -18,13 +18,26 @@ from nemo_pivotrl.config import Policy, Recipe, Sft
 from nemo_pivotrl.core.artifacts import digest
 from nemo_pivotrl.core.atomic import replacing_folder, write_atomically
 from nemo_pivotrl.core.lock import one_writer
-from nemo_pivotrl.demo import answer_styles as manners, tiny_models as tiny
+from nemo_pivotrl.demo import answer_styles as manners, shipped, tiny_models as tiny
 from nemo_pivotrl.pivotrl.sft import Sequence_, conversation, epochs, fit
 
 
 @one_writer
 def make_manners(recipe: Recipe, fresh: bool = False) -> Path:
     """Write `patient/policy`, `novice/policy` (the doctor's start) and the questions of both splits; returns their folder."""
+    if recipe.manners.source == "shipped":
+        for name in ("patient", "novice"):
+            shipped.unpack(name, recipe.path(name) / "policy")
+    else:
+        _make_models(recipe, fresh)
+    folder = recipe.path("manners")
+    for split in ("train", "test"):
+        asked = [[{"role": "user", "content": text}] for text in manners.questions(recipe.seed, split)]
+        write_atomically(folder / f"{split}.jsonl", "".join(json.dumps(messages) + "\n" for messages in asked))
+    return folder
+
+
+def _make_models(recipe: Recipe, fresh: bool) -> None:
     shape = recipe.manners
     lessons = lessons_of(recipe)
     plain = [lesson for lesson in lessons if lesson[0]["role"] != "system"]
@@ -39,11 +52,6 @@ def make_manners(recipe: Recipe, fresh: bool = False) -> Path:
             with replacing_folder(init) as part:
                 tiny.save(tiny.make_model(tokenizer, hidden, layers, shape.heads, recipe.seed), tokenizer, part)
         teach(recipe, name, init, taught, fresh)
-    folder = recipe.path("manners")
-    for split in ("train", "test"):
-        asked = [[{"role": "user", "content": text}] for text in manners.questions(recipe.seed, split)]
-        write_atomically(folder / f"{split}.jsonl", "".join(json.dumps(messages) + "\n" for messages in asked))
-    return folder
 
 
 def lessons_of(recipe: Recipe) -> list[list[dict[str, Any]]]:

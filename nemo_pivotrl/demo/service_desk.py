@@ -18,7 +18,7 @@ import json
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from nemo_pivotrl.core.artifacts import canonical_json
 from nemo_pivotrl.core.types import Action, Message, ToolCall
@@ -93,20 +93,20 @@ WORDS = [
 ]
 
 
-def _tool(name: str, description: str, **properties: str) -> dict[str, Any]:
+def tool_schema(name: str, description: str, **properties: str) -> dict[str, Any]:
     schema = {key: {"type": kind} for key, kind in properties.items()}
     parameters = {"type": "object", "properties": schema, "required": list(schema), "additionalProperties": False}
     return {"type": "function", "function": {"name": name, "description": description, "parameters": parameters}}
 
 
 TOOLS = (
-    _tool("find_orders", "Orders of a customer.", user="string"),
-    _tool("get_order", "Quantity and status of one order.", order_id="string"),
-    _tool("search_items", "Items of a kind with their prices.", kind="string"),
-    _tool("cancel_order", "Cancel a pending order.", order_id="string", note="string"),
-    _tool("change_order", "Change the quantity of a pending order.", order_id="string", qty="integer"),
-    _tool("place_order", "Order an item for a customer.", user="string", item="string", qty="integer"),
-    _tool("transfer", "Hand the customer to a human.", summary="string"),
+    tool_schema("find_orders", "Orders of a customer.", user="string"),
+    tool_schema("get_order", "Quantity and status of one order.", order_id="string"),
+    tool_schema("search_items", "Items of a kind with their prices.", kind="string"),
+    tool_schema("cancel_order", "Cancel a pending order.", order_id="string", note="string"),
+    tool_schema("change_order", "Change the quantity of a pending order.", order_id="string", qty="integer"),
+    tool_schema("place_order", "Order an item for a customer.", user="string", item="string", qty="integer"),
+    tool_schema("transfer", "Hand the customer to a human.", summary="string"),
 )
 WRITES = frozenset({"cancel_order", "change_order", "place_order"})
 
@@ -253,15 +253,22 @@ class Episode:
     """One conversation about one task: the tools, the customer and the judgement of the end state.
 
     `messages` is the state the agent sees. `step` takes its action and moves on; `done` and `success` tell the rest.
+    A desk of another kind has a subclass with its own system prompt, tools and turns.
     """
+
+    system: ClassVar[str] = SYSTEM
+    catalogue: ClassVar[tuple[dict[str, Any], ...]] = TOOLS
+    writes: ClassVar[frozenset[str]] = WRITES
+    """Tools that need the customer's word first."""
+    max_turns: ClassVar[int] = MAX_TURNS
 
     def __init__(self, task: Task):
         self.task = task
         self.database = copy.deepcopy(task.database)
         self.puzzle = "answer" in task.goal
-        self.messages: list[Message] = [] if self.puzzle else [{"role": "system", "content": SYSTEM}]
+        self.messages: list[Message] = [] if self.puzzle else [{"role": "system", "content": self.system}]
         self.messages.append({"role": "user", "content": task.opening})
-        self.tools = () if self.puzzle else TOOLS
+        self.tools = () if self.puzzle else self.catalogue
         self.done = False
         self.confirmed = False
         self.broke_policy = False
@@ -271,7 +278,7 @@ class Episode:
     def step(self, action: Action) -> None:
         """Apply one assistant turn. A malformed or empty turn ends the episode without success."""
         self.turns += 1
-        self.done = self.turns >= MAX_TURNS
+        self.done = self.turns >= self.max_turns
         if action.kind == "message":
             self._talk(action.content)
         elif action.kind == "calls":
@@ -313,7 +320,7 @@ class Episode:
             arguments = json.loads(call.arguments)
         except ValueError:
             return {"error": "bad arguments"}
-        tool = next((t["function"] for t in TOOLS if t["function"]["name"] == call.name), None)
+        tool = next((t["function"] for t in self.catalogue if t["function"]["name"] == call.name), None)
         if tool is None:
             return {"error": "no such tool"}
         types = {key: value["type"] for key, value in tool["parameters"]["properties"].items()}
@@ -324,9 +331,14 @@ class Episode:
             or not all(type(arguments[k]) is python[t] for k, t in types.items())
         ):
             return {"error": "bad arguments"}
-        if call.name in WRITES and not self.confirmed:
+        if call.name in self.writes and not self.confirmed:
             self.broke_policy = True
-        return getattr(self, "_" + call.name)(**arguments)
+        return self.answer(call.name, arguments)
+
+    def answer(self, name: str, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Run one of the tools, with arguments of the right types."""
+        found: dict[str, Any] = getattr(self, "_" + name)(**arguments)
+        return found
 
     def _find_orders(self, user: str) -> dict[str, Any]:
         found = {order["item"]: key for key, order in self.database["orders"].items() if order["user"] == user}

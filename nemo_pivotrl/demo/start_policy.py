@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from nemo_pivotrl.components.rollout import load_chat
 from nemo_pivotrl.config import Recipe
 from nemo_pivotrl.core.artifacts import digest
 from nemo_pivotrl.core.atomic import replacing_folder
-from nemo_pivotrl.demo import service_desk, simulators, tiny_models
+from nemo_pivotrl.core.errors import InputError, Problem
+from nemo_pivotrl.demo import request_desk, service_desk, shipped, simulators, tiny_models
 from nemo_pivotrl.pivotrl.sft import Sequence_, conversation, epochs, fit, identity_for
 
 COPY_BATCH = 128
@@ -37,7 +38,9 @@ def make_start_policy(recipe: Recipe, fresh: bool) -> Path:
             )
     policy = dataclasses.replace(recipe.policy, model_name=str(init))
     chat = load_chat(policy)
-    desk_sequences, puzzle_sequences = ([conversation(t, chat) for t in some] for some in (desk, puzzles))
+    desk_sequences, puzzle_sequences = (
+        [conversation(t, chat, own) for t in some if (own := own_turns(t))] for some in (desk, puzzles)
+    )
     looks_back = ("repeat", "recall")
     copying = [s for s, t in zip(puzzle_sequences, puzzles, strict=True) if t["family"] in looks_back]
     identity = identity_for(recipe, settings, policy, chat, digest(dataclasses.asdict(shape)))
@@ -51,6 +54,14 @@ def make_start_policy(recipe: Recipe, fresh: bool) -> Path:
     return fit(recipe, settings, policy, chat, draw, identity, fresh)
 
 
+def shipped_start_policy(recipe: Recipe, fresh: bool) -> Path:
+    """The shop's start policy as the package has it; returns its folder. Raises InputError for another desk."""
+    if recipe.world.desk != "shop":
+        remedy = "set world.desk: shop, or warmup.source: world, which trains one"
+        raise InputError(Problem("recipe", None, "warmup.source", "shipped, for another desk", remedy))
+    return shipped.unpack("start-policy", recipe.path(recipe.warmup.name) / "policy")
+
+
 def warmup_trajectories(recipe: Recipe) -> tuple[list[dict], list[dict]]:
     """Conversations the tiny start policy learns from; their tasks are shared with no other split."""
     rng = random.Random(f"experts {recipe.seed}")
@@ -58,8 +69,27 @@ def warmup_trajectories(recipe: Recipe) -> tuple[list[dict], list[dict]]:
     puzzles = simulators.puzzles(recipe, "warmup").tasks()
     with_family = [{**service_desk.expert_trajectory(t, rng), "family": t.family} for t in puzzles]
     draws, rate = random.Random(f"slips {recipe.seed}"), recipe.world.expert_error_rate
+    if recipe.world.desk == "requests":
+        return _request_clerks(desk, draws, rate), with_family
     clerks = [service_desk.expert_trajectory(t, rng, errors=service_desk.draw_errors(draws, rate)) for t in desk]
     return clerks, with_family
+
+
+def _request_clerks(tasks: Sequence[service_desk.Task], rng: random.Random, error_rate: float) -> list[dict]:
+    """Every second conversation has turns of clerks with another wording, which the start policy reads and does not learn to say."""
+    return [
+        request_desk.conversation(task, rng, request_desk.mixed(rng), error_rate)
+        if number % 2
+        else request_desk.conversation(task, rng, error_rate=error_rate)
+        for number, task in enumerate(tasks)
+    ]
+
+
+def own_turns(trajectory: dict) -> Sequence[int]:
+    """The turns, counted from 0, that are in the start policy's own wording; all where the trajectory does not say."""
+    turns = sum(m["role"] == "assistant" for m in trajectory["messages"])
+    wording = trajectory.get("wording", ["house"] * turns)
+    return [number for number, teacher in enumerate(wording) if teacher == "house"]
 
 
 def _texts(trajectory: dict) -> Iterable[str]:

@@ -70,6 +70,7 @@ def assess(recipe: Recipe, fresh: bool = False) -> Path:
     summary = summarise(rows, recipe)
     write_atomically(recipe.path("assessment.json"), json_line(summary).decode())
     print(table(summary))
+    print(verdict(summary))
     return path
 
 
@@ -300,3 +301,26 @@ def table(summary: dict[str, Any]) -> str:
     lines.append(f"{size}; {summary['confidence']:.0%} intervals over prompts; KL in nats a token")
     lines.append("forwards: tokens that all models read after the prompt, for a token of the answer")
     return "\n".join(lines)
+
+
+def verdict(summary: dict[str, Any]) -> str:
+    """One sentence: how often each arm that doctors steer wins and loses against the first arm, by the first objective.
+
+    An arm whose interval of wins reaches its losses is called not shown.
+    """
+    first, *others = summary["arms"].items()
+    objective = next(iter(first[1]["objectives"]))
+    parts = []
+    for label, arm in others:
+        if arm["setting"]["beta"]:
+            found = arm["objectives"][objective]
+            (win, low, _), (lose, _, high) = found["win"], found["lose"]
+            shown = "" if low > high or found["win"][2] < found["lose"][1] else " (not shown)"
+            parts.append(
+                f"{label} wins {100 * win:.1f} % and loses {100 * lose:.1f} %{shown} at {arm['kl']:.3f} nats a token"
+            )
+    return (
+        f"Against {first[0]}, by {objective}: {'; '.join(parts)}."
+        if parts
+        else f"No arm is steered against {first[0]}."
+    )

@@ -1,20 +1,17 @@
 """evaluate: policies side by side, in domain and out of domain, with confidence intervals.
 
-Three sets: `one_turn` (held-out states, the verifier's reward), `multi_turn` (whole episodes in a simulator, where there
-is one), `retention` (something unrelated that must not be lost). Every policy gets the same items and the same seeds.
-Intervals are percentile bootstraps over items, because samples of one item are not independent.
+The sets: `one_turn` (held-out states, the verifier's reward), `multi_turn` (whole episodes in a simulator, where there is one;
+`greedy` at temperature 0), `retention` (something unrelated that must not be lost). Every policy gets the same items and the same
+seeds. Intervals are percentile bootstraps over items, because samples of one item are not independent.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from nemo_pivotrl.algorithms import selection
 from nemo_pivotrl.backends import loading
@@ -32,7 +29,6 @@ from nemo_pivotrl.components.rollout import (
     sample_seed,
 )
 from nemo_pivotrl.components.simulation import Episode, Simulator, Task, load_simulator
-from nemo_pivotrl.components.statistics import bootstrap
 from nemo_pivotrl.components.trackers import check_dashboards, log_summary
 from nemo_pivotrl.config import Megatron, Policy, Recipe
 from nemo_pivotrl.core.artifacts import ArtefactWriter, Header, digest, file_digest, read_header, read_rows
@@ -42,6 +38,7 @@ from nemo_pivotrl.core.lock import one_writer
 from nemo_pivotrl.core.plugins import is_import_path
 from nemo_pivotrl.core.types import Action, FailedSample, Message, Sample
 from nemo_pivotrl.data.chat_template import Chat
+from nemo_pivotrl.pivotrl.evaluation_tables import summarise, table, verdict
 from nemo_pivotrl.pivotrl.select import candidates_of
 
 Row = dict[str, Any]
@@ -100,6 +97,7 @@ def evaluate(recipe: Recipe, fresh: bool = False) -> Path:
     summary = summarise(list(read_items(path)), next(iter(settings.policies)), settings.confidence, recipe.seed)
     write_atomically(recipe.path("evaluation.json"), json.dumps(summary, indent=2) + "\n")
     print(table(summary))
+    print(verdict(summary))
     log_summary(recipe, "evaluate", summary["policies"])
     return path
 
@@ -149,9 +147,13 @@ def _megatron(recipe: Recipe, folder: str) -> Megatron:
 
 def _wanted(recipe: Recipe, name: str) -> bool:
     settings = recipe.evaluate
-    return {"one_turn": True, "multi_turn": settings.simulator != "none", "retention": settings.retention != "none"}[
-        name
-    ]
+    plays = settings.simulator != "none"
+    return {
+        "one_turn": True,
+        "multi_turn": plays,
+        "greedy": plays and settings.greedy,
+        "retention": settings.retention != "none",
+    }[name]
 
 
 def one_turn(recipe: Recipe, policy: Policy, backend: Sampler, chat: Chat) -> list[Row]:
@@ -256,7 +258,14 @@ def sampled(groups: Sequence[Sequence[Sample | FailedSample]]) -> list[list[Samp
 def multi_turn(recipe: Recipe, policy: Policy, backend: Sampler, chat: Chat) -> list[Row]:
     """Success of whole episodes on the simulator's test tasks."""
     simulator = load_simulator(recipe, "evaluate.simulator", recipe.evaluate.simulator)
-    return _played(recipe, simulator, "multi_turn", policy, backend, chat)
+    return _played(recipe, simulator, "multi_turn", policy, backend, chat, recipe.evaluate.trials)
+
+
+def greedy(recipe: Recipe, policy: Policy, backend: Sampler, chat: Chat) -> list[Row]:
+    """The same at temperature 0, once: sampling favours a policy whose entropy fell, and this does not."""
+    simulator = load_simulator(recipe, "evaluate.simulator", recipe.evaluate.simulator)
+    likeliest = dataclasses.replace(policy, generation=dataclasses.replace(policy.generation, temperature=0.0))
+    return _played(recipe, simulator, "greedy", likeliest, backend, chat, 1)
 
 
 def retention(recipe: Recipe, policy: Policy, backend: Sampler, chat: Chat) -> list[Row]:
@@ -264,7 +273,7 @@ def retention(recipe: Recipe, policy: Policy, backend: Sampler, chat: Chat) -> l
     source = recipe.evaluate.retention
     if source == "world" or is_import_path(source):
         simulator = load_simulator(recipe, "evaluate.retention", source)
-        return _played(recipe, simulator, "retention", policy, backend, chat)
+        return _played(recipe, simulator, "retention", policy, backend, chat, recipe.evaluate.trials)
     questions = read_questions(Path(source))
     prompts = [chat.prompt_ids(messages, ()) for messages, _ in questions]
     seeds = [
@@ -318,12 +327,11 @@ def read_questions(path: Path) -> list[tuple[list[Message], str]]:
     return questions
 
 
-def _played(recipe: Recipe, simulator: Simulator, name: str, policy: Policy, backend: Sampler, chat: Chat) -> list[Row]:
+def _played(
+    recipe: Recipe, simulator: Simulator, name: str, policy: Policy, backend: Sampler, chat: Chat, times: int
+) -> list[Row]:
     tasks = simulator.tasks()
-    trials = [
-        play(simulator, tasks, (name, recipe.seed, trial), policy, backend, chat)
-        for trial in range(recipe.evaluate.trials)
-    ]
+    trials = [play(simulator, tasks, (name, recipe.seed, trial), policy, backend, chat) for trial in range(times)]
     rows = []
     for number, task in enumerate(tasks):
         episodes = [trial[number] for trial in trials]
@@ -342,73 +350,6 @@ def _played(recipe: Recipe, simulator: Simulator, name: str, policy: Policy, bac
 SETS: dict[str, Callable[[Recipe, Policy, Sampler, Chat], list[Row]]] = {
     "one_turn": one_turn,
     "multi_turn": multi_turn,
+    "greedy": greedy,
     "retention": retention,
 }
-
-
-def summarise(rows: Sequence[Row], first: str, confidence: float, seed: int) -> dict[str, Any]:
-    """Per policy and set: mean, interval, failed samples, and the paired difference from policy `first`.
-
-    An item all of whose samples failed has no score, which is not a score of 0; a set without any is an InputError.
-    """
-    scores: dict[str, dict[str, dict[str, float]]] = {}
-    failed: Counter[tuple[str, str]] = Counter()
-    for row in rows:
-        items = scores.setdefault(row["policy"], {}).setdefault(row["set"], {})
-        failed[row["policy"], row["set"]] += row.get("failed", 0)
-        if row["scores"]:
-            items[row["item"]] = float(np.mean(row["scores"]))
-    empty = [
-        Problem("evaluation", None, f"{label} {name}", "no score", "every sample failed; mend the verifier")
-        for label, sets in scores.items()
-        for name, items in sets.items()
-        if not items
-    ]
-    if empty:
-        raise InputError(empty)
-    summary: dict[str, Any] = {"confidence": confidence, "policies": {}}
-    for label, sets in scores.items():
-        summary["policies"][label] = {}
-        for name, items in sets.items():
-            means = np.array([items[i] for i in sorted(items)])
-            low, high = bootstrap(means, confidence, seed)
-            entry = {
-                "mean": float(means.mean()),
-                "low": low,
-                "high": high,
-                "items": len(items),
-                "failed": failed[label, name],
-            }
-            shared = sorted(items.keys() & scores[first].get(name, {}).keys())
-            if label != first and shared:
-                apart = np.array([items[i] - scores[first][name][i] for i in shared])
-                low, high = bootstrap(apart, confidence, seed)
-                entry["difference"] = {"mean": float(apart.mean()), "low": low, "high": high}
-            summary["policies"][label][name] = entry
-    return summary
-
-
-TITLES = {"one_turn": "held-out turns", "multi_turn": "whole tasks", "retention": "out of domain"}
-
-
-def table(summary: dict[str, Any]) -> str:
-    """The before/after table, in per cent with intervals; differences from the first policy in brackets."""
-    names = [n for n in TITLES if any(n in sets for sets in summary["policies"].values())]
-    lines = [f"{'policy':<12}" + "".join(f"{TITLES[n]:>34}" for n in names)]
-    for label, sets in summary["policies"].items():
-        cells = []
-        for name in names:
-            entry = sets.get(name)
-            text = f"{100 * entry['mean']:.1f} [{100 * entry['low']:.1f}, {100 * entry['high']:.1f}]" if entry else "-"
-            if entry and "difference" in entry:
-                text += f" ({100 * entry['difference']['mean']:+.1f})"
-            cells.append(f"{text:>34}")
-        lines.append(f"{label:<12}" + "".join(cells))
-    first = next(iter(summary["policies"]))
-    lost = sum(entry["failed"] for sets in summary["policies"].values() for entry in sets.values())
-    if lost:
-        lines.append(f"{lost} samples could not be judged and count nowhere")
-    lines.append(
-        f"per cent, {summary['confidence']:.0%} bootstrap intervals over items; in brackets the change from {first}"
-    )
-    return "\n".join(lines)

@@ -21,6 +21,7 @@ from nemo_pivotrl.core.errors import InputError, Problem
 from nemo_pivotrl.core.types import Candidate
 from nemo_pivotrl.data.chat_template import Chat
 from nemo_pivotrl.pivotrl import evaluate
+from nemo_pivotrl.pivotrl.validation import whole_tasks
 from nemo_pivotrl.verifiers.base import Verifier
 
 BASELINE = "retention.jsonl"
@@ -56,7 +57,7 @@ class Monitor:
             found |= validate(self.recipe, self.backend, sampler, self.chat, self.verifier, self.held_out)
         if retains and "retention/change" not in known:
             found |= retention(self.recipe, sampler, self.chat, step)
-        return found
+        return found | whole_tasks(self.recipe, sampler, self.chat, step, last, known)
 
 
 def rollout_metrics(

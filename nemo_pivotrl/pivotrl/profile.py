@@ -21,6 +21,7 @@ from nemo_pivotrl.algorithms.early_stopping import expected_rollouts, plan_of
 from nemo_pivotrl.backends import loading
 from nemo_pivotrl.backends.base import concurrency_of, under_way
 from nemo_pivotrl.backends.identity import identity_of, policy_revision
+from nemo_pivotrl.components.conclusions import conclude, profile_checks
 from nemo_pivotrl.components.costs import read_ledgers, spend
 from nemo_pivotrl.components.lineage import check_lineage
 from nemo_pivotrl.components.rollout import (
@@ -276,7 +277,7 @@ def tell(recipe: Recipe, path: Path) -> dict[str, Any]:
     summary = summarise(path, plan_in(header))
     print(summary_text(summary))
     report_failures(Counter(summary["failures"]), summary["candidates"], recipe, path)
-    return summary
+    return summary | conclude(Path(recipe.run_dir), "profile", profile_checks(summary))
 
 
 def report_failures(failures: Counter[str], candidates: int, recipe: Recipe, path: Path) -> None:

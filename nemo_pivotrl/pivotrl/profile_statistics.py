@@ -49,6 +49,8 @@ def summary_of(rows: Iterable[dict[str, Any]], plan: StoppingRule) -> dict[str, 
         counts["tokens_prompt"] += told["tokens_prompt"] * len(rewards)
         entry["tokens_saved"] += round(saved * told["tokens_generated"] / len(rewards))
         counts["repeated"] += repeated(row["samples"])
+        counts["truncated"] += sum(sample["finish_reason"] == "length" for sample in row["samples"])
+        counts["malformed"] += sum(unreadable(sample) for sample in row["samples"])
         if told.get("control"):
             counts["control"] += 1
             seen = drawn_first(rewards, plan)
@@ -68,6 +70,8 @@ def summary_of(rows: Iterable[dict[str, Any]], plan: StoppingRule) -> dict[str, 
         "classes": {name: dict(entry) for name, entry in classes.items()},
         "failures": dict(failures),
         "repeated_samples": counts["repeated"],
+        "truncated": counts["truncated"],
+        "malformed": counts["malformed"],
         "control": {
             "candidates": counts["control"],
             "saved_share": counts["control_saved"] / max(1, plan.count * counts["control"]),
@@ -75,6 +79,11 @@ def summary_of(rows: Iterable[dict[str, Any]], plan: StoppingRule) -> dict[str, 
             "stated_rate": plan.error_rate,
         },
     }
+
+
+def unreadable(sample: dict[str, Any]) -> bool:
+    """Whether a stored turn is whole and has no action that a verifier could judge. A cut one counts as truncated alone."""
+    return sample["finish_reason"] != "length" and sample["action"]["type"] in ("malformed", "none")
 
 
 def drawn_first(rewards: Sequence[float], plan: StoppingRule) -> list[float]:

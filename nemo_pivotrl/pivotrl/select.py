@@ -10,13 +10,16 @@ from __future__ import annotations
 from array import array
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from nemo_pivotrl.algorithms import selection
 from nemo_pivotrl.algorithms.early_stopping import StoppingRule
+from nemo_pivotrl.components.conclusions import conclude, pivot_checks
 from nemo_pivotrl.components.lineage import check_lineage
+from nemo_pivotrl.components.rollout import load_recipe_verifier
 from nemo_pivotrl.config import Recipe
 from nemo_pivotrl.core.artifacts import (
     ArtefactWriter,
@@ -32,6 +35,7 @@ from nemo_pivotrl.core.errors import InputError, Problem, short
 from nemo_pivotrl.core.lock import one_writer
 from nemo_pivotrl.core.types import Profile
 from nemo_pivotrl.data import gym_rows as responses
+from nemo_pivotrl.pivotrl.constant_answers import Earned, best, earnings, won
 from nemo_pivotrl.pivotrl.profile_rows import light_of_row, plan_in, profile_of_row, profile_to_row
 
 Counts = dict[str, Any]
@@ -72,6 +76,10 @@ def select_pivots(recipe: Recipe, fresh: bool = False) -> Path:
         settings.limit,
         settings.max_message_ratio,
     )
+    by_id = {p.candidate.candidate_id: place for p, place in zip(train, places, strict=True)}
+    constant = _constants(recipe, found, [by_id[p.candidate.candidate_id] for p in pivots]) if pivots else None
+    if settings.drop_constant_wins and constant is not None:
+        pivots, constant = _unlike_constants(pivots, constant, source)
     ids = {p.candidate.candidate_id for p in pivots}
     print(survival_tables(train, [fate(p, ids, settings.lambda_diff) for p in train]))
     if not pivots:
@@ -101,6 +109,7 @@ def select_pivots(recipe: Recipe, fresh: bool = False) -> Path:
             "version": version,
             "sampling": found.extra["sampling"],
             "pivots": len(pivots),
+            **({"drop_constant_wins": True} if settings.drop_constant_wins else {}),
         },
     )
     with ArtefactWriter(recipe.path(settings.output), header, fresh=True) as writer:
@@ -113,7 +122,71 @@ def select_pivots(recipe: Recipe, fresh: bool = False) -> Path:
     print(
         f"{len(pivots)} pivots of {len(train)} candidates, {len(held_out)} held-out states; version {version} -> {path}"
     )
+    talk = sum(p.candidate.action_name == "message" for p in pivots)
+    stage = "select" if settings.output == "pivots.jsonl" else f"select {settings.output}"
+    conclude(Path(recipe.run_dir), stage, pivot_checks(len(pivots), talk, constant and constant.best()))
     return path
+
+
+@dataclass(frozen=True, slots=True)
+class Constants:
+    """What constant answers earn on the pivots that they were tried on."""
+
+    earned: Earned
+    tried: int
+
+    def best(self) -> tuple[str, float]:
+        """The best answer and its mean reward."""
+        return best(self.earned, self.tried)
+
+    def without(self, dropped: Mapping[str, str]) -> Constants:
+        """Over the pivots that are left."""
+        left = {a: {c: r for c, r in rewards.items() if c not in dropped} for a, rewards in self.earned.items()}
+        ordered = dict(sorted(left.items(), key=lambda pair: -sum(pair[1].values())))
+        return Constants({a: r for a, r in ordered.items() if r}, self.tried - len(dropped))
+
+
+def _unlike_constants(pivots: list[Profile], constant: Constants, source: Path) -> tuple[list[Profile], Constants]:
+    """The pivots that no constant answer wins, and what constant answers earn on them. Raises InputError where there is none."""
+    before, easy = len(pivots), won(constant.earned)
+    if len(easy) == before:
+        told = f"a constant answer wins all {before} pivots, first {constant.best()[0]}"
+        remedy = "use a verifier that tells answers apart (a judge for talk), or verifier.message=exclude"
+        raise InputError(Problem(str(source), None, "select.drop_constant_wins", told, remedy))
+    print(f"{len(easy)} of {before} pivots are won by a constant answer and left out")
+    return [p for p in pivots if p.candidate.candidate_id not in easy], constant.without(easy)
+
+
+def _constants(recipe: Recipe, found: Header, places: Sequence[int]) -> Constants | None:
+    """What constant answers earn on the pivots: on `audit.sample` of them, on all where such pivots are to be dropped.
+
+    None where the recipe's verifier is not the profile's, or a judge would have to be asked. Raises InputError for these where
+    pivots are to be dropped.
+    """
+    drop = recipe.select.drop_constant_wins
+    verifier, verifier_id = load_recipe_verifier(recipe)
+    why = f"the profile was judged by {found.verifier}, the recipe has {verifier_id}" * (verifier_id != found.verifier)
+    if not why and verifier.asks_judge and not drop:
+        why = "the verifier asks a judge (select.drop_constant_wins=true asks it for every pivot)"
+    if why:
+        if drop:
+            remedy = "give the recipe of the profile, or run rescore and select from its output"
+            raise InputError(Problem("recipe", None, "select.drop_constant_wins", why, remedy))
+        print(f"constant answers are not tried: {why}")
+        return None
+    size = 0 if drop else recipe.audit.sample
+    tried = [
+        responses.candidate_of_row(row) for row in rows_at(recipe.path(recipe.select.profiles), _spread(places, size))
+    ]
+    earned = earnings(verifier, tried, [c.expected for c in tried], recipe.profile.max_retries)
+    return Constants(earned, len(tried))
+
+
+def _spread(places: Sequence[int], size: int) -> Sequence[int]:
+    """So many of the places, evenly spaced; 0: all."""
+    if not size or size >= len(places):
+        return places
+    return [places[n * len(places) // size] for n in range(size)]
 
 
 def check_decided(recipe: Recipe, train: Sequence[Profile], plan: StoppingRule, source: Path) -> None:
@@ -155,7 +228,7 @@ def candidates_of(path: Path, split: str) -> list[Any]:
 
 
 def fate(profile: Profile, pivots: set[str], lambda_diff: float) -> str:
-    """What became of a candidate: `pivot`, `failed`, `all 0`, `all 1`, `too easy`, or `not drawn` (limit, message ratio)."""
+    """What became of a candidate: `pivot`, `failed`, `all 0`, `all 1`, `too easy`, or `not drawn` (limit, ratio, constant answer)."""
     if profile.candidate.candidate_id in pivots:
         return "pivot"
     if profile.failure is not None:

@@ -37,9 +37,13 @@ from nemo_pivotrl.core.types import Action, Candidate, Message
 from nemo_pivotrl.data import gym_rows as responses
 from nemo_pivotrl.data.chat_template import Chat
 from nemo_pivotrl.pivotrl.select import candidates_of
+from nemo_pivotrl.pivotrl.validation import whole_tasks
 
-EMBEDDED = "nemo_pivotrl.demo.start_policy:make_start_policy"
-"""What `warmup.source: world` runs."""
+EMBEDDED = {
+    "world": "nemo_pivotrl.demo.start_policy:make_start_policy",
+    "shipped": "nemo_pivotrl.demo.start_policy:shipped_start_policy",
+}
+"""What runs for `warmup.source`."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -102,12 +106,9 @@ def token_batch(sequences: Sequence[Sequence_]) -> tuple[TokenBatch, float]:
 @one_writer
 def sft(recipe: Recipe, fresh: bool = False) -> Path:
     """Fine-tune the start policy on the expert actions of `sft.source`; returns the policy's folder."""
-    if recipe.sft.source == "world":
-        raise InputError(
-            Problem(
-                "recipe", None, "sft.source", "world", "only warmup starts from the world; use candidates or pivots"
-            )
-        )
+    if (source := recipe.sft.source) in EMBEDDED:
+        remedy = "only warmup starts from the world; use candidates or pivots"
+        raise InputError(Problem("recipe", None, "sft.source", source, remedy))
     return _fine_tune(recipe, recipe.sft, fresh)
 
 
@@ -118,8 +119,8 @@ def warmup(recipe: Recipe, fresh: bool = False) -> Path:
         found, target = recipe.policy.model_name, recipe.path(recipe.warmup.name) / "policy"
         remedy = f"the warmup would write {target}; point policy.model_name there, or leave the warmup out"
         raise InputError(Problem("recipe", None, "policy.model_name", found, remedy))
-    if recipe.warmup.source == "world":
-        return cast("Path", load_plugin(EMBEDDED, "warmup.source")(recipe, fresh))
+    if recipe.warmup.source in EMBEDDED:
+        return cast("Path", load_plugin(EMBEDDED[recipe.warmup.source], "warmup.source")(recipe, fresh))
     return _fine_tune(recipe, recipe.warmup, fresh)
 
 
@@ -145,7 +146,7 @@ def _fine_tune(recipe: Recipe, settings: Sft, fresh: bool) -> Path:
     def draw(step: int) -> list[list[Sequence_]]:
         return [epochs(sequences, settings.batch_size, step, recipe.seed)]
 
-    return fit(recipe, settings, policy, chat, draw, identity, fresh)
+    return fit(recipe, settings, policy, chat, draw, identity, fresh, validated=settings is recipe.sft)
 
 
 def identity_for(recipe: Recipe, settings: Sft, policy: Policy, chat: Chat, data: str) -> str:
@@ -206,11 +207,15 @@ def epochs(sequences: Sequence[Sequence_], size: int, step: int, seed: int) -> l
     return [sequences[orders[p // len(sequences)][p % len(sequences)]] for p in places]
 
 
-def conversation(trajectory: dict, chat: Chat) -> Sequence_:
-    """One training sequence of a whole conversation; every assistant turn trains."""
+def conversation(trajectory: dict, chat: Chat, own: Sequence[int] | None = None) -> Sequence_:
+    """A whole conversation as one sequence. own: the assistant turns, counted from 0, that are trained; None: all of them.
+
+    What follows the last trained turn is left out.
+    """
     messages, tools = trajectory["messages"], trajectory["tools"]
     turns = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
-    return merge(_example(messages[:i], tools, messages[i], chat) for i in turns)[0]
+    trained = turns if own is None else [turns[number] for number in own]
+    return merge(_example(messages[:i], tools, messages[i], chat) for i in trained)[0]
 
 
 def fit(
@@ -221,9 +226,14 @@ def fit(
     draw: Callable[[int], list[list[Sequence_]]],
     identity: str,
     fresh: bool,
+    validated: bool = False,
 ) -> Path:
-    """Fine-tune `policy`; returns the policy's folder. draw: the parts of a step, each of which has its own token mean."""
-    kept = recipe.checkpointing
+    """Fine-tune `policy`; returns the policy's folder.
+
+    draw: the parts of a step, each of which has its own token mean. validated: play `checkpointing.simulator` and publish as
+    `checkpointing.publish` says; a start policy is what its last step made.
+    """
+    kept = recipe.checkpointing if validated else dataclasses.replace(recipe.checkpointing, publish="last")
     job = Job(
         recipe=recipe,
         stage="sft",
@@ -235,18 +245,26 @@ def fit(
         steps_field="num_steps",
         checkpointing=dataclasses.replace(kept, save_period=max(kept.save_period, settings.num_steps // 5)),
     )
-    return run(job, lambda cost: FineTuning(recipe, settings, policy, draw), fresh)
+    return run(job, lambda cost: FineTuning(recipe, settings, policy, draw, chat if validated else None), fresh)
 
 
 class FineTuning:
     """A policy in training on expert actions (`components.loop.Work`)."""
 
-    def __init__(self, recipe: Recipe, settings: Sft, policy: Policy, draw: Callable[[int], list[list[Sequence_]]]):
+    def __init__(
+        self,
+        recipe: Recipe,
+        settings: Sft,
+        policy: Policy,
+        draw: Callable[[int], list[list[Sequence_]]],
+        chat: Chat | None = None,
+    ):
+        """chat: with it, whole tasks are played as `checkpointing.simulator` says."""
         plain = dataclasses.replace(policy.generation, temperature=1.0)  # the likelihood itself, not a tempered one
         own = policy.model_name == recipe.policy.model_name
         megatron = recipe.megatron if own else without_start(recipe.megatron)
         trained = dataclasses.replace(policy, prefix_sharing=False, generation=plain, sampler="backend")
-        self.settings, self.draw = settings, draw
+        self.recipe, self.settings, self.draw, self.chat = recipe, settings, draw, chat
         self.trainer = loading.load(trained, megatron)
         self.trainer.prepare_for_training(settings.optimizer)
 
@@ -263,8 +281,8 @@ class FineTuning:
         return Step(metrics, {"tokens_trained": int(tokens)})
 
     def validate(self, step: int, last: bool, known: dict[str, float]) -> dict[str, float]:
-        """Nothing is held out."""
-        return {}
+        """Whole tasks; no turn is held out."""
+        return whole_tasks(self.recipe, self.trainer, self.chat, step, last, known) if self.chat else {}
 
 
 def decay(step: int, settings: Sft) -> float:

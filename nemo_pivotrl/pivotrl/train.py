@@ -25,9 +25,11 @@ from nemo_pivotrl.algorithms.prefix_tree import prompt_saving
 from nemo_pivotrl.backends import loading
 from nemo_pivotrl.backends.base import Backend, Sampler, TokenBatch
 from nemo_pivotrl.backends.identity import identity_of, policy_revision
+from nemo_pivotrl.components.conclusions import conclude, training_checks
 from nemo_pivotrl.components.costs import CountingSampler
 from nemo_pivotrl.components.lineage import check_lineage
 from nemo_pivotrl.components.loop import Job, Step, run
+from nemo_pivotrl.components.metrics import read_metrics
 from nemo_pivotrl.components.progress import steps_of
 from nemo_pivotrl.components.rollout import (
     Rollout,
@@ -51,6 +53,8 @@ from nemo_pivotrl.verifiers.base import Bounded, Verifier
 
 Until = Callable[[Sequence[rounds.Row]], rounds.Ending | None]
 """Asked after every step: may training go on? It is given all metrics of the round, step 0 included."""
+FLAT_STEPS = 3
+"""After so many steps without a gradient a training warns at once, and not at its end alone."""
 
 
 @one_writer
@@ -85,7 +89,11 @@ def train(recipe: Recipe, fresh: bool = False, until: Until | None = None) -> Pa
         shown=("reward", "mixed_group_share"),
         ended=until or partial(rounds.retention_lost, loop=recipe.loop),
     )
-    return run(job, lambda cost: PolicyTraining(recipe, chat, verifier, pivots, cost), fresh)
+    folder = run(job, lambda cost: PolicyTraining(recipe, chat, verifier, pivots, cost), fresh)
+    checks = training_checks(read_metrics(recipe.path(settings.name) / "metrics.jsonl"))
+    conclude(Path(recipe.run_dir), f"train {settings.name}", checks)
+    print(f"policy: {folder}")
+    return folder
 
 
 class PolicyTraining:
@@ -105,12 +113,20 @@ class PolicyTraining:
         self.monitor = Monitor(recipe, self.trainer, chat, verifier, held_out[: settings.val_candidates])
         self.meter = CountingSampler(self.trainer, cost)
         """Of the step that runs."""
+        self.flat = 0
+        """Steps without any gradient, one after another."""
 
     def step(self, number: int) -> Step:
         """Sample, judge and update. Every sample of the step is counted in its row, those of its validations too."""
         self.meter = CountingSampler(self.trainer, self.cost)
         drawn = _draw(self.pivots, self.units, number, self.recipe)
         metrics, timing = _step(self.recipe, number, drawn, self.trainer, self.meter, self.chat, self.verifier)
+        self.flat = 0 if metrics["mixed_group_share"] else self.flat + 1
+        if self.flat == FLAT_STEPS:
+            print(
+                f"WARN  step {number}: {FLAT_STEPS} steps without a group of unequal rewards: nothing is learned (mean reward "
+                f"{metrics['reward']:.3f}, truncated {metrics['truncated_share']:.0%}, malformed {metrics['malformed_share']:.0%})"
+            )
         return Step(metrics | self.meter.costs(), {"tokens_trained": round(metrics["tokens_trained"])}, timing)
 
     def validate(self, step: int, last: bool, known: rounds.Row) -> dict[str, float]:

@@ -16,6 +16,7 @@ from types import MappingProxyType
 from typing import Any
 
 from nemo_pivotrl.algorithms import selection
+from nemo_pivotrl.components.conclusions import audit_checks, conclude
 from nemo_pivotrl.components.costs import spend
 from nemo_pivotrl.components.lineage import check_lineage
 from nemo_pivotrl.components.progress import progress
@@ -28,6 +29,7 @@ from nemo_pivotrl.core.lock import one_writer
 from nemo_pivotrl.core.types import Action, Candidate, Verdict
 from nemo_pivotrl.data import gym_rows as responses
 from nemo_pivotrl.pivotrl import round_trip
+from nemo_pivotrl.pivotrl.constant_answers import earnings
 from nemo_pivotrl.verifiers import probes
 from nemo_pivotrl.verifiers.base import Bounded, Verifier, VerifierFault, verdicts
 
@@ -114,6 +116,7 @@ def audit(recipe: Recipe, fresh: bool = False) -> Path:
     if carried:
         print("\n".join(carried.lines(source)))
     print(f"-> {recipe.path('audit.jsonl')}, {recipe.path('audit.json')}")
+    conclude(Path(recipe.run_dir), "audit", audit_checks(summary))
     stop_on_gold_failures(recipe, found)
     return recipe.path("audit.jsonl")
 
@@ -205,20 +208,13 @@ def _constants(
     verifier: Verifier, chosen: Sequence[Candidate], candidates: Sequence[Candidate], max_retries: int
 ) -> dict[str, list[str]]:
     """Constant answers, made from all candidates, and which of the chosen ones each wins."""
-    won: dict[str, list[str]] = {}
-    for answer in probes.constants([candidate.expected for candidate in candidates]):
-        kind = [c for c in chosen if c.expected.kind == answer.kind]
-        results = verdicts(verifier, [(c.case, answer) for c in kind], max_retries)
-        wins = [c for c, r in zip(kind, results, strict=True) if isinstance(r, Verdict) and r.reward == 1.0]
-        if len({c.task_id for c in wins}) > 1:  # of one task it may be the answer
-            won[_said(answer)] = [c.candidate_id for c in wins]
+    tasks = {c.candidate_id: c.task_id for c in chosen}
+    earned = earnings(verifier, chosen, [c.expected for c in candidates], max_retries)
+    won = {answer: [c for c, reward in rewards.items() if reward == 1.0] for answer, rewards in earned.items()}
+    won = {
+        answer: wins for answer, wins in won.items() if len({tasks[c] for c in wins}) > 1
+    }  # of one it may be the answer
     return dict(sorted(won.items(), key=lambda pair: -len(pair[1])))
-
-
-def _said(answer: Action) -> str:
-    if answer.kind == "message":
-        return f"the text {short(answer.content, 60)!r}"
-    return f"{answer.calls[0].name}({short(answer.calls[0].arguments, 80)})"
 
 
 def best_share(found: Audit) -> float:

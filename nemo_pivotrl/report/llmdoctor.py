@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_pivotrl.components.costs import read_ledger
-from nemo_pivotrl.config import Arm, Recipe
+from nemo_pivotrl.config import Arm, Patient, Recipe
 from nemo_pivotrl.core.artifacts import read_header, read_rows
 from nemo_pivotrl.core.atomic import read_json
 from nemo_pivotrl.core.errors import InputError
@@ -143,7 +143,7 @@ def reward_pairs(recipe: Recipe) -> Row:
             counts[row["objective"]] = counts.get(row["objective"], 0) + 1
     wanted = {objective: {i * n // SHOWN_PAIRS for i in range(SHOWN_PAIRS)} for objective, n in counts.items()}
     seen: dict[str, int] = {}
-    pieces_of, problem = _decoder(recipe, header.tokenizer)
+    pieces_of, problem = decoder(recipe.patient, header.tokenizer)
     pairs: dict[str, list[Row]] = {}
     for row in read_rows(path):
         if row["split"] != "train":
@@ -165,16 +165,16 @@ def _shown_answer(answer: Row, pieces_of: Callable[[Sequence[int]], list[str]]) 
     return {"tokens": tokens, "more": len(answer["ids"]) - len(ids)}
 
 
-def _decoder(recipe: Recipe, fingerprint: str) -> tuple[Callable[[Sequence[int]], list[str]], str | None]:
+def decoder(patient: Patient, fingerprint: str) -> tuple[Callable[[Sequence[int]], list[str]], str | None]:
     """(ids to a text for each, why these texts are no texts but ids). Another tokenizer's texts would be wrong ones."""
     from nemo_pivotrl.llmdoctor.reward import load_patient_chat
 
     try:
-        chat = load_patient_chat(recipe.patient)
+        chat = load_patient_chat(patient)
     except InputError as error:
-        return _numbered, f"the patient's tokenizer could not be read: {error.problems[0]}"
+        return numbered, f"the patient's tokenizer could not be read: {error.problems[0]}"
     if chat.fingerprint != fingerprint:
-        return _numbered, "patient.model_name has another tokenizer than the one that made the rewards"
+        return numbered, "patient.model_name has another tokenizer than the one that made the rewards"
 
     def decode(ids: Sequence[int]) -> str:
         return str(chat.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
@@ -192,7 +192,8 @@ def _decoder(recipe: Recipe, fingerprint: str) -> tuple[Callable[[Sequence[int]]
     return pieces, None
 
 
-def _numbered(ids: Sequence[int]) -> list[str]:
+def numbered(ids: Sequence[int]) -> list[str]:
+    """Ids in the place of texts."""
     return [f"#{token} " for token in ids]
 
 

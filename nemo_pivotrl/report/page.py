@@ -21,7 +21,8 @@ from nemo_pivotrl.core.atomic import read_json, write_atomically
 from nemo_pivotrl.core.errors import InputError, Problem
 from nemo_pivotrl.core.lock import one_writer
 from nemo_pivotrl.data.gym_rows import candidate_of_row
-from nemo_pivotrl.pivotrl.evaluate import TITLES, read_items
+from nemo_pivotrl.pivotrl.evaluate import read_items
+from nemo_pivotrl.pivotrl.evaluation_tables import TITLES
 from nemo_pivotrl.report import llmdoctor as report_llmdoctor, profile as report_profile, rounds as report_loop
 from nemo_pivotrl.report.plots import curve, plt, svg
 

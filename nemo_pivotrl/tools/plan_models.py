@@ -51,7 +51,7 @@ def shape_of(folder: str, recipe: Recipe) -> tuple[Architecture, str]:
         return read_architecture(folder), f"{folder}/config.json"
     made = recipe.path(recipe.warmup.name) / "policy"
     if folder and Path(folder) == made:
-        if recipe.warmup.source == "world" and not recipe.warmup.init:
+        if recipe.warmup.source in ("world", "shipped") and not recipe.warmup.init:
             w = recipe.world
             return tiny_shape(w.vocab_size, w.hidden_size, w.layers, w.heads), "made by the warmup stage"
         if recipe.warmup.init and recipe.warmup.init != folder:

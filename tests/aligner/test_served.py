@@ -16,7 +16,6 @@ from conftest import Run
 from safetensors.torch import load_file
 from test_pivotrl_train import series
 
-pytestmark = pytest.mark.xdist_group("server")  # one server serves them all
 WANTED = pytest.mark.skipif(
     "VENV_VLLM" not in os.environ, reason="VENV_VLLM names no environment of vLLM: make test-aligner"
 )

@@ -11,7 +11,7 @@ from nemo_pivotrl.config import Recipe
 from nemo_pivotrl.config.load import load_recipe
 from nemo_pivotrl.core.artifacts import read_rows
 from nemo_pivotrl.core.errors import InputError
-from nemo_pivotrl.llmdoctor.assess import assess, distinct, repetition_diversity
+from nemo_pivotrl.llmdoctor.assess import assess, distinct, repetition_diversity, verdict
 
 
 def recipe(folder: Path, *overrides: str) -> Recipe:
@@ -111,3 +111,23 @@ def test_diversity_by_hand() -> None:
     assert distinct(["a b c", "a b d"], 2) == 3 / 4 and distinct(["a"], 2) == 0.0
     assert repetition_diversity("a b c d e") == 1.0
     assert repetition_diversity("a b a b") == pytest.approx(2 / 3)  # 2 of 3 pairs, all triples and quadruples differ
+
+
+def test_the_sentence_names_what_doctors_won_and_what_is_not_shown() -> None:
+    def arm(win: list[float], lose: list[float], beta: dict[str, float]) -> dict:
+        return {"setting": {"beta": beta}, "objectives": {"o": {"win": win, "lose": lose}}, "kl": 0.05}
+
+    arms = {
+        "patient": arm([0.0] * 3, [0.0] * 3, {}),
+        "greedy": arm([0.9] * 3, [0.0] * 3, {}),
+        "kind": arm([0.5, 0.4, 0.6], [0.1, 0.05, 0.15], {"k": 1.0}),
+        "brief": arm([0.2, 0.1, 0.3], [0.1, 0.05, 0.15], {"b": 1.0}),
+    }
+    assert verdict({"arms": arms}) == (
+        "Against patient, by o: kind wins 50.0 % and loses 10.0 % at 0.050 nats a token; "
+        "brief wins 20.0 % and loses 10.0 % (not shown) at 0.050 nats a token."
+    )
+    assert (
+        verdict({"arms": {"patient": arms["patient"], "greedy": arms["greedy"]}})
+        == "No arm is steered against patient."
+    )

@@ -20,7 +20,7 @@ from nemo_pivotrl.algorithms import round_rules as rounds
 from nemo_pivotrl.algorithms.round_rules import Ending, Spent
 from nemo_pivotrl.components import checkpoint, costs as ledger
 from nemo_pivotrl.components.metrics import read_metrics
-from nemo_pivotrl.config import Budget, Loop, Recipe
+from nemo_pivotrl.config import Budget, Checkpointing, Loop, Recipe
 from nemo_pivotrl.core.artifacts import read_header, read_rows
 from nemo_pivotrl.core.atomic import write_sums
 from nemo_pivotrl.core.errors import InputError
@@ -522,9 +522,14 @@ def test_the_report_shows_the_history(looped: Path) -> None:
 def test_a_published_policy_is_known_only_for_its_own_run_and_latest_step(run_dir: Path) -> None:
     folder = train(of(run_dir, "grpo.max_num_steps=2", "loop.retention_period=0")).parent
     told = json.loads((folder / "published.json").read_text())
-    assert checkpoint.published(folder, told["identity"]) == 2 and checkpoint.published(folder, "other") is None
+    last = Checkpointing()
+    assert checkpoint.published(folder, told["identity"], last) == 2
+    assert checkpoint.published(folder, "other", last) is None
+    assert checkpoint.published(folder, told["identity"], Checkpointing(publish="best")) is None  # chosen otherwise
     shutil.copytree(folder / "step_00002", folder / "step_00003")
     meta = json.loads((folder / "step_00003/meta.json").read_text())
     (folder / "step_00003/meta.json").write_text(json.dumps({**meta, "step": 3}))
     write_sums(folder / "step_00003")
-    assert checkpoint.published(folder, told["identity"]) is None  # killed between checkpoint and publication
+    assert (
+        checkpoint.published(folder, told["identity"], Checkpointing()) is None
+    )  # killed between checkpoint and publication

@@ -16,7 +16,6 @@ sys.path.append(str(ROOT / "benchmarks"))
 import claims
 import closed_loop
 import pivotrl_claims
-import pivotrl_desk
 import pivotrl_e2e
 import pivotrl_tables
 import pivotrl_theory
@@ -24,7 +23,7 @@ import pivotrl_theory
 from nemo_pivotrl.backends import loading
 from nemo_pivotrl.backends.base import TokenBatch
 from nemo_pivotrl.core.types import Sample
-from nemo_pivotrl.demo import service_desk as world
+from nemo_pivotrl.demo import service_desk as world, talk_judge
 
 
 def test_an_interval_over_seeds_is_wider_than_one_over_their_items_together() -> None:
@@ -125,10 +124,11 @@ def test_experts_make_errors_at_their_rates_and_another_teacher_does_the_same_in
         ("alfa is cancelled .", False),  # does not ask
         ("shall i cancel bravo ?", False),  # another order
         ("alfa is pending ?", False),  # tells a status
+        ("shall i pause alfa ?", False),  # does something else with it
     ],
 )
 def test_talk_is_judged_by_what_it_does(actual: str, same: bool) -> None:
-    assert pivotrl_desk.same_act("sorry to hear that ! do you agree that alfa stops ?", actual) is same
+    assert talk_judge.same_act("sorry to hear that ! do you agree that alfa stops ?", actual) is same
 
 
 def test_every_turn_of_an_episode_gets_its_advantage_and_all_tokens_count() -> None:

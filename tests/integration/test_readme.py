@@ -38,6 +38,7 @@ def test_the_readme_shows_the_commands_this_file_runs() -> None:
         "nemo-pivotrl env",
         "nemo-pivotrl plan recipes/pivotrl/pivotrl-nemotron-3-super-120b-a12b-64n8g-tp8cp16ep8-swe.yaml",
         "nemo-pivotrl preflight recipes/pivotrl/tiny.yaml",
+        "nemo-pivotrl view runs/quickstart",  # run in tests/view and tests/unit/report
         "nemo-pivotrl select recipes/pivotrl/tiny.yaml --print-config",
         "nemo-pivotrl select recipes/pivotrl/tiny.yaml select.lambda_diff=0.6",
         "nemo-pivotrl export recipes/pivotrl/tiny.yaml",
@@ -72,11 +73,11 @@ def test_every_stage_of_the_readmes_table_exists_and_no_other() -> None:
 
 
 def test_make_quickstart_is_the_run_command_and_the_run_command_works() -> None:
-    shown = subprocess.run(
-        ["make", "-n", "quickstart", "VENV=/nowhere"], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout
-    for algorithm in ("pivotrl", "llmdoctor"):  # the second is run in test_assess
-        assert f"nemo-pivotrl run recipes/{algorithm}/tiny.yaml fresh=true" in shown
+    for full, name in (("", "quickstart"), ("1", "quickstart-full")):
+        asked = ["make", "-n", "quickstart", "VENV=/nowhere", f"FULL={full}"]
+        shown = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        for algorithm in ("pivotrl", "llmdoctor"):
+            assert f"nemo-pivotrl run recipes/{algorithm}/{name}.yaml fresh=true" in shown
     command = ["run", "recipes/pivotrl/tiny.yaml", "fresh=true"]
     folder = made_once("quickstart", [command, SMALL], lambda made: keep(made, run(*command, folder=made)))
     output = (folder / "printed.txt").read_text()

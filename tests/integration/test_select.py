@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from support.recipes import recipe_at
 from nemo_pivotrl.algorithms import selection
 from nemo_pivotrl.config import Recipe
 from nemo_pivotrl.core.artifacts import json_line, placed_rows, read_rows, rows_at
+from nemo_pivotrl.core.errors import InputError
 from nemo_pivotrl.core.types import Action, Candidate, Profile, ToolCall
 from nemo_pivotrl.pivotrl.profile_rows import light_of_row, profile_of_row, profile_to_row
 from nemo_pivotrl.pivotrl.select import FATES, fate, length_band, select_pivots, survival_tables, survivals
@@ -116,3 +118,36 @@ def test_tasks_beyond_the_twelve_most_frequent_are_added_up() -> None:
     table = survivals(profiles, ["pivot"] * len(profiles))["task"]
     assert list(table) == [*(f"task{t}" for t in range(12)), "(3 others)"]
     assert table["(3 others)"]["pivot"] == 3 + 1 + 1 and table["task0"]["pivot"] == 15
+
+
+def test_pivots_that_a_constant_answer_wins_are_named_and_can_be_left_out(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(trained, tmp_path / "run")
+    drawn = ["select.rule=random", "select.limit=40"]
+    path = select_pivots(recipe_at(tmp_path / "run", *drawn), True)
+    drawn_ids = {row["provenance"]["candidate_id"] for row in read_rows(path) if row["provenance"]["split"] == "train"}
+    assert re.search(r"best constant answer +the text 'ok': mean reward 0\.[1-9]", capsys.readouterr().out)
+    select_pivots(recipe_at(tmp_path / "run", *drawn, "select.drop_constant_wins=true"), True)
+    kept = [row for row in read_rows(path) if row["provenance"]["split"] == "train"]
+    assert kept and {row["provenance"]["candidate_id"] for row in kept} < drawn_ids
+    assert "message" not in {row["expected_action"]["type"] for row in kept}
+    assert "mean reward 0.000" in capsys.readouterr().out
+
+
+def test_a_pivot_set_that_a_constant_answer_wins_whole_is_refused_where_such_pivots_are_dropped(
+    trained: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(trained, tmp_path / "run")
+    with pytest.raises(InputError, match=r"a constant answer wins all 24 pivots"):
+        select_pivots(recipe_at(tmp_path / "run", "select.drop_constant_wins=true"), True)
+
+
+def test_constant_answers_are_not_replayed_by_a_verifier_that_did_not_judge_the_profile(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(trained, tmp_path / "run")
+    select_pivots(recipe_at(tmp_path / "run", "verifier.name=exact"), True)
+    assert "constant answers are not tried: the profile was judged by single_step" in capsys.readouterr().out
+    with pytest.raises(InputError, match=r"select\.drop_constant_wins"):
+        select_pivots(recipe_at(tmp_path / "run", "verifier.name=exact", "select.drop_constant_wins=true"), True)

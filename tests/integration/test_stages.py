@@ -17,7 +17,8 @@ from nemo_pivotrl.core.artifacts import read_header, read_rows
 from nemo_pivotrl.core.errors import InputError
 from nemo_pivotrl.core.types import Action, Case, Verdict
 from nemo_pivotrl.demo import service_desk as world
-from nemo_pivotrl.pivotrl.evaluate import evaluate, holds, read_items, summarise
+from nemo_pivotrl.pivotrl.evaluate import evaluate, holds, read_items
+from nemo_pivotrl.pivotrl.evaluation_tables import summarise
 from nemo_pivotrl.pivotrl.profile import profile
 from nemo_pivotrl.pivotrl.profile_rows import profile_of_row
 from nemo_pivotrl.pivotrl.select import select_pivots

@@ -3,26 +3,33 @@
     python tests/nightly/mutants.py              # all of mutants.yaml, in minutes; exit code 1 where one survives
     python tests/nightly/mutants.py --only swe   # those whose area or fault has this word
     python tests/nightly/mutants.py --root DIR   # of another checkout, an older one for instance
+    python tests/nightly/mutants.py --jobs 1     # one at a time; without it, one on each core
 
 Each line of `mutants.yaml` names an area, the fault, a text that stands once in the package, what takes its place, and the tests
-that should notice. The package is copied, so nothing here is changed. Torch is imported once: each mutant is a fork of this process.
+that should notice. Each job works on a copy of the project, so nothing here is changed. Torch is imported once, and each mutant is
+a fork.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
+import multiprocessing
 import os
 import shutil
 import sys
 import tempfile
 import time
 import traceback
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
 LEFT_OUT = shutil.ignore_patterns(".git", ".venv*", ".pytest_cache", ".mypy_cache", "__pycache__", "runs", "*.egg-info")
 TIMEOUT_S = 900
+SECONDS = itertools.count(10**9)
 
 
 def place(root: Path, mutant: dict[str, Any]) -> tuple[Path, str, str]:
@@ -88,14 +95,32 @@ def first_failure(log: Path) -> str:
     return named[0] if named else (lines[-1] if lines else "no output")
 
 
-def run(root: Path, chosen: list[dict[str, Any]]) -> int:
+def shares(chosen: list[dict[str, Any]], jobs: int) -> list[list[tuple[int, dict[str, Any]]]]:
+    """The mutants with their numbers, for each job: those of the same tests together, as these run once without any fault."""
+    groups: dict[str, list[tuple[int, dict[str, Any]]]] = {}
+    for number, mutant in enumerate(chosen, 1):
+        groups.setdefault(mutant["tests"], []).append((number, mutant))
+    dealt: list[list[tuple[int, dict[str, Any]]]] = [[] for _ in range(jobs)]
+    for group in sorted(groups.values(), key=len, reverse=True):
+        min(dealt, key=len).extend(group)
+    return dealt
+
+
+def write(path: Path, text: str) -> None:
+    """With a time of its own: what Python has compiled is known by a file's size and second, and a fault can keep both."""
+    path.write_text(text, encoding="utf-8")
+    second = next(SECONDS)
+    os.utime(path, (second, second))
+
+
+def run(root: Path, chosen: list[tuple[int, dict[str, Any]]]) -> int:
     """Print a line a mutant; the number that no test noticed."""
     left = 0
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
         copy, log = Path(folder, "project"), Path(folder, "log")
         shutil.copytree(root, copy, ignore=LEFT_OUT)
         sound: dict[str, bool] = {}
-        for number, mutant in enumerate(chosen, 1):
+        for number, mutant in chosen:
             begun, tests = time.monotonic(), mutant["tests"]
             try:
                 path, find, put = place(copy, mutant)
@@ -104,18 +129,17 @@ def run(root: Path, chosen: list[dict[str, Any]]) -> int:
                     sound[tests] = passes(copy, tests, log)
                 if not sound[tests]:
                     raise LookupError(f"its tests fail without it: {first_failure(log)}")
-                path.write_text(text.replace(find, put), encoding="utf-8")
+                write(path, text.replace(find, put))
                 try:
                     survived = passes(copy, tests, log)
                 finally:
-                    path.write_text(text, encoding="utf-8")
+                    write(path, text)
                 verdict = "SURVIVED" if survived else f"killed by {first_failure(log)}"
             except LookupError as error:
                 survived, verdict = True, f"STALE: {error}"
             left += survived
             where = f"{number:2} {mutant['area']:<12} {mutant['fault']}"
             print(f"{where:<95} {verdict}  ({time.monotonic() - begun:.0f} s)", flush=True)
-    print(f"{len(chosen)} mutants, {left} not noticed")
     return left
 
 
@@ -123,6 +147,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", type=Path, default=HERE.parents[1])
     parser.add_argument("--only", default="")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count())
     parser.add_argument("--check", action="store_true", help="only look whether each text stands once")
     asked = parser.parse_args()
     os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HYPOTHESIS_PROFILE": "ci"}
@@ -145,7 +170,11 @@ def main() -> int:
 
     del hypothesis, AutoModelForCausalLM, AutoTokenizer  # imported for the forks
     torch.set_num_threads(1)
-    return min(run(asked.root, chosen), 1)
+    sys.stdout.flush()
+    with ProcessPoolExecutor(asked.jobs, multiprocessing.get_context("fork")) as pool:
+        left = sum(pool.map(partial(run, asked.root), shares(chosen, asked.jobs)))
+    print(f"{len(chosen)} mutants, {left} not noticed")
+    return min(left, 1)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from hypothesis import given, settings, strategies as st
 from nemo_pivotrl.algorithms.early_stopping import StoppingRule, beta_binomial, expected_rollouts, interval
 from nemo_pivotrl.algorithms.selection import Rule, keep_pivot, statistics
 
-RULES: tuple[Rule, ...] = ("adv", "mixed", "adv_with_zeros")
+RULES: tuple[Rule, ...] = ("adv", "mixed", "adv_with_zeros", "all")
 
 
 def drawn(plan: StoppingRule, outcomes: list[float]) -> list[float]:

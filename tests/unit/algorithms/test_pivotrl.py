@@ -51,7 +51,13 @@ def test_the_bound_is_decided_on_integers_where_floats_would_round() -> None:
 
 @pytest.mark.parametrize(
     ("rule", "kept"),
-    [("random", [0, 1, 2, 3, 4]), ("mixed", [1, 2, 3]), ("adv", [1, 2]), ("adv_with_zeros", [0, 1, 2])],
+    [
+        ("all", [0, 1, 2, 3, 4]),
+        ("random", [0, 1, 2, 3, 4]),
+        ("mixed", [1, 2, 3]),
+        ("adv", [1, 2]),
+        ("adv_with_zeros", [0, 1, 2]),
+    ],
 )
 def test_each_rule_keeps_its_own_success_counts_at_k_4(rule: str, kept: list[int]) -> None:
     assert [k for k in range(5) if keep_pivot(statistics(outcomes(k, 4)), rule, 0.6)] == kept

@@ -1,0 +1,35 @@
+"""The next command that a stage names: one that exists, with the same recipe and settings."""
+
+import dataclasses
+
+import pytest
+
+from nemo_pivotrl import cli
+from nemo_pivotrl.cli.stages import NEXT, following
+from nemo_pivotrl.config import Recipe
+
+PLAIN = Recipe(run_dir="runs/my run")
+
+
+def test_every_stage_that_is_named_exists() -> None:
+    assert {*NEXT, *NEXT.values()} <= set(cli.STAGES)
+
+
+@pytest.mark.parametrize(
+    "stage, expected",
+    [
+        ("extract", "nemo-pivotrl profile r.yaml 'a.b=x y'"),
+        ("rescore", "nemo-pivotrl select r.yaml 'a.b=x y' select.profiles=profiles.rescored.jsonl"),
+        ("train", "nemo-pivotrl report r.yaml 'a.b=x y'"),
+        ("tfpo", "nemo-pivotrl decode r.yaml 'a.b=x y'"),
+        ("report", "nemo-pivotrl view 'runs/my run'"),
+        ("run", "nemo-pivotrl view 'runs/my run'"),
+    ],
+)
+def test_the_next_command_can_be_pasted_as_it_is(stage: str, expected: str) -> None:
+    assert following(stage, PLAIN, "r.yaml", ["a.b=x y", "fresh=true"]) == expected
+
+
+def test_policies_that_are_named_are_evaluated_next() -> None:
+    named = dataclasses.replace(PLAIN, evaluate=dataclasses.replace(PLAIN.evaluate, policies={"base": "x"}))
+    assert following("train", named, "r.yaml", []) == "nemo-pivotrl evaluate r.yaml"
