@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
+from nemo_pivotrl.backends.base import as_trained
 from nemo_pivotrl.config import Recipe
 from nemo_pivotrl.core.errors import InputError, Problem
 from nemo_pivotrl.sizing.architecture import Architecture
@@ -62,7 +63,7 @@ def asked_of(recipe: Recipe, rank: int = 0, layers: str = "", optimizer: bool = 
     from nemo_pivotrl.backends.traced.step import Asked
 
     pivotrl = recipe.algorithm == "pivotrl"
-    role, model = ("policy", recipe.policy) if pivotrl else ("doctor", recipe.doctor)
+    role, model = ("policy", recipe.policy) if pivotrl else ("doctor", as_trained(recipe.doctor))
     shape, _ = shape_of(model.model_name, recipe)
     if problems := refused(recipe, role, shape, rank, layers):
         raise InputError(problems)
