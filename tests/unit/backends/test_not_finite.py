@@ -175,10 +175,7 @@ def test_a_pair_without_numbers_has_no_row(mends: bool) -> None:
 
 def test_a_score_that_is_none_is_asked_for_again_and_then_left_out() -> None:
     model = RewardModel.__new__(RewardModel)
-    model.tokenizer = SimpleNamespace(
-        encode=lambda text, add_special_tokens: [*text],
-    )  # type: ignore[assignment]
-    model.render = lambda _, messages: messages[-1]["content"]
+    model.encode = lambda messages: [*messages[-1]["content"]]  # type: ignore[assignment, misc]
     asked: list[int] = []
 
     def forward(input_ids: list[list[str]]) -> Any:
@@ -187,7 +184,7 @@ def test_a_score_that_is_none_is_asked_for_again_and_then_left_out() -> None:
         return SimpleNamespace(logits=torch.tensor([[NAN if b else 1.0] for b in bad]))
 
     model._scores = lambda rows: forward(rows).logits[:, 0].tolist()  # type: ignore[method-assign]
-    model.model = SimpleNamespace(config=SimpleNamespace())
+    model.model = SimpleNamespace(config=SimpleNamespace(to_dict=dict))
     model.batch_tokens, model.objective = 100, "kind"
     assert model([[]] * 3, ["ab", "nb", "tb"]) == [1.0, None, 1.0]
     assert asked == [3, 1, 1]
