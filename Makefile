@@ -176,8 +176,4 @@ verifier-speed: $(CONFORMANCE)/.installed
 	PYTHONPATH=. $(CONFORMANCE)/bin/python benchmarks/verifier_speed.py $(ARGS)
 
 clean:
-<<<<<<< HEAD
-	rm -rf $(VENV) $(VENV_ALIGNER) $(VENV_VLLM) $(CONFORMANCE) $(TRACE) build runs
-=======
-	rm -rf $(VENV) $(VENV_ALIGNER) $(VENV_VLLM) $(VENV_VIEW) $(CONFORMANCE) build runs
->>>>>>> main
+	rm -rf $(VENV) $(VENV_ALIGNER) $(VENV_VLLM) $(VENV_VIEW) $(CONFORMANCE) $(TRACE) build runs
