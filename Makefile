@@ -102,9 +102,9 @@ trace-full: $(TRACE)/.unpacked
 
 # the viewer in a real browser, whose driver has an environment of its own; `apt-get install chromium` brings the browser
 VENV_VIEW ?= .venv-view
-$(VENV_VIEW)/.installed: tests/view/requirements.txt
+$(VENV_VIEW)/.installed: requirements/view.lock
 	$(PYTHON) -m venv $(VENV_VIEW)
-	$(VENV_VIEW)/bin/python -m pip install -q -r tests/view/requirements.txt
+	$(VENV_VIEW)/bin/python -m $(LOCKED) requirements/view.lock
 	touch $@
 
 test-view: $(STAMP) $(VENV_VIEW)/.installed
