@@ -28,7 +28,7 @@ FILES = (
     "tokenizer_config.json",
 )
 DIGESTS: dict[str, str] = {
-    "start-policy": "51961cc4f4dc249b072b29080d9d8c2005b0a358298471ea7d8d02bacafb6e79",
+    "start-policy": "e3ceab3a7ca91ea400c9f34b43f606030f547cf2089cde355f2bdeb2768ea207",
     "patient": "44049d5f64671f9450c128cfa5f1e43651740dc7dcbf7b4ee8c8746285c57898",
     "novice": "2f51738f0c2ed293fca1bcbbe7472e7f13d96c0e37a39bda396e327d400562d1",
 }
