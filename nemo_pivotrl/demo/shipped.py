@@ -1,9 +1,10 @@
 """The tiny models that come with the package, so that a quickstart need not train them, and the command that packs them.
 
-They are what the tiny recipes train; that takes minutes, and gives other bytes on another processor. Weights are packed in float16
-and unpacked in float32. To make them anew:
+Training them takes minutes, and gives other bytes on another processor. The start policy learns from careless clerks, as that of
+benchmarks/pivotrl_claims.py does. Weights are packed in float16 and unpacked in float32. To make them anew:
 
-    nemo-pivotrl warmup recipes/pivotrl/tiny.yaml run_dir=runs/start
+    nemo-pivotrl warmup recipes/pivotrl/tiny.yaml run_dir=runs/start num_threads=1 world.expert_error_rate=0.8 \\
+        world.warmup_tasks=2000 world.puzzle_warmup_tasks=16000 warmup.num_steps=1500 warmup.copy_steps=220
     nemo-pivotrl manners recipes/llmdoctor/tiny.yaml run_dir=runs/manners
     python -m nemo_pivotrl.demo.shipped runs/start/start/policy runs/manners/patient/policy runs/manners/novice/policy
 """

@@ -12,7 +12,7 @@ from nemo_pivotrl.pipeline import run
 
 FEWER = """
 num_threads=1 logger.tensorboard=false audit.before_profile=false world.train_tasks=12 world.validation_tasks=4 world.test_tasks=6
-world.puzzle_test_tasks=6 profile.num_generations=4 sft.num_steps=2 grpo.max_num_steps=2 grpo.num_prompts_per_step=2
+world.puzzle_test_tasks=12 world.warmup_tasks=10 world.puzzle_warmup_tasks=80 profile.num_generations=4 sft.num_steps=2 grpo.max_num_steps=2 grpo.num_prompts_per_step=2
 grpo.num_generations_per_prompt=4 evaluate.one_turn_candidates=4 evaluate.num_generations=1 evaluate.trials=1
 extract.validation_share=0.2
 """.split()
@@ -40,9 +40,7 @@ def test_the_shipped_start_policy_goes_through_all_stages_and_a_sentence_says_wh
 def test_the_request_desk_goes_through_all_stages_and_tells_families_apart(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    smaller = (
-        "world.warmup_tasks=10 world.puzzle_warmup_tasks=80 world.hidden_size=16 world.layers=1 warmup.num_steps=3"
-    )
+    smaller = "world.hidden_size=16 world.layers=1 warmup.num_steps=3"
     smaller += " warmup.copy_steps=1 select.rule=all policy.generation.max_new_tokens=8"
     quick("requests", tmp_path, *smaller.split())
     families = json.loads((tmp_path / "evaluation.json").read_text())["policies"]["base"]["multi_turn"]["families"]
