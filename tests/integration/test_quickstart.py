@@ -12,7 +12,8 @@ from nemo_pivotrl.pipeline import run
 
 FEWER = """
 num_threads=1 logger.tensorboard=false audit.before_profile=false world.train_tasks=12 world.validation_tasks=4 world.test_tasks=6
-world.puzzle_test_tasks=12 world.warmup_tasks=10 world.puzzle_warmup_tasks=80 profile.num_generations=4 sft.num_steps=2 grpo.max_num_steps=2 grpo.num_prompts_per_step=2
+world.puzzle_test_tasks=12 world.warmup_tasks=10 world.puzzle_warmup_tasks=80
+profile.num_generations=4 sft.num_steps=2 grpo.max_num_steps=2 grpo.num_prompts_per_step=2
 grpo.num_generations_per_prompt=4 evaluate.one_turn_candidates=4 evaluate.num_generations=1 evaluate.trials=1
 extract.validation_share=0.2
 """.split()
