@@ -195,7 +195,7 @@ def test_the_statements_of_the_theory_hold_and_the_misprint_does_not(monkeypatch
 def test_the_whole_benchmark_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trained: Path) -> None:
     monkeypatch.setattr(pivotrl_claims, "TRIAL_TASKS", 4)
     monkeypatch.setattr(pivotrl_theory, "PROBLEMS", 2)
-    command = ["x", "--seeds", "1", "--sweep-seeds", "--tuning-seeds", "2", "--grid", "1e-3", "--processes", "1"]
+    command = ["x", "--seeds", "1", "--sweep-seeds", "--tuning-seeds", "2", "--grid", "1e-3", "--processes", "0"]
     command += ["--folder", str(tmp_path / "runs"), "--output", str(tmp_path / "table"), "--set", *SMALL]
     command += ["select.rule=adv_with_zeros", "select.lambda_diff=1.0"]  # a policy this weak has no pivots
     monkeypatch.setattr(sys, "argv", command)
