@@ -17,6 +17,7 @@ from collections.abc import Callable
 from typing import Any
 
 import nemo_run
+from nemo_run.cli import cli_parser
 
 from nemo_pivotrl.cli import STAGES, guarded, run_stage
 from nemo_pivotrl.config import Recipe
@@ -49,6 +50,11 @@ def annotate(cls: type[Any]) -> None:
 
 
 annotate(Recipe)
+
+if hasattr(cli_parser.parse_value, "__wrapped__"):
+    # NeMo-Run remembers what it made of a text. For `Config[Class]` that is an object which later lines fill in, so that two sections
+    # of one class, `warmup` and `sft` for instance, would become one and share the settings of the last.
+    cli_parser.parse_value = cli_parser.parse_value.__wrapped__
 
 
 def as_config(value: Any) -> Any:

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import os
+import re
 import subprocess
 import sys
 import types
@@ -161,3 +162,5 @@ def test_nemo_run_runs_a_stage_of_a_recipe(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert (tmp_path / "run/world").is_dir(), done.stdout[-2000:] + done.stderr[-2000:]
     assert done.returncode == 0
+    steps = re.search(r"sft=Sft\(.*?num_steps=(\d+)", done.stdout, re.S)
+    assert steps is not None and steps[1] == "60", "sections of one class keep their own settings"
