@@ -37,6 +37,7 @@ BUSY = frozenset({429, 503})
 """The server is well and has too much to do: it is given a pause, and is not blamed."""
 BUSY_PAUSE = 1.0
 """Seconds, where it does not say how long."""
+UNREACHABLE = (httpx.RequestError, httpx.InvalidURL, RuntimeError)  # the last is what a closed client raises
 MAX_ANSWER = 256 << 20
 """Bytes of one answer."""
 _log = logging.getLogger(__name__)
@@ -277,7 +278,7 @@ class Servers:
                         raise TransientError("sampler_timeout", f"{server.url}: no whole answer in {limit:g} s")
         except httpx.TimeoutException:
             raise TransientError("sampler_timeout", f"{server.url}: no answer in {limit:g} s") from None
-        except (httpx.RequestError, httpx.InvalidURL) as error:
+        except UNREACHABLE as error:
             raise TransientError("sampler_unreachable", f"{server.url}: {type(error).__name__}: {error}") from None
         status = response.status_code
         if status == 200:
@@ -376,7 +377,7 @@ class Servers:
         """Ask for something whose answer is a status alone."""
         try:
             status = self._client.get(server.url + path, timeout=min(5.0, self.settings.timeout_s)).status_code
-        except (httpx.RequestError, httpx.InvalidURL) as error:
+        except UNREACHABLE as error:
             raise TransientError("sampler_unreachable", f"{server.url}: {type(error).__name__}") from None
         if status != 200:
             raise TransientError("sampler_http", f"status {status} of {server.url}{path}")

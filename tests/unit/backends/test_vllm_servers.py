@@ -140,6 +140,12 @@ def test_a_server_that_hangs_meets_the_deadline_and_another_one_answers(start: A
         assert whole(infer(pool)) and len(one.asked) <= (first := first + 1)
 
 
+def test_who_looks_after_a_server_when_the_pool_is_closed_is_told_so(start: Any) -> None:
+    pool, _ = start(None)
+    pool.close()
+    assert not pool._recovered(pool.servers[0])
+
+
 def test_a_busy_server_is_given_its_pause_and_not_blamed(start: Any) -> None:
     pool, _ = start(lambda body, n: (429, b"", {"Retry-After": "0.2"}) if n == 0 else None, eject_after=1)
     begun = time.monotonic()
