@@ -17,6 +17,8 @@ from nemo_pivotrl.core.types import Candidate, Message
 
 SHINGLE = 5
 SKETCH_SIZE = 128
+SORTED_AT_ONCE = 4096
+"""Sketches whose places are sorted together: a sorted copy of all would take twice the sketches' memory."""
 
 
 def without_duplicates(candidates: list[Candidate], skipped: Counter[str], threshold: float) -> list[Candidate]:
@@ -58,6 +60,7 @@ class _StateDigests:
         self._running = hashlib.sha256()
 
     def of(self, candidate: Candidate) -> bytes:
+        """The digest of a candidate's state and tools. Candidates of one trajectory come in their order."""
         if (candidate.trajectory_id, candidate.tools) != self._trajectory or len(candidate.messages) < self._read:
             self._trajectory, self._read = (candidate.trajectory_id, candidate.tools), 0
             self._running = hashlib.sha256(canonical_json(list(candidate.tools)).encode("utf-8", "surrogatepass"))
@@ -99,11 +102,12 @@ def _similar(group: Sequence[tuple[Candidate, np.ndarray]], threshold: float) ->
     """
     sketches = np.stack([sketch for _, sketch in group])
     apart = SKETCH_SIZE - math.ceil(threshold * SKETCH_SIZE)
-    rarity = np.empty(sketches.shape, np.int64)
+    rarity = np.empty(sketches.shape, np.int32)
     for place in range(SKETCH_SIZE):
         _, inverse, counts = np.unique(sketches[:, place], return_inverse=True, return_counts=True)
         rarity[:, place] = counts[inverse]
-    rare = np.argsort(rarity, axis=1, kind="stable")[:, : apart + 1]
+    parts = [rarity[i : i + SORTED_AT_ONCE] for i in range(0, len(rarity), SORTED_AT_ONCE)]
+    rare = np.concatenate([np.argsort(part, axis=1, kind="stable")[:, : apart + 1] for part in parts])
     kept: dict[tuple[int, int], list[int]] = {}
     for i, (candidate, sketch) in enumerate(group):
         entries = [(place, value) for place, value in zip(rare[i].tolist(), sketch[rare[i]].tolist(), strict=True)]
@@ -129,6 +133,7 @@ class _Groups:
         self._asked = ""
 
     def of(self, candidate: Candidate) -> str:
+        """The key of a candidate's state. Candidates of one trajectory come in their order."""
         messages = candidate.messages
         if candidate.trajectory_id != self._trajectory or len(messages) < self._read:
             self._trajectory, self._read, self._asked = candidate.trajectory_id, 0, ""

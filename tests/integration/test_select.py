@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support.recipes import recipe_at
+from support.recipes import SMALL, TINY, recipe_at
 
 from nemo_pivotrl.algorithms import selection
 from nemo_pivotrl.config import Recipe
@@ -151,3 +153,13 @@ def test_constant_answers_are_not_replayed_by_a_verifier_that_did_not_judge_the_
     assert "constant answers are not tried: the profile was judged by single_step" in capsys.readouterr().out
     with pytest.raises(InputError, match=r"select\.drop_constant_wins"):
         select_pivots(recipe_at(tmp_path / "run", "verifier.name=exact", "select.drop_constant_wins=true"), True)
+
+
+@pytest.mark.parametrize("stage", ["select", "extract"])
+def test_stages_without_a_model_start_without_torch(trained: Path, tmp_path: Path, stage: str) -> None:
+    """Trying thresholds is a second a time, not four."""
+    shutil.copytree(trained, tmp_path / "run")
+    words = [stage, TINY, f"run_dir={tmp_path}/run", *SMALL, f"policy.model_name={trained}/start/policy", "fresh=true"]
+    code = f"import sys; from nemo_pivotrl import cli; sys.exit(cli.main({words!r}) or 3 * ('torch' in sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -61,12 +62,19 @@ def over_forest(query: Tensor, key: Tensor, value: Tensor, forest: Forest, scale
     held = None
     if group.size() > 1:
         key, value = (gather_from_sequence_parallel_region(x, group=group) for x in (key, value))
-        keys, _ = _held([0, key.shape[0]], 0, group.size())
-        order = keys.argsort().to(key.device)  # of the stream; they come in the order in which the ranks hold them
+        order = _stream_order(key.shape[0], group.size(), key.device)
         key, value = key[order], value[order]
         held = context_ranges(key.shape[0], group.rank(), group.size())
     found = attend(*(x.permute(1, 2, 0, 3) for x in (query, key, value)), forest, scale, held)
     return found.permute(2, 0, 1, 3).flatten(2)
+
+
+@functools.lru_cache(maxsize=4)
+def _stream_order(length: int, ranks: int, device: torch.device) -> Tensor:
+    """[S] long: where each place of a stream is among what was gathered, which is in the order in which the ranks hold it. One
+    for all layers: making it waits for the device."""
+    keys, _ = _held([0, length], 0, ranks)
+    return keys.argsort().to(device)
 
 
 def with_forests(attention: type) -> type:
