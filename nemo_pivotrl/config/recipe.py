@@ -40,6 +40,13 @@ class Recipe:
 
     Bit-exact resume needs the same number.
     """
+    executor: Literal["here", "processes"] = "here"
+    """Where stages that work row by row run: in this process, or in processes of this machine.
+
+    Rows and their order do not depend on it. Stages that train run here, or as `megatron` says.
+    """
+    workers: int = ranged(1, 1)
+    """Processes of `executor: processes`, each with a model or a client of servers."""
     policy: Policy = field(default_factory=Policy)
     megatron: Megatron = field(default_factory=Megatron)
     """How the `megatron` backend of `policy`, `doctor` and `patient` runs; names are Megatron's."""
