@@ -193,7 +193,7 @@ def read_header(path: Path, stage: str | tuple[str, ...]) -> Header:
     """
     wanted = (stage,) if isinstance(stage, str) else stage
     if not path.exists():
-        remedy = f"run the stage that writes {wanted[0]} first"
+        remedy = " or ".join(f"`nemo-pivotrl {MADE_BY[kind]} RECIPE`" for kind in wanted) + " makes it"
         raise InputError(Problem(str(path), None, "file", "no such file", remedy))
     content = _content(path)
     header, seal = _parsed(path, content.first)

@@ -32,7 +32,7 @@ def test_a_header_and_its_rows_come_back_as_they_were_written(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("content", "found", "remedy"),
     [
-        (None, "no such file", "run the stage that writes candidates first"),
+        (None, "no such file", "`nemo-pivotrl extract RECIPE` makes it"),
         (b"", "an empty file", "give a file that a stage wrote"),
         (b'{"messages": []}\n', '{"messages": []}', "give a file that a stage wrote"),
         (b"[1]\n", "[1]", "give a file that a stage wrote"),
