@@ -1,4 +1,4 @@
-"""Where the work of a map runs: in this process, or in processes of this machine.
+"""Where the work of a map runs: in this process, in processes of this machine, or on Ray (`ray_executor.py`).
 
 An executor makes workers, gives them tasks and hands back what they return, in whatever order it comes. It keeps nothing: what is
 lost with a worker is given to another one.
@@ -57,6 +57,10 @@ class Executor(Protocol):
 
 def make_executor(recipe: Recipe, make_worker: Callable[[], Worker]) -> Executor:
     """The executor that the recipe names. `make_worker` is called where the worker runs; elsewhere than here it is pickled."""
+    if recipe.executor == "ray":
+        from nemo_pivotrl.components.ray_executor import RayActors
+
+        return RayActors(make_worker, recipe)
     if recipe.executor == "processes":
         return Processes(make_worker, recipe.workers)
     return Here(make_worker())
@@ -133,6 +137,15 @@ class Deaths:
             raise InputError(Problem("workers", None, "task", found, remedy))
 
 
+def made(make_worker: Callable[[], Worker]) -> Worker:
+    """The worker, in a process of its own. What its making raises it raises at its first task: where a process ends while it
+    begins, nobody is told why."""
+    try:
+        return make_worker()
+    except Exception as error:
+        return partial(_refuse, error)
+
+
 _worker: Worker
 
 
@@ -140,10 +153,7 @@ def _begin(make_worker: Callable[[], Worker]) -> None:
     """In a new process: end with the one that started it, however that ends, and make the worker."""
     global _worker
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    try:
-        _worker = make_worker()
-    except Exception as error:  # told with the first task: here the pool would only call itself broken
-        _worker = partial(_refuse, error)
+    _worker = made(make_worker)
 
 
 def _refuse(error: Exception, task: Any) -> None:
