@@ -11,7 +11,7 @@ import dataclasses
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache, partial
 from itertools import pairwise
 from pathlib import Path
@@ -47,8 +47,8 @@ from nemo_pivotrl.core.errors import InputError, Problem
 from nemo_pivotrl.core.lock import one_writer
 from nemo_pivotrl.core.types import Candidate
 from nemo_pivotrl.data.chat_template import Chat
+from nemo_pivotrl.data.states import candidates_of
 from nemo_pivotrl.pivotrl.monitor import Monitor, State, padded, rollout_metrics
-from nemo_pivotrl.pivotrl.select import candidates_of
 from nemo_pivotrl.verifiers.base import Bounded, Verifier
 
 Until = Callable[[Sequence[rounds.Row]], rounds.Ending | None]
@@ -193,7 +193,7 @@ def _identity(recipe: Recipe, source: Path) -> str:
     return digest([recipe.seed, grpo, parts, recipe.checkpointing.save_period, file_digest(source)])
 
 
-def _states(candidates: Sequence[Candidate], chat: Chat, recipe: Recipe, source: Path) -> list[State]:
+def _states(candidates: Iterable[Candidate], chat: Chat, recipe: Recipe, source: Path) -> list[State]:
     found = rendered(candidates, lambda c: chat.prompt_ids(c.messages, c.tools), source)
     states = [State(candidate, prompt) for candidate, prompt in found]
     kept = [s for s in states if fits(s.prompt, recipe.policy)]
