@@ -100,6 +100,16 @@ class Recipe:
         }
         return models[role]
 
+    def maker(self, role: str) -> str:
+        """The stage of this recipe that writes a role's model; '' for a checkpoint that the user brings."""
+        folders = {
+            "policy": {"warmup": f"{self.warmup.name}/policy"},
+            "patient": {"manners": "patient/policy"},
+            "doctor": {"manners": "novice/policy"},
+        }
+        named = Path(self.model(role).model_name).resolve()
+        return next((stage for stage, own in folders[role].items() if self.path(own).resolve() == named), "")
+
     def path(self, name: str) -> Path:
         """`name` inside the run directory."""
         return Path(self.run_dir) / name

@@ -205,7 +205,7 @@ def read_header(path: Path, stage: str | tuple[str, ...]) -> Header:
     """
     wanted = (stage,) if isinstance(stage, str) else stage
     if not path.exists():
-        remedy = f"run the stage that writes {wanted[0]} first"
+        remedy = " or ".join(f"`nemo-pivotrl {MADE_BY[kind]} RECIPE`" for kind in wanted) + " makes it"
         raise InputError(Problem(str(path), None, "file", "no such file", remedy))
     content = _content(path)
     header, seal = _parsed(path, content.first)
@@ -345,18 +345,6 @@ def rows_at(path: Path, places: Iterable[int]) -> Iterator[dict[str, Any]]:
         for place in places:
             handle.seek(place)
             yield json.loads(handle.readline())
-
-
-def check_headers(path: Path, found: Header, **expected: str) -> None:
-    """Compare header fields with what the recipe implies, all differences in one InputError."""
-    text = "the recipe gives {!r}; use the matching recipe or re-run the stage"
-    problems = [
-        Problem(str(path), 1, name, repr(getattr(found, name)), text.format(value))
-        for name, value in expected.items()
-        if getattr(found, name) != value
-    ]
-    if problems:
-        raise InputError(problems)
 
 
 def check_parent(path: Path, found: Header, parent: Path) -> Header:

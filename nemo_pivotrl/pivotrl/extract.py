@@ -7,11 +7,11 @@ turns, always.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +64,7 @@ SEARCH_WORDS = frozenset(
         "evidence",
     ]
 )
-NO_TOOLS = "none; name a JSON file with their definitions in extract.tools"
+NO_TOOLS = "none; name a JSON file with their definitions: extract.tools=FILE"
 MAX_NAMED = 1000
 """Problems that the audit names."""
 SHOWN = 5
@@ -85,6 +85,7 @@ def extract(recipe: Recipe, fresh: bool = False) -> Path:
     'candidates.jsonl'
     """
     settings = recipe.extract
+    talk_is_left_out = excludes_talk(recipe.verifier)  # first of all: it refuses a verifier that is not there
     reading = read_trajectories(
         settings.trajectories, settings.format, settings.tools, settings.on_invalid, settings.min_reward
     )
@@ -98,7 +99,7 @@ def extract(recipe: Recipe, fresh: bool = False) -> Path:
     if not candidates:
         remedy = "see the skip audit above; loosen extract.* or add trajectories"
         raise InputError(Problem(str(path), None, "candidates", "none kept", remedy))
-    if excludes_talk(recipe.verifier) and (talk := sum(is_talk(c.expected, c.fields) for c in candidates)):
+    if talk_is_left_out and (talk := sum(is_talk(c.expected, c.fields) for c in candidates)):
         print(
             f"the expert talks in {talk} of {len(candidates)} candidates: audit, profile and train leave these out "
             "(verifier.message: exclude; judge or any takes them in), sft does not"
@@ -127,7 +128,7 @@ def cut_all(
             else:
                 found.append(_candidate(trajectory, index, depth, splits[trajectory.task_id]))
     if problems and settings.on_invalid == "error":
-        raise InputError(problems)
+        raise InputError(_once_a_file(problems))
     kept = without_duplicates(found, skipped, settings.near_duplicate)
     file_of = {t.trajectory_id: t.source.rpartition(":")[0] for t in trajectories}
     for c in kept:
@@ -159,9 +160,28 @@ def _write(
     header = Header("candidates", config_hash, parent, extra=states.reference(target, path))
     # ready-made rows of one trajectory share their prefixes in training, as turns that were cut here do
     source = {t.trajectory_id: t.trajectory_id.rpartition("@")[0] for t in stored if t.last_only}
-    named = (dataclasses.replace(c, trajectory_id=source.get(c.trajectory_id) or c.trajectory_id) for c in candidates)
+    named = (replace(c, trajectory_id=source.get(c.trajectory_id) or c.trajectory_id) for c in candidates)
     numbers = [place[c.trajectory_id] for c in candidates]
     write_artefact(path, header, map(states.candidate_row, named, numbers))
+
+
+def _once_a_file(problems: Sequence[Problem]) -> list[Problem]:
+    """The problems, with one for all calls of a file whose records define no tool."""
+    undefined: dict[str, list[Problem]] = {}
+    for problem in problems:
+        if NO_TOOLS in problem.remedy:
+            undefined.setdefault(problem.file, []).append(problem)
+    found = [
+        replace(
+            same[0],
+            line=None,
+            field="tools",
+            found=f"no definition of the tools that {len(same)} calls use: {', '.join(dict.fromkeys(p.found for p in same))}",
+            remedy="name a JSON file with their definitions (docs/formats.md has its shape): extract.tools=FILE",
+        )
+        for same in undefined.values()
+    ]
+    return found + [problem for problem in problems if NO_TOOLS not in problem.remedy]
 
 
 def _judged(trajectory: Trajectory, settings: Extract) -> Iterator[tuple[int, int, str, Problem | None]]:

@@ -126,7 +126,7 @@ def warmup(recipe: Recipe, fresh: bool = False) -> Path:
 
 def makes_start_policy(recipe: Recipe) -> bool:
     """Whether policy.model_name is what the warmup writes, rather than a checkpoint the user brought."""
-    return Path(recipe.policy.model_name).resolve() == (recipe.path(recipe.warmup.name) / "policy").resolve()
+    return recipe.maker("policy") == "warmup"
 
 
 def _fine_tune(recipe: Recipe, settings: Sft, fresh: bool) -> Path:

@@ -148,9 +148,14 @@ def test_a_recipe_typo_exits_2_with_the_cure_on_stderr_and_no_traceback(tmp_path
         (["select", "nowhere.yaml"], "nowhere.yaml"),
         (["select", "RECIPE", "select.lambda_diff=7"], "from 0.0 to 1.0"),
         (["select", "RECIPE", "nonsense"], "section.key=value"),
-        (["select", "RECIPE"], "run the stage that writes profiles first"),
-        (["export", "RECIPE"], "run the stage that writes pivots first"),
+        (["select", "RECIPE"], "`nemo-pivotrl profile RECIPE` makes it"),
+        (["export", "RECIPE"], "`nemo-pivotrl select RECIPE` makes it"),
         (["extract", "RECIPE", "extract.trajectories=[gone.jsonl]"], "gone.jsonl"),
+        (
+            ["extract", "RECIPE", "lr=1e-5"],
+            "command line: lr: found unknown key `lr`\n    -> did you mean `policy.optimizer.lr`?",
+        ),
+        (["extract", "RECIPE", "verifier.name=functionl"], "did you mean functional?"),
         (["extract", "RECIPE", "run_dir=RECIPE/below"], "mend the path"),
     ],
 )
@@ -160,7 +165,7 @@ def test_bad_input_to_a_stage_exits_2_and_says_what_to_do(
     recipe = extract_recipe(tmp_path)
     assert cli.main([a.replace("RECIPE", recipe) for a in arguments]) == 2
     shown = capsys.readouterr()
-    assert said in shown.err and shown.err.startswith(f"nemo-pivotrl {arguments[0]}: ")
+    assert said.replace("RECIPE", recipe) in shown.err and shown.err.startswith(f"nemo-pivotrl {arguments[0]}: ")
 
 
 def test_a_missing_optional_package_is_named_with_its_extra(

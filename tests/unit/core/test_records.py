@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from nemo_pivotrl.core.artifacts import ArtefactWriter, Header, check_headers, json_line, read_header, read_rows
+from nemo_pivotrl.components.lineage import check_headers
+from nemo_pivotrl.core.artifacts import ArtefactWriter, Header, json_line, read_header, read_rows
 from nemo_pivotrl.core.errors import InputError, Problem
 
 HEADER = Header(
@@ -32,7 +33,7 @@ def test_a_header_and_its_rows_come_back_as_they_were_written(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("content", "found", "remedy"),
     [
-        (None, "no such file", "run the stage that writes candidates first"),
+        (None, "no such file", "`nemo-pivotrl extract RECIPE` makes it"),
         (b"", "an empty file", "give a file that a stage wrote"),
         (b'{"messages": []}\n', '{"messages": []}', "give a file that a stage wrote"),
         (b"[1]\n", "[1]", "give a file that a stage wrote"),

@@ -216,6 +216,15 @@ def test_all_invalid_turns_of_all_trajectories_are_listed_at_once() -> None:
     assert skipped == {"dangling_call": 1, "invalid_arguments": 1, "unknown_tool": 1} and len(kept) == 2
 
 
+def test_calls_of_undefined_tools_are_one_problem_a_file() -> None:
+    bare = [dataclasses.replace(trajectory(user(), call((n, 1)), output(), name=n), tools=()) for n in ("fly", "book")]
+    with pytest.raises(InputError) as caught:
+        cut(*bare)
+    (problem,) = caught.value.problems
+    assert problem.field == "tools" and "2 calls use: 'fly', 'book'" in problem.found
+    assert "extract.tools=FILE" in problem.remedy
+
+
 @pytest.mark.parametrize(
     ("state", "wrong"),
     [
