@@ -84,7 +84,10 @@ def extract(recipe: Recipe, fresh: bool = False) -> Path:
     >>> path.name
     'candidates.jsonl'
     """
-    settings = recipe.extract
+    settings, target = recipe.extract, recipe.path(states.NAME)
+    if target.resolve() in (Path(path).resolve() for path in settings.trajectories):
+        remedy = "extract writes a file of its own there: move yours out of run_dir"
+        raise InputError(Problem("recipe", None, "extract.trajectories", str(target), remedy))
     talk_is_left_out = excludes_talk(recipe.verifier)  # first of all: it refuses a verifier that is not there
     reading = read_trajectories(
         settings.trajectories, settings.format, settings.tools, settings.on_invalid, settings.min_reward

@@ -201,7 +201,10 @@ def check_decided(recipe: Recipe, train: Sequence[Profile], plan: StoppingRule, 
 
 
 def _pivot_row(row: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in row.items() if key not in ("samples", "profile")}
+    kept = {key: value for key, value in row.items() if key not in ("samples", "profile")}
+    return kept | {
+        "tokens_prompt": row["profile"]["tokens_prompt"]
+    }  # training need not render a state to know that it fits
 
 
 def fate(profile: Profile, pivots: set[str], lambda_diff: float) -> str:

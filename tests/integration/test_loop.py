@@ -258,7 +258,7 @@ def test_a_later_round_rehearses_the_pivots_before_it(run_dir: Path, monkeypatch
     monkeypatch.setattr("nemo_pivotrl.pivotrl.loop.train", watched)
     loop(recipe)
     first, second, both = (folder / name for name in ("pivots.jsonl", "round-02/pivots.jsonl", f"round-02/{REHEARSED}"))
-    rows = {path: [row["provenance"] for row in read_rows(path)] for path in (first, second, both)}
+    rows = {path: list(read_rows(path)) for path in (first, second, both)}
     ids = {path: [p["candidate_id"] for p in found if p["split"] == "train"] for path, found in rows.items()}
     assert ids[both][: len(ids[second])] == ids[second]
     assert sorted(ids[both]) == sorted({*ids[first], *ids[second]})  # each once

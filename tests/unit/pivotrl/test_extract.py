@@ -450,3 +450,12 @@ def test_similar_sketches_are_those_that_comparing_every_pair_finds() -> None:
         (dropped if near else kept).append(i)
     assert len(dropped) > 50 and len(kept) > 50
     assert list(_similar(group, 0.95)) == [str(i) for i in dropped]
+
+
+def test_a_users_file_where_extract_writes_its_own_is_not_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    source = openai_file(tmp_path, {"messages": [user(), say("yes")]}).rename(tmp_path / "run/trajectories.jsonl")
+    before = source.read_bytes()
+    with pytest.raises(InputError, match=r"extract\.trajectories: found (?s:.*)move yours out of run_dir"):
+        extract(Recipe(run_dir=str(tmp_path / "run"), extract=Extract(trajectories=(str(source),))))
+    assert source.read_bytes() == before
