@@ -32,13 +32,9 @@ def whole(recipe: Recipe) -> bytes:
     held_out = [p for p in profiles if p.candidate.split == "validation" and p.failure is None]
     pivots = selection.select(train, s.rule, s.lambda_diff, recipe.seed, s.inclusive, s.limit, s.max_message_ratio)
     found = (rows[p.candidate.candidate_id] for p in [*pivots, *held_out])
-    return b"".join(
-        json_line(
-            {k: v for k, v in row.items() if k not in ("samples", "profile")}
-            | {"tokens_prompt": row["profile"]["tokens_prompt"]}
-        )
-        for row in found
-    )
+    own = ({k: v for k, v in row.items() if k not in ("samples", "profile")} for row in found)
+    prompts = (rows[p.candidate.candidate_id]["profile"]["tokens_prompt"] for p in [*pivots, *held_out])
+    return b"".join(json_line(row | {"tokens_prompt": n}) for row, n in zip(own, prompts, strict=True))
 
 
 @pytest.mark.parametrize(
