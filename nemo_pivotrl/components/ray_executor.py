@@ -41,7 +41,6 @@ class Holder:
             found = self.worker(task)
         return found() if callable(found) else found
 
-
     def ready(self) -> None:
         """Comes back when the actor has started again."""
 
