@@ -24,9 +24,9 @@ from nemo_pivotrl.config import ProfileStage, Recipe
 from nemo_pivotrl.core.artifacts import json_bytes
 from nemo_pivotrl.core.errors import UNRENDERABLE, UnrenderableState
 from nemo_pivotrl.core.types import Action, Candidate, FailedSample, Sample
-from nemo_pivotrl.data import gym_rows as responses
 from nemo_pivotrl.data.chat_template import Chat
 from nemo_pivotrl.data.gym_rows import action_of_row
+from nemo_pivotrl.data.states import States, open_states
 from nemo_pivotrl.verifiers.base import Bounded, VerifierFault
 
 FAULTS = {
@@ -84,13 +84,16 @@ class Drawn:
 class ProfileWorker:
     """Draws a wave, then judges it while the next one is drawn."""
 
-    def __init__(self, recipe: Recipe, chat: Chat | None = None, verifier: Bounded | None = None):
+    def __init__(
+        self, recipe: Recipe, chat: Chat | None = None, verifier: Bounded | None = None, states: States | None = None
+    ):
         self.recipe = recipe
         self.chat = chat or load_chat(recipe.policy, recipe.verifier.limits)
         self.verifier = verifier or load_recipe_verifier(recipe)[0]
+        self.states = states or open_states(recipe.path("candidates.jsonl"))
         self.sampler = loading.load_sampler(recipe.policy, recipe.megatron, recipe.vllm)
         self.concurrency = concurrency_of(self.sampler)
-        self._states: OrderedDict[str, State] = OrderedDict()
+        self._read_already: OrderedDict[str, State] = OrderedDict()
         self._kept = 0
 
     def under_way(self) -> int:
@@ -117,15 +120,15 @@ class ProfileWorker:
 
     def state(self, asked: Asked) -> State:
         """The candidate with its prompt's ids; one that nothing can be drawn for has a failure."""
-        if (found := self._states.get(asked.candidate_id)) is None:
-            found = self._states[asked.candidate_id] = self._read(asked.line)
+        if (found := self._read_already.get(asked.candidate_id)) is None:
+            found = self._read_already[asked.candidate_id] = self._read(asked.line)
             self._kept += len(found.prompt)
-            while self._kept > KEPT_TOKENS and len(self._states) > 1:
-                self._kept -= len(self._states.popitem(last=False)[1].prompt)
+            while self._kept > KEPT_TOKENS and len(self._read_already) > 1:
+                self._kept -= len(self._read_already.popitem(last=False)[1].prompt)
         return found
 
     def _read(self, line: bytes) -> State:
-        candidate = responses.candidate_of_row(json.loads(line))
+        candidate = self.states.candidate(json.loads(line))
         try:
             state = State(candidate, array("i", self.chat.prompt_ids(candidate.messages, candidate.tools)))
         except UnrenderableState as error:
