@@ -15,8 +15,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
+from nemo_pivotrl.backends.executors import Executor, Here, Processes, Worker
 from nemo_pivotrl.components.costs import spend
-from nemo_pivotrl.components.executors import Executor, Worker, make_executor
 from nemo_pivotrl.components.journal import Journal
 from nemo_pivotrl.components.progress import progress
 from nemo_pivotrl.config import Recipe
@@ -209,6 +209,17 @@ class _Run:
         self.cost.update(self.of.tally.spent)
         if self.executor is not None:
             self.executor.close()
+
+
+def make_executor(recipe: Recipe, make_worker: Callable[[], Worker]) -> Executor:
+    """The executor that the recipe names. `make_worker` is called where the worker runs; elsewhere than here it is pickled."""
+    if recipe.executor == "ray":
+        from nemo_pivotrl.backends.ray_actors import RayActors
+
+        return RayActors(make_worker, recipe)
+    if recipe.executor == "processes":
+        return Processes(make_worker, recipe.workers)
+    return Here(make_worker())
 
 
 # ---- items of one task ----

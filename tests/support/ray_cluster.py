@@ -22,8 +22,8 @@ class TwoNodes:
     def __init__(self) -> None:
         self._before = os.environ.get("PYTHONPATH")
         os.environ["PYTHONPATH"] = f"{TESTS.parent}:{TESTS}"
-        os.environ["RAY_health_check_period_ms"] = "500"  # a dead node is noticed in seconds instead of half a minute
-        os.environ["RAY_health_check_failure_threshold"] = "3"
+        # a dead node is noticed in seconds instead of half a minute
+        os.environ.update({"RAY_health_check_period_ms": "500", "RAY_health_check_failure_threshold": "3"})
         self.cluster = Cluster(initialize_head=True, head_node_args=NODE)
         self.second: Any = None
         self.add_second()

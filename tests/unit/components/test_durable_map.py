@@ -169,7 +169,7 @@ def test_processes_do_the_same_and_one_that_dies_loses_nothing(tmp_path: Path) -
 def test_a_task_that_kills_its_workers_is_named_and_the_others_are_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from nemo_pivotrl.components import executors
+    from nemo_pivotrl.backends import executors
 
     monkeypatch.setattr(executors, "MAX_DEATHS", 2)
     with pytest.raises(InputError, match="2 workers died over the task at row 40"):

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from nemo_pivotrl.backends.base import extra_of
-from nemo_pivotrl.components.executors import LOOK_S, Deaths, Worker, made, whole
+from nemo_pivotrl.backends.executors import LOOK_S, Deaths, Worker, made, whole
 from nemo_pivotrl.config import Recipe
 from nemo_pivotrl.core.errors import InputError, Problem
 

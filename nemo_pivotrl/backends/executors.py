@@ -1,4 +1,4 @@
-"""Where the work of a map runs: in this process, in processes of this machine, or on Ray (`ray_executor.py`).
+"""Where the work of a map runs: in this process, in processes of this machine, or on Ray (`ray_actors.py`).
 
 An executor makes workers, gives them tasks and hands back what they return, in whatever order it comes. It keeps nothing: what is
 lost with a worker is given to another one.
@@ -17,7 +17,6 @@ from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from typing import Any, Protocol
 
-from nemo_pivotrl.config import Recipe
 from nemo_pivotrl.core.errors import InputError, Problem
 
 LOOK_S = 0.02
@@ -53,17 +52,6 @@ class Executor(Protocol):
     def close(self) -> None:
         """End the workers."""
         ...
-
-
-def make_executor(recipe: Recipe, make_worker: Callable[[], Worker]) -> Executor:
-    """The executor that the recipe names. `make_worker` is called where the worker runs; elsewhere than here it is pickled."""
-    if recipe.executor == "ray":
-        from nemo_pivotrl.components.ray_executor import RayActors
-
-        return RayActors(make_worker, recipe)
-    if recipe.executor == "processes":
-        return Processes(make_worker, recipe.workers)
-    return Here(make_worker())
 
 
 def whole(worker: Worker, task: Any) -> Any:
