@@ -282,7 +282,16 @@ def _training(recipe: Recipe, phase: str, model: Policy, shape: Architecture, an
         count = trained_parameters(shape, model, m, layout, stage, head)
         state = state_bytes(count, m, layout)
         running = activation_bytes(
-            shape, m, layout, stage, batch, engine, layout.pp, recipe.plan.expert_imbalance, head=head
+            shape,
+            m,
+            layout,
+            stage,
+            batch,
+            engine,
+            layout.pp,
+            recipe.plan.expert_imbalance,
+            head=head,
+            adapters=model.lora.enabled,
         )
         scored = forward_bytes(shape, m, layout, stage, batch, engine, recipe.plan.expert_imbalance)
         parts = {

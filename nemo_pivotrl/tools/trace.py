@@ -141,7 +141,16 @@ def compared(asked: Asked, found: Traced) -> list[Line]:
     count = trained_parameters(a, asked.policy, m, layout, found.stage, asked.head)
     state = state_bytes(count, m, layout)
     running = activation_bytes(
-        a, m, layout, found.stage, found.micro_batches[0], "te", layout.pp, asked.imbalance, head=asked.head
+        a,
+        m,
+        layout,
+        found.stage,
+        found.micro_batches[0],
+        "te",
+        layout.pp,
+        asked.imbalance,
+        head=asked.head,
+        adapters=asked.policy.lora.enabled,
     )
     copies = fp8_copy_bytes(a, m, layout, found.stage)
     workspace = workspace_bytes(a, m, asked.capability)
