@@ -239,6 +239,7 @@ def test_the_env_file_names_every_variable_the_scripts_read() -> None:
         "SCRIPTS",
         "COMMAND_PREFIX",
         "NO_GRES",
+        "RAY_PORT",
         "SERVER_PORT",
         "VAL_PATH",
         "VLLM_API_KEY",
