@@ -149,7 +149,7 @@ class Map:
 
     def _order(self, journal: Journal) -> None:
         """The finished items' rows in order, as one artefact, by rename."""
-        with ArtefactWriter(self.path, self.header, fresh=True) as writer:
+        with ArtefactWriter(self.path, self.header) as writer:
             for number in sorted(journal.done):
                 place = journal.done[number]
                 writer.write_text(journal.read(place), place.rows)

@@ -168,11 +168,11 @@ def dying(monkeypatch: pytest.MonkeyPatch, rng: random.Random, writes: int = 30)
         os.truncate(self.path, rng.randrange(size, self.path.stat().st_size))
         raise Dead
 
-    def torn_order(self: ArtefactWriter, text: bytes, rows: int, sync: bool = False) -> None:
+    def torn_order(self: ArtefactWriter, text: bytes, rows: int) -> None:
         if self.path.name == "profiles.jsonl" and counted():
-            order(self, text[: rng.randrange(len(text))], 0, sync)
+            order(self, text[: rng.randrange(len(text))], 0)
             raise Dead
-        return order(self, text, rows, sync)
+        return order(self, text, rows)
 
     monkeypatch.setattr(Journal, "_write", torn_write)
     monkeypatch.setattr(ArtefactWriter, "write_text", torn_order)
