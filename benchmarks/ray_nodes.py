@@ -1,6 +1,6 @@
-"""A map on a real Ray cluster on this machine: what a second node gains, and what kills do to the bytes.
+"""A map on a real Ray cluster on this machine: what a second node gains, and what kills do.
 
-    python benchmarks/ray_nodes.py --speed       # rollouts a second on one node and on two; the sampler sleeps, so cores do not decide
+    python benchmarks/ray_nodes.py --speed       # rollouts a second on one node and on two; the sampler sleeps
     python benchmarks/ray_nodes.py --kills 50    # SIGKILL to actors, to the raylet of a node and to the driver, in turn
 
 Everything but the sampler is real: the driver, its journal, actors, their restarts, waves that depend on the results before them.

@@ -184,7 +184,7 @@ def test_deaths_at_random_bytes_end_with_the_same_bytes(
     expected, rng, deaths = sha(trained / "profiles.jsonl"), random.Random(17), 0
     whole = loading.load_sampler(recipe_at(run_dir).policy)  # the reference policy, loaded once
     monkeypatch.setattr(loading, "load_sampler", lambda *_: whole)
-    while deaths < 16:  # fifty real kills are in benchmarks/profile_kills.py
+    while deaths < 16:  # fifty real kills are in benchmarks/map_kills.py
         recipe = recipe_at(run_dir, *QUIET)
         with monkeypatch.context() as patch:
             dying(patch, rng)
