@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -50,27 +50,41 @@ Run = Callable[[Recipe], object]
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage, the artefact that its map writes, and the recipe it is of."""
+    """A stage, the artefact that its map writes, the recipe it is of, and what of that is made smaller."""
 
     run: Run
     artefact: str
     algorithm: str = "pivotrl"
     settings: tuple[str, ...] = ()
+    smaller: Callable[[Recipe], Recipe] = lambda recipe: recipe
+
+
+def evaluated(recipe: Recipe) -> Recipe:
+    """With the start policy alone."""
+    policies = {"base": str(recipe.path("start/policy"))}
+    return replace(recipe, evaluate=replace(recipe.evaluate, policies=policies))
+
+
+def decoded(recipe: Recipe) -> Recipe:
+    """The patient's answers to the test prompts, in several waves."""
+    prompts = str(recipe.path("manners/test.jsonl"))
+    return replace(recipe, decode=replace(recipe.decode, prompts=prompts, doctors={}, answers_per_wave=4))
+
+
+def assessed(recipe: Recipe) -> Recipe:
+    """Arms without doctors."""
+    arms = {label: arm for label, arm in recipe.assess.arms.items() if not arm.beta}
+    return replace(recipe, decode=replace(recipe.decode, doctors={}), assess=replace(recipe.assess, arms=arms))
 
 
 STAGES = {
     "profile": Stage(profile, "profiles.jsonl"),
     "rescore": Stage(rescore, "profiles.rescored.jsonl", settings=("verifier.name=functional",)),
-    "evaluate": Stage(evaluate, "evaluation.jsonl", settings=("evaluate.policies={{base: {run}/start/policy}}",)),
+    "evaluate": Stage(evaluate, "evaluation.jsonl", smaller=evaluated),
     "rank": Stage(rank, "answers.jsonl", "llmdoctor"),
     "reward": Stage(build_rewards, "token_rewards.jsonl", "llmdoctor", ("reward.pairs_per_wave=4",)),
-    "decode": Stage(
-        decode,
-        "decoded.jsonl",
-        "llmdoctor",
-        ("decode.prompts={run}/manners/test.jsonl", "decode.doctors={{}}", "decode.answers_per_wave=4"),
-    ),
-    "assess": Stage(assess, "assessment.jsonl", "llmdoctor", ("assess.arms={{a: {{}}, b: {{temperature: 0.7}}}}",)),
+    "decode": Stage(decode, "decoded.jsonl", "llmdoctor", smaller=decoded),
+    "assess": Stage(assess, "assessment.jsonl", "llmdoctor", smaller=assessed),
 }
 BEFORE: dict[str, tuple[Run, ...]] = {
     "pivotrl": (make_expert_trajectories, extract, warmup, profile),
@@ -82,8 +96,7 @@ BEFORE: dict[str, tuple[Run, ...]] = {
 def recipe_of(algorithm: str, folder: Path, settings: tuple[str, ...] = ()) -> Recipe:
     """The tiny recipe, smaller still."""
     small = [*SMALL, *QUIET] if algorithm == "pivotrl" else SMALL_LLMDOCTOR
-    told = [setting.format(run=folder) for setting in settings]
-    return load_recipe(str(ROOT / f"recipes/{algorithm}/tiny.yaml"), [f"run_dir={folder}", *small, *told])
+    return load_recipe(str(ROOT / f"recipes/{algorithm}/tiny.yaml"), [f"run_dir={folder}", *small, *settings])
 
 
 def main() -> None:
@@ -102,7 +115,8 @@ def main() -> None:
                 with silence():
                     for before in BEFORE[stage.algorithm]:
                         before(recipe_of(stage.algorithm, folder))
-            torture(name, stage, recipe_of(stage.algorithm, folder, stage.settings), options.kills, options.seed)
+            recipe = stage.smaller(recipe_of(stage.algorithm, folder, stage.settings))
+            torture(name, stage, recipe, options.kills, options.seed)
 
 
 def torture(name: str, stage: Stage, recipe: Recipe, kills: int, seed: int) -> None:
