@@ -430,3 +430,21 @@ def test_a_trajectorys_pivots_stay_together_where_that_saves_enough_and_each_is_
             if setting == 0.5:
                 assert names.index("a") + 2 == len(names) - 1 - names[::-1].index("a")
     assert recipe.grpo.keep_together == 0.5
+
+
+def test_training_renders_what_it_draws_and_measures_and_evaluation_what_it_scores(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from nemo_pivotrl.data.chat_template import Chat
+    from nemo_pivotrl.pivotrl.train import MEASURED
+
+    real, rendered = Chat.prompt_ids, list[int]()
+    monkeypatch.setattr(Chat, "prompt_ids", lambda *args: [rendered.append(1), real(*args)][1])
+    small = ["grpo.num_prompts_per_step=2", "grpo.val_candidates=3", "grpo.name=short", "grpo.max_num_steps=1"]
+    train(recipe_at(run_dir, *small))
+    assert 2 + 3 < len(rendered) <= 2 + 3 + 2 * MEASURED < len(list(read_rows(run_dir / "pivots.jsonl")))
+    rendered.clear()
+    recipe = recipe_at(run_dir, "evaluate.one_turn_candidates=4", "evaluate.simulator=none", "evaluate.retention=none")
+    alone = dataclasses.replace(recipe.evaluate, policies={"base": str(run_dir / "start/policy")})
+    evaluate(dataclasses.replace(recipe, evaluate=alone), True)
+    assert len(rendered) == 4
