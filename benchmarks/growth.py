@@ -278,7 +278,7 @@ def measure(case: Case, tries: int = TRIES) -> list[tuple[int, float, int]]:
                 started = time.process_time()
                 written[i] = work()
                 best[i] = min(best[i], time.process_time() - started)
-            if tried and best[-1] <= LIMIT * best[-2]:
+            if tried > 1 and best[-1] <= LIMIT * best[-2]:
                 break
     return list(zip(case.sizes, best, written, strict=True))
 
