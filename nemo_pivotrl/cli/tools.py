@@ -72,6 +72,25 @@ def run_env(options: argparse.Namespace) -> None:
     print(json.dumps(as_json(machine, recipes), indent=1) if options.json else as_text(machine, recipes))
 
 
+def init_arguments(made: argparse.ArgumentParser) -> None:
+    made.add_argument("model", metavar="MODEL", help="model folder, or the id of a model on the Hugging Face hub")
+    made.add_argument("file", metavar="FILE", help="trajectories, or preferences: JSON, JSON lines or Parquet")
+    made.add_argument(
+        "recipe", nargs="?", default="recipe.yaml", metavar="RECIPE", help="recipe to write (default: recipe.yaml)"
+    )
+
+
+def run_init(options: argparse.Namespace) -> None:
+    """Write a minimal recipe, and print what was found."""
+    from pathlib import Path
+
+    extras = {"httpx": "verifiers", "openapi_schema_validator": "verifiers", "pyarrow": "tables"}
+    with missing_module("init", extras, "reference"):
+        from nemo_pivotrl.tools.first_recipe import init
+
+        print(init(options.model, options.file, Path(options.recipe)))
+
+
 def plan_arguments(made: argparse.ArgumentParser) -> None:
     recipe_arguments(made, "YAML recipe")
     made.add_argument("--json", action="store_true", help="print JSON")
@@ -291,6 +310,7 @@ def run_view(options: argparse.Namespace) -> None:
 
 
 TOOLS = {
+    "init": Tool("a commented minimal recipe for a model and a file of yours", init_arguments, run_init),
     "view": Tool(
         "a run in the browser: every turn, its samples, and why each was accepted or not", view_arguments, run_view
     ),

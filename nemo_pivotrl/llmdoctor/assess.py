@@ -19,9 +19,11 @@ import numpy as np
 
 from nemo_pivotrl.backends.identity import policy_revision
 from nemo_pivotrl.backends.reference.guided import Guided, GuidedGenerator, GuidedSamplingParams
+from nemo_pivotrl.components.conclusions import conclude
 from nemo_pivotrl.components.costs import spend
 from nemo_pivotrl.components.progress import progress
 from nemo_pivotrl.components.rollout import sample_seed
+from nemo_pivotrl.components.stage_checks import assessment_checks
 from nemo_pivotrl.components.statistics import bootstrap
 from nemo_pivotrl.config import Arm, Recipe
 from nemo_pivotrl.core.artifacts import ArtefactWriter, Header, digest, file_digest, is_complete, json_line, read_rows
@@ -71,6 +73,7 @@ def assess(recipe: Recipe, fresh: bool = False) -> Path:
     write_atomically(recipe.path("assessment.json"), json_line(summary).decode())
     print(table(summary))
     print(verdict(summary))
+    conclude(Path(recipe.run_dir), "assess", assessment_checks(summary))
     return path
 
 

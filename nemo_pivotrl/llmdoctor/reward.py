@@ -25,9 +25,11 @@ from nemo_pivotrl.backends import loading
 from nemo_pivotrl.backends.base import Scorer
 from nemo_pivotrl.backends.batching import batches
 from nemo_pivotrl.backends.identity import policy_revision, without_start
+from nemo_pivotrl.components.conclusions import conclude
 from nemo_pivotrl.components.costs import spend
 from nemo_pivotrl.components.lineage import check_lineage
 from nemo_pivotrl.components.progress import progress
+from nemo_pivotrl.components.stage_checks import reward_checks
 from nemo_pivotrl.config import Patient, Recipe, Reward
 from nemo_pivotrl.core.artifacts import (
     ArtefactWriter,
@@ -103,6 +105,7 @@ def write_token_rewards(
     summary = summarise(read_rows(path), preferences, prompts, recipe.reward)
     write_atomically(recipe.path("token_rewards.json"), json.dumps(summary, indent=2, sort_keys=True) + "\n")
     print(table(summary, recipe.reward))
+    conclude(Path(recipe.run_dir), "reward", reward_checks(summary))
     return path
 
 

@@ -13,9 +13,11 @@ from itertools import islice
 from pathlib import Path
 
 from nemo_pivotrl.algorithms import selection
+from nemo_pivotrl.components.conclusions import conclude
 from nemo_pivotrl.components.lineage import check_lineage
 from nemo_pivotrl.components.progress import progress
 from nemo_pivotrl.components.rollout import judge_all, load_recipe_verifier
+from nemo_pivotrl.components.stage_checks import rescore_checks
 from nemo_pivotrl.config import Recipe
 from nemo_pivotrl.core.artifacts import ArtefactWriter, file_digest, is_complete, read_header, read_rows
 from nemo_pivotrl.core.errors import InputError, Problem
@@ -66,7 +68,16 @@ def rescore(recipe: Recipe, fresh: bool = False) -> Path:
             f"{open_} candidates are no longer decided, since this verifier sees their {plan.count} or fewer samples otherwise: "
             "select needs select.undecided=by_rate, or profile with this verifier"
         )
-    report_failures(Counter(p.failure for p in after if p.failure), len(after), recipe, target)
+    failures = Counter(p.failure for p in after if p.failure)
+    pairs = [
+        (a["reward"], b["reward"])
+        for o, n in zip(before, after, strict=True)
+        for a, b in zip(o.samples, n.samples, strict=False)
+    ]
+    changed, pivots = sum(a != b for a, b in pairs), len(_pivots(recipe, after))
+    checks = rescore_checks(changed, len(pairs), pivots, failures.total(), len(after))
+    conclude(Path(recipe.run_dir), "rescore", checks)
+    report_failures(failures, len(after), recipe, target)
     return target
 
 

@@ -25,9 +25,12 @@ from nemo_pivotrl.algorithms import pivotrl
 from nemo_pivotrl.backends import loading
 from nemo_pivotrl.backends.base import TokenBatch
 from nemo_pivotrl.backends.identity import identity_of, policy_revision, without_start
+from nemo_pivotrl.components.conclusions import conclude
 from nemo_pivotrl.components.lineage import check_lineage
 from nemo_pivotrl.components.loop import Job, Step, run
+from nemo_pivotrl.components.metrics import read_metrics
 from nemo_pivotrl.components.rollout import load_chat, rendered
+from nemo_pivotrl.components.stage_checks import sft_checks
 from nemo_pivotrl.config import Policy, Recipe, Sft
 from nemo_pivotrl.core.artifacts import digest, file_digest, read_header
 from nemo_pivotrl.core.errors import InputError, Problem
@@ -245,7 +248,11 @@ def fit(
         steps_field="num_steps",
         checkpointing=dataclasses.replace(kept, save_period=max(kept.save_period, settings.num_steps // 5)),
     )
-    return run(job, lambda cost: FineTuning(recipe, settings, policy, draw, chat if validated else None), fresh)
+    folder = run(job, lambda cost: FineTuning(recipe, settings, policy, draw, chat if validated else None), fresh)
+    conclude(
+        Path(recipe.run_dir), settings.name, sft_checks(read_metrics(recipe.path(settings.name) / "metrics.jsonl"))
+    )
+    return folder
 
 
 class FineTuning:

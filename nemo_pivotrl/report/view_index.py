@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nemo_pivotrl.components.conclusions import read_checks
+from nemo_pivotrl.components.conclusions import TALK, read_checks
 from nemo_pivotrl.core.artifacts import placed_rows, read_first_line, read_header, read_rows, rows_at
 from nemo_pivotrl.core.errors import InputError, Problem
 from nemo_pivotrl.pivotrl.evaluate import read_items
@@ -338,7 +338,9 @@ def why(turn: Turn, lambda_diff: float | None) -> str:
         "too easy": f"Dropped: {rate}, at or above the threshold{limit}.",
         "not drawn": f"Left out though it could be a pivot ({rate}): select.limit, select.max_message_ratio, "
         "select.drop_constant_wins, or no pivot set was made yet.",
-        "failed": f"Excluded: {turn.failure}. It has no hit rate.",
+        "failed": "Left out: the expert talks here, and no judge compares texts (verifier.message: exclude)."
+        if turn.failure == TALK
+        else f"Excluded: {turn.failure}. It has no hit rate.",
         "held out": f"Held out: never trained on. {rate}.",
         "not profiled": "Not profiled yet: run nemo-pivotrl profile.",
     }[turn.fate]
