@@ -30,7 +30,8 @@ import numpy as np
 from nemo_pivotrl.algorithms.early_stopping import StoppingRule
 from nemo_pivotrl.algorithms.selection import keep_pivot, statistics
 from nemo_pivotrl.components.rollout import sample_seeds
-from nemo_pivotrl.core.artifacts import ArtefactWriter, Header, file_digest, json_line
+from nemo_pivotrl.core.artifacts import Header, file_digest, write_artefact
+from nemo_pivotrl.data.states import reference
 from nemo_pivotrl.pivotrl.candidate_index import index_candidates
 from nemo_pivotrl.pivotrl.profile import merge_chunks
 from nemo_pivotrl.pivotrl.profile_scheduler import CandidateProgress, Judged, Wave, WorkItem, run_waves
@@ -109,27 +110,25 @@ def simulate(plan: StoppingRule, outcomes: np.ndarray) -> tuple[np.ndarray, np.n
 
 
 def write_candidates(path: Path, size: int, turns: int = 8) -> None:
-    """Small but complete rows; a real one's length is that of its conversation, which the machinery copies and never reads."""
-    text = "x" * 600
-    with ArtefactWriter(path, Header("candidates", "simulated"), fresh=True) as writer:
-        for n in range(size):
-            row = {
-                "responses_create_params": {"input": [{"role": "user", "content": text}], "tools": []},
-                "expected_action": {"type": "message", "content": "yes"},
-                "agent_ref": {"type": "responses_api_agents", "name": "a"},
-                "trajectory_id": f"t{n // turns}",
-                "num_unique_actions": 1,
-                "provenance": {
-                    "candidate_id": f"c{n:09d}",
-                    "task_id": f"k{n // turns}",
-                    "split": "train",
-                    "turn": n % turns,
-                    "depth": n % turns,
-                    "content": "",
-                },
-            }
-            writer.write_lines([json_line(row)], sync=False)
-        writer.finish()
+    """Rows as `extract` writes them; the machinery reads no state, so that all point into one trajectory."""
+    stored = path.with_name("trajectories.jsonl")
+    row = {"trajectory_id": "t", "messages": [{"role": "user", "content": "x"}] * turns, "tools": [], "fields": {}}
+    write_artefact(stored, Header("trajectories", "simulated"), [row])
+    rows = (
+        {
+            "candidate_id": f"c{n:09d}",
+            "trajectory_id": f"t{n // turns}",
+            "task_id": f"k{n // turns}",
+            "split": "train",
+            "trajectory": 0,
+            "turn": n % turns,
+            "depth": n % turns,
+            "calls": [],
+            "num_unique_actions": 1,
+        }
+        for n in range(size)
+    )
+    write_artefact(path, Header("candidates", "simulated", extra=reference(stored, path)), rows)
 
 
 class Simulated:

@@ -36,6 +36,7 @@ from nemo_pivotrl.config import Recipe
 from nemo_pivotrl.core.artifacts import ArtefactWriter, Header, digest, file_digest, is_complete, read_header, read_rows
 from nemo_pivotrl.core.errors import UNRENDERABLE, InputError, Problem, UnrenderableState
 from nemo_pivotrl.core.lock import one_writer, only_writer
+from nemo_pivotrl.data.states import moved_reference
 from nemo_pivotrl.pivotrl import round_trip
 from nemo_pivotrl.pivotrl.candidate_index import Index, index_candidates
 from nemo_pivotrl.pivotrl.profile_rows import plan_in
@@ -120,7 +121,7 @@ def _complete(recipe: Recipe, path: Path) -> Path:
 def prepare(recipe: Recipe) -> Job:
     """Read everything that decides the profile's content. Raises InputError."""
     source = recipe.path("candidates.jsonl")
-    check_lineage(recipe, source, read_header(source, "candidates"))
+    check_lineage(recipe, source, found := read_header(source, "candidates"))
     chat = load_chat(recipe.policy, recipe.verifier.limits)
     verifier, verifier_id = load_recipe_verifier(recipe)
     plan = plan_of(recipe.profile, recipe.select)
@@ -132,7 +133,8 @@ def prepare(recipe: Recipe) -> Job:
         chat_template=chat.template_digest,
         policy=policy_revision(recipe.policy.model_name),
         verifier=verifier_id,
-        extra={
+        extra=moved_reference(found, source, recipe.path("profiles.jsonl"))
+        | {
             "num_generations": recipe.profile.num_generations,
             "sampling": sampling(recipe.policy.generation),
             "plan": dataclasses.asdict(plan)
@@ -232,7 +234,7 @@ def _run(recipe: Recipe, job: Job, parts: ShardStore) -> None:
     print(forecast(recipe, job, parts))
     sampler = loading.load_sampler(recipe.policy, recipe.megatron, recipe.vllm)
     concurrency = concurrency_of(sampler)
-    work = Work(recipe, job.index, job.plan, parts, concurrency == 1, partial(render, job.chat))
+    work = Work(recipe, job.index, job.plan, parts, concurrency == 1, partial(render, job.chat, job.index))
     with spend(Path(recipe.run_dir), "profile") as cost:
         try:
             draw = partial(draw_wave, recipe, job, sampler)
@@ -286,7 +288,7 @@ def report_failures(failures: Counter[str], candidates: int, recipe: Recipe, pat
         print(f"excluded: {count} candidates, {kind}")
     source = recipe.path("candidates.jsonl")
     if any(failures[kind] for kind in UNRENDERABLE) and source.exists():
-        told = ((row["provenance"]["candidate_id"], row["profile"]) for row in read_rows(path))
+        told = ((row["candidate_id"], row["profile"]) for row in read_rows(path))
         refused = [(c, f"{p['failure']}: {p.get('detail', '')}") for c, p in told if p["failure"] in UNRENDERABLE]
         print("\n".join(unrenderable_lines(refused, source)))
     of_states = sum(failures[kind] for kind in OF_THE_STATE)

@@ -20,7 +20,6 @@ from nemo_pivotrl.config import ProfileStage, Recipe
 from nemo_pivotrl.core.artifacts import Header
 from nemo_pivotrl.core.errors import UNRENDERABLE, InputError, Problem, UnrenderableState
 from nemo_pivotrl.core.types import Action, FailedSample, Sample
-from nemo_pivotrl.data import gym_rows as responses
 from nemo_pivotrl.data.chat_template import Chat
 from nemo_pivotrl.data.gym_rows import action_of_row
 from nemo_pivotrl.pivotrl.candidate_index import Index
@@ -63,7 +62,7 @@ class Job:
 def draw_wave(recipe: Recipe, job: Job, sampler: Sampler, wave: Wave) -> list[list[Sample | FailedSample]]:
     """One wave's samples, group by group; none of a state that does not fit the context, or of what only lacks its verdict."""
     for member, _ in wave:
-        render(job.chat, member)
+        render(job.chat, job.index, member)
         if member.candidate is not None and job.verifier.excludes(member.candidate.case):
             member.failure = "message_excluded"
         if (
@@ -79,10 +78,10 @@ def draw_wave(recipe: Recipe, job: Job, sampler: Sampler, wave: Wave) -> list[li
     return [next(drawn) if ks and m.failure is None else [] for m, ks in asked]
 
 
-def render(chat: Chat, member: CandidateProgress) -> None:
+def render(chat: Chat, index: Index, member: CandidateProgress) -> None:
     """Read a member's candidate and tokenise its prompt, where that is not done; a state that cannot be rendered fails."""
     if member.candidate is None or member.prompt is None:
-        member.candidate = responses.candidate_of_row(json.loads(member.line))
+        member.candidate = index.candidate(member.line)
         try:
             member.prompt = array("i", chat.prompt_ids(member.candidate.messages, member.candidate.tools))
         except UnrenderableState as error:

@@ -39,7 +39,7 @@ from nemo_pivotrl.core.plugins import load_plugin
 from nemo_pivotrl.core.types import Action, Candidate, Message
 from nemo_pivotrl.data import gym_rows as responses
 from nemo_pivotrl.data.chat_template import Chat
-from nemo_pivotrl.pivotrl.select import candidates_of
+from nemo_pivotrl.data.states import candidates_of
 from nemo_pivotrl.pivotrl.validation import whole_tasks
 
 EMBEDDED = {
@@ -166,7 +166,7 @@ def identity_for(recipe: Recipe, settings: Sft, policy: Policy, chat: Chat, data
     )
 
 
-def _of_candidates(candidates: Sequence[Candidate], chat: Chat, policy: Policy, source: Path) -> list[Sequence_]:
+def _of_candidates(candidates: Iterable[Candidate], chat: Chat, policy: Policy, source: Path) -> list[Sequence_]:
     examples = rendered(
         candidates, lambda c: _example(c.messages, c.tools, responses.message_of(c.expected), chat), source, "turns"
     )

@@ -11,7 +11,7 @@ import dataclasses
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache, partial
 from itertools import pairwise
 from pathlib import Path
@@ -27,7 +27,7 @@ from nemo_pivotrl.backends.base import Backend, Sampler, TokenBatch
 from nemo_pivotrl.backends.identity import identity_of, policy_revision
 from nemo_pivotrl.components.conclusions import conclude, training_checks
 from nemo_pivotrl.components.costs import CountingSampler
-from nemo_pivotrl.components.lineage import check_lineage
+from nemo_pivotrl.components.lineage import check_headers, check_lineage
 from nemo_pivotrl.components.loop import Job, Step, run
 from nemo_pivotrl.components.metrics import read_metrics
 from nemo_pivotrl.components.model_card import write_card
@@ -44,13 +44,13 @@ from nemo_pivotrl.components.rollout import (
 )
 from nemo_pivotrl.components.stage_checks import held_out_checks
 from nemo_pivotrl.config import Grpo, LossFn, Recipe
-from nemo_pivotrl.core.artifacts import check_headers, digest, file_digest, read_header
+from nemo_pivotrl.core.artifacts import digest, file_digest, read_header
 from nemo_pivotrl.core.errors import InputError, Problem
 from nemo_pivotrl.core.lock import one_writer
 from nemo_pivotrl.core.types import Candidate
 from nemo_pivotrl.data.chat_template import Chat
+from nemo_pivotrl.data.states import candidates_of
 from nemo_pivotrl.pivotrl.monitor import Monitor, State, padded, rollout_metrics
-from nemo_pivotrl.pivotrl.select import candidates_of
 from nemo_pivotrl.verifiers.base import Bounded, Verifier
 
 Until = Callable[[Sequence[rounds.Row]], rounds.Ending | None]
@@ -205,7 +205,7 @@ def _identity(recipe: Recipe, source: Path) -> str:
     return digest([recipe.seed, grpo, parts, recipe.checkpointing.save_period, file_digest(source)])
 
 
-def _states(candidates: Sequence[Candidate], chat: Chat, recipe: Recipe, source: Path) -> list[State]:
+def _states(candidates: Iterable[Candidate], chat: Chat, recipe: Recipe, source: Path) -> list[State]:
     found = rendered(candidates, lambda c: chat.prompt_ids(c.messages, c.tools), source)
     states = [State(candidate, prompt) for candidate, prompt in found]
     kept = [s for s in states if fits(s.prompt, recipe.policy)]

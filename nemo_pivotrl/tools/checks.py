@@ -24,13 +24,14 @@ from nemo_pivotrl.backends.base import require_checkpoint
 from nemo_pivotrl.backends.hub import is_hub_id, remedy_for
 from nemo_pivotrl.backends.installed import probe
 from nemo_pivotrl.backends.loading import REMEDIES
+from nemo_pivotrl.components.lineage import check_headers
 from nemo_pivotrl.components.rollout import judged_candidates, load_chat, load_recipe_verifier, unrenderable_lines
 from nemo_pivotrl.config import Patient, Policy, Recipe, TrainedModel
-from nemo_pivotrl.core.artifacts import MADE_BY, check_headers, read_header, read_rows
+from nemo_pivotrl.core.artifacts import MADE_BY, read_header
 from nemo_pivotrl.core.errors import InputError, Problem, UnrenderableState, short
 from nemo_pivotrl.core.types import Verdict
-from nemo_pivotrl.data import gym_rows as responses
 from nemo_pivotrl.data.chat_template import Chat, load_tokenizer
+from nemo_pivotrl.data.states import candidates_of
 from nemo_pivotrl.sizing.architecture import Architecture, read_architecture
 from nemo_pivotrl.sizing.layout_rules import fp8_dimensions, layout_problems, model_problems, training_problems
 from nemo_pivotrl.sizing.precision import Probe, check_fp8
@@ -216,10 +217,9 @@ def trajectory_problems(recipe: Recipe) -> list[Problem]:
 
 def of_states(path: Path, chat: Chat) -> list[Problem]:
     """The template renders the first states. It warns of a few that are refused; most of them, or a part left out, is a problem."""
-    rows, problems = caught(lambda: list(islice(read_rows(path), VERIFIED)))
+    states, problems = caught(lambda: list(islice(candidates_of(path), VERIFIED)))
     refused = []
-    for row in rows or ():
-        state = responses.candidate_of_row(row)
+    for state in states or ():
         try:
             chat.prompt_ids(state.messages, state.tools)
         except UnrenderableState as error:
@@ -228,8 +228,8 @@ def of_states(path: Path, chat: Chat) -> list[Problem]:
             return problems + error.problems
     if not refused:
         return problems
-    told = f"{len(refused)} of the first {len(rows)} states cannot be rendered: {refused[0][1]}"
-    if 2 * len(refused) > len(rows):
+    told = f"{len(refused)} of the first {len(states)} states cannot be rendered: {refused[0][1]}"
+    if 2 * len(refused) > len(states):
         remedy = "they would be left out; see policy.chat, or set another policy.chat_template"
         return [*problems, Problem(str(path), None, "states", told, remedy)]
     print("\n".join([f"{told}; they are left out", *unrenderable_lines(refused, path)]))
@@ -253,14 +253,12 @@ def of_verifier(recipe: Recipe, stage: str) -> list[Problem]:
     path, kinds = source(recipe, stage)
     if loaded is None or loaded[0].asks_judge or caught(read_header, path, kinds)[1]:
         return problems
-    judged = (c for c in map(responses.candidate_of_row, read_rows(path)) if not loaded[0].excludes(c.case))
+    judged = (c for c in candidates_of(path) if not loaded[0].excludes(c.case))
     candidates, unreadable = caught(lambda: list(islice(judged, VERIFIED)))
     if unreadable:
         return problems + unreadable
     if not candidates:
-        return (
-            problems + caught(judged_candidates, map(responses.candidate_of_row, read_rows(path)), loaded[0], path)[1]
-        )
+        return problems + caught(judged_candidates, candidates_of(path), loaded[0], path)[1]
     said = verdicts(loaded[0], [(c.case, c.expected) for c in candidates], recipe.profile.max_retries)
     lost = [(c, v) for c, v in zip(candidates, said, strict=True) if not isinstance(v, Verdict) or v.reward != 1.0]
     if len(lost) <= max(recipe.audit.max_gold_failures * len(candidates), 1):

@@ -16,8 +16,16 @@ PAGE = (ROOT / "docs/first-run.md").read_text(encoding="utf-8")
 COMMANDS = [line.strip().split()[1:] for line in PAGE.splitlines() if line.startswith("    nemo-pivotrl ")]
 ELSEWHERE = {"serve": "tests/vllm/test_vllm_serve.py", "view": "tests/view/test_page.py"}
 """Commands that serve until they are stopped, and the tests that run them."""
-SMALL = "profile.limit=24 profile.num_generations=4 select.rule=mixed grpo.num_prompts_per_step=4 grpo.num_generations_per_prompt=4"
-SMALL += " grpo.max_num_steps=2 grpo.val_candidates=4 evaluate.one_turn_candidates=6 evaluate.num_generations=2 logger.tensorboard=false"
+SMALL = [
+    *("profile.limit=24", "profile.num_generations=4", "select.rule=mixed", "logger.tensorboard=false"),
+    *(
+        "grpo.num_prompts_per_step=4",
+        "grpo.num_generations_per_prompt=4",
+        "grpo.max_num_steps=2",
+        "grpo.val_candidates=4",
+    ),
+    *("evaluate.one_turn_candidates=6", "evaluate.num_generations=2"),
+]
 
 
 @pytest.fixture
@@ -35,7 +43,7 @@ def test_from_two_files_to_an_answer(two_files: Path, capsys: pytest.CaptureFixt
         ["init", "preflight", "extract", "audit", "profile", "select", "train", "evaluate", "report"]
     )
     for number, words in enumerate(ran):
-        more = SMALL.split() if words[0] != "init" else []
+        more = SMALL if words[0] != "init" else []
         assert cli.main([*words, *more]) == 0, words
         said = capsys.readouterr().out
         if words[0] in cli.STAGES and words[0] not in ("audit", "evaluate", "report"):

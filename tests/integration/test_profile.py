@@ -47,16 +47,16 @@ def full(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, d
     shutil.copytree(trained, folder)
     (folder / "profiles.jsonl").unlink()
     profile(recipe_at(folder, *QUIET, "profile.curtail=none"))
-    return {row["provenance"]["candidate_id"]: row for row in read_rows(folder / "profiles.jsonl")}
+    return {row["candidate_id"]: row for row in read_rows(folder / "profiles.jsonl")}
 
 
 def pivots(recipe: Recipe) -> list[str]:
     select_pivots(recipe, True)
-    return [row["provenance"]["candidate_id"] for row in read_rows(recipe.path("pivots.jsonl")) if "pass_rate" in row]
+    return [row["candidate_id"] for row in read_rows(recipe.path("pivots.jsonl")) if "pass_rate" in row]
 
 
 def rows_of(folder: Path) -> dict[str, dict[str, Any]]:
-    return {row["provenance"]["candidate_id"]: row for row in read_rows(folder / "profiles.jsonl")}
+    return {row["candidate_id"]: row for row in read_rows(folder / "profiles.jsonl")}
 
 
 # ---- curtailment ----

@@ -132,7 +132,7 @@ def chaos(policy: Policy, seed: int, share: float, doomed: set[int]) -> Callable
 
 
 def rows_of(folder: Path) -> dict[str, dict[str, Any]]:
-    return {row["provenance"]["candidate_id"]: row for row in read_rows(folder / "profiles.jsonl")}
+    return {row["candidate_id"]: row for row in read_rows(folder / "profiles.jsonl")}
 
 
 def test_chaos_ends_with_the_clean_runs_rows_and_no_failure_is_a_zero(served: Any, drawn: Any) -> None:
