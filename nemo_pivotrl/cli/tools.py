@@ -13,6 +13,7 @@ from typing import NamedTuple
 from nemo_pivotrl.cli.exits import BAD_INPUT, missing_module
 from nemo_pivotrl.cli.stages import CHECKED, STARTED, here
 from nemo_pivotrl.core.errors import InputError
+from nemo_pivotrl.report import VIEW_PORT
 
 
 class Tool(NamedTuple):
@@ -296,7 +297,7 @@ def run_serve(options: argparse.Namespace) -> None:
 
 def view_arguments(made: argparse.ArgumentParser) -> None:
     made.add_argument("run", metavar="RUN", help="run folder, e.g. runs/quickstart")
-    made.add_argument("--port", type=int, default=8765, help="port on this machine (default: 8765)")
+    made.add_argument("--port", type=int, default=VIEW_PORT, help=f"port on this machine (default: {VIEW_PORT})")
 
 
 def run_view(options: argparse.Namespace) -> None:
