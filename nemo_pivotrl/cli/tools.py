@@ -311,16 +311,18 @@ def run_view(options: argparse.Namespace) -> None:
 
 
 TOOLS = {
-    "init": Tool("a commented minimal recipe for a model and a file of yours", init_arguments, run_init),
+    "init": Tool("write a first recipe for a model and a file of yours", init_arguments, run_init),
     "view": Tool(
-        "a run in the browser: every turn, its samples, and why each was accepted or not", view_arguments, run_view
+        "look at a run in the browser: every turn, its samples, and why each was accepted or not",
+        view_arguments,
+        run_view,
     ),
-    "env": Tool("what is installed here, and which recipes could run", env_arguments, run_env),
-    "plan": Tool("will it fit, and what will it cost", plan_arguments, run_plan),
-    "trace": Tool("one rank's training step without a GPU, beside the plan", trace_arguments, run_trace),
-    "preflight": Tool("what would stop a stage, all at once", preflight_arguments, run_preflight),
-    "compare": Tool("two profiles of the same candidates: what moved, and the pivots", compare_arguments, run_compare),
-    "seal": Tool("vouch for artefacts as they stand: of an earlier version, or edited", seal_arguments, run_seal),
+    "env": Tool("see what is installed here, and which recipes could run", env_arguments, run_env),
+    "plan": Tool("see whether a recipe fits its GPUs, and what it costs", plan_arguments, run_plan),
+    "trace": Tool("run one rank's training step without a GPU, beside the plan's figures", trace_arguments, run_trace),
+    "preflight": Tool("list all that would stop a stage, before a model is loaded", preflight_arguments, run_preflight),
+    "compare": Tool("compare two profiles of the same candidates", compare_arguments, run_compare),
+    "seal": Tool("seal artefacts as they stand, after editing them", seal_arguments, run_seal),
     "verify": Tool("score rows of a file", verify_arguments, run_verify),
     "serve-verifier": Tool("serve a verifier to NeMo-Gym", serve_verifier_arguments, run_serve_verifier),
     "serve": Tool("serve the policy, or the patient with its doctors, by vLLM", serve_arguments, run_serve),

@@ -17,7 +17,7 @@ from nemo_pivotrl.algorithms import selection
 from nemo_pivotrl.components.conclusions import conclude
 from nemo_pivotrl.components.lineage import check_lineage
 from nemo_pivotrl.components.progress import progress
-from nemo_pivotrl.components.rollout import judge_all, load_recipe_verifier
+from nemo_pivotrl.components.rollout import judge_all, judged_row, load_recipe_verifier
 from nemo_pivotrl.components.stage_checks import rescore_checks
 from nemo_pivotrl.config import Recipe
 from nemo_pivotrl.core.artifacts import ArtefactWriter, count_rows, file_digest, is_complete, read_header, read_rows
@@ -86,11 +86,7 @@ def _rescore(rows: Sequence[Row], states: States, verifier: Verifier, max_retrie
     for row in rows:
         judged = [(sample, next(results)) for sample in row["samples"]]
         fault = next((r.kind for _, r in judged if isinstance(r, VerifierFault)), row["profile"]["failure"])
-        samples = [
-            {**sample, "reward": r.reward, "category": r.category}
-            for sample, r in judged
-            if not isinstance(r, VerifierFault)
-        ]
+        samples = [judged_row(sample, r) for sample, r in judged if not isinstance(r, VerifierFault)]
         made.append(rescored_row(row, samples, fault))
     return made
 

@@ -306,6 +306,7 @@ def groups(samples: Sequence[Mapping[str, Any]]) -> list[Row]:
                 "reward": sample["reward"],
                 "category": sample["category"],
                 "detail": sample.get("detail", ""),
+                "rules": sample.get("rules", []),
                 "finish_reason": sample["finish_reason"],
                 "text": sample["text"],
                 "tokens": sample["tokens"],
@@ -389,7 +390,8 @@ def _candidate(run: Run, row: Row) -> Candidate:
 
 
 def pair(run: Run, preference_id: str, pieces: Callable[[Sequence[int]], list[str]]) -> Row:
-    """A rewarded pair, token by token: [text, reward, Delta]. Raises KeyError."""
+    """A rewarded pair, token by token: [text, reward, Delta, log-probability under the positive face, and under the negative one];
+    the last two where the artefact has them. Raises KeyError."""
     number = next((n for n, p in enumerate(run.pairs) if p["id"] == preference_id), None)
     if number is None:
         raise KeyError(preference_id)
@@ -400,7 +402,8 @@ def pair(run: Run, preference_id: str, pieces: Callable[[Sequence[int]], list[st
     shown["next"] = run.pairs[number + 1]["id"] if number + 1 < len(run.pairs) else None
     for side in ("chosen", "rejected"):
         texts = pieces(row[side]["ids"])
-        shown[side] = [list(t) for t in zip(texts, row[side]["rewards"], row[side]["importance"], strict=True)]
+        columns = [row[side][name] for name in ("rewards", "importance", "positive", "negative") if name in row[side]]
+        shown[side] = [list(token) for token in zip(texts, *columns, strict=True)]
     return shown
 
 

@@ -224,7 +224,7 @@ async function turn(id) {
   for (const g of t.groups) {
     const text = actionText(g.action), equal = text === wanted;
     parts.push(h("div", { class: "card sample" }, h("h3", {}, `${g.count} ×`, badge(g.reward >= 1 ? "accepted" : g.reward > 0 ? `reward ${g.reward}` : "rejected", g.reward > 0 ? "won" : "lost"),
-      h("code", {}, g.category), g.finish_reason === "length" ? badge("cut at max_new_tokens", "cut") : null), g.detail ? h("p", {}, g.detail) : null,
+      h("code", {}, g.category), g.rules.length ? h("span", { class: "note" }, `accepted by ${g.rules.length > 1 ? "rules" : "rule"} ${g.rules.join(", ")}`) : null, g.finish_reason === "length" ? badge("cut at max_new_tokens", "cut") : null), g.detail ? h("p", {}, g.detail) : null,
       equal ? h("pre", {}, text) : h("div", {}, h("p", { class: "note" }, "− the expert, + this sample"), diff(wanted, text)),
       h("details", {}, h("summary", {}, `as generated: ${g.tokens} tokens, log-probability ${g.log_prob.toFixed(2)}`), h("pre", {}, g.text))));
   }
@@ -265,10 +265,15 @@ async function pair(id) {
   const p = await ask("pair", { id });
   const side = (name) => h("div", { class: "card" }, h("h3", {}, name), h("div", { class: "text tokens" }, p[name].map(([text, reward, delta]) =>
     heat(text, Math.abs(reward), reward > 0 ? "40, 160, 80" : "215, 70, 60", `reward ${reward.toFixed(3)}, Delta ${delta.toFixed(4)} nats`))));
+  const face = (name, at) => h("div", { class: "card face" }, h("h3", {}, `${name}, by the ${at === 3 ? "positive" : "negative"} face`), h("div", { class: "text tokens" }, p[name].map((token) =>
+    heat(token[0], Math.exp(token[at]), "70, 130, 210", `probability ${Math.exp(token[at]).toFixed(4)}, log-probability ${token[at].toFixed(4)}`))));
+  const faces = p.chosen.concat(p.rejected).some((token) => token.length > 3);
   main.replaceChildren(h("h1", {}, `Pair ${id}`), h("div", { class: "pages" }, p.previous ? h("a", { href: link("pair/" + encodeURIComponent(p.previous)) }, "← previous") : null,
     h("span", {}, `${p.objective}, ${p.split}`), p.next ? h("a", { href: link("pair/" + encodeURIComponent(p.next)) }, "next →") : null),
   h("h2", {}, "Prompt"), h("pre", {}, p.prompt), h("h2", {}, "Token rewards"), h("p", { class: "note" }, "Green: rewarded. Red: punished. Without colour: no reward, the two faces hardly differ there. Hover for figures."),
-  h("div", { class: "side" }, side("chosen"), side("rejected")));
+  h("div", { class: "side" }, side("chosen"), side("rejected")),
+  ...(faces ? [h("h2", {}, "Faces side by side"), h("p", { class: "note" }, "The bluer a token, the likelier the patient is to write it, asked as a good assistant (positive) and as a bad one (negative)."),
+    h("div", { class: "side" }, face("chosen", 3), face("chosen", 4), face("rejected", 3), face("rejected", 4))] : []));
 }
 
 async function promptList(parameters) {

@@ -1,4 +1,4 @@
-"""The report's first sentences say of each number whether it is better, worse or not shown, and the funnel counts down to the pivots."""
+"""The report's first sentences say what is better, worse and not shown, and the funnel counts down to the pivots."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_the_funnel_and_the_warnings(tmp_path: Path) -> None:
     }
     numbers: dict[str, Any] = {
         "audit": {"turns": 20, "kept": {"train": 12, "validation": 3}},
-        "profile": {},
+        "profile": {"candidates": 12},
         "survival": {"x": fates},
     }
     numbers["pivots"] = {"count": 3}

@@ -61,6 +61,7 @@ def test_a_turn_groups_its_samples_by_action_and_says_why_it_was_kept_or_dropped
         (1, "EXPECTED_TOOL_CALL", 1.0),
         (1, "TRUNCATED", 0.0),
     ]
+    assert turn["groups"][0]["detail"] == "q: the colours differ" and turn["groups"][1]["rules"] == ["letter_case"]
     assert turn["expected"]["calls"] == [{"name": "find", "arguments": '{\n "n": 1,\n "q": "blue chair"\n}'}]
     assert turn["why"].startswith("A pivot: 1 of 4") and turn["sets"] == ["pivots.jsonl"] and turn["interval"]
     lost = ask(client, "turn", id="t1:3")
@@ -77,7 +78,7 @@ def test_a_trajectory_is_its_longest_state_with_what_is_known_of_each_turn(clien
 
 def test_token_rewards_and_arms_are_shown_token_by_token(client: TestClient) -> None:
     assert [p["id"] for p in ask(client, "pairs", objective="kindness")["rows"]] == ["p1"]
-    assert ask(client, "pair", id="p1")["chosen"] == [["#5 ", 0.9, 0.1], ["#6 ", 0.0, 0.0]]
+    assert ask(client, "pair", id="p1")["chosen"] == [["#5 ", 0.9, 0.1, -0.1, -1.0], ["#6 ", 0.0, 0.0, -2.0, -2.0]]
     assert ask(client, "prompts")["rows"] == [{"prompt": 0, "asked": "why?"}]
     assert [a["arm"] for a in ask(client, "prompt", id=0)["arms"]] == ["patient", "kind 1"]
 
