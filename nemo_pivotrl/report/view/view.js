@@ -2,7 +2,7 @@
 // One page over a run's artefacts. Every text becomes a text node: model output is data and never markup.
 
 const PAGE = 50;
-const FATES = { "all 0": "all 0: never accepted", "all 1": "all 1: always accepted", pivot: "pivots", "held out": "held out" };
+const FATES = { "left out": "left out: the expert talks", failed: "failed", "too easy": "too easy", "all 0": "all 0: never accepted", "all 1": "all 1: always accepted", pivot: "pivots", "held out": "held out" };
 const main = document.getElementById("main");
 let shown = 0;
 let run = null;
@@ -60,11 +60,13 @@ function overview() {
   if (run.prompts) tile(number(run.prompts), "assessed prompts", link("prompts"));
   const parts = [h("h1", {}, run.folder), h("div", { class: "tiles" }, tiles)];
   if (run.report) parts.push(h("p", {}, h("a", { href: "report.html" }, "report.html"), " has the plots and tables of the whole run."));
-  const stages = Object.entries(run.checks);
-  if (stages.length) {
-    parts.push(h("h2", {}, "Verdicts of the stages"), h("div", { class: "scroll" }, h("table", {}, h("tbody", {}, stages.map(([stage, checks]) =>
-      checks.map((check) => h("tr", {}, h("td", {}, stage), h("td", {}, badge(check.good ? "ok" : "WARN")), h("td", {}, check.name),
-        h("td", { class: "wrap" }, check.found, check.good ? null : h("div", { class: "note" }, "→ " + check.remedy)))))))));
+  const checks = Object.entries(run.checks).flatMap(([stage, found]) => found.map((check) => ({ stage, ...check })));
+  const row = (c) => h("tr", {}, h("td", {}, c.stage), h("td", {}, badge(c.good ? "ok" : "WARN")), h("td", {}, c.name), h("td", { class: "wrap" }, c.found, c.good ? null : h("div", { class: "note" }, "→ " + c.remedy)));
+  const table = (found) => h("div", { class: "scroll" }, h("table", {}, h("tbody", {}, found.map(row))));
+  if (checks.length) {
+    const bad = checks.filter((c) => !c.good), good = checks.filter((c) => c.good);
+    parts.push(h("h2", {}, "What the stages warn of"), bad.length ? table(bad) : h("p", {}, "Nothing."));
+    if (good.length) parts.push(h("details", {}, h("summary", {}, `${good.length} checks found nothing to warn of`), table(good)));
   }
   if (run.samples) {
     const top = Math.max(1, ...run.rates);
@@ -224,7 +226,7 @@ async function turn(id) {
   for (const g of t.groups) {
     const text = actionText(g.action), equal = text === wanted;
     parts.push(h("div", { class: "card sample" }, h("h3", {}, `${g.count} ×`, badge(g.reward >= 1 ? "accepted" : g.reward > 0 ? `reward ${g.reward}` : "rejected", g.reward > 0 ? "won" : "lost"),
-      h("code", {}, g.category), g.rules.length ? h("span", { class: "note" }, `accepted by ${g.rules.length > 1 ? "rules" : "rule"} ${g.rules.join(", ")}`) : null, g.finish_reason === "length" ? badge("cut at max_new_tokens", "cut") : null), g.detail ? h("p", {}, g.detail) : null,
+      h("code", {}, g.category), g.rules.length ? h("span", { class: "note" }, `accepted by ${g.rules.length > 1 ? "rules" : "rule"} ${g.rules.join(", ")}`) : null, g.finish_reason === "length" ? badge("cut at max_new_tokens", "cut") : null), h("p", { class: "reason" }, g.words, g.detail ? ` ${g.detail}` : ""),
       equal ? h("pre", {}, text) : h("div", {}, h("p", { class: "note" }, "− the expert, + this sample"), diff(wanted, text)),
       h("details", {}, h("summary", {}, `as generated: ${g.tokens} tokens, log-probability ${g.log_prob.toFixed(2)}`), h("pre", {}, g.text))));
   }

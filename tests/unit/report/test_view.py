@@ -7,7 +7,12 @@ import pytest
 from starlette.testclient import TestClient
 from support.view_run import HOSTILE, make
 
+from nemo_pivotrl.components.conclusions import TALK
+from nemo_pivotrl.core.artifacts import read_header, read_rows, write_artefact
 from nemo_pivotrl.core.errors import InputError
+from nemo_pivotrl.report import VIEW_ADDRESS
+from nemo_pivotrl.report.reasons import in_words
+from nemo_pivotrl.report.view_index import listed, open_run, overview, whole_turn
 from nemo_pivotrl.report.view_server import create_app
 
 
@@ -119,3 +124,29 @@ def test_every_answer_forbids_what_the_page_does_not_need(client: TestClient) ->
 def test_a_folder_without_artefacts_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no artefacts to show"):
         create_app(tmp_path)
+
+
+def test_the_reports_links_lead_into_the_viewer_wherever_it_listens(tmp_path: Path) -> None:
+    make(tmp_path / "run")
+    (tmp_path / "run/report.html").write_text(f'<a href="{VIEW_ADDRESS}#/turns?fate=pivot">pivots</a>')
+    served = TestClient(create_app(tmp_path / "run"), base_url="http://127.0.0.1:8801").get("/report.html").text
+    assert served == '<a href="/#/turns?fate=pivot">pivots</a>'
+
+
+def test_turns_without_a_hit_rate_come_last_both_ways(tmp_path: Path) -> None:
+    path = make(tmp_path) / "profiles.jsonl"
+    rows, header = list(read_rows(path)), read_header(path, "profiles")
+    talk = rows[0] | {"candidate_id": "talk", "samples": [], "profile": rows[0]["profile"] | {"failure": TALK}}
+    write_artefact(path, header, [talk, *rows])
+    run = open_run(tmp_path)
+    up, down = ([row["id"] for row in listed(run, {"sort": "rate", "desc": desc})["rows"]] for desc in ("", "1"))
+    assert up == ["t1:3", "t1:1", "t1:5", "talk"] and down == ["t1:5", "t1:1", "t1:3", "talk"]
+    assert (
+        whole_turn(run, "talk")["why"].startswith("Left out: the expert talks")
+        and overview(run)["fates"]["left out"] == 1
+    )
+
+
+def test_categories_are_words_and_a_strange_one_is_read_out() -> None:
+    assert in_words("DIFFERENT_TOOL") == "It calls another tool than the expert."
+    assert in_words("FINISH_MISSING_PATHS") == "Finish missing paths."
