@@ -24,6 +24,7 @@ from nemo_pivotrl.backends.base import require_checkpoint
 from nemo_pivotrl.backends.hub import is_hub_id, remedy_for
 from nemo_pivotrl.backends.installed import probe
 from nemo_pivotrl.backends.loading import REMEDIES
+from nemo_pivotrl.backends.megatron.lora_mapping import lora_problems
 from nemo_pivotrl.components.lineage import check_headers
 from nemo_pivotrl.components.rollout import judged_candidates, load_chat, load_recipe_verifier, unrenderable_lines
 from nemo_pivotrl.config import Patient, Policy, Recipe, TrainedModel
@@ -151,6 +152,7 @@ def _on_megatron(
         return problems
     anchored = recipe.tfpo.anchor == "reference" if role == "doctor" else stage == "train" and _anchored(recipe)
     problems += training_problems(model, m, anchored)
+    problems += lora_problems(shape, model.lora, m.tensor_model_parallel_size)
     if not problems and not m.cpu:
         problems += _memory(recipe, stage, role, model, shape, world, anchored)
     return problems
