@@ -130,7 +130,7 @@ def evaluation_checks(summary: Row) -> list[Check]:
             else:
                 good, remedy = (
                     change["low"] > 0,
-                    "no gain is shown: train longer or faster; more held-out tasks or trials narrow the interval",
+                    "no gain is shown: more steps or a higher learning rate, or more held-out tasks, which narrow the interval",
                 )
             checks.append(Check(f"{label}: {title}", found, good, remedy))
     found = [entry for sets in summary["policies"].values() for entry in sets.values()]

@@ -50,11 +50,12 @@ def of_policies(policies: Row, label: str) -> tuple[str, str, str]:
         if change is None:
             missing.append(MISSING[name])
             continue
-        text = "{mean:+.1f} points [{low:+.1f}, {high:+.1f}] ".format(
-            **{k: 100 * change[k] for k in ("mean", "low", "high")}
-        )
-        where = better if change["low"] > 0 else worse if change["high"] < 0 else open_
-        where.append(text + ("of " if name != "retention" else "") + title)
+        mean, low, high = (100 * change[key] for key in ("mean", "low", "high"))
+        what = ("of " if name != "retention" else "") + title
+        if high < 0:
+            worse.append(f"{-mean:.1f} points [{-high:.1f}, {-low:.1f}] {what}")
+        else:
+            (better if low > 0 else open_).append(f"{mean:+.1f} points [{low:+.1f}, {high:+.1f}] {what}")
     return (
         f"{label} against {first}: {_list(better)}." if better else f"No gain of {label} over {first} is shown.",
         f"{label} loses {_list(worse)}." if worse else "Nothing that was measured got worse beyond its interval.",

@@ -23,7 +23,7 @@ def test_policies_with_a_gain_a_loss_and_an_open_set() -> None:
     }
     better, worse, open_ = verdict.of_policies({"base": {}, "sft": {}, "pivotrl": sets}, "pivotrl")
     assert better == "pivotrl against base: +11.7 points [+5.0, +18.7] of whole tasks."
-    assert worse == "pivotrl loses -2.0 points [-3.0, -1.0] out of domain."
+    assert worse == "pivotrl loses 2.0 points [1.0, 3.0] out of domain."
     assert open_ == "Not shown: +10.0 points [-10.0, +30.0] of held-out turns: the interval holds 0."
 
 
