@@ -83,9 +83,9 @@ def of_arms(assessment: Row) -> tuple[str, str, str]:
                 open_.append(f"{label} on {objective}")
     wanted = sorted((w for w in won if w[0]), key=lambda w: -w[1])
     asked = sum(w > 0 for arm in steered.values() for o, w in arm["setting"]["beta"].items() if o in arm["objectives"])
-    count = f"{len(wanted)} of {asked} arms and objectives that were steered for win against {first}"
+    count = f"Steered answers win against {first} in {len(wanted)} of {asked} cases, a case being an arm and an objective it is for"
     return (
-        f"{count}; the most: {wanted[0][2]}." if wanted else f"No steered arm is shown to win against {first}.",
+        f"{count}; most of all {wanted[0][2]}." if wanted else f"No steered arm is shown to win against {first}.",
         f"{_list(lost[:3])}{f', and {len(lost) - 3} more' if len(lost) > 3 else ''}."
         if lost
         else "No steered arm is shown to lose.",

@@ -267,14 +267,15 @@ async function pair(id) {
   const p = await ask("pair", { id });
   const side = (name) => h("div", { class: "card" }, h("h3", {}, name), h("div", { class: "text tokens" }, p[name].map(([text, reward, delta]) =>
     heat(text, Math.abs(reward), reward > 0 ? "40, 160, 80" : "215, 70, 60", `reward ${reward.toFixed(3)}, Delta ${delta.toFixed(4)} nats`))));
+  const faces = p.chosen.concat(p.rejected).filter((token) => token.length > 3);
+  const top = Math.max(0, ...faces.map((token) => Math.abs(token[3] - token[4])));
   const face = (name, at) => h("div", { class: "card face" }, h("h3", {}, `${name}, by the ${at === 3 ? "positive" : "negative"} face`), h("div", { class: "text tokens" }, p[name].map((token) =>
-    heat(token[0], Math.exp(token[at]), "70, 130, 210", `probability ${Math.exp(token[at]).toFixed(4)}, log-probability ${token[at].toFixed(4)}`))));
-  const faces = p.chosen.concat(p.rejected).some((token) => token.length > 3);
+    heat(token[0], top ? Math.sqrt(Math.max(0, token[at] - token[7 - at]) / top) : 0, at === 3 ? "40, 160, 80" : "215, 70, 60", `probability ${Math.exp(token[at]).toFixed(4)}, log-probability ${token[at].toFixed(4)}`))));
   main.replaceChildren(h("h1", {}, `Pair ${id}`), h("div", { class: "pages" }, p.previous ? h("a", { href: link("pair/" + encodeURIComponent(p.previous)) }, "← previous") : null,
     h("span", {}, `${p.objective}, ${p.split}`), p.next ? h("a", { href: link("pair/" + encodeURIComponent(p.next)) }, "next →") : null),
   h("h2", {}, "Prompt"), h("pre", {}, p.prompt), h("h2", {}, "Token rewards"), h("p", { class: "note" }, "Green: rewarded. Red: punished. Without colour: no reward, the two faces hardly differ there. Hover for figures."),
   h("div", { class: "side" }, side("chosen"), side("rejected")),
-  ...(faces ? [h("h2", {}, "Faces side by side"), h("p", { class: "note" }, "The bluer a token, the likelier the patient is to write it, asked as a good assistant (positive) and as a bad one (negative)."),
+  ...(faces.length ? [h("h2", {}, "Faces side by side"), h("p", { class: "note" }, "Coloured: tokens that this face is likelier to write than the other one. The positive face is the patient asked as a good assistant, the negative one as a bad one."),
     h("div", { class: "side" }, face("chosen", 3), face("chosen", 4), face("rejected", 3), face("rejected", 4))] : []));
 }
 

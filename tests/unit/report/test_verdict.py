@@ -50,7 +50,7 @@ def test_steered_arms() -> None:
         "kind 2": arm({"kind": 2.0}, kind=(0.3, 0.25), brief=(0.2, 0.2)),
     }
     better, worse, open_ = verdict.of_arms({"arms": arms, "prompts": 36})
-    assert better.startswith("1 of 2 arms") and "kind 1 wins 60% and loses 10% on kind" in better
+    assert "in 1 of 2 cases" in better and "kind 1 wins 60% and loses 10% on kind" in better
     assert worse == "kind 1 loses 50% and wins 10% on brief."
     assert "that kind 2 on kind differ from patient" in open_ and "36 prompts" in open_
     assert verdict.of_arms({"arms": {"patient": arms["patient"]}, "prompts": 1})[0].startswith("No steered arm")
