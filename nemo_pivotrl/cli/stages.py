@@ -161,8 +161,8 @@ def run_stage(stage: str, recipe: Recipe, fresh: bool, shard: str | None = None)
 
     more = {}
     if shard is not None:
+        from nemo_pivotrl.components.shards import shard_of
         from nemo_pivotrl.core.errors import Problem
-        from nemo_pivotrl.pivotrl.profile_shards import shard_of
 
         if stage != "profile":
             raise InputError(Problem("command line", None, "--shard", f"stage {stage}", "only profile has shards"))

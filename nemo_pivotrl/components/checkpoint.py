@@ -224,11 +224,13 @@ def share(source: Path, final: Path) -> Path:
     The model card is a copy: it is there to be edited."""
     check_sums(source, "damaged: restore it, or train anew with fresh=true")
     with _whole(final) as part:
-        for path in sorted(p for p in source.iterdir() if p.name not in (SUMS, CARD)):
+        for path in sorted(p for p in source.rglob("*") if p.is_file() and p not in (source / SUMS, source / CARD)):
+            target = part / path.relative_to(source)
+            target.parent.mkdir(exist_ok=True)
             try:
-                os.link(path, part / path.name)
+                os.link(path, target)
             except OSError:
-                shutil.copyfile(path, part / path.name)
+                shutil.copyfile(path, target)
     if (source / CARD).exists():
         write_atomically(final / CARD, (source / CARD).read_text(encoding="utf-8"))
     return final

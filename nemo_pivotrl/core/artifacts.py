@@ -429,7 +429,10 @@ class ArtefactWriter:
 
     def write_lines(self, lines: Sequence[bytes], sync: bool = True) -> None:
         """As `write`, for rows that are lines already, each with its end. `sync` False: what is quick to make again."""
-        text = b"".join(lines)
+        self.write_text(b"".join(lines), len(lines), sync)
+
+    def write_text(self, text: bytes, rows: int, sync: bool = False) -> None:
+        """As `write_lines`, for so many lines that are one text."""
         try:
             self._handle.write(text)
             if sync:
@@ -438,7 +441,7 @@ class ArtefactWriter:
             self._close()  # now, or its buffer would reach the file at some later time
             raise
         self._hasher.update(text)
-        self._rows += len(lines)
+        self._rows += rows
 
     def finish(self) -> Path:
         """Seal the part and give it its name. Raises OSError."""

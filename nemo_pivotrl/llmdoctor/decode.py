@@ -11,25 +11,25 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Protocol
 
+from nemo_pivotrl.backends.base import require_checkpoint
 from nemo_pivotrl.backends.identity import policy_revision
 from nemo_pivotrl.backends.loading import load_guided_engine
 from nemo_pivotrl.backends.reference.guided import (
     Guided,
-    GuidedGenerator,
     GuidedSamplingParams,
     Span,
     Token,
     load_guided,
 )
-from nemo_pivotrl.components.costs import spend
-from nemo_pivotrl.components.progress import progress
+from nemo_pivotrl.components.durable_map import Found, Map, Tally, batches_of, found_rows
 from nemo_pivotrl.components.rollout import sample_seed
 from nemo_pivotrl.config import Recipe
-from nemo_pivotrl.core.artifacts import ArtefactWriter, Header, digest, file_digest, is_complete, read_rows
+from nemo_pivotrl.core.artifacts import Header, digest, file_digest, read_rows
 from nemo_pivotrl.core.errors import InputError, NotFiniteError, Problem, UnrenderableState, short
 from nemo_pivotrl.core.lock import one_writer
 from nemo_pivotrl.core.types import FailedSample
@@ -93,18 +93,12 @@ def decode(recipe: Recipe, fresh: bool = False) -> Path:
         problem = Problem("recipe", None, "decode.prompts", "nothing", "give a JSONL file, one prompt a line")
         raise InputError(problem)
     prompts = read_prompts(Path(settings.prompts), recipe)
-    chat, generator, own_chats = load_engine(recipe) if recipe.patient.backend == "vllm" else load(recipe)
-    rendered = _render_all(recipe, prompts, chat, generator, own_chats)
-    header = _header(recipe, chat)
-    path = recipe.path(settings.output)
-    if is_complete(path, header, fresh):
-        print(f"{path} is complete; fresh=true makes it anew")
-        return path
-    with ArtefactWriter(path, header, fresh) as writer, spend(Path(recipe.run_dir), "decode") as cost:
-        _decode_rest(recipe, prompts, rendered, writer, chat, generator)
-        path = writer.finish()
-        rows = list(read_rows(path))
-        cost.update(answers=len(rows), tokens_generated=sum(len(r["token_ids"]) for r in rows))
+    header, path, tally = _header(recipe, load_patient_chat(recipe.patient)), recipe.path(settings.output), Tally()
+    size = max(1, settings.answers_per_wave // settings.num_samples)
+    waves = partial(batches_of, range(len(prompts)), size, tally)
+    make = partial(Decoder, recipe, prompts)
+    Map(recipe, "decode", path, header, waves, make, len(prompts), "prompt", tally).run(fresh)
+    rows = list(read_rows(path))
     tokens = sum(len(r["token_ids"]) for r in rows)
     if tokens:
         kl, changed = (sum(r[key] * len(r["token_ids"]) for r in rows) / tokens for key in ("kl", "changed"))
@@ -112,9 +106,15 @@ def decode(recipe: Recipe, fresh: bool = False) -> Path:
     return path
 
 
-def load(recipe: Recipe) -> tuple[Chat, GuidedGenerator, dict[str, Chat]]:
-    """The patient's template, the generator, and the templates of doctors whose own is another."""
+def load(recipe: Recipe) -> tuple[Chat, Generator, dict[str, Chat]]:
+    """The patient's template, what decodes, and the templates of doctors whose own is another.
+
+    `patient.backend: vllm` puts the patient into vLLM and the doctors into its sampler; raises InputError where it is missing.
+    """
     chat, settings = load_patient_chat(recipe.patient), recipe.decode
+    if recipe.patient.backend == "vllm":
+        rest = chat.tokenizer, chat.stop_ids, _spans(recipe, chat)
+        return chat, load_guided_engine(recipe.patient, settings, recipe.vllm, *rest), _own_chats(recipe, chat)
     generator = load_guided(
         recipe.patient.model_name,
         settings.doctors,
@@ -127,15 +127,6 @@ def load(recipe: Recipe) -> tuple[Chat, GuidedGenerator, dict[str, Chat]]:
         min_entropy=settings.min_entropy,
         batch_tokens=settings.batch_tokens,
         where="decode",
-    )
-    return chat, generator, _own_chats(recipe, chat)
-
-
-def load_engine(recipe: Recipe) -> tuple[Chat, Generator, dict[str, Chat]]:
-    """As `load`, with the patient inside vLLM and the doctors in its sampler. Raises InputError where vLLM is missing."""
-    chat = load_patient_chat(recipe.patient)
-    generator = load_guided_engine(
-        recipe.patient, recipe.decode, recipe.vllm, chat.tokenizer, chat.stop_ids, _spans(recipe, chat)
     )
     return chat, generator, _own_chats(recipe, chat)
 
@@ -177,6 +168,7 @@ def _header(recipe: Recipe, chat: Chat) -> Header:
     kept = {k: v for k, v in settings.items() if k not in ("prompts", "output", "doctors")}
     doctors = {}
     for name, doctor in recipe.decode.doctors.items():
+        require_checkpoint(f"decode.doctors.{name}.path", doctor.path, "give the folder of a trained doctor")
         reference = policy_revision(doctor.reference) if recipe.decode.mode == "ratio" else ""
         doctors[name] = {"beta": doctor.beta, "revision": policy_revision(doctor.path), "reference": reference}
     return Header(
@@ -190,27 +182,19 @@ def _header(recipe: Recipe, chat: Chat) -> Header:
     )
 
 
-def _decode_rest(
-    recipe: Recipe,
-    prompts: Sequence[Prompt],
-    rendered: Sequence[Rendered],
-    writer: ArtefactWriter,
-    chat: Chat,
-    generator: Generator,
-) -> None:
-    """Decode what is not written yet. Waves begin at fixed places, so a resumed one repeats exactly."""
-    each = recipe.decode.num_samples
-    size = max(1, recipe.decode.answers_per_wave // each)  # prompts in a wave
-    total = len(prompts) * each
-    first = writer.rows_done // (size * each) * size if writer.rows_done < total else len(prompts)
-    skip = writer.rows_done - first * each
-    with progress(total, writer.rows_done, "decode", "answer") as bar:
-        for start in range(first, len(prompts), size):
-            wave = list(zip(prompts[start : start + size], rendered[start : start + size], strict=True))
-            rows = _decode_wave(recipe, wave, chat, generator)
-            writer.write(rows[skip:])
-            bar.update(len(rows) - skip)
-            skip = 0
+class Decoder:
+    """A generator with everything that it is asked. Raises InputError naming every line that no model can read."""
+
+    def __init__(self, recipe: Recipe, prompts: Sequence[Prompt]):
+        self.recipe, self.prompts = recipe, prompts
+        self.chat, self.generator, own_chats = load(recipe)
+        self.rendered = _render_all(recipe, prompts, self.chat, self.generator, own_chats)
+
+    def __call__(self, places: Sequence[int]) -> Found:
+        """The answers to a wave of prompts. Waves begin at fixed places, so one that is done again is the same."""
+        wave = [(self.prompts[place], self.rendered[place]) for place in places]
+        rows = _decode_wave(self.recipe, wave, self.chat, self.generator)
+        return found_rows(rows, answers=len(rows), tokens_generated=sum(len(row["token_ids"]) for row in rows))
 
 
 def _decode_wave(

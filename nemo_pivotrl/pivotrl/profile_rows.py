@@ -10,9 +10,8 @@ from typing import Any
 
 from nemo_pivotrl.algorithms import selection
 from nemo_pivotrl.algorithms.early_stopping import StoppingRule, interval
-from nemo_pivotrl.core.artifacts import Header, json_bytes
+from nemo_pivotrl.core.artifacts import Header
 from nemo_pivotrl.core.types import Action, Candidate, Profile, ToolCall
-from nemo_pivotrl.pivotrl.profile_scheduler import CandidateProgress
 
 Row = dict[str, Any]
 RATES = ("pass_rate", "pass_rate_total", "pass_rate_passed")
@@ -20,32 +19,8 @@ RATES = ("pass_rate", "pass_rate_total", "pass_rate_passed")
 NO_FIELDS: Mapping[str, Any] = MappingProxyType({})
 
 
-def member_line(member: CandidateProgress, plan: StoppingRule) -> bytes:
-    """A finished candidate's row: its line of the candidates file as it is, and the profile after it.
-
-    What a failed one had drawn is kept, for when it is tried again; it has no samples and no rate.
-    """
-    ks = sorted(member.rows)
-    kept = b",".join(member.rows[k] for k in ks)
-    told: Row = {
-        "tokens_generated": sum(member.tokens.values()),
-        "tokens_prompt": member.prompt_tokens,
-        "failure": member.failure,
-        **({"detail": member.detail} if member.detail else {}),
-    }
-    if member.failure is not None:
-        drawn = b",".join(b"[%d,%b]" % (k, member.rows[k]) for k in ks)
-        tail = b',"samples":[],"profile":%b,"kept":[%b]}' % (json_bytes(told)[:-1], drawn)
-    else:
-        stats = selection.statistics([member.rewards[k] for k in ks])
-        told |= _measured(stats, plan.curtailed and not member.plan.curtailed)
-        rate = (json_bytes(stats.mean), stats.count, stats.successes)
-        tail = b',"pass_rate":%b,"pass_rate_total":%d,"pass_rate_passed":%d' % rate
-        tail += b',"samples":[%b],"profile":%b' % (kept, json_bytes(told))
-    return member.line.rstrip()[:-1] + tail + b"}\n"
-
-
-def _measured(stats: selection.GroupStatistics, control: bool) -> Row:
+def measured(stats: selection.GroupStatistics, control: bool) -> Row:
+    """What a profile says of a hit rate beside it."""
     ends = interval(stats.successes, stats.count - stats.successes) if stats.binary else None
     return {"interval": [round(end, 4) for end in ends] if ends else None, "control": control}
 
@@ -57,7 +32,7 @@ def rescored_row(row: Row, samples: Sequence[Row], failure: str | None) -> Row:
     if failure is None:
         stats = selection.statistics([float(sample["reward"]) for sample in samples])
         made |= dict(zip(RATES, (stats.mean, stats.count, stats.successes), strict=True))
-        told |= _measured(stats, bool(row["profile"].get("control")))
+        told |= measured(stats, bool(row["profile"].get("control")))
     return made | {"samples": [] if failure else list(samples), "profile": told}
 
 

@@ -303,7 +303,7 @@ def test_rounds_of_limited_profiles_go_through_all_candidates_before_one_comes_a
 @pytest.mark.parametrize(
     "moments",
     [
-        ("round-02/candidates.jsonl", "round-02/profiles.jsonl.part"),
+        ("round-02/candidates.jsonl", "round-02/profiles.jsonl.journal"),
         ("retention.jsonl", "pivotrl/step_00002/meta.json", "round-02/profiles.jsonl", "round-02/pivotrl/step_00003/meta.json"),
         ("pivotrl/published.json", "round-02/pivotrl/published.json", "final/policy"),
     ],
