@@ -74,13 +74,16 @@ def rendered(
             made.append((candidate, render(candidate)))
         except UnrenderableState as error:
             refused.append((candidate.candidate_id, f"{error.kind}: {error.found}"))
+    tell_refused(refused, len(made) + len(refused), source, what)
+    return made
+
+
+def tell_refused(refused: Sequence[tuple[str, str]], of: int, source: Path, what: str) -> None:
+    """Print how many of all cannot be rendered, and the first of them: (candidate id, kind and reason)."""
     if refused:
         counts = Counter(reason.partition(":")[0] for _, reason in refused)
-        print(
-            f"excluded: {len(refused)} of {len(made) + len(refused)} {what}, {', '.join(f'{n} {k}' for k, n in counts.items())}"
-        )
+        print(f"excluded: {len(refused)} of {of} {what}, {', '.join(f'{n} {k}' for k, n in counts.items())}")
         print("\n".join(unrenderable_lines(refused, source)))
-    return made
 
 
 def unrenderable_lines(refused: Sequence[tuple[str, str]], source: Path) -> list[str]:
