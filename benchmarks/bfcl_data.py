@@ -1,11 +1,11 @@
 """BFCL's questions, schemas and gold calls as trajectories of one turn, split by function.
 
-Read from the installed package `bfcl-eval`, nothing is copied into this project. Two rows share a group where they share the name of a
-function, and a group lies on one side: `warmup` (the start policy's share), `train` (with `extract.validation_share` of it held out by
-the product itself), `test`. So no schema of a test row is seen in training.
+Read from the installed package `bfcl-eval`, nothing is copied into this project. Two rows share a group where they share the name of
+a function, and a group lies on one side: `warmup` (the start policy's share), `train` (with `extract.validation_share` of it held out
+by the product itself), `test`. So no schema of a test row is seen in training.
 
-The expert's call is made of BFCL's acceptable answers: of every argument the first acceptable value, and an argument that may be left out
-is left out. Other acceptable values stay BFCL's alone: its checker decides evaluation.
+The expert's call is made of BFCL's acceptable answers: of every argument the first acceptable value, and an argument that may be left
+out is left out. Other acceptable values stay BFCL's alone: its checker decides evaluation.
 """
 
 from __future__ import annotations
@@ -100,15 +100,18 @@ def _first(arguments: Row, required: Sequence[str]) -> Row:
     found = {}
     for name, values in arguments.items():
         written = [v for v in values if v != ""]
-        if written and ("" not in values or name in required):  # gold lists "" for some arguments that the schema requires
+        if written and (
+            "" not in values or name in required
+        ):  # gold lists "" for some arguments that the schema requires
             found[name] = _value(written[0])
     return found
 
 
 def _value(value: Any) -> Any:
-    """A value as it is written: within an object BFCL lists the acceptable values of every key, too."""
+    """A value as it is written: within most objects BFCL lists the acceptable values of every key, too."""
     if isinstance(value, dict):
-        return {k: _value(v[0]) for k, v in value.items() if isinstance(v, list) and v and "" not in v}
+        listed = all(isinstance(v, list) for v in value.values())
+        return {k: _value(v[0]) for k, v in value.items() if v and "" not in v} if listed else value
     if isinstance(value, list):
         return [_value(v) for v in value]
     return value

@@ -17,7 +17,7 @@ from array import array
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 
@@ -25,9 +25,10 @@ from nemo_pivotrl.algorithms import pivotrl
 from nemo_pivotrl.backends import loading
 from nemo_pivotrl.backends.base import TokenBatch
 from nemo_pivotrl.backends.identity import identity_of, policy_revision, without_start
+from nemo_pivotrl.components.costs import CountingSampler
 from nemo_pivotrl.components.lineage import check_lineage
 from nemo_pivotrl.components.loop import Job, Step, run
-from nemo_pivotrl.components.rollout import load_chat, rendered
+from nemo_pivotrl.components.rollout import load_chat, load_recipe_verifier, rendered
 from nemo_pivotrl.config import Policy, Recipe, Sft
 from nemo_pivotrl.core.artifacts import digest, file_digest, read_header
 from nemo_pivotrl.core.errors import InputError, Problem
@@ -36,8 +37,9 @@ from nemo_pivotrl.core.plugins import load_plugin
 from nemo_pivotrl.core.types import Action, Candidate, Message
 from nemo_pivotrl.data import gym_rows as responses
 from nemo_pivotrl.data.chat_template import Chat
+from nemo_pivotrl.pivotrl.monitor import Monitor, held_out_states
 from nemo_pivotrl.pivotrl.select import candidates_of
-from nemo_pivotrl.pivotrl.validation import whole_tasks
+from nemo_pivotrl.pivotrl.validation import METRIC, whole_tasks
 
 EMBEDDED = {
     "world": "nemo_pivotrl.demo.start_policy:make_start_policy",
@@ -146,7 +148,7 @@ def _fine_tune(recipe: Recipe, settings: Sft, fresh: bool) -> Path:
     def draw(step: int) -> list[list[Sequence_]]:
         return [epochs(sequences, settings.batch_size, step, recipe.seed)]
 
-    return fit(recipe, settings, policy, chat, draw, identity, fresh, validated=settings is recipe.sft)
+    return fit(recipe, settings, policy, chat, draw, identity, fresh, source if settings is recipe.sft else None)
 
 
 def identity_for(recipe: Recipe, settings: Sft, policy: Policy, chat: Chat, data: str) -> str:
@@ -226,14 +228,14 @@ def fit(
     draw: Callable[[int], list[list[Sequence_]]],
     identity: str,
     fresh: bool,
-    validated: bool = False,
+    validated: Path | None = None,
 ) -> Path:
     """Fine-tune `policy`; returns the policy's folder.
 
-    draw: the parts of a step, each of which has its own token mean. validated: play `checkpointing.simulator` and publish as
-    `checkpointing.publish` says; a start policy is what its last step made.
+    draw: the parts of a step, each of which has its own token mean. validated: the artefact with the held-out turns; then validate
+    and publish as `checkpointing` says. None for a start policy, which is what its last step made.
     """
-    kept = recipe.checkpointing if validated else dataclasses.replace(recipe.checkpointing, publish="last")
+    kept = recipe.checkpointing if validated is not None else dataclasses.replace(recipe.checkpointing, publish="last")
     job = Job(
         recipe=recipe,
         stage="sft",
@@ -245,7 +247,7 @@ def fit(
         steps_field="num_steps",
         checkpointing=dataclasses.replace(kept, save_period=max(kept.save_period, settings.num_steps // 5)),
     )
-    return run(job, lambda cost: FineTuning(recipe, settings, policy, draw, chat if validated else None), fresh)
+    return run(job, lambda cost: FineTuning(recipe, settings, policy, draw, chat, validated, cost), fresh)
 
 
 class FineTuning:
@@ -257,16 +259,27 @@ class FineTuning:
         settings: Sft,
         policy: Policy,
         draw: Callable[[int], list[list[Sequence_]]],
-        chat: Chat | None = None,
+        chat: Chat,
+        validated: Path | None,
+        cost: dict[str, Any],
     ):
-        """chat: with it, whole tasks are played as `checkpointing.simulator` says."""
+        """validated: the artefact with the held-out turns, or None."""
         plain = dataclasses.replace(policy.generation, temperature=1.0)  # the likelihood itself, not a tempered one
         own = policy.model_name == recipe.policy.model_name
         megatron = recipe.megatron if own else without_start(recipe.megatron)
         trained = dataclasses.replace(policy, prefix_sharing=False, generation=plain, sampler="backend")
+        turns = validated is not None and recipe.checkpointing.publish == "best" and _is_of_turns(recipe)
         self.recipe, self.settings, self.draw, self.chat = recipe, settings, draw, chat
-        self.trainer = loading.load(trained, megatron)
+        self.trainer = loading.load(trained, megatron, reference=turns and recipe.grpo.val_kl)
         self.trainer.prepare_for_training(settings.optimizer)
+        self.meter = CountingSampler(self.trainer, cost)
+        self.monitor: Monitor | None = None
+        self.plays = validated is not None
+        if turns and validated is not None:
+            verifier, _ = load_recipe_verifier(recipe)
+            self.monitor = Monitor(
+                recipe, self.trainer, chat, verifier, held_out_states(recipe, validated, chat, verifier)
+            )
 
     def step(self, number: int) -> Step:
         """One update by all parts of the draw."""
@@ -281,8 +294,16 @@ class FineTuning:
         return Step(metrics, {"tokens_trained": int(tokens)})
 
     def validate(self, step: int, last: bool, known: dict[str, float]) -> dict[str, float]:
-        """Whole tasks; no turn is held out."""
-        return whole_tasks(self.recipe, self.trainer, self.chat, step, last, known) if self.chat else {}
+        """Held-out turns where the checkpoint is chosen by them, else whole tasks as `checkpointing.simulator` says."""
+        if self.monitor is not None:
+            return self.monitor.measure(self.meter, step, last, known)
+        return whole_tasks(self.recipe, self.trainer, self.chat, step, last, known) if self.plays else {}
+
+
+def _is_of_turns(recipe: Recipe) -> bool:
+    """Whether the checkpoint is chosen by what validation on held-out turns measures."""
+    metric = recipe.checkpointing.metric_name
+    return metric.startswith(("val/", "retention/")) and metric != METRIC
 
 
 def decay(step: int, settings: Sft) -> float:

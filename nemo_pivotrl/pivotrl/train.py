@@ -33,10 +33,8 @@ from nemo_pivotrl.components.metrics import read_metrics
 from nemo_pivotrl.components.progress import steps_of
 from nemo_pivotrl.components.rollout import (
     Rollout,
-    fits,
     load_chat,
     load_recipe_verifier,
-    rendered,
     roll_out,
     sample_seed,
     sampling,
@@ -45,9 +43,8 @@ from nemo_pivotrl.config import Grpo, LossFn, Recipe
 from nemo_pivotrl.core.artifacts import check_headers, digest, file_digest, read_header
 from nemo_pivotrl.core.errors import InputError, Problem
 from nemo_pivotrl.core.lock import one_writer
-from nemo_pivotrl.core.types import Candidate
 from nemo_pivotrl.data.chat_template import Chat
-from nemo_pivotrl.pivotrl.monitor import Monitor, State, padded, rollout_metrics
+from nemo_pivotrl.pivotrl.monitor import Monitor, State, held_out_states, padded, rollout_metrics, states_of
 from nemo_pivotrl.pivotrl.select import candidates_of
 from nemo_pivotrl.verifiers.base import Bounded, Verifier
 
@@ -71,7 +68,7 @@ def train(recipe: Recipe, fresh: bool = False, until: Until | None = None) -> Pa
     chat = load_chat(recipe.policy, recipe.verifier.limits)
     verifier, verifier_id = load_recipe_verifier(recipe)
     _check(recipe, source, chat, verifier_id)
-    pivots = _states(candidates_of(source, "train"), chat, recipe, source)
+    pivots = states_of(candidates_of(source, "train"), chat, recipe, source)
     if not pivots:
         raise InputError(
             Problem(str(source), None, "pivots", "none fits the context", "raise policy.max_total_sequence_length")
@@ -101,16 +98,13 @@ class PolicyTraining:
 
     def __init__(self, recipe: Recipe, chat: Chat, verifier: Bounded, pivots: Sequence[State], cost: dict[str, Any]):
         settings = recipe.grpo
-        source = recipe.path(settings.pivots)
-        found = [c for c in candidates_of(source, "validation") if not verifier.excludes(c.case)]
-        held_out = _states(found, chat, recipe, source)
-        held_out = sorted(held_out, key=lambda s: selection.order_key(recipe.seed, s.candidate.candidate_id))
+        held_out = held_out_states(recipe, recipe.path(settings.pivots), chat, verifier)
         anchored = recipe.loss_fn.reference_policy_kl_penalty > 0 or settings.val_kl
         self.recipe, self.chat, self.verifier, self.pivots, self.cost = recipe, chat, verifier, pivots, cost
         self.units = together(pivots, settings.keep_together if recipe.policy.prefix_sharing else 1.0)
         self.trainer = loading.load(recipe.policy, recipe.megatron, recipe.vllm, reference=anchored)
         self.trainer.prepare_for_training(recipe.policy.optimizer)
-        self.monitor = Monitor(recipe, self.trainer, chat, verifier, held_out[: settings.val_candidates])
+        self.monitor = Monitor(recipe, self.trainer, chat, verifier, held_out)
         self.meter = CountingSampler(self.trainer, cost)
         """Of the step that runs."""
         self.flat = 0
@@ -191,15 +185,6 @@ def _identity(recipe: Recipe, source: Path) -> str:
     computed = identity_of(recipe.policy, recipe.megatron)
     parts += [computed] if computed else []
     return digest([recipe.seed, grpo, parts, recipe.checkpointing.save_period, file_digest(source)])
-
-
-def _states(candidates: Sequence[Candidate], chat: Chat, recipe: Recipe, source: Path) -> list[State]:
-    found = rendered(candidates, lambda c: chat.prompt_ids(c.messages, c.tools), source)
-    states = [State(candidate, prompt) for candidate, prompt in found]
-    kept = [s for s in states if fits(s.prompt, recipe.policy)]
-    if len(kept) < len(states):
-        print(f"excluded: {len(states) - len(kept)} of {len(states)} states, context_overflow")
-    return kept
 
 
 def _draw(pivots: Sequence[State], units: Sequence[str], step: int, recipe: Recipe) -> list[State]:

@@ -1,0 +1,133 @@
+"""A real model on a public benchmark: SmolLM2-135M-Instruct on BFCL, by every stage and arm of PivotRL.
+
+    python benchmarks/bfcl.py [--seeds 0] [--arms sft adv all mixed strict] [--limit N] [KEY=VALUE ...]
+
+It runs the product's own commands on recipes/pivotrl/bfcl-smollm2-135m-cpu.yaml, one after another, as a user would, each with
+KEY=VALUE behind it, in an environment that has vLLM. What is done is not done again: kill it and give the same command. Everything
+lies under runs/bfcl; `bfcl_tables.py` has BFCL's checker grade it and writes the tables. `make bfcl` does all of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import resource
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from bfcl_data import CATEGORIES, SPLITS, data_folder, write_splits
+
+RECIPE = "recipes/pivotrl/bfcl-smollm2-135m-cpu.yaml"
+RUNS = Path("runs/bfcl")
+BASE = "runs/smollm2/base"
+SHARES = dict(zip(SPLITS, (0.15, 0.5, 0.35), strict=True))
+PIVOTS = {"adv": "pivots.jsonl", "mixed": "mixed.jsonl", "all": "all.jsonl", "strict": "strict.jsonl"}
+ARMS = ("sft", *PIVOTS)
+EXACT = ("verifier.name=exact", "verifier.settings=null")
+
+Step = tuple[str, list[str]]
+"""Name and the command's words behind `nemo-pivotrl`."""
+
+
+def steps(seed: int, arms: Sequence[str], questions: str) -> Iterator[Step]:
+    """Every command of a seed, in order: the start policy, the profile, the arms, then their test."""
+    at = RUNS / f"seed-{seed}"
+    warm = [
+        f"run_dir={at}/warm",
+        f"extract.trajectories=[{RUNS}/data-{seed}/warmup.jsonl]",
+        "extract.validation_share=0",
+    ]
+    yield "warm-extract", ["extract", RECIPE, *warm]
+    yield "warm", ["warmup", RECIPE, *warm]
+    yield "extract", ["extract", RECIPE]
+    yield "audit", ["audit", RECIPE, "audit.sample=0"]
+    yield from tested(seed, "start", f"{at}/warm/start/policy", questions)
+    if set(arms) & set(PIVOTS):
+        yield "profile", ["profile", RECIPE]
+    for arm in arms:
+        if arm == "sft":
+            yield "sft", ["sft", RECIPE]
+        elif arm == "strict":
+            rescored = "profiles.rescored.jsonl"
+            yield "rescore", ["rescore", RECIPE, *EXACT]
+            chosen = [f"select.profiles={rescored}", "select.undecided=by_rate", "select.output=strict.jsonl"]
+            yield "select-strict", ["select", RECIPE, *EXACT, *chosen]
+            yield "strict", ["train", RECIPE, *EXACT, "grpo.name=strict", "grpo.pivots=strict.jsonl"]
+        else:
+            yield f"select-{arm}", ["select", RECIPE, f"select.rule={arm}", f"select.output={PIVOTS[arm]}"]
+            yield arm, ["train", RECIPE, f"grpo.name={arm}", f"grpo.pivots={PIVOTS[arm]}"]
+        yield from tested(seed, arm, f"{at}/{arm}/policy", questions)
+    yield from tested(seed, "base", BASE, questions)
+
+
+def tested(seed: int, label: str, policy: str, questions: str) -> Iterator[Step]:
+    """A policy on the test rows, and on the out-of-domain questions."""
+    at = [
+        f"run_dir={RUNS}/seed-{seed}/test-{label}",
+        f"extract.trajectories=[{RUNS}/data-{seed}/test.jsonl]",
+        "extract.validation_share=1",
+    ]
+    retention = [f"evaluate.retention={questions}", "evaluate.trials=1"] if questions else []
+    yield f"test-{label}-extract", ["extract", RECIPE, *at]
+    yield f"test-{label}", ["evaluate", RECIPE, *at, f"evaluate.policies={{{label}: {policy}}}", *retention]
+
+
+def run(seed: int, step: Step, more: Sequence[str]) -> None:
+    """Run a command unless it has ended well before; note its wall and processor seconds in steps.jsonl. Stops at an error."""
+    name, words = step
+    folder = RUNS / f"seed-{seed}"
+    folder.mkdir(parents=True, exist_ok=True)
+    log = folder / "steps.jsonl"
+    words = [*words, f"seed={seed}", *more]
+    digest = hashlib.sha256(" ".join(words).encode()).hexdigest()[:12]
+    done = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    if any(row["step"] == name and row["digest"] == digest for row in done):
+        return
+    print(f"\n== seed {seed}: nemo-pivotrl {shlex.join(words)}", flush=True)
+    began, before = time.time(), resource.getrusage(resource.RUSAGE_CHILDREN)
+    code = subprocess.run([sys.executable, "-m", "nemo_pivotrl.cli", *words], check=False).returncode
+    if code:
+        sys.exit(f"{name} ended with {code}; mend it and give the same command again: what is done stays")
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    row = {
+        "step": name,
+        "digest": digest,
+        "command": shlex.join(["nemo-pivotrl", *words]),
+        "wall_s": round(time.time() - began, 1),
+        "cpu_s": round(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, 1),
+        "load": round(os.getloadavg()[0], 1),
+    }
+    with log.open("a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--arms", nargs="*", choices=ARMS, default=["sft", "adv", "all"])
+    parser.add_argument("--categories", nargs="+", choices=CATEGORIES, default=["simple_python", "parallel"])
+    parser.add_argument("--trained", nargs="+", choices=CATEGORIES, default=["simple_python"], help="of the train rows")
+    parser.add_argument("--limit", type=int, default=0, help="rows of each split at most; 0: all")
+    parser.add_argument("--bfcl", default="", help="BFCL's data folder, where bfcl-eval is not installed here")
+    parser.add_argument("--questions", default="", help="out-of-domain questions, as evaluate.retention takes them")
+    options, more = parser.parse_known_args()
+    if wrong := [word for word in more if "=" not in word or word.startswith("-")]:
+        parser.error(f"unknown: {' '.join(wrong)}; settings are KEY=VALUE")
+    for seed in options.seeds:
+        target = RUNS / f"data-{seed}"
+        if not (target / "test.jsonl").exists():
+            folder = data_folder(options.bfcl)
+            counts = write_splits(folder, target, options.categories, options.trained, SHARES, seed, options.limit)
+            print(f"seed {seed}: {counts} rows, split by function")
+        for step in steps(seed, options.arms, options.questions):
+            run(seed, step, more)
+
+
+if __name__ == "__main__":
+    main()
