@@ -24,18 +24,19 @@ from pathlib import Path
 from bfcl_data import CATEGORIES, SPLITS, data_folder, write_splits
 
 RECIPE = "recipes/pivotrl/bfcl-smollm2-135m-cpu.yaml"
+HERE = Path(__file__).parent
 RUNS = Path("runs/bfcl")
 BASE = "runs/smollm2/base"
 SHARES = dict(zip(SPLITS, (0.15, 0.5, 0.35), strict=True))
 PIVOTS = {"adv": "pivots.jsonl", "mixed": "mixed.jsonl", "all": "all.jsonl", "strict": "strict.jsonl"}
 ARMS = ("sft", *PIVOTS)
-EXACT = ("verifier.name=exact", "verifier.settings=null")
+EXACT = ("verifier.name=exact", "verifier.settings={}")
 
 Step = tuple[str, list[str]]
 """Name and the command's words behind `nemo-pivotrl`."""
 
 
-def steps(seed: int, arms: Sequence[str], questions: str) -> Iterator[Step]:
+def steps(seed: int, arms: Sequence[str]) -> Iterator[Step]:
     """Every command of a seed, in order: the start policy, the profile, the arms, then their test."""
     at = RUNS / f"seed-{seed}"
     warm = [
@@ -47,7 +48,7 @@ def steps(seed: int, arms: Sequence[str], questions: str) -> Iterator[Step]:
     yield "warm", ["warmup", RECIPE, *warm]
     yield "extract", ["extract", RECIPE]
     yield "audit", ["audit", RECIPE, "audit.sample=0"]
-    yield from tested(seed, "start", f"{at}/warm/start/policy", questions)
+    yield from tested(seed, "start", f"{at}/warm/start/policy")
     if set(arms) & set(PIVOTS):
         yield "profile", ["profile", RECIPE]
     for arm in arms:
@@ -62,18 +63,18 @@ def steps(seed: int, arms: Sequence[str], questions: str) -> Iterator[Step]:
         else:
             yield f"select-{arm}", ["select", RECIPE, f"select.rule={arm}", f"select.output={PIVOTS[arm]}"]
             yield arm, ["train", RECIPE, f"grpo.name={arm}", f"grpo.pivots={PIVOTS[arm]}"]
-        yield from tested(seed, arm, f"{at}/{arm}/policy", questions)
-    yield from tested(seed, "base", BASE, questions)
+        yield from tested(seed, arm, f"{at}/{arm}/policy")
+    yield from tested(seed, "base", BASE)
 
 
-def tested(seed: int, label: str, policy: str, questions: str) -> Iterator[Step]:
+def tested(seed: int, label: str, policy: str) -> Iterator[Step]:
     """A policy on the test rows, and on the out-of-domain questions."""
     at = [
         f"run_dir={RUNS}/seed-{seed}/test-{label}",
         f"extract.trajectories=[{RUNS}/data-{seed}/test.jsonl]",
         "extract.validation_share=1",
     ]
-    retention = [f"evaluate.retention={questions}", "evaluate.trials=1"] if questions else []
+    retention = [f"evaluate.retention={RUNS}/questions.jsonl", "evaluate.trials=1"]
     yield f"test-{label}-extract", ["extract", RECIPE, *at]
     yield f"test-{label}", ["evaluate", RECIPE, *at, f"evaluate.policies={{{label}: {policy}}}", *retention]
 
@@ -114,19 +115,25 @@ def main() -> None:
     parser.add_argument("--categories", nargs="+", choices=CATEGORIES, default=["simple_python", "parallel"])
     parser.add_argument("--trained", nargs="+", choices=CATEGORIES, default=["simple_python"], help="of the train rows")
     parser.add_argument("--limit", type=int, default=0, help="rows of each split at most; 0: all")
-    parser.add_argument("--bfcl", default="", help="BFCL's data folder, where bfcl-eval is not installed here")
-    parser.add_argument("--questions", default="", help="out-of-domain questions, as evaluate.retention takes them")
+    parser.add_argument("--checker", default=".venv-bfcl/bin/python", help="a Python that has bfcl-eval")
     options, more = parser.parse_known_args()
     if wrong := [word for word in more if "=" not in word or word.startswith("-")]:
         parser.error(f"unknown: {' '.join(wrong)}; settings are KEY=VALUE")
+    if not (RUNS / "talk.jsonl").exists():
+        subprocess.run([options.checker, str(HERE / "bfcl_ood.py"), "texts", str(RUNS)], check=True)
     for seed in options.seeds:
         target = RUNS / f"data-{seed}"
         if not (target / "test.jsonl").exists():
-            folder = data_folder(options.bfcl)
-            counts = write_splits(folder, target, options.categories, options.trained, SHARES, seed, options.limit)
+            counts = write_splits(
+                data_folder(options.checker), target, options.categories, options.trained, SHARES, seed, options.limit
+            )
             print(f"seed {seed}: {counts} rows, split by function")
-        for step in steps(seed, options.arms, options.questions):
+        for step in steps(seed, options.arms):
             run(seed, step, more)
+    at = RUNS / f"seed-{options.seeds[0]}"
+    policies = {"start": at / "warm/start/policy", "base": BASE} | {arm: at / arm / "policy" for arm in options.arms}
+    words = [f"{label}={folder}" for label, folder in policies.items()]
+    subprocess.run([sys.executable, str(HERE / "bfcl_ood.py"), "likelihood", str(RUNS), *words], check=True)
 
 
 if __name__ == "__main__":

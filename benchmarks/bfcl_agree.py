@@ -4,10 +4,10 @@
     python benchmarks/bfcl_check.py DATA CALLS VERDICTS                      (where bfcl-eval is installed)
     python benchmarks/bfcl_agree.py judge DATA VERDICTS [--set KEY=VALUE ...] [--show N]
 
-`calls` writes, of every row of the one-turn categories, the expert's call and variants that differ in one argument of the first call:
-`accepted` (another value of BFCL's list), `left_out`, `text` (a number as text, or a text as a number), `integer` (3.0 for 3), `other` (another
-row's value of that type), `case`, `more` (an argument that the tool does not have). `judge` reads BFCL's verdicts and counts ours
-beside them, by kind of variant; --set changes the verifier as `nemo-pivotrl verify --set` does.
+`calls` writes, of every row of the one-turn categories, the expert's call and variants that differ in one argument of the first:
+`accepted` (another value of BFCL's list), `left_out`, `text` (a number as text, or a text as a number), `integer` (3.0 for 3),
+`case`, `other` (another row's value of that type), `more` (an argument that the tool does not have). `judge` reads BFCL's verdicts and counts
+ours beside them, by kind of variant; --set changes the verifier as `nemo-pivotrl verify --set` does.
 """
 
 from __future__ import annotations
@@ -98,9 +98,8 @@ def judge(folder: Path, verdicts: Path, settings: list[str], show: int) -> None:
         if what != "same" and shown[answer["kind"], what] <= show:
             wanted = cases[answer["id"]].expected.calls[0].arguments
             got = calls[0].arguments if calls else ""
-            print(
-                f"{what}, {answer['kind']}, {answer['id']}: expert {wanted[:160]} got {got[:160]} ({found.detail[:80]}; {answer['error'][:120]})"
-            )
+            why = f"{found.detail[:80]}; {answer['error'][:120]}"
+            print(f"{what}, {answer['kind']}, {answer['id']}: expert {wanted[:160]} got {got[:160]} ({why})")
     print(f"{'variant':<10}{'calls':>7}{'agree':>8}{'false accepts':>15}{'false rejects':>15}")
     for kind, found in counts.items():
         row = (found.total(), found["same"], found["false accept"], found["false reject"])

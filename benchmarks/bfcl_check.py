@@ -1,8 +1,8 @@
 """BFCL's own checker over calls that were read out of answers: python benchmarks/bfcl_check.py DATA CALLS VERDICTS
 
-It runs where `bfcl-eval` is installed (benchmarks/bfcl-requirements.txt) and imports nothing of this project's package. CALLS has a line
-for each answer, {"id", "category", "calls": [{"name", "arguments"}] or null}; VERDICTS gets the same lines with "valid" and "error". An
-answer out of which no calls could be read (null) is invalid, as BFCL counts an answer that its handler cannot decode.
+It runs where `bfcl-eval` is installed (benchmarks/bfcl-requirements.txt) and imports nothing of this project's package. CALLS has a
+line for each answer, {"id", "category", "calls": [{"name", "arguments"}] or null}; VERDICTS gets the same lines with "valid" and
+"error". An answer out of which no calls could be read (null) is invalid, as BFCL counts an answer that its handler cannot decode.
 
 BFCL's handlers for models that write calls as text hand its checker [{name: arguments}]; so does this.
 """

@@ -11,8 +11,8 @@ out is left out. Other acceptable values stay BFCL's alone: its checker decides 
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
+import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -24,14 +24,15 @@ CATEGORIES = ("simple_python", "multiple", "parallel", "parallel_multiple", "liv
 """Those whose gold is a list of calls, in Python's types, and whose question is one turn."""
 
 
-def data_folder(given: str = "") -> Path:
-    """The folder of BFCL's data: the one given, or that of the installed package."""
-    if given:
-        return Path(given)
-    spec = importlib.util.find_spec("bfcl_eval")
-    if spec is None or spec.origin is None:
-        sys.exit("bfcl-eval is not installed here: make bfcl-env, or name its data folder with --bfcl FOLDER")
-    return Path(spec.origin).parent / "data"
+def data_folder(checker: str) -> Path:
+    """The data of the `bfcl-eval` that the Python interpreter `checker` has."""
+    code = "import importlib.util as u; print(u.find_spec('bfcl_eval').submodule_search_locations[0])"
+    found = subprocess.run([checker, "-c", code], capture_output=True, text=True, check=False)
+    if found.returncode:
+        sys.exit(
+            f"{checker} has no bfcl-eval: make .venv-bfcl/.installed, or pip install --no-deps bfcl-eval==2026.3.23"
+        )
+    return Path(found.stdout.strip()) / "data"
 
 
 def items(folder: Path, categories: Sequence[str]) -> Iterator[Row]:

@@ -1,8 +1,10 @@
-"""The tables and curves of benchmarks/bfcl.py: python benchmarks/bfcl_tables.py --checker PYTHON [--bfcl FOLDER] [--seeds 0] [--ood FILE]
+"""The tables and curves of benchmarks/bfcl.py.
 
-It reads what the arms have left under runs/bfcl, has BFCL's checker grade every answer (PYTHON is the interpreter that has bfcl-eval),
-and writes benchmarks/results/bfcl.md and bfcl.svg. Intervals are 95 % percentile bootstraps over rows; of several seeds a row's values
-are averaged first, so they say nothing of how seeds differ.
+    python benchmarks/bfcl_tables.py [--checker PYTHON] [--seeds 0]
+
+It reads what the arms have left under runs/bfcl, has BFCL's checker grade every answer (PYTHON is the interpreter that has
+bfcl-eval), and writes benchmarks/results/bfcl.md and bfcl.svg. Intervals are 95 % percentile bootstraps over rows; of several seeds a
+row's values are averaged first, so they say nothing of how seeds differ.
 """
 
 from __future__ import annotations
@@ -141,9 +143,10 @@ def agreement(rows: list[Row]) -> list[str]:
     return lines
 
 
-def elsewhere(seeds: list[int], likelihoods: Path | None) -> list[str]:
+def elsewhere(seeds: list[int]) -> list[str]:
     """Out of domain: trivia by `evaluate`, and nats a token of human-written answers."""
-    talk = json.loads(likelihoods.read_text()) if likelihoods and likelihoods.exists() else {}
+    path = RUNS / "likelihoods.json"
+    talk = json.loads(path.read_text()) if path.exists() else {}
     lines = ["| policy | trivia, % | nats a token of talk | from start |", "|---|---|---|---|"]
     for label in LABELS:
         items: dict[str, list[float]] = defaultdict(list)
@@ -223,16 +226,14 @@ def plot(seeds: list[int], target: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checker", required=True, help="a Python that has bfcl-eval")
-    parser.add_argument("--bfcl", default="")
+    parser.add_argument("--checker", default=".venv-bfcl/bin/python", help="a Python that has bfcl-eval")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--ood", type=Path, default=RUNS / "likelihoods.json")
     options = parser.parse_args()
-    rows = graded([a for s in options.seeds for a in answers(s)], options.checker, data_folder(options.bfcl))
+    rows = graded([a for s in options.seeds for a in answers(s)], options.checker, data_folder(options.checker))
     parts = {
         "Test rows by BFCL's own checker, per cent": success(rows),
         "Our verifier beside BFCL's checker, on the same answers": agreement(rows),
-        "Out of domain": elsewhere(options.seeds, options.ood),
+        "Out of domain": elsewhere(options.seeds),
         "Training": trained(options.seeds),
         "What every command took": costs(options.seeds),
     }
