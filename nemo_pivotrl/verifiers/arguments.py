@@ -218,7 +218,26 @@ def _says_nothing(c: Reading, name: str, value: Any, properties: Mapping[str, An
         same = read_value(c, value, resolved) == read_value(c, resolved["default"], resolved)
         c.used = c.used | {"omitted_default"} if same else used
         return same
-    return value is None and optional and c.on("null_optional")
+    if value is None:
+        return optional and c.on("null_optional")
+    return optional and "described_default" in c.rules and _is_stated_default(c, value, resolved)
+
+
+def _is_stated_default(c: Reading, value: Any, schema: Mapping[str, Any]) -> bool:
+    """Whether a value is the default that the argument's description states."""
+    description = schema.get("description")
+    stated: Any = values.stated_default(description) if isinstance(description, str) else None
+    if stated is None or isinstance(value, (dict, list)) or not _is_of_type(value, schema):
+        return False
+    if not isinstance(value, str):
+        try:
+            stated = decode_json(stated.lower() if stated in ("True", "False") else stated, WRITTEN)
+        except ValueError:
+            return False
+    used = set(c.used)
+    same = read_value(c, value, schema) == read_value(c, stated, schema)
+    c.used = c.used | {"described_default"} if same else used
+    return same
 
 
 def read_value(c: Reading, value: Any, schema: Any, kind: str = "text", name: str = "") -> Form:

@@ -41,6 +41,11 @@ RULES: dict[str, tuple[bool, str]] = {
         "written as a string where no schema says anything",
     ),
     "omitted_default": (True, "an omitted argument that the schema does not require is its default"),
+    "described_default": (
+        False,
+        "an omitted argument that the schema does not require is the default that its description states in words, where "
+        "the schema has none",
+    ),
     "null_optional": (True, "null for an optional argument without a default is its omission"),
     "enum_case": (True, "enum values up to case, blanks, hyphens and underscores"),
     "set_order": (False, "lists with `uniqueItems: true` in any order, which the schema does not promise"),

@@ -185,10 +185,20 @@ SAME: dict[str, list[Pair]] = {
 }
 """Rule -> pairs that are the same by it. The rules about whole calls have tables of their own below."""
 
-DEFAULTED = {"n": {"type": "integer", "default": 10}, "mode": {"type": ["string", "null"]}, "k": {"type": "string"}}
+DEFAULTED = {
+    "unit": {"type": "string", "description": "Unit of the answer (optional, defaults to 'km')."},
+    "z": {"type": "integer", "description": "Default is 0."},
+    "deep": {"type": "boolean", "description": "Default value: False, as most callers want."},
+    "n": {"type": "integer", "default": 10},
+    "mode": {"type": ["string", "null"]},
+    "k": {"type": "string"},
+}
 WHOLE_CALLS: list[tuple[str, str, dict[str, Any], dict[str, Any]]] = [
     ("omitted_default", "f", {"k": "a"}, {"k": "a", "n": 10}),
     ("omitted_default", "f", {"k": "a", "n": 10}, {"k": "a"}),
+    ("described_default", "f", {"k": "a"}, {"k": "a", "unit": "km"}),
+    ("described_default", "f", {"k": "a", "z": 0}, {"k": "a"}),
+    ("described_default", "f", {"k": "a"}, {"k": "a", "deep": False}),
     ("null_optional", "f", {"k": "a"}, {"k": "a", "mode": None}),
     ("null_optional", "f", {"k": "a", "mode": None}, {"k": "a"}),
 ]
