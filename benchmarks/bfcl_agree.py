@@ -6,8 +6,8 @@
 
 `calls` writes, of every row of the one-turn categories, the expert's call and variants that differ in one argument of the first:
 `accepted` (another value of BFCL's list), `left_out`, `text` (a number as text, or a text as a number), `integer` (3.0 for 3),
-`case`, `other` (another row's value of that type), `more` (an argument that the tool does not have). `judge` reads BFCL's verdicts and counts
-ours beside them, by kind of variant; --set changes the verifier as `nemo-pivotrl verify --set` does.
+`case`, `other` (another row's value of that type), `more` (an argument that the tool does not have). `judge` reads BFCL's verdicts
+and counts ours beside them, by kind of variant; --set changes the verifier as `nemo-pivotrl verify --set` does.
 """
 
 from __future__ import annotations
