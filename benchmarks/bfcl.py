@@ -2,7 +2,7 @@
 
     python benchmarks/bfcl.py [--seeds 0] [--arms sft adv all mixed strict] [--limit N] [KEY=VALUE ...]
 
-It runs the product's own commands on recipes/pivotrl/bfcl-smollm2-135m-cpu.yaml, one after another, as a user would, each with
+It runs the product's own commands on recipes/pivotrl/smollm2-135m-cpu-bfcl.yaml, one after another, as a user would, each with
 KEY=VALUE behind it, in an environment that has vLLM. What is done is not done again: kill it and give the same command. Everything
 lies under runs/bfcl; `bfcl_tables.py` has BFCL's checker grade it and writes the tables. `make bfcl` does all of it.
 """
@@ -23,12 +23,12 @@ from pathlib import Path
 
 from bfcl_data import CATEGORIES, SPLITS, data_folder, write_splits
 
-RECIPE = "recipes/pivotrl/bfcl-smollm2-135m-cpu.yaml"
+RECIPE = "recipes/pivotrl/smollm2-135m-cpu-bfcl.yaml"
 HERE = Path(__file__).parent
 RUNS = Path("runs/bfcl")
 BASE = "runs/smollm2/base"
 SHARES = dict(zip(SPLITS, (0.15, 0.5, 0.35), strict=True))
-PIVOTS = {"adv": "pivots.jsonl", "mixed": "mixed.jsonl", "all": "all.jsonl", "strict": "strict.jsonl"}
+PIVOTS = ("adv", "mixed", "all", "strict")
 ARMS = ("sft", *PIVOTS)
 EXACT = ("verifier.name=exact", "verifier.settings={}")
 
@@ -37,46 +37,50 @@ Step = tuple[str, list[str]]
 
 
 def steps(seed: int, arms: Sequence[str]) -> Iterator[Step]:
-    """Every command of a seed, in order: the start policy, the profile, the arms, then their test."""
+    """Every command of a seed, in order: the start policy, the profile, the arms and their tests."""
     at = RUNS / f"seed-{seed}"
-    warm = [
-        f"run_dir={at}/warm",
-        f"extract.trajectories=[{RUNS}/data-{seed}/warmup.jsonl]",
-        "extract.validation_share=0",
-    ]
-    yield "warm-extract", ["extract", RECIPE, *warm]
-    yield "warm", ["warmup", RECIPE, *warm]
-    yield "extract", ["extract", RECIPE]
-    yield "audit", ["audit", RECIPE, "audit.sample=0"]
-    yield from tested(seed, "start", f"{at}/warm/start/policy")
+    own = [f"seed={seed}", f"policy.model_name={at}/warm/start/policy"]
+
+    def files(folder: Path, split: str, share: float) -> list[str]:
+        data = f"extract.trajectories=[{RUNS}/data-{seed}/{split}.jsonl]"
+        return [RECIPE, *own, f"run_dir={folder}", data, f"extract.validation_share={share}"]
+
+    def tested(label: str, policy: Path) -> Iterator[Step]:
+        words = files(at / f"test-{label}", "test", 1)
+        asked = [f"evaluate.policies={{{label}: {policy}}}", f"evaluate.retention={RUNS}/questions.jsonl"]
+        yield f"test-{label}-extract", ["extract", *words]
+        yield f"test-{label}", ["evaluate", *words, *asked, "evaluate.trials=1"]
+
+    warm, main = files(at / "warm", "warmup", 0), files(at, "train", 0.2)
+    yield "warm-extract", ["extract", *warm]
+    yield "warm", ["warmup", *warm]
+    yield "extract", ["extract", *main]
+    yield "audit", ["audit", *main, "audit.sample=0"]
+    yield from tested("start", at / "warm/start/policy")
     if set(arms) & set(PIVOTS):
-        yield "profile", ["profile", RECIPE]
+        yield "profile", ["profile", *main]
     for arm in arms:
-        if arm == "sft":
-            yield "sft", ["sft", RECIPE]
-        elif arm == "strict":
-            rescored = "profiles.rescored.jsonl"
-            yield "rescore", ["rescore", RECIPE, *EXACT]
-            chosen = [f"select.profiles={rescored}", "select.undecided=by_rate", "select.output=strict.jsonl"]
-            yield "select-strict", ["select", RECIPE, *EXACT, *chosen]
-            yield "strict", ["train", RECIPE, *EXACT, "grpo.name=strict", "grpo.pivots=strict.jsonl"]
+        if arm == "sft":  # in a run folder of its own, so that it may run beside the others
+            beside = files(at / "fine-tuning", "train", 0.2)
+            yield "sft-extract", ["extract", *beside]
+            yield "sft", ["sft", *beside]
         else:
-            yield f"select-{arm}", ["select", RECIPE, f"select.rule={arm}", f"select.output={PIVOTS[arm]}"]
-            yield arm, ["train", RECIPE, f"grpo.name={arm}", f"grpo.pivots={PIVOTS[arm]}"]
-        yield from tested(seed, arm, f"{at}/{arm}/policy")
-    yield from tested(seed, "base", BASE)
+            exact = EXACT if arm == "strict" else ()
+            chosen = [f"select.rule={'adv' if arm == 'strict' else arm}", f"select.output={arm}.jsonl"]
+            if (
+                arm == "strict"
+            ):  # what was not drawn under the other verifier stays undrawn: pivots go by the rate of what was
+                yield "rescore", ["rescore", *main, *exact]
+                chosen += ["select.profiles=profiles.rescored.jsonl", "select.undecided=by_rate"]
+            yield f"select-{arm}", ["select", *main, *exact, *chosen]
+            yield arm, ["train", *main, *exact, f"grpo.name={arm}", f"grpo.pivots={arm}.jsonl"]
+        yield from tested(arm, trained_in(seed, arm) / "policy")
+    yield from tested("base", Path(BASE))
 
 
-def tested(seed: int, label: str, policy: str) -> Iterator[Step]:
-    """A policy on the test rows, and on the out-of-domain questions."""
-    at = [
-        f"run_dir={RUNS}/seed-{seed}/test-{label}",
-        f"extract.trajectories=[{RUNS}/data-{seed}/test.jsonl]",
-        "extract.validation_share=1",
-    ]
-    retention = [f"evaluate.retention={RUNS}/questions.jsonl", "evaluate.trials=1"]
-    yield f"test-{label}-extract", ["extract", RECIPE, *at]
-    yield f"test-{label}", ["evaluate", RECIPE, *at, f"evaluate.policies={{{label}: {policy}}}", *retention]
+def trained_in(seed: int, arm: str) -> Path:
+    """The folder of an arm's metrics and policy."""
+    return RUNS / f"seed-{seed}" / ("fine-tuning/sft" if arm == "sft" else arm)
 
 
 def run(seed: int, step: Step, more: Sequence[str]) -> None:
@@ -85,7 +89,7 @@ def run(seed: int, step: Step, more: Sequence[str]) -> None:
     folder = RUNS / f"seed-{seed}"
     folder.mkdir(parents=True, exist_ok=True)
     log = folder / "steps.jsonl"
-    words = [*words, f"seed={seed}", *more]
+    words = [*words, *more]
     digest = hashlib.sha256(" ".join(words).encode()).hexdigest()[:12]
     done = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
     if any(row["step"] == name and row["digest"] == digest for row in done):
@@ -131,7 +135,8 @@ def main() -> None:
         for step in steps(seed, options.arms):
             run(seed, step, more)
     at = RUNS / f"seed-{options.seeds[0]}"
-    policies = {"start": at / "warm/start/policy", "base": BASE} | {arm: at / arm / "policy" for arm in options.arms}
+    policies = {"start": at / "warm/start/policy", "base": BASE}
+    policies |= {arm: trained_in(options.seeds[0], arm) / "policy" for arm in options.arms}
     words = [f"{label}={folder}" for label, folder in policies.items()]
     subprocess.run([sys.executable, str(HERE / "bfcl_ood.py"), "likelihood", str(RUNS), *words], check=True)
 

@@ -24,7 +24,7 @@ from typing import Any
 from bfcl_data import CATEGORIES, Row, _value, calls_of, items, trajectory
 
 RECIPE_RULES = ("rules.sql=false", "rules.letter_case=true", "rules.stringified=false")
-"""What recipes/pivotrl/bfcl-smollm2-135m-cpu.yaml sets."""
+"""What recipes/pivotrl/smollm2-135m-cpu-bfcl.yaml sets."""
 
 
 def variants(row: Row, pool: dict[str, list[Any]], rng: random.Random) -> Iterator[tuple[str, list[Row]]]:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from bfcl import RECIPE, RUNS
+from bfcl import RECIPE, RUNS, trained_in
 from bfcl_data import data_folder
 from claims import ROOT, provenance
 
@@ -37,7 +37,7 @@ Row = dict[str, Any]
 
 def answers(seed: int) -> list[Row]:
     """Every answer to a test row, with the calls that our parser reads in it (None where it reads none) and our verdict."""
-    recipe = load_recipe(RECIPE, [f"seed={seed}"])
+    recipe = load_recipe(RECIPE, [f"policy.model_name={RUNS}/seed-{seed}/warm/start/policy"])
     chat, found = load_chat(recipe.policy, recipe.verifier.limits), []
     for label in LABELS:
         folder = RUNS / f"seed-{seed}/test-{label}"
@@ -186,7 +186,7 @@ def trained(seeds: list[int]) -> list[str]:
     lines = [head, "|---|---|---|---|---|---|---|"]
     for seed in seeds:
         for label in LABELS[2:]:
-            path = RUNS / f"seed-{seed}/{label}/metrics.jsonl"
+            path = trained_in(seed, label) / "metrics.jsonl"
             rows = list(read_metrics(path)) if path.exists() else []
             if not rows:
                 continue
@@ -213,7 +213,7 @@ def plot(seeds: list[int], target: Path) -> None:
     for axis, (metric, title) in zip(axes, titles.items(), strict=True):
         for label in LABELS[2:]:
             for seed in seeds:
-                path = RUNS / f"seed-{seed}/{label}/metrics.jsonl"
+                path = trained_in(seed, label) / "metrics.jsonl"
                 points = [(r["step"], r[metric]) for r in read_metrics(path) if metric in r] if path.exists() else []
                 if points:
                     axis.plot(*zip(*points, strict=True), label=label if seed == seeds[0] else None, marker=".")
