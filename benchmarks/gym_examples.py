@@ -54,6 +54,8 @@ def family_of(name: str) -> str:
 
 def extract() -> int:
     """Print the table. 1 where a turn is neither kept nor counted, or an audit finds an expert that does not score 1."""
+    from nemo_pivotrl.data.gym_rows import candidate_to_row
+
     total: Counter[str] = Counter()
     reasons: Counter[str] = Counter()
     print("| file | records = read + left out | turns = kept + skipped |\n|---|---|---|")
@@ -67,14 +69,15 @@ def extract() -> int:
             f"| {name} | {counts['records']} = {counts['read']}{told} | {counts['turns']} = {counts['kept']} + {counts['skipped']} |"
         )
         if family := family_of(name):
-            rows += [{"family": family, "file": name, **row} for row in kept]
+            rows += [{"family": family, "file": name, "candidate": candidate} for candidate in kept]
     print(
         f"\n{total['files']} files: {total['records']} records = {total['read']} read + {reasons.total()} left out {dict(reasons)}"
     )
     print(f"{total['turns']} turns = {total['kept']} kept + {total['skipped']} skipped")
     failed = audited(rows)
     EXAMPLES.mkdir(parents=True, exist_ok=True)
-    (EXAMPLES / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    written = (row | candidate_to_row(row.pop("candidate"), "agent") for row in rows)
+    (EXAMPLES / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in written), encoding="utf-8")
     return int(
         failed
         or total["records"] != total["read"] + reasons.total()
@@ -82,12 +85,11 @@ def extract() -> int:
     )
 
 
-def extracted(path: Path, open_tools: bool) -> tuple[Counter[str], Counter[str], list[dict[str, Any]]]:
-    """(records left out by reason, counts, kept rows) of one file. `open_tools`: rows that declare none get the tools that their
-    experts call, with schemas that take anything."""
+def extracted(path: Path, open_tools: bool) -> tuple[Counter[str], Counter[str], list[Any]]:
+    """(records left out by reason, counts, kept candidates) of one file. `open_tools`: rows that declare none get the tools that
+    their experts call, with schemas that take anything."""
     from nemo_pivotrl.config import Extract
     from nemo_pivotrl.core.errors import InputError
-    from nemo_pivotrl.data.gym_rows import candidate_to_row
     from nemo_pivotrl.data.readers import read_trajectories
     from nemo_pivotrl.pivotrl.extract import cut_all
 
@@ -104,8 +106,8 @@ def extracted(path: Path, open_tools: bool) -> tuple[Counter[str], Counter[str],
         files=1, records=file.records, read=len(reading.trajectories), turns=audit["turns"], kept=len(kept)
     )
     counts["skipped"] = sum(audit["skipped"].values())
-    ready = {t.trajectory_id.rpartition("@")[0] or t.trajectory_id for t in reading.trajectories if t.last_only}
-    return file.unreadable, counts, [candidate_to_row(c, "agent") for c in kept if c.trajectory_id in ready]
+    ready = {t.trajectory_id for t in reading.trajectories if t.last_only}
+    return file.unreadable, counts, [c for c in kept if c.trajectory_id in ready]
 
 
 def _called_tools(path: Path) -> str:
@@ -123,7 +125,6 @@ def _called_tools(path: Path) -> str:
 def audited(rows: list[dict[str, Any]]) -> int:
     """Give every row our reward of its expert's action, and print how the audit's other probes fare. How many do not score 1."""
     from nemo_pivotrl import config
-    from nemo_pivotrl.data.gym_rows import candidate_of_row
     from nemo_pivotrl.pivotrl.verifier_audit import run_audit, summarise
     from nemo_pivotrl.verifiers import load_verifier
 
@@ -134,7 +135,7 @@ def audited(rows: list[dict[str, Any]]) -> int:
             continue
         settings = config.Verifier(name=family, settings=SETTINGS[family])
         verifier = load_verifier(settings)
-        candidates = [candidate_of_row(row) for row in own]
+        candidates = [row["candidate"] for row in own]
         for row, candidate in zip(own, candidates, strict=True):
             row["ours"] = verifier.verify(candidate.case, candidate.expected).reward
         found = run_audit(config.Recipe(verifier=settings, audit=config.Audit(sample=0)), candidates, verifier)

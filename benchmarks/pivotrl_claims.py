@@ -38,7 +38,7 @@ from nemo_pivotrl.core.artifacts import digest
 from nemo_pivotrl.core.atomic import write_atomically
 from nemo_pivotrl.demo import service_desk as world, simulators
 from nemo_pivotrl.pivotrl.evaluate import evaluate, play, read_items, sampled
-from nemo_pivotrl.pivotrl.profile_rows import profile_of_row
+from nemo_pivotrl.pivotrl.profile_rows import light_of_row
 
 SETTINGS = """
 num_threads=1 logger.tensorboard=false audit.before_profile=false
@@ -139,7 +139,7 @@ def data(folder: Path, seed: int, settings: Sequence[str]) -> Result:
         judge = dataclasses.replace(recipe.verifier, name=name)
         to = dataclasses.replace(recipe.rescore, output=f"profiles.{name}.jsonl")
         rescore(dataclasses.replace(recipe, verifier=judge, rescore=to))
-    groups = [profile_of_row(row).rewards for row in rows_of(source) if row["provenance"]["split"] == "train"]
+    groups = [light_of_row(row).rewards for row in rows_of(source) if row["split"] == "train"]
     return {
         "items": scores(recipe, recipe.policy.model_name),
         "curve": [[0, trial(recipe, recipe.policy.model_name)]],
@@ -173,7 +173,8 @@ def training(folder: Path, seed: int, name: str, lr: float, settings: Sequence[s
     rate = f"{'sft' if arm.kind == 'sft' else 'policy'}.optimizer.lr={lr}"
     recipe = recipe_of(folder, seed, *arm.settings, rate, *settings)
     base = folder.parent / arm.data
-    shutil.copyfile(base / "candidates.jsonl", recipe.path("candidates.jsonl"))
+    for name in ("trajectories.jsonl", "candidates.jsonl"):
+        shutil.copyfile(base / name, recipe.path(name))
     made = {"sft": by_sft, "e2e": by_episodes, "pivots": by_pivots}[arm.kind](recipe, base / arm.profile)
     policy = str(made.pop("policy"))
     judged = recipe_of(folder, seed, *settings)  # all arms by one verifier
@@ -210,7 +211,7 @@ def by_pivots(recipe: Recipe, profiles: Path) -> Result:
         "policy": policy,
         "curve": curve,
         "steps": steps,
-        "pivots": sum(row["provenance"]["split"] == "train" for row in found),
+        "pivots": sum(row["split"] == "train" for row in found),
         "training_seconds": sum(row.get("seconds", 0.0) for row in read_metrics(folder / "timing.jsonl")),
     }
 

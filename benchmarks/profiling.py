@@ -1,9 +1,9 @@
 """Profiling of a simulated million candidates: what curtailed sampling saves, and what the machinery itself costs.
 
     python benchmarks/profiling.py --savings           # rollouts saved, by population, mode and wave; no files
-    python benchmarks/profiling.py --machinery         # candidates a second and peak memory of index, waves, journals, merge
+    python benchmarks/profiling.py --machinery         # candidates a second and peak memory of index, waves, journal, artefact
 
-Everything but the model is real: the candidates file, its index, claims, waves, seeds, curtailment, journals, chunks and the merge.
+Everything but the model is real: the candidates file, its index, waves, seeds, curtailment, the map, its journal and the artefact.
 The model's turns and their verdicts are replaced by a table of hit rates and a counter-based generator, so that a rollout is a
 function of candidate and k as it is with a real sampler. Hit rates: 71 % of the candidates always fail or always succeed (the
 paper's share for random turns), the others are Beta(0.8, 1.2). How the 71 % divide is not published as such; three divisions:
@@ -21,7 +21,6 @@ import resource
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +28,15 @@ import numpy as np
 
 from nemo_pivotrl.algorithms.early_stopping import StoppingRule
 from nemo_pivotrl.algorithms.selection import keep_pivot, statistics
+from nemo_pivotrl.components.durable_map import Map
 from nemo_pivotrl.components.rollout import sample_seeds
-from nemo_pivotrl.core.artifacts import ArtefactWriter, Header, file_digest, json_line
-from nemo_pivotrl.pivotrl.candidate_index import index_candidates
-from nemo_pivotrl.pivotrl.profile import merge_chunks
-from nemo_pivotrl.pivotrl.profile_scheduler import CandidateProgress, Judged, Wave, WorkItem, run_waves
-from nemo_pivotrl.pivotrl.profile_shards import Shard, ShardStore
+from nemo_pivotrl.config import Recipe
+from nemo_pivotrl.core.artifacts import Header, file_digest, json_bytes, write_artefact
+from nemo_pivotrl.data.states import reference
+from nemo_pivotrl.pivotrl.candidate_index import Index, index_candidates
+from nemo_pivotrl.pivotrl.profile_items import Items
 from nemo_pivotrl.pivotrl.profile_statistics import summarise
-from nemo_pivotrl.pivotrl.profile_work import Work
+from nemo_pivotrl.pivotrl.profile_worker import Drawn, Wave
 
 POPULATIONS = {"tau": (0.392, 0.318), "even": (0.355, 0.355), "swe": (0.10, 0.61)}
 K, LAMBDA = 16, 0.6
@@ -109,74 +109,67 @@ def simulate(plan: StoppingRule, outcomes: np.ndarray) -> tuple[np.ndarray, np.n
 
 
 def write_candidates(path: Path, size: int, turns: int = 8) -> None:
-    """Small but complete rows; a real one's length is that of its conversation, which the machinery copies and never reads."""
-    text = "x" * 600
-    with ArtefactWriter(path, Header("candidates", "simulated"), fresh=True) as writer:
-        for n in range(size):
-            row = {
-                "responses_create_params": {"input": [{"role": "user", "content": text}], "tools": []},
-                "expected_action": {"type": "message", "content": "yes"},
-                "agent_ref": {"type": "responses_api_agents", "name": "a"},
-                "trajectory_id": f"t{n // turns}",
-                "num_unique_actions": 1,
-                "provenance": {
-                    "candidate_id": f"c{n:09d}",
-                    "task_id": f"k{n // turns}",
-                    "split": "train",
-                    "turn": n % turns,
-                    "depth": n % turns,
-                    "content": "",
-                },
-            }
-            writer.write_lines([json_line(row)], sync=False)
-        writer.finish()
+    """Rows as `extract` writes them; the machinery reads no state, so that all point into one trajectory."""
+    stored = path.with_name("trajectories.jsonl")
+    row = {"trajectory_id": "t", "messages": [{"role": "user", "content": "x"}] * turns, "tools": [], "fields": {}}
+    write_artefact(stored, Header("trajectories", "simulated"), [row])
+    rows = (
+        {
+            "candidate_id": f"c{n:09d}",
+            "trajectory_id": f"t{n // turns}",
+            "task_id": f"k{n // turns}",
+            "split": "train",
+            "trajectory": 0,
+            "turn": n % turns,
+            "depth": n % turns,
+            "calls": [],
+            "num_unique_actions": 1,
+        }
+        for n in range(size)
+    )
+    write_artefact(path, Header("candidates", "simulated", extra=reference(stored, path)), rows)
 
 
 class Simulated:
     """Draws and judges waves by hit rate: the k-th uniform of a candidate's seed against its rate."""
 
-    def __init__(self, rates: np.ndarray):
-        self.rates, self.seconds = rates, 0.0
+    def __init__(self, rates: np.ndarray, count_json: bool = True):
+        self.rates, self.count_json, self.seconds = rates, count_json, 0.0
 
-    def draw(self, wave: Wave) -> list[list[int]]:
-        return [sample_seeds(("profile", 0, m.candidate_id), ks) for m, ks in wave]
-
-    def judge(self, wave: Wave, seeds: list[list[int]]) -> Judged:
-        judged, start = list[tuple[CandidateProgress, int, dict[str, Any]]](), time.thread_time()
-        for (member, ks), own in zip(wave, seeds, strict=True):
-            bound = self.rates[int(member.candidate_id[1:])] * 2.0**64
-            member.prompt_tokens = 200
-            for k, seed in zip(ks, own, strict=True):
-                hit = seed < bound
-                row = {
-                    "text": f"turn {seed}",
-                    "tokens": 40,
-                    "log_prob": -31.5,
-                    "finish_reason": "stop",
-                    "reward": 1.0 if hit else 0.0,
-                    "category": "EXPECTED" if hit else "UNEXPECTED",
-                    "action": {"type": "message", "content": f"turn {seed}"},
-                }
-                judged.append((member, k, row))
-        self.seconds += time.thread_time() - start
-        return judged
+    def __call__(self, wave: Wave) -> Drawn:
+        """As `ProfileWorker`. The making of the rows is the model's part, and is not counted; their JSON is if `count_json`."""
+        rollouts = []
+        for asked in wave:
+            seeds = sample_seeds(("profile", 0, asked.candidate_id), asked.ks)
+            bound, start = self.rates[int(asked.candidate_id[1:])] * 2.0**64, time.thread_time()
+            rows = [simulated_row(seed, seed < bound) for seed in seeds]
+            made = time.thread_time()
+            rollouts += [(asked.place, k, json_bytes(row), row) for k, row in zip(asked.ks, rows, strict=True)]
+            self.seconds += (made if self.count_json else time.thread_time()) - start
+        return Drawn([(asked.place, 200, None, "") for asked in wave], rollouts)
 
 
-def in_memory(size: int, name: str) -> float:
-    """Processor seconds of waves, seeds and curtailment alone: nothing is stored."""
-    simulated, plan = Simulated(hit_rates(name, size, 0)), StoppingRule(K, "adv", LAMBDA, LAMBDA, min_wave=2)
-    chunk = 256
+def simulated_row(seed: int, hit: bool) -> dict[str, Any]:
+    """A judged rollout as a profile keeps it."""
+    return {
+        "text": f"turn {seed}",
+        "tokens": 40,
+        "log_prob": -31.5,
+        "finish_reason": "stop",
+        "reward": 1.0 if hit else 0.0,
+        "category": "EXPECTED" if hit else "UNEXPECTED",
+        "action": {"type": "message", "content": f"turn {seed}"},
+    }
 
-    def units() -> Iterator[WorkItem]:
-        for first in range(0, size, chunk):
-            ids = [f"c{n:09d}" for n in range(first, min(size, first + chunk))]
-            yield WorkItem(first, [CandidateProgress(place, b"", name, "t", plan) for place, name in enumerate(ids)])
 
+def in_memory(recipe: Recipe, index: Index, plan: StoppingRule, rates: np.ndarray) -> float:
+    """Processor seconds of reading, waves, seeds and curtailment alone: rollouts come as JSON, and nothing is stored."""
+    simulated, items = Simulated(rates, count_json=False), Items(recipe, index, plan, together=True)
     start = time.process_time()
-    for unit, judged in run_waves(units(), simulated.draw, simulated.judge):
-        for member, k, row in judged:
-            member.rewards[k], member.end = row["reward"], k + 1
-        unit.advance()
+    for _, opens in items.of_chunks(range(index.chunks)):
+        group = opens()
+        while wave := group.ask():
+            group.take(simulated(wave))
     return time.process_time() - start - simulated.seconds
 
 
@@ -187,24 +180,28 @@ def machinery(size: int, name: str, folder: Path) -> None:
     recipe = load_recipe(
         "recipes/pivotrl/tiny.yaml", [f"run_dir={folder}", "profile.num_generations=16", "select.lambda_diff=0.6"]
     )
-    source = folder / "candidates.jsonl"
+    source, rates = folder / "candidates.jsonl", hit_rates(name, size, 0)
     write_candidates(source, size)
     times = {}
-    times["waves, seeds and curtailment, nothing stored"] = in_memory(size, name)
     start = time.process_time()
     index = index_candidates(source, 0, 0, recipe.profile.candidates_per_chunk)
     times["index"] = time.process_time() - start
     plan = StoppingRule(K, "adv", LAMBDA, LAMBDA, min_wave=2)
-    parts = ShardStore(folder / "profiles.parts", Header("profiles", "simulated"), index.chunks, Shard(), 900.0)
-    work = Work(recipe, index, plan, parts, True, lambda member: None)
-    simulated = Simulated(hit_rates(name, size, 0))
+    times["waves, seeds and curtailment, nothing stored"] = in_memory(recipe, index, plan, rates)
+    simulated, items, target = Simulated(rates), Items(recipe, index, plan, True), folder / "profiles.jsonl"
     start = time.process_time()
-    work.go(run_waves(work.units(), simulated.draw, simulated.judge), {})
-    times["waves, seeds, curtailment, journals, chunks"] = time.process_time() - start - simulated.seconds
-    start = time.process_time()
-    target = folder / "profiles.jsonl"
-    merge_chunks(Header("profiles", "simulated"), index, parts, target)
-    times["merge"] = time.process_time() - start
+    Map(
+        recipe,
+        "profile",
+        target,
+        Header("profiles", "simulated"),
+        lambda: items.of_chunks(range(index.chunks)),
+        lambda: simulated,
+        size,
+        "cand",
+        items.tally,
+    ).run()
+    times["waves, seeds, curtailment, JSON, journal, artefact"] = time.process_time() - start - simulated.seconds
     start = time.process_time()
     summary = summarise(target, plan)
     times["statistics"] = time.process_time() - start

@@ -86,8 +86,7 @@ def _llmdoctor(recipe: Recipe) -> dict[str, Stage]:
     from nemo_pivotrl.llmdoctor.reward import build_rewards
     from nemo_pivotrl.llmdoctor.train_doctor import train_doctor
 
-    embedded = Path(recipe.patient.model_name).resolve() == recipe.path("patient/policy").resolve()
-    stages: dict[str, Stage] = {"manners": make_manners} if embedded else {}
+    stages: dict[str, Stage] = {"manners": make_manners} if recipe.maker("patient") else {}
     if recipe.rank.objectives:
         stages["rank"] = rank
     stages |= {"preferences": preferences, "reward": build_rewards, "tfpo": train_doctor}

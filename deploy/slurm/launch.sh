@@ -1,9 +1,17 @@
 #!/bin/bash
 # Submit a stage, or the whole pipeline as jobs that wait for each other. Usage: launch.sh [all|extract|profile|select|train|STAGE]
 set -euo pipefail
-: "${EXP_NAME:?EXP_NAME is required}" "${CONFIG_PATH:?CONFIG_PATH is required}" "${SLURM_PARTITION:?SLURM_PARTITION is required}"
+missing=""
+[[ -n ${EXP_NAME:-} ]] || missing+=" EXP_NAME"
+[[ -n ${CONFIG_PATH:-} ]] || missing+=" CONFIG_PATH"
+[[ -n ${SLURM_PARTITION:-} ]] || missing+=" SLURM_PARTITION"
+[[ -n ${GPUS_PER_NODE:-} ]] || missing+=" GPUS_PER_NODE"
+if [[ -n $missing ]]; then
+    echo "not filled in:$missing; nothing was submitted. Set them in your copy of deploy/slurm/cluster.env (docs/cluster.md)" >&2
+    exit 2
+fi
 SCRIPTS=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-export SCRIPTS NUM_SHARDS="${NUM_SHARDS:-1}" GPUS_PER_NODE="${GPUS_PER_NODE:-8}"
+export SCRIPTS NUM_SHARDS="${NUM_SHARDS:-1}"
 [[ -z ${VAL_PATH:-} ]] || echo "VAL_PATH is not read: the held-out tasks are extract.validation_share of TRAIN_PATH" >&2
 LOG_DIR="logs/$EXP_NAME"
 [[ ${DRY_RUN:-false} == true ]] || mkdir -p "$LOG_DIR"

@@ -21,9 +21,9 @@ NO_VLLM = Vllm()
 
 
 REMEDIES = {
-    "policy": "give an HF checkpoint folder, or run the warmup stage first",
+    "policy": "give an HF checkpoint folder, or the id of a model on the Hugging Face hub",
     "doctor": "give an HF checkpoint folder of a small model with the patient's tokenizer",
-    "patient": "give an HF checkpoint folder",
+    "patient": "give an HF checkpoint folder, or the id of a model on the Hugging Face hub",
 }
 """What to do about a section without a model."""
 

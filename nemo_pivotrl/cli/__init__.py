@@ -51,13 +51,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = parser_of(name)
     if name in TOOLS:
         options = parser.parse_intermixed_args(spread_settings(rest))
-        return guarded(name, lambda: TOOLS[name].run(options))
+        return guarded(name, lambda: TOOLS[name].run(options), getattr(options, "recipe", "RECIPE"))
     target = [f"export.target={rest.pop(0)}"] if name == "export" and rest and rest[0] in EXPORTS else []
     options = parser.parse_intermixed_args(rest)
     options.overrides = [*options.overrides, *target]
     if options.changed and not options.print_config:
         parser.error("--changed goes with --print-config")
-    return guarded(name, lambda: stage_command(name, options))
+    return guarded(name, lambda: stage_command(name, options), options.recipe)
 
 
 def overview() -> argparse.ArgumentParser:

@@ -5,18 +5,23 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 
 from nemo_pivotrl.core.errors import TRY_AGAIN, AtWork, InputError, printable, short
 
 BAD_INPUT = 2
 
 
-def guarded(command: str, run: Callable[[], int | None]) -> int:
-    """Call `run`, which may return an exit code; what a user can mend becomes one screen on stderr and an exit code."""
+def guarded(command: str, run: Callable[[], int | None], recipe: str = "RECIPE") -> int:
+    """Call `run`, which may return an exit code; what a user can mend becomes one screen on stderr and an exit code.
+
+    recipe: the file in the place of RECIPE in the commands that remedies name.
+    """
     try:
         return run() or 0
     except InputError as error:
-        print(f"nemo-pivotrl {command}: {error}", file=sys.stderr)
+        named = (replace(p, remedy=p.remedy.replace(" RECIPE`", f" {recipe}`")) for p in error.problems)
+        print(f"nemo-pivotrl {command}: {InputError(named)}", file=sys.stderr)
         return BAD_INPUT
     except AtWork as error:
         print(f"nemo-pivotrl {command}: {error}", file=sys.stderr)

@@ -74,6 +74,8 @@ STAGES = {
         "all stages of the recipe; profile, select and train again when signal fades (loop.max_rounds)",
     ),
 }
+LIGHT = ("world", "extract", "audit", "rescore", "select", "export", "report", "preferences")
+"""Stages that load no model."""
 EXPORTS = ("nemo-gym", "nemo-rl", "nemotron")
 """`export nemo-rl RECIPE` is `export RECIPE export.target=nemo-rl`."""
 NEXT = {
@@ -145,19 +147,22 @@ def run_stage(stage: str, recipe: Recipe, fresh: bool, shard: str | None = None)
 
     Returns this process's exit code; every process but the first is silent.
     """
-    light = ("world", "extract", "audit", "rescore", "select", "export", "report", "preferences")
-    if stage not in light and recipe.num_threads:
+    light = stage in LIGHT
+    if not light and recipe.num_threads:
         os.environ.setdefault("OMP_NUM_THREADS", str(recipe.num_threads))
         import torch
 
         torch.set_num_threads(recipe.num_threads)
+    with missing_module(f"stage {stage}", {}, "reference"):
+        from nemo_pivotrl.backends.hub import with_local_models
+    recipe = with_local_models(recipe, fetch=not light)
     module, _, function = STAGES[stage][0].partition(":")
     extras = {"matplotlib": "report", "jinja2": "report", "httpx": "verifiers", "openapi_schema_validator": "verifiers"}
 
     more = {}
     if shard is not None:
+        from nemo_pivotrl.components.shards import shard_of
         from nemo_pivotrl.core.errors import Problem
-        from nemo_pivotrl.pivotrl.profile_shards import shard_of
 
         if stage != "profile":
             raise InputError(Problem("command line", None, "--shard", f"stage {stage}", "only profile has shards"))

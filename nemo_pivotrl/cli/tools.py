@@ -138,16 +138,30 @@ def run_preflight(options: argparse.Namespace) -> int:
         raise InputError(problem)
     recipe = load_recipe(options.recipe, [word for word in options.overrides if "=" in word])
     with missing_module("preflight", {"httpx": "verifiers", "openapi_schema_validator": "verifiers"}, "reference"):
-        from nemo_pivotrl.tools.checks import caught, port_problems, preflight, stages_of
+        from nemo_pivotrl.backends.hub import with_local_models
+        from nemo_pivotrl.tools.checks import (
+            caught,
+            not_made_yet,
+            port_problems,
+            preflight,
+            stages_of,
+            trajectory_problems,
+        )
 
+        recipe = with_local_models(recipe, fetch=False)
         world = here().world if os.environ.keys() & STARTED else 1
         problems = port_problems()
         stages = named or stages_of(recipe)
+        coming = {} if named else {what: by for stage in stages for what, by in not_made_yet(recipe, stage).items()}
+        if "extract" in coming.values():
+            problems += trajectory_problems(recipe)
         for stage in stages:
-            problems += caught(preflight, recipe, stage, world)[1]
+            problems += caught(preflight, recipe, stage, world, coming=coming)[1]
     if problems:
         raise InputError(list(dict.fromkeys(problems)))
-    print(f"nothing stands in the way of {', '.join(stages)}")
+    for what, by in coming.items():
+        print(f"not made yet: {what}; nemo-pivotrl {by} {options.recipe}")
+    print(f"nothing {'else ' if coming else ''}stands in the way of {', '.join(stages)}")
     return 0
 
 
@@ -253,10 +267,12 @@ def serve_arguments(made: argparse.ArgumentParser) -> None:
 
 def run_serve(options: argparse.Namespace) -> None:
     """Serve the policy, or the patient with its doctors, until it is interrupted."""
+    from nemo_pivotrl.backends.hub import with_local_models
     from nemo_pivotrl.config.load import load_recipe
     from nemo_pivotrl.tools.serve import serve
 
-    serve(load_recipe(options.recipe, options.overrides), options.host, options.port, options.refit, options.token_file)
+    recipe = with_local_models(load_recipe(options.recipe, options.overrides), fetch=True)
+    serve(recipe, options.host, options.port, options.refit, options.token_file)
 
 
 def view_arguments(made: argparse.ArgumentParser) -> None:

@@ -28,6 +28,18 @@ def _sources(recipe: Recipe, stage: str) -> list[Path]:
     return [Path(p) for p in (*recipe.extract.trajectories, recipe.extract.tools) if p]
 
 
+def check_headers(path: Path, found: Header, **expected: str) -> None:
+    """Compare header fields with what the recipe implies, all differences in one InputError."""
+    text = "the recipe gives {!r}; use the matching recipe or re-run the stage"
+    problems = [
+        Problem(str(path), 1, name, repr(getattr(found, name)), text.format(value))
+        for name, value in expected.items()
+        if getattr(found, name) != value
+    ]
+    if problems:
+        raise InputError(problems)
+
+
 def check_lineage(recipe: Recipe, path: Path, header: Header) -> None:
     """Refuse an artefact that was made from an older version of its parent, or whose parent was. Raises InputError.
 

@@ -54,10 +54,9 @@ def _build(cls: type[Any], values: Mapping[str, Any], prefix: str, file: str, pr
             warnings.warn(f"{file}: {name} is {prefix}{key} now: write that", FutureWarning, stacklevel=2)
             name = f"{prefix}{key}"
         if key not in fields:
-            near = difflib.get_close_matches(str(key), fields, n=1, cutoff=0.5)
-            hint = f"did you mean `{near[0]}`?" if near else f"known keys: {', '.join(fields)}"
-            hint = GONE.get(name, hint)
-            problems.append(Problem(file, None, name, f"unknown key `{key}`", hint))
+            problems.append(
+                Problem(file, None, name, f"unknown key `{key}`", GONE.get(name) or _nearest(key, prefix, fields))
+            )
         elif dataclasses.is_dataclass(hints[key]):
             if isinstance(value, Mapping):
                 arguments[key] = _build(typing.cast(type[Any], hints[key]), value, name + ".", file, problems)
@@ -73,6 +72,28 @@ def _build(cls: type[Any], values: Mapping[str, Any], prefix: str, file: str, pr
                 continue
             problems.extend(_out_of_range(fields[key], arguments[key], name, file))
     return dataclasses.replace(default, **arguments) if default is not None else cls(**arguments)
+
+
+def _nearest(key: Any, prefix: str, fields: Mapping[str, Any]) -> str:
+    """What an unknown key of the section `prefix` may have meant: a setting of that very name further down or elsewhere, else the
+    nearest name of the section."""
+    whole = [name for name in _settings(Recipe(), "") if name.rpartition(".")[2] == key]
+    inside = [name for name in whole if name.startswith(prefix)] or whole
+    if inside:
+        more = f" ({', '.join(inside[1:4])} {'is' if len(inside) == 2 else 'are'} there, too)" if inside[1:] else ""
+        return f"did you mean `{inside[0]}`?{more}"
+    near = difflib.get_close_matches(str(key), fields, n=1, cutoff=0.5)
+    return f"did you mean `{near[0]}`?" if near else f"known keys: {', '.join(fields)}"
+
+
+def _settings(section: Any, prefix: str) -> typing.Iterator[str]:
+    """Full names of a recipe's settings; those of sections that the user names are left out."""
+    for spec in dataclasses.fields(section):
+        value = getattr(section, spec.name)
+        if dataclasses.is_dataclass(value):
+            yield from _settings(value, f"{prefix}{spec.name}.")
+        else:
+            yield f"{prefix}{spec.name}"
 
 
 def _without_effect(recipe: Recipe, file: str) -> list[Problem]:

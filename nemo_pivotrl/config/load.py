@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import typing
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,13 @@ def load_recipe(path: str, overrides: Sequence[str] = (), beside: Sequence[str] 
         found = "values that refer to themselves" if isinstance(error, RecursionError) else short(str(error))
         remedy = "name an existing key or environment variable, and give a key one kind of value in all files"
         raise InputError(Problem(path, None, "interpolation", found, remedy)) from None
-    return dialect.recipe_of(plain, path) if aligner else typing.cast(Recipe, build(Recipe, plain, path))
+    try:
+        return dialect.recipe_of(plain, path) if aligner else typing.cast(Recipe, build(Recipe, plain, path))
+    except InputError as error:
+        given = {override.partition("=")[0] for override in overrides}
+        places = ("command line" if p.field in given else p.file for p in error.problems)
+        problems = [replace(p, file=place) for p, place in zip(error.problems, places, strict=True)]
+        raise InputError(problems) from None
 
 
 def _override(tree: Any, override: str) -> None:

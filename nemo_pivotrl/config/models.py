@@ -10,7 +10,7 @@ from nemo_pivotrl.config.schema import ranged
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class Lora:
-    """Low-rank adapters through peft; off means that all weights train."""
+    """Low-rank adapters: peft's on the reference backend, the same beside Megatron's layers. Off means that all weights train."""
 
     enabled: bool = False
     """Train adapters of low rank instead of all weights."""
@@ -19,7 +19,7 @@ class Lora:
     alpha: int = ranged(32, 1)
     """Scale of the adapters: alpha / r times their product is added."""
     target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-    """Names of the linear layers that get an adapter, as transformers names them."""
+    """Names of the linear layers that get an adapter, as transformers names them. On Megatron routed experts get none."""
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)

@@ -95,12 +95,7 @@ class ProfileStage:
     retry_failed: bool = False
     """Of a finished profile, profile again what had failed."""
     candidates_per_chunk: int = ranged(256, 1)
-    """Consecutive candidates that one process works on and makes durable as a whole.
-
-    Every wave within is durable, too.
-    """
-    steal_after_s: float = ranged(900.0, 1.0)
-    """Seconds of silence after which another process takes over a chunk."""
+    """Consecutive candidates that draw together; with `vllm.servers` at most those of one trajectory do."""
     limit: int = ranged(0, 0)
     """Profile only this many candidates of each split, chosen by hash; 0: all."""
 

@@ -15,7 +15,7 @@ from nemo_pivotrl.config.demo import Manners, World
 from nemo_pivotrl.config.llmdoctor import Assess, Decode, Oracles, Patient, Preferences, Rank, Reward, Serve, Tfpo
 from nemo_pivotrl.config.models import Lora, Megatron, Optimizer, Policy, TrainedModel, Vllm
 from nemo_pivotrl.config.pivotrl import Evaluate, Export, Extract, Grpo, LossFn, ProfileStage, Select, Sft
-from nemo_pivotrl.config.run import Budget, Checkpointing, Cluster, Logger, Loop, Plan
+from nemo_pivotrl.config.run import Budget, Checkpointing, Cluster, Logger, Loop, Plan, Ray
 from nemo_pivotrl.config.schema import ranged
 from nemo_pivotrl.config.verify import Audit, Rescore, Verifier
 from nemo_pivotrl.core.artifacts import digest
@@ -40,6 +40,14 @@ class Recipe:
 
     Bit-exact resume needs the same number.
     """
+    executor: Literal["here", "processes", "ray"] = "here"
+    """Where stages that work row by row run: in this process, in processes of this machine, or on Ray.
+
+    Rows and their order do not depend on it. Stages that train run here, or as `megatron` says.
+    """
+    workers: int = ranged(1, 1)
+    """Processes, or actors on Ray, each with a model or a client of servers."""
+    ray: Ray = field(default_factory=Ray)
     policy: Policy = field(default_factory=Policy)
     megatron: Megatron = field(default_factory=Megatron)
     """How the `megatron` backend of `policy`, `doctor` and `patient` runs; names are Megatron's."""
@@ -99,6 +107,16 @@ class Recipe:
             "patient": self.patient,
         }
         return models[role]
+
+    def maker(self, role: str) -> str:
+        """The stage of this recipe that writes a role's model; '' for a checkpoint that the user brings."""
+        folders = {
+            "policy": {"warmup": f"{self.warmup.name}/policy"},
+            "patient": {"manners": "patient/policy"},
+            "doctor": {"manners": "novice/policy"},
+        }
+        named = Path(self.model(role).model_name).resolve()
+        return next((stage for stage, own in folders[role].items() if self.path(own).resolve() == named), "")
 
     def path(self, name: str) -> Path:
         """`name` inside the run directory."""

@@ -139,6 +139,23 @@ class Cluster:
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
+class Ray:
+    """The Ray cluster of `executor: ray`, and what each of the `workers` takes of it."""
+
+    address: str = ""
+    """Its address, or `auto` for the one that this machine is part of.
+
+    Empty: RAY_ADDRESS, else a cluster of this machine alone for as long as the stage runs.
+    """
+    cpus_per_worker: float = ranged(1.0, 0.0)
+    """CPU cores that an actor takes."""
+    gpus_per_worker: float = ranged(0.0, 0.0)
+    """GPUs that an actor takes: of an engine as many as `vllm.tensor_parallel_size`."""
+    placement: Literal["SPREAD", "PACK"] = "SPREAD"
+    """Actors on as many nodes as there are, or on as few as hold them."""
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
 class Plan:
     """Assumptions of `plan` about the data and the machines. It prints each beside the figures that rest on it."""
 

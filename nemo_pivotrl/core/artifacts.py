@@ -26,13 +26,17 @@ from typing import Any
 from nemo_pivotrl.core.atomic import aside, create, open_input, rename, reopen, replacing, settle
 from nemo_pivotrl.core.errors import InputError, Problem, short
 
-FORMAT_VERSION = 1
+POINTING = ("candidates", "profiles", "pivots")
+"""Artefacts whose rows point to turns of trajectories (`data/states.py`)."""
+FORMATS = dict.fromkeys(POINTING, 2)
+"""Versions of the artefacts' rows; of all others 1."""
 HEADER_KEY, SEAL_KEY = "nemo_pivotrl", "sealed"
 ROWS_AT_ONCE = 256
 MAX_HEADER = 1 << 24
 SEAL_WIDTH = len('{"rows":,"sha256":""}') + 12 + 64
 """Bytes that are kept free for a seal: of up to 10^12 rows."""
 MADE_BY = {
+    "trajectories": "extract",
     "candidates": "extract",
     "profiles": "profile",
     "pivots": "select",
@@ -45,10 +49,9 @@ MADE_BY = {
     "retention": "train",
 }
 """Artefact to the command that makes it."""
-WITH_PROVENANCE = ("candidates", "profiles", "pivots")
-"""Artefacts whose rows are NeMo-Gym rows: what is ours stands in a field `provenance`."""
 IDS = {
-    **dict.fromkeys((*WITH_PROVENANCE, "audit"), ("candidate_id",)),
+    "trajectories": ("trajectory_id",),
+    **dict.fromkeys((*POINTING, "audit"), ("candidate_id",)),
     **dict.fromkeys(("preferences", "token_rewards"), ("preference_id",)),
     "decoded": ("id", "sample"),
     "evaluation": ("policy", "set"),
@@ -114,7 +117,11 @@ class Header:
     verifier: str = ""
     """`name version settings-digest`, empty where none was used."""
     extra: Mapping[str, Any] = field(default_factory=dict)
-    format: int = FORMAT_VERSION
+    format: int = 0
+    """Version of the rows; 0: today's."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "format", self.format or FORMATS.get(self.stage, 1))
 
     def to_line(self) -> str:
         """The line without its seal: what digests are made of."""
@@ -186,6 +193,11 @@ def file_digest(path: Path) -> str:
     return _content(path).sha256[:16]
 
 
+def count_rows(path: Path) -> int:
+    """How many rows a file has after its first line."""
+    return _content(path).rows
+
+
 def read_header(path: Path, stage: str | tuple[str, ...]) -> Header:
     """Header of the artefact at `path`, which must be of `stage` (one of them, where several are given), and whole.
 
@@ -193,13 +205,10 @@ def read_header(path: Path, stage: str | tuple[str, ...]) -> Header:
     """
     wanted = (stage,) if isinstance(stage, str) else stage
     if not path.exists():
-        remedy = f"run the stage that writes {wanted[0]} first"
+        remedy = " or ".join(f"`nemo-pivotrl {MADE_BY[kind]} RECIPE`" for kind in wanted) + " makes it"
         raise InputError(Problem(str(path), None, "file", "no such file", remedy))
     content = _content(path)
     header, seal = _parsed(path, content.first)
-    if header.format != FORMAT_VERSION:
-        remedy = f"this version reads format {FORMAT_VERSION}; re-run the stage"
-        raise InputError(Problem(str(path), 1, "format", short(str(header.format)), remedy))
     if header.stage not in wanted:
         remedy = f"this stage reads {' or '.join(wanted)}; check the path"
         raise InputError(Problem(str(path), 1, "stage", short(header.stage), remedy))
@@ -209,17 +218,24 @@ def read_header(path: Path, stage: str | tuple[str, ...]) -> Header:
 
 def _parsed(path: Path, first: bytes) -> tuple[Header, Seal | None]:
     try:
-        return read_first_line(first)
+        header, seal = read_first_line(first)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         found = "an empty file" if not first else short(first[:1000].decode("utf-8", "replace"))
         remedy = "this is no nemo_pivotrl artefact; give a file that a stage wrote"
         raise InputError(Problem(str(path), 1, "header", found, remedy)) from None
+    if header.format != (known := FORMATS.get(header.stage, 1)):
+        remedy = f"this version reads format {known} of {header.stage}; make it anew: {_command(header.stage)}"
+        raise InputError(Problem(str(path), 1, "format", short(str(header.format)), remedy))
+    return header, seal
+
+
+def _command(stage: str) -> str:
+    return f"nemo-pivotrl {MADE_BY.get(stage, 'STAGE')} RECIPE fresh=true"
 
 
 def _check_whole(path: Path, content: _Content, header: Header, seal: Seal | None) -> None:
     """Refuse an artefact that is not what its seal says. Raises InputError that names the line, where one shows."""
-    made_by = MADE_BY.get(header.stage, "STAGE")
-    again = f"re-run the stage (nemo-pivotrl {made_by} RECIPE fresh=true), or copy the file again, whole"
+    again = f"re-run the stage ({_command(header.stage)}), or copy the file again, whole"
     if seal is None:
         found = f"no seal on {content.rows} rows: unfinished, made by an earlier version, or edited"
         remedy = f"if it is as you want it: nemo-pivotrl seal {path}; or {again}"
@@ -319,9 +335,7 @@ def _unique(path: Path, stage: str, rows: Iterator[tuple[int, dict[str, Any]]]) 
 
 def row_id(stage: str, row: Mapping[str, Any]) -> object:
     """What tells a row of this stage's artefact from every other; None where rows have no id."""
-    keys = IDS.get(stage, ())
-    source = row.get("provenance", {}) if stage in WITH_PROVENANCE else row
-    found = tuple(source.get(key) for key in keys) if isinstance(source, Mapping) else ()
+    found = tuple(row.get(key) for key in IDS.get(stage, ()))
     return None if not found or None in found else found[0] if len(found) == 1 else repr(found)
 
 
@@ -331,18 +345,6 @@ def rows_at(path: Path, places: Iterable[int]) -> Iterator[dict[str, Any]]:
         for place in places:
             handle.seek(place)
             yield json.loads(handle.readline())
-
-
-def check_headers(path: Path, found: Header, **expected: str) -> None:
-    """Compare header fields with what the recipe implies, all differences in one InputError."""
-    text = "the recipe gives {!r}; use the matching recipe or re-run the stage"
-    problems = [
-        Problem(str(path), 1, name, repr(getattr(found, name)), text.format(value))
-        for name, value in expected.items()
-        if getattr(found, name) != value
-    ]
-    if problems:
-        raise InputError(problems)
 
 
 def check_parent(path: Path, found: Header, parent: Path) -> Header:
@@ -427,7 +429,10 @@ class ArtefactWriter:
 
     def write_lines(self, lines: Sequence[bytes], sync: bool = True) -> None:
         """As `write`, for rows that are lines already, each with its end. `sync` False: what is quick to make again."""
-        text = b"".join(lines)
+        self.write_text(b"".join(lines), len(lines), sync)
+
+    def write_text(self, text: bytes, rows: int, sync: bool = False) -> None:
+        """As `write_lines`, for so many lines that are one text."""
         try:
             self._handle.write(text)
             if sync:
@@ -436,7 +441,7 @@ class ArtefactWriter:
             self._close()  # now, or its buffer would reach the file at some later time
             raise
         self._hasher.update(text)
-        self._rows += len(lines)
+        self._rows += rows
 
     def finish(self) -> Path:
         """Seal the part and give it its name. Raises OSError."""

@@ -1,4 +1,4 @@
-"""Chat messages to OpenAI Responses items and back, and candidates to NeMo-Gym pivot rows and back.
+"""Chat messages to OpenAI Responses items and back, and candidates to NeMo-Gym pivot rows.
 
 The row contract: `responses_create_params` holds everything before the action (`input`, `tools`,
 `parallel_tool_calls`, `tool_choice: auto`), `expected_action` the expert's action, `agent_ref` the Gym agent. What we
@@ -7,7 +7,6 @@ add (ids, split, depth) lives under `provenance`, which Gym passes through.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -280,28 +279,6 @@ def is_terminus(fields: Mapping[str, Any]) -> bool:
     """Whether a row's agent writes its shell commands as a JSON text in place of tool calls."""
     metadata = fields.get("metadata")
     return isinstance(metadata, dict) and str(metadata.get("harness")).startswith("terminus")
-
-
-def candidate_of_row(row: dict[str, Any]) -> Candidate:
-    """The candidate of a row that `candidate_to_row` wrote."""
-    source, expected = row["provenance"], expected_of_row(row["expected_action"])
-    expected = dataclasses.replace(
-        expected, content=source["content"] or expected.content, reasoning=source.get("reasoning") or ""
-    )
-    params = row["responses_create_params"]
-    return Candidate(
-        candidate_id=source["candidate_id"],
-        trajectory_id=row["trajectory_id"],
-        task_id=source["task_id"],
-        split=source["split"],
-        turn=source["turn"],
-        depth=source["depth"],
-        messages=tuple(to_messages(params["input"])),
-        tools=tuple(tool_to_chat(t) for t in params["tools"]),
-        expected=expected,
-        num_unique_actions=row["num_unique_actions"],
-        fields=verifier_fields(row),
-    )
 
 
 def verifier_fields(row: dict[str, Any]) -> dict[str, Any]:

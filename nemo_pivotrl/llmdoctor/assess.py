@@ -30,7 +30,7 @@ from nemo_pivotrl.core.errors import InputError, NotFiniteError, Problem
 from nemo_pivotrl.core.lock import one_writer
 from nemo_pivotrl.data.chat_template import Chat
 from nemo_pivotrl.llmdoctor import oracles
-from nemo_pivotrl.llmdoctor.decode import Prompt, Rendered, load, prompt_ids, read_prompts
+from nemo_pivotrl.llmdoctor.decode import Generator, Prompt, Rendered, load, prompt_ids, read_prompts
 
 Row = dict[str, Any]
 
@@ -124,7 +124,7 @@ class _Exam:
     asked: Sequence[Prompt]
     rendered: Sequence[Rendered]
     chat: Chat
-    generator: GuidedGenerator
+    generator: Generator
     judges: Mapping[str, oracles.Oracle]
 
     def answers(self, label: str, arm: Arm) -> tuple[list[Row], float]:
@@ -143,10 +143,13 @@ class _Exam:
             for p, k, n in work
         ]
         begun = time.perf_counter()
-        with _forwards(self.generator) as forwards:
-            answers = self.generator.generate(
-                [self.rendered[p][0] for p, _, _ in work], requests, [self.rendered[p][1] for p, _, _ in work]
-            )
+        prompts, own = [self.rendered[p][0] for p, _, _ in work], [self.rendered[p][1] for p, _, _ in work]
+        if isinstance(self.generator, GuidedGenerator):
+            with _forwards(self.generator) as forwards:
+                answers = self.generator.generate(prompts, requests, own)
+        else:
+            answers = self.generator.generate(prompts, requests, own)
+            forwards = engine_forwards(self.recipe, arm, answers)
         seconds = time.perf_counter() - begun
         spent = sum(len(answer.tokens) for answer in answers)
         texts = [self.chat.decode(answer.token_ids).strip() for answer in answers]
@@ -222,6 +225,17 @@ def _forwards(generator: GuidedGenerator) -> Iterator[Counter[str]]:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def engine_forwards(recipe: Recipe, arm: Arm, answers: Sequence[Guided]) -> Counter[str]:
+    """The same count where no row waits for another: every model reads each token of an answer but the last."""
+    read = sum(max(len(answer.tokens) - 1, 0) for answer in answers)
+    used = [name for name, weight in arm.beta.items() if weight]
+    names = ["patient", *used]
+    if recipe.decode.mode == "ratio":
+        apart = recipe.patient.model_name
+        names += [f"{name} reference" for name in used if recipe.decode.doctors[name].reference != apart]
+    return Counter(dict.fromkeys(names, read))
 
 
 def distinct(texts: Sequence[str], n: int) -> float:

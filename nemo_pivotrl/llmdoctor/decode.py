@@ -19,7 +19,6 @@ from nemo_pivotrl.backends.identity import policy_revision
 from nemo_pivotrl.backends.loading import load_guided_engine
 from nemo_pivotrl.backends.reference.guided import (
     Guided,
-    GuidedGenerator,
     GuidedSamplingParams,
     Span,
     Token,
@@ -93,7 +92,7 @@ def decode(recipe: Recipe, fresh: bool = False) -> Path:
         problem = Problem("recipe", None, "decode.prompts", "nothing", "give a JSONL file, one prompt a line")
         raise InputError(problem)
     prompts = read_prompts(Path(settings.prompts), recipe)
-    chat, generator, own_chats = load_engine(recipe) if recipe.patient.backend == "vllm" else load(recipe)
+    chat, generator, own_chats = load(recipe)
     rendered = _render_all(recipe, prompts, chat, generator, own_chats)
     header = _header(recipe, chat)
     path = recipe.path(settings.output)
@@ -112,9 +111,15 @@ def decode(recipe: Recipe, fresh: bool = False) -> Path:
     return path
 
 
-def load(recipe: Recipe) -> tuple[Chat, GuidedGenerator, dict[str, Chat]]:
-    """The patient's template, the generator, and the templates of doctors whose own is another."""
+def load(recipe: Recipe) -> tuple[Chat, Generator, dict[str, Chat]]:
+    """The patient's template, what decodes, and the templates of doctors whose own is another.
+
+    `patient.backend: vllm` puts the patient into vLLM and the doctors into its sampler; raises InputError where it is missing.
+    """
     chat, settings = load_patient_chat(recipe.patient), recipe.decode
+    if recipe.patient.backend == "vllm":
+        rest = chat.tokenizer, chat.stop_ids, _spans(recipe, chat)
+        return chat, load_guided_engine(recipe.patient, settings, recipe.vllm, *rest), _own_chats(recipe, chat)
     generator = load_guided(
         recipe.patient.model_name,
         settings.doctors,
@@ -127,15 +132,6 @@ def load(recipe: Recipe) -> tuple[Chat, GuidedGenerator, dict[str, Chat]]:
         min_entropy=settings.min_entropy,
         batch_tokens=settings.batch_tokens,
         where="decode",
-    )
-    return chat, generator, _own_chats(recipe, chat)
-
-
-def load_engine(recipe: Recipe) -> tuple[Chat, Generator, dict[str, Chat]]:
-    """As `load`, with the patient inside vLLM and the doctors in its sampler. Raises InputError where vLLM is missing."""
-    chat = load_patient_chat(recipe.patient)
-    generator = load_guided_engine(
-        recipe.patient, recipe.decode, recipe.vllm, chat.tokenizer, chat.stop_ids, _spans(recipe, chat)
     )
     return chat, generator, _own_chats(recipe, chat)
 

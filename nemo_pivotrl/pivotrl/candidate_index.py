@@ -12,7 +12,6 @@ from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -21,10 +20,7 @@ from nemo_pivotrl.core.artifacts import read_rows
 from nemo_pivotrl.core.atomic import open_input
 from nemo_pivotrl.core.errors import InputError, Problem, short
 from nemo_pivotrl.core.types import Candidate
-from nemo_pivotrl.data import gym_rows as responses
-
-MARK = b'"provenance":{"candidate_id":'
-"""Begins the field that `responses.candidate_to_row` writes; inside a JSON text its quotes would be escaped."""
+from nemo_pivotrl.data.states import States, open_states
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +43,7 @@ class Index:
     offsets: array[int]
     ids: list[str]
     """Digest of each chunk's candidate ids."""
+    states: States
 
     def __len__(self) -> int:
         return len(self.offsets)
@@ -70,15 +67,15 @@ class Index:
                 file.seek(offset)
                 yield entry_of(file.readline(), self.path)
 
+    def candidate(self, line: bytes) -> Candidate:
+        """The candidate of a row, with its state."""
+        return self.states.candidate(json.loads(line))
+
     def sample(self, size: int) -> list[Candidate]:
         """So many candidates chosen by hash (0: all), in the file's order."""
         keyed = ((selection.order_key(self.seed, e.candidate_id), n) for n, e in enumerate(self._entries()))
         chosen = {n for _, n in heapq.nsmallest(size, keyed)} if size and size < len(self) else None
-        return [
-            responses.candidate_of_row(json.loads(e.line))
-            for n, e in enumerate(self._entries())
-            if chosen is None or n in chosen
-        ]
+        return [self.candidate(e.line) for n, e in enumerate(self._entries()) if chosen is None or n in chosen]
 
     def _entries(self) -> Iterator[Entry]:
         for number in range(self.chunks):
@@ -88,6 +85,7 @@ class Index:
 def index_candidates(path: Path, seed: int, limit: int, chunk: int) -> Index:
     """The index of a candidates artefact; with a `limit`, of so many of each split, chosen by hash. Raises InputError."""
     offsets, keys = array("q"), {"train": array("Q"), "validation": array("Q")}
+    states = open_states(path)
     with open_input(path) as file:
         at = len(file.readline())
         for number, line in enumerate(file, start=2):
@@ -98,14 +96,14 @@ def index_candidates(path: Path, seed: int, limit: int, chunk: int) -> Index:
                 keys[entry.split].append(int(selection.order_key(seed, entry.candidate_id)[:16], 16))
     if limit:
         bounds = {split: sorted(found)[min(limit, len(found)) - 1] for split, found in keys.items() if found}
-        whole = Index(path, seed, max(1, len(offsets)), offsets, [""])
+        whole = Index(path, seed, max(1, len(offsets)), offsets, [""], states)
         chosen = (
             offset
             for offset, e in zip(offsets, whole.read(0), strict=True)
             if int(selection.order_key(seed, e.candidate_id)[:16], 16) <= bounds[e.split]
         )
         offsets = array("q", chosen)
-    index = Index(path, seed, chunk, offsets, [""] * -(-len(offsets) // chunk))
+    index = Index(path, seed, chunk, offsets, [""] * -(-len(offsets) // chunk), states)
     marks = array("Q")
     for number in range(index.chunks):
         hasher = hashlib.sha256()
@@ -122,28 +120,11 @@ def index_candidates(path: Path, seed: int, limit: int, chunk: int) -> Index:
 
 def entry_of(line: bytes, path: Path, number: int | None = None) -> Entry:
     """What of a row is needed to plan with it. Raises InputError for a line that is no candidate."""
-    at = line.rfind(MARK)
     try:
-        if at < 0:
-            row = json.loads(line)
-            source, trajectory = row["provenance"], row["trajectory_id"]
-        else:
-            source, _ = json.JSONDecoder().raw_decode(line[at + len(b'"provenance":') :].decode())
-            trajectory = _text_before(line, at)
-        return Entry(line, str(source["candidate_id"]), str(trajectory), _split(source))
+        row = json.loads(line)
+        if row["split"] not in ("train", "validation"):
+            raise ValueError(f"split {row['split']!r}")
+        return Entry(line, str(row["candidate_id"]), str(row["trajectory_id"]), row["split"])
     except (ValueError, KeyError, TypeError) as error:
         remedy = f"no candidate ({type(error).__name__}: {error}); run extract again"
         raise InputError(Problem(str(path), number, "line", short(line.decode("utf-8", "replace")), remedy)) from None
-
-
-def _split(source: dict[str, Any]) -> str:
-    if source["split"] not in ("train", "validation"):
-        raise ValueError(f"split {source['split']!r}")
-    return str(source["split"])
-
-
-def _text_before(line: bytes, at: int) -> str:
-    """The row's trajectory id, which stands before its provenance."""
-    mark = b'"trajectory_id":'
-    found, _ = json.JSONDecoder().raw_decode(line[line.rindex(mark, 0, at) + len(mark) : at].decode())
-    return str(found)

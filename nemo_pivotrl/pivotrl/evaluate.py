@@ -38,8 +38,8 @@ from nemo_pivotrl.core.lock import one_writer
 from nemo_pivotrl.core.plugins import is_import_path
 from nemo_pivotrl.core.types import Action, FailedSample, Message, Sample
 from nemo_pivotrl.data.chat_template import Chat
+from nemo_pivotrl.data.states import candidates_of
 from nemo_pivotrl.pivotrl.evaluation_tables import summarise, table, verdict
-from nemo_pivotrl.pivotrl.select import candidates_of
 
 Row = dict[str, Any]
 
@@ -159,7 +159,7 @@ def _wanted(recipe: Recipe, name: str) -> bool:
 def one_turn(recipe: Recipe, policy: Policy, backend: Sampler, chat: Chat) -> list[Row]:
     """Verified reward on held-out states."""
     settings = recipe.evaluate
-    found = candidates_of(recipe.path("candidates.jsonl"), "validation")
+    found = list(candidates_of(recipe.path("candidates.jsonl"), "validation"))
     source = recipe.path("candidates.jsonl")
     verifier, _ = load_recipe_verifier(recipe)
     found = judged_candidates(found, verifier, source) if found else []

@@ -21,7 +21,10 @@ from nemo_pivotrl.core.artifacts import Header, digest, file_digest, json_line, 
 from nemo_pivotrl.core.atomic import SUMS, replacing, write_atomically, write_sums
 from nemo_pivotrl.core.errors import InputError, Problem
 from nemo_pivotrl.core.lock import one_writer
+from nemo_pivotrl.data.gym_rows import candidate_to_row
+from nemo_pivotrl.data.states import open_states
 from nemo_pivotrl.pivotrl import export_nemo_rl as nemo_rl
+from nemo_pivotrl.pivotrl.profile_rows import RATES
 
 SPLITS = ("train", "validation")
 
@@ -39,7 +42,7 @@ def export(recipe: Recipe, fresh: bool = False) -> Path:
         return _nemo_rl(recipe, source, header)
     folder = recipe.path("gym")
     with summed(folder):
-        counts = write_rows(source, {split: folder / f"{split}.jsonl" for split in SPLITS})
+        counts = write_rows(source, {split: folder / f"{split}.jsonl" for split in SPLITS}, recipe.extract.agent_ref)
     print(f"{counts['train']} pivots, {counts['validation']} held-out rows as NeMo-Gym rows -> {folder}")
     return folder
 
@@ -53,58 +56,29 @@ def summed(folder: Path) -> Iterator[None]:
 
 
 def check_rows(source: Path) -> None:
-    """Refuse a pivot set that no trainer could use. Raises InputError naming every row without a prompt, agent or split."""
-    problems, trained = [], 0
-    for number, row in enumerate(read_rows(source), start=2):
-        prompt, agent, place = (row.get(key) for key in ("responses_create_params", "agent_ref", "provenance"))
-        split = place.get("split") if isinstance(place, dict) else None
-        trained += split == "train"
-        fine = {
-            "responses_create_params.input": isinstance(prompt, dict) and bool(prompt.get("input")),
-            "agent_ref.name": isinstance(agent, dict) and isinstance(agent.get("name"), str),
-            "provenance.split": split in SPLITS,
-        }
-        problems += [
-            Problem(
-                str(source), number, name, "nothing that a trainer can use", "run extract, profile and select again"
-            )
-            for name, holds in fine.items()
-            if not holds
-        ]
-    if not problems and not trained:
+    """Refuse a pivot set that no trainer could use. Raises InputError."""
+    if not any(row["split"] == "train" for row in read_rows(source)):
         remedy = "select keeps none: see its tables, and raise select.lambda_diff or profile more candidates"
-        problems.append(Problem(str(source), None, "rows", "no pivot of the train split", remedy))
-    if problems:
-        raise InputError(problems)
+        raise InputError(Problem(str(source), None, "rows", "no pivot of the train split", remedy))
 
 
-def write_rows(source: Path, target: Mapping[str, Path]) -> dict[str, int]:
-    """Write each split's rows, without a header; returns how many of each. A file appears whole or not at all."""
-    counts = dict.fromkeys(target, 0)
+def write_rows(source: Path, target: Mapping[str, Path], agent_ref: str) -> dict[str, int]:
+    """Write each split's rows as NeMo-Gym rows, without a header; returns how many of each. A file appears whole or not at all."""
+    counts, states = dict.fromkeys(target, 0), open_states(source)
     with ExitStack() as files:
         out = {split: files.enter_context(replacing(path)) for split, path in target.items()}
         for row in read_rows(source):
-            split = row["provenance"]["split"]
-            out[split].write(json_line(row))
-            counts[split] += 1
+            rates = {key: row[key] for key in RATES if key in row}
+            out[row["split"]].write(json_line(candidate_to_row(states.candidate(row), agent_ref) | rates))
+            counts[row["split"]] += 1
     return counts
 
 
-def _agents(source: Path) -> set[str]:
-    return {row["agent_ref"]["name"] for row in read_rows(source)}
-
-
 def _nemo_rl(recipe: Recipe, source: Path, header: Header) -> Path:
-    agents = _agents(source)
-    if agents != {recipe.extract.agent_ref}:
-        remedy = "run extract, profile and select again with this extract.agent_ref, or set it to the rows' name"
-        found = f"rows name {', '.join(sorted(agents))}"
-        raise InputError(Problem(str(source), None, "agent_ref", found, remedy))
-    folder = recipe.path("nemo-rl")
-    (agent,) = agents
+    folder, agent = recipe.path("nemo-rl"), recipe.extract.agent_ref
     gym, own = nemo_rl.gym_config(recipe, agent)
     with summed(folder):
-        counts = write_rows(source, {split: folder / f"{split}.jsonl" for split in SPLITS})
+        counts = write_rows(source, {split: folder / f"{split}.jsonl" for split in SPLITS}, recipe.extract.agent_ref)
         about = f"The environment of this folder's rows: their agent_ref is {agent}."
         write_atomically(folder / "gym.yaml", _yaml(gym, [about]))
         for name, text in nemo_rl.own_server(recipe).items() if own else ():
@@ -140,7 +114,7 @@ def _nemotron(recipe: Recipe, source: Path, header: Header) -> Path:
     folder = recipe.path("nemotron")
     files = {"train": folder / "train/train.jsonl", "validation": folder / "val/val.jsonl"}
     (folder / SUMS).unlink(missing_ok=True)
-    counts = write_rows(source, files)
+    counts = write_rows(source, files, recipe.extract.agent_ref)
     train, val = (str(path.relative_to(folder)) for path in files.values())
     val = val if counts["validation"] else ""
     own = {

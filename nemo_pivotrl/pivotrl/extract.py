@@ -1,4 +1,4 @@
-"""extract: expert trajectories -> candidates, one for every assistant turn that counts.
+"""extract: expert trajectories -> candidates, one for every assistant turn that counts; each points into `trajectories.jsonl`.
 
 The split into train and validation comes before anything else and goes by task, so that no state of a held-out task can
 reach training. Every assistant turn is either kept or counted under the reason it was skipped for: kept + skipped =
@@ -7,11 +7,11 @@ turns, always.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from nemo_pivotrl.core.atomic import write_atomically
 from nemo_pivotrl.core.errors import InputError, Problem, short
 from nemo_pivotrl.core.lock import one_writer
 from nemo_pivotrl.core.types import Action, Candidate, Split, Trajectory
-from nemo_pivotrl.data import gym_rows as responses, published
+from nemo_pivotrl.data import gym_rows as responses, published, states
 from nemo_pivotrl.data.readers import Reading, read_trajectories
 from nemo_pivotrl.data.splits import split_by_task
 from nemo_pivotrl.pivotrl.duplicates import without_duplicates
@@ -64,7 +64,7 @@ SEARCH_WORDS = frozenset(
         "evidence",
     ]
 )
-NO_TOOLS = "none; name a JSON file with their definitions in extract.tools"
+NO_TOOLS = "none; name a JSON file with their definitions: extract.tools=FILE"
 MAX_NAMED = 1000
 """Problems that the audit names."""
 SHOWN = 5
@@ -77,13 +77,18 @@ _ERROR_START = re.compile(
 
 @one_writer
 def extract(recipe: Recipe, fresh: bool = False) -> Path:
-    """Write `candidates.jsonl` and its audit; returns the artefact's path. Raises InputError for bad trajectories.
+    """Write `trajectories.jsonl`, `candidates.jsonl` and its audit; returns the candidates' path. Raises InputError for bad
+    trajectories.
 
     >>> path = extract(load_recipe("recipe.yaml", ["run_dir=runs/mine"]))
     >>> path.name
     'candidates.jsonl'
     """
-    settings = recipe.extract
+    settings, target = recipe.extract, recipe.path(states.NAME)
+    if target.resolve() in (Path(path).resolve() for path in settings.trajectories):
+        remedy = "extract writes a file of its own there: move yours out of run_dir"
+        raise InputError(Problem("recipe", None, "extract.trajectories", str(target), remedy))
+    talk_is_left_out = excludes_talk(recipe.verifier)  # first of all: it refuses a verifier that is not there
     reading = read_trajectories(
         settings.trajectories, settings.format, settings.tools, settings.on_invalid, settings.min_reward
     )
@@ -97,13 +102,12 @@ def extract(recipe: Recipe, fresh: bool = False) -> Path:
     if not candidates:
         remedy = "see the skip audit above; loosen extract.* or add trajectories"
         raise InputError(Problem(str(path), None, "candidates", "none kept", remedy))
-    if excludes_talk(recipe.verifier) and (talk := sum(is_talk(c.expected, c.fields) for c in candidates)):
+    if talk_is_left_out and (talk := sum(is_talk(c.expected, c.fields) for c in candidates)):
         print(
             f"the expert talks in {talk} of {len(candidates)} candidates: audit, profile and train leave these out "
             "(verifier.message: exclude; judge or any takes them in), sft does not"
         )
-    header = Header("candidates", recipe.digest("extract"), parent)
-    write_artefact(path, header, (responses.candidate_to_row(c, settings.agent_ref) for c in candidates))
+    _write(path, candidates, reading.trajectories, recipe.digest("extract"), parent)
     write_atomically(recipe.path("candidates.audit.json"), json.dumps(audit, indent=2, sort_keys=True) + "\n")
     return path
 
@@ -127,16 +131,11 @@ def cut_all(
             else:
                 found.append(_candidate(trajectory, index, depth, splits[trajectory.task_id]))
     if problems and settings.on_invalid == "error":
-        raise InputError(problems)
+        raise InputError(_once_a_file(problems))
     kept = without_duplicates(found, skipped, settings.near_duplicate)
     file_of = {t.trajectory_id: t.source.rpartition(":")[0] for t in trajectories}
     for c in kept:
         by_file[file_of[c.trajectory_id]]["kept"] += 1
-    source_of = {
-        t.trajectory_id: t.trajectory_id.rpartition("@")[0] or t.trajectory_id for t in trajectories if t.last_only
-    }
-    # ready-made rows of one trajectory share their prefixes in training, as turns that were cut here do
-    kept = [dataclasses.replace(c, trajectory_id=source_of.get(c.trajectory_id, c.trajectory_id)) for c in kept]
     total = sum(count["turns"] for count in by_file.values())
     assert len(kept) + skipped.total() == total, "a turn is neither kept nor counted"
     audit = {
@@ -150,6 +149,42 @@ def cut_all(
         "named": [str(problem) for problem in problems[:MAX_NAMED]],
     }
     return kept, audit
+
+
+def _write(
+    path: Path, candidates: Sequence[Candidate], trajectories: Sequence[Trajectory], config_hash: str, parent: str
+) -> None:
+    """The trajectories that have candidates, then the candidates with pointers into them."""
+    kept = {c.trajectory_id for c in candidates}
+    stored = [t for t in trajectories if t.trajectory_id in kept]
+    place = {t.trajectory_id: number for number, t in enumerate(stored)}
+    target = path.with_name(states.NAME)
+    write_artefact(target, Header("trajectories", config_hash, parent), map(states.trajectory_row, stored))
+    header = Header("candidates", config_hash, parent, extra=states.reference(target, path))
+    # ready-made rows of one trajectory share their prefixes in training, as turns that were cut here do
+    source = {t.trajectory_id: t.trajectory_id.rpartition("@")[0] for t in stored if t.last_only}
+    named = (replace(c, trajectory_id=source.get(c.trajectory_id) or c.trajectory_id) for c in candidates)
+    numbers = [place[c.trajectory_id] for c in candidates]
+    write_artefact(path, header, map(states.candidate_row, named, numbers))
+
+
+def _once_a_file(problems: Sequence[Problem]) -> list[Problem]:
+    """The problems, with one for all calls of a file whose records define no tool."""
+    undefined: dict[str, list[Problem]] = {}
+    for problem in problems:
+        if NO_TOOLS in problem.remedy:
+            undefined.setdefault(problem.file, []).append(problem)
+    found = [
+        replace(
+            same[0],
+            line=None,
+            field="tools",
+            found=f"no definition of the tools that {len(same)} calls use: {', '.join(dict.fromkeys(p.found for p in same))}",
+            remedy="name a JSON file with their definitions (docs/formats.md has its shape): extract.tools=FILE",
+        )
+        for same in undefined.values()
+    ]
+    return found + [problem for problem in problems if NO_TOOLS not in problem.remedy]
 
 
 def _judged(trajectory: Trajectory, settings: Extract) -> Iterator[tuple[int, int, str, Problem | None]]:

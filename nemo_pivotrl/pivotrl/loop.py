@@ -26,6 +26,7 @@ from nemo_pivotrl.core.artifacts import canonical_json, digest, file_digest, rea
 from nemo_pivotrl.core.atomic import write_atomically
 from nemo_pivotrl.core.errors import InputError, Problem
 from nemo_pivotrl.core.lock import one_writer
+from nemo_pivotrl.data.states import moved_reference
 from nemo_pivotrl.pivotrl.monitor import BASELINE
 from nemo_pivotrl.pivotrl.profile import profile
 from nemo_pivotrl.pivotrl.profile_rows import light_of_row
@@ -170,16 +171,21 @@ def _candidates(recipe: Recipe, past: Sequence[Round], target: Path) -> None:
     """
     source = recipe.path("candidates.jsonl")
     found = read_header(source, "candidates")
-    rows = {row["provenance"]["candidate_id"]: row["provenance"]["split"] for row in read_rows(source)}
+    rows = {row["candidate_id"]: row["split"] for row in read_rows(source)}
     resting = {c for r in past for c in r.mastered} if recipe.loop.rest_mastered else set()
     ids = [c for c, split in rows.items() if split == "train" and c not in resting]
     ids.sort(key=lambda c: (sum(c in r.seen for r in past), selection.order_key(recipe.seed, c)))
     held_out = {c for c in past[0].seen if rows.get(c) == "validation"}
     wanted = held_out | set(ids[: recipe.profile.limit or len(ids)])
-    header = replace(found, parent=file_digest(source), config_hash=digest([found.config_hash, sorted(wanted)]))
+    header = replace(
+        found,
+        parent=file_digest(source),
+        config_hash=digest([found.config_hash, sorted(wanted)]),
+        extra=moved_reference(found, source, target),
+    )
     if target.exists() and read_header(target, "candidates") == header:
         return
-    write_artefact(target, header, (row for row in read_rows(source) if row["provenance"]["candidate_id"] in wanted))
+    write_artefact(target, header, (row for row in read_rows(source) if row["candidate_id"] in wanted))
 
 
 def _round(own: Recipe, past: Sequence[Round], fresh: bool, tell: Callable[..., None]) -> Round | Ending:
@@ -240,9 +246,7 @@ def _round(own: Recipe, past: Sequence[Round], fresh: bool, tell: Callable[..., 
 
 
 def _train_ids(path: Path) -> frozenset[str]:
-    return frozenset(
-        row["provenance"]["candidate_id"] for row in read_rows(path) if row["provenance"]["split"] == "train"
-    )
+    return frozenset(row["candidate_id"] for row in read_rows(path) if row["split"] == "train")
 
 
 def _with_earlier(own: Recipe, past: Sequence[Round], source: Path) -> Path:
@@ -255,9 +259,8 @@ def _with_earlier(own: Recipe, past: Sequence[Round], source: Path) -> Path:
     earlier: dict[str, dict[str, Any]] = {}
     for made in past:
         for row in read_rows(made.recipe.path("pivots.jsonl")):
-            place = row["provenance"]
-            if place["split"] == "train" and place["candidate_id"] not in known:
-                earlier.setdefault(place["candidate_id"], row)
+            if row["split"] == "train" and row["candidate_id"] not in known:
+                earlier.setdefault(row["candidate_id"], row)
     version = digest(sorted([*known, *earlier]))
     header = replace(found, extra=found.extra | {"version": version, "earlier": len(earlier)})
     return write_artefact(own.path(REHEARSED), header, [*read_rows(source), *earlier.values()])

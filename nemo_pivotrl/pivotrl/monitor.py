@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +20,8 @@ from nemo_pivotrl.core.artifacts import Header, digest, file_digest, read_header
 from nemo_pivotrl.core.errors import InputError, Problem
 from nemo_pivotrl.core.types import Candidate
 from nemo_pivotrl.data.chat_template import Chat
+from nemo_pivotrl.data.states import candidates_of
 from nemo_pivotrl.pivotrl import evaluate
-from nemo_pivotrl.pivotrl.select import candidates_of
 from nemo_pivotrl.pivotrl.validation import whole_tasks
 from nemo_pivotrl.verifiers.base import Bounded, Verifier
 
@@ -37,7 +37,7 @@ class State:
     prompt: list[int]
 
 
-def states_of(candidates: Sequence[Candidate], chat: Chat, recipe: Recipe, source: Path) -> list[State]:
+def states_of(candidates: Iterable[Candidate], chat: Chat, recipe: Recipe, source: Path) -> list[State]:
     """The candidates with their prompts. Those that cannot be rendered, or do not fit the context, are left out and counted."""
     found = rendered(candidates, lambda c: chat.prompt_ids(c.messages, c.tools), source)
     states = [State(candidate, prompt) for candidate, prompt in found]

@@ -1,8 +1,8 @@
 """profile: candidates -> profiles. One-turn rollouts of the frozen start policy for each candidate, verified.
 
 It keeps the rules R1 to R7 of docs/algorithms.md, and stores every (k, K). Each candidate gets as many of K rollouts as its selection
-needs (`algorithms/early_stopping.py`). Work goes on in chunks (`profile_shards.py`) that any number of processes share
-(`--shard i/n`); whatever is killed, the same command ends with the same bytes.
+needs (`algorithms/early_stopping.py`). A map draws them (`components/durable_map.py`): whatever is killed, the same command ends with
+the same bytes.
 """
 
 from __future__ import annotations
@@ -11,18 +11,17 @@ import dataclasses
 import os
 import shutil
 from collections import Counter
-from collections.abc import Sequence
-from contextlib import closing, suppress
+from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from nemo_pivotrl.algorithms.early_stopping import expected_rollouts, plan_of
-from nemo_pivotrl.backends import loading
-from nemo_pivotrl.backends.base import concurrency_of, under_way
+from nemo_pivotrl.algorithms.early_stopping import StoppingRule, expected_rollouts, plan_of
 from nemo_pivotrl.backends.identity import identity_of, policy_revision
 from nemo_pivotrl.components.conclusions import conclude, profile_checks
-from nemo_pivotrl.components.costs import read_ledgers, spend
+from nemo_pivotrl.components.costs import read_ledgers
+from nemo_pivotrl.components.durable_map import Map, too_many
 from nemo_pivotrl.components.lineage import check_lineage
 from nemo_pivotrl.components.rollout import (
     judged_candidates,
@@ -31,31 +30,36 @@ from nemo_pivotrl.components.rollout import (
     sampling,
     unrenderable_lines,
 )
+from nemo_pivotrl.components.shards import Shard, folder_of, merge_shards, refuse_others
 from nemo_pivotrl.components.trackers import check_dashboards, log_summary
 from nemo_pivotrl.config import Recipe
-from nemo_pivotrl.core.artifacts import ArtefactWriter, Header, digest, file_digest, is_complete, read_header, read_rows
+from nemo_pivotrl.core.artifacts import Header, digest, file_digest, is_complete, read_header, read_rows
 from nemo_pivotrl.core.errors import UNRENDERABLE, InputError, Problem, UnrenderableState
 from nemo_pivotrl.core.lock import one_writer, only_writer
+from nemo_pivotrl.data.chat_template import Chat
+from nemo_pivotrl.data.states import moved_reference
 from nemo_pivotrl.pivotrl import round_trip
 from nemo_pivotrl.pivotrl.candidate_index import Index, index_candidates
+from nemo_pivotrl.pivotrl.profile_items import Items
 from nemo_pivotrl.pivotrl.profile_rows import plan_in
-from nemo_pivotrl.pivotrl.profile_scheduler import run_waves
-from nemo_pivotrl.pivotrl.profile_shards import Shard, ShardStore
 from nemo_pivotrl.pivotrl.profile_statistics import summarise, summary_text
-from nemo_pivotrl.pivotrl.profile_work import (
-    OF_THE_STATE,
-    Job,
-    Work,
-    draw_wave,
-    judge_wave,
-    render,
-    retries_of,
-    too_many,
-    transient,
-)
+from nemo_pivotrl.pivotrl.profile_worker import OF_THE_STATE, ProfileWorker, transient
 from nemo_pivotrl.pivotrl.verifier_audit import audit_first
+from nemo_pivotrl.verifiers.base import Bounded
 
 FORECAST_PROMPTS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What a profile is made with and belongs to."""
+
+    header: Header
+    index: Index
+    chat: Chat
+    verifier: Bounded
+    verifier_id: str
+    plan: StoppingRule
 
 
 def profile(recipe: Recipe, fresh: bool = False, shard: Shard | None = None) -> Path:
@@ -77,50 +81,44 @@ def _profile(recipe: Recipe, fresh: bool, shard: Shard | None) -> Path:
         raise InputError(Problem("command line", None, "fresh=true", f"with --shard {shard.number}/{shard.of}", remedy))
     check_dashboards(recipe)
     path, job = recipe.path("profiles.jsonl"), prepare(recipe)
-    if not fresh and path.exists() and not _reopened(recipe, job, path):
-        return _complete(recipe, path)
-    with closing(open_parts(recipe, job, shard or Shard(), fresh)) as parts:
-        if parts.missing():
-            _run(recipe, job, parts)
-        if shard:
-            rest = parts.missing()
-            told = f"{len(rest)} chunks are with others: {_whose(parts, rest)}" if rest else "nemo-pivotrl merge RECIPE"
-            print(f"shard {shard.number}/{shard.of} is done; {told}")
-            return parts.folder
-        _merge(recipe, job, parts, path)
-    log_summary(recipe, "profile", tell(recipe, path))
+    if not fresh:
+        if path.exists() and not _reopened(recipe, job, path):
+            print(f"{path} is complete; fresh=true makes it anew")
+            _complete(recipe, path)
+            return path
+        refuse_others(path, shard)
+    else:
+        recipe.path("profiles.earlier.jsonl").unlink(missing_ok=True)
+        shutil.rmtree(folder_of(path), ignore_errors=True)
+    part = _run(recipe, job, path, shard, fresh)
+    if shard:
+        print(f"shard {shard.number}/{shard.of} is done; when all are: nemo-pivotrl merge RECIPE")
+        return part
+    log_summary(recipe, "profile", _complete(recipe, path))
     return path
 
 
 @one_writer
 def merge(recipe: Recipe, fresh: bool = False) -> Path:
-    """Put the shards' chunks together as `profiles.jsonl`. Raises InputError naming what is missing, damaged or of another recipe."""
+    """Put the shards together as `profiles.jsonl`. Raises InputError naming what is missing, damaged or of another recipe."""
     path, job = recipe.path("profiles.jsonl"), prepare(recipe)
-    if path.exists() and is_complete(path, job.header, fresh):
-        return _complete(recipe, path)
-    folder = recipe.path("profiles.parts")
-    if not folder.exists():
-        remedy = "run the shards first: nemo-pivotrl profile RECIPE --shard i/n"
-        raise InputError(Problem(str(folder), None, "folder", "no such folder", remedy))
-    with closing(open_parts(recipe, job, Shard(), False)) as parts:
-        _merge(recipe, job, parts, path)
-    log_summary(recipe, "profile", tell(recipe, path))
+    if not path.exists() or not is_complete(path, job.header, fresh):
+        merge_shards(path, job.header, _unfinished(recipe, job))
+    log_summary(recipe, "profile", _complete(recipe, path))
     return path
 
 
-def _complete(recipe: Recipe, path: Path) -> Path:
-    """A finished profile, and what a kill between its rename and the end may have left of its making."""
-    print(f"{path} is complete; fresh=true makes it anew")
+def _complete(recipe: Recipe, path: Path) -> dict[str, Any]:
+    """Tell about a finished profile. What its making, or a kill between its rename and the end, has left goes."""
     recipe.path("profiles.earlier.jsonl").unlink(missing_ok=True)
-    shutil.rmtree(recipe.path("profiles.parts"), ignore_errors=True)
-    tell(recipe, path)
-    return path
+    shutil.rmtree(folder_of(path), ignore_errors=True)
+    return tell(recipe, path)
 
 
 def prepare(recipe: Recipe) -> Job:
     """Read everything that decides the profile's content. Raises InputError."""
     source = recipe.path("candidates.jsonl")
-    check_lineage(recipe, source, read_header(source, "candidates"))
+    check_lineage(recipe, source, found := read_header(source, "candidates"))
     chat = load_chat(recipe.policy, recipe.verifier.limits)
     verifier, verifier_id = load_recipe_verifier(recipe)
     plan = plan_of(recipe.profile, recipe.select)
@@ -132,7 +130,8 @@ def prepare(recipe: Recipe) -> Job:
         chat_template=chat.template_digest,
         policy=policy_revision(recipe.policy.model_name),
         verifier=verifier_id,
-        extra={
+        extra=moved_reference(found, source, recipe.path("profiles.jsonl"))
+        | {
             "num_generations": recipe.profile.num_generations,
             "sampling": sampling(recipe.policy.generation),
             "plan": dataclasses.asdict(plan)
@@ -180,74 +179,55 @@ def _reopened(recipe: Recipe, job: Job, path: Path) -> bool:
     return True
 
 
-def open_parts(recipe: Recipe, job: Job, shard: Shard, fresh: bool) -> ShardStore:
-    """The folder in which the profile grows."""
+def _unfinished(recipe: Recipe, job: Job) -> Header:
+    """The header of work that is not finished: with what decides where it begins, and what its rows begin with."""
     earlier = recipe.path("profiles.earlier.jsonl")
-    if fresh:
-        earlier.unlink(missing_ok=True)
     grown = {"earlier": file_digest(earlier)} if earlier.exists() else {}
-    extra = {**job.header.extra, **grown, "candidates": len(job.index), "chunk": job.index.chunk}
-    header = dataclasses.replace(job.header, extra=extra)
-    folder = recipe.path("profiles.parts")
-    return ShardStore(folder, header, job.index.chunks, shard, recipe.profile.steal_after_s, fresh)
-
-
-def _whose(parts: ShardStore, chunks: Sequence[int]) -> str:
-    held = parts.held_by_others()
-    shown = ", ".join(f"{n} ({held.get(n, 'nobody works on it')})" for n in chunks[:8])
-    return shown + (f" and {len(chunks) - 8} more" if len(chunks) > 8 else "")
-
-
-def _merge(recipe: Recipe, job: Job, parts: ShardStore, path: Path) -> None:
-    """All chunks in order as one artefact, then the folder goes. Raises InputError for what is missing or damaged."""
-    if missing := parts.missing():
-        remedy = (
-            "run `nemo-pivotrl profile RECIPE` or its shards again: any process takes over what is left; then merge"
-        )
-        found = f"{len(missing)} of {parts.chunks} chunks are missing: {_whose(parts, missing)}"
-        raise InputError(Problem(str(parts.folder), None, "chunks", found, remedy))
-    merge_chunks(job.header, job.index, parts, path)
-    recipe.path("profiles.earlier.jsonl").unlink(missing_ok=True)
-    parts.remove()
-
-
-def merge_chunks(header: Header, index: Index, parts: ShardStore, path: Path) -> None:
-    """All chunks in order as one artefact, by rename. Raises InputError for a damaged one."""
-    with ArtefactWriter(path, header, fresh=True) as writer:
-        for number in range(parts.chunks):
-            writer.write_lines(parts.rows(number, index.rows_of(number), index.ids[number]), sync=False)
-        writer.finish()
+    together = not recipe.vllm.servers
+    extra = {**job.header.extra, **grown, "candidates": len(job.index), "chunk": job.index.chunk, "together": together}
+    return dataclasses.replace(job.header, extra=extra)
 
 
 # ---- drawing, and what is told before and after ----
 
 
-def _run(recipe: Recipe, job: Job, parts: ShardStore) -> None:
-    """Work until no chunk is left that another process is not at work on."""
+def _run(recipe: Recipe, job: Job, path: Path, shard: Shard | None, fresh: bool) -> Path:
+    """Draw what is not drawn yet, of everything or of a shard's share."""
+    chunks = (shard or Shard()).share(job.index.chunks)
+    begun = _unfinished(recipe, job)
+    items = Items(recipe, job.index, job.plan, together=bool(begun.extra["together"]))
+    total = sum(job.index.rows_of(n) for n in chunks)
+    here = recipe.executor == "here"  # elsewhere a worker loads its own
+    return Map(
+        recipe,
+        "profile",
+        shard.path(path) if shard else path,
+        shard.header(begun) if shard else job.header,
+        partial(items.of_chunks, chunks),
+        partial(ProfileWorker, recipe, *((job.chat, job.verifier, job.index.states) if here else ())),
+        total,
+        "cand",
+        items.tally,
+        recipe.profile.max_failure_share,
+        "profile.max_failure_share",
+        begun,
+        partial(_before, recipe, job),
+    ).run(fresh)
+
+
+def _before(recipe: Recipe, job: Job, left: int) -> None:
+    """What comes before the first rollout: the audit, which may stop here, and the forecast."""
     if recipe.audit.before_profile:
         sample = job.index.sample(4 * max(recipe.audit.sample, 1) if recipe.audit.sample else 0)
         round_trip.check(recipe, job.chat, sample)
         judged = judged_candidates(sample, job.verifier, recipe.path("candidates.jsonl"))
         audit_first(recipe, judged, job.verifier, job.verifier_id)
-    print(forecast(recipe, job, parts))
-    sampler = loading.load_sampler(recipe.policy, recipe.megatron, recipe.vllm)
-    concurrency = concurrency_of(sampler)
-    work = Work(recipe, job.index, job.plan, parts, concurrency == 1, partial(render, job.chat))
-    with spend(Path(recipe.run_dir), "profile") as cost:
-        try:
-            draw = partial(draw_wave, recipe, job, sampler)
-            judge = partial(judge_wave, job.chat, job.verifier, partial(retries_of, recipe.profile))
-            work.go(run_waves(work.units(), draw, judge, concurrency, lambda: under_way(sampler)), cost)
-        finally:
-            work.close()
-            if concurrency > 1:
-                sampler.close()  # type: ignore[attr-defined]
+    print(forecast(recipe, job, left))
 
 
-def forecast(recipe: Recipe, job: Job, parts: ShardStore) -> str:
+def forecast(recipe: Recipe, job: Job, left: int) -> str:
     """What is to come, before it begins: rollouts, and tokens read and generated at most."""
     settings = recipe.profile
-    left = sum(job.index.rows_of(n) for n in parts.missing())
     mean = expected_rollouts(job.plan, job.plan.prior)
     mean += settings.control_share * (settings.num_generations - mean)
     lengths = []
@@ -286,7 +266,7 @@ def report_failures(failures: Counter[str], candidates: int, recipe: Recipe, pat
         print(f"excluded: {count} candidates, {kind}")
     source = recipe.path("candidates.jsonl")
     if any(failures[kind] for kind in UNRENDERABLE) and source.exists():
-        told = ((row["provenance"]["candidate_id"], row["profile"]) for row in read_rows(path))
+        told = ((row["candidate_id"], row["profile"]) for row in read_rows(path))
         refused = [(c, f"{p['failure']}: {p.get('detail', '')}") for c, p in told if p["failure"] in UNRENDERABLE]
         print("\n".join(unrenderable_lines(refused, source)))
     of_states = sum(failures[kind] for kind in OF_THE_STATE)
@@ -296,4 +276,4 @@ def report_failures(failures: Counter[str], candidates: int, recipe: Recipe, pat
         raise InputError(Problem(str(source), None, "candidates", f"none can be profiled: {kinds}", remedy))
     faults = failures.total() - of_states
     if faults > recipe.profile.max_failure_share * candidates:
-        raise InputError(too_many(str(path), faults, candidates, failures))
+        raise InputError(too_many(str(path), "profile.max_failure_share", failures, candidates))

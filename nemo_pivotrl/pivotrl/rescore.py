@@ -17,13 +17,13 @@ from nemo_pivotrl.components.lineage import check_lineage
 from nemo_pivotrl.components.progress import progress
 from nemo_pivotrl.components.rollout import judge_all, load_recipe_verifier
 from nemo_pivotrl.config import Recipe
-from nemo_pivotrl.core.artifacts import ArtefactWriter, file_digest, is_complete, read_header, read_rows
+from nemo_pivotrl.core.artifacts import ArtefactWriter, count_rows, file_digest, is_complete, read_header, read_rows
 from nemo_pivotrl.core.errors import InputError, Problem
 from nemo_pivotrl.core.lock import one_writer
-from nemo_pivotrl.core.types import Profile
 from nemo_pivotrl.data.gym_rows import action_of_row
+from nemo_pivotrl.data.states import States, moved_reference, open_states
 from nemo_pivotrl.pivotrl.profile import report_failures
-from nemo_pivotrl.pivotrl.profile_rows import plan_in, profile_of_row, profile_to_row
+from nemo_pivotrl.pivotrl.profile_rows import Row, light_of_row, plan_in, rescored_row
 from nemo_pivotrl.verifiers.base import Verifier, VerifierFault
 
 CHUNK = 64
@@ -31,7 +31,7 @@ CHUNK = 64
 
 @one_writer
 def rescore(recipe: Recipe, fresh: bool = False) -> Path:
-    """Write the rescored profile and print what it changes. Raises InputError for a profile that keeps no actions."""
+    """Write the rescored profile and print what it changes. Raises InputError where the profile or its states are damaged."""
     source, target = recipe.path(recipe.rescore.profiles), recipe.path(recipe.rescore.output)
     if source == target:
         remedy = "give the output a name of its own: the profile is paid-for work"
@@ -39,27 +39,25 @@ def rescore(recipe: Recipe, fresh: bool = False) -> Path:
     found = read_header(source, "profiles")
     check_lineage(recipe, source, found)
     verifier, verifier_id = load_recipe_verifier(recipe)
-    header = dataclasses.replace(
-        found, verifier=verifier_id, extra={**found.extra, "rescored_from": file_digest(source), "was": found.verifier}
-    )
-    before = [profile_of_row(row) for row in read_rows(source)]
+    own = moved_reference(found, source, target) | {"rescored_from": file_digest(source), "was": found.verifier}
+    header = dataclasses.replace(found, verifier=verifier_id, extra={**found.extra, **own})
     if is_complete(target, header, fresh):
         print(f"{target} is complete; fresh=true makes it anew")
     else:
+        states, rows = open_states(source), read_rows(source)
         with (
             ArtefactWriter(target, header, fresh) as writer,
-            progress(len(before), writer.rows_done, "rescore", "cand") as bar,
+            progress(count_rows(source), writer.rows_done, "rescore", "cand") as bar,
         ):
-            rest = iter(before[writer.rows_done :])
+            rest = islice(rows, writer.rows_done, None)
             while chunk := list(islice(rest, CHUNK)):
-                rescored = _rescore(chunk, verifier, recipe.profile.max_retries, source)
-                writer.write(profile_to_row(p, recipe.extract.agent_ref) for p in rescored)
+                writer.write(_rescore(chunk, states, verifier, recipe.profile.max_retries))
                 bar.update(len(chunk))
             writer.finish()
-    after = [profile_of_row(row) for row in read_rows(target)]
-    print(difference(recipe, before, after))
+    print(difference(recipe, source, target))
     s, plan = recipe.select, plan_in(found)
     rule: selection.Rule = "adv" if s.rule == "random" else s.rule
+    after = [light_of_row(row) for row in read_rows(target)]
     open_ = sum(not plan.decided_at(s.lambda_diff, rule, s.inclusive, p.rewards) for p in after if p.failure is None)
     if open_:
         print(
@@ -70,45 +68,38 @@ def rescore(recipe: Recipe, fresh: bool = False) -> Path:
     return target
 
 
-def _rescore(profiles: Sequence[Profile], verifier: Verifier, max_retries: int, source: Path) -> list[Profile]:
+def _rescore(rows: Sequence[Row], states: States, verifier: Verifier, max_retries: int) -> list[Row]:
     turns = []
-    for profile in profiles:
-        for sample in profile.samples:
-            if "action" not in sample:
-                remedy = "this profile is of version 0.1 and keeps no actions; profile again"
-                raise InputError(Problem(str(source), None, "samples.action", "missing", remedy))
-            turns.append((profile.candidate.case, action_of_row(sample["action"]), sample["finish_reason"]))
+    for row in rows:
+        case = states.candidate(row).case
+        turns += [(case, action_of_row(sample["action"]), sample["finish_reason"]) for sample in row["samples"]]
     results = iter(judge_all(verifier, turns, max_retries))
     made = []
-    for profile in profiles:
-        judged = [(sample, next(results)) for sample in profile.samples]
-        fault = next((r.kind for _, r in judged if isinstance(r, VerifierFault)), profile.failure)
-        samples = tuple(
+    for row in rows:
+        judged = [(sample, next(results)) for sample in row["samples"]]
+        fault = next((r.kind for _, r in judged if isinstance(r, VerifierFault)), row["profile"]["failure"])
+        samples = [
             {**sample, "reward": r.reward, "category": r.category}
             for sample, r in judged
             if not isinstance(r, VerifierFault)
-        )
-        made.append(dataclasses.replace(profile, samples=() if fault else samples, failure=fault))
+        ]
+        made.append(rescored_row(row, samples, fault))
     return made
 
 
-def difference(recipe: Recipe, before: Sequence[Profile], after: Sequence[Profile]) -> str:
+def difference(recipe: Recipe, before: Path, after: Path) -> str:
     """What the other verifier changes: verdicts, categories and the pivot set of the recipe's rule."""
     flips: Counter[tuple[str, str]] = Counter()
-    up = down = same = 0
-    for old, new in zip(before, after, strict=True):
-        for a, b in zip(old.samples, new.samples, strict=False):
-            up, down, same = (
-                up + (b["reward"] > a["reward"]),
-                down + (b["reward"] < a["reward"]),
-                same + (a["reward"] == b["reward"]),
-            )
+    moved: Counter[int] = Counter()
+    for old, new in zip(read_rows(before), read_rows(after), strict=True):
+        for a, b in zip(old["samples"], new["samples"], strict=False):
+            moved[(b["reward"] > a["reward"]) - (b["reward"] < a["reward"])] += 1
             if a["reward"] != b["reward"]:
                 flips[a["category"], b["category"]] += 1
-    ours, theirs = (_pivots(recipe, profiles) for profiles in (before, after))
+    ours, theirs = (_pivots(recipe, path) for path in (before, after))
     union = len(ours | theirs)
     lines = [
-        f"samples: {same} keep their reward, {up} gain, {down} lose",
+        f"samples: {moved[0]} keep their reward, {moved[1]} gain, {moved[-1]} lose",
         *(f"    {count:>6}  {old} -> {new}" for (old, new), count in flips.most_common(10)),
         f"pivots: {len(ours)} before, {len(theirs)} after; {len(ours & theirs)} in both, {len(ours - theirs)} leave, "
         f"{len(theirs - ours)} come" + (f" (Jaccard {len(ours & theirs) / union:.3f})" if union else ""),
@@ -116,8 +107,8 @@ def difference(recipe: Recipe, before: Sequence[Profile], after: Sequence[Profil
     return "\n".join(lines)
 
 
-def _pivots(recipe: Recipe, profiles: Sequence[Profile]) -> set[str]:
+def _pivots(recipe: Recipe, path: Path) -> set[str]:
     s = recipe.select
-    train = [p for p in profiles if p.candidate.split == "train"]
+    train = [p for p in map(light_of_row, read_rows(path)) if p.candidate.split == "train"]
     chosen = selection.select(train, s.rule, s.lambda_diff, recipe.seed, s.inclusive, s.limit, s.max_message_ratio)
     return {p.candidate.candidate_id for p in chosen}

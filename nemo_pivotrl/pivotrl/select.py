@@ -11,7 +11,6 @@ from array import array
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,28 +20,18 @@ from nemo_pivotrl.components.conclusions import conclude, pivot_checks
 from nemo_pivotrl.components.lineage import check_lineage
 from nemo_pivotrl.components.rollout import load_recipe_verifier
 from nemo_pivotrl.config import Recipe
-from nemo_pivotrl.core.artifacts import (
-    ArtefactWriter,
-    Header,
-    digest,
-    file_digest,
-    placed_rows,
-    read_header,
-    read_rows,
-    rows_at,
-)
+from nemo_pivotrl.core.artifacts import Header, digest, file_digest, placed_rows, read_header, rows_at, write_artefact
 from nemo_pivotrl.core.errors import InputError, Problem, short
 from nemo_pivotrl.core.lock import one_writer
 from nemo_pivotrl.core.types import Profile
-from nemo_pivotrl.data import gym_rows as responses
+from nemo_pivotrl.data.states import moved_reference, open_states
 from nemo_pivotrl.pivotrl.constant_answers import Earned, best, earnings, won
-from nemo_pivotrl.pivotrl.profile_rows import light_of_row, plan_in, profile_of_row, profile_to_row
+from nemo_pivotrl.pivotrl.profile_rows import light_of_row, plan_in
 
 Counts = dict[str, Any]
 SHOWN = 12
 """Rows of a table by task or action; the others are added up."""
 SHORTEST = 64
-ROWS_AT_ONCE = 256
 DEPTHS = ((0, 0), (1, 1), (2, 2), (3, 4), (5, 8), (9, 16), (17, 10**9))
 
 
@@ -55,6 +44,7 @@ def select_pivots(recipe: Recipe, fresh: bool = False) -> Path:
     'most.jsonl'
     """
     source, settings = recipe.path(recipe.select.profiles), recipe.select
+    target = recipe.path(settings.output)
     found = read_header(source, "profiles")
     check_lineage(recipe, source, found)
     train: list[Profile] = []
@@ -103,7 +93,8 @@ def select_pivots(recipe: Recipe, fresh: bool = False) -> Path:
         chat_template=found.chat_template,
         policy=found.policy,
         verifier=found.verifier,
-        extra={
+        extra=moved_reference(found, source, target)
+        | {
             "rule": settings.rule,
             "lambda_diff": settings.lambda_diff,
             "version": version,
@@ -112,13 +103,7 @@ def select_pivots(recipe: Recipe, fresh: bool = False) -> Path:
             **({"drop_constant_wins": True} if settings.drop_constant_wins else {}),
         },
     )
-    with ArtefactWriter(recipe.path(settings.output), header, fresh=True) as writer:
-        rows = (
-            _pivot_row(profile_of_row(row), recipe.extract.agent_ref) for row in rows_at(source, [*kept, *held_out])
-        )
-        while part := list(islice(rows, ROWS_AT_ONCE)):
-            writer.write(part)
-        path = writer.finish()
+    path = write_artefact(target, header, map(_pivot_row, rows_at(source, [*kept, *held_out])))
     print(
         f"{len(pivots)} pivots of {len(train)} candidates, {len(held_out)} held-out states; version {version} -> {path}"
     )
@@ -174,10 +159,8 @@ def _constants(recipe: Recipe, found: Header, places: Sequence[int]) -> Constant
             raise InputError(Problem("recipe", None, "select.drop_constant_wins", why, remedy))
         print(f"constant answers are not tried: {why}")
         return None
-    size = 0 if drop else recipe.audit.sample
-    tried = [
-        responses.candidate_of_row(row) for row in rows_at(recipe.path(recipe.select.profiles), _spread(places, size))
-    ]
+    size, source = 0 if drop else recipe.audit.sample, recipe.path(recipe.select.profiles)
+    tried = list(map(open_states(source).candidate, rows_at(source, _spread(places, size))))
     earned = earnings(verifier, tried, [c.expected for c in tried], recipe.profile.max_retries)
     return Constants(earned, len(tried))
 
@@ -217,14 +200,11 @@ def check_decided(recipe: Recipe, train: Sequence[Profile], plan: StoppingRule, 
     raise InputError(Problem(str(source), None, "select.lambda_diff", found, remedy))
 
 
-def _pivot_row(profile: Profile, agent_ref: str) -> dict[str, Any]:
-    row = profile_to_row(profile, agent_ref)
-    return {key: value for key, value in row.items() if key not in ("samples", "profile")}
-
-
-def candidates_of(path: Path, split: str) -> list[Any]:
-    """Candidates of one split of a pivots or candidates artefact."""
-    return [responses.candidate_of_row(row) for row in read_rows(path) if row["provenance"]["split"] == split]
+def _pivot_row(row: dict[str, Any]) -> dict[str, Any]:
+    kept = {key: value for key, value in row.items() if key not in ("samples", "profile")}
+    return kept | {
+        "tokens_prompt": row["profile"]["tokens_prompt"]
+    }  # training need not render a state to know that it fits
 
 
 def fate(profile: Profile, pivots: set[str], lambda_diff: float) -> str:

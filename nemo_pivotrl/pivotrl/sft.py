@@ -37,8 +37,8 @@ from nemo_pivotrl.core.plugins import load_plugin
 from nemo_pivotrl.core.types import Action, Candidate, Message
 from nemo_pivotrl.data import gym_rows as responses
 from nemo_pivotrl.data.chat_template import Chat
+from nemo_pivotrl.data.states import candidates_of
 from nemo_pivotrl.pivotrl.monitor import Monitor, held_out_states
-from nemo_pivotrl.pivotrl.select import candidates_of
 from nemo_pivotrl.pivotrl.validation import METRIC, whole_tasks
 
 EMBEDDED = {
@@ -128,7 +128,7 @@ def warmup(recipe: Recipe, fresh: bool = False) -> Path:
 
 def makes_start_policy(recipe: Recipe) -> bool:
     """Whether policy.model_name is what the warmup writes, rather than a checkpoint the user brought."""
-    return Path(recipe.policy.model_name).resolve() == (recipe.path(recipe.warmup.name) / "policy").resolve()
+    return recipe.maker("policy") == "warmup"
 
 
 def _fine_tune(recipe: Recipe, settings: Sft, fresh: bool) -> Path:
@@ -165,7 +165,7 @@ def identity_for(recipe: Recipe, settings: Sft, policy: Policy, chat: Chat, data
     )
 
 
-def _of_candidates(candidates: Sequence[Candidate], chat: Chat, policy: Policy, source: Path) -> list[Sequence_]:
+def _of_candidates(candidates: Iterable[Candidate], chat: Chat, policy: Policy, source: Path) -> list[Sequence_]:
     examples = rendered(
         candidates, lambda c: _example(c.messages, c.tools, responses.message_of(c.expected), chat), source, "turns"
     )

@@ -27,7 +27,7 @@ from nemo_pivotrl.backends.base import Backend, Sampler, TokenBatch
 from nemo_pivotrl.backends.identity import identity_of, policy_revision
 from nemo_pivotrl.components.conclusions import conclude, training_checks
 from nemo_pivotrl.components.costs import CountingSampler
-from nemo_pivotrl.components.lineage import check_lineage
+from nemo_pivotrl.components.lineage import check_headers, check_lineage
 from nemo_pivotrl.components.loop import Job, Step, run
 from nemo_pivotrl.components.metrics import read_metrics
 from nemo_pivotrl.components.progress import steps_of
@@ -40,12 +40,12 @@ from nemo_pivotrl.components.rollout import (
     sampling,
 )
 from nemo_pivotrl.config import Grpo, LossFn, Recipe
-from nemo_pivotrl.core.artifacts import check_headers, digest, file_digest, read_header
+from nemo_pivotrl.core.artifacts import digest, file_digest, read_header
 from nemo_pivotrl.core.errors import InputError, Problem
 from nemo_pivotrl.core.lock import one_writer
 from nemo_pivotrl.data.chat_template import Chat
+from nemo_pivotrl.data.states import candidates_of
 from nemo_pivotrl.pivotrl.monitor import Monitor, State, held_out_states, padded, rollout_metrics, states_of
-from nemo_pivotrl.pivotrl.select import candidates_of
 from nemo_pivotrl.verifiers.base import Bounded, Verifier
 
 Until = Callable[[Sequence[rounds.Row]], rounds.Ending | None]

@@ -22,12 +22,13 @@ from nemo_pivotrl.components.lineage import check_lineage
 from nemo_pivotrl.components.progress import progress
 from nemo_pivotrl.components.rollout import judged_candidates, load_recipe_verifier
 from nemo_pivotrl.config import Recipe
-from nemo_pivotrl.core.artifacts import Header, file_digest, json_line, read_header, read_rows, write_artefact
+from nemo_pivotrl.core.artifacts import Header, file_digest, json_line, read_header, write_artefact
 from nemo_pivotrl.core.atomic import write_atomically
 from nemo_pivotrl.core.errors import InputError, Problem, short
 from nemo_pivotrl.core.lock import one_writer
 from nemo_pivotrl.core.types import Action, Candidate, Verdict
 from nemo_pivotrl.data import gym_rows as responses
+from nemo_pivotrl.data.states import candidates_of
 from nemo_pivotrl.pivotrl import round_trip
 from nemo_pivotrl.pivotrl.constant_answers import earnings
 from nemo_pivotrl.verifiers import probes
@@ -108,7 +109,7 @@ def audit(recipe: Recipe, fresh: bool = False) -> Path:
     source = recipe.path("candidates.jsonl")
     check_lineage(recipe, source, read_header(source, "candidates"))
     verifier, verifier_id = load_recipe_verifier(recipe)
-    candidates = judged_candidates((responses.candidate_of_row(row) for row in read_rows(source)), verifier, source)
+    candidates = judged_candidates(candidates_of(source), verifier, source)
     carried = round_trip.of_recipe(recipe, candidates)
     more = {"round_trip": carried.summary() if carried else None}
     found, summary = audit_candidates(recipe, candidates, verifier, verifier_id, more)

@@ -16,11 +16,11 @@ from nemo_pivotrl.components import costs as ledger
 from nemo_pivotrl.components.lineage import check_lineage
 from nemo_pivotrl.components.metrics import read_metrics
 from nemo_pivotrl.config import Recipe
-from nemo_pivotrl.core.artifacts import read_header, read_rows
+from nemo_pivotrl.core.artifacts import read_header
 from nemo_pivotrl.core.atomic import read_json, write_atomically
 from nemo_pivotrl.core.errors import InputError, Problem
 from nemo_pivotrl.core.lock import one_writer
-from nemo_pivotrl.data.gym_rows import candidate_of_row
+from nemo_pivotrl.data.states import candidates_of
 from nemo_pivotrl.pivotrl.evaluate import read_items
 from nemo_pivotrl.pivotrl.evaluation_tables import TITLES
 from nemo_pivotrl.report import llmdoctor as report_llmdoctor, profile as report_profile, rounds as report_loop
@@ -120,9 +120,7 @@ def _samples(recipe: Recipe) -> list[dict[str, Any]]:
     """Held-out turns where the last policy's first sample differs from the first policy's verdict, both shown."""
     path = recipe.path("evaluation.jsonl")
     check_lineage(recipe, path, read_header(path, "evaluation"))
-    states = {
-        row["provenance"]["candidate_id"]: candidate_of_row(row) for row in read_rows(recipe.path("candidates.jsonl"))
-    }
+    states = {c.candidate_id: c for c in candidates_of(recipe.path("candidates.jsonl"), "validation")}
     rows = [row for row in read_items(recipe.path("evaluation.jsonl")) if row["set"] == "one_turn"]
     labels = list(dict.fromkeys(row["policy"] for row in rows))
     by_item: dict[str, dict[str, dict[str, Any]]] = {}

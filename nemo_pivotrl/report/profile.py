@@ -39,7 +39,7 @@ def gather(recipe: Recipe, numbers: dict[str, Any], plots: dict[str, str]) -> No
 
     summary = summary_of(seen(), plan)
     header: Header | None = read_header(source, "pivots") if source.exists() else None
-    chosen = {row["provenance"]["candidate_id"] for row in read_rows(source)} if header else set()
+    chosen = {row["candidate_id"] for row in read_rows(source)} if header else set()
     lam = float(header.extra["lambda_diff"]) if header else recipe.select.lambda_diff
     control = [p for p in train if p.control]
     rates, unbiased = _rates(train), _rates(control)

@@ -16,6 +16,9 @@ from typing import Any
 from nemo_pivotrl.components.conclusions import read_checks
 from nemo_pivotrl.core.artifacts import placed_rows, read_first_line, read_header, read_rows, rows_at
 from nemo_pivotrl.core.errors import InputError, Problem
+from nemo_pivotrl.core.types import Candidate
+from nemo_pivotrl.data.gym_rows import action_to_row, to_items, tool_to_flat
+from nemo_pivotrl.data.states import States, open_states
 from nemo_pivotrl.pivotrl.evaluate import read_items
 from nemo_pivotrl.pivotrl.profile_rows import light_of_row
 from nemo_pivotrl.pivotrl.select import fate
@@ -59,6 +62,8 @@ class Run:
     folder: Path
     source: Path | None = None
     """profiles.jsonl, or candidates.jsonl where nothing is profiled yet."""
+    states: States | None = None
+    """What its rows point into."""
     turns: list[Turn] = field(default_factory=list)
     by_id: dict[str, int] = field(default_factory=dict)
     by_trajectory: dict[str, list[int]] = field(default_factory=lambda: defaultdict(list))
@@ -80,7 +85,7 @@ def open_run(folder: Path) -> Run:
     run = Run(folder)
     for name in ("profiles.jsonl", "candidates.jsonl"):
         if (folder / name).exists():
-            run.source = folder / name
+            run.source, run.states = folder / name, open_states(folder / name)
             break
     _read_sets(run)
     if run.source is not None:
@@ -113,8 +118,7 @@ def _read_sets(run: Run) -> None:
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 continue  # a ledger or another file without a header
         if stage == "pivots":
-            sources = (row["provenance"] for row in read_rows(path))
-            run.sets[path.name] = frozenset(s["candidate_id"] for s in sources if s["split"] == "train")
+            run.sets[path.name] = frozenset(r["candidate_id"] for r in read_rows(path) if r["split"] == "train")
     if PIVOTS in run.sets:
         run.lambda_diff = float(read_header(run.folder / PIVOTS, "pivots").extra["lambda_diff"])
 
@@ -239,16 +243,24 @@ def _set(run: Run, name: str) -> frozenset[str]:
 
 
 def _with_text(run: Run, turns: Sequence[Turn], text: str) -> Iterator[Turn]:
-    """Turns whose row holds a text, upper and lower case alike; in JSON, and in JSON inside a JSON text."""
+    """Turns whose row, tools, state or action hold a text, upper and lower case alike; in JSON, and in JSON inside a JSON text."""
     once = json.dumps(text.lower(), ensure_ascii=False)[1:-1]
-    needles = {s.encode("utf-8", "surrogatepass") for s in (once, json.dumps(once, ensure_ascii=False)[1:-1])}
-    assert run.source is not None
-    with run.source.open("rb") as file:
-        for turn in turns:
-            file.seek(turn.place)
-            line = file.readline().decode("utf-8", "replace").lower().encode("utf-8", "surrogatepass")
-            if any(needle in line for needle in needles):
-                yield turn
+    needles = (once, json.dumps(once, ensure_ascii=False)[1:-1])
+    assert run.states is not None
+    first: dict[int, int] = {}  # trajectory to its first message with the text
+    for turn in turns:
+        row = _row(run, turn)
+        if (number := row["trajectory"]) not in first:
+            messages, tools, fields = run.states.trajectory(number)
+            found = [i for i, m in enumerate(messages) if _holds(m, needles)]
+            first[number] = -1 if _holds([tools, fields], needles) else found[0] if found else len(messages)
+        if first[number] <= turn.turn or _holds(row, needles):
+            yield turn
+
+
+def _holds(value: object, needles: Sequence[str]) -> bool:
+    said = json.dumps(value, ensure_ascii=False, separators=(",", ":")).lower()
+    return any(needle in said for needle in needles)
 
 
 def _turn_row(turn: Turn) -> Row:
@@ -259,18 +271,16 @@ def whole_turn(run: Run, candidate_id: str) -> Row:
     """Everything about a turn. Raises KeyError for an id that is not there."""
     turn = run.turns[run.by_id[candidate_id]]
     row = _row(run, turn)
-    expected = _action(row["expected_action"])
-    if expected["calls"] and row["provenance"].get("content"):
-        expected["content"] = row["provenance"]["content"]
+    candidate = _candidate(run, row)
     siblings = [run.turns[n] for n in run.by_trajectory[turn.trajectory]]
     siblings.sort(key=lambda t: t.turn)
     audited = run.audited.get(candidate_id)
     return _turn_row(turn) | {
         "why": why(turn, run.lambda_diff),
-        "state": row["responses_create_params"]["input"],
-        "tools": row["responses_create_params"]["tools"],
-        "expected": expected,
-        "reasoning": row["provenance"].get("reasoning", ""),
+        "state": to_items(candidate.messages),
+        "tools": [tool_to_flat(tool) for tool in candidate.tools],
+        "expected": _action(action_to_row(candidate.expected)),
+        "reasoning": candidate.expected.reasoning,
         "interval": row.get("profile", {}).get("interval"),
         "control": bool(row.get("profile", {}).get("control")),
         "detail": row.get("profile", {}).get("detail", ""),
@@ -350,13 +360,13 @@ def trajectory(run: Run, name: str) -> Row:
     if name not in run.by_trajectory:
         raise KeyError(name)
     turns = sorted((run.turns[n] for n in run.by_trajectory[name]), key=lambda t: t.turn)
-    last = _row(run, turns[-1])
+    last = _candidate(run, _row(run, turns[-1]))
     return {
         "id": name,
         "task": turns[0].task,
         "split": turns[0].split,
-        "state": last["responses_create_params"]["input"],
-        "expected": _action(last["expected_action"]),
+        "state": to_items(last.messages),
+        "expected": _action(action_to_row(last.expected)),
         "turns": [_turn_row(t) | {"why": why(t, run.lambda_diff), "interval": _interval(run, t)} for t in turns],
     }
 
@@ -369,6 +379,11 @@ def _interval(run: Run, turn: Turn) -> list[float] | None:
 def _row(run: Run, turn: Turn) -> Row:
     assert run.source is not None
     return next(rows_at(run.source, [turn.place]))
+
+
+def _candidate(run: Run, row: Row) -> Candidate:
+    assert run.states is not None
+    return run.states.candidate(row)
 
 
 def pair(run: Run, preference_id: str, pieces: Callable[[Sequence[int]], list[str]]) -> Row:

@@ -82,10 +82,7 @@ def model_problems(architecture: Architecture, megatron: Megatron) -> list[Probl
 def training_problems(policy: Policy, megatron: Megatron, with_reference: bool) -> list[Problem]:
     """What the trainer cannot do. with_reference: the start policy's weights are kept beside those that train."""
     problems = []
-    if policy.lora.enabled:
-        remedy = "the megatron backend trains all weights: switch it off, or use the reference backend"
-        problems.append(Problem("recipe", None, "policy.lora.enabled", "true", remedy))
-    if with_reference and megatron.fp8 != "none" and megatron.fp8_param:
+    if with_reference and not policy.lora.enabled and megatron.fp8 != "none" and megatron.fp8_param:
         remedy = "weights in FP8 cannot be swapped for the start policy's and come back unrounded: unset it"
         problems.append(Problem("recipe", None, "megatron.fp8_param", "true, with a KL reference", remedy))
     unequal = megatron.pipeline_model_parallel_size > 1 or megatron.expert_model_parallel_size > 1

@@ -200,9 +200,11 @@ class Kept:
         return int(tokens * dense + rows * (self.row + self.row_across / layout.etp))
 
 
-def layer_kept(a: Architecture, kind: str, m: Megatron, engine: Engine, batch: MicroBatch, scores: bool) -> Kept:
+def layer_kept(
+    a: Architecture, kind: str, m: Megatron, engine: Engine, batch: MicroBatch, scores: bool, adapters: bool = False
+) -> Kept:
     """What a layer keeps for its backward pass where it is not recomputed. scores: with the attention scores, where attention
-    is not fused."""
+    is not fused. adapters: they alone train, and experts, which have none, keep no inputs for gradients of their weights."""
     e, h = 2 if m.bf16 else 4, a.hidden_size
     norm = Kept(along=_norm(h, e, engine))
     if kind == "M":
@@ -222,7 +224,8 @@ def layer_kept(a: Architecture, kind: str, m: Megatron, engine: Engine, batch: M
     router = moe.num_experts * (14 if moe.score_function == "sigmoid" else 10) + 16 * moe.top_k
     # without fusion the weight of an expert multiplies its hidden state: one copy more than an MLP
     hidden = (_act(a.gated, engine) + (engine == "local")) * moe.intermediate_size * e
-    rows = Kept(row=(moe.latent_size or h) * e + 16, row_across=hidden)
+    inputs = 0 if adapters and engine == "te" else (moe.latent_size or h) * e
+    rows = Kept(row=inputs + 16, row_across=hidden)
     latent = (moe.latent_size or 0) * e
     shared = Kept(across=_act(a.gated, engine) * (moe.shared_intermediate_size or 0) * e)
     return mixed + norm + Kept(along=router + latent) + rows + shared
@@ -309,16 +312,17 @@ def activation_bytes(
     num_microbatches: int,
     imbalance: float = 1.0,
     head: bool = False,
+    adapters: bool = False,
 ) -> Activations:
     """Activations of one rank on pipeline stage `stage` (1F1B: the first stage has as many micro-batches under way as there
-    are stages, the last has one)."""
+    are stages, the last has one). adapters: they alone train."""
     e, h = 2 if m.bf16 else 4, a.hidden_size
     layers, last = stages_of(a, layout.pp)[stage], stage == layout.pp - 1
     tokens = batch.tokens // layout.cp
     top_k = a.moe.top_k if a.moe else 0
 
     def kept(kind: str, scores: bool) -> int:
-        return layer_kept(a, kind, m, engine, batch, scores).bytes(tokens, top_k, layout, imbalance)
+        return layer_kept(a, kind, m, engine, batch, scores, adapters).bytes(tokens, top_k, layout, imbalance)
 
     kinds = set(layers)
     each = {kind: kept(kind, scores=m.recompute == "none") for kind in kinds}
@@ -341,7 +345,7 @@ def activation_bytes(
     for kind in reversed(layers):
         again = whole[kind] if full else whole[kind] - each[kind]
         if engine == "te":
-            gradients = transient_bytes(a, kind, m, layout, batch, imbalance) + 3 * boundary
+            gradients = transient_bytes(a, kind, m, layout, batch, imbalance, adapters) + 3 * boundary
         else:
             gradients = max(whole[kind] // 2, whole[kind] - kept(kind, scores=False))
             if kind == "M":
@@ -364,7 +368,7 @@ def _logits_bytes(a: Architecture, m: Megatron, layout: Layout, batch: MicroBatc
 
 
 def transient_bytes(
-    a: Architecture, kind: str, m: Megatron, layout: Layout, batch: MicroBatch, imbalance: float
+    a: Architecture, kind: str, m: Megatron, layout: Layout, batch: MicroBatch, imbalance: float, adapters: bool = False
 ) -> int:
     """What a layer of Transformer Engine's has beside what it keeps, at its worst moment: computed again, or backward."""
     e, h, tokens = 2 if m.bf16 else 4, a.hidden_size, batch.tokens // layout.cp
@@ -386,6 +390,8 @@ def transient_bytes(
         return int(tokens * max(output, e * (projection + 2 * convolved + inner) + 8 * states + 12 * chunk * groups))
     query, key = a.num_attention_heads * a.head_dim / layout.tp, a.num_key_value_heads * a.head_dim / layout.tp
     attention = output + e * (2 * query + 4 * key)
+    if adapters:  # their norm of what the layer is given, worked out in float32, and what they add to the projection
+        attention += h * (e + 8) / layout.sp + 2 * e * (query + 2 * key)
     if kind == "*":
         return int(tokens * attention)
     if kind in "D-":
@@ -396,7 +402,7 @@ def transient_bytes(
     row, hidden = (a.moe.latent_size or h) * e, a.moe.intermediate_size * e / layout.etp
     sent = tokens / layout.sp * a.moe.top_k
     rows = sent * layout.etp * imbalance
-    matrix = _largest(a, kind, layout) * e / (2 if a.gated else 1)
+    matrix = 0 if adapters else _largest(a, kind, layout) * e / (2 if a.gated else 1)
     copies = 3 if m.fp8 == "none" else 4  # and these padded
     return int(max(sent * row + rows * copies * row, rows * (row + hidden) + matrix))
 

@@ -12,22 +12,27 @@ import importlib.util
 import os
 import shutil
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 from urllib.parse import urlsplit
 
 from nemo_pivotrl.backends.base import require_checkpoint
+from nemo_pivotrl.backends.hub import is_hub_id, remedy_for
 from nemo_pivotrl.backends.installed import probe
+from nemo_pivotrl.backends.loading import REMEDIES
+from nemo_pivotrl.backends.megatron.lora_mapping import lora_problems
+from nemo_pivotrl.components.lineage import check_headers
 from nemo_pivotrl.components.rollout import load_chat, load_recipe_verifier, unrenderable_lines
 from nemo_pivotrl.config import Patient, Policy, Recipe, TrainedModel
-from nemo_pivotrl.core.artifacts import check_headers, read_header, read_rows
+from nemo_pivotrl.core.artifacts import MADE_BY, read_header
 from nemo_pivotrl.core.errors import InputError, Problem, UnrenderableState, short
 from nemo_pivotrl.core.types import Verdict
-from nemo_pivotrl.data import gym_rows as responses
 from nemo_pivotrl.data.chat_template import Chat, load_tokenizer
+from nemo_pivotrl.data.states import candidates_of
 from nemo_pivotrl.sizing.architecture import Architecture, read_architecture
 from nemo_pivotrl.sizing.layout_rules import fp8_dimensions, layout_problems, model_problems, training_problems
 from nemo_pivotrl.sizing.precision import Probe, check_fp8
@@ -48,23 +53,45 @@ ROLES: dict[str, tuple[str, ...]] = {
 TRAINS = ("sft", "train", "tfpo")
 VERIFIED = 16
 """Candidates whose own expert action is shown to the verifier."""
+NOTHING: Mapping[str, str] = MappingProxyType({})
 ROOM = 1 << 28
 """Bytes that any stage may write."""
 
 
-def preflight(recipe: Recipe, stage: str, world: int, machine: Callable[[], Probe] = probe) -> None:
-    """Raise InputError with all problems of a stage on `world` processes; nothing is loaded but tokenizers."""
+def preflight(
+    recipe: Recipe, stage: str, world: int, machine: Callable[[], Probe] = probe, coming: Mapping[str, str] = NOTHING
+) -> None:
+    """Raise InputError with all problems of a stage on `world` processes; nothing is loaded but tokenizers.
+
+    coming: files and folders that an earlier stage will have made by then; what they say is not asked.
+    """
     problems: list[Problem] = []
     for check in (addresses, disk, installed):
         problems += check(recipe, stage)
     for role in ROLES[stage]:
-        problems += of_model(recipe, stage, role, world, machine)
-    problems += of_data(recipe, stage)
+        if recipe.model(role).model_name not in coming:
+            problems += of_model(recipe, stage, role, world, machine)
+    if not (coming and not_made_yet(recipe, stage)):
+        problems += of_data(recipe, stage)
     if stage in ("profile", "train"):
         problems += of_verifier(recipe, stage)
     distinct = list(dict.fromkeys(problems))
     if distinct:
         raise InputError(distinct)
+
+
+def not_made_yet(recipe: Recipe, stage: str) -> dict[str, str]:
+    """What a stage needs and an earlier stage of the recipe has yet to make -> that stage."""
+    found = {}
+    for role in ROLES[stage]:
+        folder, maker = recipe.model(role).model_name, recipe.maker(role)
+        if maker and not Path(folder, "config.json").exists():
+            found[folder] = maker
+    if stage not in ("decode", "rank", "assess"):
+        path, kinds = source(recipe, stage)
+        if not path.exists():
+            found[str(path)] = MADE_BY[kinds if isinstance(kinds, str) else kinds[0]]
+    return found
 
 
 def caught(check: Callable[..., Any], *arguments: Any, **named: Any) -> tuple[Any, list[Problem]]:
@@ -81,7 +108,11 @@ def caught(check: Callable[..., Any], *arguments: Any, **named: Any) -> tuple[An
 def of_model(recipe: Recipe, stage: str, role: str, world: int, machine: Callable[[], Probe]) -> list[Problem]:
     """The folder, its tokenizer and template, the context, and for Megatron the layout, precision and memory."""
     model = recipe.model(role)
-    remedy = "give an HF checkpoint folder" + (", or run the warmup stage first" if role == "policy" else "")
+    maker = recipe.maker(role)
+    name = model.model_name
+    remedy = (
+        f"`nemo-pivotrl {maker} RECIPE` makes it" if maker else remedy_for(name) if is_hub_id(name) else REMEDIES[role]
+    )
     problems = caught(require_checkpoint, f"{role}.model_name", model.model_name, remedy)[1]
     if problems:
         return problems
@@ -121,6 +152,7 @@ def _on_megatron(
         return problems
     anchored = recipe.tfpo.anchor == "reference" if role == "doctor" else stage == "train" and _anchored(recipe)
     problems += training_problems(model, m, anchored)
+    problems += lora_problems(shape, model.lora, m.tensor_model_parallel_size)
     if not problems and not m.cpu:
         problems += _memory(recipe, stage, role, model, shape, world, anchored)
     return problems
@@ -162,6 +194,8 @@ def of_data(recipe: Recipe, stage: str) -> list[Problem]:
     header, problems = caught(read_header, path, kinds)
     if header is None or stage not in ("profile", "sft", "train"):
         return problems
+    if not Path(recipe.policy.model_name, "config.json").exists():
+        return problems  # `of_model` says it
     chat, unreadable = caught(load_chat, recipe.policy, recipe.verifier.limits)
     if unreadable:
         return problems + unreadable
@@ -172,12 +206,22 @@ def of_data(recipe: Recipe, stage: str) -> list[Problem]:
     return problems + caught(check_headers, path, header, **names)[1]
 
 
+def trajectory_problems(recipe: Recipe) -> list[Problem]:
+    """Files that `extract` would read and that are not there; the embedded world writes its own."""
+    paths, remedy = recipe.extract.trajectories, "name your trajectory files, as paths from this folder or whole ones"
+    if not paths:
+        return [Problem("recipe", None, "extract.trajectories", "nothing", remedy)]
+    missing = [
+        path for path in paths if not Path(path).exists() and Path(path) != recipe.path("world/trajectories.jsonl")
+    ]
+    return [Problem("recipe", None, "extract.trajectories", path, f"no such file: {remedy}") for path in missing]
+
+
 def of_states(path: Path, chat: Chat) -> list[Problem]:
     """The template renders the first states. It warns of a few that are refused; most of them, or a part left out, is a problem."""
-    rows, problems = caught(lambda: list(islice(read_rows(path), VERIFIED)))
+    states, problems = caught(lambda: list(islice(candidates_of(path), VERIFIED)))
     refused = []
-    for row in rows or ():
-        state = responses.candidate_of_row(row)
+    for state in states or ():
         try:
             chat.prompt_ids(state.messages, state.tools)
         except UnrenderableState as error:
@@ -186,8 +230,8 @@ def of_states(path: Path, chat: Chat) -> list[Problem]:
             return problems + error.problems
     if not refused:
         return problems
-    told = f"{len(refused)} of the first {len(rows)} states cannot be rendered: {refused[0][1]}"
-    if 2 * len(refused) > len(rows):
+    told = f"{len(refused)} of the first {len(states)} states cannot be rendered: {refused[0][1]}"
+    if 2 * len(refused) > len(states):
         remedy = "they would be left out; see policy.chat, or set another policy.chat_template"
         return [*problems, Problem(str(path), None, "states", told, remedy)]
     print("\n".join([f"{told}; they are left out", *unrenderable_lines(refused, path)]))
@@ -211,10 +255,7 @@ def of_verifier(recipe: Recipe, stage: str) -> list[Problem]:
     path, kinds = source(recipe, stage)
     if loaded is None or loaded[0].asks_judge or caught(read_header, path, kinds)[1]:
         return problems
-    rows, unreadable = caught(lambda: list(islice(read_rows(path), VERIFIED)))
-    if unreadable:
-        return problems + unreadable
-    candidates, unreadable = caught(lambda: [responses.candidate_of_row(row) for row in rows])
+    candidates, unreadable = caught(lambda: list(islice(candidates_of(path), VERIFIED)))
     if unreadable:
         return problems + unreadable
     said = verdicts(loaded[0], [(c.case, c.expected) for c in candidates], recipe.profile.max_retries)

@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from nemo_pivotrl.backends.hub import is_hub_id, remedy_for, with_local_models
 from nemo_pivotrl.backends.installed import probe, which_apex
 from nemo_pivotrl.components.trackers import wanted
 from nemo_pivotrl.config import Policy, Recipe
@@ -160,6 +161,18 @@ def obstacles(recipe: Recipe, machine: Machine) -> list[str]:
     return found
 
 
+def missing_models(recipe: Recipe) -> list[str]:
+    """Models that are neither here nor made by a stage of the recipe."""
+    found = []
+    for role in ("policy",) if recipe.algorithm == "pivotrl" else ("patient", "doctor"):
+        name = recipe.model(role).model_name
+        if recipe.maker(role) or Path(name, "config.json").exists():
+            continue
+        remedy = remedy_for(name) if is_hub_id(name) else "bring an HF checkpoint there, or name another folder"
+        found.append(f"{role}.model_name: {f'no model in {name}' if name else 'names none'} -> {remedy}")
+    return found
+
+
 def _missing(machine: Machine, name: str, remedy: str) -> list[str]:
     package = machine.packages[name]
     if package.usable:
@@ -197,8 +210,8 @@ def survey(folder: Path, machine: Machine) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for path in sorted(folder.rglob("*.yaml")):
         try:
-            recipe = load_recipe(str(path))
-            found[str(path)] = obstacles(recipe, machine)
+            recipe = with_local_models(load_recipe(str(path)), fetch=False)
+            found[str(path)] = missing_models(recipe) + obstacles(recipe, machine)
         except InputError as error:
             found[str(path)] = [f"{p.field}: {p.found} -> {p.remedy}" for p in error.problems]
     return found

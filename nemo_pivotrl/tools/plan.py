@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from nemo_pivotrl.backends.base import as_trained
+from nemo_pivotrl.backends.megatron.lora_mapping import lora_problems, stage_adapters
 from nemo_pivotrl.config import Megatron, Policy, Recipe
 from nemo_pivotrl.core.errors import Problem
 from nemo_pivotrl.sizing.architecture import Architecture
@@ -28,7 +29,9 @@ from nemo_pivotrl.sizing.layout_rules import (
 from nemo_pivotrl.sizing.memory import (
     GIB,
     Activations,
+    Count,
     Engine,
+    Layout,
     MicroBatch,
     activation_bytes,
     forward_bytes,
@@ -134,6 +137,7 @@ def training_legality(recipe: Recipe, role: str, model: Policy, shape: Architect
     problems += layout_problems(m, trainers(recipe, "megatron"))
     problems += model_problems(shape, m)
     problems += training_problems(model, m, anchored)
+    problems += lora_problems(shape, model.lora, m.tensor_model_parallel_size)
     ideal = Probe(transformer_engine="2.3", cuda=(12, 9), capability=gpu.capability)
     problems += check_fp8(m, ideal, fp8_dimensions(shape, m))
     return problems
@@ -204,6 +208,7 @@ def training(
         forbidden = layout_problems(changed.megatron, trainers(changed, "megatron"))
         forbidden += model_problems(shape, changed.megatron)
         forbidden += training_problems(other_model, changed.megatron, anchored)
+        forbidden += lora_problems(shape, other_model.lora, changed.megatron.tensor_model_parallel_size)
         if forbidden:
             continue
         other = _training(changed, phase, other_model, shape, anchored, head)
@@ -274,10 +279,19 @@ def _training(recipe: Recipe, phase: str, model: Policy, shape: Architecture, an
     engine: Engine = "local" if m.cpu or model.backend != "megatron" else "te"
     capability = GPUS[recipe.cluster.gpu].capability
     for stage in range(layout.pp):
-        count = stage_parameters(shape, m, layout, stage, head)
+        count = trained_parameters(shape, model, m, layout, stage, head)
         state = state_bytes(count, m, layout)
         running = activation_bytes(
-            shape, m, layout, stage, batch, engine, layout.pp, recipe.plan.expert_imbalance, head=head
+            shape,
+            m,
+            layout,
+            stage,
+            batch,
+            engine,
+            layout.pp,
+            recipe.plan.expert_imbalance,
+            head=head,
+            adapters=model.lora.enabled,
         )
         scored = forward_bytes(shape, m, layout, stage, batch, engine, recipe.plan.expert_imbalance)
         parts = {
@@ -289,7 +303,7 @@ def _training(recipe: Recipe, phase: str, model: Policy, shape: Architecture, an
             "or backward pass: activations kept": running.held,
             "or backward pass: one layer's, or logits": max(running.backward, running.logits),
             "or optimiser step": state.step,
-            "or scoring": scored + (state.weights if anchored else 0),
+            "or scoring": scored + (state.weights if anchored and not model.lora.enabled else 0),
         }
         if model.backend != "megatron":
             parts = _on_one_device(shape, model, parts, count.all, anchored, running)
@@ -310,12 +324,25 @@ def _training(recipe: Recipe, phase: str, model: Policy, shape: Architecture, an
     )
 
 
+def trained_parameters(
+    shape: Architecture, model: Policy, m: Megatron, layout: Layout, stage: int, head: bool
+) -> Count:
+    """One rank's parameters; with LoRA its weights are frozen, and adapters train."""
+    count = stage_parameters(shape, m, layout, stage, head)
+    if not model.lora.enabled or model.backend != "megatron":
+        return count
+    share = len(shape.layers) // layout.pp
+    adapters = stage_adapters(shape, model.lora, layout.tp, range(stage * share, (stage + 1) * share))
+    wide = shape.hidden_size + 1 if head and stage == layout.pp - 1 else 0
+    return Count(dense=adapters, wide=wide, frozen=count.all - wide)
+
+
 def _on_one_device(
     shape: Architecture, model: Policy, parts: dict[str, int], parameters: int, anchored: bool, running: Activations
 ) -> dict[str, int]:
     """The reference backend: weights, gradients and moments of one precision; adapters train alone where there are any."""
     size = WIDTH[model.dtype]
-    trained = lora_parameters(shape, model) if model.lora.enabled else parameters
+    trained = stage_adapters(shape, model.lora, 1, range(len(shape.layers))) if model.lora.enabled else parameters
     copies = 2 if anchored and not model.lora.enabled else 1
     return parts | {
         "weights": copies * size * parameters + (size * trained if model.lora.enabled else 0),
@@ -325,22 +352,6 @@ def _on_one_device(
         "or backward pass: one layer's, or logits": max(running.backward, running.logits) * size // 4,
         "or scoring": 0,
     }
-
-
-def lora_parameters(shape: Architecture, model: Policy) -> int:
-    """Weights of the adapters on a GPT's matrices (those of experts, and of hybrids, have other names)."""
-    h, query = shape.hidden_size, shape.num_attention_heads * shape.head_dim
-    key, f = shape.num_key_value_heads * shape.head_dim, shape.intermediate_size
-    sizes = {
-        "q_proj": h + query,
-        "k_proj": h + key,
-        "v_proj": h + key,
-        "o_proj": h + query,
-        "gate_proj": h + f,
-        "up_proj": h + f,
-        "down_proj": h + f,
-    }
-    return model.lora.r * len(shape.layers) * sum(sizes.get(name, 0) for name in model.lora.target_modules)
 
 
 def _peak(parts: dict[str, int]) -> int:
@@ -377,13 +388,32 @@ def rollouts(recipe: Recipe, shape: Architecture) -> Memory:
         token, sequence = cache_bytes(shape, tp, 2 if policy.dtype == "bfloat16" or megatron else 4)
         rows = max(policy.generation.batch_tokens // length, 1)
         cache = (token * max(policy.generation.batch_tokens, length) + sequence * rows) // pp
-        train = _training(recipe, "rollouts", policy, shape, False, False)
-        state = ("weights", "gradients", "optimizer state")
-        parts = {k: int(v * GIB) for k, v in train.parts.items() if k in state}
-        parts["caches"] = cache
+        parts = trainer_state(recipe, policy, shape) | {"caches": cache}
         return _memory(recipe, "rollouts", "in the trainer", parts, _peak(parts), f"{rows} rows of {length:,} tokens")
     tp = vllm.tensor_parallel_size if not vllm.colocated else trainers(recipe, "megatron")
-    return engine(recipe, "rollouts", shape, tp, length, {}, WIDTH[engine_dtype(policy, recipe.megatron)])
+    found = engine(recipe, "rollouts", shape, tp, length, {}, WIDTH[engine_dtype(policy, recipe.megatron)])
+    return (
+        beside_trainer(found, recipe, sum(trainer_state(recipe, policy, shape).values())) if vllm.colocated else found
+    )
+
+
+def trainer_state(recipe: Recipe, policy: Policy, shape: Architecture) -> dict[str, int]:
+    """Bytes of what the trainer keeps while rollouts run."""
+    train = _training(recipe, "rollouts", policy, shape, False, False)
+    return {k: int(v * GIB) for k, v in train.parts.items() if k in ("weights", "gradients", "optimizer state")}
+
+
+def beside_trainer(found: Memory, recipe: Recipe, state: int) -> Memory:
+    """A colocated engine takes its whole share of the GPU, also while the trainer's state lies in it."""
+    memory = GPUS[recipe.cluster.gpu].memory_gib
+    share, held = recipe.vllm.gpu_memory_utilization * memory, state / GIB
+    parts = found.parts | {"vLLM's share beyond that": max(share - sum(found.parts.values()), 0.0)}
+    found = replace(found, parts=parts | {"the trainer beside it": held}, peak=max(found.peak, share) + held)
+    room = int(20 * (found.limit - held) / memory) / 20
+    if found.fits or room <= 0:
+        return found
+    remedies = (*found.remedies, f"vllm.gpu_memory_utilization={room:g}: {room * memory + held:.1f} GiB")
+    return replace(found, remedies=remedies)
 
 
 def engine(

@@ -19,10 +19,9 @@ from nemo_pivotrl.sizing.memory import (
     GIB,
     activation_bytes,
     layout_of,
-    stage_parameters,
     state_bytes,
 )
-from nemo_pivotrl.tools.plan import layout_text, micro_batch, training_legality
+from nemo_pivotrl.tools.plan import layout_text, micro_batch, trained_parameters, training_legality
 from nemo_pivotrl.tools.plan_costs import GPUS, lengths, trainers
 from nemo_pivotrl.tools.plan_models import shape_of
 
@@ -139,10 +138,19 @@ def compared(asked: Asked, found: Traced) -> list[Line]:
     """Each figure of the trace beside the arithmetic of the same micro-batch."""
     m, a = asked.megatron, asked.architecture
     layout = layout_of(m, asked.world)
-    count = stage_parameters(a, m, layout, found.stage, asked.head)
+    count = trained_parameters(a, asked.policy, m, layout, found.stage, asked.head)
     state = state_bytes(count, m, layout)
     running = activation_bytes(
-        a, m, layout, found.stage, found.micro_batches[0], "te", layout.pp, asked.imbalance, head=asked.head
+        a,
+        m,
+        layout,
+        found.stage,
+        found.micro_batches[0],
+        "te",
+        layout.pp,
+        asked.imbalance,
+        head=asked.head,
+        adapters=asked.policy.lora.enabled,
     )
     copies = fp8_copy_bytes(a, m, layout, found.stage)
     workspace = workspace_bytes(a, m, asked.capability)

@@ -20,7 +20,8 @@ from nemo_pivotrl.core.atomic import open_input, replacing
 from nemo_pivotrl.core.errors import InputError, Problem, short
 from nemo_pivotrl.core.lock import only_writer
 from nemo_pivotrl.core.types import Action, Case, Verdict
-from nemo_pivotrl.data.gym_rows import action_of_row, candidate_of_row
+from nemo_pivotrl.data.gym_rows import action_of_row
+from nemo_pivotrl.data.states import States, open_states
 from nemo_pivotrl.verifiers.base import Verifier, VerifierFault, verdicts
 from nemo_pivotrl.verifiers.loading import ALIASES, load_verifier, settings_with
 from nemo_pivotrl.verifiers.rows import RowError, case_of, sampled_action
@@ -60,6 +61,7 @@ def questions(
     """(verifier, case, action, columns to repeat in the output) of each action in the file."""
     if not source.exists():
         raise InputError(Problem(str(source), None, "file", "no such file", "give a JSONL file of rows"))
+    states: States | None = None
     with open_input(source) as handle:
         for number, line in enumerate(handle, start=1):
             if len(problems) >= MAX_PROBLEMS:
@@ -71,8 +73,9 @@ def questions(
                 if not isinstance(row, dict):
                     raise RowError("line", row, "a JSON object")
                 if HEADER_KEY in row and number == 1:
+                    states = open_states(source) if row[HEADER_KEY].get("stage") == "profiles" else None
                     continue
-                found = list(_questions_of(row, settings, loaded))
+                found = list(_questions_of(row, settings, loaded, states))
             except RowError as error:
                 problems.append(Problem(str(source), number, error.field, short(repr(error.found)), error.remedy))
             except (ValueError, RecursionError) as error:
@@ -86,7 +89,9 @@ def questions(
                     yield from found
 
 
-def _questions_of(row: dict[str, Any], settings: config.Verifier, loaded: dict[str, Verifier]) -> Iterator[Question]:
+def _questions_of(
+    row: dict[str, Any], settings: config.Verifier, loaded: dict[str, Verifier], states: States | None
+) -> Iterator[Question]:
     name = ALIASES.get(settings.name, settings.name)
     # a recorded verdict's config is that of the verifier it is of; another one is not asked to understand it
     of = row.get("verifier", name)
@@ -96,14 +101,10 @@ def _questions_of(row: dict[str, Any], settings: config.Verifier, loaded: dict[s
     if key not in loaded:
         loaded[key] = load_verifier(chosen, where="row config" if own else "command line")
     verifier = loaded[key]
-    if "samples" in row and "provenance" in row:
-        case = candidate_of_row(row).case
+    if states is not None:
+        case = states.candidate(row).case
         for index, sample in enumerate(row["samples"]):
-            columns = {"candidate_id": row["provenance"]["candidate_id"], "sample": index}
-            if "action" not in sample:
-                raise RowError(
-                    f"samples[{index}].action", None, "profiles of version 0.1 keep no actions: profile again"
-                )
+            columns = {"candidate_id": row["candidate_id"], "sample": index}
             truncated = sample.get("finish_reason") == "length"
             action = Verdict(0.0, "TRUNCATED") if truncated else action_of_row(sample["action"])
             yield verifier, case, action, columns

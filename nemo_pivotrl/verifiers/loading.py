@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from difflib import get_close_matches
 from typing import Any, cast
 
 from nemo_pivotrl import config
@@ -77,8 +78,8 @@ def load_verifier(
 
 
 def excludes_talk(settings: config.Verifier) -> bool:
-    """Whether turns in which the expert talks are left out."""
-    return settings.talk == "exclude" and bool(talk_rule_of(_class_of(settings.name, "recipe")))
+    """Whether turns in which the expert talks are left out. Raises InputError for an unknown verifier, whatever it does with talk."""
+    return bool(talk_rule_of(_class_of(settings.name, "recipe"))) and settings.talk == "exclude"
 
 
 def _class_of(named: str, where: str) -> type[Any]:
@@ -94,7 +95,9 @@ def _class_of(named: str, where: str) -> type[Any]:
             raise InputError(Problem(where, None, "verifier.name", name, remedy))
         return found
     if name not in VERIFIERS:
-        remedy = f"use one of {', '.join(VERIFIERS)}, or package.module:Class of your own"
+        near = get_close_matches(name, [*VERIFIERS, *ALIASES], n=1)
+        hint = f"did you mean {near[0]}? known" if near else "use one of"
+        remedy = f"{hint}: {', '.join(VERIFIERS)}, or package.module:Class of your own"
         raise InputError(Problem(where, None, "verifier.name", named, remedy))
     try:
         return cast("type[Any]", load_plugin(VERIFIERS[name], "verifier.name", where))

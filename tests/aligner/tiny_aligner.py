@@ -13,10 +13,10 @@ from omegaconf import OmegaConf, open_dict
 from nemo_pivotrl.backends.megatron.mapping import entries
 from nemo_pivotrl.config import Verifier
 from nemo_pivotrl.core.artifacts import Header, write_artefact
-from nemo_pivotrl.core.types import Action, Candidate, Preference
+from nemo_pivotrl.core.types import Action, Candidate, Preference, Trajectory
 from nemo_pivotrl.data.chat_template import Chat
-from nemo_pivotrl.data.gym_rows import candidate_to_row
 from nemo_pivotrl.data.preferences import preference_to_row
+from nemo_pivotrl.data.states import candidate_row, reference, trajectory_row
 from nemo_pivotrl.demo.tiny_models import make_tokenizer
 from nemo_pivotrl.sizing.architecture import Architecture
 from nemo_pivotrl.verifiers.loading import identity, load_verifier
@@ -109,29 +109,26 @@ def write_inputs(folder: Path, train: int = 12, validation: int = 4) -> None:
     tokenizer.save_pretrained(folder / "tokenizer")
     settings = Verifier()
     chat = Chat(tokenizer)
+    trajectories, rows = [], []
+    for i in range(train + validation):
+        split = "train" if i < train else "validation"
+        asked = {"role": "user", "content": " ".join([WORDS[i % len(WORDS)]] * (1 + i % 3))}
+        messages = (asked, {"role": "assistant", "content": "kilo lima"})
+        trajectories.append(trajectory_row(Trajectory(f"t{i}", f"t{i}", messages, (), None, "")))
+        own = Candidate(f"c{i}", f"t{i}", f"t{i}", split, 1, 0, (asked,), (), Action("message", "kilo lima"))
+        rows.append(candidate_row(own, i))
+    write_artefact(folder / "trajectories.jsonl", Header("trajectories", ""), trajectories)
+    pivots = folder / "pivots.jsonl"
+    sampled = {"sampling": {"temperature": 1.0, "top_p": 1.0, "max_new_tokens": MAX_LENGTH}}
     header = Header(
         stage="pivots",
         config_hash="",
         tokenizer=chat.fingerprint,
         chat_template=chat.template_digest,
         verifier=identity(load_verifier(settings), settings),
-        extra={"sampling": {"temperature": 1.0, "top_p": 1.0, "max_new_tokens": MAX_LENGTH}},
+        extra=sampled | reference(folder / "trajectories.jsonl", pivots),
     )
-    rows = []
-    for i in range(train + validation):
-        candidate = Candidate(
-            candidate_id=f"c{i}",
-            trajectory_id=f"t{i}",
-            task_id=f"t{i}",
-            split="train" if i < train else "validation",
-            turn=1,
-            depth=0,
-            messages=({"role": "user", "content": " ".join([WORDS[i % len(WORDS)]] * (1 + i % 3))},),
-            tools=(),
-            expected=Action("message", "kilo lima"),
-        )
-        rows.append(candidate_to_row(candidate, "agent"))
-    write_artefact(folder / "pivots.jsonl", header, rows)
+    write_artefact(pivots, header, rows)
     header = Header(stage="token_rewards", config_hash="", tokenizer=chat.fingerprint)
     pairs = [
         {"preference_id": f"p{i}", "split": split, "objective": "kindness", **tiny_policy.PAIRS[i % 4]}

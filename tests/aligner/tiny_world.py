@@ -12,7 +12,8 @@ import torch
 from nemo_pivotrl.config import Recipe, Verifier, World
 from nemo_pivotrl.core.artifacts import Header, canonical_json, read_rows, write_artefact
 from nemo_pivotrl.data.chat_template import Chat
-from nemo_pivotrl.data.gym_rows import candidate_of_row, message_of
+from nemo_pivotrl.data.gym_rows import message_of
+from nemo_pivotrl.data.states import candidates_of, open_states, reference
 from nemo_pivotrl.demo import service_desk as world
 from nemo_pivotrl.demo.expert_trajectories import make_expert_trajectories as make_world
 from nemo_pivotrl.demo.tiny_models import make_tokenizer
@@ -41,9 +42,14 @@ def write_world(folder: Path, pivots: int) -> None:
     texts = [canonical_json(world.expert_trajectory(t, rng)) for t in world.tasks(0, {"train": 200})["train"]]
     tokenizer = make_tokenizer(texts, 512)
     tokenizer.save_pretrained(folder / "tokenizer")
-    rows = [row for row in read_rows(extract(recipe)) if row["provenance"]["split"] == "train"]
-    calls = [row for row in rows if candidate_of_row(row).expected.kind == "calls"]
-    rows = sorted(calls, key=lambda row: len(canonical_json(row["expected_action"])))  # short ones are soon learnt
+    source = extract(recipe)
+    states = open_states(source)
+
+    def words(row: dict[str, Any]) -> int:
+        return sum(len(call.arguments) for call in states.candidate(row).expected.calls)
+
+    calls = [row for row in read_rows(source) if row["split"] == "train" and row["calls"]]
+    rows = sorted(calls, key=words)  # short ones are soon learnt
     chat, settings = Chat(tokenizer), Verifier()
     header = Header(
         stage="pivots",
@@ -51,20 +57,11 @@ def write_world(folder: Path, pivots: int) -> None:
         tokenizer=chat.fingerprint,
         chat_template=chat.template_digest,
         verifier=identity(load_verifier(settings), settings),
-        extra={"sampling": {"temperature": 1.0, "top_p": 1.0, "max_new_tokens": MAX_LENGTH}},
+        extra={"sampling": {"temperature": 1.0, "top_p": 1.0, "max_new_tokens": MAX_LENGTH}}
+        | reference(states.path, folder / "pivots.jsonl"),
     )
-    chosen = rows[:pivots] + [
-        {
-            **row,
-            "provenance": {
-                **(made := row["provenance"]),
-                "split": "validation",
-                "candidate_id": f"{made['candidate_id']}v",
-            },
-        }
-        for row in rows[:pivots]
-    ]
-    write_artefact(folder / "pivots.jsonl", header, chosen)
+    held_out = [row | {"split": "validation", "candidate_id": f"{row['candidate_id']}v"} for row in rows[:pivots]]
+    write_artefact(folder / "pivots.jsonl", header, [*rows[:pivots], *held_out])
 
 
 def _with_trajectories(recipe: Recipe, path: Path) -> Recipe:
@@ -77,16 +74,9 @@ def imitate(trainer: Any, folder: Path, steps: int, copies: int) -> None:
     """Fine-tune on the pivots' expert turns: the clipped loss at ratio 1 with every advantage 1 has SFT's gradient."""
     model, chat = trainer.model, trainer.rm.chat
     rows = []
-    for row in read_rows(folder / "pivots.jsonl"):
-        if row["provenance"]["split"] == "train":
-            candidate = candidate_of_row(row)
-            expert = message_of(candidate.expected)
-            rows.append(
-                (
-                    chat.prompt_ids(candidate.messages, candidate.tools),
-                    chat.action_ids(candidate.messages, candidate.tools, expert),
-                )
-            )
+    for candidate in candidates_of(folder / "pivots.jsonl", "train"):
+        state, expert = (candidate.messages, candidate.tools), message_of(candidate.expected)
+        rows.append((chat.prompt_ids(*state), chat.action_ids(*state, expert)))
     rows = rows * copies
     width = max(len(p) + len(r) for p, r in rows)
     tokens = torch.full((len(rows), width), model.tokenizer.eos_id)

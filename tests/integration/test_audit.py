@@ -12,7 +12,7 @@ import pytest
 from support.recipes import ROOT, recipe_at
 
 from nemo_pivotrl import config
-from nemo_pivotrl.core.artifacts import read_header, read_rows, seal
+from nemo_pivotrl.core.artifacts import read_header, read_rows
 from nemo_pivotrl.core.errors import InputError
 from nemo_pivotrl.core.types import Action, Candidate, Case, ToolCall, Verdict
 from nemo_pivotrl.pivotrl.profile import profile
@@ -236,19 +236,6 @@ def test_a_rescore_resumes_where_it_was_cut_and_never_writes_over_its_source(run
     assert rescore(recipe).read_bytes() == whole
     with pytest.raises(InputError, match="a name of its own"):
         rescore(recipe_at(run_dir, "rescore.output=profiles.jsonl"))
-
-
-def test_a_profile_without_actions_is_named(run_dir: Path) -> None:
-    path = run_dir / "profiles.jsonl"
-    lines = path.read_text().splitlines()
-    rows = [json.loads(line) for line in lines[1:]]
-    for row in rows:
-        for sample in row["samples"]:
-            sample.pop("action")
-    path.write_text("\n".join([lines[0], *(json.dumps(row) for row in rows)]) + "\n")
-    seal(path)
-    with pytest.raises(InputError, match="keeps no actions"):
-        rescore(recipe_at(run_dir))
 
 
 def test_of_many_tools_the_table_shows_those_that_fail() -> None:

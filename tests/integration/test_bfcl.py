@@ -70,7 +70,7 @@ def test_the_rows_are_read_by_extract_and_a_test_set_is_held_out_whole(folder: P
     bfcl_data.write_splits(folder, folder / "out", ["simple_python"], ["simple_python"], bfcl.SHARES, 0)
     own = [f"run_dir={folder}/run", f"extract.trajectories=[{folder}/out/test.jsonl]", "extract.validation_share=1"]
     rows = list(read_rows(extract(load_recipe(bfcl.RECIPE, own))))
-    assert len(rows) == 14 and {r["provenance"]["split"] for r in rows} == {"validation"}
+    assert len(rows) == 14 and {r["split"] for r in rows} == {"validation"}
 
 
 def test_every_arm_is_trained_and_tested_and_ends_in_its_own_folder() -> None:

@@ -9,10 +9,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from support.pointers import write_candidates
 from support.recipes import ROOT
 
 from nemo_pivotrl import cli
-from nemo_pivotrl.core.artifacts import ArtefactWriter, Header, read_rows
+from nemo_pivotrl.config import Extract
+from nemo_pivotrl.core.artifacts import ArtefactWriter, Header
 from nemo_pivotrl.core.types import Action, Candidate, ToolCall
 from nemo_pivotrl.data.gym_rows import candidate_to_row
 
@@ -64,6 +66,7 @@ def test_help_lists_every_stage_within_a_second_and_imports_nothing_heavy() -> N
 HELP = """
 import sys, time
 from nemo_pivotrl import cli
+from nemo_pivotrl.config import Extract
 for name in [None, *cli.STAGES, *cli.TOOLS]:
     begun = time.process_time()
     try:
@@ -145,9 +148,14 @@ def test_a_recipe_typo_exits_2_with_the_cure_on_stderr_and_no_traceback(tmp_path
         (["select", "nowhere.yaml"], "nowhere.yaml"),
         (["select", "RECIPE", "select.lambda_diff=7"], "from 0.0 to 1.0"),
         (["select", "RECIPE", "nonsense"], "section.key=value"),
-        (["select", "RECIPE"], "run the stage that writes profiles first"),
-        (["export", "RECIPE"], "run the stage that writes pivots first"),
+        (["select", "RECIPE"], "`nemo-pivotrl profile RECIPE` makes it"),
+        (["export", "RECIPE"], "`nemo-pivotrl select RECIPE` makes it"),
         (["extract", "RECIPE", "extract.trajectories=[gone.jsonl]"], "gone.jsonl"),
+        (
+            ["extract", "RECIPE", "lr=1e-5"],
+            "command line: lr: found unknown key `lr`\n    -> did you mean `policy.optimizer.lr`?",
+        ),
+        (["extract", "RECIPE", "verifier.name=functionl"], "did you mean functional?"),
         (["extract", "RECIPE", "run_dir=RECIPE/below"], "mend the path"),
     ],
 )
@@ -157,7 +165,7 @@ def test_bad_input_to_a_stage_exits_2_and_says_what_to_do(
     recipe = extract_recipe(tmp_path)
     assert cli.main([a.replace("RECIPE", recipe) for a in arguments]) == 2
     shown = capsys.readouterr()
-    assert said in shown.err and shown.err.startswith(f"nemo-pivotrl {arguments[0]}: ")
+    assert said.replace("RECIPE", recipe) in shown.err and shown.err.startswith(f"nemo-pivotrl {arguments[0]}: ")
 
 
 def test_a_missing_optional_package_is_named_with_its_extra(
@@ -188,18 +196,19 @@ def test_a_full_disk_exits_2_leaves_the_part_and_the_same_command_then_finishes(
 ) -> None:
     recipe, run = extract_recipe(tmp_path), tmp_path / "run"
     assert cli.main(["extract", recipe, f"run_dir={tmp_path}/whole"]) == 0
-    whole = (tmp_path / "whole/candidates.jsonl").read_bytes()
+    names = ("trajectories.jsonl", "candidates.jsonl")
+    whole, pointers = ((tmp_path / "whole" / name).read_bytes() for name in names)
     capsys.readouterr()
     with disk_with_room_for(len(whole) // 2):
         assert cli.main(["extract", recipe]) == 2
     shown = capsys.readouterr().err
     assert "File too large" in shown and "run the same command again" in shown and "Traceback" not in shown
-    assert not (run / "candidates.jsonl").exists()
-    part, room = (run / "candidates.jsonl.part").read_bytes(), len(whole) // 2
+    assert not any((run / name).exists() for name in names)
+    part, room = (run / "trajectories.jsonl.part").read_bytes(), len(whole) // 2
     header = whole.index(b"\n")  # with the place of the seal, which is filled in at the end
     assert len(part) == room and part[header:] == whole[header:room]
     assert cli.main(["extract", recipe]) == 0
-    assert (run / "candidates.jsonl").read_bytes() == whole and not (run / "candidates.jsonl.part").exists()
+    assert [(run / name).read_bytes() for name in names] == [whole, pointers] and not list(run.glob("*.part"))
 
 
 def test_a_writer_stopped_by_a_full_disk_keeps_its_whole_rows_and_resumes_to_the_same_file(tmp_path: Path) -> None:
@@ -221,19 +230,18 @@ def test_a_writer_stopped_by_a_full_disk_keeps_its_whole_rows_and_resumes_to_the
 
 
 def test_export_writes_gym_rows_without_a_header_one_file_a_split_whatever_text_they_hold(tmp_path: Path) -> None:
-    def row(name: str, split: str) -> dict[str, object]:
+    def candidate(name: str, split: str) -> Candidate:
         state = ({"role": "user", "content": f"lone \ud83d {name}"},)
         expected = Action("calls", calls=(ToolCall("f", "{}"),))
-        return candidate_to_row(Candidate(name, "t", "k", split, 1, 0, state, (), expected), "agent")  # type: ignore[arg-type]
+        return Candidate(name, "t", "k", split, 1, 0, state, (), expected)  # type: ignore[arg-type]
 
-    rows = [row("a", "train"), row("b", "validation"), row("c", "train")]
-    writer = ArtefactWriter(tmp_path / "run/pivots.jsonl", Header("pivots", "c"))
-    writer.write(rows)
-    writer.finish()
+    made = [candidate("a", "train"), candidate("b", "validation"), candidate("c", "train")]
+    (tmp_path / "run").mkdir()
+    write_candidates(tmp_path / "run/pivots.jsonl", made, stage="pivots")
+    rows = [candidate_to_row(c, Extract().agent_ref) for c in made]
     assert cli.main(["export", extract_recipe(tmp_path)]) == 0
     found = {
         s: [json.loads(line) for line in (tmp_path / f"run/gym/{s}.jsonl").read_bytes().splitlines()]
         for s in ("train", "validation")
     }
     assert found == {"train": [rows[0], rows[2]], "validation": [rows[1]]}
-    assert list(read_rows(tmp_path / "run/pivots.jsonl")) == rows

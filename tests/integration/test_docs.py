@@ -130,9 +130,14 @@ def test_every_program_and_file_of_the_figures_table_exists() -> None:
 
 def test_the_launch_commands_say_what_they_would_submit(tmp_path: Path) -> None:
     launched = [c for c in ALL if "deploy/slurm/launch.sh" in c]
+    mine, settings = tmp_path / "my.env", (ROOT / "deploy/slurm/cluster.env").read_text()
+    filled = {"EXP_NAME": "mine", "CONFIG_PATH": "recipe.yaml", "SLURM_PARTITION": "batch", "GPUS_PER_NODE": "8"}
+    for name, value in filled.items():
+        settings = re.sub(rf"^{name}= .*", f"{name}={value}", settings, flags=re.MULTILINE)
+    mine.write_text(settings)
     assert len(launched) >= 4
     for command in launched:
-        line = command.replace("source my.env", f"source {ROOT}/deploy/slurm/cluster.env").replace(
+        line = command.replace("source my.env", f"source {mine}").replace(
             "deploy/slurm/launch.sh", f"{ROOT}/deploy/slurm/launch.sh"
         )
         done = subprocess.run(

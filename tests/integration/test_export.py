@@ -22,8 +22,11 @@ from nemo_pivotrl.config import Recipe
 from nemo_pivotrl.config.load import load_recipe
 from nemo_pivotrl.core.artifacts import read_rows
 from nemo_pivotrl.core.errors import InputError
+from nemo_pivotrl.data.gym_rows import to_messages
+from nemo_pivotrl.data.states import candidates_of
 from nemo_pivotrl.pivotrl import export_nemo_rl as nemo_rl
 from nemo_pivotrl.pivotrl.export import export
+from nemo_pivotrl.pivotrl.profile_rows import RATES
 
 AGENT = "single_step_tool_use_with_argument_comparison_agent"
 NEMO_RL = """
@@ -72,7 +75,8 @@ def tiny(*overrides: str) -> Recipe:
 def exported(trained: Path, tmp_path: Path) -> Path:
     """A copy of the run that `cli` exported for NeMo-RL."""
     (tmp_path / "run").mkdir()
-    (tmp_path / "run/pivots.jsonl").write_bytes((trained / "pivots.jsonl").read_bytes())
+    for name in ("pivots.jsonl", "trajectories.jsonl"):
+        (tmp_path / "run" / name).write_bytes((trained / name).read_bytes())
     words = ["export", "nemo-rl", str(ROOT / "recipes/pivotrl/tiny.yaml"), f"run_dir={tmp_path}/run"]
     assert cli.main(words) == 0
     return tmp_path / "run/nemo-rl"
@@ -96,13 +100,17 @@ def test_rows_and_gym_config_agree_on_the_agents_name(exported: Path, monkeypatc
     assert Path(made["data"]["train"]["data_path"]).read_bytes() == (exported / "train.jsonl").read_bytes()
 
 
-def test_the_splits_are_those_of_the_pivot_set_and_rows_are_not_changed(exported: Path) -> None:
+def test_the_splits_are_those_of_the_pivot_set_and_rows_keep_its_hit_rates(exported: Path) -> None:
     ours = list(read_rows(exported.parent / "pivots.jsonl"))
     for split in ("train", "validation"):
         rows = [json.loads(line) for line in (exported / f"{split}.jsonl").read_text().splitlines()]
-        assert rows == [row for row in ours if row["provenance"]["split"] == split] and rows
-    for row in ours:  # NeMo-Gym's contract
+        wanted = [row for row in ours if row["split"] == split]
+        assert [row["provenance"]["candidate_id"] for row in rows] == [row["candidate_id"] for row in wanted] != []
+        assert [[row[key] for key in RATES] for row in rows] == [[row[key] for key in RATES] for row in wanted]
+    states = {c.candidate_id: c for c in candidates_of(exported.parent / "pivots.jsonl", "validation")}
+    for row in rows:  # NeMo-Gym's contract
         params = row["responses_create_params"]
+        assert tuple(to_messages(params["input"])) == states[row["provenance"]["candidate_id"]].messages
         assert params["input"] and params["tool_choice"] == "auto" and params.get("metadata", {}) is not None
         assert isinstance(params["parallel_tool_calls"], bool)
 
@@ -206,12 +214,16 @@ def test_each_verifier_has_its_server(verifier: list[str], server: str, agent: s
     assert {key: held[key] for key in settings} == settings and held["entrypoint"] == "app.py"
 
 
-def test_rows_of_another_agent_are_refused(trained: Path, tmp_path: Path) -> None:
+def test_rows_and_gym_config_name_the_recipes_agent(trained: Path, tmp_path: Path) -> None:
     recipe = recipe_at(tmp_path / "run", "export.target=nemo-rl", "extract.agent_ref=mine")
     (tmp_path / "run").mkdir()
-    (tmp_path / "run/pivots.jsonl").write_bytes((trained / "pivots.jsonl").read_bytes())
-    with pytest.raises(InputError, match="agent_ref"):
-        export(recipe)
+    for name in ("pivots.jsonl", "trajectories.jsonl"):
+        (tmp_path / "run" / name).write_bytes((trained / name).read_bytes())
+    folder = export(recipe)
+    rows = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
+    assert {row["agent_ref"]["name"] for row in rows} == {"mine"} and "mine" in yaml.safe_load(
+        (folder / "gym.yaml").read_text()
+    )
 
 
 def test_our_own_server_starts_as_nemo_gym_starts_it_and_judges(tmp_path: Path) -> None:
@@ -258,7 +270,8 @@ def posted(url: str, body: Any) -> Any:
 
 def test_the_nemotron_artefact_has_its_fields(trained: Path, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
-    (tmp_path / "run/pivots.jsonl").write_bytes((trained / "pivots.jsonl").read_bytes())
+    for name in ("pivots.jsonl", "trajectories.jsonl"):
+        (tmp_path / "run" / name).write_bytes((trained / name).read_bytes())
     words = ["export", "nemotron", str(ROOT / "recipes/pivotrl/tiny.yaml"), f"run_dir={tmp_path}/run"]
     assert cli.main(words) == 0
     folder = tmp_path / "run/nemotron"

@@ -222,10 +222,7 @@ def test_two_rounds_of_one_run(looped: Path) -> None:
     published = read_header(again / "profiles.jsonl", "profiles").policy
     assert second["policy"] == published == read_header(again / "pivots.jsonl", "pivots").policy != first["policy"]
     assert second["version"] == read_header(again / REHEARSED, "pivots").extra["version"]
-    ids = [
-        {r["provenance"]["candidate_id"] for r in read_rows(d / "pivots.jsonl") if r["provenance"]["split"] == "train"}
-        for d in (looped, again)
-    ]
+    ids = [{r["candidate_id"] for r in read_rows(d / "pivots.jsonl") if r["split"] == "train"} for d in (looped, again)]
     assert second["overlap"] == pytest.approx(len(ids[0] & ids[1]) / len(ids[0] | ids[1]))
     result = looped / "final/policy/model.safetensors"
     best = [looped, again][stopped["result"]["round"] - 1] / "pivotrl/policy/model.safetensors"
@@ -239,11 +236,11 @@ def test_two_rounds_of_one_run(looped: Path) -> None:
 
 def test_a_later_round_draws_other_samples_and_lets_mastered_candidates_rest(looped: Path) -> None:
     rows = {folder: list(read_rows(looped / folder / "profiles.jsonl")) for folder in (".", "round-02")}
-    texts = {f: {r["provenance"]["candidate_id"]: [s["text"] for s in r["samples"]] for r in rows[f]} for f in rows}
+    texts = {f: {r["candidate_id"]: [s["text"] for s in r["samples"]] for r in rows[f]} for f in rows}
     mastered = {
-        r["provenance"]["candidate_id"]
+        r["candidate_id"]
         for r in rows["."]
-        if r["provenance"]["split"] == "train" and r["samples"] and all(s["reward"] == 1.0 for s in r["samples"])
+        if r["split"] == "train" and r["samples"] and all(s["reward"] == 1.0 for s in r["samples"])
     }
     assert texts["."].keys() - texts["round-02"].keys() == mastered
     same = sum(texts["."][c] == texts["round-02"][c] for c in texts["round-02"])
@@ -261,7 +258,7 @@ def test_a_later_round_rehearses_the_pivots_before_it(run_dir: Path, monkeypatch
     monkeypatch.setattr("nemo_pivotrl.pivotrl.loop.train", watched)
     loop(recipe)
     first, second, both = (folder / name for name in ("pivots.jsonl", "round-02/pivots.jsonl", f"round-02/{REHEARSED}"))
-    rows = {path: [row["provenance"] for row in read_rows(path)] for path in (first, second, both)}
+    rows = {path: list(read_rows(path)) for path in (first, second, both)}
     ids = {path: [p["candidate_id"] for p in found if p["split"] == "train"] for path, found in rows.items()}
     assert ids[both][: len(ids[second])] == ids[second]
     assert sorted(ids[both]) == sorted({*ids[first], *ids[second]})  # each once
@@ -284,14 +281,14 @@ def test_rounds_of_limited_profiles_go_through_all_candidates_before_one_comes_a
     looped: Path, tmp_path: Path
 ) -> None:
     recipe = of(looped, "profile.limit=30", "loop.rest_mastered=false")
-    rows = {r["provenance"]["candidate_id"]: r["provenance"]["split"] for r in read_rows(looped / "candidates.jsonl")}
+    rows = {r["candidate_id"]: r["split"] for r in read_rows(looped / "candidates.jsonl")}
     train_ids = {c for c, split in rows.items() if split == "train"}
     held_out = frozenset(sorted(rows.keys() - train_ids)[:5])
     past: list[Round] = []
     seen: list[set[str]] = []
     for number in range(1, 5):
         _candidates(recipe, past or [made(recipe, 0, [])], tmp_path / "next.jsonl")
-        chosen = {r["provenance"]["candidate_id"] for r in read_rows(tmp_path / "next.jsonl")}
+        chosen = {r["candidate_id"] for r in read_rows(tmp_path / "next.jsonl")}
         assert chosen - train_ids == (held_out if past else set())
         seen.append(chosen & train_ids)
         past.append(dataclasses.replace(made(recipe, number, []), seen=frozenset(seen[-1]) | held_out))
@@ -299,14 +296,14 @@ def test_rounds_of_limited_profiles_go_through_all_candidates_before_one_comes_a
     assert not seen[0] & seen[1] and len(seen[0] | seen[1] | seen[2]) == 74 and len(seen[2] & (seen[0] | seen[1])) == 16
     rested = dataclasses.replace(past[0], mastered=frozenset(seen[0]))
     _candidates(of(looped, "profile.limit=0"), [rested], tmp_path / "next.jsonl")
-    chosen = {r["provenance"]["candidate_id"] for r in read_rows(tmp_path / "next.jsonl")}
+    chosen = {r["candidate_id"] for r in read_rows(tmp_path / "next.jsonl")}
     assert chosen & train_ids == train_ids - seen[0]
 
 
 @pytest.mark.parametrize(
     "moments",
     [
-        ("round-02/candidates.jsonl", "round-02/profiles.jsonl.part"),
+        ("round-02/candidates.jsonl", "round-02/profiles.jsonl.journal"),
         ("retention.jsonl", "pivotrl/step_00002/meta.json", "round-02/profiles.jsonl", "round-02/pivotrl/step_00003/meta.json"),
         ("pivotrl/published.json", "round-02/pivotrl/published.json", "final/policy"),
     ],

@@ -13,8 +13,9 @@ from support.recipes import ROOT
 
 from nemo_pivotrl.config.load import load_recipe
 from nemo_pivotrl.config.nemo_aligner import register_resolver
-from nemo_pivotrl.core.artifacts import read_rows
 from nemo_pivotrl.core.errors import InputError
+from nemo_pivotrl.data.gym_rows import candidate_to_row
+from nemo_pivotrl.data.states import candidates_of
 from nemo_pivotrl.integrations.nemotron_step import manifest_entry, register_resolvers
 from nemo_pivotrl.pivotrl.extract import extract
 
@@ -100,7 +101,7 @@ def test_the_step_runs_and_what_it_produces_it_can_consume(tmp_path: Path) -> No
         str(STEP / "config/test.yaml"), [f"run_dir={tmp_path}/again", "extract.format=responses", taken]
     )
     extract(again)
-    rows = list(read_rows(tmp_path / "again/candidates.jsonl"))
+    rows = [candidate_to_row(c, "agent") for c in candidates_of(tmp_path / "again/candidates.jsonl")]
     assert len(rows) == manifest["train_rows"] > 0
     first = json.loads((folder / "nemotron" / manifest["train"]).read_text().splitlines()[0])
     same = [row for row in rows if row["responses_create_params"] == first["responses_create_params"]]

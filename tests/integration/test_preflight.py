@@ -74,9 +74,22 @@ def test_everything_that_is_wrong_is_said_at_once(
     for part in ("vllm.servers", "run_dir", "0.0 GiB free", "policy.model_name", "candidates.jsonl", "no_such"):
         assert part in said
     assert cli.main(["preflight", *arguments]) == cli.BAD_INPUT
-    assert "pivots.jsonl" in capsys.readouterr().err  # of training, too
+    assert "pivots.jsonl" not in capsys.readouterr().err  # select makes them in time
+    assert cli.main(["preflight", *arguments, "train"]) == cli.BAD_INPUT
+    assert f"`nemo-pivotrl select {arguments[0]}` makes it" in capsys.readouterr().err
     assert cli.main(["preflight", arguments[0], "trian"]) == cli.BAD_INPUT
     assert "use one of profile, sft, train" in capsys.readouterr().err
+
+
+def test_a_fresh_recipe_is_told_what_is_not_made_yet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = str(ROOT / "recipes/pivotrl/tiny.yaml")
+    assert cli.main(["preflight", path, f"run_dir={tmp_path}"]) == 0
+    said = capsys.readouterr().out
+    for made, stage in (("start/policy", "warmup"), ("candidates.jsonl", "extract"), ("pivots.jsonl", "select")):
+        assert f"not made yet: {tmp_path / made}; nemo-pivotrl {stage} {path}" in said
+    assert "nothing else stands in the way of profile, train" in said
+    assert cli.main(["preflight", path, f"run_dir={tmp_path}", "extract.trajectories=[none.jsonl]"]) == cli.BAD_INPUT
+    assert "extract.trajectories: found none.jsonl" in capsys.readouterr().err
 
 
 def test_a_layout_that_the_ranks_or_the_model_do_not_allow(trained: Path) -> None:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import os
 import random
 import shutil
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +18,13 @@ from support.stages import finish, kill_when, said, sha, start
 
 from nemo_pivotrl import cli
 from nemo_pivotrl.backends import loading
+from nemo_pivotrl.components import durable_map
+from nemo_pivotrl.components.shards import Shard, shard_of
 from nemo_pivotrl.config import Recipe
 from nemo_pivotrl.core.artifacts import read_rows, seal
 from nemo_pivotrl.core.errors import InputError
 from nemo_pivotrl.core.types import Action, Case, FailedSample, Sample, Verdict
-from nemo_pivotrl.pivotrl import profile_work
 from nemo_pivotrl.pivotrl.profile import merge, prepare, profile
-from nemo_pivotrl.pivotrl.profile_shards import Shard, shard_of
 from nemo_pivotrl.pivotrl.select import select_pivots
 
 QUIET = ["audit.before_profile=false"]
@@ -47,16 +45,16 @@ def full(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, d
     shutil.copytree(trained, folder)
     (folder / "profiles.jsonl").unlink()
     profile(recipe_at(folder, *QUIET, "profile.curtail=none"))
-    return {row["provenance"]["candidate_id"]: row for row in read_rows(folder / "profiles.jsonl")}
+    return {row["candidate_id"]: row for row in read_rows(folder / "profiles.jsonl")}
 
 
 def pivots(recipe: Recipe) -> list[str]:
     select_pivots(recipe, True)
-    return [row["provenance"]["candidate_id"] for row in read_rows(recipe.path("pivots.jsonl")) if "pass_rate" in row]
+    return [row["candidate_id"] for row in read_rows(recipe.path("pivots.jsonl")) if "pass_rate" in row]
 
 
 def rows_of(folder: Path) -> dict[str, dict[str, Any]]:
-    return {row["provenance"]["candidate_id"]: row for row in read_rows(folder / "profiles.jsonl")}
+    return {row["candidate_id"]: row for row in read_rows(folder / "profiles.jsonl")}
 
 
 # ---- curtailment ----
@@ -132,65 +130,52 @@ def test_the_sequential_mode_stops_zeros_sooner_and_says_how_often_control_disag
 # ---- resuming ----
 
 
-def size_of(folder: Path) -> int:
-    """Bytes of a folder's files, which come and go meanwhile."""
-    total = 0
-    for path in folder.glob("*.*"):
-        with contextlib.suppress(FileNotFoundError):
-            total += path.stat().st_size
-    return total
-
-
 def test_killed_with_9_at_random_moments_it_ends_with_the_same_bytes(run_dir: Path, trained: Path) -> None:
     """Deaths inside the writing of files are in the test after this one."""
-    expected, parts = sha(trained / "profiles.jsonl"), run_dir / "profiles.parts"
+    expected, journal = sha(trained / "profiles.jsonl"), run_dir / "profiles.jsonl.journal"
 
     def written(size: int) -> Callable[[], bool]:
-        return lambda: size_of(parts) > size
+        return lambda: journal.exists() and journal.stat().st_size > size
 
     kills = sum(kill_when(start("profile", run_dir), written(size)) for size in (2_000, 60_000, 130_000))
-    assert kills >= 2 and parts.exists() and not (run_dir / "profiles.jsonl").exists()
-    for journal in parts.glob("*.part"):
-        with journal.open("ab") as handle:
-            handle.write(b'[[0,7,{"torn":')
+    assert kills >= 2 and journal.exists() and not (run_dir / "profiles.jsonl").exists()
+    with journal.open("ab") as handle:
+        handle.write(b'0 s 0 0 100 1\n[[0,7,{"torn":')
     finish(start("profile", run_dir))
-    assert sha(run_dir / "profiles.jsonl") == expected and not parts.exists()
+    assert sha(run_dir / "profiles.jsonl") == expected and not journal.exists()
 
 
 class Dead(BaseException):
     """What stands for kill -9 inside a process: nothing after it runs that a killed process would not have run."""
 
 
-def dying(monkeypatch: pytest.MonkeyPatch, rng: random.Random) -> None:
+def dying(monkeypatch: pytest.MonkeyPatch, rng: random.Random, writes: int = 30) -> None:
     """Let one of the next writes of the profile stop at a random byte, as a kill between two system calls does."""
-    from nemo_pivotrl.pivotrl import profile_shards as chunks
+    from nemo_pivotrl.components.journal import Journal
+    from nemo_pivotrl.core.artifacts import ArtefactWriter
 
-    left, write, publish = [rng.randrange(1, 26)], chunks.Journal.write, chunks.ShardStore.publish
+    left, write, order = [rng.randrange(1, writes)], Journal._write, ArtefactWriter.write_text
 
     def counted() -> bool:
         left[0] -= 1
         return left[0] == 0
 
-    def torn_write(self: chunks.Journal, rollouts: Any) -> None:
-        rows = list(rollouts)
+    def torn_write(self: Journal, *parts: bytes) -> None:
         if not counted():
-            return write(self, rows)
-        name = self._file.name
-        write(self, rows)
-        size = os.path.getsize(name)
-        self._file.close()
-        os.truncate(name, rng.randrange(max(0, size - 3000), size))
+            return write(self, *parts)
+        size = self.path.stat().st_size
+        write(self, *parts)
+        os.truncate(self.path, rng.randrange(size, self.path.stat().st_size))
         raise Dead
 
-    def torn_publish(self: chunks.ShardStore, number: int, rows: Sequence[bytes], ids: str) -> None:
-        if not counted():
-            return publish(self, number, rows, ids)
-        whole = b"".join(rows)
-        (self.folder / f"{number:06d}.0-of-1.done").write_bytes(whole[: rng.randrange(len(whole))])
-        raise Dead
+    def torn_order(self: ArtefactWriter, text: bytes, rows: int, sync: bool = False) -> None:
+        if self.path.name == "profiles.jsonl" and counted():
+            order(self, text[: rng.randrange(len(text))], 0, sync)
+            raise Dead
+        return order(self, text, rows, sync)
 
-    monkeypatch.setattr(chunks.Journal, "write", torn_write)
-    monkeypatch.setattr(chunks.ShardStore, "publish", torn_publish)
+    monkeypatch.setattr(Journal, "_write", torn_write)
+    monkeypatch.setattr(ArtefactWriter, "write_text", torn_order)
 
 
 def test_deaths_at_random_bytes_end_with_the_same_bytes(
@@ -226,18 +211,24 @@ def test_a_profile_of_another_recipe_is_left_alone(run_dir: Path, trained: Path)
 # ---- shards ----
 
 
-def test_shards_steal_and_merge_to_what_one_process_writes(run_dir: Path, trained: Path) -> None:
+def test_shards_merge_to_what_one_process_writes(run_dir: Path, trained: Path) -> None:
     recipe = recipe_at(run_dir, *QUIET)
-    with pytest.raises(InputError, match="no such folder"):
+    with pytest.raises(InputError, match="no shards"):
         merge(recipe)
-    profile(recipe, shard=Shard(1, 3))  # alone, so it takes all that the others would have done
+    profile(recipe, shard=Shard(2, 3))
     assert not (run_dir / "profiles.jsonl").exists()
-    profile(recipe, shard=Shard(0, 3))  # and finds nothing left
-    assert sha(merge(recipe)) == sha(trained / "profiles.jsonl")
+    profile(recipe, shard=Shard(0, 3))
+    with pytest.raises(InputError, match=r"1-of-3.jsonl(?s:.*)not begun(?s:.*)--shard 1/3"):
+        merge(recipe)
+    for other in (None, Shard(0, 2)):
+        with pytest.raises(InputError, match="work of 2 shards of 3"):
+            profile(recipe, shard=other)
+    profile(recipe, shard=Shard(1, 3))
+    assert sha(merge(recipe)) == sha(trained / "profiles.jsonl") and not (run_dir / "profiles.parts").exists()
     assert merge(recipe) == run_dir / "profiles.jsonl"
 
 
-def test_two_processes_at_once_share_the_work(run_dir: Path, trained: Path) -> None:
+def test_two_shards_at_once_share_the_work(run_dir: Path, trained: Path) -> None:
     started = [
         start("profile", run_dir, flags=("--shard", f"{number}/2"), log=run_dir / f"log{number}.txt")
         for number in range(2)
@@ -247,31 +238,23 @@ def test_two_processes_at_once_share_the_work(run_dir: Path, trained: Path) -> N
     assert sha(merge(recipe_at(run_dir))) == sha(trained / "profiles.jsonl")
 
 
-def test_what_a_dead_shard_left_is_taken_over_with_its_rollouts(
-    run_dir: Path, trained: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    recipe, parts = recipe_at(run_dir, *QUIET), run_dir / "profiles.parts"
+def test_a_dead_shard_goes_on_with_its_rollouts(run_dir: Path, trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = recipe_at(run_dir, *QUIET)
     with monkeypatch.context() as patch:
-        dying(patch, random.Random(5))
+        dying(patch, random.Random(4), writes=60)
+        before = counting(patch)
         with pytest.raises(Dead):
-            profile(recipe, shard=Shard(0, 2))
-    journals = list(parts.glob("*.0-of-2.part"))
-    known = sum(len(json.loads(j)) for p in journals for j in p.read_bytes().splitlines(True) if j.endswith(b"\n"))
-    known += sum(len(json.loads(r)["samples"]) for p in parts.glob("*.jsonl") for r in p.read_bytes().splitlines()[1:])
-    assert known > 0 and journals
-    for journal in journals:  # the claims of a killed process stay
-        claim = parts / f"{journal.name[:6]}.claim"
-        claim.write_text(json.dumps({"shard": 0, "of": 2, "host": "elsewhere", "pid": 1}))
-    drawn = counting(monkeypatch)
-    profile(recipe, shard=Shard(1, 2))
-    with pytest.raises(InputError, match="shard 0/2 on elsewhere"):
+            profile(recipe, shard=Shard(0, 1))
+    with pytest.raises(InputError, match="unfinished"):
         merge(recipe)
-    for journal in journals:
-        os.utime(parts / f"{journal.name[:6]}.claim", (time.time() - 10_000, time.time() - 10_000))
-    profile(recipe, shard=Shard(1, 2))
+    drawn = counting(monkeypatch)
+    profile(recipe, shard=Shard(0, 1))
     assert sha(merge(recipe)) == sha(trained / "profiles.jsonl")
     total = sum(len(row["samples"]) for row in read_rows(run_dir / "profiles.jsonl"))
-    assert drawn[0] == total - known, "not one rollout twice"
+    torn = before[0] + drawn[0] - total
+    assert before[0] and 0 <= torn <= 8 * 8, (
+        "of what was drawn nothing is drawn again but the wave that was torn, and one ahead"
+    )
 
 
 def counting(monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -305,22 +288,37 @@ def test_shards_are_counted_from_zero(run_dir: Path, capsys: pytest.CaptureFixtu
     assert "only profile has shards" in capsys.readouterr().err
 
 
-def test_a_damaged_chunk_is_named_and_everything_else_is_kept(run_dir: Path, trained: Path) -> None:
+def test_a_damaged_shard_is_named_and_everything_else_is_kept(run_dir: Path, trained: Path) -> None:
     recipe = recipe_at(run_dir, *QUIET)
-    profile(recipe, shard=Shard(0, 1))
-    second = sorted((run_dir / "profiles.parts").glob("*.jsonl"))[1]
+    for number in range(2):
+        profile(recipe, shard=Shard(number, 2))
+    second = run_dir / "profiles.parts/1-of-2.jsonl"
     whole = second.read_bytes()
-    for damaged in (
-        whole[:-40],
-        whole.replace(b'"reward":0.0', b'"reward":1.0', 1),
-        whole.replace(b'"rows":8', b'"rows":7'),
-    ):
+    for damaged in (whole[:-40], whole.replace(b'"reward":0.0', b'"reward":1.0', 1)):
         second.write_bytes(damaged)
-        with pytest.raises(InputError, match=rf"{second.name}(?s:.*)remove it"):
+        with pytest.raises(
+            InputError, match=rf"{second.name}(?s:.*)remove it, then nemo-pivotrl profile RECIPE --shard 1/2"
+        ):
             merge(recipe)
     second.unlink()
-    with pytest.raises(InputError, match=r"1 of .* chunks are missing: 1 "):
-        merge(recipe)
+    profile(recipe, shard=Shard(1, 2))
+    assert sha(merge(recipe)) == sha(trained / "profiles.jsonl")
+
+
+def test_a_damaged_journal_is_named_with_what_can_be_kept(
+    run_dir: Path, trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, journal = recipe_at(run_dir, *QUIET), run_dir / "profiles.jsonl.journal"
+    with monkeypatch.context() as patch:
+        dying(patch, random.Random(4), writes=60)
+        with pytest.raises(Dead):
+            profile(recipe)
+    whole = journal.read_bytes()
+    at = whole.rindex(b'"reward":0.0', 0, len(whole) - 3000)
+    journal.write_bytes(whole[:at] + whole[at:].replace(b'"reward":0.0', b'"reward":1.0', 1))
+    with pytest.raises(InputError, match=r"damaged from byte \d+ on(?s:.*)truncate -s") as caught:
+        profile(recipe)
+    os.truncate(journal, int(caught.value.problems[0].remedy.split()[2]))
     assert sha(profile(recipe)) == sha(trained / "profiles.jsonl")
 
 
@@ -408,7 +406,7 @@ def test_what_failed_keeps_its_rollouts_has_no_rate_and_can_be_tried_again(
 def test_too_many_failures_stop_the_run_early_and_lose_nothing(
     run_dir: Path, trained: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(profile_work, "JUDGED_BEFORE_STOPPING", 20)
+    monkeypatch.setattr(durable_map, "JUDGED_BEFORE_STOPPING", 20)
     with monkeypatch.context() as patch:
         wavering(patch, every=4)
         drawn = counting(patch)

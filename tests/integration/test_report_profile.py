@@ -11,7 +11,7 @@ from support.recipes import recipe_at
 
 from nemo_pivotrl.algorithms import selection
 from nemo_pivotrl.core.artifacts import Header, read_header, read_rows, write_artefact
-from nemo_pivotrl.pivotrl.profile_rows import plan_in, profile_of_row
+from nemo_pivotrl.pivotrl.profile_rows import light_of_row, plan_in
 from nemo_pivotrl.pivotrl.profile_statistics import summarise
 from nemo_pivotrl.report.page import report
 
@@ -22,7 +22,7 @@ def test_the_page_shows_what_was_saved_the_control_set_repeats_failures_and_toke
     shutil.copytree(trained, tmp_path / "run")
     path = tmp_path / "run/profiles.jsonl"
     header, rows = read_header(path, "profiles"), list(read_rows(path))
-    broken = next(row for row in rows if row["provenance"]["split"] == "train" and not row["profile"]["control"])
+    broken = next(row for row in rows if row["split"] == "train" and not row["profile"]["control"])
     broken["samples"], broken["profile"]["failure"] = [], "judge_<b>timeout"
     write_artefact(path, header, rows)
     written = report(recipe_at(tmp_path / "run"))
@@ -35,12 +35,12 @@ def test_the_page_shows_what_was_saved_the_control_set_repeats_failures_and_toke
     assert "judge_&lt;b&gt;timeout</td><td>1</td>" in page and numbers["profile"]["failed"] == 1
     assert f"{summary['repeated_samples']} samples" in page
     assert f"{summary['tokens_generated']} tokens generated" in page
-    control = [p for p in map(profile_of_row, rows) if p.control and p.candidate.split == "train"]
+    control = [p for p in map(light_of_row, rows) if p.control and p.candidate.split == "train"]
     rates = [selection.statistics(p.rewards).mean for p in control]
     assert numbers["profile"]["control_mean_reward"] == pytest.approx(sum(rates) / len(rates))
     assert sum(numbers["profile"]["control_hit_rate_counts"].values()) == len(control) > 0
     assert f"Control set: {summary['control']['candidates']} candidates" in page
-    train = sum(row["provenance"]["split"] == "train" for row in rows)
+    train = sum(row["split"] == "train" for row in rows)
     assert set(numbers["survival"]) == {"depth", "prompt", "action", "task"}
     for table in numbers["survival"].values():
         assert sum(sum(row.values()) for row in table.values()) == train

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.pointers import profile_row, whole_profiles
 from support.recipes import SMALL, TINY, recipe_at
 
 from nemo_pivotrl.algorithms import selection
@@ -18,19 +19,22 @@ from nemo_pivotrl.config import Recipe
 from nemo_pivotrl.core.artifacts import json_line, placed_rows, read_rows, rows_at
 from nemo_pivotrl.core.errors import InputError
 from nemo_pivotrl.core.types import Action, Candidate, Profile, ToolCall
-from nemo_pivotrl.pivotrl.profile_rows import light_of_row, profile_of_row, profile_to_row
+from nemo_pivotrl.pivotrl.profile_rows import light_of_row
 from nemo_pivotrl.pivotrl.select import FATES, fate, length_band, select_pivots, survival_tables, survivals
 
 
 def whole(recipe: Recipe) -> bytes:
     """The rows of the pivots file as they were written when profiles were read whole."""
-    profiles = [profile_of_row(row) for row in read_rows(recipe.path("profiles.jsonl"))]
+    profiles = whole_profiles(recipe.path("profiles.jsonl"))
+    rows = {row["candidate_id"]: row for row in read_rows(recipe.path("profiles.jsonl"))}
     s = recipe.select
     train = [p for p in profiles if p.candidate.split == "train"]
     held_out = [p for p in profiles if p.candidate.split == "validation" and p.failure is None]
     pivots = selection.select(train, s.rule, s.lambda_diff, recipe.seed, s.inclusive, s.limit, s.max_message_ratio)
-    rows = (profile_to_row(p, recipe.extract.agent_ref) for p in [*pivots, *held_out])
-    return b"".join(json_line({k: v for k, v in row.items() if k not in ("samples", "profile")}) for row in rows)
+    found = (rows[p.candidate.candidate_id] for p in [*pivots, *held_out])
+    own = ({k: v for k, v in row.items() if k not in ("samples", "profile")} for row in found)
+    prompts = (rows[p.candidate.candidate_id]["profile"]["tokens_prompt"] for p in [*pivots, *held_out])
+    return b"".join(json_line(row | {"tokens_prompt": n}) for row, n in zip(own, prompts, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -56,8 +60,8 @@ def test_a_light_profile_selects_and_counts_as_the_whole_one_and_rows_are_found_
     trained: Path,
 ) -> None:
     path = trained / "profiles.jsonl"
-    for place, row in placed_rows(path):
-        light, full = light_of_row(row), profile_of_row(row)
+    for (place, row), full in zip(placed_rows(path), whole_profiles(path), strict=True):
+        light = light_of_row(row)
         assert list(rows_at(path, [place])) == [row]
         assert light.rewards == full.rewards and light.failure == full.failure and light.control == full.control
         assert light.tokens_prompt == full.tokens_prompt > 0
@@ -71,7 +75,7 @@ def test_a_light_profile_selects_and_counts_as_the_whole_one_and_rows_are_found_
 def test_a_batch_of_calls_keeps_its_names_in_a_light_profile() -> None:
     expected = Action("calls", calls=(ToolCall("a", "{}"), ToolCall("b", '{"x":1}')))
     made = profile("c", [1.0, 0.0], expected=expected)
-    assert light_of_row(json.loads(json.dumps(profile_to_row(made, "agent")))).candidate.action_name == "a+b"
+    assert light_of_row(json.loads(json.dumps(profile_row(made)))).candidate.action_name == "a+b"
 
 
 def profile(name: str, rewards: list[float], **more: Any) -> Profile:
@@ -128,12 +132,12 @@ def test_pivots_that_a_constant_answer_wins_are_named_and_can_be_left_out(
     shutil.copytree(trained, tmp_path / "run")
     drawn = ["select.rule=random", "select.limit=40"]
     path = select_pivots(recipe_at(tmp_path / "run", *drawn), True)
-    drawn_ids = {row["provenance"]["candidate_id"] for row in read_rows(path) if row["provenance"]["split"] == "train"}
+    drawn_ids = {row["candidate_id"] for row in read_rows(path) if row["split"] == "train"}
     assert re.search(r"best constant answer +the text 'ok': mean reward 0\.[1-9]", capsys.readouterr().out)
     select_pivots(recipe_at(tmp_path / "run", *drawn, "select.drop_constant_wins=true"), True)
-    kept = [row for row in read_rows(path) if row["provenance"]["split"] == "train"]
-    assert kept and {row["provenance"]["candidate_id"] for row in kept} < drawn_ids
-    assert "message" not in {row["expected_action"]["type"] for row in kept}
+    kept = [row for row in read_rows(path) if row["split"] == "train"]
+    assert kept and {row["candidate_id"] for row in kept} < drawn_ids
+    assert all(row["calls"] for row in kept)
     assert "mean reward 0.000" in capsys.readouterr().out
 
 

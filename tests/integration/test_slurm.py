@@ -195,6 +195,15 @@ def test_settings_of_the_env_file_become_overrides(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
+def test_an_unedited_env_file_submits_nothing(tmp_path: Path) -> None:
+    command = f"set -a; source {SCRIPTS}/cluster.env; set +a; bash {SCRIPTS}/launch.sh all"
+    done = subprocess.run(
+        ["bash", "-c", command], cwd=tmp_path, env=environment(tmp_path), capture_output=True, text=True
+    )
+    assert done.returncode == 2 and not done.stdout and not (tmp_path / "logs").exists()
+    assert "not filled in: EXP_NAME CONFIG_PATH SLURM_PARTITION GPUS_PER_NODE" in done.stderr
+
+
 def test_the_env_file_names_every_variable_the_scripts_read() -> None:
     told = set(re.findall(r"^(\w+)=", (SCRIPTS / "cluster.env").read_text(), flags=re.MULTILINE))
     text = "".join(path.read_text() for path in SCRIPTS.glob("*") if path.name != "cluster.env")

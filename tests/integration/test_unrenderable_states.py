@@ -10,6 +10,8 @@ from support.recipes import recipe_at
 from nemo_pivotrl.config import Recipe
 from nemo_pivotrl.core.artifacts import read_rows
 from nemo_pivotrl.core.errors import InputError
+from nemo_pivotrl.data.gym_rows import candidate_to_row
+from nemo_pivotrl.data.states import candidates_of
 from nemo_pivotrl.demo import tiny_models as tiny
 from nemo_pivotrl.pivotrl import sft as sft_stage
 from nemo_pivotrl.pivotrl.extract import extract
@@ -70,13 +72,14 @@ def test_profile_audit_and_sft_go_on_without_them(
 ) -> None:
     recipe = extracted(tmp_path, policy)
     capsys.readouterr()
-    rows = list(read_rows(profile(recipe)))
-    failures = {r["responses_create_params"]["input"][1]["content"][:4]: r["profile"]["failure"] for r in rows}
+    rows = list(read_rows(path := profile(recipe)))
+    told = (candidate.messages[1]["content"][:4] for candidate in candidates_of(path))
+    failures = {said: row["profile"]["failure"] for said, row in zip(told, rows, strict=True)}
     assert len(rows) == len(QUESTIONS)
     assert {k: v for k, v in failures.items() if v} == {"half": "not_encodable", "boo ": "template_refuses_state"}
     told = capsys.readouterr().out
     source = recipe.path("candidates.jsonl")
-    lines = {n for n, line in enumerate(source.read_bytes().splitlines(), 1) if b"half an" in line or b"boo" in line}
+    lines = {n for n, (said, why) in enumerate(failures.items(), 2) if why}
     assert "excluded: 1 candidates, not_encodable" in told and "no boo here" in told
     assert all(f"{source}:{n}: candidate" in told for n in lines) and len(lines) == 2
     assert all(len(r["samples"]) for r in rows if r["profile"]["failure"] is None)
@@ -114,7 +117,7 @@ def test_sft_trains_the_experts_reasoning_or_says_that_it_does_not(
     tmp_path: Path, policy: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = extracted(tmp_path, policy, reasoning_content="SECRETREASON")
-    rows = list(read_rows(recipe.path("candidates.jsonl")))
+    rows = [candidate_to_row(c, "agent") for c in candidates_of(recipe.path("candidates.jsonl"))]
     assert all("SECRETREASON" not in json.dumps(r["expected_action"]) for r in rows)
     sft_stage.sft(recipe)
     assert "turns have reasoning, which the chat template does not write" in capsys.readouterr().out

@@ -201,7 +201,7 @@ def test_the_samples_of_a_profile_score_as_they_did(trained: Path, tmp_path: Pat
         == 0
     )
     stored = [
-        (row["provenance"]["candidate_id"], i, sample["reward"], sample["category"])
+        (row["candidate_id"], i, sample["reward"], sample["category"])
         for row in read_rows(trained / "profiles.jsonl")
         for i, sample in enumerate(row["samples"])
     ]

@@ -30,6 +30,7 @@ def environment(folder: Path, **settings: str) -> dict[str, str]:
         "EXP_NAME": "test",
         "CONFIG_PATH": str(ROOT / "recipes/pivotrl/tiny.yaml"),
         "SLURM_PARTITION": "batch",
+        "GPUS_PER_NODE": "8",
         "NO_GRES": "1",
         **settings,
     }

@@ -10,7 +10,7 @@ from nemo_pivotrl.components.conclusions import Check, conclude
 from nemo_pivotrl.components.rollout import drawn_row, judged_row
 from nemo_pivotrl.core.artifacts import Header, write_artefact
 from nemo_pivotrl.core.types import Action, Candidate, Profile, Sample, ToolCall, Verdict
-from nemo_pivotrl.pivotrl.profile_rows import profile_to_row
+from support.pointers import profile_row, store
 
 HOSTILE = "<img src=x onerror=\"document.title='pwned'\"><script>document.title='pwned'</script>"
 
@@ -51,11 +51,13 @@ def profiles() -> list[Profile]:
 def make(folder: Path) -> Path:
     """Fill the folder; returns it."""
     folder.mkdir(parents=True, exist_ok=True)
-    rows = [profile_to_row(profile, "agent") for profile in profiles()]
-    write_artefact(folder / "profiles.jsonl", Header("profiles", "c", extra={"num_generations": 4}), rows)
+    rows = [profile_row(profile, number) for number, profile in enumerate(profiles())]
+    reference = store([profile.candidate for profile in profiles()], folder / "profiles.jsonl")
+    extra = {"num_generations": 4, **reference}
+    write_artefact(folder / "profiles.jsonl", Header("profiles", "c", extra=extra), rows)
     sets = {"pivots.jsonl": rows[:1], "random.jsonl": rows[1:2]}
     for name, kept in sets.items():
-        write_artefact(folder / name, Header("pivots", "c", extra={"lambda_diff": 0.6}), kept)
+        write_artefact(folder / name, Header("pivots", "c", extra={"lambda_diff": 0.6, **reference}), kept)
     items = [{"item": "t1:3", "family": "find", "scores": [0.0, 1.0], "failed": 0, "sample": "x", "category": "C"}]
     evaluated = [{"policy": policy, "set": "one_turn", "items": items} for policy in ("base", "pivotrl")]
     write_artefact(folder / "evaluation.jsonl", Header("evaluation", "c"), evaluated)

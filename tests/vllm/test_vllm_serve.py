@@ -23,7 +23,9 @@ from nemo_pivotrl.config import Doctor
 from nemo_pivotrl.config.load import load_recipe
 from nemo_pivotrl.core.artifacts import read_rows
 from nemo_pivotrl.core.errors import InputError
+from nemo_pivotrl.llmdoctor.assess import assess
 from nemo_pivotrl.llmdoctor.decode import decode
+from nemo_pivotrl.llmdoctor.rank import rank
 from nemo_pivotrl.tools.serve import command
 
 __all__ = ["folders"]
@@ -66,6 +68,34 @@ def test_the_decode_stage_writes_what_the_reference_backend_writes(recipe_file: 
         assert ours["token_ids"] == theirs["token_ids"] and ours["text"] == theirs["text"]
         assert ours["kl"] == pytest.approx(theirs["kl"], abs=2e-5) and ours["changed"] == theirs["changed"]
         assert ours["tokens"]["mixed_log_prob"] == pytest.approx(theirs["tokens"]["mixed_log_prob"], abs=2e-5)
+
+
+def test_assess_writes_what_the_reference_backend_writes_and_rank_makes_pairs(recipe_file: str, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps([{"role": "user", "content": text}]) + "\n" for text in TEXTS))
+    arms = {"plain": {}, "kind": {"beta": {"kind": 1.0}}, "best of 2": {"best_of": 2}, "cut": {"top_p": 0.8}}
+    given = {
+        "assess": {"prompts": str(prompts), "objectives": ["brevity"], "arms": arms, "samples": 2},
+        "rank": {"prompts": str(prompts), "objectives": ["brevity"], "answers_per_prompt": 16, "answers_per_pair": 2},
+    }
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(json.dumps(json.loads(Path(recipe_file).read_text()) | given))
+    rows = []
+    for backend in ("reference", "vllm"):
+        told = load_recipe(str(recipe), [f"run_dir={tmp_path / backend}", f"patient.backend={backend}"])
+        rows.append(list(read_rows(assess(told))))
+    longer = "decode.max_new_tokens=100"  # some of these answers end by themselves, and some leave the reference's by rounding
+    told = load_recipe(str(recipe), [f"run_dir={tmp_path / 'rank'}", "patient.backend=vllm", longer])
+    pairs = [json.loads(line) for line in (rank(told) / "brevity.jsonl").read_text().splitlines()]
+    assert pairs and all(pair["score_chosen"] > pair["score_rejected"] for pair in pairs)
+    assert len(rows[0]) == len(rows[1]) == 2 * len(arms) * len(TEXTS)
+    for theirs, ours in zip(*rows, strict=True):
+        assert ours["text"] == theirs["text"] and ours["scores"] == theirs["scores"]
+        assert ours["kl"] == pytest.approx(theirs["kl"], abs=2e-5)
+        names = {"patient", "kind", "kind reference"} if ours["arm"] == "kind" else {"patient"}
+        assert ours["forwards_per_token"].keys() == theirs["forwards_per_token"].keys() == names
+        # in the reference rows wait for the longest of their batch
+        assert all(ours["forwards_per_token"][n] <= theirs["forwards_per_token"][n] for n in names)
 
 
 def test_decode_refuses_servers_and_says_what_to_do(recipe_file: str, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ What is arithmetic on a model and a layout lies in `sizing/`, and the variables 
 
 parallel.py      torch.distributed and the process groups, from the recipe
 model.py         TransformerConfig, layer specs and this rank's model chunks
+lora.py          adapters beside linear layers; lora_mapping.py: which layers, and how they are split over ranks
 mapping.py       which HF tensors make up which Megatron parameter, and how they are split over ranks
 weights.py       HF safetensors into a model and back, along that mapping
 torch_dist.py    megatron-core's checkpoint format: written and read without forks and without unpickling what it holds

@@ -27,7 +27,7 @@ from nemo_pivotrl.algorithms import prefix_tree as prefix
 from nemo_pivotrl.algorithms.model_outputs import ModelOutputs
 from nemo_pivotrl.algorithms.prefix_tree import packs, token_ratio
 from nemo_pivotrl.backends.base import SequenceScores, TokenBatch
-from nemo_pivotrl.backends.megatron import checkpoint
+from nemo_pivotrl.backends.megatron import checkpoint, lora
 from nemo_pivotrl.backends.megatron.microbatches import Rows, lay_out, schedule
 from nemo_pivotrl.backends.megatron.model import build_model
 from nemo_pivotrl.backends.megatron.parallel import Groups
@@ -57,7 +57,9 @@ class MegatronPolicy(SequenceScores):
     together over the ranks before the loss, one float a token: a loss sees whole responses, and each rank's gradient is that
     of its own positions. reference: the start weights are kept, in CPU memory.
 
-    Raises InputError for what it cannot do: LoRA, a reference beside FP8 weights, `allgather` between unequal ranks.
+    With LoRA its weights are frozen, and adapters train (`lora.py`); the reference is the policy without them.
+
+    Raises InputError for what it cannot do: a reference beside FP8 weights, `allgather` between unequal ranks.
     """
 
     def __init__(
@@ -67,12 +69,17 @@ class MegatronPolicy(SequenceScores):
             raise InputError(problems)
         self.settings, self.megatron, self.groups, self.with_head = policy, megatron, groups, value_head
         (chunk,) = build_model(policy.model_name, megatron, groups)
+        self.architecture = read_architecture(policy.model_name)
+        if policy.lora.enabled:
+            lora.add_adapters(chunk, self.architecture, policy.lora, groups)
         chunk.config.calculate_per_token_loss = True
-        vocab_size = read_architecture(policy.model_name).vocab_size
-        self.stage = PipelineStage(chunk, groups, vocab_size, megatron.logprob_chunk_tokens, self.with_head)
+        self.stage = PipelineStage(
+            chunk, groups, self.architecture.vocab_size, megatron.logprob_chunk_tokens, self.with_head
+        )
         self.stage.temperature = policy.generation.temperature or 1.0
         self.model: Any = self.stage
-        self.start = [p.detach().cpu().clone() for p in chunk.parameters()] if reference else None
+        keep = reference and not policy.lora.enabled
+        self.start = [p.detach().cpu().clone() for p in chunk.parameters()] if keep else None
         self.optimizer: Any = None
         self.steps = 0
 
@@ -180,6 +187,10 @@ class MegatronPolicy(SequenceScores):
     @contextmanager
     def _start_weights(self) -> Iterator[None]:
         """The start policy's weights in place of the trained ones, which come back to the bit."""
+        if self.settings.lora.enabled:
+            with lora.without_adapters(self.stage.module):
+                yield
+            return
         if self.start is None:
             raise ValueError("the reference was not kept: load the model with reference=True")
         parameters = list(self.stage.module.parameters())
@@ -302,13 +313,17 @@ class MegatronPolicy(SequenceScores):
         checkpoint.load(self, folder)
 
     def export(self, folder: Path) -> None:
-        """Write an ordinary HF checkpoint; every rank takes part, rank 0 writes."""
-        save_hf([self.stage.module], folder, self.settings.model_name, self.groups)
+        """Write an ordinary HF checkpoint, and adapters alone beside it; every rank takes part, rank 0 writes."""
+        chunk, settings = self.stage.module, self.settings
+        save_hf([chunk], folder, settings.model_name, self.groups, adapters=lora.merged(chunk))
+        if settings.lora.enabled:
+            base = str(settings.model_name)
+            lora.save_adapters(chunk, folder / lora.ADAPTER, self.architecture, settings.lora, base, self.groups)
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor of `export`, by its HF name, whole; all ranks must iterate together."""
-        architecture = read_architecture(self.settings.model_name)
-        for name, tensor in export_hf([self.stage.module], architecture, self.groups, all_ranks=True):
+        """Every tensor of `export`, by its HF name, whole, with its adapters in it; all ranks must iterate together."""
+        chunk = self.stage.module
+        for name, tensor in export_hf([chunk], self.architecture, self.groups, True, lora.merged(chunk)):
             assert tensor is not None, "all ranks asked"
             yield name, tensor
 

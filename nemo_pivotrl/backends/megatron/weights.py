@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,12 +87,20 @@ def local_tensors(chunks: Sequence[nn.Module], architecture: Architecture, group
         chunk = wrapped
         while isinstance(getattr(chunk, "module", None), nn.Module):  # DistributedDataParallel and the like
             chunk = chunk.module  # type: ignore[assignment]
-        numbers = {str(i): layer.layer_number - 1 for i, layer in enumerate(chunk.decoder.layers)}  # type: ignore
-        tensors = dict(chunk.named_parameters())
-        tensors |= {name: t for name, t in chunk.named_buffers() if name.endswith(".router.expert_bias")}
-        for name, tensor in tensors.items():
-            found[_name_in_mapping(name, numbers, architecture, groups)] = tensor
+        tensors = _named_tensors(chunk)
+        found |= {mapped: tensors[name] for name, mapped in local_names(chunk, architecture, groups).items()}
     return found
+
+
+def local_names(chunk: nn.Module, architecture: Architecture, groups: Groups) -> dict[str, str]:
+    """A chunk's own name of each of its parameters and expert biases, to that in `mapping`."""
+    numbers = {str(i): layer.layer_number - 1 for i, layer in enumerate(chunk.decoder.layers)}  # type: ignore
+    return {name: _name_in_mapping(name, numbers, architecture, groups) for name in _named_tensors(chunk)}
+
+
+def _named_tensors(chunk: nn.Module) -> dict[str, Tensor]:
+    biases = {name: t for name, t in chunk.named_buffers() if name.endswith(".router.expert_bias")}
+    return {**dict(chunk.named_parameters()), **biases}
 
 
 def _name_in_mapping(name: str, layers: dict[str, int], architecture: Architecture, groups: Groups) -> str:
@@ -180,10 +188,11 @@ def mark(chunks: Sequence[nn.Module], architecture: Architecture, groups: Groups
     tensors = local_tensors(chunks, architecture, groups)
     for entry in entries(architecture):
         if entry.name in tensors:
-            _mark(entry, tensors[entry.name], groups)
+            mark_entry(entry, tensors[entry.name], groups)
 
 
-def _mark(entry: Entry, target: Tensor, groups: Groups) -> None:
+def mark_entry(entry: Entry, target: Tensor, groups: Groups) -> None:
+    """Note down on a parameter what Megatron asks it: whether ranks hold parts of it, and which of them sum its gradient."""
     ranks = _ranks_of(entry, groups)
     length = sum(stop - start for _, start, stop in entry.cut(ranks.rank(), ranks.size()))
     if entry.expert is not None or entry.padded or length < sum(entry.sizes):
@@ -238,26 +247,42 @@ def _hf_shapes(entry: Entry, shard: tuple[int, ...]) -> list[tuple[int, ...]]:
 # ---- exporting ----
 
 
-@torch.no_grad()
 def export_hf(
-    chunks: Sequence[nn.Module], architecture: Architecture, groups: Groups, all_ranks: bool = False
+    chunks: Sequence[nn.Module],
+    architecture: Architecture,
+    groups: Groups,
+    all_ranks: bool = False,
+    adapters: Mapping[str, Any] | None = None,
 ) -> Iterator[tuple[str, Tensor | None]]:
-    """Every HF tensor by name, whole, in the parameter's own dtype, one at a time.
+    """Every HF tensor of a model by name, as `export_entries` gives them. adapters: what is added to weights (`lora.merged`)."""
+    table = [entry for entry in entries(architecture) if not entry.copy]
+    return export_entries(table, local_tensors(chunks, architecture, groups), groups, all_ranks, adapters)
+
+
+@torch.no_grad()
+def export_entries(
+    table: Sequence[Entry],
+    tensors: Mapping[str, Tensor],
+    groups: Groups,
+    all_ranks: bool = False,
+    adapters: Mapping[str, Any] | None = None,
+) -> Iterator[tuple[str, Tensor | None]]:
+    """Every HF tensor of `table` by name, whole, in the parameter's own dtype, one at a time. tensors: this rank's, by name.
 
     All ranks must iterate to the end, together: each step is a collective. The tensor is None but on rank 0, unless
     `all_ranks`. Tensors are on `groups.device`, and are the caller's to keep.
     """
-    tensors = local_tensors(chunks, architecture, groups)
     owners = _owners(tensors, groups)
     wanted = all_ranks or groups.world.rank() == 0
-    for entry in entries(architecture):
-        if entry.copy:
-            continue
+    for entry in table:
         stage, expert_rank, shape, dtype = owners[entry.name]
         whole = [torch.empty(s, dtype=dtype, device=groups.device) for s in _hf_shapes(entry, shape)]
         if stage == groups.pp.rank():
             if entry.name in tensors:
-                _join(entry, tensors[entry.name], _ranks_of(entry, groups), whole)
+                shard = tensors[entry.name]
+                if adapters and entry.name in adapters:
+                    shard = (shard.float() + adapters[entry.name].delta()).to(shard.dtype)
+                _join(entry, shard, _ranks_of(entry, groups), whole)
             if entry.expert is not None:
                 _broadcast(whole, groups.ep, expert_rank)
         _broadcast(whole, groups.pp, stage)
@@ -265,7 +290,7 @@ def export_hf(
             yield name, tensor if wanted else None
 
 
-def _owners(tensors: dict[str, Tensor], groups: Groups) -> dict[str, tuple[int, int, tuple[int, ...], torch.dtype]]:
+def _owners(tensors: Mapping[str, Tensor], groups: Groups) -> dict[str, tuple[int, int, tuple[int, ...], torch.dtype]]:
     """Parameter to the stage and the expert-parallel rank that hold it, and its shard's shape and dtype there."""
     own = {n: (groups.pp.rank(), groups.ep.rank(), tuple(t.shape), t.dtype) for n, t in tensors.items()}
     for group in (groups.ep, groups.pp):
@@ -302,6 +327,7 @@ def save_hf(
     source: str | Path,
     groups: Groups,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    adapters: Mapping[str, Any] | None = None,
 ) -> None:
     """Write the model as an HF checkpoint folder; tokenizer and config come from `source`, the folder it began as.
 
@@ -311,7 +337,7 @@ def save_hf(
     architecture = read_architecture(source)
     writer = _Writer(Path(folder), Path(source), max_shard_bytes) if groups.world.rank() == 0 else None
     error: list[str | None] = [None]
-    for name, tensor in export_hf(chunks, architecture, groups):
+    for name, tensor in export_hf(chunks, architecture, groups, adapters=adapters):
         if writer is not None and error[0] is None:
             assert tensor is not None
             try:

@@ -28,6 +28,7 @@ from nemo_pivotrl.algorithms.prefix_tree import lay_out, packs, token_ratio
 from nemo_pivotrl.backends.base import SequenceScores, TokenBatch
 from nemo_pivotrl.backends.batching import Decoder, batches, pad, positions
 from nemo_pivotrl.backends.hf_models import load_model
+from nemo_pivotrl.backends.megatron.lora_mapping import ADAPTER
 from nemo_pivotrl.backends.reference.logits import chunked_log_probs, takes_hidden
 from nemo_pivotrl.backends.reference.tree import hidden_of, log_probs, prepare, run
 from nemo_pivotrl.backends.sampling import Row, Turns, check_finite, check_log_probs, shares
@@ -345,8 +346,10 @@ class ReferencePolicy(SequenceScores):
             self.head.load_state_dict(state["head"])
 
     def export(self, folder: Path) -> None:
-        """Write an ordinary HF checkpoint; adapters are merged into a copy."""
+        """Write an ordinary HF checkpoint, with adapters merged into it, and adapters alone in its folder `adapter`."""
         self._merged().save_pretrained(folder)
+        if self.settings.lora.enabled:
+            self.model.save_pretrained(folder / ADAPTER)
 
     def _merged(self) -> Any:
         """The model; one with adapters as a copy into which they are merged."""

@@ -230,7 +230,8 @@ class Servers:
         except BaseException:
             for job in jobs:
                 job.cancel()
-            wait(jobs)
+            # those that run: `wait` would wait for ever for one that is cancelled and that a closed pool never looks at
+            wait([job for job in jobs if not job.cancelled()])
             raise
 
     def _asked(self, body: dict[str, Any], read: Callable[[Any], Any], preferred: dict[int, Server], group: int) -> Any:

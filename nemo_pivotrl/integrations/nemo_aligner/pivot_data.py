@@ -24,7 +24,7 @@ from nemo_pivotrl.core.artifacts import HEADER_KEY, read_header
 from nemo_pivotrl.core.errors import InputError, Problem
 from nemo_pivotrl.core.types import Candidate
 from nemo_pivotrl.data.chat_template import Chat
-from nemo_pivotrl.data.gym_rows import candidate_of_row
+from nemo_pivotrl.data.states import open_states
 from nemo_pivotrl.integrations.nemo_aligner.versions import require
 from nemo_pivotrl.verifiers.base import Verifier, VerifierFault
 from nemo_pivotrl.verifiers.loading import identity, load_verifier
@@ -78,8 +78,8 @@ class PivotDataset(torch.utils.data.Dataset[dict[str, Any]]):
         chat = chat_of(tokenizer, block)
         check_header(str(data_prefix), data[0], chat, block)
         split = "train" if name == "train" else "validation"
-        rows = [row for row in data[1:] if row["provenance"]["split"] == split]
-        found = [candidate_of_row(dict(row)) for row in rows]
+        pointed = open_states(Path(data_prefix))
+        found = [pointed.candidate(row) for row in data[1:] if row["split"] == split]
         states = rendered(found, lambda c: chat.prompt_ids(c.messages, c.tools), Path(data_prefix))
         room = seq_length - block.length_params.max_length
         self.states = [(c, ids) for c, ids in states if len(ids) <= room]

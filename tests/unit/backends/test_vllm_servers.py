@@ -5,8 +5,10 @@ Real servers are in tests/vllm. A stand-in computes its answer from the request 
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +146,24 @@ def test_who_looks_after_a_server_when_the_pool_is_closed_is_told_so(start: Any)
     pool, _ = start(None)
     pool.close()
     assert not pool._recovered(pool.servers[0])
+
+
+def test_who_waits_for_answers_when_the_pool_is_closed_goes_on(start: Any) -> None:
+    asked, ended = threading.Event(), []
+    pool, _ = start(lambda body, n: asked.set() or time.sleep(0.3), concurrency=1, max_retries=0)
+
+    def ask() -> None:
+        try:
+            infer(pool)
+        except (CancelledError, RuntimeError, InputError) as error:
+            ended.append(error)
+
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    assert asked.wait(5.0)
+    pool.close()
+    asking.join(10.0)
+    assert not asking.is_alive() and ended
 
 
 def test_a_busy_server_is_given_its_pause_and_not_blamed(start: Any) -> None:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from nemo_pivotrl.core.artifacts import ArtefactWriter, Header, check_headers, json_line, read_header, read_rows
+from nemo_pivotrl.components.lineage import check_headers
+from nemo_pivotrl.core.artifacts import ArtefactWriter, Header, json_line, read_header, read_rows
 from nemo_pivotrl.core.errors import InputError, Problem
 
 HEADER = Header(
@@ -32,14 +33,18 @@ def test_a_header_and_its_rows_come_back_as_they_were_written(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("content", "found", "remedy"),
     [
-        (None, "no such file", "run the stage that writes candidates first"),
+        (None, "no such file", "`nemo-pivotrl extract RECIPE` makes it"),
         (b"", "an empty file", "give a file that a stage wrote"),
         (b'{"messages": []}\n', '{"messages": []}', "give a file that a stage wrote"),
         (b"[1]\n", "[1]", "give a file that a stage wrote"),
         (b"\xff\xfe\x00binary\n", "binary", "give a file that a stage wrote"),
         (b'{"nemo_pivotrl": {"stage": "candidates"}}\n', "nemo_pivotrl", "give a file that a stage wrote"),
         (Header("pivots", "c").to_line().encode(), "pivots", "this stage reads candidates; check the path"),
-        (Header("candidates", "c", format=99).to_line().encode(), "99", "re-run the stage"),
+        (
+            Header("candidates", "c", format=1).to_line().encode(),
+            "1",
+            "make it anew: nemo-pivotrl extract RECIPE fresh=true",
+        ),
     ],
 )
 def test_a_file_that_is_not_the_wanted_artefact_is_named_with_its_remedy(

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from nemo_pivotrl.config.load import load_recipe
-from nemo_pivotrl.core.artifacts import read_rows
+from nemo_pivotrl.data.gym_rows import candidate_to_row
 from nemo_pivotrl.data.published import count, explain, labels_of, marks
+from nemo_pivotrl.data.states import candidates_of
 from nemo_pivotrl.pivotrl.extract import extract
 
 TOOL = {
@@ -91,15 +92,14 @@ def terminal(trajectory: str, turn: int, *texts: str) -> dict[str, Any]:
 
 
 def extracted(folder: Path, *rows: dict[str, Any], **settings: Any) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """The candidate rows and the audit of a file with these rows."""
+    """The candidates of a file with these rows, as NeMo-Gym rows, and the audit."""
     source = folder / "rows.jsonl"
     source.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     recipe = folder / "recipe.yaml"
     recipe.write_text(f"run_dir: {folder}/run\nverifier: {{message: any}}\nextract: {{trajectories: [{source}]}}\n")
     extract(load_recipe(str(recipe), [f"extract.{key}={value}" for key, value in settings.items()]))
-    return list(read_rows(folder / "run/candidates.jsonl")), json.loads(
-        (folder / "run/candidates.audit.json").read_text()
-    )
+    kept = [candidate_to_row(c, AGENT) for c in candidates_of(folder / "run/candidates.jsonl")]
+    return kept, json.loads((folder / "run/candidates.audit.json").read_text())
 
 
 @pytest.mark.parametrize(

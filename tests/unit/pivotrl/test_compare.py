@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.pointers import profile_row
 
 from nemo_pivotrl import cli
 from nemo_pivotrl.algorithms.early_stopping import StoppingRule
@@ -19,7 +20,6 @@ from nemo_pivotrl.core.errors import InputError
 from nemo_pivotrl.core.types import Action, Candidate, Profile, ToolCall
 from nemo_pivotrl.pivotrl.compare import compare, significant_to
 from nemo_pivotrl.pivotrl.compare_text import as_text
-from nemo_pivotrl.pivotrl.profile_rows import profile_to_row
 
 FOUR = StoppingRule(4, curtailed=False)
 SAMPLING = {"temperature": 1.0, "top_p": 1.0, "max_new_tokens": 64}
@@ -37,7 +37,7 @@ def row(name: str, rewards: Sequence[float] | None, **more: Any) -> dict[str, An
     samples = tuple({"reward": r, "text": ""} for r in rewards or ())
     tokens = more.pop("tokens", 100)
     failure = "judge" if rewards is None else None
-    return profile_to_row(Profile(candidate, samples, 1, tokens, failure, **more), "agent")
+    return profile_row(Profile(candidate, samples, 1, tokens, failure, **more))
 
 
 def write(path: Path, rows: Sequence[dict[str, Any]], plan: StoppingRule = FOUR, **fields: Any) -> Path:

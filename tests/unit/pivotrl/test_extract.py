@@ -15,8 +15,8 @@ from nemo_pivotrl.config import Extract, Recipe
 from nemo_pivotrl.core.artifacts import read_header, read_rows
 from nemo_pivotrl.core.errors import InputError
 from nemo_pivotrl.core.types import Action, Candidate, Message, ToolCall, Trajectory
-from nemo_pivotrl.data.gym_rows import candidate_of_row
 from nemo_pivotrl.data.splits import split_by_task
+from nemo_pivotrl.data.states import candidates_of
 from nemo_pivotrl.pivotrl.duplicates import SKETCH_SIZE, _similar
 from nemo_pivotrl.pivotrl.extract import cut_all, extract, is_error
 from nemo_pivotrl.pivotrl.growing_state import dangling_call, leaks
@@ -216,6 +216,15 @@ def test_all_invalid_turns_of_all_trajectories_are_listed_at_once() -> None:
     assert skipped == {"dangling_call": 1, "invalid_arguments": 1, "unknown_tool": 1} and len(kept) == 2
 
 
+def test_calls_of_undefined_tools_are_one_problem_a_file() -> None:
+    bare = [dataclasses.replace(trajectory(user(), call((n, 1)), output(), name=n), tools=()) for n in ("fly", "book")]
+    with pytest.raises(InputError) as caught:
+        cut(*bare)
+    (problem,) = caught.value.problems
+    assert problem.field == "tools" and "2 calls use: 'fly', 'book'" in problem.found
+    assert "extract.tools=FILE" in problem.remedy
+
+
 @pytest.mark.parametrize(
     ("state", "wrong"),
     [
@@ -369,7 +378,7 @@ def test_the_stage_writes_rows_that_read_back_an_audit_that_adds_up_and_the_same
     assert "10 + 10 = 20" in capsys.readouterr().out
     audit = json.loads((tmp_path / "run/candidates.audit.json").read_text())
     assert (audit["turns"], audit["kept"], audit["skipped"]) == (20, {"train": 8, "validation": 2}, {"empty_turn": 10})
-    rows = [candidate_of_row(r) for r in read_rows(path)]
+    rows = list(candidates_of(path))
     assert {c.messages[0]["content"] for c in rows} == {f"lone \ud83d {i}" for i in range(10)}
     header, before = read_header(path, "candidates"), path.read_bytes()
     assert extract(recipe).read_bytes() == before
@@ -382,7 +391,7 @@ def test_a_test_set_is_held_out_as_a_whole(tmp_path: Path) -> None:
     records = [{"trajectory_id": f"t{i}", "messages": [user(f"a{i}"), call(("find", i)), output()]} for i in range(5)]
     settings = Extract(trajectories=(str(openai_file(tmp_path, *records)),), validation_share=1.0)
     rows = list(read_rows(extract(Recipe(run_dir=str(tmp_path / "run"), extract=settings))))
-    assert len(rows) == 5 and {r["provenance"]["split"] for r in rows} == {"validation"}
+    assert len(rows) == 5 and {r["split"] for r in rows} == {"validation"}
 
 
 def test_the_stage_splits_trials_of_a_task_together(tmp_path: Path) -> None:
@@ -390,7 +399,7 @@ def test_the_stage_splits_trials_of_a_task_together(tmp_path: Path) -> None:
     settings = Extract(trajectories=(str(openai_file(tmp_path, *records)),), validation_share=0.4)
     recipe = Recipe(run_dir=str(tmp_path / "run"), extract=settings, verifier=config.Verifier(message="any"))
     rows = list(read_rows(extract(recipe)))
-    held_out = [r["provenance"]["task_id"] for r in rows if r["provenance"]["split"] == "validation"]
+    held_out = [r["task_id"] for r in rows if r["split"] == "validation"]
     assert len(rows) == 20 and len(held_out) == 8 and len(set(held_out)) == 2
 
 
@@ -425,9 +434,7 @@ def test_real_trajectories_lose_no_turn(tmp_path: Path) -> None:
     assert sum(audit["kept"].values()) + sum(audit["skipped"].values()) == 2023
     assert audit["skipped"]["trajectory_below_min_reward"] == failed
     rows = list(read_rows(path))
-    tasks = [
-        {r["provenance"]["task_id"] for r in rows if r["provenance"]["split"] == s} for s in ("train", "validation")
-    ]
+    tasks = [{r["task_id"] for r in rows if r["split"] == s} for s in ("train", "validation")]
     assert not tasks[0] & tasks[1] and len(rows) == sum(audit["kept"].values())
 
 
@@ -450,3 +457,12 @@ def test_similar_sketches_are_those_that_comparing_every_pair_finds() -> None:
         (dropped if near else kept).append(i)
     assert len(dropped) > 50 and len(kept) > 50
     assert list(_similar(group, 0.95)) == [str(i) for i in dropped]
+
+
+def test_a_users_file_where_extract_writes_its_own_is_not_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    source = openai_file(tmp_path, {"messages": [user(), say("yes")]}).rename(tmp_path / "run/trajectories.jsonl")
+    before = source.read_bytes()
+    with pytest.raises(InputError, match=r"extract\.trajectories: found (?s:.*)move yours out of run_dir"):
+        extract(Recipe(run_dir=str(tmp_path / "run"), extract=Extract(trajectories=(str(source),))))
+    assert source.read_bytes() == before

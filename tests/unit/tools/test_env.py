@@ -84,10 +84,19 @@ def test_fp8_is_checked_with_its_reasons() -> None:
     assert "Transformer Engine is not installed" in reasons and "CPU build" in reasons
 
 
+def test_a_model_that_is_not_there_is_an_obstacle_unless_a_stage_makes_it(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("run_dir: runs/mine\npolicy: {model_name: models/none}\n")
+    (line,) = survey(tmp_path, CPU)[str(recipe)]
+    assert line.startswith("policy.model_name: no model in models/none")
+    recipe.write_text("run_dir: runs/mine\npolicy: {model_name: runs/mine/start/policy}\n")
+    assert survey(tmp_path, CPU)[str(recipe)] == []
+
+
 def test_a_recipe_that_cannot_be_read_says_why(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("polcy: {}\n")
-    (tmp_path / "b.yaml").write_text("seed: 1\n")
-    (tmp_path / "c.yaml").write_text("policy: {backend: megatron}\n")
+    (tmp_path / "b.yaml").write_text("policy: {model_name: runs/default/start/policy}\n")
+    (tmp_path / "c.yaml").write_text("policy: {backend: megatron, model_name: runs/default/start/policy}\n")
     found = survey(tmp_path, CPU)
     assert "polcy" in found[str(tmp_path / "a.yaml")][0] and found[str(tmp_path / "b.yaml")] == []
     assert survey(tmp_path, HOPPER)[str(tmp_path / "c.yaml")] == []

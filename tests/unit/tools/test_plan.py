@@ -13,6 +13,7 @@ import pytest
 from support.recipes import ROOT
 
 from nemo_pivotrl import cli
+from nemo_pivotrl.backends.megatron.lora_mapping import stage_adapters
 from nemo_pivotrl.config import Cluster, Generation, Lora, Megatron, Plan as Told, Policy, Recipe
 from nemo_pivotrl.config.load import load_recipe
 from nemo_pivotrl.core.errors import InputError
@@ -20,7 +21,7 @@ from nemo_pivotrl.sizing.architecture import Architecture, read_architecture
 from nemo_pivotrl.sizing.flops import active_parameters, cache_bytes, forward_flops, model_bytes
 from nemo_pivotrl.sizing.known_models import PUBLISHED, published
 from nemo_pivotrl.sizing.memory import Layout, MicroBatch, activation_bytes, layout_of, stage_parameters, state_bytes
-from nemo_pivotrl.tools.plan import Verdict, lora_parameters, plan
+from nemo_pivotrl.tools.plan import Verdict, plan
 from nemo_pivotrl.tools.plan_costs import pivotrl_costs, step_tokens
 
 SUPER = "NVIDIA-Nemotron-3-Super-120B-A12B-BF16"
@@ -173,7 +174,11 @@ def test_flops_and_caches_by_hand() -> None:
 
 def test_adapters_by_hand() -> None:
     lora = Lora(enabled=True, r=8)
-    assert lora_parameters(shape("Llama-2-7b-hf"), Policy(lora=lora)) == 19_988_480  # as peft prints for this model
+    llama = shape("Llama-2-7b-hf")
+    assert stage_adapters(llama, lora, 1, range(32)) == 19_988_480  # as peft prints for this model
+    q, o = (replace(lora, target_modules=(name,)) for name in ("q_proj", "o_proj"))
+    assert stage_adapters(llama, q, 4, range(2)) == 2 * 8 * (4096 + 1024)  # A whole, a quarter of B
+    assert stage_adapters(llama, o, 4, range(2)) == 2 * 8 * (1024 + 4096)  # a quarter of A, B whole
 
 
 def told(**changes: Any) -> Recipe:
@@ -182,6 +187,19 @@ def told(**changes: Any) -> Recipe:
     policy = Policy(model_name="Qwen3-8B", max_total_sequence_length=400, generation=Generation(max_new_tokens=20))
     recipe = Recipe(policy=policy, cluster=Cluster(gpus_per_node=1), plan=Told(**{**numbers, **changes}))
     return replace(recipe, grpo=replace(recipe.grpo, num_prompts_per_step=4, num_generations_per_prompt=3))
+
+
+def test_a_colocated_engine_takes_its_share_beside_the_trainer() -> None:
+    recipe = load_recipe(str(RECIPES / "pivotrl-qwen3-8b-1n8g-tp2-conversational.yaml"))
+    (fits,) = [m for m in plan(recipe).memory if m.phase == "rollouts"]
+    greedy = load_recipe(
+        str(RECIPES / "pivotrl-qwen3-8b-1n8g-tp2-conversational.yaml"), ["vllm.gpu_memory_utilization=0.8"]
+    )
+    (full,) = [m for m in plan(greedy).memory if m.phase == "rollouts"]
+    assert fits.fits and not full.fits
+    assert full.peak == pytest.approx(0.8 * 79.1 + full.parts["the trainer beside it"], rel=0.01)
+    assert full.parts["the trainer beside it"] == pytest.approx(34.3, abs=0.1)
+    assert any("vllm.gpu_memory_utilization=0.5" in remedy for remedy in full.remedies)
 
 
 def test_tokens_of_a_step_by_hand() -> None:

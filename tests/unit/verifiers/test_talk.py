@@ -15,7 +15,7 @@ from nemo_pivotrl.config import Extract, Recipe
 from nemo_pivotrl.core.artifacts import read_rows
 from nemo_pivotrl.core.errors import InputError
 from nemo_pivotrl.core.types import Action, Case, ToolCall
-from nemo_pivotrl.data.gym_rows import candidate_of_row
+from nemo_pivotrl.data.states import candidates_of
 from nemo_pivotrl.pivotrl.extract import extract
 from nemo_pivotrl.verifiers.base import Ruling, VerifierFault, is_talk
 from nemo_pivotrl.verifiers.loading import excludes_talk, identity, load_verifier
@@ -121,7 +121,7 @@ def test_extract_keeps_talk_and_says_what_leaves_it_out(tmp_path: Path, capsys: 
 
 def test_nothing_is_drawn_or_judged_where_talk_is_excluded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = extract(recipe(tmp_path))
-    candidates = [candidate_of_row(row) for row in read_rows(path)]
+    candidates = list(candidates_of(path))
     kept = judged_candidates(candidates, load("functional"), path)
     assert [c.expected.kind for c in kept] == ["calls"] and "left out: 1 of 2" in capsys.readouterr().out
     assert judged_candidates(candidates, load("functional", message="any"), path) == candidates
