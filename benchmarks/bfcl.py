@@ -51,7 +51,7 @@ def steps(seed: int, arms: Sequence[str]) -> Iterator[Step]:
         yield f"test-{label}-extract", ["extract", *words]
         yield f"test-{label}", ["evaluate", *words, *asked, "evaluate.trials=1"]
 
-    warm, main = files(at / "warm", "warmup", 0), files(at, "train", 0.2)
+    warm, main = [*files(at / "warm", "warmup", 0), "warmup.name=start"], files(at, "train", 0.2)
     yield "warm-extract", ["extract", *warm]
     yield "warm", ["warmup", *warm]
     yield "extract", ["extract", *main]
