@@ -34,10 +34,14 @@ submit() {
 }
 stage() { submit "$1" "${2:-}" "$SCRIPTS/stage.sbatch" "$1"; }
 profile() {
+    if ((${RAY_NODES:-0})); then
+        submit profile "${1:-}" "${GPUS[@]}" --nodes="$RAY_NODES" "$SCRIPTS/ray.sbatch" profile
+        return
+    fi
     local array=()
     ((NUM_SHARDS == 1)) || array=(--array="0-$((NUM_SHARDS - 1))" --output="$LOG_DIR/profile-%A-%a.log")
     submit profile "${1:-}" "${GPUS[@]}" "${array[@]}" "$SCRIPTS/profile.sbatch"
-    # whatever became of a shard: others may have done its work, and merge refuses what is incomplete
+    # whatever became of a shard: merge refuses what is incomplete, and names it
     ((NUM_SHARDS == 1)) || stage merge "afterany:$JOB"
 }
 train() { submit train "${1:-}" "${GPUS[@]}" --nodes="${SBATCH_NUM_NODES:-1}" "$SCRIPTS/train.sbatch"; }

@@ -109,11 +109,15 @@ class Trainer(Protocol):
         """Undo `save_training_state`. Raises InputError for a damaged folder and for another model's."""
         ...
 
-    def export(self, folder: Path) -> None:
-        """Write an ordinary HF checkpoint. Raises OSError."""
+    def export(self, folder: Path, trained_only: bool = False) -> None:
+        """Write an ordinary HF checkpoint. Raises OSError.
+
+        trained_only: the safetensors alone, and of them those that training changes, whole layers at a time: what an engine needs
+        that has the start policy or an earlier state of training.
+        """
         ...
 
-    def weights(self) -> Iterator[tuple[str, Tensor]]:
+    def weights(self, trained_only: bool = False) -> Iterator[tuple[str, Tensor]]:
         """Every tensor of `export`, by its HF name, one at a time. Only where the model is in one process."""
         ...
 

@@ -221,9 +221,11 @@ def share(source: Path, final: Path) -> Path:
     """`final` with the files of `source`: hard links, or copies where the file system knows none. Raises InputError."""
     check_sums(source, "damaged: restore it, or train anew with fresh=true")
     with _whole(final) as part:
-        for path in sorted(p for p in source.iterdir() if p.name != SUMS):
+        for path in sorted(p for p in source.rglob("*") if p.is_file() and p != source / SUMS):
+            target = part / path.relative_to(source)
+            target.parent.mkdir(exist_ok=True)
             try:
-                os.link(path, part / path.name)
+                os.link(path, target)
             except OSError:
-                shutil.copyfile(path, part / path.name)
+                shutil.copyfile(path, target)
     return final

@@ -60,6 +60,12 @@ class Tally:
     """Rows by kind of failure, those that count against the budget."""
     judged: int = 0
     """Rows that were finished."""
+    notes: dict[str, dict[str, float]] = field(default_factory=dict)
+    """As those of `Found`."""
+
+    def cost(self) -> dict[str, Any]:
+        """What the cost log says of it."""
+        return {**self.spent, **self.notes}
 
     def shown(self) -> dict[str, str]:
         """What the bar says beside rate and remaining time."""
@@ -97,6 +103,8 @@ class Map:
     budget_field: str = ""
     belongs: Header | None = None
     """Header of unfinished work, where it has more than the artefact's: what decides where items begin."""
+    empty: Callable[[], Problem] | None = None
+    """What is said where there are no rows at all; without it, an artefact may be empty."""
     before: Callable[[int], None] = lambda left: None
     """Is told how many rows are left, before the first task; it may refuse them."""
 
@@ -110,6 +118,8 @@ class Map:
             journal = Journal(journal_path, (self.belongs or self.header).to_line().encode(), fresh)
             try:
                 self._do(journal)
+                if self.empty and not any(place.rows for place in journal.done.values()):
+                    raise InputError(self.empty())
                 self._order(journal)
             finally:
                 journal.close()
@@ -187,7 +197,7 @@ class _Run:
         if step := item.take(result):
             self.journal.step(number, step)
         self._advance(number, item)
-        self.cost.update(self.of.tally.spent)
+        self.cost.update(self.of.tally.cost())
 
     def _advance(self, number: int, item: Item) -> None:
         """The item's next task into the queue, or its rows into the journal."""
@@ -206,7 +216,7 @@ class _Run:
 
     def close(self) -> None:
         """End the workers."""
-        self.cost.update(self.of.tally.spent)
+        self.cost.update(self.of.tally.cost())
         if self.executor is not None:
             self.executor.close()
 
@@ -232,6 +242,8 @@ class Found:
     lines: list[bytes]
     spent: dict[str, int] = field(default_factory=dict)
     failed: dict[str, int] = field(default_factory=dict)
+    notes: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Further figures for the cost log, by name and what they are of."""
 
 
 def found_rows(rows: Iterable[Mapping[str, Any]], **spent: int) -> Found:
@@ -255,6 +267,8 @@ class Once:
         self._lines, self.task = result.lines, None
         self.tally.spent.update(result.spent)
         self.tally.failed.update(result.failed)
+        for name, figures in result.notes.items():
+            self.tally.notes.setdefault(name, {}).update(figures)
         return b""
 
     def restore(self, steps: Sequence[bytes]) -> None:

@@ -57,9 +57,13 @@ class Journal:
             raise
 
     def _resume(self, belongs: bytes) -> bool:
-        """Find the records, and cut the file after the last whole one. False where not even the first line is whole."""
+        """Find the records, and cut the file after the last whole one. False where there is nothing."""
         first = self._handle.readline(1 << 24)
         if not first.endswith(b"\n"):
+            return False
+        begun = bool(self._handle.read(1))
+        self._handle.seek(len(first))
+        if first != belongs and not begun:
             return False
         if first != belongs:
             remedy = "unfinished work of another recipe or input; finish it with its own recipe, or add fresh=true to drop it"

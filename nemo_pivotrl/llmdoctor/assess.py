@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,11 @@ import numpy as np
 
 from nemo_pivotrl.backends.identity import policy_revision
 from nemo_pivotrl.backends.reference.guided import Guided, GuidedGenerator, GuidedSamplingParams
-from nemo_pivotrl.components.costs import spend
-from nemo_pivotrl.components.progress import progress
+from nemo_pivotrl.components.durable_map import Found, Map, Once, Tally, found_rows
 from nemo_pivotrl.components.rollout import sample_seed
 from nemo_pivotrl.components.statistics import bootstrap
 from nemo_pivotrl.config import Arm, Recipe
-from nemo_pivotrl.core.artifacts import ArtefactWriter, Header, digest, file_digest, is_complete, json_line, read_rows
+from nemo_pivotrl.core.artifacts import Header, digest, file_digest, json_line, read_rows
 from nemo_pivotrl.core.atomic import write_atomically
 from nemo_pivotrl.core.errors import InputError, NotFiniteError, Problem
 from nemo_pivotrl.core.lock import one_writer
@@ -47,25 +47,10 @@ def assess(recipe: Recipe, fresh: bool = False) -> Path:
     _check(recipe)
     settings, path = recipe.assess, recipe.path("assessment.jsonl")
     header = Header("assessment", _digest(recipe), policy=policy_revision(recipe.patient.model_name))
-    if not is_complete(path, header, fresh):
-        judges = oracles.load(settings.objectives, recipe.oracles)
-        chat, generator, own = load(recipe)
-        asked = _prompts(recipe)
-        exam = _Exam(recipe, asked, [prompt_ids(p.content, p.tools, chat, own) for p in asked], chat, generator, judges)
-        with ArtefactWriter(path, header, fresh) as writer, spend(Path(recipe.run_dir), "assess") as cost:
-            each = len(asked) * settings.samples
-            done, skip = divmod(writer.rows_done, each)
-            arms, speeds = list(settings.arms.items()), cost.setdefault("seconds_per_token", {})
-            with progress(len(arms), done, "assess", "arm") as bar:
-                for label, arm in arms[done:]:
-                    # a torn arm is answered again, and only what is missing of it is written
-                    answers, seconds = exam.answers(label, arm)
-                    writer.write(answers[skip:])
-                    speeds[label] = seconds / sum(row["tokens"] for row in answers)
-                    skip = 0
-                    bar.update(1)
-            writer.finish()
-            cost.update(answers=each * len(arms))
+    each, tally = len(_prompts(recipe)) * settings.samples, Tally()
+    arms = [(n * each, partial(Once, label, each, tally)) for n, label in enumerate(settings.arms)]
+    make = partial(_exam, recipe)
+    Map(recipe, "assess", path, header, lambda: arms, make, each * len(arms), "answer", tally).run(fresh)
     rows = list(read_rows(path))
     summary = summarise(rows, recipe)
     write_atomically(recipe.path("assessment.json"), json_line(summary).decode())
@@ -116,6 +101,13 @@ def _prompts(recipe: Recipe) -> list[Prompt]:
     return found[: recipe.assess.limit or None]
 
 
+def _exam(recipe: Recipe) -> _Exam:
+    judges = oracles.load(recipe.assess.objectives, recipe.oracles)
+    chat, generator, own = load(recipe)
+    asked = _prompts(recipe)
+    return _Exam(recipe, asked, [prompt_ids(p.content, p.tools, chat, own) for p in asked], chat, generator, judges)
+
+
 @dataclasses.dataclass
 class _Exam:
     """The prompts and everything that answers and scores them."""
@@ -126,6 +118,13 @@ class _Exam:
     chat: Chat
     generator: Generator
     judges: Mapping[str, oracles.Oracle]
+
+    def __call__(self, label: str) -> Found:
+        """An arm's answers."""
+        answers, seconds = self.answers(label, self.recipe.assess.arms[label])
+        found = found_rows(answers, answers=len(answers))
+        found.notes["seconds_per_token"] = {label: seconds / sum(row["tokens"] for row in answers)}
+        return found
 
     def answers(self, label: str, arm: Arm) -> tuple[list[Row], float]:
         """(The arm's answers, the best of each lot where it samples several, seconds that all of them took)."""

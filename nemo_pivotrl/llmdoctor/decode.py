@@ -11,10 +11,12 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Protocol
 
+from nemo_pivotrl.backends.base import require_checkpoint
 from nemo_pivotrl.backends.identity import policy_revision
 from nemo_pivotrl.backends.loading import load_guided_engine
 from nemo_pivotrl.backends.reference.guided import (
@@ -24,11 +26,10 @@ from nemo_pivotrl.backends.reference.guided import (
     Token,
     load_guided,
 )
-from nemo_pivotrl.components.costs import spend
-from nemo_pivotrl.components.progress import progress
+from nemo_pivotrl.components.durable_map import Found, Map, Tally, batches_of, found_rows
 from nemo_pivotrl.components.rollout import sample_seed
 from nemo_pivotrl.config import Recipe
-from nemo_pivotrl.core.artifacts import ArtefactWriter, Header, digest, file_digest, is_complete, read_rows
+from nemo_pivotrl.core.artifacts import Header, digest, file_digest, read_rows
 from nemo_pivotrl.core.errors import InputError, NotFiniteError, Problem, UnrenderableState, short
 from nemo_pivotrl.core.lock import one_writer
 from nemo_pivotrl.core.types import FailedSample
@@ -92,18 +93,12 @@ def decode(recipe: Recipe, fresh: bool = False) -> Path:
         problem = Problem("recipe", None, "decode.prompts", "nothing", "give a JSONL file, one prompt a line")
         raise InputError(problem)
     prompts = read_prompts(Path(settings.prompts), recipe)
-    chat, generator, own_chats = load(recipe)
-    rendered = _render_all(recipe, prompts, chat, generator, own_chats)
-    header = _header(recipe, chat)
-    path = recipe.path(settings.output)
-    if is_complete(path, header, fresh):
-        print(f"{path} is complete; fresh=true makes it anew")
-        return path
-    with ArtefactWriter(path, header, fresh) as writer, spend(Path(recipe.run_dir), "decode") as cost:
-        _decode_rest(recipe, prompts, rendered, writer, chat, generator)
-        path = writer.finish()
-        rows = list(read_rows(path))
-        cost.update(answers=len(rows), tokens_generated=sum(len(r["token_ids"]) for r in rows))
+    header, path, tally = _header(recipe, load_patient_chat(recipe.patient)), recipe.path(settings.output), Tally()
+    size = max(1, settings.answers_per_wave // settings.num_samples)
+    waves = partial(batches_of, range(len(prompts)), size, tally)
+    make = partial(Decoder, recipe, prompts)
+    Map(recipe, "decode", path, header, waves, make, len(prompts), "prompt", tally).run(fresh)
+    rows = list(read_rows(path))
     tokens = sum(len(r["token_ids"]) for r in rows)
     if tokens:
         kl, changed = (sum(r[key] * len(r["token_ids"]) for r in rows) / tokens for key in ("kl", "changed"))
@@ -173,6 +168,7 @@ def _header(recipe: Recipe, chat: Chat) -> Header:
     kept = {k: v for k, v in settings.items() if k not in ("prompts", "output", "doctors")}
     doctors = {}
     for name, doctor in recipe.decode.doctors.items():
+        require_checkpoint(f"decode.doctors.{name}.path", doctor.path, "give the folder of a trained doctor")
         reference = policy_revision(doctor.reference) if recipe.decode.mode == "ratio" else ""
         doctors[name] = {"beta": doctor.beta, "revision": policy_revision(doctor.path), "reference": reference}
     return Header(
@@ -186,27 +182,19 @@ def _header(recipe: Recipe, chat: Chat) -> Header:
     )
 
 
-def _decode_rest(
-    recipe: Recipe,
-    prompts: Sequence[Prompt],
-    rendered: Sequence[Rendered],
-    writer: ArtefactWriter,
-    chat: Chat,
-    generator: Generator,
-) -> None:
-    """Decode what is not written yet. Waves begin at fixed places, so a resumed one repeats exactly."""
-    each = recipe.decode.num_samples
-    size = max(1, recipe.decode.answers_per_wave // each)  # prompts in a wave
-    total = len(prompts) * each
-    first = writer.rows_done // (size * each) * size if writer.rows_done < total else len(prompts)
-    skip = writer.rows_done - first * each
-    with progress(total, writer.rows_done, "decode", "answer") as bar:
-        for start in range(first, len(prompts), size):
-            wave = list(zip(prompts[start : start + size], rendered[start : start + size], strict=True))
-            rows = _decode_wave(recipe, wave, chat, generator)
-            writer.write(rows[skip:])
-            bar.update(len(rows) - skip)
-            skip = 0
+class Decoder:
+    """A generator with everything that it is asked. Raises InputError naming every line that no model can read."""
+
+    def __init__(self, recipe: Recipe, prompts: Sequence[Prompt]):
+        self.recipe, self.prompts = recipe, prompts
+        self.chat, self.generator, own_chats = load(recipe)
+        self.rendered = _render_all(recipe, prompts, self.chat, self.generator, own_chats)
+
+    def __call__(self, places: Sequence[int]) -> Found:
+        """The answers to a wave of prompts. Waves begin at fixed places, so one that is done again is the same."""
+        wave = [(self.prompts[place], self.rendered[place]) for place in places]
+        rows = _decode_wave(self.recipe, wave, self.chat, self.generator)
+        return found_rows(rows, answers=len(rows), tokens_generated=sum(len(row["token_ids"]) for row in rows))
 
 
 def _decode_wave(

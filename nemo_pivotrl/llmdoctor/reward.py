@@ -13,6 +13,7 @@ import dataclasses
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +26,13 @@ from nemo_pivotrl.backends import loading
 from nemo_pivotrl.backends.base import Scorer
 from nemo_pivotrl.backends.batching import batches
 from nemo_pivotrl.backends.identity import policy_revision, without_start
-from nemo_pivotrl.components.costs import spend
+from nemo_pivotrl.components.durable_map import Found, Map, Tally, batches_of, found_rows
 from nemo_pivotrl.components.lineage import check_lineage
-from nemo_pivotrl.components.progress import progress
 from nemo_pivotrl.config import Patient, Recipe, Reward
 from nemo_pivotrl.core.artifacts import (
-    ArtefactWriter,
     Header,
     digest,
     file_digest,
-    is_complete,
     read_header,
     read_rows,
 )
@@ -66,7 +64,7 @@ def build_rewards(recipe: Recipe, fresh: bool = False) -> Path:
         recipe,
         load_patient_chat(recipe.patient),
         lambda: policy_revision(recipe.patient.model_name),
-        lambda: loading.load_scorer(recipe.patient, without_start(recipe.megatron), recipe.vllm),
+        partial(_scorer_of, recipe),
         fresh,
     )
 
@@ -86,20 +84,13 @@ def write_token_rewards(
     faces = faces_of(recipe.reward, sorted({p.objective for p in preferences}))
     prompts = FacePrompts(chat, faces, recipe.patient.max_total_sequence_length)
     header = make_header(recipe, source, prompts, revision())
-    path = recipe.path("token_rewards.jsonl")
-    if is_complete(path, header, fresh):
-        print(f"{path} is complete; fresh=true makes it anew")
-    else:
-        scorer = load_scorer()
-        with ArtefactWriter(path, header, fresh) as writer, spend(Path(recipe.run_dir), "reward") as cost:
-            cost.update(_reward_rest(recipe, preferences, prompts, scorer, writer))
-            if next(writer.rows(), None) is None:
-                reasons = dict(_excluded(preferences, set(), prompts))
-                remedy = "raise patient.max_total_sequence_length, or set patient.chat_template or template_kwargs"
-                if NOT_FINITE in reasons:
-                    remedy = "the patient's log-probabilities are no numbers: use float32, or another checkpoint"
-                raise InputError(Problem(str(source), None, "preferences", f"none usable: {reasons}", remedy))
-            path = writer.finish()
+    path, tally = recipe.path("token_rewards.jsonl"), Tally()
+    waves = partial(batches_of, preferences, recipe.reward.pairs_per_wave, tally)
+    make = partial(Rewarder, recipe, prompts, load_scorer)
+    if recipe.executor != "here":  # a worker elsewhere loads its own
+        make = partial(make_rewarder, recipe, list(faces))
+    none = partial(_none_usable, source, preferences, prompts)
+    Map(recipe, "reward", path, header, waves, make, len(preferences), "pair", tally, empty=none).run(fresh)
     summary = summarise(read_rows(path), preferences, prompts, recipe.reward)
     write_atomically(recipe.path("token_rewards.json"), json.dumps(summary, indent=2, sort_keys=True) + "\n")
     print(table(summary, recipe.reward))
@@ -165,30 +156,36 @@ def make_header(recipe: Recipe, source: Path, prompts: FacePrompts, revision: st
     )
 
 
-def _reward_rest(
-    recipe: Recipe,
-    preferences: Sequence[Preference],
-    prompts: FacePrompts,
-    scorer: Scorer,
-    writer: ArtefactWriter,
-) -> dict[str, int]:
-    """Score what is not written yet, wave by wave. Waves begin at fixed places, so a resumed one repeats exactly: the
-    wave of the last written row is scored again, and only its missing rows are added."""
-    size = recipe.reward.pairs_per_wave
-    place = {p.preference_id: i for i, p in enumerate(preferences)}
-    written = {place[row["preference_id"]] for row in writer.rows()}
-    start = max(written) // size * size if written else 0
-    cost = {"pairs": 0, "tokens_scored": 0}
-    with progress(len(preferences), start, "reward", "pair") as bar:
-        for first in range(start, len(preferences), size):
-            wave = preferences[first : first + size]
-            prepared = [p for p in map(prompts.prepare, wave) if isinstance(p, Prepared)]
-            rows = reward_wave(prepared, recipe, scorer)
-            writer.write([row for row in rows if place[row["preference_id"]] not in written])
-            cost["pairs"] += len(prepared)
-            cost["tokens_scored"] += 2 * sum(len(p.chosen) + len(p.rejected) for p in prepared)
-            bar.update(len(wave))
-    return cost
+def _none_usable(source: Path, preferences: Sequence[Preference], prompts: FacePrompts) -> Problem:
+    reasons = dict(_excluded(preferences, set(), prompts))
+    remedy = "raise patient.max_total_sequence_length, or set patient.chat_template or template_kwargs"
+    if NOT_FINITE in reasons:
+        remedy = "the patient's log-probabilities are no numbers: use float32, or another checkpoint"
+    return Problem(str(source), None, "preferences", f"none usable: {reasons}", remedy)
+
+
+class Rewarder:
+    """A patient that scores waves of pairs. They begin at fixed places, so one that is done again is the same."""
+
+    def __init__(self, recipe: Recipe, prompts: FacePrompts, load_scorer: Callable[[], Scorer]):
+        self.recipe, self.prompts, self.scorer = recipe, prompts, load_scorer()
+
+    def __call__(self, wave: Sequence[Preference]) -> Found:
+        """The rows of the pairs that can be scored."""
+        prepared = [p for p in map(self.prompts.prepare, wave) if isinstance(p, Prepared)]
+        tokens = 2 * sum(len(p.chosen) + len(p.rejected) for p in prepared)
+        return found_rows(reward_wave(prepared, self.recipe, self.scorer), pairs=len(prepared), tokens_scored=tokens)
+
+
+def make_rewarder(recipe: Recipe, objectives: Sequence[str]) -> Rewarder:
+    """The recipe's own patient, loaded where it runs."""
+    chat, faces = load_patient_chat(recipe.patient), faces_of(recipe.reward, objectives)
+    prompts = FacePrompts(chat, faces, recipe.patient.max_total_sequence_length)
+    return Rewarder(recipe, prompts, partial(_scorer_of, recipe))
+
+
+def _scorer_of(recipe: Recipe) -> Scorer:
+    return loading.load_scorer(recipe.patient, without_start(recipe.megatron), recipe.vllm)
 
 
 def reward_wave(prepared: Sequence[Prepared], recipe: Recipe, scorer: Scorer) -> list[dict[str, Any]]:

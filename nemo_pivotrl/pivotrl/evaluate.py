@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from nemo_pivotrl.algorithms import selection
 from nemo_pivotrl.backends import loading
 from nemo_pivotrl.backends.base import Sampler
 from nemo_pivotrl.backends.identity import identity_of, policy_revision, without_start
-from nemo_pivotrl.components.costs import CountingSampler, spend
+from nemo_pivotrl.components.costs import CountingSampler
+from nemo_pivotrl.components.durable_map import Found, Map, Once, Tally, found_rows
 from nemo_pivotrl.components.lineage import check_lineage
 from nemo_pivotrl.components.rollout import (
     fits,
@@ -31,7 +33,7 @@ from nemo_pivotrl.components.rollout import (
 from nemo_pivotrl.components.simulation import Episode, Simulator, Task, load_simulator
 from nemo_pivotrl.components.trackers import check_dashboards, log_summary
 from nemo_pivotrl.config import Megatron, Policy, Recipe
-from nemo_pivotrl.core.artifacts import ArtefactWriter, Header, digest, file_digest, read_header, read_rows
+from nemo_pivotrl.core.artifacts import Header, digest, file_digest, read_header, read_rows
 from nemo_pivotrl.core.atomic import write_atomically
 from nemo_pivotrl.core.errors import InputError, Problem
 from nemo_pivotrl.core.lock import one_writer
@@ -88,12 +90,12 @@ def evaluate(recipe: Recipe, fresh: bool = False) -> Path:
         extra={"policies": revisions},
     )
     path = recipe.path("evaluation.jsonl")
-    if fresh or not path.exists() or read_header(path, "evaluation") != header:
-        with ArtefactWriter(path, header, fresh) as writer, spend(Path(recipe.run_dir), "evaluate") as cost:
-            done = {(row["policy"], row["set"]) for row in writer.rows()}
-            for label, folder in settings.policies.items():
-                _evaluate_policy(recipe, label, folder, writer, done, cost)
-            writer.finish()
+    if path.exists() and read_header(path, "evaluation") != header:
+        path.unlink()  # of other policies or settings: it is made anew
+    sets, tally = [name for name in SETS if _wanted(recipe, name)], Tally()
+    work = [(label, name) for label in settings.policies for name in sets]
+    items = [(n, partial(Once, (label, name), 1, tally)) for n, (label, name) in enumerate(work)]
+    Map(recipe, "evaluate", path, header, lambda: items, partial(Evaluator, recipe), len(work), "set", tally).run(fresh)
     summary = summarise(list(read_items(path)), next(iter(settings.policies)), settings.confidence, recipe.seed)
     write_atomically(recipe.path("evaluation.json"), json.dumps(summary, indent=2) + "\n")
     print(table(summary))
@@ -117,27 +119,30 @@ def read_items(path: Path) -> Iterator[Row]:
             yield {"policy": row["policy"], "set": row["set"], **item}
 
 
-def _evaluate_policy(
-    recipe: Recipe, label: str, folder: str, writer: ArtefactWriter, done: set[tuple[str, str]], cost: dict[str, Any]
-) -> None:
-    sets = {name: run for name, run in SETS.items() if _wanted(recipe, name)}
-    if all((label, name) in done for name in sets):
-        return
-    generation = dataclasses.replace(recipe.policy.generation, temperature=recipe.evaluate.temperature)
-    policy = dataclasses.replace(
-        recipe.policy,
-        model_name=folder,
-        generation=generation,
-        lora=dataclasses.replace(recipe.policy.lora, enabled=False),
-    )
-    if recipe.vllm.servers:  # they serve the policy alone, and here are several
-        policy = dataclasses.replace(policy, sampler="backend")
-    backend = CountingSampler(loading.load_sampler(policy, _megatron(recipe, folder), recipe.vllm), cost)
-    chat = load_chat(policy, recipe.verifier.limits)
-    for name, run in sets.items():
-        if (label, name) not in done:
-            # one row for a whole set: after a crash it is there with all its items or not at all
-            writer.write([{"policy": label, "set": name, "items": run(recipe, policy, backend, chat)}])
+class Evaluator:
+    """Evaluates policies, one after the other; the last one stays loaded."""
+
+    def __init__(self, recipe: Recipe):
+        self.recipe, self.label = recipe, ""
+
+    def __call__(self, task: tuple[str, str]) -> Found:
+        """One row for a whole set of a policy: it is there with all its items or not at all."""
+        label, name = task
+        if label != self.label:
+            self._load(label)
+        cost: dict[str, Any] = {}
+        items = SETS[name](self.recipe, self.policy, CountingSampler(self.backend, cost), self.chat)
+        return found_rows([{"policy": label, "set": name, "items": items}], **cost)
+
+    def _load(self, label: str) -> None:
+        recipe, folder = self.recipe, self.recipe.evaluate.policies[label]
+        generation = dataclasses.replace(recipe.policy.generation, temperature=recipe.evaluate.temperature)
+        lora = dataclasses.replace(recipe.policy.lora, enabled=False)
+        self.policy = dataclasses.replace(recipe.policy, model_name=folder, generation=generation, lora=lora)
+        if recipe.vllm.servers:  # they serve the policy alone, and here are several
+            self.policy = dataclasses.replace(self.policy, sampler="backend")
+        self.backend = loading.load_sampler(self.policy, _megatron(recipe, folder), recipe.vllm)
+        self.chat, self.label = load_chat(self.policy, recipe.verifier.limits), label
 
 
 def _megatron(recipe: Recipe, folder: str) -> Megatron:

@@ -9,21 +9,22 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from collections.abc import Sequence
-from itertools import islice
+from functools import partial
 from pathlib import Path
 
 from nemo_pivotrl.algorithms import selection
+from nemo_pivotrl.components.durable_map import Found, Map, Tally, batches_of
 from nemo_pivotrl.components.lineage import check_lineage
-from nemo_pivotrl.components.progress import progress
 from nemo_pivotrl.components.rollout import judge_all, load_recipe_verifier
 from nemo_pivotrl.config import Recipe
-from nemo_pivotrl.core.artifacts import ArtefactWriter, count_rows, file_digest, is_complete, read_header, read_rows
+from nemo_pivotrl.core.artifacts import count_rows, file_digest, json_line, read_header, read_rows
 from nemo_pivotrl.core.errors import InputError, Problem
 from nemo_pivotrl.core.lock import one_writer
 from nemo_pivotrl.data.gym_rows import action_of_row
-from nemo_pivotrl.data.states import States, moved_reference, open_states
+from nemo_pivotrl.data.states import moved_reference, open_states
 from nemo_pivotrl.pivotrl.profile import report_failures
 from nemo_pivotrl.pivotrl.profile_rows import Row, light_of_row, plan_in, rescored_row
+from nemo_pivotrl.pivotrl.profile_worker import transient
 from nemo_pivotrl.verifiers.base import Verifier, VerifierFault
 
 CHUNK = 64
@@ -41,19 +42,20 @@ def rescore(recipe: Recipe, fresh: bool = False) -> Path:
     verifier, verifier_id = load_recipe_verifier(recipe)
     own = moved_reference(found, source, target) | {"rescored_from": file_digest(source), "was": found.verifier}
     header = dataclasses.replace(found, verifier=verifier_id, extra={**found.extra, **own})
-    if is_complete(target, header, fresh):
-        print(f"{target} is complete; fresh=true makes it anew")
-    else:
-        states, rows = open_states(source), read_rows(source)
-        with (
-            ArtefactWriter(target, header, fresh) as writer,
-            progress(count_rows(source), writer.rows_done, "rescore", "cand") as bar,
-        ):
-            rest = islice(rows, writer.rows_done, None)
-            while chunk := list(islice(rest, CHUNK)):
-                writer.write(_rescore(chunk, states, verifier, recipe.profile.max_retries))
-                bar.update(len(chunk))
-            writer.finish()
+    tally, make = Tally(), partial(Rescorer, recipe, source, verifier if recipe.executor == "here" else None)
+    Map(
+        recipe,
+        "rescore",
+        target,
+        header,
+        lambda: batches_of(read_rows(source), CHUNK, tally),
+        make,
+        count_rows(source),
+        "cand",
+        tally,
+        recipe.profile.max_failure_share,
+        "profile.max_failure_share",
+    ).run(fresh)
     print(difference(recipe, source, target))
     s, plan = recipe.select, plan_in(found)
     rule: selection.Rule = "adv" if s.rule == "random" else s.rule
@@ -68,23 +70,32 @@ def rescore(recipe: Recipe, fresh: bool = False) -> Path:
     return target
 
 
-def _rescore(rows: Sequence[Row], states: States, verifier: Verifier, max_retries: int) -> list[Row]:
-    turns = []
-    for row in rows:
-        case = states.candidate(row).case
-        turns += [(case, action_of_row(sample["action"]), sample["finish_reason"]) for sample in row["samples"]]
-    results = iter(judge_all(verifier, turns, max_retries))
-    made = []
-    for row in rows:
-        judged = [(sample, next(results)) for sample in row["samples"]]
-        fault = next((r.kind for _, r in judged if isinstance(r, VerifierFault)), row["profile"]["failure"])
-        samples = [
-            {**sample, "reward": r.reward, "category": r.category}
-            for sample, r in judged
-            if not isinstance(r, VerifierFault)
-        ]
-        made.append(rescored_row(row, samples, fault))
-    return made
+class Rescorer:
+    """Judges rows of a profile anew, with their states."""
+
+    def __init__(self, recipe: Recipe, source: Path, verifier: Verifier | None = None):
+        self.retries = recipe.profile.max_retries
+        self.states, self.verifier = open_states(source), verifier or load_recipe_verifier(recipe)[0]
+
+    def __call__(self, rows: Sequence[Row]) -> Found:
+        """The rows with their new verdicts, and how many could not be judged."""
+        turns = []
+        for row in rows:
+            case = self.states.candidate(row).case
+            turns += [(case, action_of_row(sample["action"]), sample["finish_reason"]) for sample in row["samples"]]
+        results = iter(judge_all(self.verifier, turns, self.retries))
+        made, failed = [], Counter[str]()
+        for row in rows:
+            judged = [(sample, next(results)) for sample in row["samples"]]
+            fault = next((r.kind for _, r in judged if isinstance(r, VerifierFault)), row["profile"]["failure"])
+            samples = [
+                {**sample, "reward": r.reward, "category": r.category}
+                for sample, r in judged
+                if not isinstance(r, VerifierFault)
+            ]
+            failed.update([fault] if transient(fault) else [])
+            made.append(rescored_row(row, samples, fault))
+        return Found([json_line(row) for row in made], {"candidates": len(rows)}, failed)
 
 
 def difference(recipe: Recipe, before: Path, after: Path) -> str:

@@ -160,6 +160,7 @@ def train(folder: str, kind: str, modules: list[str], layout: dict[str, Any], sh
             p.main_grad.div_(backend.groups.dp_cp.size())
     weights = {name: tensor.clone() for name, tensor in backend.weights()}
     backend.export(Path(target))
+    backend.export(Path(f"{target}-trained"), trained_only=True)
     taken = backend.finish_training_step()
     moved = [n for n, p in backend.stage.named_parameters() if n in frozen and not torch.equal(p, frozen[n])]
     return {

@@ -115,6 +115,11 @@ def test_a_step_is_that_of_peft(
     merged = answers[0]["weights"]
     for key, tensor in want["weights"].items():
         torch.testing.assert_close(merged[key], tensor, rtol=0, atol=1e-5)
+    sent = load_file(tmp_path / "policy-trained/model.safetensors")
+    assert all(torch.equal(tensor, merged[key]) for key, tensor in sent.items())
+    named = {key.removesuffix(".weight").rpartition(".")[2] for key in sent}
+    assert set(modules) & {"q_proj", "in_proj", "o_proj"} <= named
+    assert not any("experts." in key and "shared" not in key for key in sent)
     written = load_file(tmp_path / "policy/adapter/adapter_model.safetensors")
     assert {lora_jobs.layer(key) for key in written} == found.keys()
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.journals import journals_kept
 from support.recipes import ROOT, SMALL_LLMDOCTOR
 
 from nemo_pivotrl.config import Recipe
@@ -86,9 +87,11 @@ def test_shown_answers_keep_what_guidance_did_to_every_token(steered: Path) -> N
 def test_an_assessment_resumes_at_any_byte_to_the_same_answers(steered: Path) -> None:
     path = steered / "assessment.jsonl"
     whole = path.read_bytes()
-    lines = whole.splitlines(keepends=True)
     path.rename(path.with_name("kept"))
-    path.with_name("assessment.jsonl.part").write_bytes(b"".join(lines[: 1 + 5 * 12 + 3]) + lines[64][:20])
+    with journals_kept() as kept:
+        assess(recipe(steered))
+    path.unlink()
+    path.with_name("assessment.jsonl.journal").write_bytes(kept[0][: len(kept[0]) * 3 // 5])
     assess(recipe(steered))
 
     def answers(content: bytes) -> list[tuple[Any, ...]]:

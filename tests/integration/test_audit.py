@@ -9,6 +9,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from support.journals import journals_kept
 from support.recipes import ROOT, recipe_at
 
 from nemo_pivotrl import config
@@ -229,10 +230,10 @@ def test_another_verifier_gives_another_pivot_set_which_select_and_train_follow(
 
 def test_a_rescore_resumes_where_it_was_cut_and_never_writes_over_its_source(run_dir: Path) -> None:
     recipe = recipe_at(run_dir, "verifier.name=functional")
-    whole = rescore(recipe).read_bytes()
-    lines = whole.splitlines(keepends=True)
+    with journals_kept() as kept:
+        whole = rescore(recipe).read_bytes()
     (run_dir / "profiles.rescored.jsonl").unlink()
-    (run_dir / "profiles.rescored.jsonl.part").write_bytes(b"".join(lines[:4]) + lines[4][:30])
+    (run_dir / "profiles.rescored.jsonl.journal").write_bytes(kept[0][: len(kept[0]) // 2])
     assert rescore(recipe).read_bytes() == whole
     with pytest.raises(InputError, match="a name of its own"):
         rescore(recipe_at(run_dir, "rescore.output=profiles.jsonl"))

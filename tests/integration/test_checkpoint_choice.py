@@ -4,7 +4,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,7 +13,7 @@ from support.recipes import ROOT, recipe_at
 
 from nemo_pivotrl.components import simulation
 from nemo_pivotrl.components.metrics import read_metrics
-from nemo_pivotrl.config import Recipe
+from nemo_pivotrl.config import Lora, Recipe
 from nemo_pivotrl.core.errors import InputError
 from nemo_pivotrl.core.types import Action, Message
 from nemo_pivotrl.pivotrl.sft import sft
@@ -89,6 +89,16 @@ def test_fine_tuning_that_is_chosen_by_held_out_turns_measures_them(trained: Pat
     assert list(measured) == [0, 2, 4] and abs(rows[0]["val/kl"]) < 1e-6 < rows[-1]["val/kl"]
     best = max((2, 4), key=lambda step: measured[step])
     assert weights(folder / "policy") == weights(folder / f"step_{best:05d}/policy")
+
+
+def test_adapters_are_published_beside_the_merged_policy_and_checked_with_it(rigged: Recipe) -> None:
+    adapted = replace(rigged.policy, lora=Lora(enabled=True, r=2))
+    Rigged.wanted = [0, 1, 3, 3, 2]
+    policy = train(replace(rigged, policy=adapted))
+    assert {p.name for p in (policy / "adapter").iterdir()} >= {"adapter_config.json", "adapter_model.safetensors"}
+    (policy / "adapter/adapter_config.json").write_text("{}")
+    with pytest.raises(InputError, match=r"adapter/adapter_config\.json"):
+        train(replace(rigged, policy=adapted))
 
 
 def test_a_run_without_the_metric_says_so(trained: Path, tmp_path: Path) -> None:

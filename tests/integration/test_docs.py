@@ -37,6 +37,7 @@ TINY = {"pivotrl": "recipes/pivotrl/tiny.yaml", "llmdoctor": "recipes/llmdoctor/
 ELSEWHERE = {
     "nemo-pivotrl serve recipes/": "vllm/test_vllm_serve.py",
     "nemo-pivotrl profile RECIPE.yaml policy.sampler=vllm vllm.servers=": "vllm/test_vllm_stages.py",
+    "nemo-pivotrl profile RECIPE.yaml executor=ray ": "test_ray.py",
     "make trace-sources": "trace/test_slices.py",
     "nemo-pivotrl trace ": "trace/test_slices.py",
     "nemo-pivotrl seal ": "unit/core/test_whole_files.py",
@@ -230,3 +231,11 @@ def test_the_other_pages_commands_run_on_a_trained_run(page: str, trained: Path,
     for words in found:
         run(words, tmp_path / "run", SMALL)
     assert found and (tmp_path / "run/nemo-rl/gym.yaml").exists()
+
+
+@pytest.mark.slow
+def test_the_page_on_workers_gives_the_bytes_of_one_process(trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained, tmp_path / "run")
+    (words,) = of("pivotrl", "workers.md")
+    run(words, tmp_path / "run", SMALL)
+    assert (tmp_path / "run/profiles.jsonl").read_bytes() == (trained / "profiles.jsonl").read_bytes()

@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 import yaml
-from support.recipes import ROOT
+from support.recipes import ROOT, TINY
+
+from nemo_pivotrl.config.load import load_recipe
 
 FOLDER = ROOT / "deploy/kubernetes"
 
@@ -78,3 +80,22 @@ def test_a_pod_joins_the_training_by_its_index(tmp_path: Path) -> None:
     options = dict(zip(words[2:at:2], words[3:at:2], strict=False))
     assert options["--node-rank"] == "1" and options["--nnodes"] == "2" and options["--nproc-per-node"] == "8"
     assert options["--master-addr"] == "pivotrl-train-0.pivotrl-train"
+
+
+def test_rays_pods_agree_with_each_other_and_with_the_package() -> None:
+    (made,) = objects("profile-ray.yaml")
+    assert made["kind"] == "RayJob" and made["apiVersion"] == "ray.io/v1"
+    cluster = made["spec"]["rayClusterSpec"]
+    assert f"ray=={cluster['rayVersion']}" in (ROOT / "deploy/docker/vllm.txt").read_text()
+    (workers,) = cluster["workerGroupSpecs"]
+    for group in (cluster["headGroupSpec"], workers):
+        pod = group["template"]["spec"]
+        (container,) = pod["containers"]
+        assert f"USER {pod['securityContext']['runAsUser']}" in (ROOT / "Dockerfile").read_text()
+        assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
+    program, stage, path, *overrides = made["spec"]["entrypoint"].split()
+    recipe = load_recipe(TINY, overrides)
+    assert (program.rpartition("/")[2], stage, path) == ("nemo-pivotrl", "profile", "recipe.yaml")
+    assert recipe.executor == "ray" and recipe.workers == workers["replicas"]
+    limits = workers["template"]["spec"]["containers"][0]["resources"]["limits"]
+    assert recipe.ray.gpus_per_worker == limits["nvidia.com/gpu"]

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.journals import journals_kept
 from support.processes import kill_when, python
 from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM, LlamaForCausalLM
 
@@ -381,15 +382,16 @@ def test_resuming_after_a_cut_at_any_byte_writes_the_same_bytes_and_diagnostics(
 ) -> None:
     rows = [*ROWS[:3], {"prompt": "long", "chosen": "word " * 300, "rejected": "x"}, *ROWS[3:]]
     recipe = recipe_for(tmp_path, patient, rows)
-    path = build_rewards(recipe)
-    whole, summary = path.read_bytes(), (tmp_path / "token_rewards.json").read_bytes()
+    with journals_kept() as kept:
+        path = build_rewards(recipe)
+    (journal,), whole, summary = kept, path.read_bytes(), (tmp_path / "token_rewards.json").read_bytes()
     scorer = loading.load_scorer(recipe.patient)
     monkeypatch.setattr(loading, "load_scorer", lambda *_: scorer)
-    ends = [i + 1 for i, byte in enumerate(whole) if byte == 10]
-    cuts = {0, 1, 50, *ends[::3], *(end - 1 for end in ends[::4]), *range(77, len(whole), len(whole) // 8)}
+    ends = [i + 1 for i, byte in enumerate(journal) if byte == 10]
+    cuts = {0, 1, 50, *ends[::3], *(end - 1 for end in ends[::4]), *range(77, len(journal), len(journal) // 8)}
     for cut in sorted(cuts):
         path.unlink()
-        path.with_name("token_rewards.jsonl.part").write_bytes(whole[:cut])
+        path.with_name("token_rewards.jsonl.journal").write_bytes(journal[:cut])
         assert build_rewards(recipe).read_bytes() == whole, cut
         assert (tmp_path / "token_rewards.json").read_bytes() == summary, cut
     calls = Recording(scorer)
@@ -405,7 +407,7 @@ def test_reward_killed_with_9_and_resumed_writes_the_same_bytes(tmp_path: Path, 
         f"run_dir: {tmp_path}\npatient: {{model_name: {patient}, max_total_sequence_length: 256, batch_tokens: 600}}\n"
         f"reward: {{positive: '{POSITIVE}', negative: '{NEGATIVE}', pairs_per_wave: 4}}\nnum_threads: 1\n"
     )
-    part = tmp_path / "token_rewards.jsonl.part"
+    part = tmp_path / "token_rewards.jsonl.journal"
     process = python("-m", "nemo_pivotrl.cli", "reward", str(tmp_path / "r.yaml"))
     assert kill_when(process, lambda: part.exists() and part.read_bytes().count(b"\n") > 20), process.printed()
     assert cli.main(["reward", str(tmp_path / "r.yaml")]) == 0

@@ -114,6 +114,33 @@ def pretend(folder: Path, stage: str = "train", **settings: str) -> tuple[dict[s
     return job, (folder / "asked").read_text()
 
 
+RAY = """#!/bin/sh
+# as `ray symmetric-run` does: Ray everywhere, the command on the first node alone
+echo "$@" >>"$STUB_DIR/ray-asked"
+[ "$SLURM_PROCID" = 0 ] || exit 0
+while [ "$1" != -- ]; do shift; done
+shift
+exec "$@"
+"""
+
+
+def test_a_profile_on_ray_is_one_process_on_the_first_of_its_nodes(tmp_path: Path) -> None:
+    (tmp_path / "ray").write_text(RAY)
+    (tmp_path / "ray").chmod(0o755)
+    settings = {"RAY_NODES": "3", "RAY_PREFIX": str(tmp_path / "ray"), "GPUS_PER_NODE": "8", "GPUS_PER_WORKER": "2"}
+    job, asked = pretend(tmp_path, "profile", **settings)
+    assert job["codes"] == [0] and job["options"]["--nodes"] == "3" and "--array" not in job["options"]
+    (started,) = asked.splitlines()
+    assert started.startswith("profile ") and started.endswith(
+        "executor=ray ray.address=auto ray.gpus_per_worker=2 workers=12"
+    )
+    assert steps(tmp_path)[-1]["tasks"] == 3
+    assert (
+        "symmetric-run --address 127.0.0.1:6379 --min-nodes 3 -- env -u SLURM_STEP_ID"
+        in (tmp_path / "ray-asked").read_text()
+    )
+
+
 def test_servers_stand_beside_the_training_and_leave_with_it(tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     job, asked = pretend(
@@ -212,6 +239,7 @@ def test_the_env_file_names_every_variable_the_scripts_read() -> None:
         "SCRIPTS",
         "COMMAND_PREFIX",
         "NO_GRES",
+        "RAY_PORT",
         "SERVER_PORT",
         "VAL_PATH",
         "VLLM_API_KEY",

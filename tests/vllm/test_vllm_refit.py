@@ -11,7 +11,7 @@ import torch
 from conftest import SMALL, policy
 from test_vllm_engine import PROMPTS, STOPS, TIGHT, apart, drawn, truth
 from torch import Tensor
-from vllm_models import KINDS, llama, saved
+from vllm_models import KINDS, saved
 
 from nemo_pivotrl.backends import loading
 from nemo_pivotrl.backends.base import TokenBatch
@@ -127,18 +127,30 @@ def test_from_a_folder_and_tensor_by_tensor_is_the_same(pair: Any, tmp_path: Pat
     assert apart(pair.trainer.model, drawn(pair, GENERATION), 1.0) <= TIGHT
 
 
-def test_adapters_arrive_merged(tmp_path: Path) -> None:
-    folder = saved(llama(tied=True), tmp_path / "start")
-    made: Any = loading.load(policy(folder, lora=Lora(enabled=True, r=4, alpha=8), generation=GENERATION), vllm=SMALL)
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "qwen3-moe"])
+@pytest.mark.parametrize(
+    "modules", [("q_proj", "v_proj"), ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj")]
+)
+def test_adapters_arrive_merged_and_what_they_leave_alone_is_not_sent(
+    tmp_path: Path, kind: str, modules: tuple[str, ...]
+) -> None:
+    folder = saved(KINDS[kind](), tmp_path / "start")
+    lora = Lora(enabled=True, r=4, alpha=8, target_modules=modules)
+    made: Any = loading.load(policy(folder, lora=lora, generation=GENERATION), vllm=SMALL)
     try:
-        with torch.no_grad():
-            for name, parameter in made.trainer.model.named_parameters():
-                if "lora_B" in name:
-                    parameter += 0.05
-        made.stale = True
-        ((sample,),) = made.infer(PROMPTS[:1], [[3]], STOPS, GENERATION)
-        own = made.get_inference_log_probs(TokenBatch(PROMPTS[:1], [0], [sample.token_ids], {}))[0]
-        assert isinstance(sample, Sample) and float((own - torch.tensor(sample.log_probs)).abs().max()) <= TIGHT
+        for step in (1, 2):
+            with torch.no_grad():
+                for name, parameter in made.trainer.model.named_parameters():
+                    if "lora_B" in name:
+                        parameter += 0.05 * step
+            made.stale = True
+            ((sample,),) = made.infer(PROMPTS[:1], [[3]], STOPS, GENERATION)
+            own = made.get_inference_log_probs(TokenBatch(PROMPTS[:1], [0], [sample.token_ids], {}))[0]
+            assert isinstance(sample, Sample) and float((own - torch.tensor(sample.log_probs)).abs().max()) <= TIGHT
+        everything = {name for name, _ in made.weights()}
+        assert made.names < everything and not any("embed" in name or "lm_head" in name for name in made.names)
+        made.export(tmp_path / "sent", trained_only=True)
+        assert {name for name, _ in read_folder(tmp_path / "sent")} == made.names
     finally:
         made.sampler.close()
 

@@ -10,7 +10,7 @@ alike, and gradients are finalised once a step, without its division by a number
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -312,20 +312,25 @@ class MegatronPolicy(SequenceScores):
         """Undo `save_training_state`, in this layout or another. Raises InputError on every rank."""
         checkpoint.load(self, folder)
 
-    def export(self, folder: Path) -> None:
+    def export(self, folder: Path, trained_only: bool = False) -> None:
         """Write an ordinary HF checkpoint, and adapters alone beside it; every rank takes part, rank 0 writes."""
         chunk, settings = self.stage.module, self.settings
-        save_hf([chunk], folder, settings.model_name, self.groups, adapters=lora.merged(chunk))
-        if settings.lora.enabled:
+        only = self._trained() if trained_only else None
+        save_hf([chunk], folder, settings.model_name, self.groups, adapters=lora.merged(chunk), only=only)
+        if settings.lora.enabled and not trained_only:
             base = str(settings.model_name)
             lora.save_adapters(chunk, folder / lora.ADAPTER, self.architecture, settings.lora, base, self.groups)
 
-    def weights(self) -> Iterator[tuple[str, Tensor]]:
+    def weights(self, trained_only: bool = False) -> Iterator[tuple[str, Tensor]]:
         """Every tensor of `export`, by its HF name, whole, with its adapters in it; all ranks must iterate together."""
-        chunk = self.stage.module
-        for name, tensor in export_hf([chunk], self.architecture, self.groups, True, lora.merged(chunk)):
+        chunk, only = self.stage.module, self._trained() if trained_only else None
+        for name, tensor in export_hf([chunk], self.architecture, self.groups, True, lora.merged(chunk), only):
             assert tensor is not None, "all ranks asked"
             yield name, tensor
+
+    def _trained(self) -> Collection[str] | None:
+        """Names in the mapping of the weights that training changes; None: all."""
+        return lora.places(self.architecture, self.settings.lora).keys() if self.settings.lora.enabled else None
 
 
 def _of_rows(value: Tensor, rows: Rows, like: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -253,9 +253,11 @@ def export_hf(
     groups: Groups,
     all_ranks: bool = False,
     adapters: Mapping[str, Any] | None = None,
+    only: Collection[str] | None = None,
 ) -> Iterator[tuple[str, Tensor | None]]:
-    """Every HF tensor of a model by name, as `export_entries` gives them. adapters: what is added to weights (`lora.merged`)."""
-    table = [entry for entry in entries(architecture) if not entry.copy]
+    """Every HF tensor of a model by name, as `export_entries` gives them. adapters: what is added to weights (`lora.merged`);
+    only: names in the mapping of the weights that are asked for."""
+    table = [entry for entry in entries(architecture) if not entry.copy and (only is None or entry.name in only)]
     return export_entries(table, local_tensors(chunks, architecture, groups), groups, all_ranks, adapters)
 
 
@@ -328,16 +330,18 @@ def save_hf(
     groups: Groups,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     adapters: Mapping[str, Any] | None = None,
+    only: Collection[str] | None = None,
 ) -> None:
     """Write the model as an HF checkpoint folder; tokenizer and config come from `source`, the folder it began as.
 
-    All ranks call it; rank 0 writes. Raises OSError on every rank when that fails, or when what was written is not a
-    checkpoint of this architecture, with every tensor that `source` has, in its shape.
+    With `only` (as for `export_hf`) the folder has these tensors and nothing else. All ranks call it; rank 0 writes. Raises OSError
+    on every rank when that fails, or when what was written is not a checkpoint of this architecture, with every tensor that
+    `source` has, in its shape.
     """
     architecture = read_architecture(source)
     writer = _Writer(Path(folder), Path(source), max_shard_bytes) if groups.world.rank() == 0 else None
     error: list[str | None] = [None]
-    for name, tensor in export_hf(chunks, architecture, groups, adapters=adapters):
+    for name, tensor in export_hf(chunks, architecture, groups, adapters=adapters, only=only):
         if writer is not None and error[0] is None:
             assert tensor is not None
             try:
@@ -346,8 +350,11 @@ def save_hf(
                 error[0] = str(caught)
     if writer is not None and error[0] is None:
         try:
-            writer.finish()
-            check_export(folder, source, architecture)
+            if only is None:
+                writer.finish()
+                check_export(folder, source, architecture)
+            else:
+                writer.finish_weights()
         except (OSError, InputError) as caught:
             error[0] = str(caught)
     dist.broadcast_object_list(error, 0, group=groups.world, device=groups.device)
@@ -407,6 +414,17 @@ class _Writer:
             for name in start.file_of:
                 if name.startswith(CARRIED):
                     self.add(name, start.whole(name))
+        self.finish_weights()
+        for path in self.source.iterdir():
+            if (
+                path.is_file()
+                and path.suffix in (".json", ".jinja", ".txt", ".model", ".py")
+                and "index" not in path.name
+            ):
+                shutil.copyfile(path, self.folder / path.name)
+        self._write_config()
+
+    def finish_weights(self) -> None:
         self._flush()
         count, weight_map = len(self.shards), {}
         for i, names in enumerate(self.shards):
@@ -417,14 +435,6 @@ class _Writer:
             index = {"metadata": {"total_size": self.total}, "weight_map": weight_map}
             text = json.dumps(index, indent=2, sort_keys=True)
             (self.folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
-        for path in self.source.iterdir():
-            if (
-                path.is_file()
-                and path.suffix in (".json", ".jinja", ".txt", ".model", ".py")
-                and "index" not in path.name
-            ):
-                shutil.copyfile(path, self.folder / path.name)
-        self._write_config()
 
     def _write_config(self) -> None:
         path = self.folder / "config.json"

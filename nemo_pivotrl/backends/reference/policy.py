@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers.core_model_loading import revert_weight_conversion
 
@@ -346,8 +347,13 @@ class ReferencePolicy(SequenceScores):
         if self.head is not None:
             self.head.load_state_dict(state["head"])
 
-    def export(self, folder: Path) -> None:
+    def export(self, folder: Path, trained_only: bool = False) -> None:
         """Write an ordinary HF checkpoint, with adapters merged into it, and adapters alone in its folder `adapter`."""
+        if trained_only:
+            folder.mkdir(parents=True, exist_ok=True)
+            tensors = {name: tensor.cpu().contiguous() for name, tensor in self.weights(trained_only)}
+            save_file(tensors, str(folder / "model.safetensors"), {"format": "pt"})
+            return
         self._merged().save_pretrained(folder)
         if self.settings.lora.enabled:
             self.model.save_pretrained(folder / ADAPTER)
@@ -356,7 +362,7 @@ class ReferencePolicy(SequenceScores):
         """The model; one with adapters as a copy into which they are merged."""
         return copy.deepcopy(self.model).merge_and_unload() if self.settings.lora.enabled else self.model
 
-    def weights(self) -> Iterator[tuple[str, Tensor]]:
+    def weights(self, trained_only: bool = False) -> Iterator[tuple[str, Tensor]]:
         """Every tensor of `export`, by its HF name. Tied ones come once."""
         model = self._merged()
         first: dict[tuple[int, torch.Size], str] = {}  # an embedding stands before the head that is tied to it
@@ -365,7 +371,16 @@ class ReferencePolicy(SequenceScores):
             for name, tensor in model.state_dict().items()
             if first.setdefault((tensor.data_ptr(), tensor.shape), name) == name
         }
+        if trained_only and self.settings.lora.enabled:
+            blocks = self._adapted_blocks()
+            state = {name: tensor for name, tensor in state.items() if name.startswith(blocks)}
         yield from revert_weight_conversion(model, state).items()
+
+    def _adapted_blocks(self) -> tuple[str, ...]:
+        """Names of the blocks (an attention, an MLP) that have adapters: engines fuse their layers, and load them together."""
+        start, end = "base_model.model.", ".lora_A."
+        named = {name.removeprefix(start).partition(end)[0] for name, _ in self.model.named_parameters() if end in name}
+        return tuple(sorted({name.rpartition(".")[0] + "." for name in named}))
 
 
 def _with_lora(model: Any, policy: Policy) -> Any:

@@ -91,8 +91,10 @@ class Refit:
         """Load HF tensors, from a folder's name or an iterable; the fingerprint of all that was loaded."""
         read, model = Fingerprint(), self.model_runner.get_model()
         weights = read_folder(source) if isinstance(source, str) else source
-        unpack_experts(model)
+        kernels = unpack_experts(model)
         self.model_runner.reload_weights(weights_iterator=read.through(weights))
+        for method, kernel in kernels:
+            method.moe_kernel = method.moe_kernel or kernel  # none was made where no expert came
         repack_tied_head(model)
         return read.value
 
@@ -108,16 +110,20 @@ class Refit:
         return [[tuple(token) for token in RECORDS.pop(number, [])] for number in numbers]
 
 
-def unpack_experts(model: Any) -> None:
-    """Have vLLM pack experts again when they are reloaded, which it does on CPUs only while they have no kernel.
+def unpack_experts(model: Any) -> list[tuple[Any, Any]]:
+    """Have vLLM pack experts again when they are reloaded, which it does on CPUs only while they have no kernel; (method, the
+    kernel that it had) of each.
 
     It keeps the kernel for the sake of CUDA graphs that hold its addresses; a CPU has none.
     """
+    found = []
     for module in model.modules():
         method = getattr(module, "quant_method", None)
-        weight = getattr(module, "w13_weight", None)
-        if getattr(method, "moe_kernel", None) is not None and weight is not None and weight.device.type == "cpu":
+        kernel, weight = getattr(method, "moe_kernel", None), getattr(module, "w13_weight", None)
+        if kernel is not None and weight is not None and weight.device.type == "cpu":
+            found.append((method, kernel))
             method.moe_kernel = None
+    return found
 
 
 def repack_tied_head(model: Any) -> None:
@@ -164,15 +170,15 @@ class Refitted:
         return self.sampler.infer(prompts, seeds, stop_ids, generation)
 
     def refit(self) -> None:
-        """Hand the trainer's weights over and compare both sides."""
+        """Hand over the weights that training changes, and compare both sides: the engine has the others from the start."""
         sampler: Any = self.sampler
         sent = Fingerprint()
         if self._passes_directly():
-            arrived = sampler.refit(sent.through(self.trainer.weights()))
+            arrived = sampler.refit(sent.through(self.trainer.weights(trained_only=True)))
         else:
             new = self.folder / "weights"
             shutil.rmtree(new, ignore_errors=True)
-            self.trainer.export(new)
+            self.trainer.export(new, trained_only=True)
             for _ in sent.through(read_folder(new)):
                 pass
             arrived = sampler.refit(str(new))
@@ -241,11 +247,11 @@ class Refitted:
         self.stale = True
         self.trainer.load_training_state(folder)
 
-    def export(self, folder: Path) -> None:
-        self.trainer.export(folder)
+    def export(self, folder: Path, trained_only: bool = False) -> None:
+        self.trainer.export(folder, trained_only)
 
-    def weights(self) -> Iterator[tuple[str, Tensor]]:
-        return self.trainer.weights()
+    def weights(self, trained_only: bool = False) -> Iterator[tuple[str, Tensor]]:
+        return self.trainer.weights(trained_only)
 
     @property
     def in_one_process(self) -> bool:

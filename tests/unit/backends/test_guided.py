@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from support.guided_models import EOS, TEXTS, TOKENIZER, VOCAB, decode_recipe, model
+from support.journals import journals_kept
 from support.recipes import ROOT
 from transformers import (
     LogitsProcessor,
@@ -677,13 +678,13 @@ def test_the_stage_decodes_prompts_of_every_shape_with_their_own_weights(
 
 def test_the_stage_resumes_to_the_same_bytes_from_any_row(folders: Path, tmp_path: Path) -> None:
     recipe = decode_recipe(folders, tmp_path)
-    assert cli.main(["decode", recipe]) == 0
+    with journals_kept() as kept:
+        assert cli.main(["decode", recipe]) == 0
     path = tmp_path / "run/decoded.jsonl"
-    whole = path.read_bytes()
-    lines = whole.splitlines(keepends=True)
-    for kept, torn in ((3, b'{"id": "2", "sam'), (6, b""), (10, b"")):
+    (journal,), whole = kept, path.read_bytes()
+    for share in (0.4, 0.7, 1.0):
         path.unlink()
-        path.with_name("decoded.jsonl.part").write_bytes(b"".join(lines[: kept + 1]) + torn)
+        path.with_name("decoded.jsonl.journal").write_bytes(journal[: int(share * len(journal))])
         assert cli.main(["decode", recipe]) == 0
         assert path.read_bytes() == whole
     assert cli.main(["decode", recipe]) == 0 and path.read_bytes() == whole
@@ -715,7 +716,7 @@ def test_bad_prompts_and_doctors_of_the_stage_are_named(
     )
     assert cli.main(["decode", recipe]) == 2
     assert "prompts.jsonl:1: prompt: found" in (shown := capsys.readouterr().err) and "the models read 96" in shown
-    assert "prompts.jsonl:3: messages" in shown and not (tmp_path / "run/decoded.jsonl.part").exists()
+    assert "prompts.jsonl:3: messages" in shown and not (tmp_path / "run/decoded.jsonl").exists()
     assert cli.main(["decode", recipe, "decode.doctors={kind: {path: nowhere}}"]) == 2
     assert "decode.doctors.kind.path" in capsys.readouterr().err
     assert cli.main(["decode", recipe, "decode.prompts=''"]) == 2
