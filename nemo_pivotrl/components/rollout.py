@@ -8,6 +8,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -130,9 +131,21 @@ def sampling(generation: Generation) -> dict[str, float]:
     }
 
 
-def fits(prompt: Sequence[int], policy: Policy) -> bool:
-    """Whether a state leaves room for a whole turn."""
-    return len(prompt) + policy.generation.max_new_tokens <= policy.max_total_sequence_length
+def fits(tokens: int, policy: Policy) -> bool:
+    """Whether a prompt of so many tokens leaves room for a whole turn."""
+    return tokens + policy.generation.max_new_tokens <= policy.max_total_sequence_length
+
+
+def first_fitting(
+    candidates: Iterable[Candidate], size: int, chat: Chat, policy: Policy, source: Path
+) -> list[tuple[Candidate, list[int]]]:
+    """The first `size` candidates that can be rendered and fit, with their prompts; hardly more are rendered."""
+    made: list[tuple[Candidate, list[int]]] = []
+    rest = iter(candidates)
+    while part := list(islice(rest, size - len(made))):
+        prompts = rendered(part, lambda c: chat.prompt_ids(c.messages, c.tools), source, "held-out states")
+        made += [(c, prompt) for c, prompt in prompts if fits(len(prompt), policy)]
+    return made
 
 
 def roll_out(

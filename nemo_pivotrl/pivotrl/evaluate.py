@@ -22,11 +22,11 @@ from nemo_pivotrl.components.costs import CountingSampler
 from nemo_pivotrl.components.durable_map import Found, Map, Once, Tally, found_rows
 from nemo_pivotrl.components.lineage import check_lineage
 from nemo_pivotrl.components.rollout import (
+    first_fitting,
     fits,
     judged_candidates,
     load_chat,
     load_recipe_verifier,
-    rendered,
     roll_out,
     sample_seed,
 )
@@ -168,14 +168,9 @@ def one_turn(recipe: Recipe, policy: Policy, backend: Sampler, chat: Chat) -> li
     source = recipe.path("candidates.jsonl")
     verifier, _ = load_recipe_verifier(recipe)
     found = judged_candidates(found, verifier, source) if found else []
-    states = rendered(found, lambda c: chat.prompt_ids(c.messages, c.tools), source, "held-out states")
-    prompts = {c.candidate_id: prompt for c, prompt in states}
-    held_out = sorted(
-        (c for c, prompt in states if fits(prompt, policy)),
-        key=lambda c: selection.order_key(recipe.seed, c.candidate_id),
-    )
-    held_out = held_out[: settings.one_turn_candidates]
-    if not held_out:
+    found.sort(key=lambda c: selection.order_key(recipe.seed, c.candidate_id))
+    chosen = first_fitting(found, settings.one_turn_candidates, chat, policy, source)
+    if not chosen:
         raise InputError(
             Problem(
                 str(recipe.path("candidates.jsonl")),
@@ -185,6 +180,7 @@ def one_turn(recipe: Recipe, policy: Policy, backend: Sampler, chat: Chat) -> li
                 "raise extract.validation_share",
             )
         )
+    held_out = [c for c, _ in chosen]
     seeds = [
         [sample_seed("one_turn", recipe.seed, c.candidate_id, k) for k in range(settings.num_generations)]
         for c in held_out
@@ -194,7 +190,7 @@ def one_turn(recipe: Recipe, policy: Policy, backend: Sampler, chat: Chat) -> li
         chat,
         verifier,
         held_out,
-        [prompts[c.candidate_id] for c in held_out],
+        [prompt for _, prompt in chosen],
         seeds,
         policy.generation,
         recipe.profile.max_retries,
@@ -231,7 +227,7 @@ def play(
         running = [(i, e) for i, e in enumerate(episodes) if not e.done]
         prompts = {i: chat.prompt_ids(e.messages, e.tools) for i, e in running}
         for i, episode in running:
-            if not fits(prompts[i], policy):
+            if not fits(len(prompts[i]), policy):
                 episode.step(Action("malformed", detail="context overflow"))
         running = [(i, e) for i, e in running if not e.done]
         if not running:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -37,21 +37,17 @@ class State:
     prompt: list[int]
 
 
-def states_of(candidates: Iterable[Candidate], chat: Chat, recipe: Recipe, source: Path) -> list[State]:
-    """The candidates with their prompts. Those that cannot be rendered, or do not fit the context, are left out and counted."""
-    found = rendered(candidates, lambda c: chat.prompt_ids(c.messages, c.tools), source)
-    states = [State(candidate, prompt) for candidate, prompt in found]
+def held_out_states(recipe: Recipe, source: Path, chat: Chat, verifier: Bounded) -> list[State]:
+    """`grpo.val_candidates` of the held-out states in `source`, by hash, for a fine-tuning that validates on them.
+
+    Those that cannot be rendered, or do not fit the context, are left out and counted.
+    """
+    found = [c for c in candidates_of(source, "validation") if not verifier.excludes(c.case)]
+    states = [State(c, prompt) for c, prompt in rendered(found, lambda c: chat.prompt_ids(c.messages, c.tools), source)]
     kept = [s for s in states if fits(s.prompt, recipe.policy)]
     if len(kept) < len(states):
         print(f"excluded: {len(states) - len(kept)} of {len(states)} states, context_overflow")
-    return kept
-
-
-def held_out_states(recipe: Recipe, source: Path, chat: Chat, verifier: Bounded) -> list[State]:
-    """The states of a validation while a policy trains: `grpo.val_candidates` of the held-out ones in `source`, by hash."""
-    found = [c for c in candidates_of(source, "validation") if not verifier.excludes(c.case)]
-    states = states_of(found, chat, recipe, source)
-    ordered = sorted(states, key=lambda s: selection.order_key(recipe.seed, s.candidate.candidate_id))
+    ordered = sorted(kept, key=lambda s: selection.order_key(recipe.seed, s.candidate.candidate_id))
     return ordered[: recipe.grpo.val_candidates]
 
 

@@ -13,7 +13,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -33,25 +33,29 @@ from nemo_pivotrl.components.metrics import read_metrics
 from nemo_pivotrl.components.progress import steps_of
 from nemo_pivotrl.components.rollout import (
     Rollout,
+    fits,
     load_chat,
     load_recipe_verifier,
     roll_out,
     sample_seed,
     sampling,
 )
-from nemo_pivotrl.config import Grpo, LossFn, Recipe
-from nemo_pivotrl.core.artifacts import digest, file_digest, read_header
-from nemo_pivotrl.core.errors import InputError, Problem
+from nemo_pivotrl.config import Grpo, LossFn, Policy, Recipe
+from nemo_pivotrl.core.artifacts import digest, file_digest, read_header, read_rows
+from nemo_pivotrl.core.errors import InputError, Problem, UnrenderableState
 from nemo_pivotrl.core.lock import one_writer
+from nemo_pivotrl.core.types import Split
 from nemo_pivotrl.data.chat_template import Chat
-from nemo_pivotrl.data.states import candidates_of
-from nemo_pivotrl.pivotrl.monitor import Monitor, State, held_out_states, padded, rollout_metrics, states_of
+from nemo_pivotrl.data.states import Row, States, open_states
+from nemo_pivotrl.pivotrl.monitor import Monitor, State, padded, rollout_metrics
 from nemo_pivotrl.verifiers.base import Bounded, Verifier
 
 Until = Callable[[Sequence[rounds.Row]], rounds.Ending | None]
 """Asked after every step: may training go on? It is given all metrics of the round, step 0 included."""
 FLAT_STEPS = 3
 """After so many steps without a gradient a training warns at once, and not at its end alone."""
+MEASURED = 8
+"""Trajectories of which it is measured how far their prompts begin alike."""
 
 
 @one_writer
@@ -68,7 +72,7 @@ def train(recipe: Recipe, fresh: bool = False, until: Until | None = None) -> Pa
     chat = load_chat(recipe.policy, recipe.verifier.limits)
     verifier, verifier_id = load_recipe_verifier(recipe)
     _check(recipe, source, chat, verifier_id)
-    pivots = states_of(candidates_of(source, "train"), chat, recipe, source)
+    pivots = _fitting(source, "train", recipe.policy)
     if not pivots:
         raise InputError(
             Problem(str(source), None, "pivots", "none fits the context", "raise policy.max_total_sequence_length")
@@ -96,12 +100,19 @@ def train(recipe: Recipe, fresh: bool = False, until: Until | None = None) -> Pa
 class PolicyTraining:
     """A policy in training on pivots (`components.loop.Work`)."""
 
-    def __init__(self, recipe: Recipe, chat: Chat, verifier: Bounded, pivots: Sequence[State], cost: dict[str, Any]):
+    def __init__(self, recipe: Recipe, chat: Chat, verifier: Bounded, pivots: Sequence[Row], cost: dict[str, Any]):
         settings = recipe.grpo
-        held_out = held_out_states(recipe, recipe.path(settings.pivots), chat, verifier)
+        source = recipe.path(settings.pivots)
+        states = open_states(source)
+        self.render = partial(_state, states, chat)
+        rows = _fitting(source, "validation", recipe.policy)
+        rows.sort(key=lambda row: selection.order_key(recipe.seed, row["candidate_id"]))
+        judged = (row for row in rows if not verifier.excludes(states.candidate(row).case))
+        held_out = [self.render(row) for row in islice(judged, settings.val_candidates)]
         anchored = recipe.loss_fn.reference_policy_kl_penalty > 0 or settings.val_kl
         self.recipe, self.chat, self.verifier, self.pivots, self.cost = recipe, chat, verifier, pivots, cost
-        self.units = together(pivots, settings.keep_together if recipe.policy.prefix_sharing else 1.0)
+        share = settings.keep_together if recipe.policy.prefix_sharing else 1.0
+        self.units = together(pivots, share, self.render, recipe.seed)
         self.trainer = loading.load(recipe.policy, recipe.megatron, recipe.vllm, reference=anchored)
         self.trainer.prepare_for_training(recipe.policy.optimizer)
         self.monitor = Monitor(recipe, self.trainer, chat, verifier, held_out)
@@ -113,7 +124,7 @@ class PolicyTraining:
     def step(self, number: int) -> Step:
         """Sample, judge and update. Every sample of the step is counted in its row, those of its validations too."""
         self.meter = CountingSampler(self.trainer, self.cost)
-        drawn = _draw(self.pivots, self.units, number, self.recipe)
+        drawn = [self.render(row) for row in _draw(self.pivots, self.units, number, self.recipe)]
         metrics, timing = _step(self.recipe, number, drawn, self.trainer, self.meter, self.chat, self.verifier)
         self.flat = 0 if metrics["mixed_group_share"] else self.flat + 1
         if self.flat == FLAT_STEPS:
@@ -187,30 +198,66 @@ def _identity(recipe: Recipe, source: Path) -> str:
     return digest([recipe.seed, grpo, parts, recipe.checkpointing.save_period, file_digest(source)])
 
 
-def _draw(pivots: Sequence[State], units: Sequence[str], step: int, recipe: Recipe) -> list[State]:
+def _fitting(source: Path, split: Split, policy: Policy) -> list[Row]:
+    """The rows of a split whose prompt, as it was profiled, leaves room for a turn; the others are counted."""
+    rows = [row for row in read_rows(source) if row["split"] == split]
+    kept = [row for row in rows if fits(row["tokens_prompt"], policy)]
+    if len(kept) < len(rows):
+        print(f"excluded: {len(rows) - len(kept)} of {len(rows)} states, context_overflow")
+    return kept
+
+
+def _state(states: States, chat: Chat, row: Row) -> State:
+    """A row's state, rendered. Raises InputError where the template refuses what it rendered for the profile."""
+    candidate = states.candidate(row)
+    try:
+        return State(candidate, chat.prompt_ids(candidate.messages, candidate.tools))
+    except UnrenderableState as error:
+        place, found = f"candidate {candidate.candidate_id}", f"{error.kind}: {error.found}"
+        remedy = "train with the profile's policy.chat, or run profile and select again"
+        raise InputError(Problem(str(states.artefact), None, place, found, remedy)) from error
+
+
+def _draw(pivots: Sequence[Row], units: Sequence[str], step: int, recipe: Recipe) -> list[Row]:
     """The pivots of a step: consecutive places in an endless run of epochs, each in its own random order.
 
     units: of each pivot what it is drawn with (`together`); a trajectory's pivots may follow each other. Every pivot is drawn once
     an epoch either way; what changes is which ones share a step: fewer trajectories a step, hence a noisier gradient.
     """
     size = recipe.grpo.num_prompts_per_step
-    members = _units(tuple(s.candidate.candidate_id for s in pivots), tuple(units))
+    members = _units(tuple(row["candidate_id"] for row in pivots), tuple(units))
     return [
         pivots[_epoch(members, recipe.seed, place // len(pivots))[place % len(pivots)]]
         for place in range((step - 1) * size, step * size)
     ]
 
 
-def together(pivots: Sequence[State], share: float) -> list[str]:
-    """Of each pivot, what it is drawn with: its trajectory where that saves more than `share` of the tokens, else itself."""
-    of: dict[str, list[State]] = {}
-    for state in pivots:
-        of.setdefault(state.candidate.trajectory_id, []).append(state)
-    saved = {name: prompt_saving([s.prompt for s in states]) for name, states in of.items()} if share < 1.0 else {}
+def together(pivots: Sequence[Row], share: float, render: Callable[[Row], State], seed: int) -> list[str]:
+    """Of each pivot, what it is drawn with: its trajectory where that saves more than `share` of the tokens, else itself.
+
+    Prompts of a trajectory begin alike, unless the template rewrites earlier turns: how far they do is measured on the two longest
+    of a few trajectories, and what a trajectory saves follows from its prompts' lengths.
+    """
+    of: dict[str, list[Row]] = {}
+    for row in pivots if share < 1.0 else ():
+        of.setdefault(row["trajectory_id"], []).append(row)
+    several = {name: sorted(rows, key=_tokens) for name, rows in of.items() if len(rows) > 1}
+    alike = []
+    for name in sorted(several, key=lambda name: selection.order_key(seed, name))[:MEASURED]:
+        prompts = [render(row).prompt for row in several[name][-2:]]
+        alike.append(prompt_saving(prompts) * sum(map(len, prompts)) / min(map(len, prompts)))
+    saved = {
+        name: statistics.fmean(alike) * (1 - _tokens(rows[-1]) / sum(map(_tokens, rows)))
+        for name, rows in several.items()
+    }
     return [
-        f"trajectory {name}" if saved.get(name := s.candidate.trajectory_id, 0.0) > share else s.candidate.candidate_id
-        for s in pivots
+        f"trajectory {name}" if saved.get(name := row["trajectory_id"], 0.0) > share else row["candidate_id"]
+        for row in pivots
     ]
+
+
+def _tokens(row: Row) -> int:
+    return int(row["tokens_prompt"])
 
 
 @lru_cache(maxsize=4)

@@ -5,6 +5,7 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.recipes import recipe_at
@@ -16,6 +17,7 @@ from nemo_pivotrl.components.statistics import bootstrap
 from nemo_pivotrl.core.artifacts import read_header, read_rows
 from nemo_pivotrl.core.errors import InputError
 from nemo_pivotrl.core.types import Action, Case, Verdict
+from nemo_pivotrl.data.states import candidates_of
 from nemo_pivotrl.demo import service_desk as world
 from nemo_pivotrl.pivotrl.evaluate import evaluate, holds, read_items
 from nemo_pivotrl.pivotrl.evaluation_tables import summarise
@@ -400,29 +402,49 @@ def test_an_episode_fails_for_a_write_without_asking_and_for_a_wrong_end_state()
 def test_a_trajectorys_pivots_stay_together_where_that_saves_enough_and_each_is_drawn_once_an_epoch(
     trained: Path,
 ) -> None:
-    from nemo_pivotrl.data.states import candidates_of
     from nemo_pivotrl.pivotrl.train import State, _draw, together
 
-    found = list(candidates_of(trained / "pivots.jsonl", "train"))[:6]
+    (candidate, *_) = candidates_of(trained / "pivots.jsonl", "train")
+    lengths = {"a": [60, 30, 60], "b": [5, 100], "c": [40]}
     owners = ["a", "b", "a", "c", "b", "a"]
-    trunk = list(range(20))
-    prompts = {"a": trunk, "b": trunk[:10], "c": [7, 7]}
-    pivots = [
-        State(
-            dataclasses.replace(c, candidate_id=f"{o}{i}", trajectory_id=o),
-            [*prompts[o], i] if o != "b" else [i, *trunk],
-        )
-        for i, (c, o) in enumerate(zip(found, owners, strict=True))
+    rows = [
+        {"candidate_id": f"{o}{i}", "trajectory_id": o, "tokens_prompt": lengths[o].pop()} for i, o in enumerate(owners)
     ]
-    assert together(pivots, 1.0) == [s.candidate.candidate_id for s in pivots]
-    assert together(pivots, 0.5) == [*("trajectory a", "b1", "trajectory a", "c3", "b4", "trajectory a")]
+
+    def growing(row: dict[str, Any]) -> State:
+        return State(candidate, list(range(row["tokens_prompt"])))
+
+    def rewritten(row: dict[str, Any]) -> State:
+        return State(candidate, [int(row["candidate_id"][1:]), *range(row["tokens_prompt"] - 1)])
+
+    alone = [row["candidate_id"] for row in rows]
+    assert together(rows, 1.0, growing, 0) == alone and together(rows, 0.0, rewritten, 0) == alone
+    assert together(rows, 0.5, growing, 0) == [*("trajectory a", "b1", "trajectory a", "c3", "b4", "trajectory a")]
     recipe = recipe_at(trained, "grpo.num_prompts_per_step=2")
-    for setting in ("0.5", "1.0"):
-        units = together(pivots, float(setting))
+    for setting in (0.5, 1.0):
+        units = together(rows, setting, growing, 0)
         for epoch in range(4):
-            drawn = [s for step in range(3) for s in _draw(pivots, units, 3 * epoch + step + 1, recipe)]
-            names = [s.candidate.trajectory_id for s in drawn]
-            assert sorted(s.candidate.candidate_id for s in drawn) == sorted(s.candidate.candidate_id for s in pivots)
-            if setting == "0.5":
+            drawn = [row for step in range(3) for row in _draw(rows, units, 3 * epoch + step + 1, recipe)]
+            names = [row["trajectory_id"] for row in drawn]
+            assert sorted(row["candidate_id"] for row in drawn) == sorted(alone)
+            if setting == 0.5:
                 assert names.index("a") + 2 == len(names) - 1 - names[::-1].index("a")
     assert recipe.grpo.keep_together == 0.5
+
+
+def test_training_renders_what_it_draws_and_measures_and_evaluation_what_it_scores(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from nemo_pivotrl.data.chat_template import Chat
+    from nemo_pivotrl.pivotrl.train import MEASURED
+
+    real, rendered = Chat.prompt_ids, list[int]()
+    monkeypatch.setattr(Chat, "prompt_ids", lambda *args: [rendered.append(1), real(*args)][1])
+    small = ["grpo.num_prompts_per_step=2", "grpo.val_candidates=3", "grpo.name=short", "grpo.max_num_steps=1"]
+    train(recipe_at(run_dir, *small))
+    assert 2 + 3 < len(rendered) <= 2 + 3 + 2 * MEASURED < len(list(read_rows(run_dir / "pivots.jsonl")))
+    rendered.clear()
+    recipe = recipe_at(run_dir, "evaluate.one_turn_candidates=4", "evaluate.simulator=none", "evaluate.retention=none")
+    alone = dataclasses.replace(recipe.evaluate, policies={"base": str(run_dir / "start/policy")})
+    evaluate(dataclasses.replace(recipe, evaluate=alone), True)
+    assert len(rendered) == 4
