@@ -44,7 +44,7 @@ def held_out_states(recipe: Recipe, source: Path, chat: Chat, verifier: Bounded)
     """
     found = [c for c in candidates_of(source, "validation") if not verifier.excludes(c.case)]
     states = [State(c, prompt) for c, prompt in rendered(found, lambda c: chat.prompt_ids(c.messages, c.tools), source)]
-    kept = [s for s in states if fits(s.prompt, recipe.policy)]
+    kept = [s for s in states if fits(len(s.prompt), recipe.policy)]
     if len(kept) < len(states):
         print(f"excluded: {len(states) - len(kept)} of {len(states)} states, context_overflow")
     ordered = sorted(kept, key=lambda s: selection.order_key(recipe.seed, s.candidate.candidate_id))
