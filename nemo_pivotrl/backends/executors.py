@@ -11,7 +11,7 @@ import multiprocessing
 import queue
 import signal
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
@@ -58,6 +58,28 @@ def whole(worker: Worker, task: Any) -> Any:
     """A task with the rest of its work."""
     found = worker(task)
     return found() if callable(found) else found
+
+
+def in_order(executor: Executor, tasks: Iterable[Any]) -> Iterator[Any]:
+    """What each task gives, in the tasks' order; as many are under way as the executor has room for. It is closed at the end."""
+    left, ended, begun, given = enumerate(tasks), dict[int, Any](), 0, 0
+    more = True
+    try:
+        while more or given < begun:
+            entry = next(left, None) if more and executor.room() else None
+            if entry is not None:
+                executor.submit(*entry)
+                begun += 1
+            elif more and executor.room():
+                more = False
+                continue
+            if found := executor.wait(block=entry is None):
+                ended[found[0]] = found[1]
+            while given in ended:
+                yield ended.pop(given)
+                given += 1
+    finally:
+        executor.close()
 
 
 class Here:

@@ -211,7 +211,7 @@ def _run(recipe: Recipe, job: Job, path: Path, shard: Shard | None, fresh: bool)
         recipe.profile.max_failure_share,
         "profile.max_failure_share",
         begun,
-        partial(_before, recipe, job),
+        before=partial(_before, recipe, job),
     ).run(fresh)
 
 

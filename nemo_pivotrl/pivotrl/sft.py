@@ -24,20 +24,24 @@ import torch
 from nemo_pivotrl.algorithms import pivotrl
 from nemo_pivotrl.backends import loading
 from nemo_pivotrl.backends.base import TokenBatch
+from nemo_pivotrl.backends.executors import Executor, Here, Processes, in_order
 from nemo_pivotrl.backends.identity import identity_of, policy_revision, without_start
+from nemo_pivotrl.components.conclusions import conclude
 from nemo_pivotrl.components.costs import CountingSampler
 from nemo_pivotrl.components.lineage import check_lineage
 from nemo_pivotrl.components.loop import Job, Step, run
-from nemo_pivotrl.components.rollout import load_chat, load_recipe_verifier, rendered
+from nemo_pivotrl.components.metrics import read_metrics
+from nemo_pivotrl.components.progress import progress
+from nemo_pivotrl.components.rollout import load_chat, load_recipe_verifier, tell_refused
+from nemo_pivotrl.components.stage_checks import sft_checks
 from nemo_pivotrl.config import Policy, Recipe, Sft
-from nemo_pivotrl.core.artifacts import digest, file_digest, read_header
-from nemo_pivotrl.core.errors import InputError, Problem
+from nemo_pivotrl.core.artifacts import digest, file_digest, read_header, read_rows
+from nemo_pivotrl.core.errors import InputError, Problem, UnrenderableState
 from nemo_pivotrl.core.lock import one_writer
 from nemo_pivotrl.core.plugins import load_plugin
-from nemo_pivotrl.core.types import Action, Candidate, Message
 from nemo_pivotrl.data import gym_rows as responses
 from nemo_pivotrl.data.chat_template import Chat
-from nemo_pivotrl.data.states import candidates_of
+from nemo_pivotrl.data.states import Row, States, open_states
 from nemo_pivotrl.pivotrl.monitor import Monitor, held_out_states
 from nemo_pivotrl.pivotrl.validation import METRIC, whole_tasks
 
@@ -46,6 +50,8 @@ EMBEDDED = {
     "shipped": "nemo_pivotrl.demo.start_policy:shipped_start_policy",
 }
 """What runs for `warmup.source`."""
+RENDERED_AT_ONCE = 64
+"""Turns that a process renders as one task."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -136,7 +142,7 @@ def _fine_tune(recipe: Recipe, settings: Sft, fresh: bool) -> Path:
     check_lineage(recipe, source, read_header(source, ("candidates", "pivots")))
     policy = dataclasses.replace(recipe.policy, model_name=settings.init or recipe.policy.model_name)
     chat = load_chat(policy)
-    sequences = _of_candidates(candidates_of(source, "train"), chat, policy, source)
+    sequences = _sequences(recipe, policy, chat, source)
     if not sequences:
         raise InputError(
             Problem(
@@ -165,38 +171,75 @@ def identity_for(recipe: Recipe, settings: Sft, policy: Policy, chat: Chat, data
     )
 
 
-def _of_candidates(candidates: Iterable[Candidate], chat: Chat, policy: Policy, source: Path) -> list[Sequence_]:
-    examples = rendered(
-        candidates, lambda c: _example(c.messages, c.tools, responses.message_of(c.expected), chat), source, "turns"
-    )
-    kept = [(c, e) for c, e in examples if len(e[0]) + len(e[1]) <= policy.max_total_sequence_length]
-    if len(kept) < len(examples):
-        print(f"excluded: {len(examples) - len(kept)} of {len(examples)} turns, context_overflow")
-    if told := _about_reasoning([c.expected for c, _ in kept], chat):
+Turn = tuple[Sequence[int], Sequence[int], bool]
+"""Ids of a turn's prompt and of its action, and whether the expert's reasoning is there."""
+
+
+class TurnRenderer:
+    """Renders rows' turns (`backends.executors.Worker`). Of one that cannot be rendered: kind and reason."""
+
+    def __init__(self, chat: Chat, states: States):
+        self.chat, self.states = chat, states
+
+    def __call__(self, rows: Sequence[Row]) -> list[Turn | str]:
+        return list(map(self.turn, rows))
+
+    def turn(self, row: Row) -> Turn | str:
+        """One row's turn."""
+        c = self.states.candidate(row)
+        try:
+            prompt, action = self.chat.example_ids(c.messages, c.tools, responses.message_of(c.expected))
+        except UnrenderableState as error:
+            return f"{error.kind}: {error.found}"
+        return array("i", prompt), array("i", action), bool(c.expected.reasoning)
+
+
+def _renderer(policy: Policy, source: Path) -> TurnRenderer:
+    return TurnRenderer(load_chat(policy), open_states(source))
+
+
+def _sequences(recipe: Recipe, policy: Policy, chat: Chat, source: Path) -> list[Sequence_]:
+    """The train turns of an artefact, merged; rendered in as many processes as the recipe has."""
+    rows = [row for row in read_rows(source) if row["split"] == "train"]
+    parts = [rows[i : i + RENDERED_AT_ONCE] for i in range(0, len(rows), RENDERED_AT_ONCE)]
+    executor: Executor
+    if recipe.executor == "processes":
+        executor = Processes(partial(_renderer, policy, source), recipe.workers)
+    else:
+        executor = Here(TurnRenderer(chat, open_states(source)))
+    found: list[tuple[Row, Turn]] = []
+    refused = []
+    with progress(len(rows), 0, "render", "turn") as bar:
+        for part, turns in zip(parts, in_order(executor, parts), strict=True):
+            for row, turn in zip(part, turns, strict=True):
+                if isinstance(turn, str):
+                    refused.append((row["candidate_id"], turn))
+                else:
+                    found.append((row, turn))
+            bar.update(len(part))
+    tell_refused(refused, len(rows), source, "turns")
+    kept = [(row, turn) for row, turn in found if len(turn[0]) + len(turn[1]) <= policy.max_total_sequence_length]
+    if len(kept) < len(found):
+        print(f"excluded: {len(found) - len(kept)} of {len(found)} turns, context_overflow")
+    if told := _about_reasoning([thought for _, (_, _, thought) in kept], chat):
         print(told)
-    by_trajectory: dict[str, list[tuple[list[int], list[int]]]] = {}
-    for c, example in kept:
-        by_trajectory.setdefault(c.trajectory_id, []).append(example)
+    by_trajectory: dict[str, list[tuple[Sequence[int], Sequence[int]]]] = {}
+    for row, (prompt, action, _) in kept:
+        by_trajectory.setdefault(row["trajectory_id"], []).append((prompt, action))
     return [s for of_one in by_trajectory.values() for s in merge(of_one)]
 
 
-def _about_reasoning(turns: Sequence[Action], chat: Chat) -> str:
+def _about_reasoning(thoughts: Sequence[bool], chat: Chat) -> str:
     """What is to be said of the reasoning in the trained turns; '' where all is trained as it is."""
-    thought = sum(bool(turn.reasoning) for turn in turns)
+    thought, turns = sum(thoughts), len(thoughts)
     if thought and not chat.template.reasoning_field:
-        return f"{thought} of {len(turns)} turns have reasoning, which the chat template does not write: they are trained without it"
-    if thought < len(turns) and chat.reasoning.opened:
+        return f"{thought} of {turns} turns have reasoning, which the chat template does not write: they are trained without it"
+    if thought < turns and chat.reasoning.opened:
         return (
-            f"{len(turns) - thought} of {len(turns)} turns have no reasoning: the chat template's prompt opens it, so they are "
+            f"{turns - thought} of {turns} turns have no reasoning: the chat template's prompt opens it, so they are "
             "trained to end it at once; policy.template_kwargs may turn it off"
         )
     return ""
-
-
-def _example(
-    state: Sequence[Message], tools: Sequence[dict[str, object]], action: Message, chat: Chat
-) -> tuple[list[int], list[int]]:
-    return chat.example_ids(state, tools, action)
 
 
 def epochs(sequences: Sequence[Sequence_], size: int, step: int, seed: int) -> list[Sequence_]:
@@ -217,7 +260,7 @@ def conversation(trajectory: dict, chat: Chat, own: Sequence[int] | None = None)
     messages, tools = trajectory["messages"], trajectory["tools"]
     turns = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
     trained = turns if own is None else [turns[number] for number in own]
-    return merge(_example(messages[:i], tools, messages[i], chat) for i in trained)[0]
+    return merge(chat.example_ids(messages[:i], tools, messages[i]) for i in trained)[0]
 
 
 def fit(
@@ -247,7 +290,11 @@ def fit(
         steps_field="num_steps",
         checkpointing=dataclasses.replace(kept, save_period=max(kept.save_period, settings.num_steps // 5)),
     )
-    return run(job, lambda cost: FineTuning(recipe, settings, policy, draw, chat, validated, cost), fresh)
+    folder = run(job, lambda cost: FineTuning(recipe, settings, policy, draw, chat, validated, cost), fresh)
+    conclude(
+        Path(recipe.run_dir), settings.name, sft_checks(read_metrics(recipe.path(settings.name) / "metrics.jsonl"))
+    )
+    return folder
 
 
 class FineTuning:

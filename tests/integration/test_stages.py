@@ -448,3 +448,14 @@ def test_training_renders_what_it_draws_and_measures_and_evaluation_what_it_scor
     alone = dataclasses.replace(recipe.evaluate, policies={"base": str(run_dir / "start/policy")})
     evaluate(dataclasses.replace(recipe, evaluate=alone), True)
     assert len(rendered) == 4
+
+
+def test_sft_renders_the_same_sequences_in_processes_as_here(trained: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    from nemo_pivotrl.components.rollout import load_chat
+    from nemo_pivotrl.pivotrl.sft import _sequences
+
+    here, there = recipe_at(trained), recipe_at(trained, "executor=processes", "workers=1")
+    chat, source = load_chat(here.policy), trained / "candidates.jsonl"
+    found = _sequences(here, here.policy, chat, source)
+    assert _sequences(there, here.policy, chat, source) == found and len(found) > 10
+    assert "render: 100%" in capfd.readouterr().err
