@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Sequence
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from nemo_pivotrl.cli.exits import BAD_INPUT, missing_module
@@ -131,6 +132,8 @@ def stage_command(stage: str, options: argparse.Namespace) -> int | None:
 def following(stage: str, recipe: Recipe, path: str, overrides: Sequence[str]) -> str:
     """The command that a person would type next, with the recipe and the settings of the last one."""
     then = NEXT.get(stage, "view")
+    if stage == "extract" and _awaits_warmup(recipe):
+        then = "warmup"
     if then == "evaluate" and not recipe.evaluate.policies:
         then = "report"
     if then == "assess" and not recipe.assess.arms:
@@ -140,6 +143,12 @@ def following(stage: str, recipe: Recipe, path: str, overrides: Sequence[str]) -
     kept = [o for o in overrides if not o.startswith("fresh=")]
     more = ["select.profiles=profiles.rescored.jsonl"] if stage == "rescore" else []
     return shlex.join(["nemo-pivotrl", then, path, *kept, *more])
+
+
+def _awaits_warmup(recipe: Recipe) -> bool:
+    """Whether the start policy is the warmup's to make, and not made yet."""
+    start = recipe.path(recipe.warmup.name) / "policy"
+    return Path(recipe.policy.model_name).resolve() == start.resolve() and not start.exists()
 
 
 def run_stage(stage: str, recipe: Recipe, fresh: bool, shard: str | None = None) -> int:

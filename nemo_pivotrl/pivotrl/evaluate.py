@@ -216,6 +216,7 @@ def one_turn(recipe: Recipe, policy: Policy, backend: Sampler, chat: Chat) -> li
             "scores": [r.verdict.reward for r in group if r.verdict],
             "failed": sum(r.verdict is None for r in group),
             "sample": group[0].text,
+            "texts": [r.text for r in group if r.verdict],  # of the scores, for whoever has another judge
             "category": group[0].verdict.category if group[0].verdict else group[0].failure,
         }
         for c, group in zip(held_out, groups, strict=True)
