@@ -17,9 +17,10 @@ from nemo_pivotrl.components.rollout import Rollout, roll_out, sample_seed
 from nemo_pivotrl.components.statistics import bootstrap
 from nemo_pivotrl.config import Recipe
 from nemo_pivotrl.core.artifacts import Header, digest, file_digest, read_header, read_rows, write_artefact
-from nemo_pivotrl.core.errors import InputError, Problem
+from nemo_pivotrl.core.errors import InputError, Problem, UnrenderableState
 from nemo_pivotrl.core.types import Candidate
 from nemo_pivotrl.data.chat_template import Chat
+from nemo_pivotrl.data.states import Row, States
 from nemo_pivotrl.pivotrl import evaluate
 from nemo_pivotrl.pivotrl.validation import whole_tasks
 from nemo_pivotrl.verifiers.base import Verifier
@@ -34,6 +35,17 @@ class State:
 
     candidate: Candidate
     prompt: list[int]
+
+
+def rendered_state(states: States, chat: Chat, row: Row) -> State:
+    """A row's state, rendered. Raises InputError where the template refuses what it rendered for the profile."""
+    candidate = states.candidate(row)
+    try:
+        return State(candidate, chat.prompt_ids(candidate.messages, candidate.tools))
+    except UnrenderableState as error:
+        place, found = f"candidate {candidate.candidate_id}", f"{error.kind}: {error.found}"
+        remedy = "train with the profile's policy.chat, or run profile and select again"
+        raise InputError(Problem(str(states.artefact), None, place, found, remedy)) from error
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
