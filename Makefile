@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 # all of these are commands, not files
-.PHONY: conformance verifier-speed quickstart smollm2 smollm2-doctor test test-aligner test-vllm test-view test-all trace trace-sources trace-full mutants torture check lint format fuzz clean locks audit
+.PHONY: conformance verifier-speed quickstart smollm2 smollm2-doctor bfcl test test-aligner test-vllm test-view test-all trace trace-sources trace-full mutants torture check lint format fuzz clean locks audit
 
 # BACKEND=megatron: the same recipes over megatron-core in two data-parallel processes, on CPUs over gloo
 quickstart: START := $(BIN)/nemo-pivotrl
@@ -154,6 +154,17 @@ smollm2-doctor: $(SMOLLM2)
 	test -e runs/smollm2/first-10/config.json || $(BIN)/python benchmarks/truncate_model.py runs/smollm2/base runs/smollm2/first-10 --layers 10
 	$(BIN)/nemo-pivotrl run recipes/llmdoctor/smollm2-135m-cpu.yaml
 
+# BFCL's questions, gold calls and checker, in an environment of their own; ARGS="--seeds 0 1 2 --arms sft adv mixed all strict"
+BFCL := .venv-bfcl
+$(BFCL)/.installed: requirements/bfcl.lock
+	$(PYTHON) -m venv $(BFCL)
+	$(BFCL)/bin/python -m $(LOCKED) requirements/bfcl.lock
+	touch $@
+
+bfcl: $(SMOLLM2) $(VENV_VLLM)/.installed $(BFCL)/.installed
+	PYTHONPATH=. $(VENV_VLLM)/bin/python benchmarks/bfcl.py $(ARGS)
+	$(BIN)/python benchmarks/bfcl_tables.py
+
 fuzz: $(STAMP)
 	$(BIN)/python -m pip install -q atheris==3.0.0
 	$(BIN)/python benchmarks/fuzz_verifiers.py --seconds $(or $(SECONDS),60)
@@ -176,4 +187,4 @@ verifier-speed: $(CONFORMANCE)/.installed
 	PYTHONPATH=. $(CONFORMANCE)/bin/python benchmarks/verifier_speed.py $(ARGS)
 
 clean:
-	rm -rf $(VENV) $(VENV_ALIGNER) $(VENV_VLLM) $(VENV_VIEW) $(CONFORMANCE) $(TRACE) build runs
+	rm -rf $(VENV) $(VENV_ALIGNER) $(VENV_VLLM) $(VENV_VIEW) $(CONFORMANCE) $(BFCL) $(TRACE) build runs

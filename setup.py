@@ -2,6 +2,26 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
+MODELS = [
+    "transformers>=5.16,<5.20",  # models, tokenizers and chat templates
+    "accelerate>=1.0",
+    "peft>=0.18",  # adapters
+    "datasketch>=1.6",  # extract: MinHash near-duplicates
+    "jsonschema>=4.18",  # extract: tool-schema checks
+    "regex>=2024.4",  # their patterns, with a time limit
+    "tensorboard>=2.16",  # logger.tensorboard is on unless a recipe says otherwise, wherever models train
+]
+# terminal_multi_harness: schemas in OpenAPI's dialect, as NeMo-Gym validates them; patterns with a time limit; the judge
+VERIFIERS = [
+    "openapi-schema-validator>=0.6",
+    "jsonschema>=4.18",
+    "regex>=2024.4",
+    "httpx>=0.27",
+    "sqlglot>=30,<31",  # `functional`: SQL; what it writes for one statement changes with its major version
+]
+REPORT = ["matplotlib>=3.8", "jinja2>=3.1"]
+SERVE = ["starlette>=0.40", "uvicorn>=0.30"]  # view, serve-verifier
+
 setup(
     name="nemo-pivotrl",
     version="0.1.0",
@@ -33,26 +53,10 @@ setup(
         "tqdm>=4.66",
     ],
     extras_require={
-        # extract: MinHash near-duplicates, tool-schema checks
-        # reference: models, tokenizers and chat templates; adapters
-        "reference": [
-            "transformers>=5.16,<5.20",
-            "accelerate>=1.0",
-            "peft>=0.18",
-            "datasketch>=1.6",
-            "jsonschema>=4.18",
-            "regex>=2024.4",  # tool-schema checks: patterns with a time limit
-            "tensorboard>=2.16",  # logger.tensorboard is on unless a recipe says otherwise, wherever models train
-        ],
-        # terminal_multi_harness: schemas in OpenAPI's dialect, as NeMo-Gym validates them; patterns with a time limit; the judge
-        "verifiers": [
-            "openapi-schema-validator>=0.6",
-            "jsonschema>=4.18",
-            "regex>=2024.4",
-            "httpx>=0.27",
-            "sqlglot>=30,<31",  # `functional`: SQL; what it writes for one statement changes with its major version
-        ],
-        "serve": ["starlette>=0.40", "uvicorn>=0.30"],
+        # extract to report and view on one machine, with every verifier: what own data need
+        "reference": [*MODELS, *VERIFIERS, *REPORT, *SERVE],
+        "verifiers": VERIFIERS,
+        "serve": SERVE,
         # Training over many ranks. Transformer Engine, apex and mamba_ssm come with NVIDIA's containers and are no business
         # of pip's: a bare `transformer-engine` breaks `import megatron.core`, and PyPI's `apex` is another project.
         "megatron": [
@@ -78,7 +82,7 @@ setup(
         # tests/vllm/requirements.txt. Only httpx is needed to ask servers.
         "vllm": ["vllm>=0.32,<0.34", "accelerate>=1.0", "httpx>=0.27", "tensorboard>=2.16"],
         "ray": ["ray>=2.50,<3"],  # `executor: ray`
-        "report": ["matplotlib>=3.8", "jinja2>=3.1"],
+        "report": REPORT,
         "oracles": ["vaderSentiment>=3.3"],  # the `sentiment` oracle
         "tables": ["pyarrow>=15"],  # trajectories and preferences in Parquet files, or packed by zstd
         "gguf": ["gguf>=0.17"],  # only to convert a GGUF checkpoint: benchmarks/convert_smollm2.py

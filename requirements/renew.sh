@@ -24,6 +24,7 @@ lock 3.11 $here/vllm.lock tests/vllm/requirements.txt -c tests/vllm/constraints.
 lock 3.11 $here/aligner.lock tests/aligner/requirements.txt -c tests/aligner/constraints.txt "${torch[@]}"
 lock 3.11 $here/aligner-packages.lock --no-deps tests/aligner/packages.txt
 lock 3.11 $here/conformance.lock benchmarks/conformance-requirements.txt
+lock 3.11 $here/bfcl.lock --no-deps benchmarks/bfcl-requirements.txt
 lock 3.11 $here/view.lock tests/view/requirements.txt
 lock 3.13 deploy/docker/requirements.lock --no-deps deploy/docker/requirements.txt
 # the image's vLLM: on GPUs, so with the torch of PyPI and its CUDA

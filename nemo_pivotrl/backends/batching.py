@@ -112,7 +112,9 @@ class Decoder:
         self.mask, self.last = mask[rows], logits[rows]
 
     def _forward(self, ids: Tensor, mask: Tensor, new: int) -> Tensor:
-        with torch.no_grad():
+        from nemo_pivotrl.backends.decode_attention import grouped
+
+        with torch.no_grad(), grouped(self.model):
             output = self.model(
                 input_ids=ids,
                 attention_mask=mask,

@@ -25,6 +25,12 @@ def is_hub_id(name: str) -> bool:
     return bool(HUB_ID.fullmatch(name)) and not owner.exists() and str(owner).lower() not in PLACES
 
 
+def id_of_snapshot(folder: str) -> str:
+    """The hub id of a folder in the hub's cache, or the id itself; '' for another folder."""
+    cached = re.search(r"models--([^/]+?)--([^/]+)/snapshots/", folder)
+    return f"{cached[1]}/{cached[2]}" if cached else folder if is_hub_id(folder) else ""
+
+
 def remedy_for(name: str) -> str:
     """How to have a model of the hub as a folder."""
     folder = f"models/{name.rpartition('/')[2]}"

@@ -67,7 +67,8 @@ def overview() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         prog="nemo-pivotrl",
         usage="nemo-pivotrl STAGE RECIPE [key=value ...]\n       nemo-pivotrl COMMAND --help",
-        description=f"PivotRL and LLMdoctor, stage by stage.\n\nstages:\n{stages}\n\nother commands:\n{tools}",
+        description="PivotRL and LLMdoctor, stage by stage. To begin: nemo-pivotrl init MODEL FILE writes a first recipe.\n\n"
+        f"stages:\n{stages}\n\nother commands:\n{tools}",
         epilog=SETTINGS,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

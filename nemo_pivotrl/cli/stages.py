@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Sequence
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from nemo_pivotrl.cli.exits import BAD_INPUT, missing_module
@@ -25,52 +26,61 @@ if TYPE_CHECKING:
 STAGES = {
     "world": (
         "nemo_pivotrl.demo.expert_trajectories:make_expert_trajectories",
-        "write the embedded world's expert trajectories",
+        "write the trajectories of the embedded example",
     ),
-    "extract": ("nemo_pivotrl.pivotrl.extract:extract", "trajectories -> candidates"),
-    "warmup": ("nemo_pivotrl.pivotrl.sft:warmup", "make the start policy by a short SFT"),
+    "extract": (
+        "nemo_pivotrl.pivotrl.extract:extract",
+        "cut trajectories into candidates, one for each assistant turn",
+    ),
+    "warmup": ("nemo_pivotrl.pivotrl.sft:warmup", "make a start policy by a short fine-tuning, where there is none"),
     "profile": (
         "nemo_pivotrl.pivotrl.profile:profile",
-        "candidates -> profiles: K verified rollouts of the start policy each",
+        "let the start policy try every candidate up to K times, and judge what it does",
     ),
-    "merge": ("nemo_pivotrl.pivotrl.profile:merge", "the shards of a profile -> profiles"),
-    "audit": ("nemo_pivotrl.pivotrl.verifier_audit:audit", "does the verifier say what is known beforehand?"),
-    "rescore": ("nemo_pivotrl.pivotrl.rescore:rescore", "another verifier or threshold over a profile's samples"),
-    "select": ("nemo_pivotrl.pivotrl.select:select_pivots", "profiles -> pivots"),
+    "merge": ("nemo_pivotrl.pivotrl.profile:merge", "put the shards of a profile together"),
+    "audit": ("nemo_pivotrl.pivotrl.verifier_audit:audit", "try the verifier on actions whose verdict is known"),
+    "rescore": ("nemo_pivotrl.pivotrl.rescore:rescore", "judge a profile's samples by another verifier or threshold"),
+    "select": (
+        "nemo_pivotrl.pivotrl.select:select_pivots",
+        "keep the candidates that the policy sometimes solves: the pivots",
+    ),
     "export": (
         "nemo_pivotrl.pivotrl.export:export",
-        "pivots -> NeMo-Gym rows; `export nemo-rl` adds a recipe, `export nemotron` the artefact's files",
+        "write the pivots for others: NeMo-Gym rows; with `nemo-rl` a recipe, with `nemotron` an artefact",
     ),
     "nemotron": (
         "nemo_pivotrl.integrations.nemotron:nemotron",
-        "extract to train, with the artefacts of Nemotron's pipeline",
+        "run extract to train, with the artefacts of Nemotron's pipeline",
     ),
-    "sft": ("nemo_pivotrl.pivotrl.sft:sft", "fine-tune on the same data, for comparison"),
-    "train": ("nemo_pivotrl.pivotrl.train:train", "pivots -> policy, by single-turn GRPO"),
+    "sft": ("nemo_pivotrl.pivotrl.sft:sft", "fine-tune on the same data, to compare with"),
+    "train": ("nemo_pivotrl.pivotrl.train:train", "train the policy on the pivots, by single-turn GRPO"),
     "manners": (
         "nemo_pivotrl.demo.answer_styles_models:make_manners",
-        "LLMdoctor: write the embedded patient, doctor and questions",
+        "LLMdoctor: write the embedded example: patient, doctor and questions",
     ),
     "rank": (
         "nemo_pivotrl.llmdoctor.rank:rank",
-        "LLMdoctor: prompts -> preference files: the patient's own answers, ranked",
+        "LLMdoctor: make preferences of the patient's own answers, ranked by oracles",
     ),
-    "tfpo": ("nemo_pivotrl.llmdoctor.train_doctor:train_doctor", "LLMdoctor: token rewards -> doctor"),
-    "assess": ("nemo_pivotrl.llmdoctor.assess:assess", "LLMdoctor: steered answers against others, with intervals"),
-    "evaluate": ("nemo_pivotrl.pivotrl.evaluate:evaluate", "policies side by side, with intervals"),
-    "preferences": ("nemo_pivotrl.llmdoctor.preferences:preferences", "LLMdoctor: preference files -> preferences"),
+    "tfpo": ("nemo_pivotrl.llmdoctor.train_doctor:train_doctor", "LLMdoctor: train doctors on token rewards"),
+    "assess": (
+        "nemo_pivotrl.llmdoctor.assess:assess",
+        "LLMdoctor: compare steered answers with others, with intervals",
+    ),
+    "evaluate": ("nemo_pivotrl.pivotrl.evaluate:evaluate", "compare policies, with intervals"),
+    "preferences": ("nemo_pivotrl.llmdoctor.preferences:preferences", "LLMdoctor: read preference files"),
     "reward": (
         "nemo_pivotrl.llmdoctor.reward:build_rewards",
-        "LLMdoctor: preferences -> token rewards, by the patient's two faces",
+        "LLMdoctor: reward every token of the preferences, by the patient's two faces",
     ),
     "decode": (
         "nemo_pivotrl.llmdoctor.decode:decode",
-        "LLMdoctor: prompts -> answers of the patient steered by doctors",
+        "LLMdoctor: answer prompts with the patient steered by doctors",
     ),
-    "report": ("nemo_pivotrl.report.page:report", "one HTML page and its numbers as JSON"),
+    "report": ("nemo_pivotrl.report.page:report", "put the run on one HTML page, its numbers beside it as JSON"),
     "run": (
         "nemo_pivotrl.pipeline:run",
-        "all stages of the recipe; profile, select and train again when signal fades (loop.max_rounds)",
+        "run all stages of the recipe; with loop.max_rounds profile and train again when the pivots are used up",
     ),
 }
 LIGHT = ("world", "extract", "audit", "rescore", "select", "export", "report", "preferences")
@@ -122,6 +132,8 @@ def stage_command(stage: str, options: argparse.Namespace) -> int | None:
 def following(stage: str, recipe: Recipe, path: str, overrides: Sequence[str]) -> str:
     """The command that a person would type next, with the recipe and the settings of the last one."""
     then = NEXT.get(stage, "view")
+    if stage == "extract" and _awaits_warmup(recipe):
+        then = "warmup"
     if then == "evaluate" and not recipe.evaluate.policies:
         then = "report"
     if then == "assess" and not recipe.assess.arms:
@@ -131,6 +143,12 @@ def following(stage: str, recipe: Recipe, path: str, overrides: Sequence[str]) -
     kept = [o for o in overrides if not o.startswith("fresh=")]
     more = ["select.profiles=profiles.rescored.jsonl"] if stage == "rescore" else []
     return shlex.join(["nemo-pivotrl", then, path, *kept, *more])
+
+
+def _awaits_warmup(recipe: Recipe) -> bool:
+    """Whether the start policy is the warmup's to make, and not made yet."""
+    start = recipe.path(recipe.warmup.name) / "policy"
+    return Path(recipe.policy.model_name).resolve() == start.resolve() and not start.exists()
 
 
 def run_stage(stage: str, recipe: Recipe, fresh: bool, shard: str | None = None) -> int:

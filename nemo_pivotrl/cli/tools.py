@@ -13,6 +13,7 @@ from typing import NamedTuple
 from nemo_pivotrl.cli.exits import BAD_INPUT, missing_module
 from nemo_pivotrl.cli.stages import CHECKED, STARTED, here
 from nemo_pivotrl.core.errors import InputError
+from nemo_pivotrl.report import VIEW_PORT
 
 
 class Tool(NamedTuple):
@@ -70,6 +71,25 @@ def run_env(options: argparse.Namespace) -> None:
     machine = look(not options.no_imports)
     recipes = survey(Path(options.folder), machine)
     print(json.dumps(as_json(machine, recipes), indent=1) if options.json else as_text(machine, recipes))
+
+
+def init_arguments(made: argparse.ArgumentParser) -> None:
+    made.add_argument("model", metavar="MODEL", help="model folder, or the id of a model on the Hugging Face hub")
+    made.add_argument("file", metavar="FILE", help="trajectories, or preferences: JSON, JSON lines or Parquet")
+    made.add_argument(
+        "recipe", nargs="?", default="recipe.yaml", metavar="RECIPE", help="recipe to write (default: recipe.yaml)"
+    )
+
+
+def run_init(options: argparse.Namespace) -> None:
+    """Write a minimal recipe, and print what was found."""
+    from pathlib import Path
+
+    extras = {"httpx": "verifiers", "openapi_schema_validator": "verifiers", "pyarrow": "tables"}
+    with missing_module("init", extras, "reference"):
+        from nemo_pivotrl.tools.first_recipe import init
+
+        print(init(options.model, options.file, Path(options.recipe)))
 
 
 def plan_arguments(made: argparse.ArgumentParser) -> None:
@@ -277,7 +297,7 @@ def run_serve(options: argparse.Namespace) -> None:
 
 def view_arguments(made: argparse.ArgumentParser) -> None:
     made.add_argument("run", metavar="RUN", help="run folder, e.g. runs/quickstart")
-    made.add_argument("--port", type=int, default=8765, help="port on this machine (default: 8765)")
+    made.add_argument("--port", type=int, default=VIEW_PORT, help=f"port on this machine (default: {VIEW_PORT})")
 
 
 def run_view(options: argparse.Namespace) -> None:
@@ -291,15 +311,18 @@ def run_view(options: argparse.Namespace) -> None:
 
 
 TOOLS = {
+    "init": Tool("write a first recipe for a model and a file of yours", init_arguments, run_init),
     "view": Tool(
-        "a run in the browser: every turn, its samples, and why each was accepted or not", view_arguments, run_view
+        "look at a run in the browser: every turn, its samples, and why each was accepted or not",
+        view_arguments,
+        run_view,
     ),
-    "env": Tool("what is installed here, and which recipes could run", env_arguments, run_env),
-    "plan": Tool("will it fit, and what will it cost", plan_arguments, run_plan),
-    "trace": Tool("one rank's training step without a GPU, beside the plan", trace_arguments, run_trace),
-    "preflight": Tool("what would stop a stage, all at once", preflight_arguments, run_preflight),
-    "compare": Tool("two profiles of the same candidates: what moved, and the pivots", compare_arguments, run_compare),
-    "seal": Tool("vouch for artefacts as they stand: of an earlier version, or edited", seal_arguments, run_seal),
+    "env": Tool("see what is installed here, and which recipes could run", env_arguments, run_env),
+    "plan": Tool("see whether a recipe fits its GPUs, and what it costs", plan_arguments, run_plan),
+    "trace": Tool("run one rank's training step without a GPU, beside the plan's figures", trace_arguments, run_trace),
+    "preflight": Tool("list all that would stop a stage, before a model is loaded", preflight_arguments, run_preflight),
+    "compare": Tool("compare two profiles of the same candidates", compare_arguments, run_compare),
+    "seal": Tool("seal artefacts as they stand, after editing them", seal_arguments, run_seal),
     "verify": Tool("score rows of a file", verify_arguments, run_verify),
     "serve-verifier": Tool("serve a verifier to NeMo-Gym", serve_verifier_arguments, run_serve_verifier),
     "serve": Tool("serve the policy, or the patient with its doctors, by vLLM", serve_arguments, run_serve),

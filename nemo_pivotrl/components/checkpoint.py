@@ -31,6 +31,7 @@ from nemo_pivotrl.core.atomic import (
     write_sums,
 )
 from nemo_pivotrl.core.errors import TRY_AGAIN, InputError, Problem
+from nemo_pivotrl.core.model_folder import CARD
 from nemo_pivotrl.data.chat_template import Chat
 
 STARTED = time.monotonic()
@@ -218,14 +219,18 @@ def published(folder: Path, identity: str, settings: Checkpointing) -> int | Non
 
 
 def share(source: Path, final: Path) -> Path:
-    """`final` with the files of `source`: hard links, or copies where the file system knows none. Raises InputError."""
+    """`final` with the files of `source`: hard links, or copies where the file system knows none. Raises InputError.
+
+    The model card is a copy: it is there to be edited."""
     check_sums(source, "damaged: restore it, or train anew with fresh=true")
     with _whole(final) as part:
-        for path in sorted(p for p in source.rglob("*") if p.is_file() and p != source / SUMS):
+        for path in sorted(p for p in source.rglob("*") if p.is_file() and p not in (source / SUMS, source / CARD)):
             target = part / path.relative_to(source)
             target.parent.mkdir(exist_ok=True)
             try:
                 os.link(path, target)
             except OSError:
                 shutil.copyfile(path, target)
+    if (source / CARD).exists():
+        write_atomically(final / CARD, (source / CARD).read_text(encoding="utf-8"))
     return final

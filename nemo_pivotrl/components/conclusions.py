@@ -28,6 +28,8 @@ MAX_FALSE_ACCEPTS = 0.1
 """Share of the audit's wrong actions that the verifier accepts."""
 MIN_MIXED = 0.2
 """Share of groups with unequal rewards: the others have no gradient."""
+TALK = "message_excluded"
+"""Kind of the candidates that are left out because the expert talks (verifier.message): no failures."""
 MIN_PIVOTS = 32
 MAX_KL = 1.0
 """Nats a token away from the start policy."""
@@ -63,7 +65,7 @@ def profile_checks(summary: Mapping[str, Any]) -> list[Check]:
     rollouts, classes = summary["rollouts"], summary["classes"]
     drawn = sum(entry.get("candidates", 0) for entry in classes.values())
     mixed = sum(classes[name].get("candidates", 0) for name in ("mixed, kept", "mixed, too easy") if name in classes)
-    failed = sum(summary["failures"].values())
+    failed = sum(count for kind, count in summary["failures"].items() if kind != TALK)
     cut = "raise policy.generation.max_new_tokens; a reply that never ends needs the right stop token or chat template"
     unread = "set policy.tool_parser to the format that the model writes; `view` shows the texts"
     return [

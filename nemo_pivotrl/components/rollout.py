@@ -28,6 +28,9 @@ UNRENDERABLE_SHOWN = 8
 SUSPICIOUS_GROUPS = 3
 """So many groups of improbably identical samples in one wave are a shared seed, not chance."""
 
+MAX_DETAIL = 500
+"""Characters of a verdict's reason that are kept: a judge's may be long."""
+
 
 @dataclass(frozen=True, slots=True)
 class Rollout:
@@ -228,6 +231,8 @@ def drawn_row(sample: Sample, text: str, action: Action) -> dict[str, Any]:
 
 
 def judged_row(drawn: dict[str, Any], verdict: Verdict) -> dict[str, Any]:
-    """A stored turn with its verdict."""
-    kept = {key: value for key, value in drawn.items() if key not in ("action", "fault")}
-    return {**kept, "reward": verdict.reward, "category": verdict.category, "action": drawn["action"]}
+    """A stored turn with its verdict, in the place of one that it may have had. `detail` and `rules` say why, where they do."""
+    kept = {key: value for key, value in drawn.items() if key not in ("action", "fault", "detail", "rules")}
+    why: dict[str, Any] = {"detail": verdict.detail[:MAX_DETAIL]} if verdict.detail else {}
+    why |= {"rules": list(verdict.rules)} if verdict.rules else {}
+    return {**kept, "reward": verdict.reward, "category": verdict.category, **why, "action": drawn["action"]}

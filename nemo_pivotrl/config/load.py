@@ -72,7 +72,8 @@ def _override(tree: Any, override: str) -> None:
         remedy = "write section.key=value, e.g. select.lambda_diff=0.5"
         raise InputError(Problem("command line", None, override, "no key=value", remedy))
     try:
-        OmegaConf.update(tree, key, yaml.safe_load(value), force_add=True)
+        given = yaml.safe_load(value)
+        OmegaConf.update(tree, key, given, merge=given != {}, force_add=True)  # {} empties a mapping
     except (OmegaConfBaseException, yaml.YAMLError, TypeError, ValueError, RecursionError) as error:
         raise InputError(Problem("command line", None, key, short(value), short(str(error)))) from None
 

@@ -43,8 +43,8 @@ class Extract:
 
     Rows hold whole states, so the output grows with the square of this.
     """
-    validation_share: float = ranged(0.1, 0.0, 0.9)
-    """Share of the tasks held out, decided by task before anything else."""
+    validation_share: float = ranged(0.1, 0.0, 1.0)
+    """Share of the tasks held out, decided by task before anything else; 1.0 makes a test set, which `evaluate` reads."""
     near_duplicate: float = ranged(0.95, 0.5, 1.0)
     """Similarity from which two states of different trajectories count as the same; 1.0: off.
 

@@ -17,6 +17,8 @@ from typing import Any, NoReturn
 
 from nemo_pivotrl.core.errors import InputError, Problem, short
 
+CARD = "README.md"
+"""The model card. It is no part of what makes a model this one."""
 MAX_JSON = 1 << 28
 """Bytes of a JSON file that is read. The largest are the tokenizer.json of big vocabularies and the index of many shards."""
 AGAIN = "copy or download the folder again, or export it again"

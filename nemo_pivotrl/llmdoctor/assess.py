@@ -20,8 +20,10 @@ import numpy as np
 
 from nemo_pivotrl.backends.identity import policy_revision
 from nemo_pivotrl.backends.reference.guided import Guided, GuidedGenerator, GuidedSamplingParams
+from nemo_pivotrl.components.conclusions import conclude
 from nemo_pivotrl.components.durable_map import Found, Map, Once, Tally, found_rows
 from nemo_pivotrl.components.rollout import sample_seed
+from nemo_pivotrl.components.stage_checks import assessment_checks
 from nemo_pivotrl.components.statistics import bootstrap
 from nemo_pivotrl.config import Arm, Recipe
 from nemo_pivotrl.core.artifacts import Header, digest, file_digest, json_line, read_rows
@@ -56,6 +58,7 @@ def assess(recipe: Recipe, fresh: bool = False) -> Path:
     write_atomically(recipe.path("assessment.json"), json_line(summary).decode())
     print(table(summary))
     print(verdict(summary))
+    conclude(Path(recipe.run_dir), "assess", assessment_checks(summary))
     return path
 
 

@@ -11,7 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from nemo_pivotrl.components.conclusions import conclude
 from nemo_pivotrl.components.lineage import source_digest
+from nemo_pivotrl.components.stage_checks import preference_checks
 from nemo_pivotrl.config import Recipe
 from nemo_pivotrl.core.artifacts import Header, write_artefact
 from nemo_pivotrl.core.atomic import write_atomically
@@ -39,6 +41,7 @@ def preferences(recipe: Recipe, fresh: bool = False) -> Path:
     parent = source_digest(recipe, "preferences")
     write_artefact(path, Header("preferences", recipe.digest("preferences"), parent), map(preference_to_row, kept))
     write_atomically(recipe.path("preferences.audit.json"), json.dumps(audit, indent=2, sort_keys=True) + "\n")
+    conclude(Path(recipe.run_dir), "preferences", preference_checks(audit))
     return path
 
 

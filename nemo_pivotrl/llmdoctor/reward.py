@@ -1,10 +1,11 @@
 """reward: preferences -> `token_rewards.jsonl`, stage 1 of LLMdoctor (equations (21) to (23)).
 
-The patient scores both answers of a pair under its two faces, in one batch; how far the faces lie apart on a token is
-its importance, and the label gives the sign. Nothing is generated. A row holds what stage 2 needs and no face: the
-prompt's ids as the doctor will see it, and for each answer its ids, rewards and importance. Pairs that are excluded
-have no row; `token_rewards.json` counts them, beside the diagnostics of D20. The rewards of a pair are scale-free, so look at
-the mean Delta and its noise floor before trusting them.
+The patient scores both answers of a pair under its two faces, in one batch. How far the faces lie apart on a token is
+its importance, and the label gives the sign. Nothing is generated. A row holds the prompt's ids as the doctor will see
+it, and for each answer its ids, rewards and importance, which stage 2 needs, and both faces' log-probabilities of every
+token, for whoever looks at it. Pairs that are excluded have no row; `token_rewards.json` counts them, beside the
+diagnostics of D20. The rewards of a pair are scale-free, so look at the mean Delta and its noise floor before trusting
+them.
 """
 
 from __future__ import annotations
@@ -26,8 +27,10 @@ from nemo_pivotrl.backends import loading
 from nemo_pivotrl.backends.base import Scorer
 from nemo_pivotrl.backends.batching import batches
 from nemo_pivotrl.backends.identity import policy_revision, without_start
+from nemo_pivotrl.components.conclusions import conclude
 from nemo_pivotrl.components.durable_map import Found, Map, Tally, batches_of, found_rows
 from nemo_pivotrl.components.lineage import check_lineage
+from nemo_pivotrl.components.stage_checks import reward_checks
 from nemo_pivotrl.config import Patient, Recipe, Reward
 from nemo_pivotrl.core.artifacts import (
     Header,
@@ -48,6 +51,8 @@ NOT_FINITE = "not_finite"
 """Why a pair has no row whose log-probabilities are NaN or infinite, twice."""
 DIGITS = 6
 """Decimals of rewards and importance: below the noise of a float32 patient."""
+FACE_DIGITS = 4
+"""Decimals of the faces' log-probabilities, which are only looked at."""
 NOISE_MARGIN = 10
 """Mean Delta below so many times the noise floor is weak."""
 
@@ -94,6 +99,7 @@ def write_token_rewards(
     summary = summarise(read_rows(path), preferences, prompts, recipe.reward)
     write_atomically(recipe.path("token_rewards.json"), json.dumps(summary, indent=2, sort_keys=True) + "\n")
     print(table(summary, recipe.reward))
+    conclude(Path(recipe.run_dir), "reward", reward_checks(summary))
     return path
 
 
@@ -252,6 +258,8 @@ def _rows(
             "ids": list(ids),
             "rewards": _rounded(found.rewards[n, : len(ids)]),
             "importance": _rounded(found.importance[n, : len(ids)]),
+            "positive": _rounded(pos[n, : len(ids)], FACE_DIGITS),
+            "negative": _rounded(neg[n, : len(ids)], FACE_DIGITS),
             "agreement": round(float(measured.agreement[n]), DIGITS),
             "ended": True,
         }
@@ -277,8 +285,8 @@ def _padded(rows: Sequence[Tensor]) -> Tensor:
     return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
 
 
-def _rounded(values: Tensor) -> list[float]:
-    return [round(v, DIGITS) + 0.0 for v in values.tolist()]
+def _rounded(values: Tensor, digits: int = DIGITS) -> list[float]:
+    return [round(v, digits) + 0.0 for v in values.tolist()]
 
 
 def _excluded(preferences: Sequence[Preference], kept: set[str], prompts: FacePrompts) -> Counter[str]:

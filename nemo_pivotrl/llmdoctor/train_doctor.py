@@ -19,16 +19,27 @@ from nemo_pivotrl.algorithms.llmdoctor import doctor_loss
 from nemo_pivotrl.backends import loading
 from nemo_pivotrl.backends.base import TokenBatch, Trainer, as_trained
 from nemo_pivotrl.backends.identity import identity_of, policy_revision
+from nemo_pivotrl.components.conclusions import conclude
 from nemo_pivotrl.components.lineage import check_lineage
 from nemo_pivotrl.components.loop import Job, Step, run
+from nemo_pivotrl.components.metrics import read_metrics
+from nemo_pivotrl.components.model_card import write_card
 from nemo_pivotrl.components.progress import steps_of
 from nemo_pivotrl.components.rollout import load_chat
+from nemo_pivotrl.components.stage_checks import doctor_checks
 from nemo_pivotrl.config import Recipe, Tfpo
 from nemo_pivotrl.core.artifacts import digest, file_digest, read_header, read_rows
 from nemo_pivotrl.core.errors import InputError, Problem
 from nemo_pivotrl.core.lock import one_writer
 from nemo_pivotrl.data.chat_template import Chat
 
+CARD_NUMBERS = {
+    "val/loss": "loss on held-out pairs",
+    "val/ordered": "share of held-out pairs in the right order",
+    "val/chosen_drift": "drift of chosen answers, nats",
+    "val/rejected_drift": "drift of rejected answers, nats",
+}
+"""Metrics that the model card shows, and what they are."""
 Pair = dict[str, Any]
 """A row of the artefact: prompt_ids, and for chosen and rejected their ids, rewards and whether the answer ended."""
 
@@ -79,7 +90,13 @@ def _train(recipe: Recipe, source: Path, chat: Chat, fresh: bool) -> Path:
         checkpointing=_best_by_loss(recipe),
         shown=("loss", "ordered"),
     )
-    return run(job, lambda cost: DoctorTraining(recipe, train, held_out), fresh)
+    folder = run(job, lambda cost: DoctorTraining(recipe, train, held_out), fresh)
+    checks = doctor_checks(read_metrics(recipe.path(settings.name) / "metrics.jsonl"))
+    conclude(Path(recipe.run_dir), f"tfpo {settings.name}", checks)
+    facts = [f"{len(train):,} pairs with token rewards of `{settings.objective}`", f"seed {recipe.seed}"]
+    write_card(folder, recipe, "doctor", facts, CARD_NUMBERS, checks)
+    print(f"doctor: {folder}")
+    return folder
 
 
 class DoctorTraining:

@@ -18,6 +18,7 @@ from nemo_pivotrl.algorithms import selection
 from nemo_pivotrl.backends import loading
 from nemo_pivotrl.backends.base import Sampler
 from nemo_pivotrl.backends.identity import identity_of, policy_revision, without_start
+from nemo_pivotrl.components.conclusions import conclude
 from nemo_pivotrl.components.costs import CountingSampler
 from nemo_pivotrl.components.durable_map import Found, Map, Once, Tally, found_rows
 from nemo_pivotrl.components.lineage import check_lineage
@@ -31,6 +32,7 @@ from nemo_pivotrl.components.rollout import (
     sample_seed,
 )
 from nemo_pivotrl.components.simulation import Episode, Simulator, Task, load_simulator
+from nemo_pivotrl.components.stage_checks import evaluation_checks
 from nemo_pivotrl.components.trackers import check_dashboards, log_summary
 from nemo_pivotrl.config import Megatron, Policy, Recipe
 from nemo_pivotrl.core.artifacts import Header, digest, file_digest, read_header, read_rows
@@ -78,7 +80,7 @@ def evaluate(recipe: Recipe, fresh: bool = False) -> Path:
                     None,
                     f"evaluate.policies.{label}",
                     folder,
-                    "no HF checkpoint there; run the stage that writes it",
+                    _maker(recipe, folder),
                 )
             )
         revisions[label] = policy_revision(folder)
@@ -100,8 +102,20 @@ def evaluate(recipe: Recipe, fresh: bool = False) -> Path:
     write_atomically(recipe.path("evaluation.json"), json.dumps(summary, indent=2) + "\n")
     print(table(summary))
     print(verdict(summary))
+    conclude(Path(recipe.run_dir), "evaluate", evaluation_checks(summary))
     log_summary(recipe, "evaluate", summary["policies"])
     return path
+
+
+def _maker(recipe: Recipe, folder: str) -> str:
+    """What to do about a policy that is not there."""
+    stages = {recipe.grpo.name: "train", recipe.sft.name: "sft", recipe.warmup.name: "warmup"}
+    made = {recipe.path(name) / "policy": stage for name, stage in stages.items()}.get(Path(folder))
+    return (
+        f"`nemo-pivotrl {made} RECIPE` makes it"
+        if made
+        else "no HF checkpoint there: mend the path, or drop the policy"
+    )
 
 
 def _settings_digest(recipe: Recipe) -> str:
@@ -202,6 +216,7 @@ def one_turn(recipe: Recipe, policy: Policy, backend: Sampler, chat: Chat) -> li
             "scores": [r.verdict.reward for r in group if r.verdict],
             "failed": sum(r.verdict is None for r in group),
             "sample": group[0].text,
+            "texts": [r.text for r in group if r.verdict],  # of the scores, for whoever has another judge
             "category": group[0].verdict.category if group[0].verdict else group[0].failure,
         }
         for c, group in zip(held_out, groups, strict=True)

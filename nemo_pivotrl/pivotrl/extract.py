@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from nemo_pivotrl.algorithms import selection
+from nemo_pivotrl.components.conclusions import conclude
 from nemo_pivotrl.components.lineage import source_digest
+from nemo_pivotrl.components.stage_checks import extract_checks
 from nemo_pivotrl.config import Extract, Recipe
 from nemo_pivotrl.core.artifacts import Header, digest, write_artefact
 from nemo_pivotrl.core.atomic import write_atomically
@@ -102,13 +104,15 @@ def extract(recipe: Recipe, fresh: bool = False) -> Path:
     if not candidates:
         remedy = "see the skip audit above; loosen extract.* or add trajectories"
         raise InputError(Problem(str(path), None, "candidates", "none kept", remedy))
-    if talk_is_left_out and (talk := sum(is_talk(c.expected, c.fields) for c in candidates)):
+    talk = sum(is_talk(c.expected, c.fields) for c in candidates) if talk_is_left_out else 0
+    if talk:
         print(
             f"the expert talks in {talk} of {len(candidates)} candidates: audit, profile and train leave these out "
             "(verifier.message: exclude; judge or any takes them in), sft does not"
         )
     _write(path, candidates, reading.trajectories, recipe.digest("extract"), parent)
     write_atomically(recipe.path("candidates.audit.json"), json.dumps(audit, indent=2, sort_keys=True) + "\n")
+    conclude(Path(recipe.run_dir), "extract", extract_checks(audit, talk))
     return path
 
 

@@ -11,11 +11,14 @@ from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 from nemo_pivotrl.algorithms import selection
+from nemo_pivotrl.components.conclusions import conclude
 from nemo_pivotrl.components.durable_map import Found, Map, Tally, batches_of
 from nemo_pivotrl.components.lineage import check_lineage
-from nemo_pivotrl.components.rollout import judge_all, load_recipe_verifier
+from nemo_pivotrl.components.rollout import judge_all, judged_row, load_recipe_verifier
+from nemo_pivotrl.components.stage_checks import rescore_checks
 from nemo_pivotrl.config import Recipe
 from nemo_pivotrl.core.artifacts import count_rows, file_digest, json_line, read_header, read_rows
 from nemo_pivotrl.core.errors import InputError, Problem
@@ -56,7 +59,8 @@ def rescore(recipe: Recipe, fresh: bool = False) -> Path:
         recipe.profile.max_failure_share,
         "profile.max_failure_share",
     ).run(fresh)
-    print(difference(recipe, source, target))
+    changes = difference(recipe, source, target)
+    print(changes)
     s, plan = recipe.select, plan_in(found)
     rule: selection.Rule = "adv" if s.rule == "random" else s.rule
     after = [light_of_row(row) for row in read_rows(target)]
@@ -66,7 +70,11 @@ def rescore(recipe: Recipe, fresh: bool = False) -> Path:
             f"{open_} candidates are no longer decided, since this verifier sees their {plan.count} or fewer samples otherwise: "
             "select needs select.undecided=by_rate, or profile with this verifier"
         )
-    report_failures(Counter(p.failure for p in after if p.failure), len(after), recipe, target)
+    failures = Counter(p.failure for p in after if p.failure)
+    changed, samples = changes.flips.total(), changes.moved.total()
+    checks = rescore_checks(changed, samples, len(changes.after), failures.total(), len(after))
+    conclude(Path(recipe.run_dir), "rescore", checks)
+    report_failures(failures, len(after), recipe, target)
     return target
 
 
@@ -88,34 +96,43 @@ class Rescorer:
         for row in rows:
             judged = [(sample, next(results)) for sample in row["samples"]]
             fault = next((r.kind for _, r in judged if isinstance(r, VerifierFault)), row["profile"]["failure"])
-            samples = [
-                {**sample, "reward": r.reward, "category": r.category}
-                for sample, r in judged
-                if not isinstance(r, VerifierFault)
-            ]
+            samples = [judged_row(sample, r) for sample, r in judged if not isinstance(r, VerifierFault)]
             failed.update([fault] if transient(fault) else [])
             made.append(rescored_row(row, samples, fault))
         return Found([json_line(row) for row in made], {"candidates": len(rows)}, failed)
 
 
-def difference(recipe: Recipe, before: Path, after: Path) -> str:
-    """What the other verifier changes: verdicts, categories and the pivot set of the recipe's rule."""
-    flips: Counter[tuple[str, str]] = Counter()
-    moved: Counter[int] = Counter()
+class Difference(NamedTuple):
+    """What another verifier changes."""
+
+    moved: Counter[int]
+    """Samples whose reward rises (1), falls (-1) or stays (0)."""
+    flips: Counter[tuple[str, str]]
+    """Samples whose reward changes, by old and new category."""
+    before: set[str]
+    after: set[str]
+    """Pivots by the recipe's rule."""
+
+    def __str__(self) -> str:
+        both, union = self.before & self.after, len(self.before | self.after)
+        lines = [
+            f"samples: {self.moved[0]} keep their reward, {self.moved[1]} gain, {self.moved[-1]} lose",
+            *(f"    {count:>6}  {old} -> {new}" for (old, new), count in self.flips.most_common(10)),
+            f"pivots: {len(self.before)} before, {len(self.after)} after; {len(both)} in both, {len(self.before - both)} leave, "
+            f"{len(self.after - both)} come" + (f" (Jaccard {len(both) / union:.3f})" if union else ""),
+        ]
+        return "\n".join(lines)
+
+
+def difference(recipe: Recipe, before: Path, after: Path) -> Difference:
+    """Verdicts, categories and pivot sets of two profiles of the same samples."""
+    found = Difference(Counter(), Counter(), _pivots(recipe, before), _pivots(recipe, after))
     for old, new in zip(read_rows(before), read_rows(after), strict=True):
         for a, b in zip(old["samples"], new["samples"], strict=False):
-            moved[(b["reward"] > a["reward"]) - (b["reward"] < a["reward"])] += 1
+            found.moved[(b["reward"] > a["reward"]) - (b["reward"] < a["reward"])] += 1
             if a["reward"] != b["reward"]:
-                flips[a["category"], b["category"]] += 1
-    ours, theirs = (_pivots(recipe, path) for path in (before, after))
-    union = len(ours | theirs)
-    lines = [
-        f"samples: {moved[0]} keep their reward, {moved[1]} gain, {moved[-1]} lose",
-        *(f"    {count:>6}  {old} -> {new}" for (old, new), count in flips.most_common(10)),
-        f"pivots: {len(ours)} before, {len(theirs)} after; {len(ours & theirs)} in both, {len(ours - theirs)} leave, "
-        f"{len(theirs - ours)} come" + (f" (Jaccard {len(ours & theirs) / union:.3f})" if union else ""),
-    ]
-    return "\n".join(lines)
+                found.flips[a["category"], b["category"]] += 1
+    return found
 
 
 def _pivots(recipe: Recipe, path: Path) -> set[str]:

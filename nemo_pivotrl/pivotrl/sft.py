@@ -17,7 +17,7 @@ from array import array
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 
@@ -26,10 +26,14 @@ from nemo_pivotrl.backends import loading
 from nemo_pivotrl.backends.base import TokenBatch
 from nemo_pivotrl.backends.executors import Executor, Here, Processes, in_order
 from nemo_pivotrl.backends.identity import identity_of, policy_revision, without_start
+from nemo_pivotrl.components.conclusions import conclude
+from nemo_pivotrl.components.costs import CountingSampler
 from nemo_pivotrl.components.lineage import check_lineage
 from nemo_pivotrl.components.loop import Job, Step, run
+from nemo_pivotrl.components.metrics import read_metrics
 from nemo_pivotrl.components.progress import progress
-from nemo_pivotrl.components.rollout import load_chat, tell_refused
+from nemo_pivotrl.components.rollout import load_chat, load_recipe_verifier, tell_refused
+from nemo_pivotrl.components.stage_checks import sft_checks
 from nemo_pivotrl.config import Policy, Recipe, Sft
 from nemo_pivotrl.core.artifacts import digest, file_digest, read_header, read_rows
 from nemo_pivotrl.core.errors import InputError, Problem, UnrenderableState
@@ -38,7 +42,8 @@ from nemo_pivotrl.core.plugins import load_plugin
 from nemo_pivotrl.data import gym_rows as responses
 from nemo_pivotrl.data.chat_template import Chat
 from nemo_pivotrl.data.states import Row, States, open_states
-from nemo_pivotrl.pivotrl.validation import whole_tasks
+from nemo_pivotrl.pivotrl.monitor import Monitor, held_out_states
+from nemo_pivotrl.pivotrl.validation import METRIC, whole_tasks
 
 EMBEDDED = {
     "world": "nemo_pivotrl.demo.start_policy:make_start_policy",
@@ -149,7 +154,7 @@ def _fine_tune(recipe: Recipe, settings: Sft, fresh: bool) -> Path:
     def draw(step: int) -> list[list[Sequence_]]:
         return [epochs(sequences, settings.batch_size, step, recipe.seed)]
 
-    return fit(recipe, settings, policy, chat, draw, identity, fresh, validated=settings is recipe.sft)
+    return fit(recipe, settings, policy, chat, draw, identity, fresh, source if settings is recipe.sft else None)
 
 
 def identity_for(recipe: Recipe, settings: Sft, policy: Policy, chat: Chat, data: str) -> str:
@@ -266,14 +271,14 @@ def fit(
     draw: Callable[[int], list[list[Sequence_]]],
     identity: str,
     fresh: bool,
-    validated: bool = False,
+    validated: Path | None = None,
 ) -> Path:
     """Fine-tune `policy`; returns the policy's folder.
 
-    draw: the parts of a step, each of which has its own token mean. validated: play `checkpointing.simulator` and publish as
-    `checkpointing.publish` says; a start policy is what its last step made.
+    draw: the parts of a step, each of which has its own token mean. validated: the artefact with the held-out turns; then validate
+    and publish as `checkpointing` says. None for a start policy, which is what its last step made.
     """
-    kept = recipe.checkpointing if validated else dataclasses.replace(recipe.checkpointing, publish="last")
+    kept = recipe.checkpointing if validated is not None else dataclasses.replace(recipe.checkpointing, publish="last")
     job = Job(
         recipe=recipe,
         stage="sft",
@@ -285,7 +290,11 @@ def fit(
         steps_field="num_steps",
         checkpointing=dataclasses.replace(kept, save_period=max(kept.save_period, settings.num_steps // 5)),
     )
-    return run(job, lambda cost: FineTuning(recipe, settings, policy, draw, chat if validated else None), fresh)
+    folder = run(job, lambda cost: FineTuning(recipe, settings, policy, draw, chat, validated, cost), fresh)
+    conclude(
+        Path(recipe.run_dir), settings.name, sft_checks(read_metrics(recipe.path(settings.name) / "metrics.jsonl"))
+    )
+    return folder
 
 
 class FineTuning:
@@ -297,16 +306,27 @@ class FineTuning:
         settings: Sft,
         policy: Policy,
         draw: Callable[[int], list[list[Sequence_]]],
-        chat: Chat | None = None,
+        chat: Chat,
+        validated: Path | None,
+        cost: dict[str, Any],
     ):
-        """chat: with it, whole tasks are played as `checkpointing.simulator` says."""
+        """validated: the artefact with the held-out turns, or None."""
         plain = dataclasses.replace(policy.generation, temperature=1.0)  # the likelihood itself, not a tempered one
         own = policy.model_name == recipe.policy.model_name
         megatron = recipe.megatron if own else without_start(recipe.megatron)
         trained = dataclasses.replace(policy, prefix_sharing=False, generation=plain, sampler="backend")
+        turns = validated is not None and recipe.checkpointing.publish == "best" and _is_of_turns(recipe)
         self.recipe, self.settings, self.draw, self.chat = recipe, settings, draw, chat
-        self.trainer = loading.load(trained, megatron)
+        self.trainer = loading.load(trained, megatron, reference=turns and recipe.grpo.val_kl)
         self.trainer.prepare_for_training(settings.optimizer)
+        self.meter = CountingSampler(self.trainer, cost)
+        self.monitor: Monitor | None = None
+        self.plays = validated is not None
+        if turns and validated is not None:
+            verifier, _ = load_recipe_verifier(recipe)
+            self.monitor = Monitor(
+                recipe, self.trainer, chat, verifier, held_out_states(recipe, validated, chat, verifier)
+            )
 
     def step(self, number: int) -> Step:
         """One update by all parts of the draw."""
@@ -321,8 +341,16 @@ class FineTuning:
         return Step(metrics, {"tokens_trained": int(tokens)})
 
     def validate(self, step: int, last: bool, known: dict[str, float]) -> dict[str, float]:
-        """Whole tasks; no turn is held out."""
-        return whole_tasks(self.recipe, self.trainer, self.chat, step, last, known) if self.chat else {}
+        """Held-out turns where the checkpoint is chosen by them, else whole tasks as `checkpointing.simulator` says."""
+        if self.monitor is not None:
+            return self.monitor.measure(self.meter, step, last, known)
+        return whole_tasks(self.recipe, self.trainer, self.chat, step, last, known) if self.plays else {}
+
+
+def _is_of_turns(recipe: Recipe) -> bool:
+    """Whether the checkpoint is chosen by what validation on held-out turns measures."""
+    metric = recipe.checkpointing.metric_name
+    return metric.startswith(("val/", "retention/")) and metric != METRIC
 
 
 def decay(step: int, settings: Sft) -> float:

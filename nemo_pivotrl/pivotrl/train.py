@@ -30,6 +30,7 @@ from nemo_pivotrl.components.costs import CountingSampler
 from nemo_pivotrl.components.lineage import check_headers, check_lineage
 from nemo_pivotrl.components.loop import Job, Step, run
 from nemo_pivotrl.components.metrics import read_metrics
+from nemo_pivotrl.components.model_card import write_card
 from nemo_pivotrl.components.progress import steps_of
 from nemo_pivotrl.components.rollout import (
     Rollout,
@@ -40,6 +41,7 @@ from nemo_pivotrl.components.rollout import (
     sample_seed,
     sampling,
 )
+from nemo_pivotrl.components.stage_checks import held_out_checks
 from nemo_pivotrl.config import Grpo, LossFn, Policy, Recipe
 from nemo_pivotrl.core.artifacts import digest, file_digest, read_header, read_rows
 from nemo_pivotrl.core.errors import InputError, Problem
@@ -52,6 +54,13 @@ from nemo_pivotrl.verifiers.base import Bounded, Verifier
 
 Until = Callable[[Sequence[rounds.Row]], rounds.Ending | None]
 """Asked after every step: may training go on? It is given all metrics of the round, step 0 included."""
+CARD_NUMBERS = {
+    "val/accuracy": "accuracy on held-out turns",
+    "val/kl": "KL to the start policy, nats a token",
+    "reward": "mean reward on pivots",
+    "retention/accuracy": "out of domain",
+}
+"""Metrics that the model card shows, and what they are."""
 FLAT_STEPS = 3
 """After so many steps without a gradient a training warns at once, and not at its end alone."""
 MEASURED = 8
@@ -91,8 +100,11 @@ def train(recipe: Recipe, fresh: bool = False, until: Until | None = None) -> Pa
         ended=until or partial(rounds.retention_lost, loop=recipe.loop),
     )
     folder = run(job, lambda cost: PolicyTraining(recipe, chat, verifier, pivots, cost), fresh)
-    checks = training_checks(read_metrics(recipe.path(settings.name) / "metrics.jsonl"))
+    rows = read_metrics(recipe.path(settings.name) / "metrics.jsonl")
+    checks = training_checks(rows) + held_out_checks(rows)
     conclude(Path(recipe.run_dir), f"train {settings.name}", checks)
+    facts = [f"{len(pivots):,} pivots of the start policy, judged by `{verifier_id}`", f"seed {recipe.seed}"]
+    write_card(folder, recipe, "policy", facts, CARD_NUMBERS, checks)
     print(f"policy: {folder}")
     return folder
 

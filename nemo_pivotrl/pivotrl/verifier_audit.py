@@ -336,7 +336,21 @@ def _rates(tried: Iterator[tuple[str, Probe]]) -> dict[str, dict[str, int]]:
     return dict(sorted(table.items()))
 
 
+MOST_ROWS = 40
+"""Tools or probes that are printed; a benchmark of tool calls can have a tool for every row."""
 COUNTS = (GOLD, "gold_failed", RIGHT, "right_failed", WRONG, "wrong_failed", "false_accept")
+
+
+def _most_telling(rates: dict[str, dict[str, int]]) -> tuple[list[tuple[str, dict[str, int]]], int]:
+    """The rows that are printed, and how many are not: where there are many, those with the most failures, then the most experts."""
+    if len(rates) <= MOST_ROWS:
+        return list(rates.items()), 0
+
+    def weight(pair: tuple[str, dict[str, int]]) -> tuple[int, int, str]:
+        row = pair[1]
+        return -(row["gold_failed"] + row["right_failed"] + row["false_accept"]), -row[GOLD], pair[0]
+
+    return sorted(rates.items(), key=weight)[:MOST_ROWS], len(rates) - MOST_ROWS
 
 
 def tables(found: Audit, summary: dict[str, Any]) -> str:
@@ -346,12 +360,15 @@ def tables(found: Audit, summary: dict[str, Any]) -> str:
         lines.append(
             f"{title:<30}{'experts':>9}{'rejected':>10}{'reworded':>10}{'rejected':>10}{'wrong':>8}{'accepted':>10}"
         )
-        for name, row in summary[key].items():
+        shown, folded = _most_telling(summary[key])
+        for name, row in shown:
             counts = (row[GOLD], row["gold_failed"], row[RIGHT], row["right_failed"], row[WRONG], row["false_accept"])
             lines.append(
                 f"{short(name, 29):<30}"
                 + "".join(f"{n:>{w}}" for n, w in zip(counts, (9, 10, 10, 10, 8, 10), strict=True))
             )
+        if folded:
+            lines.append(f"... and {folded} more {title}s: all are in audit.json")
     for name in ("gold_failures", "unwinnable", "unlosable", "undeclared_tools", "won_by_a_constant"):
         ids = summary[name]
         if ids:

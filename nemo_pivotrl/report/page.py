@@ -7,6 +7,7 @@ training arm simply lacks those sections. The profile's sections are in `report_
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,18 @@ from nemo_pivotrl.core.lock import one_writer
 from nemo_pivotrl.data.states import candidates_of
 from nemo_pivotrl.pivotrl.evaluate import read_items
 from nemo_pivotrl.pivotrl.evaluation_tables import TITLES
-from nemo_pivotrl.report import llmdoctor as report_llmdoctor, profile as report_profile, rounds as report_loop
+from nemo_pivotrl.report import (
+    VIEW_ADDRESS,
+    llmdoctor as report_llmdoctor,
+    profile as report_profile,
+    rounds as report_loop,
+    verdict,
+)
 from nemo_pivotrl.report.plots import curve, plt, svg
 
 SHOWN_SAMPLES = 12
+GAIN, LOSS, UNSHOWN = "#2a7f3b", "#b3423a", "#8a8a8a"
+"""Colours of a policy that gained, lost, or is not shown to have changed."""
 
 
 @one_writer
@@ -42,6 +51,7 @@ def report(recipe: Recipe, fresh: bool = False) -> Path:
         title="LLMdoctor" if recipe.algorithm == "llmdoctor" else "PivotRL",
         titles=TITLES,
         plots=plots,
+        view=VIEW_ADDRESS,
         llmdoctor=report_llmdoctor.view(numbers),
         **numbers,
     )
@@ -73,6 +83,9 @@ def gather(recipe: Recipe) -> tuple[dict[str, Any], dict[str, str]]:
         plots["evaluation"] = _evaluation_plot(numbers["evaluation"])
     report_llmdoctor.gather(recipe, metrics, numbers, plots)
     report_loop.gather(recipe, numbers, plots)
+    if len(numbers) > 1:
+        verdict.gather(recipe, numbers)
+        numbers["funnel"] = list(verdict.funnel(numbers))
     if lines := ledger.read_ledgers(Path(recipe.run_dir)):
         loop = numbers.get("loop", {})
         pivots, points = loop.get("pivots", numbers.get("pivots", {}).get("count", 0)), loop.get("points", 0.0)
@@ -83,36 +96,56 @@ def gather(recipe: Recipe) -> tuple[dict[str, Any], dict[str, str]]:
     return numbers, plots
 
 
+TRAINING = (
+    ("reward", "mean reward"),
+    ("mixed_group_share", "share of groups with a gradient"),
+    ("val/accuracy", "accuracy on held-out turns"),
+    ("val/tasks", "success in held-out tasks"),
+    ("entropy", "entropy, nats a token"),
+    ("val/kl", "KL to the start policy, nats a token"),
+)
+"""Metrics of a training that are drawn where they were measured."""
+
+
 def _training_plot(arms: dict[str, list[dict[str, Any]]]) -> str:
-    panels = (
-        ("reward", "mean reward"),
-        ("reward_std", "std of reward in a group"),
-        ("val/accuracy", "held-out accuracy"),
+    panels = [(key, label) for key, label in TRAINING if any(key in row for rows in arms.values() for row in rows)]
+    columns = min(3, len(panels))
+    size = (3.7 * columns, 2.5 * math.ceil(len(panels) / columns))
+    figure, all_axes = plt.subplots(
+        math.ceil(len(panels) / columns), columns, figsize=size, squeeze=False, layout="constrained"
     )
-    figure, all_axes = plt.subplots(1, 3, figsize=(11, 2.6))
-    for axes, (key, label) in zip(all_axes, panels, strict=True):
+    for axes, (key, label) in zip(all_axes.flat, panels, strict=False):
         for name, rows in arms.items():
-            curve(axes, rows, key, label=name)
+            curve(axes, rows, key, label=name, marker="o" if key.startswith("val/") else "", markersize=3)
         axes.set(xlabel="step", title=label)
-        axes.set_ylim(bottom=0)
-    all_axes[0].legend(frameon=False)
+        if key != "val/kl":
+            axes.set_ylim(bottom=0)
+    for axes in all_axes.flat[len(panels) :]:
+        axes.set_visible(False)
+    if len(arms) > 1:
+        all_axes[0, 0].legend(frameon=False)
     return svg(figure)
 
 
 def _evaluation_plot(summary: dict[str, Any]) -> str:
+    """Each policy's success with its interval; the first policy's is a line through the others."""
     policies = summary["policies"]
     names = [n for n in TITLES if any(n in sets for sets in policies.values())]
-    figure, all_axes = plt.subplots(1, len(names), figsize=(3.6 * len(names), 2.4), squeeze=False)
+    size = (1.4 + 3.2 * len(names), 0.9 + 0.36 * len(policies))
+    figure, all_axes = plt.subplots(1, len(names), figsize=size, squeeze=False, sharey=True)
+    labels = list(policies)
     for axes, name in zip(all_axes[0], names, strict=True):
-        entries = [(label, sets[name]) for label, sets in policies.items() if name in sets]
-        means = [100 * e["mean"] for _, e in entries]
-        spread = [
-            [100 * (e["mean"] - e["low"]) for _, e in entries],
-            [100 * (e["high"] - e["mean"]) for _, e in entries],
-        ]
-        axes.bar(range(len(entries)), means, yerr=spread, color="#4a78b5", capsize=3)
-        axes.set_xticks(range(len(entries)), [label for label, _ in entries])
-        axes.set(title=TITLES[name], ylabel="%")
+        found = [(at, policies[label][name]) for at, label in enumerate(labels) if name in policies[label]]
+        for at, entry in found:
+            mean, low, high = (100 * entry[key] for key in ("mean", "low", "high"))
+            change = entry.get("difference")
+            colour = "#4a78b5" if not change else GAIN if change["low"] > 0 else LOSS if change["high"] < 0 else UNSHOWN
+            axes.errorbar([mean], [at], xerr=[[mean - low], [high - mean]], fmt="o", color=colour, capsize=3)
+            axes.annotate(f"{mean:.0f}", (mean, at), xytext=(0, 6), textcoords="offset points", ha="center", fontsize=8)
+        axes.axvline(100 * found[0][1]["mean"], color="#888", linewidth=0.8, linestyle="--")
+        axes.set(title=TITLES[name], xlabel="%", ylim=(len(labels) - 0.5, -0.7))
+        axes.set_xlim(-2, 102)
+    all_axes[0][0].set_yticks(range(len(labels)), labels)
     return svg(figure)
 
 
@@ -138,6 +171,7 @@ def _samples(recipe: Recipe) -> list[dict[str, Any]]:
                 {
                     "state": f"{last['role']}: {last['content']}",
                     "expected": wanted,
+                    "item": item,
                     "labels": [labels[0], chosen],
                     "before": before,
                     "after": after,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from nemo_pivotrl.algorithms import selection
@@ -15,12 +15,12 @@ from nemo_pivotrl.pivotrl.profile_statistics import summary_of
 from nemo_pivotrl.pivotrl.select import FATES, fate, survivals
 from nemo_pivotrl.report.plots import plt, svg
 
-COLOURS = dict(zip(FATES, ("#2a7f3b", "#b3423a", "#4a78b5", "#8a8a8a", "#c9a227", "#b9b9b9", "#000000"), strict=True))
+COLOURS = dict(zip(FATES, ("#2a7f3b", "#b3423a", "#4a78b5", "#8a8a8a", "#c9a227", "#b9b9b9", "#5c5c5c"), strict=True))
+FATE_LABELS = {"all 0": "never", "all 1": "always", "failed": "failed or left out"}
 LABELS = {
     "depth": "assistant turns before",
     "prompt": "tokens of the prompt",
     "action": "expert action",
-    "task": "task",
 }
 
 
@@ -64,7 +64,9 @@ def gather(recipe: Recipe, numbers: dict[str, Any], plots: dict[str, str]) -> No
     if unbiased:
         plots["control"] = _hit_rate_plot(_counts(unbiased), lam, "hit rate of the start policy, control set")
     for name, table in numbers["survival"].items():
-        plots[name] = _survival_plot(table, LABELS[name])
+        if name != "task":
+            plots[name] = _survival_plot(table, LABELS[name])
+    plots["task"] = _task_plot(train, chosen)
 
 
 def _rates(profiles: Sequence[Profile]) -> list[float]:
@@ -75,21 +77,40 @@ def _counts(rates: Sequence[float]) -> dict[str, int]:
     return dict(sorted(Counter(f"{rate:.4f}" for rate in rates).items()))
 
 
+def _task_plot(train: Sequence[Profile], chosen: Collection[str]) -> str:
+    """Tasks by their mean hit rate, those with a pivot apart from those without."""
+    rates: dict[str, list[float]] = {}
+    with_pivot = set()
+    for profile in train:
+        if profile.failure is None:
+            rates.setdefault(profile.candidate.task_id, []).append(selection.statistics(profile.rewards).mean)
+            if profile.candidate.candidate_id in chosen:
+                with_pivot.add(profile.candidate.task_id)
+    means = {task: sum(values) / len(values) for task, values in rates.items()}
+    parts = [[m for task, m in means.items() if (task in with_pivot) == inside] for inside in (True, False)]
+    figure, axes = plt.subplots(figsize=(5.2, 2.6))
+    labels = [f"with a pivot ({len(parts[0])})", f"without ({len(parts[1])})"]
+    colours = [COLOURS["pivot"], COLOURS["not drawn"]]
+    axes.hist(parts, bins=10, range=(0, 1), stacked=True, color=colours, label=labels, rwidth=0.9)
+    axes.set(xlabel="mean hit rate of a task's turns", ylabel="tasks", xlim=(-0.02, 1.02))
+    axes.legend(frameon=False, fontsize=8)
+    return svg(figure)
+
+
 def _hit_rate_plot(counts: Mapping[str, int], lambda_diff: float, label: str) -> str:
     figure, axes = plt.subplots(figsize=(5.2, 2.6))
-    rates = [float(rate) for rate in counts]
-    colours = [
-        COLOURS["all 0"]
-        if r == 0
-        else COLOURS["all 1"]
-        if r == 1
-        else COLOURS["pivot"]
-        if r < lambda_diff
-        else COLOURS["too easy"]
-        for r in rates
-    ]
-    axes.bar(rates, list(counts.values()), width=0.8 / max(8, len(rates)), color=colours)
+    parts: dict[str, list[tuple[float, int]]] = {}
+    for rate, count in ((float(rate), count) for rate, count in counts.items()):
+        name = "never" if rate == 0 else "always" if rate == 1 else "mixed" if rate < lambda_diff else "mixed, too easy"
+        parts.setdefault(name, []).append((rate, count))
+    colours = {"never": "all 0", "mixed": "pivot", "mixed, too easy": "too easy", "always": "all 1"}
+    for name, fate_name in colours.items():
+        if bars := parts.get(name):
+            rates, numbers = zip(*bars, strict=True)
+            width = 0.8 / max(8, len(counts))
+            axes.bar(rates, numbers, width=width, color=COLOURS[fate_name], label=f"{name} ({sum(numbers)})")
     axes.axvline(lambda_diff, color="#444", linewidth=0.8, linestyle="--")
+    axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     axes.set(xlabel=label, ylabel="candidates", xlim=(-0.06, 1.06))
     return svg(figure)
 
@@ -100,7 +121,7 @@ def _survival_plot(table: Mapping[str, dict[str, int]], label: str) -> str:
     for name in FATES:
         values = [row[name] for row in table.values()]
         if any(values):
-            axes.barh(range(len(table)), values, left=left, color=COLOURS[name], label=name)
+            axes.barh(range(len(table)), values, left=left, color=COLOURS[name], label=FATE_LABELS.get(name, name))
             left = [a + b for a, b in zip(left, values, strict=True)]
     axes.set_yticks(range(len(table)), [key[:28] for key in table])
     axes.invert_yaxis()

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nemo_pivotrl.components.conclusions import read_checks
+from nemo_pivotrl.components.conclusions import TALK, read_checks
 from nemo_pivotrl.core.artifacts import placed_rows, read_first_line, read_header, read_rows, rows_at
 from nemo_pivotrl.core.errors import InputError, Problem
 from nemo_pivotrl.core.types import Candidate
@@ -22,6 +22,7 @@ from nemo_pivotrl.data.states import States, open_states
 from nemo_pivotrl.pivotrl.evaluate import read_items
 from nemo_pivotrl.pivotrl.profile_rows import light_of_row
 from nemo_pivotrl.pivotrl.select import fate
+from nemo_pivotrl.report.reasons import in_words
 
 Row = dict[str, Any]
 PIVOTS = "pivots.jsonl"
@@ -45,7 +46,8 @@ class Turn:
     """Sum of the samples' rewards."""
     truncated: int
     fate: str
-    """`pivot`, `all 0`, `all 1`, `all equal`, `too easy`, `not drawn`, `failed`, or `not profiled`; `held out` in validation."""
+    """`pivot`, `all 0`, `all 1`, `all equal`, `too easy`, `not drawn`, `failed`, `left out` (talk), or `not profiled`;
+    `held out` in validation."""
     failure: str
     place: int
 
@@ -135,6 +137,7 @@ def _read_turns(run: Run) -> None:
             became = "held out"
         elif profiled:
             became = fate(light, pivots, 1.0 if run.lambda_diff is None else run.lambda_diff)
+            became = "left out" if light.failure == TALK else became
         turn = Turn(
             candidate.candidate_id,
             candidate.trajectory_id,
@@ -215,6 +218,8 @@ def listed(run: Run, asked: Mapping[str, str]) -> Row:
     if asked.get("q"):
         found = list(_with_text(run, found, asked["q"]))
     found.sort(key=SORTS[sort], reverse=asked.get("desc") == "1")
+    if sort == "rate":
+        found.sort(key=lambda turn: not turn.samples)  # those without a hit rate come last either way
     start, size = max(0, int(asked.get("offset") or 0)), min(MAX_PAGE, int(asked.get("limit") or PAGE))
     return {"total": len(found), "offset": start, "rows": [_turn_row(turn) for turn in found[start : start + size]]}
 
@@ -305,7 +310,9 @@ def groups(samples: Sequence[Mapping[str, Any]]) -> list[Row]:
                 "count": 0,
                 "reward": sample["reward"],
                 "category": sample["category"],
+                "words": in_words(sample["category"]),
                 "detail": sample.get("detail", ""),
+                "rules": sample.get("rules", []),
                 "finish_reason": sample["finish_reason"],
                 "text": sample["text"],
                 "tokens": sample["tokens"],
@@ -349,6 +356,7 @@ def why(turn: Turn, lambda_diff: float | None) -> str:
         "not drawn": f"Left out though it could be a pivot ({rate}): select.limit, select.max_message_ratio, "
         "select.drop_constant_wins, or no pivot set was made yet.",
         "failed": f"Excluded: {turn.failure}. It has no hit rate.",
+        "left out": "Left out: the expert talks here, and no judge compares texts (verifier.message: exclude).",
         "held out": f"Held out: never trained on. {rate}.",
         "not profiled": "Not profiled yet: run nemo-pivotrl profile.",
     }[turn.fate]
@@ -387,7 +395,8 @@ def _candidate(run: Run, row: Row) -> Candidate:
 
 
 def pair(run: Run, preference_id: str, pieces: Callable[[Sequence[int]], list[str]]) -> Row:
-    """A rewarded pair, token by token: [text, reward, Delta]. Raises KeyError."""
+    """A rewarded pair, token by token: [text, reward, Delta, log-probability under the positive face, and under the negative one];
+    the last two where the artefact has them. Raises KeyError."""
     number = next((n for n, p in enumerate(run.pairs) if p["id"] == preference_id), None)
     if number is None:
         raise KeyError(preference_id)
@@ -398,7 +407,8 @@ def pair(run: Run, preference_id: str, pieces: Callable[[Sequence[int]], list[st
     shown["next"] = run.pairs[number + 1]["id"] if number + 1 < len(run.pairs) else None
     for side in ("chosen", "rejected"):
         texts = pieces(row[side]["ids"])
-        shown[side] = [list(t) for t in zip(texts, row[side]["rewards"], row[side]["importance"], strict=True)]
+        columns = [row[side][name] for name in ("rewards", "importance", "positive", "negative") if name in row[side]]
+        shown[side] = [list(token) for token in zip(texts, *columns, strict=True)]
     return shown
 
 

@@ -21,7 +21,7 @@ from starlette.routing import Route
 from nemo_pivotrl.config import Patient
 from nemo_pivotrl.core.artifacts import read_header
 from nemo_pivotrl.core.errors import InputError, short
-from nemo_pivotrl.report import view_index as index
+from nemo_pivotrl.report import VIEW_ADDRESS, view_index as index
 from nemo_pivotrl.report.llmdoctor import decoder, numbered
 from nemo_pivotrl.tools.http_guard import Guard
 from nemo_pivotrl.tools.http_server import run as serve_app
@@ -109,7 +109,8 @@ def _report(folder: Path) -> Callable[[Request], Awaitable[Response]]:
         path = folder / "report.html"
         if not path.is_file():
             return Response("no report yet: nemo-pivotrl report RECIPE", 404, HEADERS, "text/plain")
-        return Response(await asyncio.to_thread(path.read_bytes), 200, REPORT_HEADERS, "text/html")
+        page = (await asyncio.to_thread(path.read_bytes)).replace(VIEW_ADDRESS.encode(), b"/")
+        return Response(page, 200, REPORT_HEADERS, "text/html")
 
     return route
 

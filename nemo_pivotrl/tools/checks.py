@@ -26,7 +26,7 @@ from nemo_pivotrl.backends.installed import probe
 from nemo_pivotrl.backends.loading import REMEDIES
 from nemo_pivotrl.backends.megatron.lora_mapping import lora_problems
 from nemo_pivotrl.components.lineage import check_headers
-from nemo_pivotrl.components.rollout import load_chat, load_recipe_verifier, unrenderable_lines
+from nemo_pivotrl.components.rollout import judged_candidates, load_chat, load_recipe_verifier, unrenderable_lines
 from nemo_pivotrl.config import Patient, Policy, Recipe, TrainedModel
 from nemo_pivotrl.core.artifacts import MADE_BY, read_header
 from nemo_pivotrl.core.errors import InputError, Problem, UnrenderableState, short
@@ -250,14 +250,17 @@ def source(recipe: Recipe, stage: str) -> tuple[Path, str | tuple[str, ...]]:
 
 
 def of_verifier(recipe: Recipe, stage: str) -> list[Problem]:
-    """The verifier loads, and accepts the experts of the first rows. One that asks a judge is only loaded."""
+    """The verifier loads, and accepts the experts of the first rows that it judges. One that asks a judge is only loaded."""
     loaded, problems = caught(load_recipe_verifier, recipe)
     path, kinds = source(recipe, stage)
     if loaded is None or loaded[0].asks_judge or caught(read_header, path, kinds)[1]:
         return problems
-    candidates, unreadable = caught(lambda: list(islice(candidates_of(path), VERIFIED)))
+    judged = (c for c in candidates_of(path) if not loaded[0].excludes(c.case))
+    candidates, unreadable = caught(lambda: list(islice(judged, VERIFIED)))
     if unreadable:
         return problems + unreadable
+    if not candidates:
+        return problems + caught(judged_candidates, candidates_of(path), loaded[0], path)[1]
     said = verdicts(loaded[0], [(c.case, c.expected) for c in candidates], recipe.profile.max_retries)
     lost = [(c, v) for c, v in zip(candidates, said, strict=True) if not isinstance(v, Verdict) or v.reward != 1.0]
     if len(lost) <= max(recipe.audit.max_gold_failures * len(candidates), 1):

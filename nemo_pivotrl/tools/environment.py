@@ -168,7 +168,8 @@ def missing_models(recipe: Recipe) -> list[str]:
         name = recipe.model(role).model_name
         if recipe.maker(role) or Path(name, "config.json").exists():
             continue
-        remedy = remedy_for(name) if is_hub_id(name) else "bring an HF checkpoint there, or name another folder"
+        remedy = "bring an HF checkpoint there, or name another folder" if name else "set it: this file leaves it open"
+        remedy = remedy_for(name) if is_hub_id(name) else remedy
         found.append(f"{role}.model_name: {f'no model in {name}' if name else 'names none'} -> {remedy}")
     return found
 

@@ -148,6 +148,8 @@ def resolve(schema: Any, root: Mapping[str, Any], value: Any) -> Mapping[str, An
 
 PLAIN_KINDS = frozenset("text prose message body sql when date url edit".split())
 """Kinds of which a text may still show that it is something else."""
+FOLDED = frozenset("path folder exact words".split())
+"""Kinds that have a form of their own, or none, and that `letter_case` takes up to case as it does plain texts."""
 JSON_TYPES: dict[str, tuple[type, ...]] = {
     "string": (str,),
     "boolean": (bool,),
@@ -202,18 +204,40 @@ def read_arguments(c: Reading, arguments: Mapping[str, Any], schema: Mapping[str
 
 
 def _says_nothing(c: Reading, name: str, value: Any, properties: Mapping[str, Any], required: Any) -> bool:
-    """Whether an argument is its default, or null where it may be left out and has no default."""
+    """Whether an argument may be left out, and is its default, or null where it has none.
+
+    A required argument says what it says, default or not: a tool refuses a call without it.
+    """
+    optional = name in properties and not (isinstance(required, list) and name in required)
     inner = properties.get(name, {})
     resolved = inner if isinstance(inner, Mapping) and "default" in inner else resolve(inner, c.root, value)
     if "default" in resolved:
-        if "omitted_default" not in c.rules:
+        if "omitted_default" not in c.rules or not optional:
             return False
         used = set(c.used)
         same = read_value(c, value, resolved) == read_value(c, resolved["default"], resolved)
         c.used = c.used | {"omitted_default"} if same else used
         return same
-    optional = name in properties and not (isinstance(required, list) and name in required)
-    return value is None and optional and c.on("null_optional")
+    if value is None:
+        return optional and c.on("null_optional")
+    return optional and "described_default" in c.rules and _is_stated_default(c, value, resolved)
+
+
+def _is_stated_default(c: Reading, value: Any, schema: Mapping[str, Any]) -> bool:
+    """Whether a value is the default that the argument's description states."""
+    description = schema.get("description")
+    stated: Any = values.stated_default(description) if isinstance(description, str) else None
+    if stated is None or isinstance(value, (dict, list)) or not _is_of_type(value, schema):
+        return False
+    if not isinstance(value, str):
+        try:
+            stated = decode_json(stated.lower() if stated in ("True", "False") else stated, WRITTEN)
+        except ValueError:
+            return False
+    used = set(c.used)
+    same = read_value(c, value, schema) == read_value(c, stated, schema)
+    c.used = c.used | {"described_default"} if same else used
+    return same
 
 
 def read_value(c: Reading, value: Any, schema: Any, kind: str = "text", name: str = "") -> Form:
@@ -282,6 +306,9 @@ def read_text(c: Reading, text: str, schema: Mapping[str, Any], kind: str) -> Fo
         named = values.option(text, options) if "enum_case" in c.rules else None
         c.used |= {"enum_case"} if named is not None else set()
         return "text", text if named is None else named
+    if kind in FOLDED and "letter_case" in c.rules and (folded := text.casefold()) != text:
+        c.used.add("letter_case")
+        text = folded
     form = _of_kind(c, text, schema, kind)
     if form is None and (kind in PLAIN_KINDS or (kind in ("query", "words") and looks_like_sql(text))):
         form = _by_itself(c, text, kind)
@@ -335,7 +362,7 @@ def _by_itself(c: Reading, text: str, kind: str) -> Form | None:
     if values.MOMENT.fullmatch(text) and (found := values.moment(text, loose=False)) and c.on("dates"):
         return "dates", found
     if (address := values.mail(text)) and c.on("mail_domains"):
-        return "mail", address
+        return "mail", (address[0].casefold(), address[1]) if c.on("letter_case") else address
     if text[:1].isspace() or text[-1:].isspace():
         return None
     if text[:1] == "{" or (kind == "body" and text[:1] == "["):

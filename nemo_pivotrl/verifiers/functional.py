@@ -40,7 +40,12 @@ RULES: dict[str, tuple[bool, str]] = {
         'a number, truth value, list or object written as a string ("[1]") where the schema wants none; a plain number '
         "written as a string where no schema says anything",
     ),
-    "omitted_default": (True, "an omitted argument is its schema's default"),
+    "omitted_default": (True, "an omitted argument that the schema does not require is its default"),
+    "described_default": (
+        False,
+        "an omitted argument that the schema does not require is the default that its description states in words, where "
+        "the schema has none",
+    ),
     "null_optional": (True, "null for an optional argument without a default is its omission"),
     "enum_case": (True, "enum values up to case, blanks, hyphens and underscores"),
     "set_order": (False, "lists with `uniqueItems: true` in any order, which the schema does not promise"),
@@ -48,7 +53,7 @@ RULES: dict[str, tuple[bool, str]] = {
         True,
         "blanks around a command; in what an edit writes blanks at the ends of source lines, and the last line's end",
     ),
-    "letter_case": (False, "all texts up to case"),
+    "letter_case": (False, "all texts up to case: paths and mail addresses too, but not URLs, commands, code and SQL"),
     "place_case": (True, "names of cities and countries up to case"),
     "dates": (True, "dates and times that name the same moment"),
     "mail_domains": (True, "mail addresses up to the case of their domain"),
@@ -112,7 +117,7 @@ class Functional:
     """Schema-aware equivalence of actions."""
 
     name: ClassVar[str] = "functional"
-    version: ClassVar[str] = "2"
+    version: ClassVar[str] = "3"
     talk_rule: ClassVar[str] = "decided"
     reads_state: ClassVar[bool] = True
     mode: Literal["arguments", "tool_name"] = "arguments"

@@ -19,6 +19,8 @@ MAX_CODE_CHARS = 20_000
 MAX_URL_CHARS = 4096
 """Longer URLs are compared as text."""
 MAX_DATE_CHARS = 64
+MAX_DESCRIPTION_CHARS = 4096
+"""Of a description a stated default is looked for so far."""
 MAX_DIGITS = 400
 DIGITS = Context(prec=MAX_DIGITS, Emax=10**9, Emin=-(10**9))
 """Of a number in a text; longer ones are rounded there."""
@@ -32,6 +34,9 @@ NAMED_DATE = re.compile(
 )
 MOMENT = re.compile(r"\d{4}-\d{2}-\d{2}[T ]\d{2}:\d{2}(:\d{2}([.,]\d{1,6})?)?([Zz]|[+-]\d{2}:?\d{2})?")
 MAIL = re.compile(r"([^@\s\"'<>]+)@([A-Za-z0-9-]+(?:\.[A-Za-z0-9-]+)+)")
+STATED_DEFAULT = re.compile(
+    r"\bdefaults?(?: value)?(?: is| to|:)?\s+(?:'([^'\n]*)'|\"([^\"\n]*)\"|`([^`\n]*)`|([^\s,;()'\"`]+))", re.IGNORECASE
+)
 PHONE = re.compile(r"\+\d[\d ().-]{5,22}\d")
 
 
@@ -53,6 +58,15 @@ def written_number(text: str) -> float | None:
     if not re.fullmatch(r"-?(0|[1-9]\d{0,15})(\.\d{0,14}[1-9])?", text) or text == "-0":
         return None
     return float(text) if "." in text else int(text)
+
+
+def stated_default(description: str) -> str | None:
+    """The default that a description states in words, as it is written there: `km` of "Unit (defaults to 'km')"."""
+    found = STATED_DEFAULT.search(description[:MAX_DESCRIPTION_CHARS])
+    if found is None:
+        return None
+    quoted = next((part for part in found.groups()[:3] if part is not None), None)
+    return found[4].rstrip(".") if quoted is None else quoted
 
 
 def moment(text: str, loose: bool) -> tuple[str, ...] | None:

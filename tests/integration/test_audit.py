@@ -237,3 +237,22 @@ def test_a_rescore_resumes_where_it_was_cut_and_never_writes_over_its_source(run
     assert rescore(recipe).read_bytes() == whole
     with pytest.raises(InputError, match="a name of its own"):
         rescore(recipe_at(run_dir, "rescore.output=profiles.jsonl"))
+
+
+def test_of_many_tools_the_table_shows_those_that_fail() -> None:
+    def named(number: int) -> Candidate:
+        tool = {"type": "function", "function": {**TOOL["function"], "name": f"tool_{number:02}"}}
+        expected = Action(
+            "calls", calls=(ToolCall(f"tool_{number:02}", "{}" if number == 77 else '{"command": "ls"}'),)
+        )
+        return dataclasses.replace(candidate(str(number), expected), tools=(tool,))
+
+    class OneFails(Always):
+        def verify(self, case: Case, action: Action) -> Verdict:
+            good = action == case.expected and action.calls[0].name != "tool_77"
+            return Verdict(float(good), "x")
+
+    recipe = config.Recipe(audit=config.Audit(sample=0))
+    found = run_audit(recipe, [named(i) for i in range(80)], OneFails(0.0))
+    lines = tables(found, summarise(found)).splitlines()
+    assert lines[1].startswith("tool_77") and "... and 40 more tools: all are in audit.json" in lines

@@ -80,6 +80,17 @@ def test_the_best_checkpoint_is_published_and_the_first_of_equals(stage: Any, ri
     assert stage(rigged) == folder / "policy" and not Rigged.wanted  # complete: nothing is played again
 
 
+def test_fine_tuning_that_is_chosen_by_held_out_turns_measures_them(trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained, tmp_path / "run")
+    recipe = recipe_at(tmp_path / "run", "checkpointing.publish=best", "sft.source=candidates", "sft.num_steps=4")
+    folder = sft(recipe).parent
+    rows = list(read_metrics(folder / "metrics.jsonl"))
+    measured = {row["step"]: row["val/accuracy"] for row in rows if "val/accuracy" in row}
+    assert list(measured) == [0, 2, 4] and abs(rows[0]["val/kl"]) < 1e-6 < rows[-1]["val/kl"]
+    best = max((2, 4), key=lambda step: measured[step])
+    assert weights(folder / "policy") == weights(folder / f"step_{best:05d}/policy")
+
+
 def test_adapters_are_published_beside_the_merged_policy_and_checked_with_it(rigged: Recipe) -> None:
     adapted = replace(rigged.policy, lora=Lora(enabled=True, r=2))
     Rigged.wanted = [0, 1, 3, 3, 2]

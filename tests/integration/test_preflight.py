@@ -19,7 +19,9 @@ from support.recipes import ROOT, SMALL, recipe_at
 from nemo_pivotrl import cli
 from nemo_pivotrl.backends import loading
 from nemo_pivotrl.config import Megatron, Recipe
+from nemo_pivotrl.core.artifacts import read_header, read_rows, write_artefact
 from nemo_pivotrl.core.errors import InputError, Problem
+from nemo_pivotrl.data.states import moved_reference
 from nemo_pivotrl.demo.tiny_models import CHAT_TEMPLATE
 from nemo_pivotrl.sizing.precision import Probe
 from nemo_pivotrl.tools.checks import port_problems, preflight
@@ -142,6 +144,17 @@ def test_pivots_of_another_template_or_another_kind(trained: Path, tmp_path: Pat
 def test_a_verifier_that_rejects_the_experts(trained: Path) -> None:
     found = problems_of(recipe_at(trained, "verifier.name=terminus"), "profile")
     assert set(found) == {"verifier"} and found["verifier"].found.startswith("16 of the first 16 experts")
+
+
+def test_turns_that_the_verifier_leaves_out_are_not_its_failures(trained: Path, tmp_path: Path) -> None:
+    recipe = recipe_at(trained, "verifier.message=exclude")
+    assert problems_of(recipe, "profile") == {}
+    source, path = trained / "candidates.jsonl", tmp_path / "candidates.jsonl"
+    header = read_header(source, "candidates")
+    talk = [row for row in read_rows(source) if not row["calls"]]
+    write_artefact(path, replace(header, extra=header.extra | moved_reference(header, source, path)), talk)
+    problem = problems_of(replace(recipe, run_dir=str(tmp_path)), "profile")["verifier.message"]
+    assert "the expert only talks" in problem.found and "name a judge" in problem.remedy
 
 
 def test_room_for_checkpoints(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,21 +31,26 @@ def run(*arguments: str, folder: Path) -> str:
 
 
 def test_the_readme_shows_the_commands_this_file_runs() -> None:
-    assert [c for c in COMMANDS if "STAGE" not in c] == [
-        "make quickstart",
-        "make test",
-        "make test-all",
-        "nemo-pivotrl env",
-        "nemo-pivotrl plan recipes/pivotrl/pivotrl-nemotron-3-super-120b-a12b-64n8g-tp8cp16ep8-swe.yaml",
-        "nemo-pivotrl preflight recipes/pivotrl/tiny.yaml",
-        "nemo-pivotrl view runs/quickstart",  # run in tests/view and tests/unit/report
-        "nemo-pivotrl select recipes/pivotrl/tiny.yaml --print-config",
-        "nemo-pivotrl select recipes/pivotrl/tiny.yaml select.lambda_diff=0.6",
-        "nemo-pivotrl export recipes/pivotrl/tiny.yaml",
-        "nemo-pivotrl profile RECIPE.yaml policy.sampler=vllm vllm.servers=[http://127.0.0.1:8000,http://127.0.0.1:8001]",
-        "make quickstart BACKEND=megatron",
-        "make quickstart ENGINE=vllm",  # run in tests/vllm, as the one before the last is
-    ]
+    assert (
+        [c for c in COMMANDS if "STAGE" not in c]
+        == [
+            "make quickstart",
+            "make test",
+            "make test-all",
+            "nemo-pivotrl view runs/quickstart",  # run in tests/view and tests/unit/report
+            "nemo-pivotrl init my-model my-trajectories.jsonl recipe.yaml",  # run in test_first_run.py, as the next one's stages are
+            "nemo-pivotrl run recipe.yaml",
+            "nemo-pivotrl env",
+            "nemo-pivotrl plan recipes/pivotrl/pivotrl-nemotron-3-super-120b-a12b-64n8g-tp8cp16ep8-swe.yaml",
+            "nemo-pivotrl preflight recipes/pivotrl/tiny.yaml",
+            "nemo-pivotrl select recipes/pivotrl/tiny.yaml --print-config",
+            "nemo-pivotrl select recipes/pivotrl/tiny.yaml select.lambda_diff=0.6",
+            "nemo-pivotrl export recipes/pivotrl/tiny.yaml",
+            "nemo-pivotrl profile RECIPE.yaml policy.sampler=vllm vllm.servers=[http://127.0.0.1:8000,http://127.0.0.1:8001]",
+            "make quickstart BACKEND=megatron",
+            "make quickstart ENGINE=vllm",  # run in tests/vllm, as the one before the last is
+        ]
+    )
 
 
 def test_every_stage_command_of_the_readme_runs(trained: Path, tmp_path: Path) -> None:

@@ -178,7 +178,7 @@ def test_bad_rows_are_all_named_with_line_and_field_and_nothing_is_written(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--verifier", "functonal"], "use one of single_step"),
+        (["--verifier", "functonal"], "did you mean functional?"),
         (["--verifier", "swe", "--compat", "0.4"], "use one of 0.5, 0.6, 0.7"),
         (["--verifier", "swe", "--set", "similarity_treshold=0.1"], "did you mean `similarity_threshold`"),
         (["--verifier", "swe", "--set", "limits.max_char=0.1"], "did you mean `max_chars`"),

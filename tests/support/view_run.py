@@ -19,9 +19,9 @@ def call(query: str) -> Action:
     return Action("calls", calls=(ToolCall("find", f'{{"q": "{query}", "n": 1}}'),))
 
 
-def sample(action: Action, reward: float, category: str, finish: Any = "stop") -> dict[str, Any]:
+def sample(action: Action, reward: float, category: str, finish: Any = "stop", **why: Any) -> dict[str, Any]:
     text = action.content or (action.calls[0].arguments if action.calls else "")
-    return judged_row(drawn_row(Sample((1, 2), (-0.5, -0.25), finish), text, action), Verdict(reward, category))
+    return judged_row(drawn_row(Sample((1, 2), (-0.5, -0.25), finish), text, action), Verdict(reward, category, **why))
 
 
 def profiles() -> list[Profile]:
@@ -30,8 +30,8 @@ def profiles() -> list[Profile]:
     found = []
     drawn = {
         "t1:1": [
-            sample(call("blue chair"), 1.0, "EXPECTED_TOOL_CALL"),
-            *[sample(call("red chair"), 0.0, "ARGUMENT_VALUE_DIFFERENT")] * 2,
+            sample(call("blue chair"), 1.0, "EXPECTED_TOOL_CALL", rules=("letter_case",)),
+            *[sample(call("red chair"), 0.0, "ARGUMENT_VALUE_DIFFERENT", detail="q: the colours differ")] * 2,
             sample(Action("none"), 0.0, "TRUNCATED", "length"),
         ],
         "t1:3": [sample(Action("message", HOSTILE), 0.0, "NO_TOOL_CALL")] * 4,
@@ -62,6 +62,7 @@ def make(folder: Path) -> Path:
     evaluated = [{"policy": policy, "set": "one_turn", "items": items} for policy in ("base", "pivotrl")]
     write_artefact(folder / "evaluation.jsonl", Header("evaluation", "c"), evaluated)
     answer = {"ids": [5, 6], "rewards": [0.9, 0.0], "importance": [0.1, 0.0], "agreement": 0.7, "ended": True}
+    answer |= {"positive": [-0.1, -2.0], "negative": [-1.0, -2.0]}
     pair = {"preference_id": "p1", "split": "train", "objective": "kindness", "prompt_ids": [1]}
     reward = pair | {"chosen": answer, "rejected": answer | {"rewards": [-0.9, 0.0]}}
     write_artefact(folder / "token_rewards.jsonl", Header("token_rewards", "c"), [reward])

@@ -44,7 +44,7 @@ def test_a_lock_pins_everything_with_hashes(lock: Path) -> None:
 
 def test_every_environment_has_a_lock() -> None:
     assert {lock.stem for lock in LOCKS} == {
-        "main", "view", "vllm", "aligner", "aligner-packages", "conformance", "requirements",
+        "main", "view", "vllm", "aligner", "aligner-packages", "conformance", "bfcl", "requirements",
     }  # fmt: skip
     docker = (ROOT / "Dockerfile").read_text()
     steps = re.split(r"&&|;|\n", docker.replace("\\\n", " "))

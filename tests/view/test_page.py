@@ -68,6 +68,7 @@ def test_a_rejected_sample_is_found_from_the_overview_by_links(page: Page, addre
     expect(page.locator(".why")).to_contain_text("Dropped: 0 of 4 samples were accepted")
     expect(page.locator(".sample h3")).to_contain_text("4 ×")
     expect(page.locator(".sample h3")).to_contain_text("NO_TOOL_CALL")
+    expect(page.locator(".reason")).to_have_text("The policy talks, or does nothing, where the expert calls a tool.")
     page.get_by_role("link", name="trajectory t1").click()
     expect(page.locator("h1")).to_have_text("Trajectory t1")
     expect(page.locator(".badge.pivot")).to_have_count(1)
@@ -92,6 +93,8 @@ def test_filters_are_in_the_address_and_keys_move_through_the_list(page: Page, a
     page.keyboard.press("j")
     page.keyboard.press("Enter")
     expect(page.locator("h1")).to_have_text("Turn t1:1")
+    expect(page.locator(".sample").first).to_contain_text("q: the colours differ")
+    expect(page.locator(".sample").nth(1)).to_contain_text("accepted by rule letter_case")
     expect(page.locator(".del").first).to_contain_text("blue chair")
     expect(page.locator(".add").first).to_contain_text("red chair")
     page.keyboard.press("u")
@@ -101,6 +104,10 @@ def test_filters_are_in_the_address_and_keys_move_through_the_list(page: Page, a
 def test_token_rewards_and_arms_have_pages(page: Page, address: str) -> None:
     page.goto(f"{address}/#/pair/p1")
     expect(page.locator(".tokens span").first).to_have_attribute("title", "reward 0.900, Delta 0.1000 nats")
+    expect(page.locator(".face")).to_have_count(4)
+    expect(page.locator(".face span[title]").first).to_have_attribute(
+        "title", "probability 0.9048, log-probability -0.1000"
+    )
     page.goto(f"{address}/#/prompt/0")
     expect(page.locator(".arm")).to_have_count(2)
     expect(page.locator(".moved").first).to_have_text("so")

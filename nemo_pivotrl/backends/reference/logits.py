@@ -50,7 +50,7 @@ def logits_of(model: Any, hidden: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def takes_hidden(model: Any) -> bool:
-    """Whether the model's logits follow from its last hidden state as `logits_of` takes them; one with adapters is not asked."""
+    """Whether the model's logits follow from its last hidden state as `logits_of` takes them; it is asked before it gets adapters."""
     rows = model.get_input_embeddings().weight.shape[0]
     ids = (torch.arange(4, device=model.device) % rows)[None]
     try:

@@ -61,7 +61,7 @@ class ReferencePolicy(SequenceScores):
         device = policy.device if policy.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
         self.device = torch.device(device)
         self.model = load_model(policy.model_name, f"{section}.model_name", DTYPES[policy.dtype], self.device)
-        self.chunked = not policy.lora.enabled and takes_hidden(self.model)
+        self.chunked = takes_hidden(self.model)
         """Whether scoring needs no logits of all positions at once."""
         self.reference = None
         if policy.lora.enabled:
@@ -170,6 +170,7 @@ class ReferencePolicy(SequenceScores):
 
     def _log_probs_of(self, model: Any, batch: TokenBatch, rows: Sequence[int]) -> Tensor:
         """[n, T] log-probabilities by `chunked_log_probs`; 0 where the batch does not ask."""
+        model = model.get_base_model() if self.settings.lora.enabled else model  # adapters are within its layers
         prompts, responses = [batch.prompts[batch.prompt_of[n]] for n in rows], [batch.responses[n] for n in rows]
         temperature = self.settings.generation.temperature or 1.0
         if self.settings.prefix_sharing:

@@ -2,7 +2,7 @@
 // One page over a run's artefacts. Every text becomes a text node: model output is data and never markup.
 
 const PAGE = 50;
-const FATES = { "all 0": "all 0: never accepted", "all 1": "all 1: always accepted", pivot: "pivots", "held out": "held out" };
+const FATES = { "left out": "left out: the expert talks", failed: "failed", "too easy": "too easy", "all 0": "all 0: never accepted", "all 1": "all 1: always accepted", pivot: "pivots", "held out": "held out" };
 const main = document.getElementById("main");
 let shown = 0;
 let run = null;
@@ -60,11 +60,13 @@ function overview() {
   if (run.prompts) tile(number(run.prompts), "assessed prompts", link("prompts"));
   const parts = [h("h1", {}, run.folder), h("div", { class: "tiles" }, tiles)];
   if (run.report) parts.push(h("p", {}, h("a", { href: "report.html" }, "report.html"), " has the plots and tables of the whole run."));
-  const stages = Object.entries(run.checks);
-  if (stages.length) {
-    parts.push(h("h2", {}, "Verdicts of the stages"), h("div", { class: "scroll" }, h("table", {}, h("tbody", {}, stages.map(([stage, checks]) =>
-      checks.map((check) => h("tr", {}, h("td", {}, stage), h("td", {}, badge(check.good ? "ok" : "WARN")), h("td", {}, check.name),
-        h("td", { class: "wrap" }, check.found, check.good ? null : h("div", { class: "note" }, "→ " + check.remedy)))))))));
+  const checks = Object.entries(run.checks).flatMap(([stage, found]) => found.map((check) => ({ stage, ...check })));
+  const row = (c) => h("tr", {}, h("td", {}, c.stage), h("td", {}, badge(c.good ? "ok" : "WARN")), h("td", {}, c.name), h("td", { class: "wrap" }, c.found, c.good ? null : h("div", { class: "note" }, "→ " + c.remedy)));
+  const table = (found) => h("div", { class: "scroll" }, h("table", {}, h("tbody", {}, found.map(row))));
+  if (checks.length) {
+    const bad = checks.filter((c) => !c.good), good = checks.filter((c) => c.good);
+    parts.push(h("h2", {}, "What the stages warn of"), bad.length ? table(bad) : h("p", {}, "Nothing."));
+    if (good.length) parts.push(h("details", {}, h("summary", {}, `${good.length} checks found nothing to warn of`), table(good)));
   }
   if (run.samples) {
     const top = Math.max(1, ...run.rates);
@@ -224,7 +226,7 @@ async function turn(id) {
   for (const g of t.groups) {
     const text = actionText(g.action), equal = text === wanted;
     parts.push(h("div", { class: "card sample" }, h("h3", {}, `${g.count} ×`, badge(g.reward >= 1 ? "accepted" : g.reward > 0 ? `reward ${g.reward}` : "rejected", g.reward > 0 ? "won" : "lost"),
-      h("code", {}, g.category), g.finish_reason === "length" ? badge("cut at max_new_tokens", "cut") : null), g.detail ? h("p", {}, g.detail) : null,
+      h("code", {}, g.category), g.rules.length ? h("span", { class: "note" }, `accepted by ${g.rules.length > 1 ? "rules" : "rule"} ${g.rules.join(", ")}`) : null, g.finish_reason === "length" ? badge("cut at max_new_tokens", "cut") : null), h("p", { class: "reason" }, g.words, g.detail ? ` ${g.detail}` : ""),
       equal ? h("pre", {}, text) : h("div", {}, h("p", { class: "note" }, "− the expert, + this sample"), diff(wanted, text)),
       h("details", {}, h("summary", {}, `as generated: ${g.tokens} tokens, log-probability ${g.log_prob.toFixed(2)}`), h("pre", {}, g.text))));
   }
@@ -265,10 +267,16 @@ async function pair(id) {
   const p = await ask("pair", { id });
   const side = (name) => h("div", { class: "card" }, h("h3", {}, name), h("div", { class: "text tokens" }, p[name].map(([text, reward, delta]) =>
     heat(text, Math.abs(reward), reward > 0 ? "40, 160, 80" : "215, 70, 60", `reward ${reward.toFixed(3)}, Delta ${delta.toFixed(4)} nats`))));
+  const faces = p.chosen.concat(p.rejected).filter((token) => token.length > 3);
+  const top = Math.max(0, ...faces.map((token) => Math.abs(token[3] - token[4])));
+  const face = (name, at) => h("div", { class: "card face" }, h("h3", {}, `${name}, by the ${at === 3 ? "positive" : "negative"} face`), h("div", { class: "text tokens" }, p[name].map((token) =>
+    heat(token[0], top ? Math.sqrt(Math.max(0, token[at] - token[7 - at]) / top) : 0, at === 3 ? "40, 160, 80" : "215, 70, 60", `probability ${Math.exp(token[at]).toFixed(4)}, log-probability ${token[at].toFixed(4)}`))));
   main.replaceChildren(h("h1", {}, `Pair ${id}`), h("div", { class: "pages" }, p.previous ? h("a", { href: link("pair/" + encodeURIComponent(p.previous)) }, "← previous") : null,
     h("span", {}, `${p.objective}, ${p.split}`), p.next ? h("a", { href: link("pair/" + encodeURIComponent(p.next)) }, "next →") : null),
   h("h2", {}, "Prompt"), h("pre", {}, p.prompt), h("h2", {}, "Token rewards"), h("p", { class: "note" }, "Green: rewarded. Red: punished. Without colour: no reward, the two faces hardly differ there. Hover for figures."),
-  h("div", { class: "side" }, side("chosen"), side("rejected")));
+  h("div", { class: "side" }, side("chosen"), side("rejected")),
+  ...(faces.length ? [h("h2", {}, "Faces side by side"), h("p", { class: "note" }, "Coloured: tokens that this face is likelier to write than the other one. The positive face is the patient asked as a good assistant, the negative one as a bad one."),
+    h("div", { class: "side" }, face("chosen", 3), face("chosen", 4), face("rejected", 3), face("rejected", 4))] : []));
 }
 
 async function promptList(parameters) {

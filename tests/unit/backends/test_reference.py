@@ -143,6 +143,28 @@ def test_gradients_through_chunks_of_logits_are_those_of_all_logits_at_once(
         assert max(float((a - b).abs().max()) for a, b in zip(whole, found, strict=True)) <= ROUNDING[name]
 
 
+@pytest.mark.parametrize("share", [True, False])
+def test_adapters_get_the_same_gradients_through_chunks_of_logits(
+    folders: dict[str, str], share: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = policy(folders["llama"], prefix_sharing=share, lora=Lora(enabled=True, r=2))
+    model.prepare_for_training(Optimizer(lr=5e-2))
+    step(model)  # from here on the adapters say something
+    assert model.chunked
+    monkeypatch.setattr(logits, "CHUNK_LOGITS", 3 * VOCAB)
+    found = adapter_gradients(model)
+    model.chunked = False
+    whole = adapter_gradients(model)
+    assert len(found) == len(whole) > 0 and any(float(a.abs().max()) > 1e-6 for a in whole)
+    assert max(float((a - b).abs().max()) for a, b in zip(whole, found, strict=True)) <= ROUNDING["llama"]
+
+
+def adapter_gradients(model: ReferencePolicy) -> list[torch.Tensor]:
+    model.prepare_for_training_step()
+    model.get_loss_and_metrics(BATCH, loss_fn)
+    return [p.grad.clone() for p in model.model.parameters() if p.requires_grad and p.grad is not None]
+
+
 def test_in_training_no_more_logits_exist_than_one_chunk_has(
     folders: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

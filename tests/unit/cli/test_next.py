@@ -1,12 +1,13 @@
 """The next command that a stage names: one that exists, with the same recipe and settings."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 
 from nemo_pivotrl import cli
 from nemo_pivotrl.cli.stages import NEXT, following
-from nemo_pivotrl.config import Recipe
+from nemo_pivotrl.config import Policy, Recipe
 
 PLAIN = Recipe(run_dir="runs/my run")
 
@@ -33,3 +34,11 @@ def test_the_next_command_can_be_pasted_as_it_is(stage: str, expected: str) -> N
 def test_policies_that_are_named_are_evaluated_next() -> None:
     named = dataclasses.replace(PLAIN, evaluate=dataclasses.replace(PLAIN.evaluate, policies={"base": "x"}))
     assert following("train", named, "r.yaml", []) == "nemo-pivotrl evaluate r.yaml"
+
+
+def test_a_start_policy_that_the_warmup_has_still_to_make_is_made_next(tmp_path: Path) -> None:
+    start = tmp_path / "start/policy"
+    recipe = Recipe(run_dir=str(tmp_path), policy=Policy(model_name=str(start)))
+    assert following("extract", recipe, "r.yaml", []) == "nemo-pivotrl warmup r.yaml"
+    start.mkdir(parents=True)
+    assert following("extract", recipe, "r.yaml", []) == "nemo-pivotrl profile r.yaml"

@@ -188,6 +188,12 @@ def test_a_binary_file_or_a_folder_given_as_recipe_is_named(tmp_path: Path) -> N
         assert problem.file == str(wrong)
 
 
+def test_an_empty_mapping_on_the_command_line_empties_one_of_the_file(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text("verifier: {name: functional, settings: {rules: {sql: false}}}")
+    made = load_recipe(str(tmp_path / "r.yaml"), ["verifier.name=exact", "verifier.settings={}"]).verifier
+    assert (made.name, made.settings) == ("exact", {})
+
+
 def test_overrides_win_and_are_checked_like_the_file(tmp_path: Path) -> None:
     path = recipe_file(tmp_path, "select: {lambda_diff: 0.5}\nrun_dir: a\npolicy: {model_name: '${run_dir}/policy'}")
     recipe = load_recipe(

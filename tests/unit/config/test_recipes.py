@@ -23,7 +23,7 @@ FOLDER = ROOT / "recipes"
 OURS = sorted(p for family in ("pivotrl", "llmdoctor") for p in (FOLDER / family).rglob("*.yaml"))
 WHOLE = [p for p in OURS if p.parent.name != "base"]
 NAME = re.compile(r"(pivotrl|llmdoctor)-[a-z0-9.-]+-\d+n\d+g(-(tp|pp|cp|ep|etp)[a-z0-9]*)?(-[a-z0-9]+)*")
-SMALL = ("quickstart", "quickstart-full", "requests", "tiny", "tiny-loop", "smollm2-135m-cpu")
+SMALL = ("quickstart", "quickstart-full", "requests", "tiny", "tiny-loop", "smollm2-135m-cpu", "smollm2-135m-cpu-bfcl")
 
 
 def ids(path: Path) -> str:

@@ -387,6 +387,13 @@ def test_the_stage_writes_rows_that_read_back_an_audit_that_adds_up_and_the_same
     assert read_header(extract(recipe), "candidates").parent != header.parent
 
 
+def test_a_test_set_is_held_out_as_a_whole(tmp_path: Path) -> None:
+    records = [{"trajectory_id": f"t{i}", "messages": [user(f"a{i}"), call(("find", i)), output()]} for i in range(5)]
+    settings = Extract(trajectories=(str(openai_file(tmp_path, *records)),), validation_share=1.0)
+    rows = list(read_rows(extract(Recipe(run_dir=str(tmp_path / "run"), extract=settings))))
+    assert len(rows) == 5 and {r["split"] for r in rows} == {"validation"}
+
+
 def test_the_stage_splits_trials_of_a_task_together(tmp_path: Path) -> None:
     records = [{"task_id": i // 4, "messages": [user(f"trial {i}"), say("yes")]} for i in range(20)]
     settings = Extract(trajectories=(str(openai_file(tmp_path, *records)),), validation_share=0.4)

@@ -7,7 +7,12 @@ import pytest
 from starlette.testclient import TestClient
 from support.view_run import HOSTILE, make
 
+from nemo_pivotrl.components.conclusions import TALK
+from nemo_pivotrl.core.artifacts import read_header, read_rows, write_artefact
 from nemo_pivotrl.core.errors import InputError
+from nemo_pivotrl.report import VIEW_ADDRESS
+from nemo_pivotrl.report.reasons import in_words
+from nemo_pivotrl.report.view_index import listed, open_run, overview, whole_turn
 from nemo_pivotrl.report.view_server import create_app
 
 
@@ -61,6 +66,7 @@ def test_a_turn_groups_its_samples_by_action_and_says_why_it_was_kept_or_dropped
         (1, "EXPECTED_TOOL_CALL", 1.0),
         (1, "TRUNCATED", 0.0),
     ]
+    assert turn["groups"][0]["detail"] == "q: the colours differ" and turn["groups"][1]["rules"] == ["letter_case"]
     assert turn["expected"]["calls"] == [{"name": "find", "arguments": '{\n "n": 1,\n "q": "blue chair"\n}'}]
     assert turn["why"].startswith("A pivot: 1 of 4") and turn["sets"] == ["pivots.jsonl"] and turn["interval"]
     lost = ask(client, "turn", id="t1:3")
@@ -77,7 +83,7 @@ def test_a_trajectory_is_its_longest_state_with_what_is_known_of_each_turn(clien
 
 def test_token_rewards_and_arms_are_shown_token_by_token(client: TestClient) -> None:
     assert [p["id"] for p in ask(client, "pairs", objective="kindness")["rows"]] == ["p1"]
-    assert ask(client, "pair", id="p1")["chosen"] == [["#5 ", 0.9, 0.1], ["#6 ", 0.0, 0.0]]
+    assert ask(client, "pair", id="p1")["chosen"] == [["#5 ", 0.9, 0.1, -0.1, -1.0], ["#6 ", 0.0, 0.0, -2.0, -2.0]]
     assert ask(client, "prompts")["rows"] == [{"prompt": 0, "asked": "why?"}]
     assert [a["arm"] for a in ask(client, "prompt", id=0)["arms"]] == ["patient", "kind 1"]
 
@@ -118,3 +124,29 @@ def test_every_answer_forbids_what_the_page_does_not_need(client: TestClient) ->
 def test_a_folder_without_artefacts_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no artefacts to show"):
         create_app(tmp_path)
+
+
+def test_the_reports_links_lead_into_the_viewer_wherever_it_listens(tmp_path: Path) -> None:
+    make(tmp_path / "run")
+    (tmp_path / "run/report.html").write_text(f'<a href="{VIEW_ADDRESS}#/turns?fate=pivot">pivots</a>')
+    served = TestClient(create_app(tmp_path / "run"), base_url="http://127.0.0.1:8801").get("/report.html").text
+    assert served == '<a href="/#/turns?fate=pivot">pivots</a>'
+
+
+def test_turns_without_a_hit_rate_come_last_both_ways(tmp_path: Path) -> None:
+    path = make(tmp_path) / "profiles.jsonl"
+    rows, header = list(read_rows(path)), read_header(path, "profiles")
+    talk = rows[0] | {"candidate_id": "talk", "samples": [], "profile": rows[0]["profile"] | {"failure": TALK}}
+    write_artefact(path, header, [talk, *rows])
+    run = open_run(tmp_path)
+    up, down = ([row["id"] for row in listed(run, {"sort": "rate", "desc": desc})["rows"]] for desc in ("", "1"))
+    assert up == ["t1:3", "t1:1", "t1:5", "talk"] and down == ["t1:5", "t1:1", "t1:3", "talk"]
+    assert (
+        whole_turn(run, "talk")["why"].startswith("Left out: the expert talks")
+        and overview(run)["fates"]["left out"] == 1
+    )
+
+
+def test_categories_are_words_and_a_strange_one_is_read_out() -> None:
+    assert in_words("DIFFERENT_TOOL") == "It calls another tool than the expert."
+    assert in_words("FINISH_MISSING_PATHS") == "Finish missing paths."

@@ -112,7 +112,13 @@ SAME: dict[str, list[Pair]] = {
         ),
         Pair("DELETE FROM t", "delete from t -- all"),
     ],
-    "letter_case": [Pair("Paris", "paris"), Pair("Straße", "STRASSE")],
+    "letter_case": [
+        Pair("Paris", "paris"),
+        Pair("Straße", "STRASSE"),
+        Pair("C:/Data/x.csv", "C:/DATA/X.CSV", key="path"),
+        Pair("Bob@x.com", "bob@x.com", key="to"),
+        Pair("ABC", "abc", key="user_id"),
+    ],
     "dates": [
         Pair("2024-03-01", "20240301", {"type": "string", "format": "date"}),
         Pair("2024-03-01T10:00:00+02:00", "2024-03-01T08:00:00Z"),
@@ -179,10 +185,20 @@ SAME: dict[str, list[Pair]] = {
 }
 """Rule -> pairs that are the same by it. The rules about whole calls have tables of their own below."""
 
-DEFAULTED = {"n": {"type": "integer", "default": 10}, "mode": {"type": ["string", "null"]}, "k": {"type": "string"}}
+DEFAULTED = {
+    "unit": {"type": "string", "description": "Unit of the answer (optional, defaults to 'km')."},
+    "z": {"type": "integer", "description": "Default is 0."},
+    "deep": {"type": "boolean", "description": "Default value: False, as most callers want."},
+    "n": {"type": "integer", "default": 10},
+    "mode": {"type": ["string", "null"]},
+    "k": {"type": "string"},
+}
 WHOLE_CALLS: list[tuple[str, str, dict[str, Any], dict[str, Any]]] = [
     ("omitted_default", "f", {"k": "a"}, {"k": "a", "n": 10}),
     ("omitted_default", "f", {"k": "a", "n": 10}, {"k": "a"}),
+    ("described_default", "f", {"k": "a"}, {"k": "a", "unit": "km"}),
+    ("described_default", "f", {"k": "a", "z": 0}, {"k": "a"}),
+    ("described_default", "f", {"k": "a"}, {"k": "a", "deep": False}),
     ("null_optional", "f", {"k": "a"}, {"k": "a", "mode": None}),
     ("null_optional", "f", {"k": "a", "mode": None}, {"k": "a"}),
 ]
@@ -878,3 +894,13 @@ def test_switching_a_rule_off_never_accepts_more(left: dict[str, Any], right: di
     strictest = judged("bash", left, right, verifier=none)
     assert strictest.category in ("EQUAL", "DIFFERENT_ARGUMENTS")
     assert strictest.reward <= judged("bash", left, right, verifier=strict).reward <= judged("bash", left, right).reward
+
+
+def test_a_required_argument_may_not_be_left_out_though_it_has_a_default() -> None:
+    properties = {"n": {"type": "integer", "default": 10}, "k": {"type": "string"}}
+    tool = {"name": "f", "parameters": {"type": "object", "properties": properties, "required": ["n"]}}
+    case = Case(
+        Action("calls", calls=(ToolCall("f", '{"k": "a", "n": 10}'),)), ({"type": "function", "function": tool},)
+    )
+    for arguments, reward in (('{"k": "a"}', 0.0), ('{"k": "a", "n": 10}', 1.0), ('{"n": 10, "k": "a"}', 1.0)):
+        assert Functional().verify(case, Action("calls", calls=(ToolCall("f", arguments),))).reward == reward

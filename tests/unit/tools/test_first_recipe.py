@@ -1,0 +1,100 @@
+"""init: the recipe that it writes loads, says what was found, and leaves open what the data does not say."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.recipes import ROOT
+
+from nemo_pivotrl import cli
+from nemo_pivotrl.config import Recipe
+from nemo_pivotrl.config.load import load_recipe
+
+MODEL = str(ROOT / "nemo_pivotrl/demo/models/start-policy")
+PARAMETERS = {"type": "object", "properties": {"user": {"type": "string"}}, "required": ["user"]}
+FUNCTION = {"name": "find_orders", "description": "Orders of a customer.", "parameters": PARAMETERS}
+TOOL = {"type": "function", "function": FUNCTION}
+
+
+def called(name: str = "find_orders") -> list[dict[str, Any]]:
+    """An episode in words that the shipped model's small vocabulary has."""
+    call = {"id": "a", "type": "function", "function": {"name": name, "arguments": json.dumps({"user": "eva"})}}
+    return [
+        {"role": "system", "content": "Shop desk. Ask before changes. Shipped orders go to a human."},
+        {"role": "user", "content": "i am eva . where is my lamp ?"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "a", "content": "shipped"},
+    ]
+
+
+def written(folder: Path, records: list[dict[str, Any]], name: str = "mine.jsonl") -> str:
+    (folder / name).write_text("".join(json.dumps(record) + "\n" for record in records))
+    return str(folder / name)
+
+
+def init(folder: Path, file: str, capsys: pytest.CaptureFixture[str]) -> tuple[Recipe, str, str]:
+    """(the recipe, its text, what was printed)."""
+    target = folder / "recipe.yaml"
+    assert cli.main(["init", MODEL, file, str(target)]) == 0
+    return load_recipe(str(target)), target.read_text(), capsys.readouterr().out
+
+
+def test_tool_calls_get_the_functional_verifier_and_lengths_that_fit(tmp_path: Path, capsys: Any) -> None:
+    talk = {"role": "assistant", "content": "shipped it is !"}
+    file = written(tmp_path, [{"messages": [*called(), talk], "tools": [TOOL]} for _ in range(3)])
+    recipe, text, said = init(tmp_path, file, capsys)
+    assert recipe.verifier.name == "functional" and recipe.extract.trajectories == (file,)
+    assert recipe.policy.model_name == recipe.evaluate.policies["base"] == MODEL
+    assert recipe.policy.generation.max_new_tokens == 64 and 64 < recipe.policy.max_total_sequence_length <= 1024
+    assert recipe.run_dir == "runs/mine" and recipe.path("pivotrl/policy") == Path(recipe.evaluate.policies["pivotrl"])
+    assert "format openai, 3 trajectories, 6 assistant turns, 3 of them talk; tools: find_orders" in text.replace(
+        "\n  # ", " "
+    )
+    assert "the expert talks in 3 of 6 turns" in text and "WARN" not in said
+    assert said.endswith(f"next: nemo-pivotrl extract {tmp_path / 'recipe.yaml'}\n")
+    assert all(len(line) < 134 for line in text.splitlines() if str(tmp_path) not in line and MODEL not in line)
+
+
+def test_what_the_data_does_not_say_is_left_open(tmp_path: Path, capsys: Any) -> None:
+    recipe, text, said = init(tmp_path, written(tmp_path, [{"messages": called("fly")}]), capsys)
+    assert recipe.extract.tools is None and "# tools: tools.json" in text
+    assert "WARN  no record defines fly" in said
+
+
+def test_states_that_the_template_cannot_render_are_told(tmp_path: Path, capsys: Any) -> None:
+    bare = called()[1:]  # the shipped template writes tools behind a system message alone
+    recipe, _, said = init(tmp_path, written(tmp_path, [{"messages": bare, "tools": [TOOL]}]), capsys)
+    assert "WARN  no state looked at can be rendered: tools: tools, left out of the prompt by the template" in said
+    assert recipe.policy.max_total_sequence_length == 1024  # the model's
+
+
+def test_an_expert_who_only_talks_needs_a_judge(tmp_path: Path, capsys: Any) -> None:
+    turns = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]
+    recipe, _, said = init(tmp_path, written(tmp_path, [{"conversations": turns}]), capsys)
+    assert recipe.verifier.name == "judge" and recipe.verifier.judge.base_url and "WARN  the expert only talks" in said
+
+
+def test_preferences_make_a_recipe_for_llmdoctor(tmp_path: Path, capsys: Any) -> None:
+    rows = [{"prompt": f"hi {n}", "chosen": "hello", "rejected": "no"} for n in range(2)]
+    recipe, text, said = init(tmp_path, written(tmp_path, rows), capsys)
+    assert recipe.algorithm == "llmdoctor" and recipe.patient.model_name == recipe.doctor.model_name == MODEL
+    assert recipe.preferences.files and recipe.tfpo.anchor == "reference" and "2 preferences" in text
+    assert recipe.decode.doctors["helpfulness"].path == str(recipe.path("doctor/policy"))
+    assert "next: nemo-pivotrl preferences" in said
+
+
+def test_bad_input_writes_nothing_and_a_recipe_is_never_overwritten(tmp_path: Path, capsys: Any) -> None:
+    file, target = written(tmp_path, [{"messages": called(), "tools": [TOOL]}]), str(tmp_path / "recipe.yaml")
+    for model, data, expected in (
+        ("nowhere", file, "give a folder with an HF checkpoint"),
+        (MODEL, str(tmp_path / "none.jsonl"), "no such file"),
+        (MODEL, written(tmp_path, [{"odd": 1}], "odd.jsonl"), "no known format"),
+    ):
+        assert cli.main(["init", model, data, target]) == cli.BAD_INPUT
+        assert expected in capsys.readouterr().err and not Path(target).exists()
+    Path(target).write_text("seed: 1\n")
+    assert cli.main(["init", MODEL, file, target]) == cli.BAD_INPUT
+    assert "a file is there already" in capsys.readouterr().err and Path(target).read_text() == "seed: 1\n"
