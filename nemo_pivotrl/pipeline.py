@@ -12,7 +12,7 @@ from typing import get_args
 
 from nemo_pivotrl.algorithms.selection import Rule
 from nemo_pivotrl.backends.launch import place_of
-from nemo_pivotrl.components import costs as ledger
+from nemo_pivotrl.components import conclusions, costs as ledger
 from nemo_pivotrl.config import Recipe
 from nemo_pivotrl.core.lock import one_writer
 from nemo_pivotrl.demo.expert_trajectories import make_expert_trajectories
@@ -42,7 +42,8 @@ def run(recipe: Recipe, fresh: bool = False) -> Path:
     """
     start = time.perf_counter()
     if fresh:
-        recipe.path("ledger.jsonl").unlink(missing_ok=True)
+        for name in ("ledger.jsonl", conclusions.FILE):
+            recipe.path(name).unlink(missing_ok=True)
     stages = _llmdoctor(recipe) if recipe.algorithm == "llmdoctor" else _pivotrl(recipe, fresh)
     for name, stage in {**stages, "report": report.report}.items():
         if stage is not loop:  # which names its own stages
@@ -52,6 +53,8 @@ def run(recipe: Recipe, fresh: bool = False) -> Path:
         path = stage(recipe, fresh)
     pivots, points = gains(read_history(Path(recipe.run_dir)))
     print("\n" + ledger.table(ledger.read_ledgers(Path(recipe.run_dir)), recipe.budget.gpus, pivots, points))
+    if warned := conclusions.warnings_of(Path(recipe.run_dir)):
+        print(f"\n{len(warned)} checks warn (the report says what to do): {'; '.join(warned)}", end="")
     for folder in (recipe.path("final/policy"), *sorted(Path(recipe.run_dir).glob("doctor*/policy"))):
         if folder.exists():
             print(f"\n{'policy' if folder.parent.name == 'final' else 'doctor'}: {folder}", end="")

@@ -182,3 +182,13 @@ def read_checks(folder: Path) -> dict[str, list[dict[str, Any]]]:
     path = folder / FILE
     found: dict[str, list[dict[str, Any]]] = read_json(path, {}, AGAIN) if path.exists() else {}
     return found
+
+
+def warnings_of(folder: Path) -> list[str]:
+    """`stage: check` for each check of a run that warned."""
+    return [
+        printable(f"{stage}: {c['name']}")
+        for stage, checks in read_checks(folder).items()
+        for c in checks
+        if not c["good"]
+    ]

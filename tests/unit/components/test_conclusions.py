@@ -14,6 +14,7 @@ from nemo_pivotrl.components.conclusions import (
     read_checks,
     table,
     training_checks,
+    warnings_of,
 )
 
 
@@ -89,4 +90,5 @@ def test_a_stage_prints_its_table_and_keeps_it_beside_those_of_others(
         "profile": [True, False],
         "select": [True],
     }
+    assert warnings_of(tmp_path) == ["profile: b\\x1b[2J"] and warnings_of(tmp_path / "none") == []
     assert table([]) == "verdict"
