@@ -95,6 +95,8 @@ class RayActors:
         """See `Executor`."""
         while self._lost and self._free():
             self.submit(*self._lost.pop())
+        if not self._tasks and not self._restarting:
+            return None
         ended, _ = ray.wait([*self._tasks, *self._restarting], timeout=LOOK_S if block else 0)
         if not ended:
             return None

@@ -7,6 +7,7 @@ from the journal and ends with the same bytes, as long as a result depends on it
 
 from __future__ import annotations
 
+import sys
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -149,7 +150,7 @@ class Map:
 
     def _order(self, journal: Journal) -> None:
         """The finished items' rows in order, as one artefact, by rename."""
-        with ArtefactWriter(self.path, self.header, fresh=True) as writer:
+        with ArtefactWriter(self.path, self.header) as writer:
             for number in sorted(journal.done):
                 place = journal.done[number]
                 writer.write_text(journal.read(place), place.rows)
@@ -223,13 +224,22 @@ class _Run:
 
 def make_executor(recipe: Recipe, make_worker: Callable[[], Worker]) -> Executor:
     """The executor that the recipe names. `make_worker` is called where the worker runs; elsewhere than here it is pickled."""
-    if recipe.executor == "ray":
-        from nemo_pivotrl.backends.ray_actors import RayActors
-
-        return RayActors(make_worker, recipe)
+    if recipe.executor == "here":
+        return Here(make_worker())
+    make = partial(_made_elsewhere, recipe.num_threads, make_worker)
     if recipe.executor == "processes":
-        return Processes(make_worker, recipe.workers)
-    return Here(make_worker())
+        return Processes(make, recipe.workers)
+    from nemo_pivotrl.backends.ray_actors import RayActors
+
+    return RayActors(make, recipe)
+
+
+def _made_elsewhere(num_threads: int, make_worker: Callable[[], Worker]) -> Worker:
+    """The worker, computing with as many threads as this process would: the number decides the last bits."""
+    worker = make_worker()
+    if num_threads and (torch := sys.modules.get("torch")):
+        torch.set_num_threads(num_threads)
+    return worker
 
 
 # ---- items of one task ----

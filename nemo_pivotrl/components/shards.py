@@ -108,11 +108,11 @@ def merge_shards(whole: Path, header: Header, begun: Header) -> None:
             )
     if problems:
         raise InputError(problems)
-    with ArtefactWriter(whole, header, fresh=True) as writer:
+    with ArtefactWriter(whole, header) as writer:
         for shard in shards:
             with open_input(shard.path(whole)) as file:
                 file.readline()
                 while lines := file.readlines(1 << 20):
-                    writer.write_lines(lines, sync=False)
+                    writer.write_text(b"".join(lines), len(lines))
         writer.finish()
     shutil.rmtree(folder, ignore_errors=True)

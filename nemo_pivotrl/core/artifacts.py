@@ -17,13 +17,13 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from nemo_pivotrl.core.atomic import aside, create, open_input, rename, reopen, replacing, settle
+from nemo_pivotrl.core.atomic import aside, create, open_input, rename, replacing, settle
 from nemo_pivotrl.core.errors import InputError, Problem, short
 
 POINTING = ("candidates", "profiles", "pivots")
@@ -378,65 +378,27 @@ def is_complete(path: Path, header: Header, fresh: bool) -> bool:
 
 
 class ArtefactWriter:
-    """Writes an artefact so that kill -9 at any byte loses at most the rows not yet flushed.
+    """Writes an artefact to `PATH.part`. `finish` seals it and renames it to PATH, so PATH is always complete.
 
-    Rows go to `PATH.part`. `finish` seals it and renames it to PATH, so PATH is always complete. Opening a second time with the
-    same header resumes: whole rows are kept, a torn last line is cut off, and `rows_done` says how many are there.
-    A `.part` with another header is refused unless `fresh` is set: it holds somebody's paid-for rollouts.
+    It is written in one go; work that must survive a kill is in a journal until then (`components/journal.py`).
     """
 
-    def __init__(self, path: Path, header: Header, fresh: bool = False):
+    def __init__(self, path: Path, header: Header):
         self.path, self.part, self.header = path, aside(path), header
-        self.rows_done = self._rows = 0
+        self._rows = 0
         self._hasher = hashlib.sha256(header.to_line().encode())
-        resumed = not fresh and os.path.lexists(self.part)
-        self._handle = reopen(self.part) if resumed else create(self.part)
-        try:
-            if resumed:
-                self.rows_done = self._rows = self._keep_whole_rows()
-            if self.rows_done == 0:
-                self._handle.seek(0)
-                self._handle.truncate()
-                self._handle.write(first_line(header))
-        except BaseException:
-            self._close()
-            raise
-
-    def _keep_whole_rows(self) -> int:
-        """Cut the part after its last whole row; how many there are. The place for the seal may hold one, or half of one."""
-        first, own = self._handle.readline(), first_line(self.header)
-        if not first.endswith(b"\n"):
-            return 0
-        if len(first) != len(own) or first[: -SEAL_WIDTH - 2] != own[: -SEAL_WIDTH - 2]:
-            difference = short(header_difference(first, own))
-            remedy = "unfinished work of another recipe or input; finish it with its own recipe, or add fresh=true to drop it"
-            raise InputError(Problem(str(self.part), 1, "header", difference, remedy))
-        rows, end = 0, self._handle.tell()
-        while (line := self._handle.readline()).endswith(b"\n"):
-            rows, end = rows + 1, end + len(line)
-            self._hasher.update(line)
-        self._handle.seek(end)
-        self._handle.truncate()
-        return rows
-
-    def rows(self) -> Iterator[dict[str, Any]]:
-        """The rows already there, for a stage that resumes."""
-        return (row for _, row in _placed(self.part))
+        self._handle = create(self.part)
+        self._handle.write(first_line(header))
 
     def write(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Append rows as one write, then sync. A crash may keep the first of them; a torn last row is cut on resume."""
-        self.write_lines([json_line(row) for row in rows])
+        """Append rows. Raises OSError."""
+        lines = [json_line(row) for row in rows]
+        self.write_text(b"".join(lines), len(lines))
 
-    def write_lines(self, lines: Sequence[bytes], sync: bool = True) -> None:
-        """As `write`, for rows that are lines already, each with its end. `sync` False: what is quick to make again."""
-        self.write_text(b"".join(lines), len(lines), sync)
-
-    def write_text(self, text: bytes, rows: int, sync: bool = False) -> None:
-        """As `write_lines`, for so many lines that are one text."""
+    def write_text(self, text: bytes, rows: int) -> None:
+        """Append so many rows that are one text, each a line with its end. Raises OSError."""
         try:
             self._handle.write(text)
-            if sync:
-                settle(self._handle)
         except OSError:
             self._close()  # now, or its buffer would reach the file at some later time
             raise
@@ -461,16 +423,16 @@ class ArtefactWriter:
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Close the file; unless `finish` was called, `.part` stays for a later resume."""
+        """Close the file. Unless `finish` was called, `.part` stays until it is written anew."""
         self._close()
 
 
 def write_artefact(path: Path, header: Header, rows: Iterable[Mapping[str, Any]]) -> Path:
     """Write an artefact in one go, in the place of any that is there. Raises OSError."""
     rest = iter(rows)
-    with ArtefactWriter(path, header, fresh=True) as writer:
-        while lines := [json_line(row) for row in islice(rest, ROWS_AT_ONCE)]:
-            writer.write_lines(lines, sync=False)
+    with ArtefactWriter(path, header) as writer:
+        while chunk := list(islice(rest, ROWS_AT_ONCE)):
+            writer.write(chunk)
         return writer.finish()
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shlex
 import types
 import typing
 from collections.abc import Callable
@@ -133,6 +134,22 @@ def slurm(nodes: int = 1, gpus_per_node: int = 8, retries: int = 0) -> Any:
         container_mounts=mounts + (extra.split(",") if extra else []),
         packager=nemo_run.Config(nemo_run.Packager),  # the image has the project
     )
+
+
+def ray_job(stage: str, path: str, executor: Any, *overrides: str, dryrun: bool = False) -> Any:
+    """Submit a stage as NeMo-Run's Ray job: Ray over the nodes of `executor` (e.g. Slurm), the stage on its head.
+
+    The job runs in the folder that this is called in, which all nodes must see. Returns NeMo-Run's `RayJob`.
+    """
+    from nemo_run.run.ray.job import RayJob
+
+    if stage not in STAGES:
+        remedy = "use one of " + ", ".join(STAGES)
+        raise InputError(Problem("ray_job", None, "stage", stage, remedy))
+    words = ["nemo-pivotrl", stage, path, "executor=ray", "ray.address=auto", *overrides]
+    job = RayJob(name=f"pivotrl-{stage}", executor=executor)
+    job.start(command=f"cd {shlex.quote(os.getcwd())} && {shlex.join(words)}", workdir="", dryrun=dryrun)
+    return job
 
 
 # NeMo-Run finds a factory's kind by its return type, and cannot read a postponed annotation

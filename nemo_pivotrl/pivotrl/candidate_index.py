@@ -5,7 +5,6 @@ One pass finds where each row begins; a row is taken apart only when its candida
 
 from __future__ import annotations
 
-import hashlib
 import heapq
 import json
 from array import array
@@ -41,8 +40,6 @@ class Index:
     seed: int
     chunk: int
     offsets: array[int]
-    ids: list[str]
-    """Digest of each chunk's candidate ids."""
     states: States
 
     def __len__(self) -> int:
@@ -50,7 +47,7 @@ class Index:
 
     @property
     def chunks(self) -> int:
-        return len(self.ids)
+        return -(-len(self.offsets) // self.chunk)
 
     def place(self, number: int, place: int) -> int:
         """Which candidate the `place`-th of a chunk is."""
@@ -73,11 +70,12 @@ class Index:
 
     def sample(self, size: int) -> list[Candidate]:
         """So many candidates chosen by hash (0: all), in the file's order."""
-        keyed = ((selection.order_key(self.seed, e.candidate_id), n) for n, e in enumerate(self._entries()))
+        keyed = ((selection.order_key(self.seed, e.candidate_id), n) for n, e in enumerate(self.entries()))
         chosen = {n for _, n in heapq.nsmallest(size, keyed)} if size and size < len(self) else None
-        return [self.candidate(e.line) for n, e in enumerate(self._entries()) if chosen is None or n in chosen]
+        return [self.candidate(e.line) for n, e in enumerate(self.entries()) if chosen is None or n in chosen]
 
-    def _entries(self) -> Iterator[Entry]:
+    def entries(self) -> Iterator[Entry]:
+        """All rows."""
         for number in range(self.chunks):
             yield from self.read(number)
 
@@ -96,21 +94,15 @@ def index_candidates(path: Path, seed: int, limit: int, chunk: int) -> Index:
                 keys[entry.split].append(int(selection.order_key(seed, entry.candidate_id)[:16], 16))
     if limit:
         bounds = {split: sorted(found)[min(limit, len(found)) - 1] for split, found in keys.items() if found}
-        whole = Index(path, seed, max(1, len(offsets)), offsets, [""], states)
+        whole = Index(path, seed, max(1, len(offsets)), offsets, states)
         chosen = (
             offset
             for offset, e in zip(offsets, whole.read(0), strict=True)
             if int(selection.order_key(seed, e.candidate_id)[:16], 16) <= bounds[e.split]
         )
         offsets = array("q", chosen)
-    index = Index(path, seed, chunk, offsets, [""] * -(-len(offsets) // chunk), states)
-    marks = array("Q")
-    for number in range(index.chunks):
-        hasher = hashlib.sha256()
-        for entry in index.read(number):
-            marks.append(hash(entry.candidate_id) & (1 << 64) - 1)
-            hasher.update(entry.candidate_id.encode() + b"\n")
-        index.ids[number] = hasher.hexdigest()[:16]
+    index = Index(path, seed, chunk, offsets, states)
+    marks = array("Q", (hash(entry.candidate_id) & (1 << 64) - 1 for entry in index.entries()))
     ordered = np.sort(np.frombuffer(marks, np.uint64))
     if (ordered[1:] == ordered[:-1]).any():
         for _ in read_rows(path):  # names the ids that come twice

@@ -103,3 +103,28 @@ def test_several_processes_are_torchruns() -> None:
     several, one = fiddle.build(nemo_run_cli.local(processes=2)), fiddle.build(nemo_run_cli.local())
     assert isinstance(several.get_launcher(), nemo_run.Torchrun) and several.nproc_per_node() == 2
     assert not isinstance(one.get_launcher(), nemo_run.Torchrun)
+
+
+RAY_JOB = """
+import fiddle, nemo_run, sys
+from nemo_pivotrl.integrations import nemo_run as ours
+executor = fiddle.build(ours.slurm(nodes=2, gpus_per_node=8))
+executor.tunnel = nemo_run.LocalTunnel(job_dir=sys.argv[1])
+ours.ray_job("profile", sys.argv[2], executor, "workers=16", "ray.gpus_per_worker=1", dryrun=True)
+"""
+
+
+def test_a_stage_is_submitted_as_a_ray_job(cluster: None, tmp_path: Path) -> None:
+    squeue = tmp_path / "squeue"  # NeMo-Run asks whether the job is there already
+    squeue.write_text("#!/bin/sh\n")
+    squeue.chmod(0o755)
+    named = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "NEMORUN_HOME": str(tmp_path / "home")}
+    words = [sys.executable, "-c", RAY_JOB, str(tmp_path / "jobs"), str(RECIPE)]
+    done = subprocess.run(
+        words, cwd=tmp_path, env={**os.environ, **named}, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    command = f"cd {tmp_path} && nemo-pivotrl profile {RECIPE} executor=ray ray.address=auto workers=16"
+    assert command in done.stdout and "--nodes=2" in done.stdout and "ray start" in done.stdout
+    with pytest.raises(InputError, match="use one of"):
+        nemo_run_cli.ray_job("profiles", str(RECIPE), None)

@@ -13,8 +13,8 @@ from support.pointers import write_candidates
 from support.recipes import ROOT
 
 from nemo_pivotrl import cli
+from nemo_pivotrl.components.journal import Journal
 from nemo_pivotrl.config import Extract
-from nemo_pivotrl.core.artifacts import ArtefactWriter, Header
 from nemo_pivotrl.core.types import Action, Candidate, ToolCall
 from nemo_pivotrl.data.gym_rows import candidate_to_row
 
@@ -211,22 +211,21 @@ def test_a_full_disk_exits_2_leaves_the_part_and_the_same_command_then_finishes(
     assert [(run / name).read_bytes() for name in names] == [whole, pointers] and not list(run.glob("*.part"))
 
 
-def test_a_writer_stopped_by_a_full_disk_keeps_its_whole_rows_and_resumes_to_the_same_file(tmp_path: Path) -> None:
-    header, rows = Header("profiles", "c"), [{"id": i, "text": "x" * 200} for i in range(30)]
-    writer = ArtefactWriter(tmp_path / "whole.jsonl", header)
-    writer.write(rows)
-    whole = writer.finish().read_bytes()
-    for room in range(300, len(whole), 617):
-        path = tmp_path / f"{room}.jsonl"
-        writer = ArtefactWriter(path, header)
+def test_a_journal_stopped_by_a_full_disk_keeps_its_whole_records_and_goes_on(tmp_path: Path) -> None:
+    belongs, payload = b"{}\n", b"x" * 200 + b"\n"
+    whole = len(belongs) + 30 * (len(payload) + 25)
+    for room in range(300, whole, 617):
+        journal = Journal(tmp_path / f"{room}", belongs)
         with disk_with_room_for(room), pytest.raises(OSError):
-            for row in rows:
-                writer.write([row])
-        assert not path.exists()
-        writer = ArtefactWriter(path, header)
-        assert writer.rows_done == whole[:room].count(b"\n") - 1
-        writer.write(rows[writer.rows_done :])
-        assert writer.finish().read_bytes() == whole
+            for number in range(30):
+                journal.finish(number, payload, 1, 1)
+        done = len(journal.done)
+        journal = Journal(journal.path, belongs)
+        assert sorted(journal.done) == list(range(done)) and done > 0
+        for number in range(done, 30):
+            journal.finish(number, payload, 1, 1)
+        assert all(journal.read(journal.done[number]) == payload for number in range(30))
+        journal.close()
 
 
 def test_export_writes_gym_rows_without_a_header_one_file_a_split_whatever_text_they_hold(tmp_path: Path) -> None:

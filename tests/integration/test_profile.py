@@ -168,11 +168,11 @@ def dying(monkeypatch: pytest.MonkeyPatch, rng: random.Random, writes: int = 30)
         os.truncate(self.path, rng.randrange(size, self.path.stat().st_size))
         raise Dead
 
-    def torn_order(self: ArtefactWriter, text: bytes, rows: int, sync: bool = False) -> None:
+    def torn_order(self: ArtefactWriter, text: bytes, rows: int) -> None:
         if self.path.name == "profiles.jsonl" and counted():
-            order(self, text[: rng.randrange(len(text))], 0, sync)
+            order(self, text[: rng.randrange(len(text))], 0)
             raise Dead
-        return order(self, text, rows, sync)
+        return order(self, text, rows)
 
     monkeypatch.setattr(Journal, "_write", torn_write)
     monkeypatch.setattr(ArtefactWriter, "write_text", torn_order)
@@ -184,7 +184,7 @@ def test_deaths_at_random_bytes_end_with_the_same_bytes(
     expected, rng, deaths = sha(trained / "profiles.jsonl"), random.Random(17), 0
     whole = loading.load_sampler(recipe_at(run_dir).policy)  # the reference policy, loaded once
     monkeypatch.setattr(loading, "load_sampler", lambda *_: whole)
-    while deaths < 16:  # fifty real kills are in benchmarks/profile_kills.py
+    while deaths < 16:  # fifty real kills are in benchmarks/map_kills.py
         recipe = recipe_at(run_dir, *QUIET)
         with monkeypatch.context() as patch:
             dying(patch, rng)

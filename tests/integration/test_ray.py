@@ -1,6 +1,6 @@
 """A map on a real Ray cluster of two nodes: whatever is killed, the artefact has the bytes of one process.
 
-Fifty kills of each kind are in tests/nightly/ray_kills.py.
+Fifty kills of each kind are in benchmarks/ray_nodes.py.
 """
 
 from __future__ import annotations

@@ -152,7 +152,7 @@ def write_rewards(folder: Path, chat: Chat, sign: float = 1.0, objective: str = 
     path = folder / "token_rewards.jsonl"
     path.unlink(missing_ok=True)
     header = Header("token_rewards", "c", tokenizer=chat.fingerprint)
-    with ArtefactWriter(path, header, fresh=True) as writer:
+    with ArtefactWriter(path, header) as writer:
         for i in range(pairs):
             prompt = chat.encode(f"say something about the weather {i} ")
             row: dict[str, Any] = {

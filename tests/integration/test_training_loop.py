@@ -92,7 +92,7 @@ def write_rewards(recipe: Recipe, start: str, folder: Path) -> None:
     chat = Chat(load_tokenizer(start))
     path = recipe.path("token_rewards.jsonl")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with ArtefactWriter(path, Header("token_rewards", "c", tokenizer=chat.fingerprint), fresh=True) as writer:
+    with ArtefactWriter(path, Header("token_rewards", "c", tokenizer=chat.fingerprint)) as writer:
         for i in range(8):
             sides = {}
             for side, word, reward in (("chosen", "nice", 1.0), ("rejected", "rude", -1.0)):

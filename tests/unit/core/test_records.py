@@ -71,50 +71,15 @@ def test_header_fields_that_contradict_the_recipe_are_all_named(tmp_path: Path) 
     check_headers(tmp_path / "x", HEADER, tokenizer="t1")
 
 
-def test_resuming_after_a_cut_at_every_byte_ends_with_the_identical_file(tmp_path: Path) -> None:
-    whole = write(tmp_path / "whole.jsonl", ROWS).read_bytes()
-    ends = [i + 1 for i, byte in enumerate(whole) if byte == 10]  # of the header and of the three rows
-    for cut in range(len(whole) + 1):
-        path = tmp_path / "resumed.jsonl"
-        path.with_name("resumed.jsonl.part").write_bytes(whole[:cut])
-        writer = ArtefactWriter(path, HEADER)
-        assert writer.rows_done == max(0, sum(end <= cut for end in ends) - 1), cut
-        assert list(writer.rows()) == ROWS[: writer.rows_done]
-        writer.write(ROWS[writer.rows_done :])
-        assert writer.finish().read_bytes() == whole, cut
-        path.unlink()
-
-
-def test_leaving_without_finish_leaves_the_part_and_no_artefact(tmp_path: Path) -> None:
+def test_what_was_not_finished_is_no_artefact_and_is_written_anew(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     with pytest.raises(KeyboardInterrupt), ArtefactWriter(path, HEADER) as first:
         first.write(ROWS[:2])
         raise KeyboardInterrupt
-    assert not path.exists()
+    assert not path.exists() and first.part.exists()
     with ArtefactWriter(path, HEADER) as second:
-        assert second.rows_done == 2
-        second.write(ROWS[2:])
+        second.write(ROWS)
         assert list(read_rows(second.finish())) == ROWS
-
-
-def test_unfinished_work_of_another_recipe_is_refused_and_kept_unless_fresh(tmp_path: Path) -> None:
-    path, other = (
-        tmp_path / "a.jsonl",
-        Header("profiles", "c0ffee", parent="p2", tokenizer="t1", verifier="tool_call 1 ab", extra={}),
-    )
-    with ArtefactWriter(path, HEADER) as started:
-        started.write(ROWS[:1])
-    before = started.part.read_bytes()
-    with pytest.raises(InputError) as caught:
-        ArtefactWriter(path, other)
-    (problem,) = caught.value.problems
-    assert problem.file == str(started.part) and "fresh=true" in problem.remedy
-    assert "parent='p1' (now 'p2')" in problem.found and "extra" in problem.found and "tokenizer" not in problem.found
-    assert started.part.read_bytes() == before
-    fresh = ArtefactWriter(path, other, fresh=True)
-    assert fresh.rows_done == 0
-    fresh.write(ROWS[2:])
-    assert list(read_rows(fresh.finish())) == ROWS[2:] and read_header(path, "profiles") == other
 
 
 def test_lone_surrogates_and_other_odd_text_come_back(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ ROWS = [{"preference_id": f"{i:03}", "text": "x" * (i % 7), "numbers": [i, i / 3
 
 
 def write(path: Path, rows: list[dict] = ROWS, header: Header = HEADER) -> Path:
-    writer = ArtefactWriter(path, header, fresh=True)
+    writer = ArtefactWriter(path, header)
     writer.write(rows)
     return writer.finish()
 
@@ -151,7 +151,7 @@ def test_unfinished_work_is_not_opened_through_a_link_nor_waits_for_a_pipe(tmp_p
     }
     make[kind]()
     with pytest.raises(InputError, match="remove this"):
-        ArtefactWriter(tmp_path / "a.jsonl", HEADER)
+        atomic.reopen(part)
     assert mine.read_text() == "precious" and not (tmp_path / "nowhere").exists()
     if kind != "folder":
         write(tmp_path / "a.jsonl")

@@ -44,7 +44,7 @@ def write(path: Path, rows: Sequence[dict[str, Any]], plan: StoppingRule = FOUR,
     told = dataclasses.asdict(plan) | {"prior": list(plan.prior), "control_share": 0.1}
     extra = {"num_generations": plan.count, "sampling": SAMPLING, "plan": told} | fields.pop("extra", {})
     header = Header(**{"stage": "profiles", "config_hash": "c", "policy": path.stem, "extra": extra, **fields})
-    writer = ArtefactWriter(path, header, fresh=True)
+    writer = ArtefactWriter(path, header)
     writer.write(rows)
     return writer.finish()
 
