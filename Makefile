@@ -81,7 +81,7 @@ test-vllm: $(VENV_VLLM)/.installed
 	$(VENV_VLLM)/bin/python -m pytest -n 2 --dist loadfile -c $(VLLM)/pytest.ini --rootdir $(VLLM) $(VLLM)
 
 # Transformer Engine's, mamba_ssm's and causal-conv1d's Python, for `nemo-pivotrl trace`: their sources are unpacked, nothing is built
-TRACE := .trace
+TRACE ?= .trace
 $(TRACE)/.unpacked: requirements/trace.txt | $(STAMP)
 	rm -rf $(TRACE) && mkdir -p $(TRACE)/packages
 	MAMBA_SKIP_CUDA_BUILD=TRUE CAUSAL_CONV1D_SKIP_CUDA_BUILD=TRUE $(BIN)/python -m pip download -q --no-deps --no-build-isolation \
@@ -95,10 +95,10 @@ trace-sources: $(TRACE)/.unpacked
 
 # slices of every GPU recipe's training step, and what must hold of them; `trace-full` takes all layers of all of them
 trace: $(TRACE)/.unpacked
-	$(BIN)/python -m pytest -c tests/trace/pytest.ini --rootdir tests/trace tests/trace
+	NEMO_PIVOTRL_TRACE_SOURCES=$(abspath $(TRACE)) $(BIN)/python -m pytest -n 2 -c tests/trace/pytest.ini --rootdir tests/trace tests/trace
 
 trace-full: $(TRACE)/.unpacked
-	$(BIN)/python tests/trace/table.py $(ARGS)
+	NEMO_PIVOTRL_TRACE_SOURCES=$(abspath $(TRACE)) $(BIN)/python tests/trace/table.py $(ARGS)
 
 # the viewer in a real browser, whose driver has an environment of its own; `apt-get install chromium` brings the browser
 VENV_VIEW ?= .venv-view

@@ -2,7 +2,7 @@
 
     python benchmarks/bfcl_speed.py MODEL TRAJECTORIES [--vllm DTYPE]
 
-Eight prompts with eight samples of at most 64 tokens each, one thread: the reference sampler with and without grouped heads
+Four prompts with eight samples of at most 32 tokens each, one thread: the reference sampler with and without grouped heads
 (`backends/decode_attention.py`), in float32 and bfloat16, and a training pass with LoRA over the samples, prefixes shared; with
 --vllm vLLM in their place. Processor seconds, since other work may run beside it.
 """
@@ -31,7 +31,7 @@ from nemo_pivotrl.backends.base import TokenBatch
 from nemo_pivotrl.components.rollout import load_chat
 from nemo_pivotrl.config.load import load_recipe
 
-PROMPTS, SAMPLES, TOKENS = 8, 8, 64
+PROMPTS, SAMPLES, TOKENS = 4, 8, 32
 
 
 def seconds(work: Callable[[], Any]) -> tuple[float, Any]:

@@ -10,6 +10,7 @@ row's values are averaged first, so they say nothing of how seeds differ.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import subprocess
 from collections import Counter, defaultdict
@@ -111,6 +112,13 @@ def success(rows: list[Row]) -> list[str]:
             cells += [interval(means), "" if label == "start" or not len(change) else interval(change, True)]
         unread = sum(row["calls"] is None for row in own) / len(own)
         lines.append(f"| {label} | " + " | ".join(cells) + f" | {unread:.1%} |")
+    arms = [label for label in LABELS[2:] if any(row["label"] == label for row in rows)]
+    lines.append("")
+    for first, second in itertools.combinations(arms, 2):
+        for category in categories:
+            one, other = of[first, category], of[second, category]
+            change = np.array([np.mean(other[i]) - np.mean(one[i]) for i in sorted(one) if i in other])
+            lines.append(f"{second} minus {first}, {category}: {interval(change, True)}.")
     return lines
 
 

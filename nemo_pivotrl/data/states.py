@@ -70,7 +70,7 @@ class States:
 
     def __init__(self, artefact: Path, header: Header):
         told = header.extra[KEY]
-        self.artefact, self.path = artefact, Path(os.path.normpath(artefact.parent / told["file"]))
+        self.artefact, self.header, self.path = artefact, header, Path(os.path.normpath(artefact.parent / told["file"]))
         again = "or run nemo-pivotrl extract RECIPE again: the same trajectories and settings give the same file"
         if not self.path.exists():
             remedy = f"{artefact} points into it: put it back there (it moves with its run folder), {again}"
@@ -87,6 +87,9 @@ class States:
                 at += len(line)
         self.trajectory = lru_cache(PARSED)(self._trajectory)
         """(messages, tools, the verifier's fields) of a row."""
+
+    def __reduce__(self) -> tuple[type[States], tuple[Path, Header]]:
+        return States, (self.artefact, self.header)
 
     def _trajectory(self, number: int) -> tuple[tuple[Row, ...], tuple[Row, ...], Row]:
         with self.path.open("rb") as file:

@@ -13,14 +13,14 @@ from torch import Tensor
 
 from nemo_pivotrl.algorithms import pivotrl, round_rules as rounds, selection
 from nemo_pivotrl.backends.base import Backend, Sampler, TokenBatch
-from nemo_pivotrl.components.rollout import Rollout, fits, rendered, roll_out, sample_seed
+from nemo_pivotrl.components.rollout import Rollout, first_fitting, roll_out, sample_seed
 from nemo_pivotrl.components.statistics import bootstrap
 from nemo_pivotrl.config import Recipe
 from nemo_pivotrl.core.artifacts import Header, digest, file_digest, read_header, read_rows, write_artefact
-from nemo_pivotrl.core.errors import InputError, Problem
+from nemo_pivotrl.core.errors import InputError, Problem, UnrenderableState
 from nemo_pivotrl.core.types import Candidate
 from nemo_pivotrl.data.chat_template import Chat
-from nemo_pivotrl.data.states import candidates_of
+from nemo_pivotrl.data.states import Row, States, candidates_of
 from nemo_pivotrl.pivotrl import evaluate
 from nemo_pivotrl.pivotrl.validation import whole_tasks
 from nemo_pivotrl.verifiers.base import Bounded, Verifier
@@ -37,18 +37,26 @@ class State:
     prompt: list[int]
 
 
+def rendered_state(states: States, chat: Chat, row: Row) -> State:
+    """A row's state, rendered. Raises InputError where the template refuses what it rendered for the profile."""
+    candidate = states.candidate(row)
+    try:
+        return State(candidate, chat.prompt_ids(candidate.messages, candidate.tools))
+    except UnrenderableState as error:
+        place, found = f"candidate {candidate.candidate_id}", f"{error.kind}: {error.found}"
+        remedy = "train with the profile's policy.chat, or run profile and select again"
+        raise InputError(Problem(str(states.artefact), None, place, found, remedy)) from error
+
+
 def held_out_states(recipe: Recipe, source: Path, chat: Chat, verifier: Bounded) -> list[State]:
     """`grpo.val_candidates` of the held-out states in `source`, by hash, for a fine-tuning that validates on them.
 
-    Those that cannot be rendered, or do not fit the context, are left out and counted.
+    Those that cannot be rendered are counted and left out, as those that do not fit the context.
     """
     found = [c for c in candidates_of(source, "validation") if not verifier.excludes(c.case)]
-    states = [State(c, prompt) for c, prompt in rendered(found, lambda c: chat.prompt_ids(c.messages, c.tools), source)]
-    kept = [s for s in states if fits(len(s.prompt), recipe.policy)]
-    if len(kept) < len(states):
-        print(f"excluded: {len(states) - len(kept)} of {len(states)} states, context_overflow")
-    ordered = sorted(kept, key=lambda s: selection.order_key(recipe.seed, s.candidate.candidate_id))
-    return ordered[: recipe.grpo.val_candidates]
+    found.sort(key=lambda c: selection.order_key(recipe.seed, c.candidate_id))
+    chosen = first_fitting(found, recipe.grpo.val_candidates, chat, recipe.policy, source)
+    return [State(candidate, prompt) for candidate, prompt in chosen]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

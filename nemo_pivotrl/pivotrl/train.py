@@ -44,12 +44,12 @@ from nemo_pivotrl.components.rollout import (
 from nemo_pivotrl.components.stage_checks import held_out_checks
 from nemo_pivotrl.config import Grpo, LossFn, Policy, Recipe
 from nemo_pivotrl.core.artifacts import digest, file_digest, read_header, read_rows
-from nemo_pivotrl.core.errors import InputError, Problem, UnrenderableState
+from nemo_pivotrl.core.errors import InputError, Problem
 from nemo_pivotrl.core.lock import one_writer
 from nemo_pivotrl.core.types import Split
 from nemo_pivotrl.data.chat_template import Chat
-from nemo_pivotrl.data.states import Row, States, open_states
-from nemo_pivotrl.pivotrl.monitor import Monitor, State, padded, rollout_metrics
+from nemo_pivotrl.data.states import Row, open_states
+from nemo_pivotrl.pivotrl.monitor import Monitor, State, padded, rendered_state, rollout_metrics
 from nemo_pivotrl.verifiers.base import Bounded, Verifier
 
 Until = Callable[[Sequence[rounds.Row]], rounds.Ending | None]
@@ -116,7 +116,7 @@ class PolicyTraining:
         settings = recipe.grpo
         source = recipe.path(settings.pivots)
         states = open_states(source)
-        self.render = partial(_state, states, chat)
+        self.render = partial(rendered_state, states, chat)
         rows = _fitting(source, "validation", recipe.policy)
         rows.sort(key=lambda row: selection.order_key(recipe.seed, row["candidate_id"]))
         judged = (row for row in rows if not verifier.excludes(states.candidate(row).case))
@@ -217,17 +217,6 @@ def _fitting(source: Path, split: Split, policy: Policy) -> list[Row]:
     if len(kept) < len(rows):
         print(f"excluded: {len(rows) - len(kept)} of {len(rows)} states, context_overflow")
     return kept
-
-
-def _state(states: States, chat: Chat, row: Row) -> State:
-    """A row's state, rendered. Raises InputError where the template refuses what it rendered for the profile."""
-    candidate = states.candidate(row)
-    try:
-        return State(candidate, chat.prompt_ids(candidate.messages, candidate.tools))
-    except UnrenderableState as error:
-        place, found = f"candidate {candidate.candidate_id}", f"{error.kind}: {error.found}"
-        remedy = "train with the profile's policy.chat, or run profile and select again"
-        raise InputError(Problem(str(states.artefact), None, place, found, remedy)) from error
 
 
 def _draw(pivots: Sequence[Row], units: Sequence[str], step: int, recipe: Recipe) -> list[Row]:

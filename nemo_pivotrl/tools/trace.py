@@ -194,7 +194,7 @@ def as_text(path: str, asked: Asked, found: Traced, lines: list[Line]) -> str:
     out += ["", "  collectives of forward and backward passes: calls, GiB of the largest tensor of each"]
     out += [f"  {name:<60}{calls:8,}{size / GIB:10.3f}" for name, (calls, size) in found.collectives.items()]
     for title, counted in (("kernels", found.kernels), ("attention", found.attention), ("modules", found.modules)):
-        out += ["", f"  {title}: " + ", ".join(f"{name} x {n}" for name, n in counted.most_common())]
+        out += ["", f"  {title}: " + (", ".join(f"{name} x {n}" for name, n in counted.most_common()) or "none")]
     out += [f"  FP8 REFUSED: {text}" for text in found.broken_fp8]
     out += [f"  NOT IN CHECKPOINTS: {text}" for text in found.unmapped]
     spent = ", ".join(f"{name} {seconds:.1f}" for name, seconds in found.seconds.items())

@@ -116,7 +116,7 @@ def write_inputs(folder: Path, train: int = 12, validation: int = 4) -> None:
         messages = (asked, {"role": "assistant", "content": "kilo lima"})
         trajectories.append(trajectory_row(Trajectory(f"t{i}", f"t{i}", messages, (), None, "")))
         own = Candidate(f"c{i}", f"t{i}", f"t{i}", split, 1, 0, (asked,), (), Action("message", "kilo lima"))
-        rows.append(candidate_row(own, i))
+        rows.append(candidate_row(own, i) | {"tokens_prompt": len(chat.prompt_ids([asked], []))})
     write_artefact(folder / "trajectories.jsonl", Header("trajectories", ""), trajectories)
     pivots = folder / "pivots.jsonl"
     sampled = {"sampling": {"temperature": 1.0, "top_p": 1.0, "max_new_tokens": MAX_LENGTH}}

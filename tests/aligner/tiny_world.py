@@ -49,8 +49,11 @@ def write_world(folder: Path, pivots: int) -> None:
         return sum(len(call.arguments) for call in states.candidate(row).expected.calls)
 
     calls = [row for row in read_rows(source) if row["split"] == "train" and row["calls"]]
-    rows = sorted(calls, key=words)  # short ones are soon learnt
     chat, settings = Chat(tokenizer), Verifier()
+    rows = sorted(calls, key=words)[:pivots]  # short ones are soon learnt
+    for row in rows:
+        state = states.candidate(row)
+        row["tokens_prompt"] = len(chat.prompt_ids(state.messages, state.tools))
     header = Header(
         stage="pivots",
         config_hash="",
@@ -60,8 +63,8 @@ def write_world(folder: Path, pivots: int) -> None:
         extra={"sampling": {"temperature": 1.0, "top_p": 1.0, "max_new_tokens": MAX_LENGTH}}
         | reference(states.path, folder / "pivots.jsonl"),
     )
-    held_out = [row | {"split": "validation", "candidate_id": f"{row['candidate_id']}v"} for row in rows[:pivots]]
-    write_artefact(folder / "pivots.jsonl", header, [*rows[:pivots], *held_out])
+    held_out = [row | {"split": "validation", "candidate_id": f"{row['candidate_id']}v"} for row in rows]
+    write_artefact(folder / "pivots.jsonl", header, [*rows, *held_out])
 
 
 def _with_trajectories(recipe: Recipe, path: Path) -> Recipe:

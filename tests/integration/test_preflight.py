@@ -117,9 +117,9 @@ def test_a_context_longer_than_the_models(trained: Path) -> None:
     )
 
 
-def test_lora_on_megatron_stops_training_and_not_profiling(trained: Path) -> None:
+def test_lora_on_megatron_stands_in_nobodys_way(trained: Path) -> None:
     recipe = on_megatron(recipe_at(trained, "policy.lora.enabled=true"))
-    assert set(problems_of(recipe, "train")) == {"policy.lora.enabled"} and problems_of(recipe, "profile") == {}
+    assert problems_of(recipe, "train") == {} and problems_of(recipe, "profile") == {}
 
 
 def test_memory_that_this_machines_gpus_do_not_have(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -44,6 +44,7 @@ def test_shared_prefixes_fork_mambas_states_and_gather_keys_over_context_paralle
     assert (
         kernels["flex_attention"] == 4 and kernels["flex_attention_backward"] == 2
     )  # computed again in the backward pass
+    assert found.answer["traced"]["attention"] == {"FlexAttention over shared prefixes": 4}
     assert kernels["_state_passing_fwd_kernel"] > kernels["_chunk_scan_bwd_dstates_kernel"] >= 4
     assert any(name.startswith("_allgather_base, cp of 16") for name in found.answer["traced"]["collectives"])
 

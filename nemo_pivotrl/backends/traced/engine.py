@@ -35,7 +35,7 @@ BROKEN: list[str] = []
 WORKSPACES: list[Tensor] = []
 """cuBLAS's workspaces, in the order in which they were made."""
 CHOSEN: Counter[str] = Counter()
-"""What Transformer Engine's own selector chose for attention."""
+"""What was run for attention: as Transformer Engine's own selector chose, or over shared prefixes."""
 
 
 class NotTraced(RuntimeError):

@@ -332,6 +332,7 @@ def _without_numbers(asked: Asked, found: Traced) -> None:
             raise RuntimeError(
                 f"attention of {given[0]} queries and {given[1]} keys, its mask of {told[0]} and {told[1]}"
             )
+        engine.CHOSEN["FlexAttention over shared prefixes"] += 1
         return kernels.Flex.apply(query, key, value)
 
     attention.flex = flex

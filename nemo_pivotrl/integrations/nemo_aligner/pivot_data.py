@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemo_pivotrl.components.rollout import judge_all, rendered
+from nemo_pivotrl.components.rollout import judge_all
 from nemo_pivotrl.config import Limits
 from nemo_pivotrl.config.nemo_aligner_blocks import FILE, PivotRLModelBlock, PivotRLTrainerBlock, read_block
 from nemo_pivotrl.core.artifacts import HEADER_KEY, read_header
@@ -26,6 +26,7 @@ from nemo_pivotrl.core.types import Candidate
 from nemo_pivotrl.data.chat_template import Chat
 from nemo_pivotrl.data.states import open_states
 from nemo_pivotrl.integrations.nemo_aligner.versions import require
+from nemo_pivotrl.pivotrl.monitor import rendered_state
 from nemo_pivotrl.verifiers.base import Verifier, VerifierFault
 from nemo_pivotrl.verifiers.loading import identity, load_verifier
 
@@ -55,7 +56,7 @@ def chat_of(tokenizer: Any, block: PivotRLModelBlock) -> Chat:
 
 
 class PivotDataset(torch.utils.data.Dataset[dict[str, Any]]):
-    """States of one split of a pivots artefact, rendered. Constructor keywords are NeMo-Aligner's.
+    """States of one split of a pivots artefact, each rendered when it is asked for. Constructor keywords are NeMo-Aligner's.
 
     `cfg` is the `model` block. `data` holds the artefact's lines, header first. `name` decides the split: `train`, or
     anything else for the held-out states. Raises InputError for a header that does not fit the model.
@@ -78,28 +79,27 @@ class PivotDataset(torch.utils.data.Dataset[dict[str, Any]]):
         chat = chat_of(tokenizer, block)
         check_header(str(data_prefix), data[0], chat, block)
         split = "train" if name == "train" else "validation"
-        pointed = open_states(Path(data_prefix))
-        found = [pointed.candidate(row) for row in data[1:] if row["split"] == split]
-        states = rendered(found, lambda c: chat.prompt_ids(c.messages, c.tools), Path(data_prefix))
-        room = seq_length - block.length_params.max_length
-        self.states = [(c, ids) for c, ids in states if len(ids) <= room]
-        self.excluded = len(states) - len(self.states)
+        self._render = functools.partial(rendered_state, open_states(Path(data_prefix)), chat)
+        rows, room = [row for row in data[1:] if row["split"] == split], seq_length - block.length_params.max_length
+        self.rows = [row for row in rows if row["tokens_prompt"] <= room]
+        self.excluded = len(rows) - len(self.rows)
         """States too long for the context, which are in no batch and in no count."""
         if self.excluded:
-            logging.warning(f"{name}: {self.excluded} of {len(states)} states left out, longer than {room} tokens")
-        if not self.states:
+            logging.warning(f"{name}: {self.excluded} of {len(rows)} states left out, longer than {room} tokens")
+        if not self.rows:
             remedy = "raise model.data.seq_length, or lower model.pivotrl.length_params.max_length"
             raise InputError(
                 Problem(str(data_prefix), None, f"{split} split", f"no state of {room} tokens or less", remedy)
             )
 
     def __len__(self) -> int:
-        return len(self.states)
+        return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """A state: `text` [L] int64, `length`, and its `pivot` (a Candidate)."""
-        candidate, ids = self.states[index]
-        return {"text": torch.tensor(ids, dtype=torch.int64), "length": len(ids), "pivot": candidate}
+        state = self._render(dict(self.rows[index]))
+        ids = torch.tensor(state.prompt, dtype=torch.int64)
+        return {"text": ids, "length": len(ids), "pivot": state.candidate}
 
 
 def check_header(path: str, first: Mapping[str, Any], chat: Chat, block: PivotRLModelBlock) -> None:

@@ -1,5 +1,6 @@
 """States stored once: pointers give the candidates that they were made from, wherever the run folder lies, and follow no other."""
 
+import pickle
 import shutil
 from pathlib import Path
 
@@ -47,7 +48,7 @@ def test_candidates_of_one_trajectory_share_its_messages(tmp_path: Path) -> None
     own = pointers([candidate(0), candidate(1)])
     rows = [row | {"trajectory": 0, "turn": turn} for row, turn in zip(own, (1, 3), strict=True)]
     write_artefact(path, Header("candidates", "c", extra=reference(target, path)), rows)
-    first, second = candidates_of(path)
+    first, second = map(pickle.loads(pickle.dumps(open_states(path))).candidate, rows)
     assert first.messages[0] is second.messages[0] and first.tools is second.tools
     assert [m["content"] for m in second.messages] == ["q", "a", "q"] and second.expected == Action("message", "a")
 
