@@ -193,3 +193,16 @@ def steps(folder: str, layout: dict[str, Any], state: str, load: bool, count: in
         backend.save_training_state(Path(state))
     found = whole_by_layer(backend, lora.parameters(backend.stage.module, RANK))
     return {name: tensor.clone() for name, tensor in found.items()}
+
+
+def other_adapters(folder: str, state: str, modules: list[str]) -> str:
+    """What is said to adapters that a state is not of."""
+    from nemo_pivotrl.core.errors import InputError
+
+    backend = policy_with(folder, "grpo", modules, {}, False)
+    backend.prepare_for_training(OPTIMIZER)
+    try:
+        backend.load_training_state(Path(state))
+    except InputError as error:
+        return str(error)
+    return ""

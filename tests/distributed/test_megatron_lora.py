@@ -171,6 +171,14 @@ def test_a_checkpoint_is_read_by_every_layout(
             torch.testing.assert_close(found[key], tensor, rtol=0, atol=2e-5)
 
 
+def test_a_checkpoint_of_other_adapters_is_refused(workers: Workers, expected: Any, tmp_path: Path) -> None:
+    folder, _ = expected("qwen3", "grpo", DENSE)
+    given = {"folder": str(folder), "state": str(tmp_path / "state")}
+    workers.run(1, "lora_jobs:steps", layout={}, load=False, count=1, **given)
+    (said,) = workers.run(1, "lora_jobs:other_adapters", modules=["q_proj"], **given)
+    assert "policy.lora" in said and "begin a new run" in said
+
+
 def test_what_cannot_be_adapted_is_refused(expected: Any) -> None:
     def remedies(name: str, tp: int, *modules: str) -> list[str]:
         shape = read_architecture(expected(name, "grpo", ATTENTION)[0])
