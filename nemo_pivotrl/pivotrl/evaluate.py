@@ -138,6 +138,7 @@ class Evaluator:
 
     def __init__(self, recipe: Recipe):
         self.recipe, self.label = recipe, ""
+        self.backend: Any = None
 
     def __call__(self, task: tuple[str, str]) -> Found:
         """One row for a whole set of a policy: it is there with all its items or not at all."""
@@ -155,6 +156,7 @@ class Evaluator:
         self.policy = dataclasses.replace(recipe.policy, model_name=folder, generation=generation, lora=lora)
         if recipe.vllm.servers:  # they serve the policy alone, and here are several
             self.policy = dataclasses.replace(self.policy, sampler="backend")
+        self.backend = None  # let go of before the next one takes its memory
         self.backend = loading.load_sampler(self.policy, _megatron(recipe, folder), recipe.vllm)
         self.chat, self.label = load_chat(self.policy, recipe.verifier.limits), label
 

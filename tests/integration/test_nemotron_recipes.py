@@ -123,8 +123,8 @@ def test_a_nemotron_3_recipe_starts_with_its_own_template(file: Path, super_mode
     assert read_header(tmp_path / "run/profiles.jsonl", "profiles").chat_template
 
 
-def test_there_are_nine_of_them() -> None:
-    assert len(RECIPES) == 9
+def test_there_are_ten_of_them() -> None:
+    assert len(RECIPES) == 10
 
 
 def test_what_the_hybrid_samples_with_its_cache_has_the_log_probabilities_of_the_whole_sequence(
