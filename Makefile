@@ -39,8 +39,9 @@ unexport PYTHONDONTWRITEBYTECODE
 # examples are the same on every machine (CONTRIBUTING.md)
 test test-aligner test-vllm: export HYPOTHESIS_PROFILE ?= ci
 
+# a process waits now and then (for a server, a rank, a process it killed): three of them fill two cores
 test: $(STAMP)
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 test-all: test test-aligner test-vllm test-view
 
@@ -64,7 +65,7 @@ $(VENV_ALIGNER)/.installed: $(ALIGNER)/requirements.txt $(ALIGNER)/packages.txt 
 # its patients may be served by vLLM: real servers come from that environment
 test-aligner: $(VENV_ALIGNER)/.installed $(VENV_VLLM)/.installed
 	$(VENV_ALIGNER)/bin/python -m pip install -q --no-deps -e .  # its entry points are tested; the checkout may be another one
-	VENV_VLLM=$(abspath $(VENV_VLLM)) $(VENV_ALIGNER)/bin/python -m pytest -n 2 --dist loadfile -c $(ALIGNER)/pytest.ini --rootdir $(ALIGNER) $(ALIGNER)
+	VENV_VLLM=$(abspath $(VENV_VLLM)) $(VENV_ALIGNER)/bin/python -m pytest -n 3 --dist loadfile -c $(ALIGNER)/pytest.ini --rootdir $(ALIGNER) $(ALIGNER)
 
 # vLLM pins dozens of packages, so it has an environment of its own. What is uninstalled is built for CUDA, and then neither
 # vLLM nor transformers can be imported; triton is a gigabyte that nothing runs on a CPU.

@@ -45,6 +45,17 @@ class Holder:
         """Comes back when the actor has started again."""
 
 
+def _alone(address: str) -> dict[str, Any]:
+    """A cluster that the stage starts for itself has no dashboard and reports its use to nobody.
+
+    Ray listens on all of the machine's addresses; whoever asks it for something needs the token that it makes (Ray 2.60).
+    """
+    if address or os.environ.get("RAY_ADDRESS"):
+        return {}
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    return {"include_dashboard": False}
+
+
 class RayActors:
     """`recipe.workers` actors. An item's next task goes to the actor that had the last one, where that has room."""
 
@@ -53,7 +64,7 @@ class RayActors:
         self._own = not ray.is_initialized()
         if self._own:
             try:
-                ray.init(address=settings.address or None, log_to_driver=False, logging_level="warning")
+                ray.init(settings.address or None, log_to_driver=False, logging_level="warning", **_alone(settings.address))
             except ConnectionError as error:
                 found = settings.address or os.environ.get("RAY_ADDRESS", "")
                 remedy = "start it (ray start --head), give its address, or leave this empty for a cluster of this machine alone"

@@ -94,6 +94,10 @@ class Ledger(TorchDispatchMode):
                 number[text] += 1
         return [(size, number[text], text) for text, size in made.most_common()]
 
+    def living_of(self, dtype: str) -> int:
+        """Bytes of the living storages of a type."""
+        return sum(size for size, text in self._known.values() if text.endswith(f" {dtype}"))
+
     def restart(self) -> None:
         """Forget the peak and the collectives so far."""
         self.peak = self.looked = self.now

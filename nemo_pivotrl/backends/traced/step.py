@@ -138,7 +138,8 @@ def _run(asked: Asked, groups: Any, fake: Any, ledger: Ledger, found: Traced) ->
             backend._run(_batch(layouts), _loss, forward_only=False)
         gc.collect()
         found.workspace, found.held = sum(w.numel() for w in engine.WORKSPACES), 0
-        found.copies = ledger.now - before - found.workspace
+        # with pipeline stages a micro-batch's hidden states stay, too, until the next one's take their place
+        found.copies = ledger.living_of("uint8") - found.workspace
         before += found.copies
     state = before
     ledger.restart()
