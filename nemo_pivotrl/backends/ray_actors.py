@@ -64,7 +64,9 @@ class RayActors:
         self._own = not ray.is_initialized()
         if self._own:
             try:
-                ray.init(settings.address or None, log_to_driver=False, logging_level="warning", **_alone(settings.address))
+                ray.init(
+                    settings.address or None, log_to_driver=False, logging_level="warning", **_alone(settings.address)
+                )
             except ConnectionError as error:
                 found = settings.address or os.environ.get("RAY_ADDRESS", "")
                 remedy = "start it (ray start --head), give its address, or leave this empty for a cluster of this machine alone"
