@@ -182,6 +182,8 @@ def run_preflight(options: argparse.Namespace) -> int:
     for what, by in coming.items():
         print(f"not made yet: {what}; nemo-pivotrl {by} {options.recipe}")
     print(f"nothing {'else ' if coming else ''}stands in the way of {', '.join(stages)}")
+    if "extract" in coming.values():
+        print("whether states fit the chat template and the context is seen after extract: run preflight again then")
     return 0
 
 

@@ -67,7 +67,7 @@ def profile_checks(summary: Mapping[str, Any]) -> list[Check]:
     mixed = sum(classes[name].get("candidates", 0) for name in ("mixed, kept", "mixed, too easy") if name in classes)
     failed = sum(count for kind, count in summary["failures"].items() if kind != TALK)
     cut = "raise policy.generation.max_new_tokens; a reply that never ends needs the right stop token or chat template"
-    unread = "set policy.tool_parser to the format that the model writes; `view` shows the texts"
+    unread = "see the texts in `view`: set policy.tool_parser to their format; a model that writes none learns it by `warmup`"
     return [
         share_check("truncated samples", summary["truncated"], rollouts, MAX_TRUNCATED, cut),
         share_check("malformed or empty samples", summary["malformed"], rollouts, MAX_MALFORMED, unread),

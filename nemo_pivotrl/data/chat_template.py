@@ -34,7 +34,9 @@ def load_tokenizer(path: str, chat_template: str | None = None, section: str = "
 
     Raises InputError when there is no tokenizer or it has no chat template.
     """
-    remedy = "give an HF checkpoint folder" + (", or run the warmup stage first" if section == "policy" else "")
+    remedy = "give an HF checkpoint folder" + (
+        ", or run the warmup stage first, which begins with the model in warmup.init" if section == "policy" else ""
+    )
     tokenizer = hf_folder.load_tokenizer(path, f"{section}.model_name", remedy)
     if chat_template is not None:
         tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")

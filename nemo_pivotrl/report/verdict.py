@@ -56,6 +56,12 @@ def of_policies(policies: Row, label: str) -> tuple[str, str, str]:
             worse.append(f"{-mean:.1f} points [{-high:.1f}, {-low:.1f}] {what}")
         else:
             (better if low > 0 else open_).append(f"{mean:+.1f} points [{low:+.1f}, {high:+.1f}] {what}")
+    for other in others:  # what is to be compared with it, where no gain is shown
+        for name, title in SETS.items() if other != label else ():
+            change = policies[other].get(name, {}).get("difference")
+            if change is not None and change["low"] <= 0 <= change["high"] and name != "retention":
+                mean, low, high = (100 * change[key] for key in ("mean", "low", "high"))
+                open_.append(f"{other} {mean:+.1f} points [{low:+.1f}, {high:+.1f}] of {title}")
     return (
         f"{label} against {first}: {_list(better)}." if better else f"No gain of {label} over {first} is shown.",
         f"{label} loses {_list(worse)}." if worse else "Nothing that was measured got worse beyond its interval.",
@@ -144,7 +150,7 @@ def untrained(numbers: Row) -> tuple[str, str, str]:
 
 
 def _open(parts: Sequence[str]) -> str:
-    return f"Not shown: {'; '.join(parts)}." if parts else "All that was measured is shown beyond its interval."
+    return f"Not shown: {'; '.join(parts)}." if parts else "Every measured difference is beyond its interval."
 
 
 def _list(parts: Sequence[str]) -> str:

@@ -24,7 +24,7 @@ from nemo_pivotrl.core.errors import InputError, short
 from nemo_pivotrl.report import VIEW_ADDRESS, view_index as index
 from nemo_pivotrl.report.llmdoctor import decoder, numbered
 from nemo_pivotrl.tools.http_guard import Guard
-from nemo_pivotrl.tools.http_server import run as serve_app
+from nemo_pivotrl.tools.http_server import check_port, run as serve_app
 
 HOST = "127.0.0.1"
 PAGES = {
@@ -49,6 +49,7 @@ Pieces = Callable[[Sequence[int]], list[str]]
 def view(folder: Path, port: int) -> None:
     """Serve a run folder on the loopback until interrupted. Raises InputError for a folder without artefacts."""
     app = create_app(folder)
+    check_port(HOST, port)
     print(f"{folder} on http://{HOST}:{port}/  (Ctrl-C ends it)", flush=True)
     serve_app(app, HOST, port)
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from nemo_pivotrl.core.errors import InputError, Problem
 from nemo_pivotrl.tools.http_guard import App
 
 HEADER_S, WRITE_S, IDLE_S = 10.0, 60.0, 5
@@ -49,6 +51,18 @@ class Connection(H11Protocol):
         for timer in (self._late, self._stuck):
             if timer is not None:
                 timer.cancel()
+
+
+def check_port(host: str, port: int) -> None:
+    """Raises InputError where another program listens."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            remedy = "end the program that listens there (perhaps an earlier `view`), or give another --port"
+            found = f"{port} ({error.strerror})"
+            raise InputError(Problem("command line", None, "--port", found, remedy)) from None
 
 
 def run(app: App, host: str, port: int) -> None:

@@ -21,10 +21,14 @@ def test_policies_with_a_gain_a_loss_and_an_open_set() -> None:
         "one_turn": change(0.1, -0.1, 0.3),
         "retention": change(-0.02, -0.03, -0.01),
     }
-    better, worse, open_ = verdict.of_policies({"base": {}, "sft": {}, "pivotrl": sets}, "pivotrl")
+    sft = {"multi_turn": change(0.053, -0.023, 0.127), "retention": change(-0.47, -0.5, -0.44)}
+    better, worse, open_ = verdict.of_policies({"base": {}, "sft": sft, "pivotrl": sets}, "pivotrl")
     assert better == "pivotrl against base: +11.7 points [+5.0, +18.7] of whole tasks."
     assert worse == "pivotrl loses 2.0 points [1.0, 3.0] out of domain."
-    assert open_ == "Not shown: +10.0 points [-10.0, +30.0] of held-out turns: the interval holds 0."
+    assert open_ == (
+        "Not shown: +10.0 points [-10.0, +30.0] of held-out turns: the interval holds 0; "
+        "sft +5.3 points [-2.3, +12.7] of whole tasks: the interval holds 0."
+    )
 
 
 def test_what_was_not_measured_is_not_shown_and_nothing_is_claimed() -> None:

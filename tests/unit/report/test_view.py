@@ -1,5 +1,6 @@
 """view: the server's answers in JSON over a small run folder. Its page is tested in a browser (tests/view)."""
 
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from nemo_pivotrl.core.errors import InputError
 from nemo_pivotrl.report import VIEW_ADDRESS
 from nemo_pivotrl.report.reasons import in_words
 from nemo_pivotrl.report.view_index import listed, open_run, overview, whole_turn
-from nemo_pivotrl.report.view_server import create_app
+from nemo_pivotrl.report.view_server import create_app, view
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +125,16 @@ def test_every_answer_forbids_what_the_page_does_not_need(client: TestClient) ->
 def test_a_folder_without_artefacts_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no artefacts to show"):
         create_app(tmp_path)
+
+
+def test_a_port_that_is_taken_is_said_before_an_address_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = make(tmp_path / "run")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        with pytest.raises(InputError, match=r"another --port"):
+            view(run, taken.getsockname()[1])
+    assert "http://" not in capsys.readouterr().out
 
 
 def test_the_reports_links_lead_into_the_viewer_wherever_it_listens(tmp_path: Path) -> None:
