@@ -79,7 +79,7 @@ $(VENV_VLLM)/.installed: $(VLLM)/requirements.txt $(VLLM)/constraints.txt requir
 	touch $@
 
 test-vllm: $(VENV_VLLM)/.installed
-	$(VENV_VLLM)/bin/python -m pytest -n 2 --dist loadfile -c $(VLLM)/pytest.ini --rootdir $(VLLM) $(VLLM)
+	$(VENV_VLLM)/bin/python -m pytest -n 3 --dist loadfile -c $(VLLM)/pytest.ini --rootdir $(VLLM) $(VLLM)
 
 # Transformer Engine's, mamba_ssm's and causal-conv1d's Python, for `nemo-pivotrl trace`: their sources are unpacked, nothing is built
 TRACE ?= .trace
