@@ -118,6 +118,32 @@ def test_cut_at_any_byte_it_goes_on_to_the_same_bytes(
         path.unlink()
 
 
+@pytest.mark.parametrize("kind", [batches, waves])
+def test_killed_at_any_byte_and_once_more_it_goes_on_to_the_same_bytes(
+    tmp_path: Path, kind: Callable[..., Map], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the second process appends must not stand behind half a record of the first."""
+    whole = kind(tmp_path / "whole").run().read_bytes()
+
+    def dead(*_: Any) -> None:
+        raise Dead
+
+    def until_death() -> None:
+        with monkeypatch.context() as patch, pytest.raises(Dead):
+            patch.setattr(Map, "_order", dead)
+            kind(tmp_path / "killed").run()
+
+    until_death()
+    journal, rng = tmp_path / "killed/d.jsonl.journal", random.Random(4)
+    written = journal.read_bytes()
+    for cut in [len(written) - 1, *(rng.randrange(200, len(written)) for _ in range(8))]:
+        journal.write_bytes(written[:cut])
+        until_death()
+        path = kind(tmp_path / "killed").run()
+        assert path.read_bytes() == whole
+        path.unlink()
+
+
 def test_results_out_of_order_are_put_in_order_and_a_straggler_holds_up_nothing(tmp_path: Path) -> None:
     released, seen = threading.Event(), []
 
