@@ -226,7 +226,7 @@ def share(source: Path, final: Path) -> Path:
     with _whole(final) as part:
         for path in sorted(p for p in source.rglob("*") if p.is_file() and p not in (source / SUMS, source / CARD)):
             target = part / path.relative_to(source)
-            target.parent.mkdir(exist_ok=True)
+            target.parent.mkdir(parents=True, exist_ok=True)
             try:
                 os.link(path, target)
             except OSError:

@@ -26,10 +26,13 @@ METHODS = {
 def write_card(
     folder: Path, recipe: Recipe, role: str, facts: Sequence[str], numbers: Mapping[str, str], checks: Sequence[Check]
 ) -> None:
-    """Write the card of the model in `folder`, trained as `role` of the recipe.
+    """Write the card of the model in `folder`, trained as `role` of the recipe. One that is there stays: somebody may have edited
+    it, and a training that publishes anew makes the folder anew.
 
     facts: sentences about data and training. numbers: metrics.jsonl's name to its heading. checks: of the training's end.
     """
+    if (folder / CARD).exists():
+        return
     method, paper, how = METHODS[role]
     start = recipe.model(role).model_name
     base = id_of_snapshot(start)

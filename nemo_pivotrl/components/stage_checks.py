@@ -227,7 +227,8 @@ def assessment_checks(summary: Row) -> list[Check]:
         return any(arm["objectives"][o]["win"][1] > arm["objectives"][o]["lose"][2] for o in wanted)
 
     far = [label for label, arm in steered if arm["kl"] > MAX_KL]
-    alike = [label for label, arm in steered if arm["different_answers"] < MIN_DIFFERENT * first["different_answers"]]
+    least = MIN_DIFFERENT * (first["different_answers"] or 0.0)  # not measured on one answer to a prompt
+    alike = [label for label, arm in steered if (arm["different_answers"] or 0.0) < least]
     won = sum(gains(arm) for _, arm in steered)
     more = "more prompts or samples narrow the intervals; else larger weights, or a doctor that learned more"
     return [

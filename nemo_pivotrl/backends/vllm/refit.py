@@ -156,6 +156,8 @@ class Refitted:
         self.mismatch = 0.0
         """Nats a token between trainer and engine on the probe, at the latest refit."""
         self.names: frozenset[str] = frozenset()
+        self.trained_only = not settings.servers
+        """Whether the engine has the weights that training leaves alone. Servers may hold any until they were sent all."""
 
     def infer(
         self,
@@ -170,15 +172,15 @@ class Refitted:
         return self.sampler.infer(prompts, seeds, stop_ids, generation)
 
     def refit(self) -> None:
-        """Hand over the weights that training changes, and compare both sides: the engine has the others from the start."""
+        """Hand over the weights that training changes, to servers at first all of them, and compare both sides."""
         sampler: Any = self.sampler
         sent = Fingerprint()
         if self._passes_directly():
-            arrived = sampler.refit(sent.through(self.trainer.weights(trained_only=True)))
+            arrived = sampler.refit(sent.through(self.trainer.weights(self.trained_only)))
         else:
             new = self.folder / "weights"
             shutil.rmtree(new, ignore_errors=True)
-            self.trainer.export(new, trained_only=True)
+            self.trainer.export(new, self.trained_only)
             for _ in sent.through(read_folder(new)):
                 pass
             arrived = sampler.refit(str(new))
@@ -191,8 +193,11 @@ class Refitted:
             raise InputError(
                 Problem("refit", None, "tensors", f"not those of the last refit: {differing}", "run again")
             )
-        self.names = frozenset(sent.seen)
         self._probe()
+        if self.trained_only:
+            self.names = frozenset(sent.seen)
+        # one that was away has not got them: all are sent until none is
+        self.trained_only = self.trained_only or len(sampler.well) == len(self.settings.servers)
         self.stale = False
 
     def _passes_directly(self) -> bool:

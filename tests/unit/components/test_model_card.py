@@ -33,3 +33,6 @@ def test_a_card(tmp_path: Path, start: str, named: str, front: str) -> None:
     assert "| held-out accuracy | 0.25 | 0.75 |" in card and "| none" not in card
     assert "- truncated samples: 50 %. raise max_new_tokens." in card and "fine" not in card
     assert "/secret" not in card and str(tmp_path) not in card
+    (policy / "README.md").write_text("mine")
+    write_card(policy, recipe, "policy", [], {}, [])
+    assert (policy / "README.md").read_text() == "mine"

@@ -110,7 +110,7 @@ def test_a_doctor() -> None:
     assert found == ["loss on train pairs", "pairs in the right order", "drift from the start model"]
 
 
-def arm(beta: float, win: float, kl: float = 0.1, different: float = 0.9) -> dict[str, Any]:
+def arm(beta: float, win: float, kl: float = 0.1, different: float | None = 0.9) -> dict[str, Any]:
     objective = {"win": [win, win - 0.1, win + 0.1], "lose": [0.2, 0.1, 0.3]}
     setting = {"beta": {"kind": beta} if beta else {}}
     return {"setting": setting, "objectives": {"kind": objective}, "kl": kl, "different_answers": different}
@@ -122,3 +122,5 @@ def test_steered_answers() -> None:
     assert warned(assessment_checks({"arms": plain | {"kind 1": arm(1, 0.5), "kind 9": arm(9, 0.3)}})) == []
     found = warned(assessment_checks({"arms": plain | {"kind 9": arm(9, 0.3, kl=2.0, different=0.1)}}))
     assert found == ["steered arms that gain", "steered arms far from the patient", "steered arms that answer alike"]
+    alone = {label: entry | {"different_answers": None} for label, entry in (plain | {"kind 1": arm(1, 0.5)}).items()}
+    assert warned(assessment_checks({"arms": alone})) == []  # one answer to a prompt: nothing to tell apart
