@@ -409,6 +409,7 @@ class _Writer:
         self.held, self.bytes = {}, 0
 
     def finish(self) -> None:
+        """A whole checkpoint: the weights, what is carried along, and the source's other files. Raises OSError."""
         if has_weights(self.source):
             start = Checkpoint(self.source)
             for name in start.file_of:
@@ -425,6 +426,7 @@ class _Writer:
         self._write_config()
 
     def finish_weights(self) -> None:
+        """The shards by their names, with an index where there are several. Raises OSError."""
         self._flush()
         count, weight_map = len(self.shards), {}
         for i, names in enumerate(self.shards):
