@@ -1,6 +1,6 @@
 """Kill -9 at random moments of a stage on the map, again and again, and compare the bytes with those of an undisturbed run.
 
-    python benchmarks/map_kills.py --kills 50 --stages profile,rescore,evaluate,rank,reward,decode,assess
+    python benchmarks/map_kills.py --kills 50 --stages profile,audit,rescore,verify,evaluate,rank,reward,decode,assess
 
 Each run is a process of its own (forked, so that none of them spends seconds on imports) that gets SIGKILL after a random time; the
 next one goes on where it was. When one ends before its time, its bytes are compared and everything begins anew.
@@ -39,6 +39,8 @@ from nemo_pivotrl.pivotrl.extract import extract
 from nemo_pivotrl.pivotrl.profile import profile
 from nemo_pivotrl.pivotrl.rescore import rescore
 from nemo_pivotrl.pivotrl.sft import warmup
+from nemo_pivotrl.pivotrl.verifier_audit import audit
+from nemo_pivotrl.tools.verify import verify
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
@@ -77,8 +79,16 @@ def assessed(recipe: Recipe) -> Recipe:
     return replace(recipe, decode=replace(recipe.decode, doctors={}), assess=replace(recipe.assess, arms=arms))
 
 
+def verified(recipe: Recipe) -> object:
+    """The profile's samples, as the command does."""
+    target = recipe.path("verdicts.jsonl")
+    return verify(recipe.verifier, recipe.path("profiles.jsonl"), target, recipe.executor, recipe.workers)
+
+
 STAGES = {
     "profile": Stage(profile, "profiles.jsonl"),
+    "audit": Stage(audit, "audit.jsonl", settings=("audit.sample=0",)),
+    "verify": Stage(verified, "verdicts.jsonl"),
     "rescore": Stage(rescore, "profiles.rescored.jsonl", settings=("verifier.name=functional",)),
     "evaluate": Stage(evaluate, "evaluation.jsonl", smaller=evaluated),
     "rank": Stage(rank, "answers.jsonl", "llmdoctor"),
@@ -99,6 +109,16 @@ def recipe_of(algorithm: str, folder: Path, settings: tuple[str, ...] = ()) -> R
     return load_recipe(str(ROOT / f"recipes/{algorithm}/tiny.yaml"), [f"run_dir={folder}", *small, *settings])
 
 
+def run_folder(place: Path, algorithm: str) -> Path:
+    """What the stages of an algorithm read, made where it is not there yet."""
+    folder = place / algorithm
+    if not folder.exists():
+        with silence():
+            for before in BEFORE[algorithm]:
+                before(recipe_of(algorithm, folder))
+    return folder
+
+
 def main() -> None:
     """Print for each stage how many kills it took and whether all bytes were equal. Exits with 1 when they were not."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -110,11 +130,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         for name in options.stages.split(","):
             stage = STAGES[name]
-            folder = Path(place, stage.algorithm)
-            if not folder.exists():
-                with silence():
-                    for before in BEFORE[stage.algorithm]:
-                        before(recipe_of(stage.algorithm, folder))
+            folder = run_folder(Path(place), stage.algorithm)
             recipe = stage.smaller(recipe_of(stage.algorithm, folder, stage.settings))
             torture(name, stage, recipe, options.kills, options.seed)
 

@@ -2,8 +2,10 @@
 
     python benchmarks/ray_nodes.py --speed       # rollouts a second on one node and on two; the sampler sleeps
     python benchmarks/ray_nodes.py --kills 50    # SIGKILL to actors, to the raylet of a node and to the driver, in turn
+    python benchmarks/ray_nodes.py --kills 9 --stages all     # of each stage, on tiny models; or --stages rank,reward
 
 Everything but the sampler is real: the driver, its journal, actors, their restarts, waves that depend on the results before them.
+With --stages everything is.
 """
 
 from __future__ import annotations
@@ -17,10 +19,17 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch: a server that forks has one thread
+
+import torch
+from map_kills import STAGES, digest, recipe_of, run_folder, silence
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
+from support.processes import Process, python  # noqa: E402
 from support.ray_cluster import TwoNodes  # noqa: E402
 from support.ray_driver import run  # noqa: E402
 
@@ -103,16 +112,95 @@ def one_kill(
     return driver
 
 
+# ---- stages ----
+
+
+def stage_kills(names: list[str], wanted: int, seed: int) -> None:
+    """Print for each stage what was killed. Exits with 1 where one ends with other bytes than a run without Ray."""
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as place:
+        here = {}
+        for name in names:
+            stage, folder = STAGES[name], run_folder(Path(place), STAGES[name].algorithm)
+            path = folder / stage.artefact
+            path.unlink(missing_ok=True)
+            with silence():
+                stage.run(stage.smaller(recipe_of(stage.algorithm, folder, stage.settings)))
+            here[name] = digest(path), path.stat().st_size
+        with TwoNodes() as nodes:
+            for name in names:
+                one_stage(nodes, name, Path(place, STAGES[name].algorithm), *here[name], wanted, seed)
+
+
+def one_stage(nodes: TwoNodes, name: str, folder: Path, whole: str, size: int, wanted: int, seed: int) -> None:
+    """Actor, driver and node in turn, each when the journal has grown past a random place."""
+    rng, counts, runs = random.Random(f"{seed} {name}"), Counter[str](), 0
+    path, log = folder / STAGES[name].artefact, folder / "driver.log"
+    journal, kinds = path.with_name(path.name + ".journal"), ("actor", "driver", "node")
+    begin = partial(
+        python, __file__, "--one", name, "--folder", str(folder), "--address", nodes.cluster.address, out=log
+    )
+    start = time.monotonic()
+    while counts.total() < wanted:
+        path.unlink(missing_ok=True)
+        driver = begin()
+        while counts.total() < wanted and grown(driver, journal, rng.randrange(size)):
+            kind = kinds[counts.total() % len(kinds)]
+            if kind == "driver":
+                driver.kill()
+                driver = begin()
+            elif kind == "node":
+                nodes.kill_second()
+                nodes.add_second()
+            elif actors := nodes.actors():
+                os.kill(rng.choice(actors), signal.SIGKILL)
+            else:
+                continue
+            counts[kind] += 1
+        if driver.wait() or digest(path) != whole:
+            raise SystemExit(f"{name}: exit code {driver.returncode} after {dict(counts)}:\n{driver.printed()[-2000:]}")
+        runs += 1
+    killed = ", ".join(f"{n} {kind}s" for kind, n in counts.items())
+    print(f"{name}: {killed}; {runs} runs ended, all the same bytes; {time.monotonic() - start:.0f} s", flush=True)
+
+
+def grown(driver: Process, journal: Path, size: int) -> bool:
+    """Wait until the journal has so many bytes; False where the driver ended before."""
+    while driver.poll() is None:
+        try:
+            if journal.stat().st_size >= size:
+                return True
+        except FileNotFoundError:
+            pass
+        time.sleep(0.002)
+    return False
+
+
+def one(name: str, folder: str, address: str) -> None:
+    """The driver of a stage."""
+    there = (*STAGES[name].settings, "executor=ray", "workers=2", f"ray.address={address}")
+    os.environ["RAY_ADDRESS"] = address  # for verify, which has no recipe
+    STAGES[name].run(STAGES[name].smaller(recipe_of(STAGES[name].algorithm, Path(folder), there)))
+
+
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--speed", action="store_true")
     parser.add_argument("--kills", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--stages", default="", help="all, or names with commas between them")
+    for word in ("--one", "--folder", "--address"):
+        parser.add_argument(word, default="", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.one:
+        one(options.one, options.folder, options.address)
     if options.speed:
         speed()
-    if options.kills:
+    if options.kills and options.stages:
+        names = list(STAGES) if options.stages == "all" else options.stages.split(",")
+        stage_kills(names, options.kills, options.seed)
+    elif options.kills:
         kills(options.kills, options.seed)
 
 

@@ -236,6 +236,10 @@ def verifier_arguments(made: argparse.ArgumentParser) -> None:
 
 def verify_arguments(made: argparse.ArgumentParser) -> None:
     verifier_arguments(made)
+    made.add_argument(
+        "--executor", choices=("here", "processes", "ray"), default="here", help="where verdicts are made"
+    )
+    made.add_argument("--workers", type=int, default=1, metavar="N", help="processes, or actors on Ray (RAY_ADDRESS)")
     made.add_argument("source", metavar="IN.jsonl", help="rows with expert and sampled action, or a profile")
     made.add_argument("target", metavar="OUT.jsonl", help="one {reward, category, detail} for each action")
 
@@ -250,7 +254,7 @@ def run_verify(options: argparse.Namespace) -> None:
     with missing_module("verify", {}, "verifiers"):
         from nemo_pivotrl.tools.verify import verify
 
-        counts = verify(settings, Path(options.source), Path(options.target))
+        counts = verify(settings, Path(options.source), Path(options.target), options.executor, options.workers)
     print(", ".join(f"{n} {name}" for name, n in sorted(counts.items())) + f" -> {options.target}")
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
@@ -21,7 +22,7 @@ from nemo_pivotrl.components.costs import spend
 from nemo_pivotrl.components.journal import Journal
 from nemo_pivotrl.components.progress import progress
 from nemo_pivotrl.config import Recipe
-from nemo_pivotrl.core.artifacts import ArtefactWriter, Header, is_complete, json_line
+from nemo_pivotrl.core.artifacts import ArtefactWriter, Header, is_complete, json_line, read_header
 from nemo_pivotrl.core.errors import InputError, Problem
 
 JUDGED_BEFORE_STOPPING = 200
@@ -108,29 +109,42 @@ class Map:
     """What is said where there are no rows at all; without it, an artefact may be empty."""
     before: Callable[[int], None] = lambda left: None
     """Is told how many rows are left, before the first task; it may refuse them."""
+    write: Callable[[Iterator[tuple[bytes, int]]], object] | None = None
+    """Makes the file at `path` of the finished items' (lines, how many), in order; without it they are the artefact's rows."""
+    costs: bool = True
+    """Whether there is a cost log."""
+
+    @property
+    def journal(self) -> Path:
+        """Where unfinished work lies."""
+        return self.path.with_name(self.path.name + ".journal")
 
     def run(self, fresh: bool = False) -> Path:
         """Do what is not done yet, and write the artefact. Raises InputError, OSError, and what a worker raises."""
-        journal_path = self.path.with_name(self.path.name + ".journal")
         if is_complete(self.path, self.header, fresh):
             print(f"{self.path} is complete; fresh=true makes it anew")
+            self.journal.unlink(missing_ok=True)
         else:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            journal = Journal(journal_path, (self.belongs or self.header).to_line().encode(), fresh)
-            try:
-                self._do(journal)
-                if self.empty and not any(place.rows for place in journal.done.values()):
-                    raise InputError(self.empty())
-                self._order(journal)
-            finally:
-                journal.close()
-        journal_path.unlink(missing_ok=True)
+            self.work(fresh)
         return self.path
+
+    def work(self, fresh: bool = False) -> None:
+        """As `run`, whatever file is at `path`."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        journal = Journal(self.journal, (self.belongs or self.header).to_line().encode(), fresh)
+        try:
+            self._do(journal)
+            if self.empty and not any(place.rows for place in journal.done.values()):
+                raise InputError(self.empty())
+            self._order(journal)
+        finally:
+            journal.close()
+        self.journal.unlink(missing_ok=True)
 
     def _do(self, journal: Journal) -> None:
         begun = sum(place.size for place in journal.done.values())
         with (
-            spend(Path(self.recipe.run_dir), self.stage) as cost,
+            spend(Path(self.recipe.run_dir), self.stage) if self.costs else nullcontext({}) as cost,
             progress(self.total, begun, self.stage, self.unit) as bar,
         ):
             run = _Run(self, journal, cost, bar)
@@ -149,11 +163,15 @@ class Map:
                 yield number, item
 
     def _order(self, journal: Journal) -> None:
-        """The finished items' rows in order, as one artefact, by rename."""
+        """The finished items' rows in order, as one file, by rename."""
+        places = (journal.done[number] for number in sorted(journal.done))
+        parts = ((journal.read(place), place.rows) for place in places)
+        if self.write:
+            self.write(parts)
+            return
         with ArtefactWriter(self.path, self.header) as writer:
-            for number in sorted(journal.done):
-                place = journal.done[number]
-                writer.write_text(journal.read(place), place.rows)
+            for lines, count in parts:
+                writer.write_text(lines, count)
             writer.finish()
 
 
@@ -220,6 +238,12 @@ class _Run:
         self.cost.update(self.of.tally.cost())
         if self.executor is not None:
             self.executor.close()
+
+
+def make_way(path: Path, header: Header) -> None:
+    """Remove a finished artefact of other settings: of a stage that is cheaper to run again than its outcome is to keep."""
+    if path.exists() and read_header(path, header.stage) != header:
+        path.unlink()
 
 
 def make_executor(recipe: Recipe, make_worker: Callable[[], Worker]) -> Executor:

@@ -66,7 +66,7 @@ class Journal:
         if first != belongs and not begun:
             return False
         if first != belongs:
-            remedy = "unfinished work of another recipe or input; finish it with its own recipe, or add fresh=true to drop it"
+            remedy = "unfinished work of another recipe or input; finish it with its own, or drop it: fresh=true, or remove this file"
             raise InputError(Problem(str(self.path), 1, "header", short(header_difference(first, belongs)), remedy))
         end = self._handle.tell()
         while (line := self._handle.readline(MAX_LINE)).endswith(b"\n"):

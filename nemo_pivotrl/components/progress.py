@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import sys
+import threading
 from typing import Any
 
 from tqdm import tqdm
+
+tqdm.set_lock(threading.RLock())  # its own is shared with forks, and stays locked when one is killed that holds it
 
 
 def progress(total: int | None, initial: int, desc: str, unit: str) -> tqdm[Any]:

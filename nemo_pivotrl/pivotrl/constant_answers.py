@@ -6,7 +6,7 @@ talk or call; everywhere else it earns 0.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from nemo_pivotrl.core.errors import short
 from nemo_pivotrl.core.types import Action, Candidate, Verdict
@@ -27,13 +27,23 @@ def said(answer: Action) -> str:
 def earnings(verifier: Verifier, tried: Sequence[Candidate], experts: Sequence[Action], max_retries: int) -> Earned:
     """What each constant answer, made of `experts`, earns on `tried`. An answer that wins in one task alone may be that task's
     answer, and is left out. What the verifier cannot judge earns nothing."""
-    found: Earned = {}
-    for answer in probes.constants(experts):
-        kind = [c for c in tried if c.expected.kind == answer.kind]
-        results = verdicts(verifier, [(c.case, answer) for c in kind], max_retries)
-        pairs = [(c, r.reward) for c, r in zip(kind, results, strict=True) if isinstance(r, Verdict) and r.reward > 0]
-        if len({c.task_id for c, _ in pairs}) > 1:
-            found[said(answer)] = {c.candidate_id: reward for c, reward in pairs}
+    answers = probes.constants(experts)
+    earned = [earned_by(verifier, answer, tried, max_retries) for answer in answers]
+    return ranked(answers, earned, {c.candidate_id: c.task_id for c in tried})
+
+
+def earned_by(verifier: Verifier, answer: Action, tried: Sequence[Candidate], max_retries: int) -> dict[str, float]:
+    """Candidate id -> what the answer earns there, where that is above 0."""
+    kind = [c for c in tried if c.expected.kind == answer.kind]
+    results = verdicts(verifier, [(c.case, answer) for c in kind], max_retries)
+    pairs = zip(kind, results, strict=True)
+    return {c.candidate_id: r.reward for c, r in pairs if isinstance(r, Verdict) and r.reward > 0}
+
+
+def ranked(answers: Sequence[Action], earned: Sequence[dict[str, float]], tasks: Mapping[str, str]) -> Earned:
+    """What each answer earns, under its text and the best first. `tasks`: candidate id -> task."""
+    pairs = zip(answers, earned, strict=True)
+    found = {said(answer): rewards for answer, rewards in pairs if len({tasks[c] for c in rewards}) > 1}
     return dict(sorted(found.items(), key=lambda pair: -sum(pair[1].values())))
 
 

@@ -20,7 +20,7 @@ from nemo_pivotrl.backends.base import Sampler
 from nemo_pivotrl.backends.identity import identity_of, policy_revision, without_start
 from nemo_pivotrl.components.conclusions import conclude
 from nemo_pivotrl.components.costs import CountingSampler
-from nemo_pivotrl.components.durable_map import Found, Map, Once, Tally, found_rows
+from nemo_pivotrl.components.durable_map import Found, Map, Once, Tally, found_rows, make_way
 from nemo_pivotrl.components.lineage import check_lineage
 from nemo_pivotrl.components.rollout import (
     first_fitting,
@@ -92,8 +92,7 @@ def evaluate(recipe: Recipe, fresh: bool = False) -> Path:
         extra={"policies": revisions},
     )
     path = recipe.path("evaluation.jsonl")
-    if path.exists() and read_header(path, "evaluation") != header:
-        path.unlink()  # of other policies or settings: it is made anew
+    make_way(path, header)
     sets, tally = [name for name in SETS if _wanted(recipe, name)], Tally()
     work = [(label, name) for label in settings.policies for name in sets]
     items = [(n, partial(Once, (label, name), 1, tally)) for n, (label, name) in enumerate(work)]

@@ -7,36 +7,41 @@ are those that a constant answer wins, with the share of all that the best one d
 
 from __future__ import annotations
 
+import json
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, astuple, dataclass, field, replace
+from functools import partial
+from itertools import islice
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from nemo_pivotrl.algorithms import selection
 from nemo_pivotrl.components.conclusions import audit_checks, conclude
 from nemo_pivotrl.components.costs import spend
+from nemo_pivotrl.components.durable_map import Found, Map, Tally, batches_of, found_rows, make_way
 from nemo_pivotrl.components.lineage import check_lineage
-from nemo_pivotrl.components.progress import progress
 from nemo_pivotrl.components.rollout import judged_candidates, load_recipe_verifier
 from nemo_pivotrl.config import Recipe
-from nemo_pivotrl.core.artifacts import Header, file_digest, json_line, read_header, write_artefact
-from nemo_pivotrl.core.atomic import write_atomically
+from nemo_pivotrl.core.artifacts import Header, file_digest, json_line, read_header, read_rows, write_artefact
+from nemo_pivotrl.core.atomic import read_json, write_atomically
 from nemo_pivotrl.core.errors import InputError, Problem, short
 from nemo_pivotrl.core.lock import one_writer
-from nemo_pivotrl.core.types import Action, Candidate, Verdict
-from nemo_pivotrl.data import gym_rows as responses
+from nemo_pivotrl.core.types import Action, Candidate
+from nemo_pivotrl.data.gym_rows import action_to_row
 from nemo_pivotrl.data.states import candidates_of
 from nemo_pivotrl.pivotrl import round_trip
-from nemo_pivotrl.pivotrl.constant_answers import earnings
+from nemo_pivotrl.pivotrl.constant_answers import earned_by, ranked
 from nemo_pivotrl.verifiers import probes
 from nemo_pivotrl.verifiers.base import Bounded, Verifier, VerifierFault, verdicts
 
 GOLD, RIGHT, WRONG = "gold", "right", "wrong"
 SHOWN = 12
 SHOWN_CONSTANTS = 3
+CHUNK = 16
+"""Candidates of a worker's task."""
 MAX_JUDGE_FAULTS = 0.1
 """More of the calibration pairs without a verdict than this stop the audit."""
 
@@ -48,13 +53,14 @@ class Probe:
     side: str
     """`gold`: the expert's; `right`: it in other words; `wrong`: another."""
     name: str
-    action: Action
     reward: float | None
     """None where the verifier could not judge."""
     category: str
     detail: str
-    rules: tuple[str, ...]
+    rules: Sequence[str]
     seconds: float
+    action: dict[str, Any] | None = None
+    """As a row holds it, where the verdict is not the one known beforehand."""
 
     @property
     def failed(self) -> bool:
@@ -106,53 +112,80 @@ def audit(recipe: Recipe, fresh: bool = False) -> Path:
 
     Raises InputError when more experts than `audit.max_gold_failures` do not pass their own verifier.
     """
-    source = recipe.path("candidates.jsonl")
+    source, path = recipe.path("candidates.jsonl"), recipe.path("audit.jsonl")
     check_lineage(recipe, source, read_header(source, "candidates"))
     verifier, verifier_id = load_recipe_verifier(recipe)
     candidates = judged_candidates(candidates_of(source), verifier, source)
     carried = round_trip.of_recipe(recipe, candidates)
-    more = {"round_trip": carried.summary() if carried else None}
-    found, summary = audit_candidates(recipe, candidates, verifier, verifier_id, more)
-    print(tables(found, summary))
+    header, tried, tally = _header(recipe, verifier_id), Tried(recipe, candidates, verifier.asks_judge), Tally()
+
+    def write(parts: Iterator[tuple[bytes, int]]) -> None:
+        found = tried.told(line for lines, _ in parts for line in lines.splitlines())
+        _store(recipe, header, found)
+        print("milliseconds a verdict: p50 {:.3f}, p99 {:.3f}, longest {:.3f}".format(*times_of(found)))
+
+    make_way(path, header)
+    Map(
+        recipe,
+        "audit",
+        path,
+        header,
+        lambda: batches_of(tried.questions(), CHUNK, tally),
+        partial(Prober, recipe, tried.constants, verifier if recipe.executor == "here" else None),
+        len(tried.chosen),
+        "cand",
+        tally,
+        write=write,
+    ).run(fresh or not recipe.path("audit.json").exists())
+    remedy = "remove it, then run audit again"
+    summary = read_json(recipe.path("audit.json"), {"gold_failures": list, "candidates": int}, remedy)
+    summary["round_trip"] = carried.summary() if carried else None
+    _add_judge(recipe, verifier, summary)
+    print(tables(summary))
     if carried:
         print("\n".join(carried.lines(source)))
-    print(f"-> {recipe.path('audit.jsonl')}, {recipe.path('audit.json')}")
+    print(f"-> {path}, {recipe.path('audit.json')}")
     conclude(Path(recipe.run_dir), "audit", audit_checks(summary))
-    stop_on_gold_failures(recipe, found)
-    return recipe.path("audit.jsonl")
+    stop_on_gold_failures(recipe, summary)
+    return path
 
 
 def audit_first(recipe: Recipe, candidates: Sequence[Candidate], verifier: Bounded, verifier_id: str) -> None:
     """The audit that `profile` runs before it: one line said, and InputError where the experts do not pass."""
-    found, summary = audit_candidates(recipe, candidates, verifier, verifier_id)
-    wrong = [p for tried in found.probes.values() for p in tried if p.side == WRONG]
-    print(
-        f"audit of {len(found.probes)} candidates: {len(summary['gold_failures'])} experts rejected, "
-        f"{sum(bool(p.reward) for p in wrong)} of {len(wrong)} wrong actions accepted, {len(summary['unlosable'])} candidates "
-        f"that any content wins, the best constant answer wins {best_share(found):.1%} (`nemo-pivotrl audit` says which)"
-    )
-    stop_on_gold_failures(recipe, found)
-
-
-def audit_candidates(
-    recipe: Recipe,
-    candidates: Sequence[Candidate],
-    verifier: Bounded,
-    verifier_id: str,
-    more: Mapping[str, Any] = MappingProxyType({}),
-) -> tuple[Audit, dict[str, Any]]:
-    """Run the audit and write its files; `more` is for the summary, too."""
     with spend(Path(recipe.run_dir), "audit") as cost:
         found = run_audit(recipe, candidates, verifier)
-        cost.update(times_of(found))
-    summary = summarise(found) | {"verifier": verifier_id, **more}
+        summary = _store(recipe, _header(recipe, verifier_id), found)
+        cost["verdicts"] = summary["verdicts"]
+    _add_judge(recipe, verifier, summary)
+    wrong = summary["by_tool"].values()
+    print(
+        f"audit of {summary['candidates']} candidates: {len(summary['gold_failures'])} experts rejected, "
+        f"{sum(row['false_accept'] for row in wrong)} of {sum(row[WRONG] for row in wrong)} wrong actions accepted, "
+        f"{len(summary['unlosable'])} candidates that any content wins, the best constant answer wins "
+        f"{max(summary['constants'].values(), default=0.0):.1%} (`nemo-pivotrl audit` says which)"
+    )
+    stop_on_gold_failures(recipe, summary)
+
+
+def _header(recipe: Recipe, verifier_id: str) -> Header:
+    source = recipe.path("candidates.jsonl")
+    return Header("audit", recipe.digest("audit"), parent=file_digest(source), verifier=verifier_id)
+
+
+def _store(recipe: Recipe, header: Header, found: Audit) -> dict[str, Any]:
+    """Write what was found; the summary. Where `audit.jsonl` is, `audit.json` is the one that belongs to it."""
+    summary, path = summarise(found) | {"verifier": header.verifier}, recipe.path("audit.jsonl")
+    path.unlink(missing_ok=True)
+    write_atomically(recipe.path("audit.json"), json_line(summary).decode())
+    write_artefact(path, header, _rows(found))
+    return summary
+
+
+def _add_judge(recipe: Recipe, verifier: Bounded, summary: dict[str, Any]) -> None:
+    """Write the summary with what the judge is worth. Raises InputError where that is too little."""
     if verifier.asks_judge:
         summary["judge"] = judge_agreement(recipe, verifier)
-    source = recipe.path("candidates.jsonl")
-    header = Header("audit", recipe.digest("audit"), parent=file_digest(source), verifier=verifier_id)
-    write_artefact(recipe.path("audit.jsonl"), header, _rows(found))
     write_atomically(recipe.path("audit.json"), json_line(summary).decode())
-    return found, summary
 
 
 def judge_agreement(recipe: Recipe, verifier: Bounded) -> dict[str, Any]:
@@ -179,48 +212,95 @@ def judge_agreement(recipe: Recipe, verifier: Bounded) -> dict[str, Any]:
     return asdict(found)
 
 
+Question = tuple[Candidate, list[tuple[str, str, Action]]]
+"""A candidate, and (side, probe, action) of each action that it is tried with."""
+
+
+class Tried:
+    """A sample of the candidates, and what they are tried with. Other rows' actions come from the whole set."""
+
+    def __init__(self, recipe: Recipe, candidates: Sequence[Candidate], asks_judge: bool):
+        size = recipe.audit.judged_sample if asks_judge else recipe.audit.sample
+        by_hash = sorted(candidates, key=lambda c: selection.order_key(recipe.seed, c.candidate_id))
+        self.chosen = by_hash[:size] if size else by_hash
+        self.constants = probes.constants([c.expected for c in candidates])
+        self._foreign = recipe.audit.foreign_actions
+        self._by_tool: dict[str, list[Candidate]] = defaultdict(list)
+        for candidate in by_hash:
+            self._by_tool[candidate.action_name].append(candidate)
+
+    def questions(self) -> Iterator[Question]:
+        """What a `Prober` gets of each chosen candidate."""
+        return ((c, list(_actions(c, self._by_tool, self._foreign))) for c in self.chosen)
+
+    def told(self, lines: Iterator[bytes]) -> Audit:
+        """The audit of what a `Prober` told of the chosen candidates."""
+        found, earned = Audit(), [dict[str, float]() for _ in self.constants]
+        for row in map(json.loads, lines):
+            candidate = row["candidate_id"]
+            found.probes[candidate] = [Probe(*fields) for fields in row["probes"]]
+            found.tools[candidate] = row["tool"]
+            found.undeclared += [candidate] * row["undeclared"]
+            for number, reward in row["earned"]:
+                earned[number][candidate] = reward
+        tasks = {c.candidate_id: c.task_id for c in self.chosen}
+        won = {
+            answer: [c for c, reward in rewards.items() if reward == 1.0]
+            for answer, rewards in ranked(self.constants, earned, tasks).items()
+        }
+        won = {a: wins for a, wins in won.items() if len({tasks[c] for c in wins}) > 1}  # of one it may be the answer
+        found.constants = dict(sorted(won.items(), key=lambda pair: -len(pair[1])))
+        return found
+
+
+class Prober:
+    """A map's worker: tries the verifier on each candidate's actions, and on the constant answers."""
+
+    def __init__(self, recipe: Recipe, constants: Sequence[Action], verifier: Verifier | None = None):
+        self.verifier = verifier or load_recipe_verifier(recipe)[0]
+        self.constants, self.retries = constants, recipe.profile.max_retries
+
+    def __call__(self, questions: Sequence[Question]) -> Found:
+        """What `Tried.told` reads."""
+        with ThreadPoolExecutor(self.verifier.concurrency) as pool:
+            tried = list(pool.map(self._probes, questions))
+        chosen = [candidate for candidate, _ in questions]
+        earned = [earned_by(self.verifier, answer, chosen, self.retries) for answer in self.constants]
+        rows = []
+        for candidate, found in zip(chosen, tried, strict=True):
+            name, declared = candidate.candidate_id, {t.get("function", t).get("name") for t in candidate.tools}
+            rows.append(
+                {
+                    "candidate_id": name,
+                    "tool": candidate.action_name,
+                    "undeclared": any(call.name not in declared for call in candidate.expected.calls),
+                    "earned": [(number, rewards[name]) for number, rewards in enumerate(earned) if name in rewards],
+                    "probes": found,
+                }
+            )
+        return found_rows(rows, verdicts=sum(map(len, tried)))
+
+    def _probes(self, question: Question) -> list[tuple[Any, ...]]:
+        candidate, actions = question
+        return [astuple(self._probe(candidate, *tried)) for tried in actions]
+
+    def _probe(self, candidate: Candidate, side: str, name: str, action: Action) -> Probe:
+        begun = time.perf_counter()
+        (result,) = verdicts(self.verifier, [(candidate.case, action)], self.retries)
+        seconds = time.perf_counter() - begun
+        if isinstance(result, VerifierFault):
+            found = Probe(side, name, None, f"FAULT {result.kind}", str(result), (), seconds)
+        else:
+            found = Probe(side, name, result.reward, result.category, result.detail, result.rules, seconds)
+        return replace(found, action=action_to_row(action)) if found.failed else found
+
+
 def run_audit(recipe: Recipe, candidates: Sequence[Candidate], verifier: Verifier) -> Audit:
-    """Probe a sample of the candidates. Other rows' actions come from the whole set."""
-    settings = recipe.audit
-    size = settings.judged_sample if verifier.asks_judge else settings.sample
-    by_hash = sorted(candidates, key=lambda c: selection.order_key(recipe.seed, c.candidate_id))
-    chosen = by_hash[:size] if size else by_hash
-    by_tool: dict[str, list[Candidate]] = defaultdict(list)
-    for candidate in by_hash:
-        by_tool[candidate.action_name].append(candidate)
-    found = Audit()
-    with progress(len(chosen), 0, "audit", "cand") as bar:
-        for candidate in chosen:
-            tried = [
-                _probe(verifier, candidate, side, name, action, recipe.profile.max_retries)
-                for side, name, action in _actions(candidate, by_tool, settings.foreign_actions)
-            ]
-            found.probes[candidate.candidate_id] = tried
-            found.tools[candidate.candidate_id] = candidate.action_name
-            declared = {t.get("function", t).get("name") for t in candidate.tools}
-            if any(call.name not in declared for call in candidate.expected.calls):
-                found.undeclared.append(candidate.candidate_id)
-            bar.update(1)
-    found.constants = _constants(verifier, chosen, candidates, recipe.profile.max_retries)
-    return found
-
-
-def _constants(
-    verifier: Verifier, chosen: Sequence[Candidate], candidates: Sequence[Candidate], max_retries: int
-) -> dict[str, list[str]]:
-    """Constant answers, made from all candidates, and which of the chosen ones each wins."""
-    tasks = {c.candidate_id: c.task_id for c in chosen}
-    earned = earnings(verifier, chosen, [c.expected for c in candidates], max_retries)
-    won = {answer: [c for c, reward in rewards.items() if reward == 1.0] for answer, rewards in earned.items()}
-    won = {
-        answer: wins for answer, wins in won.items() if len({tasks[c] for c in wins}) > 1
-    }  # of one it may be the answer
-    return dict(sorted(won.items(), key=lambda pair: -len(pair[1])))
-
-
-def best_share(found: Audit) -> float:
-    """Share of the audited candidates that the best constant answer wins."""
-    return max(map(len, found.constants.values()), default=0) / max(1, len(found.probes))
+    """Probe a sample of the candidates in this process, without files."""
+    tried = Tried(recipe, candidates, verifier.asks_judge)
+    probe, rest = Prober(recipe, tried.constants, verifier), tried.questions()
+    chunks = iter(lambda: list(islice(rest, CHUNK)), [])
+    return tried.told(line for chunk in chunks for line in probe(chunk).lines)
 
 
 def _actions(
@@ -233,8 +313,9 @@ def _actions(
     for name, action in probes.wrong(case):
         if not probes.same_action(action, candidate.expected):
             yield WRONG, name, action
-    others = [c for c in by_tool[candidate.action_name] if not probes.same_action(c.expected, candidate.expected)]
-    for other in others[:foreign]:
+    alike = by_tool[candidate.action_name]
+    others = (c for c in alike if not probes.same_action(c.expected, candidate.expected))
+    for other in islice(others, foreign):
         if candidate.expected.kind == "calls":  # any talk is as good as another to most verifiers; see garbage_message
             yield WRONG, "other_row", other.expected
     another = next((rows[0] for name, rows in sorted(by_tool.items()) if name != candidate.action_name), None)
@@ -242,30 +323,21 @@ def _actions(
         yield WRONG, "other_tool", another.expected
 
 
-def _probe(verifier: Verifier, candidate: Candidate, side: str, name: str, action: Action, max_retries: int) -> Probe:
-    begun = time.perf_counter()
-    (result,) = verdicts(verifier, [(candidate.case, action)], max_retries)
-    seconds = time.perf_counter() - begun
-    if isinstance(result, VerifierFault):
-        return Probe(side, name, action, None, f"FAULT {result.kind}", str(result), (), seconds)
-    assert isinstance(result, Verdict)
-    return Probe(side, name, action, result.reward, result.category, result.detail, result.rules, seconds)
-
-
-def stop_on_gold_failures(recipe: Recipe, found: Audit) -> None:
+def stop_on_gold_failures(recipe: Recipe, summary: dict[str, Any]) -> None:
     """Raises InputError when the verifier rejects too many experts: training on it would teach nothing."""
-    failures = found.gold_failures()
-    if len(failures) <= recipe.audit.max_gold_failures * len(found.probes):
+    failures = summary["gold_failures"]
+    if len(failures) <= recipe.audit.max_gold_failures * summary["candidates"]:
         return
+    rejected = (row for row in read_rows(recipe.path("audit.jsonl")) if row["candidate_id"] in set(failures[:SHOWN]))
     problems = []
-    for candidate in failures[:SHOWN]:
-        gold = next(p for p in found.probes[candidate] if p.side == GOLD)
-        said = f"{gold.category} {gold.detail}".strip()
+    for row in rejected:
+        gold = next(p for p in row["probes"] if p["side"] == GOLD)
+        said = f"{gold['category']} {gold['detail']}".strip()
         remedy = "mend the row, or use a verifier or compat version that accepts it"
         problems.append(
-            Problem(str(recipe.path("candidates.jsonl")), None, f"candidate {candidate}", short(said), remedy)
+            Problem(str(recipe.path("candidates.jsonl")), None, f"candidate {row['candidate_id']}", short(said), remedy)
         )
-    count = f"{len(failures)} of {len(found.probes)} experts do not score 1 under {recipe.verifier.name}"
+    count = f"{len(failures)} of {summary['candidates']} experts do not score 1 under {recipe.verifier.name}"
     problems.append(
         Problem("recipe", None, "audit.max_gold_failures", count, "see audit.jsonl; accept it with a larger share")
     )
@@ -291,7 +363,7 @@ def _rows(found: Audit) -> Iterator[dict[str, Any]]:
                     "category": p.category,
                     "detail": p.detail,
                     "failed": p.failed,
-                    "action": responses.action_to_row(p.action) if p.failed else None,
+                    "action": p.action,
                 }
                 for p in tried
             ],
@@ -319,11 +391,10 @@ def summarise(found: Audit) -> dict[str, Any]:
     }
 
 
-def times_of(found: Audit) -> dict[str, float]:
-    """Milliseconds a verdict: median, 99th percentile, longest. They differ between runs, so they are in the ledger alone."""
+def times_of(found: Audit) -> tuple[float, float, float]:
+    """Milliseconds a verdict: median, 99th percentile, longest. They differ between runs, so they are told and not kept."""
     times = sorted(1e3 * p.seconds for tried in found.probes.values() for p in tried) or [0.0]
-    places = {"ms_p50": len(times) // 2, "ms_p99": min(len(times) - 1, int(0.99 * len(times))), "ms_max": -1}
-    return {name: round(times[place], 3) for name, place in places.items()}
+    return times[len(times) // 2], times[min(len(times) - 1, int(0.99 * len(times)))], times[-1]
 
 
 def _rates(tried: Iterator[tuple[str, Probe]]) -> dict[str, dict[str, int]]:
@@ -353,7 +424,7 @@ def _most_telling(rates: dict[str, dict[str, int]]) -> tuple[list[tuple[str, dic
     return sorted(rates.items(), key=weight)[:MOST_ROWS], len(rates) - MOST_ROWS
 
 
-def tables(found: Audit, summary: dict[str, Any]) -> str:
+def tables(summary: dict[str, Any]) -> str:
     """The summary as text."""
     lines = []
     for title, key in (("tool", "by_tool"), ("probe", "by_probe")):
@@ -384,6 +455,5 @@ def tables(found: Audit, summary: dict[str, Any]) -> str:
         lines.append(
             f"judge agrees with {summary['judge']['agreement']:.1%} of {summary['judge']['n']} calibration pairs"
         )
-    times = "p50 {ms_p50:.3f}, p99 {ms_p99:.3f}, longest {ms_max:.3f}".format(**times_of(found))
-    lines.append(f"{summary['verdicts']} verdicts; milliseconds each: {times}")
+    lines.append(f"{summary['verdicts']} verdicts")
     return "\n".join(lines)

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from nemo_pivotrl import config
-from nemo_pivotrl.components.progress import progress
-from nemo_pivotrl.core.artifacts import HEADER_KEY, canonical_json, json_line
+from nemo_pivotrl.components.durable_map import Found, Map, Tally, batches_of
+from nemo_pivotrl.core.artifacts import HEADER_KEY, Header, canonical_json, digest, file_digest, json_line
 from nemo_pivotrl.core.atomic import open_input, replacing
 from nemo_pivotrl.core.errors import InputError, Problem, short
 from nemo_pivotrl.core.lock import only_writer
@@ -23,70 +24,121 @@ from nemo_pivotrl.core.types import Action, Case, Verdict
 from nemo_pivotrl.data.gym_rows import action_of_row
 from nemo_pivotrl.data.states import States, open_states
 from nemo_pivotrl.verifiers.base import Verifier, VerifierFault, verdicts
-from nemo_pivotrl.verifiers.loading import ALIASES, load_verifier, settings_with
+from nemo_pivotrl.verifiers.loading import ALIASES, identity, load_verifier, settings_with
 from nemo_pivotrl.verifiers.rows import RowError, case_of, sampled_action
 
-CHUNK = 2048
+CHUNK = 256
+"""Lines of a worker's task."""
 MAX_PROBLEMS = 100
+Line = tuple[int, bytes]
+"""A line with its number, from 1 on."""
+Question = tuple[Verifier, Case, Action | Verdict, dict[str, Any]]
+"""Verifier, case, action, columns to repeat in the output."""
 
 
-def verify(settings: config.Verifier, source: Path, target: Path) -> Counter[str]:
-    """Score every action of `source` into `target`; the counts of accepted, rejected and faults.
+class UnreadableRows(InputError):
+    """Lines that no verifier was asked about."""
+
+
+def verify(
+    settings: config.Verifier,
+    source: Path,
+    target: Path,
+    executor: Literal["here", "processes", "ray"] = "here",
+    workers: int = 1,
+) -> Counter[str]:
+    """Score every action of `source` into `target`, as a map; the counts of accepted, rejected and faults.
 
     Raises InputError naming the lines that cannot be read; then nothing is written.
     """
-    counts: Counter[str] = Counter()
-    problems: list[Problem] = []
-    loaded: dict[str, Verifier] = {}
-    with (
-        only_writer(target.parent, f"verify into {target.name}", name=f".{target.name}.lock"),
-        replacing(target) as out,
-    ):
-        with progress(None, 0, "verify", "verdict") as bar:
-            rows = questions(source, settings, loaded, problems)
-            while chunk := list(islice(rows, CHUNK)):
-                out.writelines(_score(chunk, counts))
-                bar.update(len(chunk))
-        if problems:
-            raise InputError(problems)
+    if not source.exists():
+        raise InputError(Problem(str(source), None, "file", "no such file", "give a JSONL file of rows"))
+    counts, tally = Counter[str](), Tally()
+
+    def write(parts: Iterable[tuple[bytes, int]]) -> None:
+        with replacing(target) as out:
+            for lines, _ in parts:
+                counts.update(map(_kind_of, lines.splitlines()))
+                out.write(lines)
+
+    scorer = Scorer(settings, source)
+    with only_writer(target.parent, f"verify into {target.name}", name=f".{target.name}.lock"):
+        work = Map(
+            config.Recipe(run_dir=str(target.parent), executor=executor, workers=workers),
+            "verify",
+            target,
+            Header("verify", digest(settings), parent=file_digest(source), verifier=scorer.identity()),
+            lambda: batches_of(lines_of(source), CHUNK, tally),
+            (lambda: scorer) if executor == "here" else partial(Scorer, settings, source),
+            tally=tally,
+            write=write,
+            costs=False,
+        )
+        try:
+            work.work()
+        except UnreadableRows:
+            work.journal.unlink()  # the rows will be others
+            raise InputError(list(islice(scorer.problems(), MAX_PROBLEMS))) from None
     return counts
 
 
-Question = tuple[Verifier, Case, Action | Verdict, dict[str, Any]]
-
-
-def questions(
-    source: Path, settings: config.Verifier, loaded: dict[str, Verifier], problems: list[Problem]
-) -> Iterator[Question]:
-    """(verifier, case, action, columns to repeat in the output) of each action in the file."""
-    if not source.exists():
-        raise InputError(Problem(str(source), None, "file", "no such file", "give a JSONL file of rows"))
-    states: States | None = None
+def lines_of(source: Path) -> Iterator[Line]:
+    """The lines of a file that are rows."""
     with open_input(source) as handle:
         for number, line in enumerate(handle, start=1):
-            if len(problems) >= MAX_PROBLEMS:
-                return
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-                if not isinstance(row, dict):
-                    raise RowError("line", row, "a JSON object")
-                if HEADER_KEY in row and number == 1:
-                    states = open_states(source) if row[HEADER_KEY].get("stage") == "profiles" else None
-                    continue
-                found = list(_questions_of(row, settings, loaded, states))
-            except RowError as error:
-                problems.append(Problem(str(source), number, error.field, short(repr(error.found)), error.remedy))
-            except (ValueError, RecursionError) as error:
-                if isinstance(error, InputError):
-                    raise
-                problems.append(
-                    Problem(str(source), number, "line", short(line.decode("utf-8", "replace")), f"not JSON ({error})")
-                )
-            else:
-                if not problems:
-                    yield from found
+            if line.strip() and not (number == 1 and _is_header(line)):
+                yield number, line
+
+
+def _is_header(line: bytes) -> bool:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(row, dict) and HEADER_KEY in row
+
+
+class Scorer:
+    """A map's worker: reads lines and judges what stands there, by a verifier for every `config` that rows bring along."""
+
+    def __init__(self, settings: config.Verifier, source: Path):
+        self.settings, self.source = settings, source
+        self.loaded: dict[str, Verifier] = {}
+        with open_input(source) as handle:
+            first = handle.readline()
+        of_profile = _is_header(first) and json.loads(first)[HEADER_KEY].get("stage") == "profiles"
+        self.states = open_states(source) if of_profile else None
+
+    def identity(self) -> str:
+        """Of the verifier that judges rows without a `config`. Raises InputError for settings that it does not know."""
+        self.loaded[canonical_json(None)] = verifier = load_verifier(self.settings, where="command line")
+        return identity(verifier, self.settings)
+
+    def __call__(self, lines: Sequence[Line]) -> Found:
+        """A line for each verdict. Raises UnreadableRows."""
+        read = [self.read(*line) for line in lines]
+        if problems := [found for found in read if isinstance(found, Problem)]:
+            raise UnreadableRows(problems)
+        return Found(list(_score([question for found in read if not isinstance(found, Problem) for question in found])))
+
+    def problems(self) -> Iterator[Problem]:
+        """Of all lines of the file."""
+        return (found for line in lines_of(self.source) if isinstance(found := self.read(*line), Problem))
+
+    def read(self, number: int, line: bytes) -> list[Question] | Problem:
+        """What a line asks, or what is wrong with it."""
+        try:
+            row = json.loads(line)
+            if not isinstance(row, dict):
+                raise RowError("line", row, "a JSON object")
+            return list(_questions_of(row, self.settings, self.loaded, self.states))
+        except RowError as error:
+            return Problem(str(self.source), number, error.field, short(repr(error.found)), error.remedy)
+        except (ValueError, RecursionError) as error:
+            if isinstance(error, InputError):
+                raise
+            text = short(line.decode("utf-8", "replace"))
+            return Problem(str(self.source), number, "line", text, f"not JSON ({error})")
 
 
 def _questions_of(
@@ -113,7 +165,7 @@ def _questions_of(
     yield verifier, case, sampled_action(row, "\n" if name == "terminus" else ""), {}
 
 
-def _score(chunk: list[Question], counts: Counter[str]) -> Iterator[bytes]:
+def _score(chunk: list[Question]) -> Iterator[bytes]:
     results: list[Verdict | VerifierFault] = [Verdict(0.0, "")] * len(chunk)
     for verifier in {id(q[0]): q[0] for q in chunk}.values():
         mine = [i for i, q in enumerate(chunk) if q[0] is verifier and isinstance(q[2], Action)]
@@ -121,14 +173,12 @@ def _score(chunk: list[Question], counts: Counter[str]) -> Iterator[bytes]:
         for i, result in zip(mine, verdicts(verifier, pairs), strict=True):
             results[i] = result
     for (_, _, action, columns), result in zip(chunk, results, strict=True):
-        verdict = action if isinstance(action, Verdict) else result
-        if isinstance(verdict, VerifierFault):
-            counts["faults"] += 1
-        else:
-            counts[
-                "accepted" if verdict.reward == 1.0 else "rejected" if verdict.reward == 0.0 else "partly accepted"
-            ] += 1
-        yield json_line(columns | verdict_row(verdict))
+        yield json_line(columns | verdict_row(action if isinstance(action, Verdict) else result))
+
+
+def _kind_of(line: bytes) -> str:
+    """What the counts call a verdict."""
+    return {None: "faults", 1.0: "accepted", 0.0: "rejected"}.get(json.loads(line)["reward"], "partly accepted")
 
 
 def verdict_row(result: Verdict | VerifierFault) -> dict[str, Any]:

@@ -16,11 +16,12 @@ from nemo_pivotrl import config
 from nemo_pivotrl.core.artifacts import read_header, read_rows
 from nemo_pivotrl.core.errors import InputError
 from nemo_pivotrl.core.types import Action, Candidate, Case, ToolCall, Verdict
+from nemo_pivotrl.pivotrl import verifier_audit
 from nemo_pivotrl.pivotrl.profile import profile
 from nemo_pivotrl.pivotrl.rescore import rescore
 from nemo_pivotrl.pivotrl.select import select_pivots
 from nemo_pivotrl.pivotrl.train import train
-from nemo_pivotrl.pivotrl.verifier_audit import GOLD, RIGHT, WRONG, audit, run_audit, summarise, tables
+from nemo_pivotrl.pivotrl.verifier_audit import GOLD, RIGHT, WRONG, Prober, audit, run_audit, summarise, tables
 from nemo_pivotrl.verifiers import probes
 from nemo_pivotrl.verifiers.base import VerifierFault
 from nemo_pivotrl.verifiers.loading import load_verifier
@@ -136,7 +137,7 @@ def test_a_constant_answer_that_wins_several_candidates_is_flagged_with_its_shar
     summary = summarise(found)
     assert summary["won_by_a_constant"] == ["a0", "a1", "a2", "c0", "c1", "c2"]
     assert summary["constants"]["the text 'ok'"] == pytest.approx(3 / 7)
-    assert "the text 'ok' wins 42.9% of the candidates" in tables(found, summary)
+    assert "the text 'ok' wins 42.9% of the candidates" in tables(summary)
     one_task = [dataclasses.replace(c, task_id="k") for c in every]
     assert run_audit(config.Recipe(), one_task, load_verifier(config.Verifier(name="functional"))).constants == {}
     strict = run_audit(config.Recipe(), every, load_verifier(config.Verifier(name="exact")))
@@ -166,7 +167,7 @@ def test_the_stage_writes_rows_and_numbers_and_the_sample_is_the_recipes(
     run_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     audit(recipe_at(run_dir, "audit.sample=7", "verifier.name=functional"))
-    assert "verdicts; milliseconds each: p50" in capsys.readouterr().out
+    assert "milliseconds a verdict: p50" in capsys.readouterr().out
     listed = list(read_rows(run_dir / "audit.jsonl"))
     summary = json.loads((run_dir / "audit.json").read_text())
     assert len(listed) == 7 == summary["candidates"] and read_header(
@@ -254,5 +255,57 @@ def test_of_many_tools_the_table_shows_those_that_fail() -> None:
 
     recipe = config.Recipe(audit=config.Audit(sample=0))
     found = run_audit(recipe, [named(i) for i in range(80)], OneFails(0.0))
-    lines = tables(found, summarise(found)).splitlines()
+    lines = tables(summarise(found)).splitlines()
     assert lines[1].startswith("tool_77") and "... and 40 more tools: all are in audit.json" in lines
+
+
+# ---- on the map ----
+
+
+def test_an_audit_goes_on_from_its_journal_in_other_processes_to_the_same_bytes(
+    run_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = recipe_at(run_dir, "audit.sample=0")
+    with journals_kept() as kept:
+        whole = audit(recipe).read_bytes(), (run_dir / "audit.json").read_bytes()
+    for name in ("audit.jsonl", "audit.json"):
+        (run_dir / name).unlink()
+    (run_dir / "audit.jsonl.journal").write_bytes(kept[0][: len(kept[0]) // 2])
+    there = recipe_at(run_dir, "audit.sample=0", "executor=processes")
+    assert (audit(there).read_bytes(), (run_dir / "audit.json").read_bytes()) == whole
+    entry = json.loads((run_dir / "ledger.jsonl").read_text().splitlines()[-1])
+    assert 0 < entry["verdicts"] < json.loads(whole[1])["verdicts"], "what is there is not done again"
+    capsys.readouterr()
+
+
+def test_a_finished_audit_is_told_again_and_one_of_another_verifier_makes_way(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def told() -> str:
+        return capsys.readouterr().out.partition("\ntool ")[2]
+
+    path, first = run_dir / "audit.jsonl", recipe_at(run_dir, "audit.sample=7")
+    whole = audit(first).read_bytes()
+    said = told()
+    with monkeypatch.context() as patch:
+        patch.setattr(Prober, "__call__", None)
+        assert audit(first) == path and told() == said != ""
+    audit(recipe_at(run_dir, "audit.sample=7", "verifier.name=functional"))
+    assert read_header(path, "audit").verifier.startswith("functional")
+    (run_dir / "audit.json").unlink()
+    audit(recipe_at(run_dir, "audit.sample=7", "verifier.name=functional"))
+    assert (run_dir / "audit.json").exists()
+    assert audit(first).read_bytes() == whole
+
+
+def test_a_summary_is_never_that_of_another_audit(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed between the two files, the audit is not taken for finished."""
+
+    def killed(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    audit(recipe_at(run_dir, "audit.sample=7"))
+    monkeypatch.setattr(verifier_audit, "write_artefact", killed)
+    with pytest.raises(KeyboardInterrupt):
+        audit(recipe_at(run_dir, "audit.sample=9"), fresh=True)
+    assert not (run_dir / "audit.jsonl").exists() and (run_dir / "audit.jsonl.journal").exists()

@@ -8,11 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.journals import journals_kept
 from support.processes import free_port, python, serving
 from support.recipes import ROOT
 
 from nemo_pivotrl import cli
+from nemo_pivotrl.config import Verifier
 from nemo_pivotrl.core.artifacts import read_rows
+from nemo_pivotrl.core.errors import InputError
+from nemo_pivotrl.tools import verify
 
 GOLDEN = ROOT.parent / "shared/golden"
 FAMILIES = {
@@ -207,6 +211,42 @@ def test_the_samples_of_a_profile_score_as_they_did(trained: Path, tmp_path: Pat
     ]
     found = [(r["candidate_id"], r["sample"], r["reward"], r["category"]) for r in rows(tmp_path / "o.jsonl")]
     assert found == stored and len({s[2] for s in stored}) == 2
+
+
+def test_a_killed_verify_goes_on_in_other_processes_to_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows_ = [{"expected": call("f", x=n % 3), "actual": call("f", x=1)} for n in range(40)]
+    source, out = write(tmp_path / "in.jsonl", *rows_), tmp_path / "out.jsonl"
+    monkeypatch.setattr(verify, "CHUNK", 8)
+    settings = Verifier(name="single_step", compat="0.7")
+    with journals_kept() as kept:
+        counts = verify.verify(settings, source, out)
+    assert counts == {"accepted": 13, "rejected": 27}
+    whole, journal = out.read_bytes(), tmp_path / "out.jsonl.journal"
+    out.unlink()
+    journal.write_bytes(kept[0][: len(kept[0]) // 2])
+    words = ["--executor", "processes", "--workers", "1", str(source), str(out)]
+    assert cli.main(["verify", "--verifier", "single_step", *words]) == 0
+    assert out.read_bytes() == whole and not journal.exists() and not (tmp_path / "ledger.jsonl").exists()
+    assert verify.verify(settings, source, out) == counts, "a finished file is made again"
+    journal.write_bytes(kept[0])
+    with pytest.raises(InputError, match="or remove this file"):
+        verify.verify(Verifier(name="exact"), source, out)
+    assert out.read_bytes() == whole
+
+
+def test_unreadable_rows_behind_the_first_task_are_named_and_mended_rows_are_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(verify, "CHUNK", 4)
+    good, bad = json.dumps({"expected": call("f"), "actual": call("f")}), "{not json"
+    source, out = write(tmp_path / "in.jsonl", *[good] * 9, bad, *[good] * 9, bad), tmp_path / "out.jsonl"
+    with pytest.raises(InputError) as caught:
+        verify.verify(Verifier(name="single_step"), source, out)
+    assert [problem.line for problem in caught.value.problems] == [10, 20] and not out.exists()
+    write(source, *[good] * 20)
+    assert verify.verify(Verifier(name="single_step"), source, out) == {"accepted": 20}
 
 
 # ---- serve-verifier ----

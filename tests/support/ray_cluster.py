@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -48,6 +49,17 @@ class TwoNodes:
         (raylet,) = self.second.all_processes["raylet"]
         os.kill(raylet.process.pid, signal.SIGKILL)
         self.cluster.remove_node(self.second, allow_graceful=False)
+
+    def actors(self) -> list[int]:
+        """Process ids of the maps' workers on both nodes."""
+        nodes = {node.all_processes["raylet"][0].process.pid for node in self.cluster.list_all_nodes()}
+        found = []
+        for place in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                parent = int((place / "stat").read_text().rpartition(")")[2].split()[1])
+                if parent in nodes and (place / "cmdline").read_bytes().startswith(b"ray::Holder"):
+                    found.append(int(place.name))
+        return found
 
     def start(self, folder: Path, workers: int, items: int, seconds: float) -> subprocess.Popen[bytes]:
         words = ["-m", "support.ray_driver", str(folder), self.cluster.address, str(workers), str(items), str(seconds)]
