@@ -11,6 +11,7 @@ With --stages everything is.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import random
 import signal
@@ -115,10 +116,12 @@ def one_kill(
 # ---- stages ----
 
 
-def stage_kills(names: list[str], wanted: int, seed: int) -> None:
-    """Print for each stage what was killed. Exits with 1 where one ends with other bytes than a run without Ray."""
+def stage_kills(names: list[str], wanted: int, seed: int, kept: str) -> None:
+    """Print for each stage what was killed. Exits with 1 where one ends with other bytes than a run without Ray.
+
+    `kept`: a folder for the stages' input, which a later run finds there."""
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as place:
+    with contextlib.nullcontext(kept) if kept else tempfile.TemporaryDirectory() as place:
         here = {}
         for name in names:
             stage, folder = STAGES[name], run_folder(Path(place), STAGES[name].algorithm)
@@ -167,11 +170,9 @@ def one_stage(nodes: TwoNodes, name: str, folder: Path, whole: str, size: int, w
 def grown(driver: Process, journal: Path, size: int) -> bool:
     """Wait until the journal has so many bytes; False where the driver ended before."""
     while driver.poll() is None:
-        try:
+        with contextlib.suppress(FileNotFoundError):
             if journal.stat().st_size >= size:
                 return True
-        except FileNotFoundError:
-            pass
         time.sleep(0.002)
     return False
 
@@ -190,6 +191,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--stages", default="", help="all, or names with commas between them")
+    parser.add_argument("--keep", default="", metavar="FOLDER", help="keep the stages' input there for another run")
     for word in ("--one", "--folder", "--address"):
         parser.add_argument(word, default="", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -199,7 +201,7 @@ def main() -> None:
         speed()
     if options.kills and options.stages:
         names = list(STAGES) if options.stages == "all" else options.stages.split(",")
-        stage_kills(names, options.kills, options.seed)
+        stage_kills(names, options.kills, options.seed, options.keep)
     elif options.kills:
         kills(options.kills, options.seed)
 

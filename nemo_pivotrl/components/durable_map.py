@@ -180,6 +180,7 @@ class _Run:
 
     def __init__(self, of: Map, journal: Journal, cost: dict[str, Any], bar: Any):
         self.of, self.journal, self.cost, self.bar = of, journal, cost, bar
+        bar.shown = of.tally.shown
         self.open: dict[int, Item] = {}
         self.ready: deque[tuple[int, Any]] = deque()
         self.executor: Executor | None = None
@@ -231,7 +232,6 @@ class _Run:
             tally.check(str(self.journal.path), self.of.budget_field, self.of.max_failure_share, self.of.total or 0)
         self.journal.finish(number, b"".join(rows), len(rows), item.size)
         self.bar.update(item.size)
-        self.bar.set_postfix(tally.shown(), refresh=False)
 
     def close(self) -> None:
         """End the workers."""
