@@ -125,6 +125,8 @@ def audit(recipe: Recipe, fresh: bool = False) -> Path:
         print("milliseconds a verdict: p50 {:.3f}, p99 {:.3f}, longest {:.3f}".format(*times_of(found)))
 
     make_way(path, header)
+    if path.exists() and not recipe.path("audit.json").exists():
+        path.unlink()
     Map(
         recipe,
         "audit",
@@ -136,7 +138,7 @@ def audit(recipe: Recipe, fresh: bool = False) -> Path:
         "cand",
         tally,
         write=write,
-    ).run(fresh or not recipe.path("audit.json").exists())
+    ).run(fresh)
     remedy = "remove it, then run audit again"
     summary = read_json(recipe.path("audit.json"), {"gold_failures": list, "candidates": int}, remedy)
     summary["round_trip"] = carried.summary() if carried else None
