@@ -41,8 +41,8 @@ class PassingFault(VerifierFault):
 class Endpoint:
     """One OpenAI-compatible server. Nothing that it raises or shows holds the API key. Threads may share it."""
 
-    def __init__(self, settings: config.Judge, timeout_s: float):
-        self._key = key_for(settings)
+    def __init__(self, settings: config.JudgeServer, timeout_s: float, section: str):
+        self._key = key_for(settings, section)
         # also where it is not sent: a server that had it otherwise must not bring it into a file
         self._pieces = _traces(os.environ.get(settings.api_key_env, "").strip())
         self._base, self._timeout_s = settings.base_url.rstrip("/"), timeout_s
@@ -137,24 +137,22 @@ def _stop(loop: asyncio.AbstractEventLoop, thread: threading.Thread) -> None:
 # ---- the key ----
 
 
-def key_for(settings: config.Judge) -> str:
+def key_for(settings: config.JudgeServer, section: str) -> str:
     """The key that requests to `base_url` carry; '' for none. Raises InputError where it must not go there.
 
     `OPENAI_API_KEY` belongs to OpenAI unless the recipe says otherwise, and another host is asked without it.
     """
     variable, host = settings.api_key_env, settings.api_key_host.strip()
-    key, url = key_of(variable, "verifier.judge.api_key_env"), httpx.URL(settings.base_url)
-    if not key or goes_to(variable, [host], url, "verifier.judge.base_url"):
+    key, url = key_of(variable, f"{section}.api_key_env"), httpx.URL(settings.base_url)
+    if not key or goes_to(variable, [host], url, f"{section}.base_url"):
         return key
     if host or variable not in HOSTS:
         remedy = f"base_url goes to {url.host}: give the key's own host there, or another api_key_env"
         if not host:
             remedy = f"name the host that the key in {variable} belongs to: it is sent to no other"
-        raise InputError(Problem("recipe", None, "verifier.judge.api_key_host", host or "nothing", remedy))
-    text = (
-        "verifier.judge: the key in %s belongs to %s and is not sent to %s; if it is, set verifier.judge.api_key_host"
-    )
-    logging.getLogger(__name__).warning(text, variable, HOSTS[variable], url.host)
+        raise InputError(Problem("recipe", None, f"{section}.api_key_host", host or "nothing", remedy))
+    text = "%s: the key in %s belongs to %s and is not sent to %s; if it is, set %s.api_key_host"
+    logging.getLogger(__name__).warning(text, section, variable, HOSTS[variable], url.host, section)
     return ""
 
 
