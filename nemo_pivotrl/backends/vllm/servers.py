@@ -147,7 +147,7 @@ class Servers:
             p, k = place
             body = {**request(seeds[p][k], stop_ids, generation), "prompt": list(prompts[p])}
 
-            def read(answer: Any) -> Sample:
+            def read(answer: Any, server: Server) -> Sample:
                 return sample_of(answer, stop_ids, generation.max_new_tokens)
 
             return self._asked(body, read, preferred, family[p])
@@ -168,7 +168,7 @@ class Servers:
             prompt, response = sequences[place[0]]
             body = {"prompt": [*prompt, *response], "max_tokens": 1, "temperature": 1.0, "prompt_logprobs": 0}
 
-            def read(answer: Any) -> Tensor:
+            def read(answer: Any, server: Server) -> Tensor:
                 listed = choice_of(answer).get("prompt_logprobs")
                 if not isinstance(listed, list) or len(listed) != len(prompt) + len(response):
                     raise ValueError(f"prompt_logprobs of {len(prompt) + len(response)} tokens: {short(listed)}")
@@ -234,16 +234,17 @@ class Servers:
             wait([job for job in jobs if not job.cancelled()])
             raise
 
-    def _asked(self, body: dict[str, Any], read: Callable[[Any], Any], preferred: dict[int, Server], group: int) -> Any:
-        """What `read` makes of an answer (it raises ValueError and the like for a malformed one), or `FailedSample`."""
+    def _asked(
+        self, body: dict[str, Any], read: Callable[[Any, Server], Any], preferred: dict[int, Server], group: int
+    ) -> Any:
+        """What `read` makes of a server's answer (it raises ValueError and the like for a malformed one), or `FailedSample`."""
         failure, failed = TransientError("sampler_unreachable", "never asked"), None
         for attempt in range(self.settings.max_retries + 1):
             server = self._take(preferred.get(group), failed)
             preferred[group] = server
             try:
-                found = read(
-                    self._exchange(server, "POST", "/v1/completions", {"model": server.model, **body, **WANTED})
-                )
+                answer = self._exchange(server, "POST", "/v1/completions", {"model": server.model, **body, **WANTED})
+                found = read(answer, server)
                 self._give_back(server, None)
                 return found
             except TransientError as passing:
