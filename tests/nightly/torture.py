@@ -7,7 +7,7 @@ FOLDER gets the runs that the trials begin from (made once, of the tiny recipes 
 - full: no file may grow beyond a random size (RLIMIT_FSIZE); then the command again, without the limit
 - tmpfs: the run folder on a file system with little room left (where mounting is allowed); then again, with room
 - double: two processes at once; one must end with 0, the other with 75 and the name of the first
-Costs and times (`ledger.jsonl`, `timing.jsonl`), the report and locks are not compared. Exit code 1 where a trial failed.
+Costs and times (`ledger.jsonl`, `timing.jsonl`), dashboards, the report and locks are not compared. Exit code 1 where a trial failed.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import hashlib
 import os
 import random
 import resource
+import shlex
 import shutil
 import subprocess
 import sys
@@ -33,25 +34,49 @@ sys.path.insert(0, str(ROOT / "tests"))
 from support.recipes import SMALL, SMALL_LLMDOCTOR  # noqa: E402
 
 SETTINGS = {"pivotrl": [*SMALL, "loop.max_rounds=1"], "llmdoctor": [*SMALL_LLMDOCTOR, "reward.pairs_per_wave=4"]}
-STAGES: dict[str, tuple[str, Sequence[str]]] = {
-    "world": ("pivotrl", ["world"]),
-    "extract": ("pivotrl", ["candidates.*"]),
-    "audit": ("pivotrl", ["audit.*"]),
-    "profile": ("pivotrl", ["profiles.*"]),
-    "rescore": ("pivotrl", ["profiles.rescored.jsonl"]),
-    "select": ("pivotrl", ["pivots.jsonl"]),
-    "export": ("pivotrl", ["gym"]),
-    "train": ("pivotrl", ["pivotrl"]),
-    "sft": ("pivotrl", ["sft"]),
-    "evaluate": ("pivotrl", ["evaluation.*"]),
-    "rank": ("llmdoctor", ["answers.jsonl", "ranked"]),
-    "preferences": ("llmdoctor", ["preferences.*"]),
-    "reward": ("llmdoctor", ["token_rewards.*"]),
-    "tfpo": ("llmdoctor", ["doctor"]),
-    "assess": ("llmdoctor", ["assessment.*"]),
+
+
+@dataclass(frozen=True)
+class Work:
+    """A command of a recipe."""
+
+    recipe: str
+    own: Sequence[str]
+    """What it writes: what is not there when a trial begins."""
+    words: Sequence[str] = ()
+    """The command, where it is not the name in the table."""
+    settings: Sequence[str] = ()
+    before: Sequence[Sequence[str]] = ()
+    """Commands that make what it begins from, where the recipe's run does not."""
+
+
+SHARDS = [["profile", "--shard", f"{number}/2"] for number in range(2)]
+STAGES = {
+    "world": Work("pivotrl", ["world"]),
+    "extract": Work("pivotrl", ["candidates.*", "trajectories.jsonl"]),
+    "warmup": Work("pivotrl", ["start", "start.init-*"]),
+    "audit": Work("pivotrl", ["audit.*"]),
+    "profile": Work("pivotrl", ["profiles.*"]),
+    "shard": Work("pivotrl", ["profiles.*"], words=SHARDS[0]),
+    "merge": Work("pivotrl", ["profiles.*"], before=SHARDS),
+    "rescore": Work("pivotrl", ["profiles.rescored.jsonl"]),
+    "select": Work("pivotrl", ["pivots.jsonl"]),
+    "export": Work("pivotrl", ["gym"]),
+    "nemo-rl": Work("pivotrl", ["nemo-rl"], words=["export", "nemo-rl"]),
+    "artefact": Work("pivotrl", ["nemotron"], words=["export", "nemotron"]),
+    "train": Work("pivotrl", ["pivotrl"]),
+    "sft": Work("pivotrl", ["sft"]),
+    "evaluate": Work("pivotrl", ["evaluation.*"]),
+    "manners": Work("llmdoctor", ["manners", "patient*", "novice*"]),
+    "rank": Work("llmdoctor", ["answers.jsonl", "ranked"]),
+    "preferences": Work("llmdoctor", ["preferences.*"]),
+    "reward": Work("llmdoctor", ["token_rewards.*"]),
+    "tfpo": Work("llmdoctor", ["doctor-*"]),
+    "decode": Work("llmdoctor", ["decoded.*"], settings=["decode.prompts=${run_dir}/manners/test.jsonl"]),
+    "assess": Work("llmdoctor", ["assessment.*"]),
 }
-"""Stage to the recipe it is of, and what it writes: what is not there when a trial begins."""
-NOT_COMPARED = ("ledger.jsonl", "timing.jsonl", "report.html", "report.json")
+"""All stages with files of their own; `run` and `nemotron` call them one after the other."""
+NOT_COMPARED = ("ledger.jsonl", "timing.jsonl", "report.html", "report.json", "dashboards.json")
 
 
 @dataclass(frozen=True)
@@ -63,20 +88,24 @@ class Stage:
     start: Path
     work: Path
 
-    def command(self, folder: Path) -> list[str]:
-        words = [sys.executable, "-m", "nemo_pivotrl.cli", self.name, str(ROOT / f"recipes/{self.recipe}/tiny.yaml")]
-        return [*words, f"run_dir={folder}", *SETTINGS[self.recipe]]
+    def command(self, folder: Path, words: Sequence[str] = ()) -> list[str]:
+        """What to type; `words` in the place of the stage's own."""
+        work = STAGES.get(self.name, Work(self.recipe, ()))
+        words = words or work.words or [self.name]
+        recipe = str(ROOT / f"recipes/{self.recipe}/tiny.yaml")
+        settings = [f"run_dir={folder}", *SETTINGS[self.recipe], *work.settings]
+        return [sys.executable, "-m", "nemo_pivotrl.cli", *words, recipe, *settings]
 
-    def spawn(self, folder: Path, limit: int | None = None) -> subprocess.Popen[str]:
+    def spawn(self, folder: Path, limit: int | None = None, words: Sequence[str] = ()) -> subprocess.Popen[str]:
         def starve() -> None:
             if limit is not None:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        fixed = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "SOURCE_DATE_EPOCH": "0"}
         return subprocess.Popen(
-            self.command(folder),
+            self.command(folder, words),
             cwd=self.work,
-            env=environment,
+            env={**os.environ, **fixed},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
@@ -84,9 +113,9 @@ class Stage:
             preexec_fn=starve,
         )
 
-    def finish(self, folder: Path) -> str:
+    def finish(self, folder: Path, words: Sequence[str] = ()) -> str:
         """Run the stage to its end; what is wrong, empty where nothing is."""
-        process = self.spawn(folder)
+        process = self.spawn(folder, words=words)
         told = process.communicate()[1]
         return "" if process.returncode == 0 else f"exit code {process.returncode}: {told[-1500:]}"
 
@@ -104,7 +133,10 @@ def contents(folder: Path) -> dict[str, str]:
     return {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name not in NOT_COMPARED and ".lock" not in path.name
+        if path.is_file()
+        and path.name not in NOT_COMPARED
+        and ".lock" not in path.name
+        and path.parent.name != "tensorboard"  # a copy for people; it has times in its names
     }
 
 
@@ -192,7 +224,7 @@ def double(stage: Stage, wanted: dict[str, str], seconds: float, rng: random.Ran
 
 def prepare(name: str, folder: Path) -> Stage:
     """The stage with a run folder to begin from; the whole run is made first, where it is not there."""
-    recipe, own = STAGES[name]
+    work_of, recipe = STAGES[name], STAGES[name].recipe
     whole = folder / recipe
     if not (whole / "report.html").exists():
         shutil.rmtree(whole, ignore_errors=True)
@@ -204,10 +236,17 @@ def prepare(name: str, folder: Path) -> Stage:
     work.mkdir()
     start = work / "start"
     shutil.copytree(whole, start, symlinks=True)
-    for path in [path for pattern in own for path in start.glob(pattern)]:
-        if name == "profile" or path.name != "profiles.jsonl":
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-    return Stage(name, recipe, start, work)
+    for path in [path for pattern in work_of.own for path in start.glob(pattern)]:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    stage = Stage(name, recipe, start, work)
+    if work_of.before:
+        with stage.trial() as run:  # under the path of the trials
+            for words in work_of.before:
+                if wrong := stage.finish(run, words):
+                    raise SystemExit(f"{shlex.join(words)} failed: {wrong}")
+            shutil.rmtree(start)
+            shutil.copytree(run, start, symlinks=True)
+    return stage
 
 
 def torture(
@@ -223,7 +262,9 @@ def torture(
         seconds, wanted = time.monotonic() - begun, contents(run)
         before = contents(stage.start)
         new = [run / path for path in wanted if before.get(path) != wanted[path]]
-        sizes = [path.stat().st_size for path in new] or [1]
+        if not new:
+            return counts, [f"{name}, undisturbed: it writes nothing, so no trial can show anything; see STAGES"]
+        sizes = [path.stat().st_size for path in new]
     trials: list[tuple[str, int, Callable[[], tuple[str, int]]]] = [
         ("kill", kills, lambda: kill(stage, wanted, seconds, rng)),
         ("full", fulls, lambda: full(stage, wanted, max(sizes), rng)),
