@@ -31,9 +31,16 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests"))
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "SOURCE_DATE_EPOCH": "0"}
+# for the fork server, too
+os.environ.update(ENVIRONMENT, PYTHONPATH=os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
+from support.processes import Process, python  # noqa: E402
 from support.recipes import SMALL, SMALL_LLMDOCTOR  # noqa: E402
 
 SETTINGS = {"pivotrl": [*SMALL, "loop.max_rounds=1"], "llmdoctor": [*SMALL_LLMDOCTOR, "reward.pairs_per_wave=4"]}
+
+LONGEST_S = 3600.0
+"""How long a stage may take on a busy machine."""
 
 
 @dataclass(frozen=True)
@@ -89,35 +96,34 @@ class Stage:
     work: Path
 
     def command(self, folder: Path, words: Sequence[str] = ()) -> list[str]:
-        """What to type; `words` in the place of the stage's own."""
+        """What Python is told; `words` in the place of the stage's own."""
         work = STAGES.get(self.name, Work(self.recipe, ()))
         words = words or work.words or [self.name]
         recipe = str(ROOT / f"recipes/{self.recipe}/tiny.yaml")
         settings = [f"run_dir={folder}", *SETTINGS[self.recipe], *work.settings]
-        return [sys.executable, "-m", "nemo_pivotrl.cli", *words, recipe, *settings]
+        return ["-m", "nemo_pivotrl.cli", *words, recipe, *settings]
 
-    def spawn(self, folder: Path, limit: int | None = None, words: Sequence[str] = ()) -> subprocess.Popen[str]:
-        def starve() -> None:
-            if limit is not None:
-                resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    def spawn(self, folder: Path, words: Sequence[str] = ()) -> Process:
+        return python(*self.command(folder, words), cwd=self.work)
 
-        fixed = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "SOURCE_DATE_EPOCH": "0"}
-        return subprocess.Popen(
-            self.command(folder, words),
+    def starve(self, folder: Path, largest: int) -> tuple[int, str]:
+        """(exit code, what it said) where no file may grow beyond so many bytes. It speaks into a pipe, which has no limit."""
+        told = subprocess.run(
+            [sys.executable, *self.command(folder)],
             cwd=self.work,
-            env={**os.environ, **fixed},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
             errors="replace",
-            preexec_fn=starve,
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest)),
         )
+        return told.returncode, told.stderr
 
     def finish(self, folder: Path, words: Sequence[str] = ()) -> str:
         """Run the stage to its end; what is wrong, empty where nothing is."""
-        process = self.spawn(folder, words=words)
-        told = process.communicate()[1]
-        return "" if process.returncode == 0 else f"exit code {process.returncode}: {told[-1500:]}"
+        process = self.spawn(folder, words)
+        code = process.wait(LONGEST_S)
+        return "" if code == 0 else f"exit code {code}: {process.printed()[-1500:]}"
 
     @contextlib.contextmanager
     def trial(self) -> Iterator[Path]:
@@ -145,19 +151,23 @@ def differences(wanted: dict[str, str], found: dict[str, str]) -> str:
     return f"{len(names)} files differ: {', '.join(names[:5])}" if names else ""
 
 
+def ends_within(process: Process, seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.002)
+    return process.poll() is not None
+
+
 def kill(stage: Stage, wanted: dict[str, str], seconds: float, rng: random.Random) -> tuple[str, int]:
     """(what is wrong, how often it was killed)."""
     with stage.trial() as folder:
         for kills in range(1000):
             process = stage.spawn(folder)
-            try:
-                told = process.communicate(timeout=rng.uniform(0, 1.1 * seconds) if kills < 4 else None)[1]
-            except subprocess.TimeoutExpired:
+            if kills < 4 and not ends_within(process, rng.uniform(0, 1.1 * seconds)):
                 process.kill()
-                process.communicate()
                 continue
-            if process.returncode:
-                return f"exit code {process.returncode} after {kills} kills: {told[-1500:]}", kills
+            if code := process.wait(LONGEST_S):
+                return f"exit code {code} after {kills} kills: {process.printed()[-1500:]}", kills
             return differences(wanted, contents(folder)), kills
     raise AssertionError("unreachable")
 
@@ -165,11 +175,10 @@ def kill(stage: Stage, wanted: dict[str, str], seconds: float, rng: random.Rando
 def full(stage: Stage, wanted: dict[str, str], largest: int, rng: random.Random) -> tuple[str, int]:
     """(what is wrong, whether the limit was met)."""
     with stage.trial() as folder:
-        process = stage.spawn(folder, limit=int(largest * rng.random()))
-        told, met = process.communicate()[1], process.returncode != 0
+        code, told = stage.starve(folder, int(largest * rng.random()))
         if "Traceback" in told:
             return f"a traceback: {told[-1500:]}", 1
-        return stage.finish(folder) or differences(wanted, contents(folder)), int(met)
+        return stage.finish(folder) or differences(wanted, contents(folder)), int(code != 0)
 
 
 def on_tmpfs(stage: Stage, wanted: dict[str, str], grown: int, rng: random.Random) -> tuple[str, int]:
@@ -183,7 +192,7 @@ def on_tmpfs(stage: Stage, wanted: dict[str, str], grown: int, rng: random.Rando
     try:
         shutil.copytree(stage.start, folder, symlinks=True, dirs_exist_ok=True)
         process = stage.spawn(folder)
-        told, met = process.communicate()[1], process.returncode != 0
+        met, told = process.wait(LONGEST_S) != 0, process.printed()
         if "Traceback" in told:
             return f"a traceback: {told[-1500:]}", 1
         mount(folder, "-o", f"remount,size={room + 20 * grown + (1 << 30)}")
@@ -212,8 +221,8 @@ def double(stage: Stage, wanted: dict[str, str], seconds: float, rng: random.Ran
         first = stage.spawn(folder)
         time.sleep(rng.uniform(0, 0.5) * seconds)
         second = stage.spawn(folder)
-        told = [process.communicate()[1] for process in (first, second)]
-        codes = sorted((first.returncode, second.returncode))
+        codes = sorted(process.wait(LONGEST_S) for process in (first, second))
+        told = [process.printed() for process in (first, second)]
         refused = next((t for t, p in zip(told, (first, second), strict=True) if p.returncode == 75), None)
         if codes not in ([0, 75], [0, 0]):  # one after the other, where the first had ended
             return f"exit codes {codes}: {told[0][-700:]} {told[1][-700:]}", 0
