@@ -102,6 +102,7 @@ def select_pivots(recipe: Recipe, fresh: bool = False) -> Path:
             "pivots": len(pivots),
             **({"drop_constant_wins": True} if settings.drop_constant_wins else {}),
         },
+        settings={**found.settings, **recipe.told("select")},
     )
     path = write_artefact(target, header, map(_pivot_row, rows_at(source, [*kept, *held_out])))
     print(
