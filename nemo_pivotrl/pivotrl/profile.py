@@ -51,9 +51,9 @@ FORECAST_PROMPTS = 64
 DECIDING = (
     *("profile.num_generations", "profile.limit", "loop.round", "verifier", "policy.max_total_sequence_length"),
     *("policy.dtype", "policy.backend", "policy.sampler", "policy.generation", "policy.chat_template"),
-    *("policy.template_kwargs", "policy.chat"),
+    *("policy.template_kwargs", "policy.chat", "policy.tool_parser", "policy.model_name"),
 )
-"""Settings that decide a profile's content: its header tells them."""
+"""Settings that decide a profile's content: its header tells them, to say which differ and for the viewer to render states."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,7 +263,7 @@ def tell(recipe: Recipe, path: Path) -> dict[str, Any]:
     header = read_header(path, "profiles")
     summary = summarise(path, plan_in(header))
     print(summary_text(summary))
-    report_failures(Counter(summary["failures"]), summary["candidates"], recipe, path)
+    report_failures(Counter(summary["failures"] | summary["excluded"]), summary["candidates"], recipe, path)
     return summary | conclude(Path(recipe.run_dir), "profile", profile_checks(summary))
 
 
