@@ -3,6 +3,7 @@
 import contextlib
 import json
 import re
+import shlex
 import time
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from support.recipes import ROOT
 from support.template_cases import LINES, MALFORMED, SHAPES, USER, calling, optional, template, tokenizer_with, tool
 
 from nemo_pivotrl.config import ChatSettings, Limits
+from nemo_pivotrl.config.load import load_recipe
 from nemo_pivotrl.core.errors import InputError, UnrenderableState
 from nemo_pivotrl.core.types import Action, ToolCall
 from nemo_pivotrl.data.chat_template import Chat, generation_stop_ids
@@ -225,6 +227,23 @@ def test_what_a_template_leaves_out_is_an_error_until_it_is_accepted() -> None:
     accepted = Chat(tokenizer_with(PLAIN), "hermes", settings=ChatSettings(accept_dropped=("developer",)))
     assert "Be kind." not in accepted.render(developer, (), True)
     assert chat.prompt_ids([USER], ())
+
+
+def test_the_hint_that_accepts_a_loss_can_be_pasted_and_names_all_that_is_lost(tmp_path: Path) -> None:
+    calls = [{"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}]
+    state = [USER, {"role": "assistant", "content": "", "tool_calls": calls}]
+    state += [{"role": "tool", "tool_call_id": "c", "content": "so"}]
+    with pytest.raises(InputError) as caught:
+        Chat(tokenizer_with(PLAIN), "hermes").render(state, [tool({"type": "string"})], True)
+    hints = {problem.remedy for problem in caught.value.problems}
+    assert len(caught.value.problems) == 3 and len(hints) == 1
+    pasted = shlex.split(hints.pop().partition("accept the loss with ")[2].partition(" (")[0])
+    (tmp_path / "r.yaml").write_text("policy: {model_name: here}\n")
+    recipe = load_recipe(str(tmp_path / "r.yaml"), pasted)
+    assert recipe.policy.chat.accept_dropped == ("calls", "tool", "tools")
+    Chat(tokenizer_with(PLAIN), "hermes", settings=recipe.policy.chat).render(state, [tool({"type": "string"})], True)
+    (tmp_path / "r.yaml").write_text(f"policy:\n  {re.search('`(chat: .*)`', caught.value.problems[0].remedy)[1]}\n")  # type: ignore[index]
+    assert load_recipe(str(tmp_path / "r.yaml")).policy.chat == recipe.policy.chat
 
 
 def test_renamed_roles_join_the_message_before_them() -> None:
