@@ -131,6 +131,13 @@ class Recipe:
     def told(self, *names: str, but: Sequence[str] = ()) -> dict[str, Any]:
         """The seed and these settings, whole sections or single ones, as a header tells them: to say by name which differ.
 
-        but: settings that are left out.
+        but: settings that are left out. A path within the run folder begins with `${run_dir}`, wherever the folder lies.
         """
-        return named(self, "seed", *names, but=but)
+        inside = f"{self.home}/"
+        found = named(self, "seed", *names, but=but)
+        return {
+            name: "${run_dir}/" + value.removeprefix(inside)
+            if isinstance(value, str) and value.startswith(inside)
+            else value
+            for name, value in found.items()
+        }

@@ -143,7 +143,7 @@ def prepare(recipe: Recipe) -> Job:
             "plan": dataclasses.asdict(plan)
             | {"prior": list(plan.prior), "control_share": recipe.profile.control_share},
         },
-        settings=recipe.told(*DECIDING),
+        settings=recipe.told(*DECIDING, but=("verifier.judge.cache",)),
     )
     index = index_candidates(source, recipe.seed, recipe.profile.limit, recipe.profile.candidates_per_chunk)
     return Job(header, index, chat, verifier, verifier_id, plan)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,6 +58,11 @@ class RenderedPrompts:
         assert self.run.source is not None
         header = read_header(self.run.source, ("profiles", "candidates"))
         policy = policy_of(header.settings)
+        for home in (self.run.folder, self.run.folder.parent):  # a round of a run lies within the run's folder
+            own = policy.model_name.replace("${run_dir}", str(home), 1)
+            if Path(own).is_dir():
+                policy = replace(policy, model_name=own)
+                break
         if not policy.model_name:
             raise OSError(_unknown(header))
         if not Path(policy.model_name).is_dir():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,20 @@ def test_a_prompt_that_cannot_be_shown_says_why(
     policy: Policy | None, header: dict[str, str], why: str, tmp_path: Path
 ) -> None:
     assert why in asked(run_with(tmp_path, policy, **header))["problem"]
+
+
+def test_a_policy_within_the_run_is_found_wherever_the_run_lies(tmp_path: Path) -> None:
+    path = make(tmp_path / "here") / "profiles.jsonl"
+    shutil.copytree(MODEL, tmp_path / "here/start/policy")
+    policy = replace(POLICY, model_name=str(tmp_path / "here/start/policy"))
+    told = Recipe(policy=policy, run_dir=str(tmp_path / "here")).told("policy")
+    assert told["policy.model_name"] == "${run_dir}/start/policy"
+    chat, rows = load_chat(policy), list(read_rows(path))
+    made = {"tokenizer": chat.fingerprint, "chat_template": chat.template_digest, "settings": told}
+    write_artefact(path, replace(read_header(path, "profiles"), **made), rows)
+    moved = shutil.move(tmp_path / "here", tmp_path / "there")
+    client = TestClient(create_app(Path(moved)), base_url="http://127.0.0.1")  # type: ignore[arg-type]
+    assert "Find the BLUE chair" in asked(client)["text"]
 
 
 def test_a_policy_that_lies_elsewhere_is_named(tmp_path: Path) -> None:
