@@ -62,6 +62,8 @@ class Data:
     undefined: list[str] = field(default_factory=list)
     """Tools that are called and that no record defines."""
     trajectories: Sequence[Trajectory] = ()
+    left_out: Sequence[Problem] = ()
+    """What is wrong with each record that cannot be read."""
     gym_verifier: str = ""
     """The verifier after which the rows' NeMo-Gym agent is named."""
 
@@ -149,12 +151,12 @@ def look_at_data(file: str) -> Data:
         )
     if format_of(first[1]) == "preferences":
         found = read_preferences(Preferences(files=(file,), on_invalid="skip"))
-        return Data(file, "preferences", found.files[file], len(found.preferences))
+        return Data(file, "preferences", found.files[file], len(found.preferences), left_out=found.left_out)
     reading = read_trajectories([file], on_invalid="skip")
     if not reading.trajectories:
         raise InputError(reading.left_out)
     data = Data(file, "trajectories", reading.files[0].formats, len(reading.trajectories))
-    data.trajectories = reading.trajectories
+    data.trajectories, data.left_out = reading.trajectories, reading.left_out
     agents = " ".join(mark for mark in reading.published if mark.startswith("agent "))
     data.gym_verifier = next((name for name in GYM_VERIFIERS if name in agents), "")
     undefined: Counter[str] = Counter()
@@ -228,6 +230,7 @@ def _pivotrl(model: Model, data: Data) -> tuple[str, list[str]]:
     lines += _noted(f"  max_total_sequence_length: {total}", f"prompt and turn, in tokens; {longest}")
     lines += _noted(f"  generation: {{max_new_tokens: {new}}}", f"{why}; a turn that is cut there scores 0")
     lines += ["", "extract:", *_noted(f"  trajectories: [{_scalar(data.file)}]", _counted(data))]
+    lines += _unreadable(data, "extract", open_points)
     if data.undefined:
         names = ", ".join(data.undefined[:SHOWN_TOOLS]) + (" ..." if len(data.undefined) > SHOWN_TOOLS else "")
         open_points.append(
@@ -240,6 +243,20 @@ def _pivotrl(model: Model, data: Data) -> tuple[str, list[str]]:
     lines += ["evaluate:  # on held-out tasks, before and after", "  policies:"]
     lines += [f"    base: {_scalar(model.name)}", "    pivotrl: ${run_dir}/pivotrl/policy"]
     return "\n".join(lines) + "\n", open_points
+
+
+def _unreadable(data: Data, section: str, open_points: list[str]) -> list[str]:
+    """The line that leaves bad records out; nothing where there are none."""
+    if not data.left_out:
+        return []
+    first, count = data.left_out[0], len(data.left_out)
+    told = f"line {first.line}: {first.field}: {first.found} -> {first.remedy}"
+    open_points.append(
+        f"{count:,} records cannot be read, and {section} stops there: mend them, or set {section}.on_invalid=skip; the first, {told}"
+    )
+    return _noted(
+        "  # on_invalid: skip", f"{count:,} records cannot be read: with this line they are left out and named"
+    )
 
 
 def _lengths(model: Model, lengths: Lengths, open_points: list[str]) -> tuple[int, int, str, str]:
@@ -309,6 +326,7 @@ def _llmdoctor(model: Model, data: Data) -> tuple[str, list[str]]:
     lines += _noted(f"  model_name: {name}", "better: a smaller model with the same tokenizer")
     lines += [f"  max_total_sequence_length: {total}", "", "preferences:"]
     lines += _noted(f"  files: [{_scalar(data.file)}]", _counted(data))
+    lines += _unreadable(data, "preferences", open_points)
     lines += _noted("  objective: helpfulness", "what it is about; reward.positive and reward.negative say it in words")
     lines += [
         "",

@@ -116,6 +116,24 @@ def test_half_an_emoji_in_an_experts_turn_is_told_and_no_traceback(tmp_path: Pat
     assert "not_encodable: a lone surrogate" in said
 
 
+def test_records_that_cannot_be_read_are_told_with_the_line_that_leaves_them_out(tmp_path: Path, capsys: Any) -> None:
+    file = written(
+        tmp_path, [{"messages": called(), "tools": [TOOL]}, {"messages": [{"role": "narrator", "content": "x"}]}]
+    )
+    _, text, said = init(tmp_path, file, capsys)
+    assert (
+        "WARN  1 records cannot be read, and extract stops there" in said
+        and "line 2: messages[0].role: narrator" in said
+    )
+    (tmp_path / "recipe.yaml").write_text(text.replace("# on_invalid", "on_invalid"))
+    assert load_recipe(str(tmp_path / "recipe.yaml")).extract.on_invalid == "skip"
+    rows = [{"prompt": "hi", "chosen": "hello", "rejected": "no"}, {"prompt": "hi", "chosen": 3, "rejected": "no"}]
+    target = tmp_path / "llmdoctor.yaml"
+    assert cli.main(["init", MODEL, written(tmp_path, rows, "pairs.jsonl"), str(target)]) == 0
+    assert "1 records cannot be read, and preferences stops there" in capsys.readouterr().out
+    assert "# on_invalid: skip" in target.read_text()
+
+
 def test_an_expert_who_only_talks_needs_a_judge(tmp_path: Path, capsys: Any) -> None:
     turns = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]
     recipe, _, said = init(tmp_path, written(tmp_path, [{"conversations": turns}]), capsys)
