@@ -54,7 +54,7 @@ class Prompt:
 
 
 class Generator(Protocol):
-    """What decodes: the reference backend or vLLM."""
+    """What decodes: the reference backend, or vLLM here or on servers."""
 
     def check(
         self,
@@ -70,8 +70,8 @@ class Generator(Protocol):
         prompts: Sequence[Sequence[int]],
         requests: Sequence[GuidedSamplingParams],
         own_prompts: Sequence[OwnPrompts] | None,
-    ) -> list[Guided]:
-        """One answer for each prompt (token ids), under its own request."""
+    ) -> Sequence[Guided | FailedSample]:
+        """One answer for each prompt (token ids), under its own request; `FailedSample` for one that no server gave."""
         ...
 
 
