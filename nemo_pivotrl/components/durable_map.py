@@ -131,7 +131,7 @@ class Map:
     def work(self, fresh: bool = False) -> None:
         """As `run`, whatever file is at `path`."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        journal = Journal(self.journal, (self.belongs or self.header).to_line().encode(), fresh)
+        journal = Journal(self.journal, (self.belongs or self.header).to_told_line().encode(), fresh)
         try:
             self._do(journal)
             if self.empty and not any(place.rows for place in journal.done.values()):

@@ -50,7 +50,8 @@ def assess(recipe: Recipe, fresh: bool = False) -> Path:
     """
     _check(recipe)
     settings, path = recipe.assess, recipe.path("assessment.jsonl")
-    header = Header("assessment", _digest(recipe), policy=policy_revision(recipe.patient.model_name))
+    told = recipe.told("assess", "decode", "patient.dtype", "oracles")
+    header = Header("assessment", _digest(recipe), policy=policy_revision(recipe.patient.model_name), settings=told)
     each, tally = len(_prompts(recipe)) * settings.samples, Tally()
     arms = [(n * each, partial(Once, label, each, tally)) for n, label in enumerate(settings.arms)]
     make = partial(_exam, recipe)

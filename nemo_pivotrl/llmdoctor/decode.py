@@ -179,6 +179,7 @@ def _header(recipe: Recipe, chat: Chat) -> Header:
         chat_template=chat.template_digest,
         policy=policy_revision(recipe.patient.model_name),
         extra={"doctors": doctors},
+        settings=recipe.told("decode", "patient.dtype", "patient.chat_template", "patient.template_kwargs"),
     )
 
 

@@ -203,7 +203,7 @@ def of_data(recipe: Recipe, stage: str) -> list[Problem]:
     if stage != "train":
         return problems
     names = {"tokenizer": chat.fingerprint, "chat_template": chat.template_digest}
-    return problems + caught(check_headers, path, header, **names)[1]
+    return problems + caught(check_headers, path, header, recipe.told("policy"), **names)[1]
 
 
 def trajectory_problems(recipe: Recipe) -> list[Problem]:
