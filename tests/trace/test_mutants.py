@@ -15,6 +15,8 @@ CASES: dict[str, tuple[str, ...]] = {
     "shapes between stages are not told": STAGES,
     "squared relu without fusion": SHARED,
     "swiglu without fusion": KEPT,
+    "rotary embedding without fusion": DENSE,
+    "permutation without fusion": STAGES,
     "a norm that is not cut over the sequence": DENSE,
     "weights in float32": DENSE,
     "gradients in float32": SHARED,

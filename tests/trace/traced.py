@@ -39,8 +39,9 @@ class Ran:
     error: str
 
     def off(self) -> list[str]:
-        """Names of the figures that `plan` misses."""
-        return [line["name"] for line in self.answer["lines"] if not line["close"]]
+        """Names of the figures that `plan` misses, and of what is not fused."""
+        figures = [line["name"] for line in self.answer["lines"] if not line["close"]]
+        return figures + [name for name, state in self.answer["fusions"].items() if state == "OFF"]
 
 
 def run(recipe: Path, *arguments: str, layers: str | None = None, rank: int = 0, mutant: str = "") -> Ran:

@@ -273,6 +273,22 @@ def fused_attn_bwd(*args: Any) -> list[Tensor | None]:
     return found
 
 
+def fused_rope_forward(x: Tensor, angles: Tensor, *rest: Any) -> Tensor:
+    """The checks of fused_rope.cpp, for formats whose first dimension is tokens."""
+    bounds = rest[3]
+    if angles.dim() != 4 or angles.shape[1:3] != (1, 1) or angles.dtype != torch.float32 or not angles.is_contiguous():
+        raise RuntimeError(
+            f"rotary embedding with angles {tuple(angles.shape)}, {angles.dtype}: not [S, 1, 1, D] in float32"
+        )
+    if angles.shape[-1] > x.shape[-1] or (bounds is None and angles.shape[0] < x.shape[0]):
+        raise RuntimeError(f"rotary embedding of {tuple(x.shape)} with angles {tuple(angles.shape)}")
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def fused_rope_backward(grad: Tensor, angles: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(grad, memory_format=torch.contiguous_format)
+
+
 def fused_multi_row_padding(*_: Any) -> None: ...
 def fused_multi_row_unpadding(*_: Any) -> None: ...
 def fused_amax_and_scale_update_after_reduction(*_: Any) -> None: ...
@@ -293,6 +309,8 @@ FUNCTIONS = (
     rmsnorm_bwd_add,
     fused_attn_fwd,
     fused_attn_bwd,
+    fused_rope_forward,
+    fused_rope_backward,
     fused_multi_row_padding,
     fused_multi_row_unpadding,
     fused_amax_and_scale_update_after_reduction,

@@ -25,6 +25,10 @@ from nemo_pivotrl.sizing.architecture import Architecture
 from nemo_pivotrl.sizing.memory import GIB, MicroBatch
 
 
+MOVES = "te_moe::"
+"""Prefix of Transformer Engine's operators that move rows to experts and back."""
+
+
 @dataclass(frozen=True, slots=True)
 class Asked:
     """What to trace."""
@@ -108,7 +112,7 @@ def trace(asked: Asked) -> Traced:
     _without_numbers(asked, found)
     with fake, ledger:
         _run(asked, groups, fake, ledger, found)
-    found.kernels = Counter(engine.CALLS) + Counter(triton_names.LAUNCHES)
+    found.kernels += Counter(engine.CALLS) + Counter(triton_names.LAUNCHES)
     found.attention, found.broken_fp8 = Counter(engine.CHOSEN), sorted(set(engine.BROKEN))
     return found
 
@@ -145,6 +149,8 @@ def _run(asked: Asked, groups: Any, fake: Any, ledger: Ledger, found: Traced) ->
     ledger.restart()
     with _clock(found, "forward and backward"), _watched(ledger, state, found, groups, layouts):
         backend._run(_batch(layouts), _loss, forward_only=False)
+    moved = {name: n for name, n in ledger.operators.items() if name.startswith(MOVES)}
+    found.kernels = Counter(moved)
     found.workspace = sum(w.numel() for w in engine.WORKSPACES)
     found.peak -= found.workspace
     found.held -= found.workspace
