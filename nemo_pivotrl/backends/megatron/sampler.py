@@ -36,8 +36,8 @@ from nemo_pivotrl.core.types import FailedSample, Sample
 MASKED_TOKENS = 4096
 """Length of a prompt up to which prompts of unequal lengths decode together."""
 OFF = ("sequence_parallel", "scatter_to_sequence_parallel", "reduce_scatter_embeddings", "apply_rope_fusion")
-"""Switches of megatron-core's and Transformer Engine's modules that are off in decoding: those that sequence parallelism sets, and the
-fused rotary embedding, whose kernel knows one position for all rows."""
+"""Switches of megatron-core's and Transformer Engine's modules that are off in decoding: those that sequence parallelism sets,
+and the fused rotary embedding, whose kernel knows one position for all rows."""
 
 
 @torch.no_grad()

@@ -24,7 +24,6 @@ from nemo_pivotrl.config import Megatron, Optimizer, Policy
 from nemo_pivotrl.sizing.architecture import Architecture
 from nemo_pivotrl.sizing.memory import GIB, MicroBatch
 
-
 MOVES = "te_moe::"
 """Prefix of Transformer Engine's operators that move rows to experts and back."""
 
