@@ -6,8 +6,7 @@ from typing import Any
 
 try:
     from megatron.core.models.hybrid import hybrid_block as stack_file
-    from megatron.core.models.hybrid.hybrid_block import HybridStack as Stack
-    from megatron.core.models.hybrid.hybrid_block import HybridStackSubmodules as StackSubmodules
+    from megatron.core.models.hybrid.hybrid_block import HybridStack as Stack, HybridStackSubmodules as StackSubmodules
     from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec as stack_spec
     from megatron.core.models.hybrid.hybrid_model import HybridModel
 
@@ -16,8 +15,7 @@ except ImportError:
     from megatron.core.models.mamba import MambaModel as HybridModel
     from megatron.core.models.mamba.mamba_layer_specs import mamba_stack_spec as stack_spec
     from megatron.core.ssm import mamba_block as stack_file
-    from megatron.core.ssm.mamba_block import MambaStack as Stack
-    from megatron.core.ssm.mamba_block import MambaStackSubmodules as StackSubmodules
+    from megatron.core.ssm.mamba_block import MambaStack as Stack, MambaStackSubmodules as StackSubmodules
 
     SPEC, PATTERN, RECOMPUTES = "mamba_stack_spec", "hybrid_override_pattern", False
 

@@ -43,18 +43,15 @@ class NotTraced(RuntimeError):
 
 
 class DType(enum.IntEnum):
-    """The extension's numbers for precisions."""
+    """The extension's numbers for precisions: those that it binds. Releases of 2026 compare them with their own."""
 
     kByte = 0
-    kInt16 = 1
     kInt32 = 2
-    kInt64 = 3
     kFloat32 = 4
     kFloat16 = 5
     kBFloat16 = 6
     kFloat8E4M3 = 7
     kFloat8E5M2 = 8
-    kFloat8E8M0 = 9
     kFloat4E2M1 = 10
 
 
@@ -347,8 +344,10 @@ def _extension(folder: Path) -> Extension:
         setattr(made, name, type(name, (), {}))
     for function in FUNCTIONS:
         setattr(made, function.__name__, _counted(function))
-    for path in (folder / "transformer_engine/pytorch").rglob("*.py"):
-        text = path.read_text(encoding="utf-8")
+    texts = [path.read_text(encoding="utf-8") for path in (folder / "transformer_engine/pytorch").rglob("*.py")]
+    members = {name for text in texts for name in re.findall(r"\bNVTE_Fused_Attn_Backend\.(NVTE_\w+)", text)}
+    made.NVTE_Fused_Attn_Backend = enum.IntEnum("NVTE_Fused_Attn_Backend", sorted(members))
+    for text in texts:
         for name in re.findall(r"\bmulti_tensor_\w+", text):
             setattr(made, name, _optimizer(name))
         for name in re.findall(r"\btex\.([A-Za-z]\w*)", text):
