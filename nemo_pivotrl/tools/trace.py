@@ -219,6 +219,9 @@ def as_json(path: str, asked: Asked, found: Traced, lines: list[Line]) -> dict[s
 
 
 MISSING = "OFF"
+PERMUTES = ("te_moe::permute_mask_map_fwd", "_permute_kernel")
+UNPERMUTES = ("te_moe::unpermute_mask_map_fwd", "_unpermute_kernel")
+"""By releases of Transformer Engine: an operator, or a Triton kernel."""
 
 
 def fusions(asked: Asked, found: Traced) -> list[tuple[str, str]]:
@@ -227,16 +230,18 @@ def fusions(asked: Asked, found: Traced) -> list[tuple[str, str]]:
     layers = set(stages_of(a, pipelined)[found.stage])
     mixture, dense = "E" in layers, layers & set("D-")
     rotated, experts = "the model has no rotary embedding", "this stage has no experts"
-    rows: list[tuple[str, str, str]] = [
-        ("rotary embedding", "fused_rope_forward", "" if a.rope_theta is not None else rotated),
-        ("permutation", "te_moe::permute_mask_map_fwd", "" if mixture else experts),
-        ("unpermutation", "te_moe::unpermute_mask_map_fwd", "" if mixture else experts),
+    rows: list[tuple[str, tuple[str, ...], str]] = [
+        ("rotary embedding", ("fused_rope_forward",), "" if a.rope_theta is not None else rotated),
+        ("permutation", PERMUTES, "" if mixture else experts),
+        ("unpermutation", UNPERMUTES, "" if mixture else experts),
     ]
     if a.gated:
-        rows.append(("SwiGLU", "fused activation", "" if mixture or dense else "this stage has no MLP"))
+        rows.append(("SwiGLU", ("fused activation",), "" if mixture or dense else "this stage has no MLP"))
     else:
-        rows.append(("squared ReLU and routing weights", "fused activation", "" if mixture else experts))
-    stated = [(name, why or ("on" if found.kernels[kernel] else MISSING)) for name, kernel, why in rows]
+        rows.append(("squared ReLU and routing weights", ("fused activation",), "" if mixture else experts))
+    stated = [
+        (name, why or ("on" if any(found.kernels[k] for k in kernels) else MISSING)) for name, kernels, why in rows
+    ]
     why = "no loss of Megatron's runs: the LM head's log-probabilities are made a chunk of tokens at a time"
     return [*stated, ("cross-entropy", why)]
 

@@ -1,6 +1,6 @@
 """mamba_ssm's Triton kernels on a machine without a GPU: compiled to machine code, or interpreted.
 
-    python tests/trace/kernels.py compile SOURCES CAPABILITY [KERNEL ...]
+    python tests/trace/kernels.py compile SOURCES CAPABILITY,CAPABILITY [KERNEL ...]
     TRITON_INTERPRET=1 python tests/trace/kernels.py numbers SOURCES TREES LENGTH ...
 
 The first prints a line of JSON for each kernel of a scan with states in and out, forward and backward, at the sizes of Nemotron 3
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import itertools
 import json
 import random
 import sys
@@ -125,14 +126,15 @@ def kind(value: Any) -> str:
     return ("i32" if abs(value) < 2**31 else "i64") if isinstance(value, int) else "fp32"
 
 
-def compile_all(folder: Path, capability: int, only: list[str]) -> None:
-    for name, (kernel, configs, heuristics, named) in launches(scan_of(folder)).items():
-        if only and name not in only:
-            continue
+def compile_all(folder: Path, capabilities: list[int], only: list[str]) -> None:
+    found = launches(scan_of(folder))
+    for capability, name in itertools.product(capabilities, only or found):
+        kernel, configs, heuristics, named = found[name]
         start = time.monotonic()
         made = compiled(kernel, configs[0], heuristics, named, capability)
         row = {
             "kernel": name,
+            "capability": capability,
             "shared": made.metadata.shared,
             "bytes": len(made.asm["cubin"]),
             "target": next(line for line in made.asm["ptx"].splitlines() if line.startswith(".target")),
@@ -227,6 +229,6 @@ def over_a_tree(real: Any, twin: Any, seed: int, sizes: tuple[int, int, int, int
 if __name__ == "__main__":
     place = Path(sys.argv[2])
     if sys.argv[1] == "compile":
-        compile_all(place, int(sys.argv[3]), sys.argv[4:])
+        compile_all(place, [int(word) for word in sys.argv[3].split(",")], sys.argv[4:])
     else:
         numbers(place, int(sys.argv[3]), [int(word) for word in sys.argv[4:]])
