@@ -220,9 +220,13 @@ def _refused(name: str, error: Exception, remedy: str) -> InputError:
 def _tensorboard(run: Run) -> Sink:
     from torch.utils.tensorboard import SummaryWriter
 
-    before = (run.folder / "tensorboard").is_dir()
+    folder = run.folder / "tensorboard"
+    before = folder.is_dir()
+    # TensorBoard reads a folder's files by name, and their names order by whole seconds only
+    while any(folder.glob(f"events.out.tfevents.{int(time.time()):010d}.*")):
+        time.sleep(0.05)
     try:
-        writer = SummaryWriter(str(run.folder / "tensorboard"), purge_step=run.first_step + 1)
+        writer = SummaryWriter(str(folder), purge_step=run.first_step + 1)
         writer.add_text("recipe", f"```\n{json.dumps(run.config, indent=1)}\n```", run.first_step + 1)
         writer.flush()
     except OSError as error:
