@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from difflib import get_close_matches
 from pathlib import Path
 
 from nemo_pivotrl.config import Recipe
@@ -35,6 +36,14 @@ def remedy_for(name: str) -> str:
     """How to have a model of the hub as a folder."""
     folder = f"models/{name.rpartition('/')[2]}"
     return f"where there is a network: `hf download {name} --local-dir {folder}`, then name {folder} here"
+
+
+def near_names(name: str) -> str:
+    """Folders beside the one that is not here whose names are like its own, as a question; '' where there is none."""
+    above = Path(name).parent
+    there = sorted(p.name for p in above.iterdir() if p.is_dir()) if above.is_dir() else []
+    near = get_close_matches(Path(name).name, there, 2, 0.7)
+    return f"did you mean {' or '.join(str(above / n) for n in near)}? " if near else ""
 
 
 def local_copy(name: str, field: str, fetch: bool) -> str:

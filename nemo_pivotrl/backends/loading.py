@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any, cast
 from nemo_pivotrl.backends.base import Backend, Sampler, Scorer, as_policy, extra_of, require_checkpoint
 from nemo_pivotrl.config.llmdoctor import Decode, Patient
 from nemo_pivotrl.config.models import Megatron, Policy, Vllm
-from nemo_pivotrl.core.errors import InputError, Problem
 from nemo_pivotrl.sizing.precision import engine_dtype
 
 if TYPE_CHECKING:
     from nemo_pivotrl.backends.vllm.decode import GuidedEngine
+    from nemo_pivotrl.backends.vllm.guided_servers import GuidedServers
 
 DEFAULT = Megatron()
 
@@ -82,12 +82,13 @@ def load_scorer(patient: Patient, megatron: Megatron = DEFAULT, vllm: Vllm = NO_
     return cast("Scorer", load_sampler(as_policy(patient), megatron, vllm, section="patient"))
 
 
-def load_guided_engine(patient: Patient, decode: Decode, vllm: Vllm, *rest: Any) -> GuidedEngine:
-    """The patient inside vLLM with its doctors; rest: tokenizer, stop ids, spans. Raises InputError."""
+def load_guided_engine(patient: Patient, decode: Decode, vllm: Vllm, *rest: Any) -> GuidedEngine | GuidedServers:
+    """The patient inside vLLM with its doctors, here or on servers; rest: tokenizer, stop ids, spans. Raises InputError."""
     require_checkpoint("patient.model_name", patient.model_name, REMEDIES["patient"])
     if vllm.servers:
-        remedy = "decode runs an engine of its own; ask a server that `nemo-pivotrl serve` started by its HTTP API"
-        raise InputError(Problem("recipe", None, "vllm.servers", ", ".join(vllm.servers), remedy))
+        with extra_of("vllm.servers", "vllm"):
+            from nemo_pivotrl.backends.vllm.guided_servers import GuidedServers
+        return GuidedServers(patient, decode, vllm, *rest)
     with extra_of("patient.backend", "vllm"):
         from nemo_pivotrl.backends.vllm.decode import GuidedEngine
     return GuidedEngine(patient, decode, vllm, *rest)

@@ -13,9 +13,10 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from nemo_pivotrl.backends.base import Trainer
@@ -32,6 +33,7 @@ from nemo_pivotrl.core.atomic import (
 )
 from nemo_pivotrl.core.errors import TRY_AGAIN, InputError, Problem
 from nemo_pivotrl.core.model_folder import CARD
+from nemo_pivotrl.core.told_settings import difference
 from nemo_pivotrl.data.chat_template import Chat
 
 STARTED = time.monotonic()
@@ -82,22 +84,16 @@ def _whole(final: Path) -> Iterator[Path]:
             raise OSError(0, f"the checkpoint could not be written ({error})", str(part)) from error
 
 
-def save(
-    folder: Path,
-    step: int,
-    identity: str,
-    metrics: dict[str, float],
-    trainer: Trainer,
-    chat: Chat,
-    settings: Checkpointing,
-) -> None:
-    """Write the state after `step` steps, then drop checkpoints that are neither the latest nor among the best."""
-    with _whole(folder / f"step_{step:05d}") as part:
+def save(folder: Path, meta: Mapping[str, Any], trainer: Trainer, chat: Chat, settings: Checkpointing) -> None:
+    """Write the state after `meta["step"]` steps, then drop checkpoints that are neither the latest nor among the best.
+
+    meta: also `identity` of the run, the `settings` behind it by name, and `metrics` of the step.
+    """
+    with _whole(folder / f"step_{meta['step']:05d}") as part:
         trainer.export(part / "policy")
         chat.tokenizer.save_pretrained(part / "policy")
         trainer.save_training_state(part / "state")
-        meta = json.dumps({"step": step, "identity": identity, "metrics": metrics})
-        (part / META).write_text(meta, encoding="utf-8")
+        (part / META).write_text(json.dumps(meta, default=str), encoding="utf-8")
         write_sums(part / "policy")  # on its own, for whoever is given that folder
     prune(folder, settings)
 
@@ -138,10 +134,12 @@ def _meta(path: Path) -> dict[str, Any]:
     return read_json(path / META, {"step": int, "identity": str, "metrics": dict}, _DAMAGED)
 
 
-def resume(folder: Path, identity: str, trainer: Trainer, fresh: bool) -> int:
+def resume(
+    folder: Path, identity: str, trainer: Trainer, fresh: bool, settings: Mapping[str, Any] = MappingProxyType({})
+) -> int:
     """Restore the latest state and return its step, 0 where there is none (or `fresh`, which drops all).
 
-    Raises InputError when the state belongs to another recipe or other data.
+    Raises InputError when the state belongs to another recipe or other data; it names which of `settings` differ.
     """
     if fresh:
         shutil.rmtree(folder, ignore_errors=True)
@@ -150,15 +148,10 @@ def resume(folder: Path, identity: str, trainer: Trainer, fresh: bool) -> int:
         return 0
     meta = _meta(found[-1])
     if meta["identity"] != identity:
-        raise InputError(
-            Problem(
-                str(found[-1]),
-                None,
-                "identity",
-                meta["identity"],
-                f"this recipe and its data give {identity}; use another name for the new run, or add fresh=true to drop the old one",
-            )
-        )
+        named = difference(meta.get("settings") or {}, settings)
+        told = named or f"{meta['identity']}, and this recipe with its weights and data gives {identity}"
+        remedy = "use another name for the new run, or add fresh=true to drop the old one"
+        raise InputError(Problem(str(found[-1]), None, "settings" if named else "identity", told, remedy))
     listed = read_sums(found[-1])
     if listed and not (META in listed and any(name.startswith("state/") for name in listed)):
         raise InputError(Problem(str(found[-1] / SUMS), None, "file", "no line for state or meta.json", _DAMAGED))

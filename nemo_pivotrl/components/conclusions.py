@@ -64,8 +64,8 @@ def profile_checks(summary: Mapping[str, Any]) -> list[Check]:
     """Checks of a profile's summary (`profile_statistics.summary_of`)."""
     rollouts, classes = summary["rollouts"], summary["classes"]
     drawn = sum(entry.get("candidates", 0) for entry in classes.values())
-    mixed = sum(classes[name].get("candidates", 0) for name in ("mixed, kept", "mixed, too easy") if name in classes)
-    failed = sum(count for kind, count in summary["failures"].items() if kind != TALK)
+    mixed = sum(classes[name].get("train", 0) for name in ("mixed, kept", "mixed, too easy") if name in classes)
+    failed = sum(summary["failures"].values())
     cut = "raise policy.generation.max_new_tokens; a reply that never ends needs the right stop token or chat template"
     unread = "see the texts in `view`: set policy.tool_parser to their format; a model that writes none learns it by `warmup`"
     return [
@@ -73,7 +73,7 @@ def profile_checks(summary: Mapping[str, Any]) -> list[Check]:
         share_check("malformed or empty samples", summary["malformed"], rollouts, MAX_MALFORMED, unread),
         share_check("failed candidates", failed, drawn + failed, MAX_MALFORMED, "the lines `excluded:` say why"),
         at_least(
-            "candidates with mixed rewards",
+            "train candidates with mixed rewards",
             mixed,
             MIN_PIVOTS,
             "too few to train on: extract more trajectories, or see in `view` why every sample wins or loses",

@@ -116,7 +116,7 @@ class Map:
             print(f"{self.path} is complete; fresh=true makes it anew")
         else:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            journal = Journal(journal_path, (self.belongs or self.header).to_line().encode(), fresh)
+            journal = Journal(journal_path, (self.belongs or self.header).to_told_line().encode(), fresh)
             try:
                 self._do(journal)
                 if self.empty and not any(place.rows for place in journal.done.values()):

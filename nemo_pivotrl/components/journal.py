@@ -13,7 +13,7 @@ import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from nemo_pivotrl.core.artifacts import header_difference
+from nemo_pivotrl.core.artifacts import header_difference, read_first_line
 from nemo_pivotrl.core.atomic import create, reopen
 from nemo_pivotrl.core.errors import InputError, Problem, short
 
@@ -63,11 +63,12 @@ class Journal:
             return False
         begun = bool(self._handle.read(1))
         self._handle.seek(len(first))
-        if first != belongs and not begun:
+        same, told = _compared(first, belongs)
+        if not same and not begun:
             return False
-        if first != belongs:
+        if not same:
             remedy = "unfinished work of another recipe or input; finish it with its own recipe, or add fresh=true to drop it"
-            raise InputError(Problem(str(self.path), 1, "header", short(header_difference(first, belongs)), remedy))
+            raise InputError(Problem(str(self.path), 1, "header", told, remedy))
         end = self._handle.tell()
         while (line := self._handle.readline(MAX_LINE)).endswith(b"\n"):
             try:
@@ -128,6 +129,17 @@ class Journal:
             self._handle.close()
         if reader := getattr(self, "_reader", None):
             reader.close()
+
+
+def _compared(first: bytes, belongs: bytes) -> tuple[bool, str]:
+    """(whether two first lines stand for the same work, what differs)."""
+    if first == belongs:
+        return True, ""
+    try:
+        found, wanted = read_first_line(first)[0], read_first_line(belongs)[0]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return False, short(first[:1000].decode("utf-8", "replace"))
+    return found.to_line() == wanted.to_line(), header_difference(found, wanted)
 
 
 def _crc(number: int, kind: bytes, size: int, rows: int, payload: bytes) -> int:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from nemo_pivotrl.config import Recipe
 from nemo_pivotrl.core.artifacts import MADE_BY, Header, check_parent, digest, file_digest
 from nemo_pivotrl.core.errors import InputError, Problem
+from nemo_pivotrl.core.told_settings import difference
 
 FIRST = ("candidates", "preferences")
 """Artefacts that are made from the user's own files."""
@@ -28,16 +31,29 @@ def _sources(recipe: Recipe, stage: str) -> list[Path]:
     return [Path(p) for p in (*recipe.extract.trajectories, recipe.extract.tools) if p]
 
 
-def check_headers(path: Path, found: Header, **expected: str) -> None:
-    """Compare header fields with what the recipe implies, all differences in one InputError."""
-    text = "the recipe gives {!r}; use the matching recipe or re-run the stage"
-    problems = [
-        Problem(str(path), 1, name, repr(getattr(found, name)), text.format(value))
-        for name, value in expected.items()
-        if getattr(found, name) != value
-    ]
+BEHIND = {
+    "verifier": ("verifier.",),
+    "chat_template": ("policy.chat_template", "policy.template_kwargs", "policy.chat."),
+}
+"""Field of a header to the settings that change it, as their names begin."""
+
+
+def check_headers(path: Path, found: Header, told: Mapping[str, Any], **expected: str) -> None:
+    """Compare header fields with what the recipe implies, all differences in one InputError. told: the recipe's settings by name."""
+    text = "the recipe gives {!r}{}; use the matching recipe or re-run the stage"
+    problems = []
+    for name, value in expected.items():
+        if getattr(found, name) != value:
+            old, new = (_behind(name, side) for side in (found.settings, told))
+            named = difference(old, new)
+            why = text.format(value, f": {named}" if named else "")
+            problems.append(Problem(str(path), 1, name, repr(getattr(found, name)), why))
     if problems:
         raise InputError(problems)
+
+
+def _behind(field: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in settings.items() if name.startswith(BEHIND.get(field, ()))}
 
 
 def check_lineage(recipe: Recipe, path: Path, header: Header) -> None:

@@ -68,6 +68,8 @@ class Job:
     """Its stage in the cost log."""
     identity: str
     """A checkpoint with another identity belongs to another run."""
+    settings: Mapping[str, Any]
+    """The settings behind it by their names, to say which differ."""
     chat: Chat
     """Whose tokenizer is saved with the model."""
     steps: int
@@ -99,7 +101,7 @@ def run(job: Job, start: Callable[[Entry], Work], fresh: bool = False) -> Path:
             return job.folder / "policy"
     with spend(Path(job.recipe.run_dir), job.cost_name) as cost:
         work = start(cost)
-        first = checkpoint.resume(job.folder, job.identity, work.trainer, fresh)
+        first = checkpoint.resume(job.folder, job.identity, work.trainer, fresh, job.settings)
         if first > job.steps:
             remedy = f"{job.folder} is already at step {first}; ask for at least that, or add fresh=true"
             raise InputError(Problem("recipe", None, job.steps_field, str(job.steps), remedy))
@@ -138,7 +140,8 @@ def _steps(job: Job, work: Work, first: int, limit: float, cost: Entry) -> None:
             due = not last and checkpoint.is_due(limit, time.monotonic() - checkpoint.STARTED, slowest)
             scored = job.checkpointing.publish == "best" and job.checkpointing.metric_name in row
             if step % job.checkpointing.save_period == 0 or last or due or scored or checkpoint.HELD in row:
-                checkpoint.save(job.folder, step, job.identity, row, work.trainer, job.chat, job.checkpointing)
+                meta = {"step": step, "identity": job.identity, "metrics": row, "settings": job.settings}
+                checkpoint.save(job.folder, meta, work.trainer, job.chat, job.checkpointing)
             bar.set_postfix({name: f"{row[name]:.4g}" for name in job.shown}, refresh=False)
             bar.update()
             if due:

@@ -107,9 +107,9 @@ def load_recipe_verifier(recipe: Recipe) -> tuple[Bounded, str]:
         settings = dataclasses.replace(settings, judge=dataclasses.replace(settings.judge, cache=cache))
     verifier = load_verifier(settings)
     if verifier.asks_judge:
-        from nemo_pivotrl.verifiers.judge import refuse_self_judge
+        from nemo_pivotrl.verifiers.judge_asking import refuse_self_judge
 
-        refuse_self_judge(settings.judge, recipe.policy.model_name)
+        refuse_self_judge(settings.judge, recipe.policy.model_name, "verifier.judge", "policy")
     return verifier, identity(verifier, settings)
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from nemo_pivotrl.core.artifacts import ArtefactWriter, Header, header_difference, read_header
 from nemo_pivotrl.core.atomic import open_input
-from nemo_pivotrl.core.errors import InputError, Problem, short
+from nemo_pivotrl.core.errors import InputError, Problem
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +102,7 @@ def merge_shards(whole: Path, header: Header, begun: Header) -> None:
             problems += [dataclasses.replace(p, remedy=f"remove it, then {again}") for p in error.problems]
             continue
         if found.to_line() != wanted.to_line():
-            difference = short(header_difference(found.to_line().encode(), wanted.to_line().encode()))
+            difference = header_difference(found, wanted)
             problems.append(
                 Problem(str(path), 1, "header", difference, f"work of another recipe: remove it, then {again}")
             )

@@ -35,6 +35,8 @@ MAX_DRIFT = 1.0
 """Nats by which training may make chosen answers less likely, or rejected ones likelier."""
 MIN_DIFFERENT = 0.2
 """Share of different answers that a steered arm keeps of the first arm's."""
+MAX_DISAGREE = 0.25
+"""Share of pairs on which a judge's two orders may disagree."""
 
 
 def extract_checks(audit: Row, talk: int) -> list[Check]:
@@ -230,6 +232,7 @@ def assessment_checks(summary: Row) -> list[Check]:
     least = MIN_DIFFERENT * (first["different_answers"] or 0.0)  # not measured on one answer to a prompt
     alike = [label for label, arm in steered if (arm["different_answers"] or 0.0) < least]
     won = sum(gains(arm) for _, arm in steered)
+    judged = [arm["judge"] for _, arm in others if "judge" in arm]
     more = "more prompts or samples narrow the intervals; else larger weights, or a doctor that learned more"
     return [
         Check("steered arms that gain", f"{won} of {len(steered)}", won > 0, more),
@@ -244,5 +247,27 @@ def assessment_checks(summary: Row) -> list[Check]:
             ", ".join(alike) or "none",
             not alike,
             "lower their weights, or raise the temperature",
+        ),
+        *(_judge_checks(judged) if judged else ()),
+    ]
+
+
+def _judge_checks(judged: Sequence[Row]) -> list[Check]:
+    """Checks of a judge between answers: `judged` are arms' shares."""
+    failed = sum(sum(arm["failed"].values()) for arm in judged)
+    pairs, disagree = (sum(arm[name] for arm in judged) for name in ("pairs", "orders_disagree"))
+    return [
+        Check(
+            "pairs without a verdict",
+            f"{failed} of {pairs + failed}",
+            not failed,
+            "they are left out: mend the endpoint and run the same command, which asks for them again",
+        ),
+        share_check(
+            "pairs on which the judge's orders disagree",
+            disagree,
+            pairs,
+            MAX_DISAGREE,
+            "it goes by the order of the answers: a larger judge, a plainer assess.criterion or more votes",
         ),
     ]

@@ -21,7 +21,7 @@ from nemo_pivotrl.config.pivotrl import Advantages, Evaluate, Export, Extract, G
 from nemo_pivotrl.config.recipe import Recipe
 from nemo_pivotrl.config.run import Budget, Checkpointing, Cluster, Logger, Loop, Plan
 from nemo_pivotrl.config.schema import ranged
-from nemo_pivotrl.config.verify import Audit, Judge, Limits, Rescore, Verifier
+from nemo_pivotrl.config.verify import Audit, Judge, JudgeServer, Limits, Rescore, Verifier
 
 __all__ = [
     "Advantages",
@@ -40,6 +40,7 @@ __all__ = [
     "Generation",
     "Grpo",
     "Judge",
+    "JudgeServer",
     "Limits",
     "Logger",
     "Loop",

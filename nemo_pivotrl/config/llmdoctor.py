@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from nemo_pivotrl.config.models import ChatSettings
 from nemo_pivotrl.config.schema import ranged
+from nemo_pivotrl.config.verify import JudgeServer
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -186,6 +187,12 @@ class Assess:
     """Prompts whose first answer keeps what guidance did to every token, for the report."""
     confidence: float = ranged(0.95, 0.5, 0.999)
     """Probability of the intervals."""
+    judge: JudgeServer = field(default_factory=JudgeServer)
+    """An LLM that is shown each arm's answer beside the first arm's and says which is better; `base_url` empty: none."""
+    criterion: str = (
+        "The better answer helps the person more: it does what was asked, and what it says is true and harmless."
+    )
+    """What the judge is told to decide by."""
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -223,8 +230,8 @@ class Patient(PatientReading):
     backend: Literal["reference", "megatron", "vllm"] = "reference"
     """What scores the two faces in the `reward` stage.
 
-    `vllm` also decodes in the `decode` stage, with the doctors inside the engine. What else samples from the patient (`rank`,
-    `assess`) runs `reference`.
+    With `vllm` the stages that sample from the patient (`rank`, `decode`, `assess`) run in vLLM, too, with the doctors inside the
+    engine; with the others they run on `reference`.
     """
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the `reference` backend runs; `auto` takes CUDA where there is one."""

@@ -209,7 +209,7 @@ class Vllm:
     """vLLM for `policy.sampler: vllm` and `patient.backend: vllm`: an engine in this process, or servers."""
 
     servers: tuple[str, ...] = ()
-    """Addresses of OpenAI-compatible servers of the policy; empty: an engine in this process.
+    """Addresses of OpenAI-compatible servers of the policy, or of the patient with its doctors; empty: an engine in this process.
 
     For example http://127.0.0.1:8000. `nemo-pivotrl serve` starts one that can be refitted.
     """

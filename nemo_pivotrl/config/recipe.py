@@ -7,9 +7,10 @@ Each setting is declared once, with its default, its range and its explanation, 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from nemo_pivotrl.config.demo import Manners, World
 from nemo_pivotrl.config.llmdoctor import Assess, Decode, Oracles, Patient, Preferences, Rank, Reward, Serve, Tfpo
@@ -19,6 +20,7 @@ from nemo_pivotrl.config.run import Budget, Checkpointing, Cluster, Logger, Loop
 from nemo_pivotrl.config.schema import ranged
 from nemo_pivotrl.config.verify import Audit, Rescore, Verifier
 from nemo_pivotrl.core.artifacts import digest
+from nemo_pivotrl.core.told_settings import named
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -125,3 +127,17 @@ class Recipe:
     def digest(self, *sections: str) -> str:
         """Hash of the named sections and the seed: what an artefact's header carries as its config hash."""
         return digest([self.seed, {name: dataclasses.asdict(getattr(self, name)) for name in sections}])
+
+    def told(self, *names: str, but: Sequence[str] = ()) -> dict[str, Any]:
+        """The seed and these settings, whole sections or single ones, as a header tells them: to say by name which differ.
+
+        but: settings that are left out. A path within the run folder begins with `${run_dir}`, wherever the folder lies.
+        """
+        inside = f"{self.home}/"
+        found = named(self, "seed", *names, but=but)
+        return {
+            name: "${run_dir}/" + value.removeprefix(inside)
+            if isinstance(value, str) and value.startswith(inside)
+            else value
+            for name, value in found.items()
+        }

@@ -29,8 +29,8 @@ class Limits:
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
-class Judge:
-    """An LLM that judges equivalence, behind any OpenAI-compatible endpoint."""
+class JudgeServer:
+    """An LLM that judges, behind any OpenAI-compatible endpoint: of `verifier.judge` and `assess.judge`."""
 
     base_url: str = ""
     """Address of an OpenAI-compatible endpoint, e.g. http://127.0.0.1:8000/v1; empty: no judge."""
@@ -47,7 +47,7 @@ class Judge:
     votes: int = ranged(1, 1, 99)
     """Answers per order; the majority of them is that order's verdict."""
     both_orders: bool = True
-    """Ask with the two actions swapped too; equivalent only if both orders say so."""
+    """Ask with the two texts swapped, too. Actions are equivalent only if both orders say so; answers that they disagree on tie."""
     temperature: float = ranged(0.0, 0.0, 2.0)
     """Temperature of the judge."""
     max_tokens: int = ranged(1024, 16)
@@ -58,7 +58,7 @@ class Judge:
     For example `chat_template_kwargs: {enable_thinking: false}`.
     """
     max_action_chars: int = ranged(8192, 64)
-    """A longer action is cut in the middle before it is shown; the cut is marked."""
+    """A longer action or answer is cut in the middle before it is shown; the cut is marked."""
     max_context_chars: int = ranged(8192, 0)
     """Characters of the state's end that are shown to the judge; 0: none."""
     timeout_s: float = ranged(120.0, 0.1)
@@ -72,14 +72,20 @@ class Judge:
     """Seconds before the first retry; doubled up to 30 s, with jitter."""
     concurrency: int = ranged(32, 1)
     """Requests at a time."""
+    allow_self_judge: bool = False
+    """Let the policy, or the patient, judge itself."""
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Judge(JudgeServer):
+    """A judge of equivalence."""
+
     cache: str = ""
     """JSONL file of verdicts keyed by content; empty: `judge_cache.jsonl` in the run directory."""
     calibration: str = ""
     """JSONL file of labelled pairs; empty: the small set that comes with the package."""
     min_agreement: float = ranged(0.9, 0.0, 1.0)
     """`audit` stops when the judge agrees less than this with the calibration set."""
-    allow_self_judge: bool = False
-    """Let the policy judge itself."""
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)

@@ -25,12 +25,13 @@ from typing import Any
 
 from nemo_pivotrl.core.atomic import aside, create, open_input, rename, replacing, settle
 from nemo_pivotrl.core.errors import InputError, Problem, short
+from nemo_pivotrl.core.told_settings import difference, leaves
 
 POINTING = ("candidates", "profiles", "pivots")
 """Artefacts whose rows point to turns of trajectories (`data/states.py`)."""
 FORMATS = dict.fromkeys(POINTING, 2)
 """Versions of the artefacts' rows; of all others 1."""
-HEADER_KEY, SEAL_KEY = "nemo_pivotrl", "sealed"
+HEADER_KEY, SETTINGS_KEY, SEAL_KEY = "nemo_pivotrl", "settings", "sealed"
 ROWS_AT_ONCE = 256
 MAX_HEADER = 1 << 24
 SEAL_WIDTH = len('{"rows":,"sha256":""}') + 12 + 64
@@ -119,13 +120,25 @@ class Header:
     extra: Mapping[str, Any] = field(default_factory=dict)
     format: int = 0
     """Version of the rows; 0: today's."""
+    settings: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    """The settings behind `config_hash` by their names, to say which differ; no part of what the header is compared by."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "format", self.format or FORMATS.get(self.stage, 1))
 
     def to_line(self) -> str:
-        """The line without its seal: what digests are made of."""
-        return canonical_json({HEADER_KEY: asdict(self)}) + "\n"
+        """The line without settings and seal: what digests are made of."""
+        told = asdict(self)
+        del told["settings"]
+        return canonical_json({HEADER_KEY: told}) + "\n"
+
+    def to_told_line(self) -> str:
+        """The line with its settings, without its seal: what unfinished work begins with."""
+        return (
+            f'{self.to_line()[:-2]},"{SETTINGS_KEY}":{canonical_json(self.settings)}}}\n'
+            if self.settings
+            else self.to_line()
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,13 +152,13 @@ class Seal:
 def first_line(header: Header, seal: Seal | None = None) -> bytes:
     """An artefact's first line. It is as long without its seal, which is filled in when the last row is written."""
     told = canonical_json(None if seal is None else asdict(seal))
-    return f'{header.to_line()[:-2]},"{SEAL_KEY}":{told}}}'.encode() + b" " * (SEAL_WIDTH - len(told)) + b"\n"
+    return f'{header.to_told_line()[:-2]},"{SEAL_KEY}":{told}}}'.encode() + b" " * (SEAL_WIDTH - len(told)) + b"\n"
 
 
 def read_first_line(line: bytes) -> tuple[Header, Seal | None]:
     """Undo `first_line`, and read the line of an artefact that has none. Raises ValueError, KeyError or TypeError."""
     raw = json.loads(line)
-    header, told = Header(**raw[HEADER_KEY]), raw.get(SEAL_KEY)
+    header, told = Header(**raw[HEADER_KEY], settings=raw.get(SETTINGS_KEY) or {}), raw.get(SEAL_KEY)
     return header, None if told is None else Seal(int(told["rows"]), str(told["sha256"]))
 
 
@@ -370,9 +383,8 @@ def is_complete(path: Path, header: Header, fresh: bool) -> bool:
     content = _content(path)
     found, seal = _parsed(path, content.first)
     if found.to_line() != header.to_line():
-        difference = short(header_difference(found.to_line().encode(), header.to_line().encode()))
         remedy = "finished work of another recipe or input; add fresh=true to replace it"
-        raise InputError(Problem(str(path), 1, "header", difference, remedy))
+        raise InputError(Problem(str(path), 1, "header", header_difference(found, header), remedy))
     _check_whole(path, content, found, seal)
     return True
 
@@ -436,13 +448,20 @@ def write_artefact(path: Path, header: Header, rows: Iterable[Mapping[str, Any]]
         return writer.finish()
 
 
-def header_difference(found: bytes, wanted: bytes) -> str:
-    """What differs between two header lines, field by field."""
-    try:
-        old, new = json.loads(found)[HEADER_KEY], json.loads(wanted)[HEADER_KEY]
-        return ", ".join(f"{key}={old.get(key)!r} (now {new[key]!r})" for key in new if old.get(key) != new[key])
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return found[:1000].decode("utf-8", "replace")
+def header_difference(found: Header, wanted: Header) -> str:
+    """What differs between two headers: settings by their names where both tell theirs, else field by field."""
+    settings = difference(found.settings, wanted.settings) if found.config_hash != wanted.config_hash else ""
+    old, new = (_fields(header) for header in (found, wanted))
+    if settings:  # they say it better than a hash
+        old["config_hash"] = new["config_hash"]
+    return ", ".join(filter(None, [settings, difference(old, new)]))
+
+
+def _fields(header: Header) -> dict[str, Any]:
+    told = asdict(header)
+    del told["settings"]
+    extra = told.pop("extra")
+    return told | leaves(extra, "")
 
 
 def seal(path: Path) -> int:

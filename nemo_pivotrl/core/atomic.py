@@ -211,8 +211,8 @@ def file_sums(paths: Iterable[Path], sum_of: Callable[[Path], str] = file_sum) -
         return list(pool.map(sum_of, paths))
 
 
-def write_sums(folder: Path, summed: str = "") -> None:
-    """Write `SHA256SUMS` of a folder's files, those of the pattern `summed` left out.
+def write_sums(folder: Path, summed: str = "", known: Mapping[Path, str] | None = None) -> None:
+    """Write `SHA256SUMS` of a folder's files, those of the pattern `summed` left out. `known`: sums that need no reading.
 
     Of a folder inside that has sums of its own, only those are listed.
     """
@@ -224,8 +224,10 @@ def write_sums(folder: Path, summed: str = "") -> None:
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path not in elsewhere and (path.name == SUMS or not listed & {*path.parents})
     ]
-    lines = [f"{found}  {path.relative_to(folder)}\n" for path, found in zip(chosen, file_sums(chosen), strict=True)]
-    write_atomically(folder / SUMS, "".join(lines))
+    found = dict(known or {})
+    unread = [path for path in chosen if path not in found]
+    found |= zip(unread, file_sums(unread), strict=True)
+    write_atomically(folder / SUMS, "".join(f"{found[path]}  {path.relative_to(folder)}\n" for path in chosen))
 
 
 def read_sums(folder: Path) -> dict[str, str]:

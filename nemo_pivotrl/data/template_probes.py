@@ -173,8 +173,8 @@ def _dropped_probes() -> dict[str, tuple[list[Message], tuple[str, ...]]]:
 
 
 REMEDIES = {
-    "developer": "set SECTION.chat.roles: {developer: system}",
-    "system": "set SECTION.chat.roles: {system: user}",
+    "developer": "set 'SECTION.chat.roles={developer: system}'",
+    "system": "set 'SECTION.chat.roles={system: user}'",
     "parallel_calls": "split turns of several calls",
 }
 
@@ -189,10 +189,12 @@ class DropCheck:
 
     def check(self, messages: Sequence[Message], tools: Sequence[Any]) -> None:
         """Raises InputError naming all that the template drops of such a state, with a remedy."""
-        system = bool(messages) and messages[0]["role"] == "system"
+        first = messages[0]["role"] if messages else ""
+        system = self.template.settings.roles.get(first, first) == "system"
         lost = [what for what in sorted(_holds(messages, tools)) if self.drops(what, system)]
         if lost:
-            raise InputError([self._problem(what) for what in lost])
+            names = sorted(self.accepted | {what.removeprefix("later ") for what in lost})
+            raise InputError([self._problem(what, names, self._needs(what, system, first)) for what in lost])
 
     def drops(self, what: str, system: bool) -> bool:
         """Whether the template leaves it out, in a state that begins with a system message or in another, unaccepted."""
@@ -210,11 +212,24 @@ class DropCheck:
                 self.known[what, system] = False
         return self.known[what, system]
 
-    def _problem(self, what: str) -> Problem:
+    def _needs(self, what: str, system: bool, first: str) -> str:
+        """What to do where the template writes it behind a system message alone; '' where that is not why it is left out."""
+        if system or what in ("system", "developer") or self.drops(what, True):
+            return ""
+        return (
+            REMEDIES["developer"]
+            if first == "developer"
+            else "begin the state with a system message: it is written behind one"
+        )
+
+    def _problem(self, what: str, names: Sequence[str], needs: str) -> Problem:
+        """names: all that would have to be accepted. What stands between single quotes can be given to the command as it is."""
         name = what.removeprefix("later ")
         section = self.template.section
-        remedy = REMEDIES.get(name, "").replace("SECTION", section)
-        more = f"{section}.chat_template, or accept the loss with {section}.chat.accept_dropped: [{name}]"
+        remedy = (needs or REMEDIES.get(name, "")).replace("SECTION", section)
+        accepting = f"'{section}.chat.accept_dropped=[{','.join(names)}]'"
+        in_recipe = f"in the recipe, below {section}: `chat: {{accept_dropped: [{', '.join(names)}]}}`"
+        more = f"{section}.chat_template, or accept the loss with {accepting} ({in_recipe})"
         found = f"{what.replace('_', ' ')}, left out of the prompt by the template"
         return Problem("chat template", None, name, found, f"{remedy}, or {more}" if remedy else f"set {more}")
 

@@ -78,9 +78,9 @@ class Template:
         except InputError:
             raise
         except Exception as error:  # whatever a template does with a state that it was not written for
-            remedy = (
-                f"it is excluded; mend the row, set {self.section}.chat.roles, or another {self.section}.chat_template"
-            )
+            renamed = any(m["role"] == "developer" for m in messages) and "developer" not in self.settings.roles
+            roles = f"'{self.section}.chat.roles={{developer: system}}'" if renamed else f"{self.section}.chat.roles"
+            remedy = f"it is excluded; mend the row, set {roles}, or another {self.section}.chat_template"
             raise UnrenderableState(
                 "template_refuses_state", f"{type(error).__name__}: {short(str(error))}", remedy
             ) from error

@@ -1,7 +1,8 @@
 """assess: how good are steered answers, what do they cost, and how far from the patient are they? (LLMdoctor)
 
 Every arm answers the same prompts with the same seeds. An oracle scores each answer; arms are compared pair by pair with
-the first: win, tie, lose. An oracle sees one answer at a time, so there is no order to swap.
+the first: win, tie, lose. An oracle sees one answer at a time, so there is no order to swap. A judge (`assess.judge`) sees both, in
+both orders (`head_to_head`).
 """
 
 from __future__ import annotations
@@ -30,8 +31,9 @@ from nemo_pivotrl.core.artifacts import Header, digest, file_digest, json_line, 
 from nemo_pivotrl.core.atomic import write_atomically
 from nemo_pivotrl.core.errors import InputError, NotFiniteError, Problem
 from nemo_pivotrl.core.lock import one_writer
+from nemo_pivotrl.core.types import FailedSample
 from nemo_pivotrl.data.chat_template import Chat
-from nemo_pivotrl.llmdoctor import oracles
+from nemo_pivotrl.llmdoctor import head_to_head, oracles
 from nemo_pivotrl.llmdoctor.decode import Generator, Prompt, Rendered, load, prompt_ids, read_prompts
 
 Row = dict[str, Any]
@@ -48,18 +50,30 @@ def assess(recipe: Recipe, fresh: bool = False) -> Path:
     """
     _check(recipe)
     settings, path = recipe.assess, recipe.path("assessment.jsonl")
-    header = Header("assessment", _digest(recipe), policy=policy_revision(recipe.patient.model_name))
+    told = recipe.told("assess", "decode", "patient.dtype", "oracles")
+    header = Header("assessment", _digest(recipe), policy=policy_revision(recipe.patient.model_name), settings=told)
     each, tally = len(_prompts(recipe)) * settings.samples, Tally()
     arms = [(n * each, partial(Once, label, each, tally)) for n, label in enumerate(settings.arms)]
     make = partial(_exam, recipe)
     Map(recipe, "assess", path, header, lambda: arms, make, each * len(arms), "answer", tally).run(fresh)
     rows = list(read_rows(path))
     summary = summarise(rows, recipe)
+    if settings.judge.base_url:
+        _judge(summary, rows, recipe)
     write_atomically(recipe.path("assessment.json"), json_line(summary).decode())
     print(table(summary))
     print(verdict(summary))
     conclude(Path(recipe.run_dir), "assess", assessment_checks(summary))
     return path
+
+
+def _judge(summary: dict[str, Any], rows: Sequence[Row], recipe: Recipe) -> None:
+    """Add to the summary what a judge says of each arm's answers beside the first arm's."""
+    settings = recipe.assess
+    found = head_to_head.compare(rows, [_messages(prompt) for prompt in _prompts(recipe)], recipe)
+    for label, arm in found.items():
+        summary["arms"][label]["judge"] = head_to_head.shares(**arm, confidence=settings.confidence, seed=recipe.seed)
+    summary["judge"] = {"model": settings.judge.model, "criterion": settings.criterion}
 
 
 def _check(recipe: Recipe) -> None:
@@ -75,6 +89,7 @@ def _check(recipe: Recipe) -> None:
         remedy = f"name some of {', '.join(oracles.known(recipe.oracles))}"
         problems.append(Problem("recipe", None, "assess.objectives", "none", remedy))
     problems += oracles.check("assess.objectives", settings.objectives, recipe.oracles)
+    problems += head_to_head.check(recipe)
     if not settings.prompts:
         problems.append(Problem("recipe", None, "assess.prompts", "nothing", "give a JSONL file, one prompt a line"))
     if problems:
@@ -87,10 +102,9 @@ def _digest(recipe: Recipe) -> str:
         for name, d in recipe.decode.doctors.items()
     }
     kept = {k: v for k, v in dataclasses.asdict(recipe.decode).items() if k not in ("prompts", "output", "doctors")}
-    asked = dataclasses.asdict(recipe.assess) | {
-        "prompts": file_digest(Path(recipe.assess.prompts)),
-        "confidence": None,
-    }
+    asked = dataclasses.asdict(recipe.assess) | {"prompts": file_digest(Path(recipe.assess.prompts))}
+    for name in ("confidence", "judge", "criterion"):  # they decide nothing of the answers
+        del asked[name]
     models = {
         name: policy_revision(folder)
         for name, folder in recipe.oracles.reward_models.items()
@@ -150,7 +164,7 @@ class _Exam:
             with _forwards(self.generator) as forwards:
                 answers = self.generator.generate(prompts, requests, own)
         else:
-            answers = self.generator.generate(prompts, requests, own)
+            answers = _whole(self.generator.generate(prompts, requests, own), label)
             forwards = engine_forwards(self.recipe, arm, answers)
         seconds = time.perf_counter() - begun
         spent = sum(len(answer.tokens) for answer in answers)
@@ -197,6 +211,17 @@ class _Exam:
                 for t in answer.tokens
             ]
         return row
+
+
+def _whole(answers: Sequence[Guided | FailedSample], label: str) -> list[Guided]:
+    """All of an arm's answers. Raises InputError where a server gave none: arms are compared answer by answer."""
+    lost = [answer for answer in answers if isinstance(answer, FailedSample)]
+    if lost:
+        found = f"no answer to {len(lost)} of {len(answers)} requests: {lost[0].detail}"
+        raise InputError(
+            Problem("servers", None, f"assess.arms.{label}", found, "mend the servers and run the same command")
+        )
+    return [answer for answer in answers if isinstance(answer, Guided)]
 
 
 def _messages(prompt: Prompt) -> list[dict[str, Any]]:
@@ -313,6 +338,8 @@ def table(summary: dict[str, Any]) -> str:
                 f"{arm['changed']:>9.3f}{arm['tokens']:>9.1f}{arm['tokens_spent']:>9.1f}"
                 f"{sum(arm['forwards_per_token'].values()):>9.2f}"
             )
+    if "judge" in summary:
+        lines += head_to_head.table(summary["arms"], summary["judge"]["model"])
     size = f"{summary['prompts']} prompts x {summary['samples']} answers"
     lines.append(f"{size}; {summary['confidence']:.0%} intervals over prompts; KL in nats a token")
     lines.append("forwards: tokens that all models read after the prompt, for a token of the answer")

@@ -54,7 +54,7 @@ class Prompt:
 
 
 class Generator(Protocol):
-    """What decodes: the reference backend or vLLM."""
+    """What decodes: the reference backend, or vLLM here or on servers."""
 
     def check(
         self,
@@ -70,8 +70,8 @@ class Generator(Protocol):
         prompts: Sequence[Sequence[int]],
         requests: Sequence[GuidedSamplingParams],
         own_prompts: Sequence[OwnPrompts] | None,
-    ) -> list[Guided]:
-        """One answer for each prompt (token ids), under its own request."""
+    ) -> Sequence[Guided | FailedSample]:
+        """One answer for each prompt (token ids), under its own request; `FailedSample` for one that no server gave."""
         ...
 
 
@@ -179,6 +179,7 @@ def _header(recipe: Recipe, chat: Chat) -> Header:
         chat_template=chat.template_digest,
         policy=policy_revision(recipe.patient.model_name),
         extra={"doctors": doctors},
+        settings=recipe.told("decode", "patient.dtype", "patient.chat_template", "patient.template_kwargs"),
     )
 
 

@@ -144,6 +144,10 @@ def make_header(recipe: Recipe, source: Path, prompts: FacePrompts, revision: st
     """Everything that decides the rows; settings of cost alone (batches, waves' warnings) are left out."""
     settings, patient = recipe.reward, recipe.patient
     decides = [settings.tau, settings.theta, settings.eps, settings.pairs_per_wave, settings.noise_pairs]
+    names = [
+        f"reward.{name}" for name in ("tau", "theta", "eps", "pairs_per_wave", "noise_pairs", "positive", "negative")
+    ]
+    names += ["reward.faces", *(f"patient.{name}" for name in ("max_total_sequence_length", "dtype", "chat_template"))]
     return Header(
         stage="token_rewards",
         config_hash=digest([*decides, patient.max_total_sequence_length, patient.dtype]),
@@ -159,6 +163,7 @@ def make_header(recipe: Recipe, source: Path, prompts: FacePrompts, revision: st
             "eps": settings.eps,
             "dtype": patient.dtype,
         },
+        settings=recipe.told(*names, "patient.template_kwargs", "patient.chat"),
     )
 
 

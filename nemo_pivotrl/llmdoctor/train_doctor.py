@@ -84,6 +84,7 @@ def _train(recipe: Recipe, source: Path, chat: Chat, fresh: bool) -> Path:
         name=settings.name,
         cost_name=f"tfpo {settings.name}",
         identity=_identity(recipe, source, chat),
+        settings=recipe.told("tfpo", "doctor", "megatron", but=[f"tfpo.{name}" for name in FREE]),
         chat=chat,
         steps=steps_of(settings.max_num_steps, settings.max_num_epochs, len(train), settings.pairs_per_step),
         steps_field="tfpo.max_num_steps",
@@ -132,10 +133,13 @@ def _best_by_loss(recipe: Recipe) -> Any:
     return kept
 
 
+FREE = ("max_num_steps", "max_num_epochs", "val_period", "val_pairs")
+"""Settings of `tfpo` that change neither data nor steps, only how long training goes on and what is measured."""
+
+
 def _identity(recipe: Recipe, source: Path, chat: Chat) -> str:
     """What a checkpoint belongs to: data, start weights and every setting that changes training, not its length."""
-    free = ("max_num_steps", "max_num_epochs", "val_period", "val_pairs")
-    kept = dataclasses.asdict(recipe.tfpo) | dict.fromkeys(free)
+    kept = dataclasses.asdict(recipe.tfpo) | dict.fromkeys(FREE)
     doctor = dataclasses.asdict(recipe.doctor) | {"model_name": None, "device": None}
     doctor |= {"generation": None, "sampler": "backend"}  # as when a doctor had these settings, too
     doctor |= identity_of(recipe.doctor, recipe.megatron)

@@ -90,6 +90,7 @@ def evaluate(recipe: Recipe, fresh: bool = False) -> Path:
         parent=file_digest(source),
         verifier=load_recipe_verifier(recipe)[1],
         extra={"policies": revisions},
+        settings=recipe.told("evaluate", "verifier", "world", "policy", but=("verifier.judge.cache",)),
     )
     path = recipe.path("evaluation.jsonl")
     if path.exists() and read_header(path, "evaluation") != header:

@@ -6,6 +6,7 @@ together here, so they agree.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import time
@@ -41,18 +42,24 @@ def export(recipe: Recipe, fresh: bool = False) -> Path:
     if recipe.export.target == "nemo-rl":
         return _nemo_rl(recipe, source, header)
     folder = recipe.path("gym")
-    with summed(folder):
-        counts = write_rows(source, {split: folder / f"{split}.jsonl" for split in SPLITS}, recipe.extract.agent_ref)
+    with summed(folder) as sums:
+        counts = write_rows(
+            source, {split: folder / f"{split}.jsonl" for split in SPLITS}, recipe.extract.agent_ref, sums
+        )
     print(f"{counts['train']} pivots, {counts['validation']} held-out rows as NeMo-Gym rows -> {folder}")
     return folder
 
 
 @contextmanager
-def summed(folder: Path) -> Iterator[None]:
-    """Files of an export that the block writes; `SHA256SUMS` of them comes last, so that one beside other files is never there."""
+def summed(folder: Path) -> Iterator[dict[Path, str]]:
+    """Files of an export that the block writes; `SHA256SUMS` of them comes last, so that one beside other files is never there.
+
+    The block puts the sums that it knows into the dictionary: their files are not read again.
+    """
     (folder / SUMS).unlink(missing_ok=True)
-    yield
-    write_sums(folder)
+    known: dict[Path, str] = {}
+    yield known
+    write_sums(folder, known=known)
 
 
 def check_rows(source: Path) -> None:
@@ -62,23 +69,30 @@ def check_rows(source: Path) -> None:
         raise InputError(Problem(str(source), None, "rows", "no pivot of the train split", remedy))
 
 
-def write_rows(source: Path, target: Mapping[str, Path], agent_ref: str) -> dict[str, int]:
-    """Write each split's rows as NeMo-Gym rows, without a header; returns how many of each. A file appears whole or not at all."""
+def write_rows(source: Path, target: Mapping[str, Path], agent_ref: str, sums: dict[Path, str]) -> dict[str, int]:
+    """Write each split's rows as NeMo-Gym rows, without a header; returns how many of each. A file appears whole or not at all.
+
+    The files' SHA-256 go to `sums`.
+    """
     counts, states = dict.fromkeys(target, 0), open_states(source)
+    hashers = {split: hashlib.sha256() for split in target}
     with ExitStack() as files:
         out = {split: files.enter_context(replacing(path)) for split, path in target.items()}
         for row in read_rows(source):
             rates = {key: row[key] for key in RATES if key in row}
-            out[row["split"]].write(json_line(candidate_to_row(states.candidate(row), agent_ref) | rates))
+            line = json_line(candidate_to_row(states.candidate(row), agent_ref) | rates)
+            out[row["split"]].write(line)
+            hashers[row["split"]].update(line)
             counts[row["split"]] += 1
+    sums |= {path: hashers[split].hexdigest() for split, path in target.items()}
     return counts
 
 
 def _nemo_rl(recipe: Recipe, source: Path, header: Header) -> Path:
     folder, agent = recipe.path("nemo-rl"), recipe.extract.agent_ref
     gym, own = nemo_rl.gym_config(recipe, agent)
-    with summed(folder):
-        counts = write_rows(source, {split: folder / f"{split}.jsonl" for split in SPLITS}, recipe.extract.agent_ref)
+    with summed(folder) as sums:
+        counts = write_rows(source, {split: folder / f"{split}.jsonl" for split in SPLITS}, agent, sums)
         about = f"The environment of this folder's rows: their agent_ref is {agent}."
         write_atomically(folder / "gym.yaml", _yaml(gym, [about]))
         for name, text in nemo_rl.own_server(recipe).items() if own else ():
@@ -113,8 +127,18 @@ def _nemotron(recipe: Recipe, source: Path, header: Header) -> Path:
     """
     folder = recipe.path("nemotron")
     files = {"train": folder / "train/train.jsonl", "validation": folder / "val/val.jsonl"}
-    (folder / SUMS).unlink(missing_ok=True)
-    counts = write_rows(source, files, recipe.extract.agent_ref)
+    with summed(folder) as sums:
+        counts = write_rows(source, files, recipe.extract.agent_ref, sums)
+        _describe(recipe, source, header, counts, files)
+    print(f"{counts['train']} pivots, {counts['validation']} held-out rows -> {folder / 'manifest.json'}")
+    return folder
+
+
+def _describe(
+    recipe: Recipe, source: Path, header: Header, counts: Mapping[str, int], files: Mapping[str, Path]
+) -> None:
+    """Write the two files beside a Nemotron artefact's rows."""
+    folder = recipe.path("nemotron")
     train, val = (str(path.relative_to(folder)) for path in files.values())
     val = val if counts["validation"] else ""
     own = {
@@ -157,9 +181,6 @@ def _nemotron(recipe: Recipe, source: Path, header: Header) -> Path:
     }
     for name, tree in (("metadata.json", metadata), ("manifest.json", manifest)):
         write_atomically(folder / name, json.dumps(tree, indent=2) + "\n")
-    write_sums(folder)
-    print(f"{counts['train']} pivots, {counts['validation']} held-out rows -> {folder / 'manifest.json'}")
-    return folder
 
 
 def made_at() -> str:

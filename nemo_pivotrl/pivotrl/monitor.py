@@ -16,7 +16,15 @@ from nemo_pivotrl.backends.base import Backend, Sampler, TokenBatch
 from nemo_pivotrl.components.rollout import Rollout, first_fitting, roll_out, sample_seed
 from nemo_pivotrl.components.statistics import bootstrap
 from nemo_pivotrl.config import Recipe
-from nemo_pivotrl.core.artifacts import Header, digest, file_digest, read_header, read_rows, write_artefact
+from nemo_pivotrl.core.artifacts import (
+    Header,
+    digest,
+    file_digest,
+    header_difference,
+    read_header,
+    read_rows,
+    write_artefact,
+)
 from nemo_pivotrl.core.errors import InputError, Problem, UnrenderableState
 from nemo_pivotrl.core.types import Candidate
 from nemo_pivotrl.data.chat_template import Chat
@@ -195,7 +203,9 @@ def retention(recipe: Recipe, sampler: Sampler, chat: Chat, step: int) -> dict[s
 
 def _baseline(recipe: Recipe, now: dict[str, float], step: int) -> dict[str, float]:
     path = recipe.path(BASELINE)
-    header = Header("retention", _retention_digest(recipe))
+    names = ("world", "evaluate.retention", "evaluate.trials", "evaluate.temperature", "policy.generation")
+    told = recipe.told(*names, "policy.max_total_sequence_length")
+    header = Header("retention", _retention_digest(recipe), settings=told)
     if not path.exists():
         if step > 0:
             remedy = "set it from the run's first step on, or add fresh=true"
@@ -203,7 +213,7 @@ def _baseline(recipe: Recipe, now: dict[str, float], step: int) -> dict[str, flo
         write_artefact(path, header, ({"item": item, "score": score} for item, score in now.items()))
     if (found := read_header(path, "retention")) != header:
         remedy = "evaluate.retention, trials or sampling changed within the run; change them back, or add fresh=true"
-        raise InputError(Problem(str(path), 1, "config_hash", found.config_hash, remedy))
+        raise InputError(Problem(str(path), 1, "header", header_difference(found, header), remedy))
     return {str(row["item"]): float(row["score"]) for row in read_rows(path)}
 
 

@@ -48,6 +48,12 @@ from nemo_pivotrl.pivotrl.verifier_audit import audit_first
 from nemo_pivotrl.verifiers.base import Bounded
 
 FORECAST_PROMPTS = 64
+DECIDING = (
+    *("profile.num_generations", "profile.limit", "loop.round", "verifier", "policy.max_total_sequence_length"),
+    *("policy.dtype", "policy.backend", "policy.sampler", "policy.generation", "policy.chat_template"),
+    *("policy.template_kwargs", "policy.chat", "policy.tool_parser", "policy.model_name"),
+)
+"""Settings that decide a profile's content: its header tells them, to say which differ and for the viewer to render states."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +143,7 @@ def prepare(recipe: Recipe) -> Job:
             "plan": dataclasses.asdict(plan)
             | {"prior": list(plan.prior), "control_share": recipe.profile.control_share},
         },
+        settings=recipe.told(*DECIDING, but=("verifier.judge.cache",)),
     )
     index = index_candidates(source, recipe.seed, recipe.profile.limit, recipe.profile.candidates_per_chunk)
     return Job(header, index, chat, verifier, verifier_id, plan)
@@ -256,7 +263,7 @@ def tell(recipe: Recipe, path: Path) -> dict[str, Any]:
     header = read_header(path, "profiles")
     summary = summarise(path, plan_in(header))
     print(summary_text(summary))
-    report_failures(Counter(summary["failures"]), summary["candidates"], recipe, path)
+    report_failures(Counter(summary["failures"] | summary["excluded"]), summary["candidates"], recipe, path)
     return summary | conclude(Path(recipe.run_dir), "profile", profile_checks(summary))
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from nemo_pivotrl.algorithms import selection
 from nemo_pivotrl.algorithms.early_stopping import StoppingRule
+from nemo_pivotrl.components.conclusions import TALK
 from nemo_pivotrl.core.artifacts import read_rows
 from nemo_pivotrl.pivotrl.profile_rows import repeated
 
@@ -33,16 +34,17 @@ def summary_of(rows: Iterable[dict[str, Any]], plan: StoppingRule) -> dict[str, 
     """`summarise` over rows."""
     counts: Counter[str] = Counter()
     classes = {name: Counter[str]() for name in CLASSES}
-    failures: Counter[str] = Counter()
+    failures, excluded = Counter[str](), Counter[str]()
     for row in rows:
         counts["candidates"] += 1
         told = row["profile"]
         if told["failure"] is not None:
-            failures[told["failure"]] += 1
+            (excluded if told["failure"] == TALK else failures)[told["failure"]] += 1
             continue
         rewards = [float(sample["reward"]) for sample in row["samples"]]
         entry, saved = classes[hit_class(rewards, plan)], plan.count - len(rewards)
         entry["candidates"] += 1
+        entry["train"] += row["split"] == "train"
         entry["rollouts"] += len(rewards)
         entry["saved"] += saved
         counts["tokens_generated"] += told["tokens_generated"]
@@ -69,6 +71,7 @@ def summary_of(rows: Iterable[dict[str, Any]], plan: StoppingRule) -> dict[str, 
         "tokens_saved_estimate": sum(entry["tokens_saved"] for entry in classes.values()),
         "classes": {name: dict(entry) for name, entry in classes.items()},
         "failures": dict(failures),
+        "excluded": dict(excluded),
         "repeated_samples": counts["repeated"],
         "truncated": counts["truncated"],
         "malformed": counts["malformed"],
@@ -104,12 +107,15 @@ def _selected(rewards: Sequence[float], plan: StoppingRule) -> tuple[bool, bool]
 
 def summary_text(summary: dict[str, Any]) -> str:
     """The summary for a terminal."""
-    lines = [f"{'hit rate':<18}{'candidates':>12}{'rollouts':>12}{'each':>8}{'saved':>9}{'tokens saved':>14}"]
+    lines = [
+        f"{'hit rate':<18}{'both splits':>12}{'train':>8}{'rollouts':>12}{'each':>8}{'saved':>9}{'tokens saved':>14}"
+    ]
     for name, entry in summary["classes"].items():
         if entry:
             n, drawn, saved = entry["candidates"], entry["rollouts"], entry["saved"]
+            share = f"{saved / (drawn + saved):.1%}"
             lines.append(
-                f"{name:<18}{n:>12,}{drawn:>12,}{drawn / n:>8.1f}{saved / (drawn + saved):>9.1%}{entry['tokens_saved']:>14,}"
+                f"{name:<18}{n:>12,}{entry['train']:>8,}{drawn:>12,}{drawn / n:>8.1f}{share:>9}{entry['tokens_saved']:>14,}"
             )
     lines.append(
         f"{summary['rollouts']:,} rollouts of {summary['rollouts'] + summary['rollouts_saved']:,}: {summary['saved_share']:.1%} "

@@ -16,7 +16,7 @@ from typing import Any
 
 from nemo_pivotrl.algorithms import selection
 from nemo_pivotrl.algorithms.early_stopping import StoppingRule
-from nemo_pivotrl.components.conclusions import conclude, pivot_checks
+from nemo_pivotrl.components.conclusions import TALK, conclude, pivot_checks
 from nemo_pivotrl.components.lineage import check_lineage
 from nemo_pivotrl.components.rollout import load_recipe_verifier
 from nemo_pivotrl.config import Recipe
@@ -102,6 +102,7 @@ def select_pivots(recipe: Recipe, fresh: bool = False) -> Path:
             "pivots": len(pivots),
             **({"drop_constant_wins": True} if settings.drop_constant_wins else {}),
         },
+        settings={**found.settings, **recipe.told("select")},
     )
     path = write_artefact(target, header, map(_pivot_row, rows_at(source, [*kept, *held_out])))
     print(
@@ -208,11 +209,12 @@ def _pivot_row(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def fate(profile: Profile, pivots: set[str], lambda_diff: float) -> str:
-    """What became of a candidate: `pivot`, `failed`, `all 0`, `all 1`, `too easy`, or `not drawn` (limit, ratio, constant answer)."""
+    """What became of a candidate: `pivot`, `all 0`, `all 1`, `all equal`, `too easy`, `not drawn` (limit, ratio, constant answer),
+    `left out` (the expert talks, and no judge compares texts), or `failed`."""
     if profile.candidate.candidate_id in pivots:
         return "pivot"
     if profile.failure is not None:
-        return "failed"
+        return "left out" if profile.failure == TALK else "failed"
     stats = selection.statistics(profile.rewards)
     if stats.variance <= 1e-12:
         return "all 0" if stats.mean == 0.0 else "all 1" if stats.mean == 1.0 else "all equal"
@@ -232,7 +234,7 @@ KEYS: Mapping[str, Callable[[Profile], str]] = {
     "task": lambda p: p.candidate.task_id,
 }
 """What a candidate is grouped by in tables."""
-FATES = ("pivot", "all 0", "all 1", "all equal", "too easy", "not drawn", "failed")
+FATES = ("pivot", "all 0", "all 1", "all equal", "too easy", "not drawn", "left out", "failed")
 
 
 def depth_band(depth: int) -> str:
@@ -277,8 +279,9 @@ def by_size(table: dict[str, Counts], of: str | None = None) -> dict[str, Counts
 
 def survival_tables(train: Sequence[Profile], fates: Sequence[str]) -> str:
     """Survival by depth, prompt length, the expert's tool and task, and how many pivots a trajectory keeps, as text."""
+    title = f"what became of the {len(train):,} candidates of the train split (held-out states pass unfiltered)"
     titles = {"depth": "depth", "prompt": "tokens of the prompt", "action": "expert action", "task": "task"}
-    lines: list[str] = []
+    lines = [title]
     for name, table in survivals(train, fates).items():
         lines += _table(titles[name], list(table.items()))
     owners: Counter[str] = Counter()

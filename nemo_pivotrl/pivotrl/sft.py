@@ -39,6 +39,7 @@ from nemo_pivotrl.core.artifacts import digest, file_digest, read_header, read_r
 from nemo_pivotrl.core.errors import InputError, Problem, UnrenderableState
 from nemo_pivotrl.core.lock import one_writer
 from nemo_pivotrl.core.plugins import load_plugin
+from nemo_pivotrl.core.told_settings import leaves
 from nemo_pivotrl.data import gym_rows as responses
 from nemo_pivotrl.data.chat_template import Chat
 from nemo_pivotrl.data.states import Row, States, open_states
@@ -171,6 +172,11 @@ def identity_for(recipe: Recipe, settings: Sft, policy: Policy, chat: Chat, data
     )
 
 
+DECIDING = (
+    *("policy.dtype", "policy.backend", "policy.max_total_sequence_length", "policy.train_micro_batch_tokens"),
+    *("policy.lora", "policy.chat_template", "policy.template_kwargs", "policy.chat", "megatron"),
+)
+"""Settings beside its own section that decide what fine-tuning makes: its checkpoints tell them."""
 Turn = tuple[Sequence[int], Sequence[int], bool]
 """Ids of a turn's prompt and of its action, and whether the expert's reasoning is there."""
 
@@ -285,6 +291,7 @@ def fit(
         name=settings.name,
         cost_name=settings.name,
         identity=identity,
+        settings=recipe.told(*DECIDING) | leaves(settings, "warmup" if settings is recipe.warmup else settings.name),
         chat=chat,
         steps=settings.num_steps,
         steps_field="num_steps",

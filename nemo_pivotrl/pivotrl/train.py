@@ -46,6 +46,7 @@ from nemo_pivotrl.config import Grpo, LossFn, Policy, Recipe
 from nemo_pivotrl.core.artifacts import digest, file_digest, read_header, read_rows
 from nemo_pivotrl.core.errors import InputError, Problem
 from nemo_pivotrl.core.lock import one_writer
+from nemo_pivotrl.core.told_settings import difference
 from nemo_pivotrl.core.types import Split
 from nemo_pivotrl.data.chat_template import Chat
 from nemo_pivotrl.data.states import Row, open_states
@@ -54,6 +55,8 @@ from nemo_pivotrl.verifiers.base import Bounded, Verifier
 
 Until = Callable[[Sequence[rounds.Row]], rounds.Ending | None]
 """Asked after every step: may training go on? It is given all metrics of the round, step 0 included."""
+DECIDING = ("grpo", "policy", "loss_fn", "verifier", "checkpointing.save_period", "megatron")
+"""Settings that decide what training makes: its checkpoints tell them."""
 CARD_NUMBERS = {
     "val/accuracy": "accuracy on held-out turns",
     "val/kl": "KL to the start policy, nats a token",
@@ -92,6 +95,7 @@ def train(recipe: Recipe, fresh: bool = False, until: Until | None = None) -> Pa
         name=settings.name,
         cost_name=f"train {settings.name}",
         identity=_identity(recipe, source),
+        settings=recipe.told(*DECIDING, but=("grpo.max_num_steps", "grpo.max_num_epochs", "verifier.judge.cache")),
         chat=chat,
         steps=steps_of(settings.max_num_steps, settings.max_num_epochs, len(pivots), settings.num_prompts_per_step),
         steps_field="grpo.max_num_steps",
@@ -158,6 +162,7 @@ def _check(recipe: Recipe, source: Path, chat: Chat, verifier_id: str) -> None:
     check_headers(
         source,
         found,
+        recipe.told("policy", "verifier"),
         policy=policy_revision(recipe.policy.model_name),
         tokenizer=chat.fingerprint,
         chat_template=chat.template_digest,
@@ -167,7 +172,8 @@ def _check(recipe: Recipe, source: Path, chat: Chat, verifier_id: str) -> None:
     generation = recipe.policy.generation
     problems = []
     if found.extra["sampling"] != sampling(generation):
-        profiled = f"profiled with {found.extra['sampling']}"
+        named = difference(found.extra["sampling"], sampling(generation))
+        profiled = f"profiled with others: {named}"
         problems.append(
             (
                 "policy.generation",

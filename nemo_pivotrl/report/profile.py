@@ -15,8 +15,10 @@ from nemo_pivotrl.pivotrl.profile_statistics import summary_of
 from nemo_pivotrl.pivotrl.select import FATES, fate, survivals
 from nemo_pivotrl.report.plots import plt, svg
 
-COLOURS = dict(zip(FATES, ("#2a7f3b", "#b3423a", "#4a78b5", "#8a8a8a", "#c9a227", "#b9b9b9", "#5c5c5c"), strict=True))
-FATE_LABELS = {"all 0": "never", "all 1": "always", "failed": "failed or left out"}
+COLOURS = dict(
+    zip(FATES, ("#2a7f3b", "#b3423a", "#4a78b5", "#8a8a8a", "#c9a227", "#b9b9b9", "#d8cfe8", "#5c5c5c"), strict=True)
+)
+FATE_LABELS = {"all 0": "never", "all 1": "always", "left out": "left out: talk"}
 LABELS = {
     "depth": "assistant turns before",
     "prompt": "tokens of the prompt",
@@ -49,6 +51,7 @@ def gather(recipe: Recipe, numbers: dict[str, Any], plots: dict[str, str]) -> No
         "constant_share": sum(r in (0.0, 1.0) for r in rates) / max(1, len(rates)),
         "mean_reward": sum(rates) / max(1, len(rates)),
         "failed": sum(summary["failures"].values()),
+        "left_out": sum(summary["excluded"].values()),
         "hit_rate_counts": _counts(rates),
         "control_hit_rate_counts": _counts(unbiased),
         "control_mean_reward": sum(unbiased) / len(unbiased) if unbiased else None,

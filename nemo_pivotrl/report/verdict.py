@@ -169,9 +169,9 @@ def funnel(numbers: Row) -> Iterator[tuple[str, int, str]]:
         for row in next(iter(survival.values())).values():
             for name, count in row.items():
                 fates[name] = fates.get(name, 0) + count
-        judged = sum(count for name, count in fates.items() if name not in ("failed", "all"))
+        judged = sum(count for name, count in fates.items() if name not in ("failed", "left out", "all"))
         equal = sum(fates.get(name, 0) for name in ("all 0", "all 1", "all equal"))
-        yield "profiled and judged", judged, "turns?split=train&sort=rate"
-        yield "with mixed outcomes", judged - equal, "turns?split=train&low=0.001&high=0.999"
+        yield "of these profiled and judged", judged, "turns?split=train&sort=rate"
+        yield "of these with mixed outcomes", judged - equal, "turns?split=train&low=0.001&high=0.999"
         if "pivots" in numbers:
             yield "pivots", fates.get("pivot", 0), "turns?fate=pivot"

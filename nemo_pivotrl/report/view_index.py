@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nemo_pivotrl.components.conclusions import TALK, read_checks
+from nemo_pivotrl.components.conclusions import read_checks
 from nemo_pivotrl.core.artifacts import placed_rows, read_first_line, read_header, read_rows, rows_at
 from nemo_pivotrl.core.errors import InputError, Problem
 from nemo_pivotrl.core.types import Candidate
@@ -137,7 +137,6 @@ def _read_turns(run: Run) -> None:
             became = "held out"
         elif profiled:
             became = fate(light, pivots, 1.0 if run.lambda_diff is None else run.lambda_diff)
-            became = "left out" if light.failure == TALK else became
         turn = Turn(
             candidate.candidate_id,
             candidate.trajectory_id,
@@ -387,6 +386,11 @@ def _interval(run: Run, turn: Turn) -> list[float] | None:
 def _row(run: Run, turn: Turn) -> Row:
     assert run.source is not None
     return next(rows_at(run.source, [turn.place]))
+
+
+def candidate_of(run: Run, candidate_id: str) -> Candidate:
+    """A turn with its state and tools, read from its place. Raises KeyError for an id that is not there."""
+    return _candidate(run, _row(run, run.turns[run.by_id[candidate_id]]))
 
 
 def _candidate(run: Run, row: Row) -> Candidate:

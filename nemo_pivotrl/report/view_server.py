@@ -23,6 +23,7 @@ from nemo_pivotrl.core.artifacts import read_header
 from nemo_pivotrl.core.errors import InputError, short
 from nemo_pivotrl.report import VIEW_ADDRESS, view_index as index
 from nemo_pivotrl.report.llmdoctor import decoder, numbered
+from nemo_pivotrl.report.view_prompt import RenderedPrompts
 from nemo_pivotrl.tools.http_guard import Guard
 from nemo_pivotrl.tools.http_server import check_port, run as serve_app
 
@@ -57,11 +58,12 @@ def view(folder: Path, port: int) -> None:
 def create_app(folder: Path) -> Guard:
     """The application behind the guard of all servers here. Raises InputError for a folder without artefacts."""
     run = index.open_run(folder)
-    pieces = _pieces(folder)
+    pieces, rendered = _pieces(folder), RenderedPrompts(run)
     answers: dict[str, Callable[[dict[str, str]], Any]] = {
         "/api/run": lambda asked: index.overview(run),
         "/api/turns": lambda asked: index.listed(run, asked),
         "/api/turn": lambda asked: index.whole_turn(run, asked["id"]),
+        "/api/prompt_text": lambda asked: rendered.prompt(asked["id"]),
         "/api/trajectory": lambda asked: index.trajectory(run, asked["id"]),
         "/api/pairs": lambda asked: _page(run.pairs, asked),
         "/api/pair": lambda asked: index.pair(run, asked["id"], pieces),

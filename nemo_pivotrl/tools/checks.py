@@ -203,7 +203,7 @@ def of_data(recipe: Recipe, stage: str) -> list[Problem]:
     if stage != "train":
         return problems
     names = {"tokenizer": chat.fingerprint, "chat_template": chat.template_digest}
-    return problems + caught(check_headers, path, header, **names)[1]
+    return problems + caught(check_headers, path, header, recipe.told("policy"), **names)[1]
 
 
 def trajectory_problems(recipe: Recipe) -> list[Problem]:
@@ -282,6 +282,8 @@ def addresses(recipe: Recipe, stage: str) -> list[Problem]:
     named = [("vllm.servers", url) for url in recipe.vllm.servers if asked]
     if recipe.verifier.judge.base_url and stage in ("profile", "train"):
         named.append(("verifier.judge.base_url", recipe.verifier.judge.base_url))
+    if recipe.assess.judge.base_url and stage == "assess":
+        named.append(("assess.judge.base_url", recipe.assess.judge.base_url))
     for field, url in named:
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:

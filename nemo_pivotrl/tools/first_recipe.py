@@ -10,12 +10,12 @@ import math
 import textwrap
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from nemo_pivotrl.backends.hf_models import check_weights
-from nemo_pivotrl.backends.hub import local_copy
+from nemo_pivotrl.backends.hub import local_copy, near_names
 from nemo_pivotrl.components.rollout import load_chat
 from nemo_pivotrl.config import Policy, Preferences
 from nemo_pivotrl.core.atomic import write_atomically
@@ -37,6 +37,8 @@ THINKING = 2048
 SPARE = 1.25
 """Room for longer states than were looked at."""
 SHOWN_TOOLS = 8
+SHOWN_REASONS = 3
+"""Reasons why states cannot be rendered that are told."""
 WIDTH = 110
 """Characters of a line of the recipe."""
 GYM_VERIFIERS = ("terminal_multi_harness", "terminus", "swe", "single_step")
@@ -60,6 +62,8 @@ class Data:
     undefined: list[str] = field(default_factory=list)
     """Tools that are called and that no record defines."""
     trajectories: Sequence[Trajectory] = ()
+    left_out: Sequence[Problem] = ()
+    """What is wrong with each record that cannot be read."""
     gym_verifier: str = ""
     """The verifier after which the rows' NeMo-Gym agent is named."""
 
@@ -91,8 +95,10 @@ class Lengths:
     action: int = 0
     """Of the longest expert turn."""
     turns: int = 0
-    refused: str = ""
-    """Why the first of those that cannot be rendered is not."""
+    states: int = 0
+    """Last states that were looked at."""
+    refused: Counter[str] = field(default_factory=Counter)
+    """Why a last state cannot be rendered, and what to do -> how many of them."""
 
 
 def init(model: str, file: str, target: Path) -> str:
@@ -121,9 +127,9 @@ def init(model: str, file: str, target: Path) -> str:
 def look_at_model(name: str) -> Model:
     """The model's size, context and chat template. Raises InputError for a folder that is no checkpoint."""
     folder = local_copy(name, "MODEL", fetch=True)
-    config = check_config(
-        folder, "MODEL", "give a folder with an HF checkpoint (config.json, *.safetensors, tokenizer)"
-    )
+    checkpoint = "a folder with an HF checkpoint (config.json, *.safetensors, tokenizer)"
+    hub = "the id of a model on the Hugging Face hub, as OWNER/NAME"
+    config = check_config(folder, "MODEL", f"{near_names(name)}give {checkpoint}, or {hub}")
     inner = config.get("text_config") if isinstance(config.get("text_config"), dict) else config
     parameters = sum(math.prod(tensor.shape) for tensor in check_weights(folder, "MODEL").values())
     context = inner.get("max_position_embeddings") if isinstance(inner, dict) else 0
@@ -145,12 +151,12 @@ def look_at_data(file: str) -> Data:
         )
     if format_of(first[1]) == "preferences":
         found = read_preferences(Preferences(files=(file,), on_invalid="skip"))
-        return Data(file, "preferences", found.files[file], len(found.preferences))
+        return Data(file, "preferences", found.files[file], len(found.preferences), left_out=found.left_out)
     reading = read_trajectories([file], on_invalid="skip")
     if not reading.trajectories:
         raise InputError(reading.left_out)
     data = Data(file, "trajectories", reading.files[0].formats, len(reading.trajectories))
-    data.trajectories = reading.trajectories
+    data.trajectories, data.left_out = reading.trajectories, reading.left_out
     agents = " ".join(mark for mark in reading.published if mark.startswith("agent "))
     data.gym_verifier = next((name for name in GYM_VERIFIERS if name in agents), "")
     undefined: Counter[str] = Counter()
@@ -167,7 +173,7 @@ def look_at_data(file: str) -> Data:
 
 
 def measure(chat: Chat, trajectories: Sequence[Trajectory]) -> Lengths:
-    """Tokens of the last state of some trajectories and of all their experts' turns. What cannot be rendered is left out."""
+    """Tokens of the last state of some trajectories and of all their experts' turns. What cannot be rendered is told."""
     found = Lengths()
     for trajectory in trajectories[:: math.ceil(len(trajectories) / LOOKED_AT)]:
         turns = [n for n, m in enumerate(trajectory.messages) if m["role"] == "assistant" and n > 0]
@@ -178,15 +184,27 @@ def measure(chat: Chat, trajectories: Sequence[Trajectory]) -> Lengths:
             )
             found.turns += 1
             try:
-                found.action = max(found.action, len(chat.tokenizer.encode(written, add_special_tokens=False)))
+                found.action = max(found.action, len(chat.encode(written)))
                 if n == turns[-1]:
+                    found.states += 1
                     ids = chat.action_ids(trajectory.messages[:n], trajectory.tools, action)
                     found.action = max(found.action, len(ids))
                     found.state = max(found.state, len(chat.prompt_ids(trajectory.messages[:n], trajectory.tools)))
             except InputError as error:
-                first = error.problems[0]
-                found.refused = found.refused or f"{first.field}: {first.found} -> {first.remedy}"
+                told = "; ".join(f"{p.field}: {p.found}" for p in error.problems)
+                found.refused[f"{told} -> {error.problems[0].remedy}"] += 1
     return found
+
+
+def _renames_mend(chat: Chat, trajectories: Sequence[Trajectory]) -> bool:
+    """Whether every state that was looked at can be rendered once its developer is called system."""
+    if "developer" in chat.settings.roles or not any(
+        m["role"] == "developer" for t in trajectories for m in t.messages
+    ):
+        return False
+    settings = replace(chat.settings, roles={**chat.settings.roles, "developer": "system"})
+    renaming = Chat(chat.tokenizer, chat.parser, chat.template_kwargs, chat.limits, settings)
+    return not measure(renaming, trajectories).refused
 
 
 # ---- writing ----
@@ -195,7 +213,8 @@ def measure(chat: Chat, trajectories: Sequence[Trajectory]) -> Lengths:
 def _pivotrl(model: Model, data: Data) -> tuple[str, list[str]]:
     """(a recipe for PivotRL, what the user has to settle)."""
     open_points: list[str] = []
-    total, new, longest, why = _lengths(model, data, open_points)
+    lengths = measure(model.chat, data.trajectories) if model.chat else Lengths()
+    total, new, longest, why = _lengths(model, lengths, open_points)
     lines = [
         *_head("PivotRL", model, data),
         "policy:",
@@ -204,9 +223,14 @@ def _pivotrl(model: Model, data: Data) -> tuple[str, list[str]]:
     if model.problem:
         open_points.append(f"policy.chat_template: {model.problem}")
         lines += _noted("  # chat_template: template.jinja", "the tokenizer has none: name a Jinja file")
+    if model.chat and lengths.refused and _renames_mend(model.chat, data.trajectories):
+        lines += _noted(
+            "  # chat: {roles: {developer: system}}", "with this line every state that was looked at can be rendered"
+        )
     lines += _noted(f"  max_total_sequence_length: {total}", f"prompt and turn, in tokens; {longest}")
     lines += _noted(f"  generation: {{max_new_tokens: {new}}}", f"{why}; a turn that is cut there scores 0")
     lines += ["", "extract:", *_noted(f"  trajectories: [{_scalar(data.file)}]", _counted(data))]
+    lines += _unreadable(data, "extract", open_points)
     if data.undefined:
         names = ", ".join(data.undefined[:SHOWN_TOOLS]) + (" ..." if len(data.undefined) > SHOWN_TOOLS else "")
         open_points.append(
@@ -221,9 +245,22 @@ def _pivotrl(model: Model, data: Data) -> tuple[str, list[str]]:
     return "\n".join(lines) + "\n", open_points
 
 
-def _lengths(model: Model, data: Data, open_points: list[str]) -> tuple[int, int, str, str]:
+def _unreadable(data: Data, section: str, open_points: list[str]) -> list[str]:
+    """The line that leaves bad records out; nothing where there are none."""
+    if not data.left_out:
+        return []
+    first, count = data.left_out[0], len(data.left_out)
+    told = f"line {first.line}: {first.field}: {first.found} -> {first.remedy}"
+    open_points.append(
+        f"{count:,} records cannot be read, and {section} stops there: mend them, or set {section}.on_invalid=skip; the first, {told}"
+    )
+    return _noted(
+        "  # on_invalid: skip", f"{count:,} records cannot be read: with this line they are left out and named"
+    )
+
+
+def _lengths(model: Model, lengths: Lengths, open_points: list[str]) -> tuple[int, int, str, str]:
     """(max_total_sequence_length, max_new_tokens, why the one, why the other)."""
-    lengths = measure(model.chat, data.trajectories) if model.chat else Lengths()
     reasons = bool(model.chat and model.chat.reasoning.ends)
     new = max(THINKING if reasons else MIN_NEW, _rounded(2 * lengths.action))
     why = (
@@ -231,12 +268,13 @@ def _lengths(model: Model, data: Data, open_points: list[str]) -> tuple[int, int
         if reasons
         else f"twice the longest of {lengths.turns:,} expert turns ({lengths.action:,})"
     )
-    if lengths.refused:
-        which = "some states" if lengths.state else "no state looked at"
-        open_points.append(f"{which} can{'not' if lengths.state else ''} be rendered: {lengths.refused}")
+    for reason, count in lengths.refused.most_common(SHOWN_REASONS):
+        which = f"{count:,} of {lengths.states:,} states" if lengths.state else f"none of {lengths.states:,} states"
+        open_points.append(f"{which} looked at can{'not' if lengths.state else ''} be rendered: {reason}")
     if not lengths.state:
         usual = Policy().max_total_sequence_length
-        return min(usual, model.context or usual), new, "nothing was rendered", why
+        first = next(iter(lengths.refused), "no chat template")
+        return min(usual, model.context or usual), new, f"nothing was rendered: {_line(first)}", why
     total = _rounded(SPARE * lengths.state + new)
     if model.context and total > model.context:
         open_points.append(
@@ -288,6 +326,7 @@ def _llmdoctor(model: Model, data: Data) -> tuple[str, list[str]]:
     lines += _noted(f"  model_name: {name}", "better: a smaller model with the same tokenizer")
     lines += [f"  max_total_sequence_length: {total}", "", "preferences:"]
     lines += _noted(f"  files: [{_scalar(data.file)}]", _counted(data))
+    lines += _unreadable(data, "preferences", open_points)
     lines += _noted("  objective: helpfulness", "what it is about; reward.positive and reward.negative say it in words")
     lines += [
         "",

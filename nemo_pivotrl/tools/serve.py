@@ -63,7 +63,7 @@ def command(recipe: Recipe, host: str, port: int, refit: bool) -> tuple[list[str
     del settings["use_tqdm_on_load"]
     if template is not None:
         settings["chat_template"] = template
-    if steered and recipe.decode.doctors:
+    if steered:  # without doctors, too: `rank` has its tokens drawn as the other backends draw them
         from nemo_pivotrl.backends.vllm.guidance import guide_arguments
 
         more, names = guide_arguments(recipe.patient, recipe.decode, recipe.serve.model)

@@ -343,7 +343,7 @@ def _of_kind(c: Reading, text: str, schema: Mapping[str, Any], kind: str) -> For
     elif kind == "python":
         rule, found = "python_tokens", values.python_tokens(text)
     elif kind == "place":
-        rule, found = "place_case", ("place", text.casefold())
+        rule, found = "place_case", ("place", text.strip().casefold())
     elif kind == "phone":
         rule, found = "phones", values.phone(text)
     if found is None or not c.on(rule):

@@ -99,14 +99,18 @@ def read_edit(c: Reading, edit: Edit, files: Mapping[str, str]) -> Form:
     if edit.kind == "unified" and len(edit.files) == 1:
         path = edit.files[0].new
     text = files.get(path)
-    if text is not None and "edit_effect" in c.rules and edit.kind != "whole":
+    # the last line's end, where a patch speaks of it: `apply` does not know it
+    unended = tuple((file.new, *sorted(file.unended)) for file in edit.files if file.unended)
+    if unended and c.on("whitespace"):
+        unended = ()
+    if text is not None and "edit_effect" in c.rules and edit.kind != "whole" and not unended:
         c.spend(4 * len(text))
         result = apply(edit, text)
         if result is not None:
             c.used.add("edit_effect")
             return "file", path, _settled(c, path, result, whole=True)
     if edit.kind == "unified":
-        return "patch", *(file.form() for file in edit.files)
+        return "patch", unended, *(file.form() for file in edit.files)
     if edit.kind == "whole":
         return "file", edit.path, _settled(c, edit.path, edit.new, whole=True)
     new = _settled(c, edit.path, edit.new, whole=edit.kind == "insert")

@@ -54,7 +54,7 @@ RULES: dict[str, tuple[bool, str]] = {
         "blanks around a command; in what an edit writes blanks at the ends of source lines, and the last line's end",
     ),
     "letter_case": (False, "all texts up to case: paths and mail addresses too, but not URLs, commands, code and SQL"),
-    "place_case": (True, "names of cities and countries up to case"),
+    "place_case": (True, "names of cities and countries up to case and blanks around them"),
     "dates": (True, "dates and times that name the same moment"),
     "mail_domains": (True, "mail addresses up to the case of their domain"),
     "phones": (True, "international telephone numbers up to the marks between digits"),
@@ -63,13 +63,14 @@ RULES: dict[str, tuple[bool, str]] = {
     "json_text": (True, "texts that are a JSON object, as JSON"),
     "sql": (
         True,
-        "SQL up to case of keywords, blanks, comments, a last semicolon, and the order of what AND, OR and IN join",
+        "SQL up to case of keywords, blanks, comments, a last semicolon, ASC, INNER, OUTER, and the order of what AND, OR and "
+        "IN join",
     ),
     "python_tokens": (True, "Python code up to comments, blank lines, indentation width and quotes"),
     "edit_effect": (True, "edits with the same result, where the row or the trace shows the file"),
     "search_tokens": (
         True,
-        "web searches up to case, articles, marks at word ends, and the place of words like `tutorial`",
+        "web searches up to case, marks at word ends, and `the` before `... of`; `weather in Paris` is `Paris weather`",
     ),
     "shell_argv": (True, "shell commands as parsed commands; the ground of the other shell rules"),
     "shell_quoting": (True, "quotes that do not change a word"),
@@ -117,7 +118,7 @@ class Functional:
     """Schema-aware equivalence of actions."""
 
     name: ClassVar[str] = "functional"
-    version: ClassVar[str] = "3"
+    version: ClassVar[str] = "4"
     talk_rule: ClassVar[str] = "decided"
     reads_state: ClassVar[bool] = True
     mode: Literal["arguments", "tool_name"] = "arguments"

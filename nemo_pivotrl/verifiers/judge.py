@@ -10,246 +10,82 @@ it asks one order unless told, and one of its shipped configs lets the policy ju
 
 from __future__ import annotations
 
-import itertools
 import json
-import logging
-import os
-import re
-import threading
-import time
-from concurrent.futures import Future
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-import httpx
-
 from nemo_pivotrl import config
-from nemo_pivotrl.backends.http_retry import growing_pause
-from nemo_pivotrl.core.artifacts import digest, json_line
-from nemo_pivotrl.core.atomic import append_line, open_input
+from nemo_pivotrl.core.artifacts import digest
 from nemo_pivotrl.core.errors import InputError, Problem, short
 from nemo_pivotrl.core.types import Action, Case, Verdict
 from nemo_pivotrl.verifiers.base import Judging, Ruling, VerifierFault
 from nemo_pivotrl.verifiers.bounds import decode_json
+from nemo_pivotrl.verifiers.judge_asking import Asking, Cache, judge_problems
 from nemo_pivotrl.verifiers.judge_calibration import Calibration, calibrate
-from nemo_pivotrl.verifiers.judge_endpoint import Endpoint, PassingFault
-from nemo_pivotrl.verifiers.judge_prompt import RUBRIC_VERSION, prompt, read_verdict, shown, shown_context
+from nemo_pivotrl.verifiers.judge_prompt import RUBRIC_VERSION, equivalence, shown, shown_context
 from nemo_pivotrl.verifiers.swe import category_of
 
-__all__ = ["Calibration", "Judge", "JudgeVerifier", "calibrate", "connect", "refuse_self_judge"]
+__all__ = ["Calibration", "Judge", "JudgeVerifier", "calibrate", "connect"]
 
+SECTION = "verifier.judge"
 ORDERS_DISAGREE = "the orders disagree"
 
 
-class _Cache:
-    """Rulings by content, in memory and in a file that several processes may append to. `path` empty: no file.
-
-    Lines that cannot be read (torn by a crash, another program's) are passed over: their question is asked again.
-    """
-
-    def __init__(self, path: str):
-        self._path = path
-        self._known: dict[str, Ruling] = {}
-        if not path:
-            return
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        append_line(Path(path), b"")  # it can be written
-        with open_input(path) as handle:
-            for line in handle:
-                try:
-                    row = json.loads(line)
-                    key, ruling = row["key"], Ruling(row["same"], row["votes"], row["detail"])
-                except (ValueError, KeyError, TypeError, RecursionError):
-                    continue
-                texts = (key, ruling.votes, ruling.detail)
-                if isinstance(ruling.same, bool) and all(isinstance(text, str) for text in texts):
-                    self._known[key] = ruling
-
-    def get(self, key: str) -> Ruling | None:
-        return self._known.get(key)
-
-    def put(self, key: str, ruling: Ruling) -> None:
-        self._known[key] = ruling
-        if not self._path:
-            return
-        append_line(Path(self._path), json_line({"key": key, **asdict(ruling)}))
+def _ruling(row: Mapping[str, Any]) -> Ruling:
+    """A ruling of a cache's line. Raises KeyError and TypeError for what is none."""
+    ruling = Ruling(row["same"], row["votes"], row["detail"])
+    if not (isinstance(ruling.same, bool) and isinstance(ruling.votes, str) and isinstance(ruling.detail, str)):
+        raise TypeError("no ruling")
+    return ruling
 
 
 class Judge:
-    """Asks, counts votes and remembers. Threads may share it; the same question from several of them is asked once."""
+    """A judge of equivalence. Threads may share it."""
 
     def __init__(self, settings: config.Judge):
         self.settings = settings
         self.concurrency = settings.concurrency
-        self._endpoint = Endpoint(settings, settings.timeout_s)
-        self._cache = _Cache(settings.cache)
-        self._lock = threading.Lock()
-        self._open: dict[str, Future[Ruling]] = {}
+        self._asking = Asking(settings, SECTION, Cache(settings.cache, _ruling))
 
     def __repr__(self) -> str:
         return f"Judge({self.settings.model!r} at {self.settings.base_url!r})"
 
     def close(self) -> None:
         """Give the connections back; the end of the object does so too."""
-        self._endpoint.close()
+        self._asking.close()
 
     def equivalent(self, kind: str, case: Case, expected: str, actual: str) -> Ruling:
         """Whether two actions do the same in `case`. Raises VerifierFault where the judge gives no answer."""
         if expected.strip() == actual.strip():
             return Ruling(True, "", "equal texts")
         s = self.settings
-        texts = shown_context(case, s.max_context_chars), *(shown(t, s.max_action_chars) for t in (expected, actual))
-        if texts[1] == texts[2]:
+        context, *texts = (
+            shown_context(case.messages, s.max_context_chars),
+            *(shown(t, s.max_action_chars) for t in (expected, actual)),
+        )
+        if texts[0] == texts[1]:
             return Ruling(False, "", "they differ in invisible characters only, which the judge is not shown")
-        asked = [s.model, s.temperature, s.max_tokens, s.extra_body, s.votes, s.both_orders]
-        key = digest([kind, RUBRIC_VERSION, asked, texts], 32)
-        with self._lock:
-            known, other = self._cache.get(key), self._open.get(key)
-            if known is None and other is None:
-                mine = self._open[key] = Future[Ruling]()
-        if known is not None:
-            return known
-        if other is not None:
-            return other.result()
-        try:
-            ruling = self._rule(kind, *texts)
-            self._cache.put(key, ruling)
-        except BaseException as error:
-            mine.set_exception(error)
-            raise
-        else:
-            mine.set_result(ruling)
-            return ruling
-        finally:
-            with self._lock:
-                del self._open[key]
+        key = digest([kind, RUBRIC_VERSION, self._asking.asked(), [context, *texts]], 32)
+        return self._asking.once(key, lambda: self._rule(kind, context, *texts))
 
     def _rule(self, kind: str, context: str, expected: str, actual: str) -> Ruling:
-        """Every order is asked to the end, so that orders which disagree can be told from a plain difference."""
         votes = self.settings.votes
-        orders = [(expected, actual), (actual, expected)][: 1 + self.settings.both_orders]
-        counts = [sum(self._ask(kind, context, *order, vote) for vote in range(votes)) for order in orders]
-        said = [2 * count > votes for count in counts]
+        counts = [said["SAME"] for said in self._asking.votes(equivalence(kind), context, expected, actual)]
+        same = [2 * count > votes for count in counts]
         tally = " ".join(f"{count}/{votes}" for count in counts)
-        return Ruling(all(said), tally, "" if len(set(said)) == 1 else ORDERS_DISAGREE)
-
-    def _ask(self, kind: str, context: str, first: str, second: str, vote: int) -> bool:
-        """One answer. What may pass, an answer without a verdict too, is asked again after growing pauses.
-
-        Every request has a code of its own, so that one asked again at temperature 0 need not fail alike.
-        """
-        s = self.settings
-        for attempt in itertools.count():
-            messages, code = prompt(kind, context, first, second, f"{vote} {attempt}")
-            asked: dict[str, Any] = {
-                "model": s.model,
-                "messages": messages,
-                "temperature": s.temperature,
-                "max_tokens": s.max_tokens,
-            }
-            asked |= s.extra_body
-            body = {name: value for name, value in asked.items() if value is not None}  # `temperature: null`: not sent
-            try:
-                return self._answer(body, code)
-            except PassingFault as fault:
-                if attempt == s.max_retries:
-                    raise VerifierFault(fault.kind, f"{fault} (asked {attempt + 1} times)") from None
-                time.sleep(max(fault.pause, growing_pause(attempt, s.backoff_s)))
-        raise AssertionError("unreachable")
-
-    def _answer(self, body: dict[str, Any], code: str) -> bool:
-        read = self._endpoint.exchange("POST", "chat/completions", body)
-        try:
-            choice = json.loads(read)["choices"][0]
-            content, reason = choice["message"]["content"], choice.get("finish_reason")
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-            found = self._endpoint.show(read.decode("utf-8", "replace"))
-            raise PassingFault("judge_unreadable", f"no chat completion: {found}") from None
-        if reason == "length":
-            raise PassingFault("judge_unreadable", "the answer was cut off; raise verifier.judge.max_tokens")
-        verdict = read_verdict(content, code) if isinstance(content, str) else None
-        if verdict is None:
-            raise PassingFault("judge_unreadable", "an answer without a verdict")
-        return verdict
+        return Ruling(all(same), tally, "" if len(set(same)) == 1 else ORDERS_DISAGREE)
 
 
 def connect(settings: config.Judge) -> Judge:
     """A judge behind `settings.base_url`. Raises InputError for settings that no request could be made with."""
-    problems = []
-
-    def refuse(name: str, found: str, remedy: str) -> None:
-        problems.append(Problem("recipe", None, f"verifier.judge.{name}", found, remedy))
-
-    try:
-        url = httpx.URL(settings.base_url)
-        plain = url.scheme in ("http", "https") and url.host and not (url.query or url.fragment)
-        plain = plain and 0 < (url.port or 80) < 1 << 16 and not re.search(r"[\s%]", settings.base_url.split("/")[2])
-    except httpx.InvalidURL:
-        url, plain = httpx.URL(), False
-    if not settings.base_url:
-        refuse(
-            "base_url", "nothing", "give the address of an OpenAI-compatible endpoint, e.g. http://127.0.0.1:8000/v1"
-        )
-    elif url.userinfo:
-        refuse("base_url", "an address with a password", "put the key into the variable that api_key_env names")
-    elif not plain:
-        refuse("base_url", short(settings.base_url), "give an http or https address that /chat/completions can follow")
-    if not settings.model:
-        refuse("model", "nothing", "give the name under which the endpoint serves the judge")
-    try:
-        json.dumps(settings.extra_body, allow_nan=False)
-    except (TypeError, ValueError) as error:
-        refuse("extra_body", short(str(error)), "write values that JSON has")
-    for name in sorted({"messages", "model", "n", "stream"} & settings.extra_body.keys()):
-        refuse(f"extra_body.{name}", short(settings.extra_body[name]), "remove it: the judge sets it")
-    if problems:
+    if problems := judge_problems(settings, SECTION):
         raise InputError(problems)
     try:
         return Judge(settings)
     except OSError as error:
-        refuse("cache", short(str(error)), "give a file that can be written, or none")
-        raise InputError(problems) from None
-
-
-def refuse_self_judge(settings: config.Judge, policy: str) -> None:
-    """Raises InputError where the judge is the policy, unless `allow_self_judge`.
-
-    Compared with `policy` are the judge's name and what the endpoint's `/models` says stands behind it (`id`, and `root`,
-    vLLM's path of the weights): the whole name, the last component in any case, and the place that a path leads to. A copy
-    of the weights under another name is not found. Where `/models` gives no answer the names alone are compared, and a
-    warning is logged: that the judge is another model is then not known.
-    """
-    if settings.allow_self_judge or not policy:
-        return
-    names = {settings.model}
-    endpoint = Endpoint(settings, min(5.0, settings.timeout_s))
-    try:
-        listed = json.loads(endpoint.exchange("GET", "models"))["data"]
-        ours = [m for m in listed if m["id"] == settings.model]
-        if not ours and len(listed) == 1:  # a server of one model may take any name for it
-            ours = listed
-        names |= {str(name) for m in ours for name in (m["id"], m.get("root")) if name}
-    except (VerifierFault, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        found = error if isinstance(error, VerifierFault) else "it has no list of models"
-        text = "verifier.judge: %s/models: %s; whether it serves the policy is judged by its name alone"
-        logging.getLogger(__name__).warning(text, settings.base_url.rstrip("/"), found)
-    finally:
-        endpoint.close()
-    same = next((name for name in sorted(names) if _same_model(name, policy)), None)
-    if same is not None:
-        served = settings.model if same == settings.model else f"{settings.model}, which serves {same}"
-        remedy = f"the policy is {policy}: take another model, or set verifier.judge.allow_self_judge=true"
-        raise InputError(Problem("recipe", None, "verifier.judge.model", served, remedy))
-
-
-def _same_model(name: str, policy: str) -> bool:
-    first, second = (text.rstrip("/").rpartition("/")[2].casefold() for text in (name, policy))
-    return (
-        name == policy
-        or first == second
-        or (os.path.exists(name) and os.path.realpath(name) == os.path.realpath(policy))
-    )
+        remedy = "give a file that can be written, or none"
+        raise InputError(Problem("recipe", None, f"{SECTION}.cache", short(str(error)), remedy)) from None
 
 
 @dataclass(kw_only=True, frozen=True)

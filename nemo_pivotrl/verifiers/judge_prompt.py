@@ -12,9 +12,11 @@ import itertools
 import re
 import secrets
 import unicodedata
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from nemo_pivotrl.core.artifacts import canonical_json, digest
-from nemo_pivotrl.core.types import Case
 from nemo_pivotrl.data.gym_rows import text_of
 
 RUBRICS = {
@@ -45,9 +47,29 @@ DIFFERENT from one that does not.
 5. Where the sections leave a doubt that matters, say DIFFERENT.
 Weigh it in a few sentences. The last line of your answer is the code and one word, SAME or DIFFERENT, and nothing else.
 The code is {code}"""
-QUESTION = "Are ACTION 1 and ACTION 2 the same in effect? The last line must be `{code} SAME` or `{code} DIFFERENT`."
-RUBRIC_VERSION = digest([SYSTEM, QUESTION, RUBRICS], 8)
+CLOSING = "Are ACTION 1 and ACTION 2 the same in effect? The last line must be `{code} SAME` or `{code} DIFFERENT`."
+RUBRIC_VERSION = digest([SYSTEM, CLOSING, RUBRICS], 8)
 """Part of the cache key: other words, other answers."""
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What a judge is asked of two texts. `{code}` stands for the code of a request."""
+
+    system: str
+    closing: str
+    names: tuple[str, str]
+    """Of the two texts."""
+    words: tuple[str, ...]
+    """What it may answer."""
+
+
+def equivalence(kind: str) -> Question:
+    """Whether two actions are the same in effect."""
+    system = SYSTEM.replace("{rubric}", RUBRICS[kind])
+    return Question(system, CLOSING, ("ACTION 1", "ACTION 2"), ("SAME", "DIFFERENT"))
+
+
 CUT = "\x00"
 """Stands for the code in shown text, which has no NUL of its own."""
 INVISIBLE = frozenset(("Cc", "Cf", "Cs", "Zl", "Zp"))
@@ -75,11 +97,11 @@ def shown(text: str, limit: int) -> str:
     return f"{_visible(text[:head])}\n{mark}\n{_visible(text[end:])}"
 
 
-def shown_context(case: Case, limit: int) -> str:
-    """The end of the state: its last messages without reasoning, at most `limit` characters of them."""
+def shown_context(state: Sequence[Mapping[str, Any]], limit: int) -> str:
+    """The end of a state: its last messages without reasoning, at most `limit` characters of them."""
     parts: list[str] = []
     size = 0
-    for message in reversed(case.messages) if limit else ():
+    for message in reversed(state) if limit else ():
         functions = [call["function"] for call in message.get("tool_calls") or ()]
         lines = [text_of(message.get("content")), *(f"calls {f['name']} {f['arguments']}" for f in functions)]
         parts.append(f"{message.get('role')}: " + "\n".join(filter(None, lines)))
@@ -90,11 +112,13 @@ def shown_context(case: Case, limit: int) -> str:
     return f"{CUT}earlier text\n{_visible(text[-limit:])}" if len(text) > limit else _visible(text)
 
 
-def prompt(kind: str, context: str, first: str, second: str, nonce: str = "") -> tuple[list[dict[str, str]], str]:
+def prompt(
+    question: Question, context: str, first: str, second: str, nonce: str = ""
+) -> tuple[list[dict[str, str]], str]:
     """(messages, code) of one question. The code follows from the content and a secret of this process."""
-    sections = {"CONTEXT": context, "ACTION 1": first, "ACTION 2": second}
+    sections = dict(zip(("CONTEXT", *question.names), (context, first, second), strict=True))
     for salt in itertools.count():
-        content = canonical_json([kind, *sections.values(), nonce, salt]).encode("utf-8", "surrogatepass")
+        content = canonical_json([question.system, *sections.values(), nonce, salt]).encode("utf-8", "surrogatepass")
         code = "J" + hmac.new(_SECRET, content, hashlib.sha256).hexdigest()[:12]
         if not any(code in text for text in sections.values()):
             break
@@ -103,16 +127,15 @@ def prompt(kind: str, context: str, first: str, second: str, nonce: str = "") ->
         for name, text in sections.items()
         if text or name != "CONTEXT"
     ]
-    system = SYSTEM.format(rubric=RUBRICS[kind], code=code)
-    user = "".join(body) + QUESTION.format(code=code)
-    return [{"role": "system", "content": system}, {"role": "user", "content": user}], code
+    system, closing = (text.replace("{code}", code) for text in (question.system, question.closing))
+    return [{"role": "system", "content": system}, {"role": "user", "content": "".join(body) + closing}], code
 
 
-def read_verdict(answer: str, code: str) -> bool | None:
-    """What the last line with the code says; None where there is none, or it says anything but SAME or DIFFERENT."""
+def read_verdict(answer: str, code: str, words: Sequence[str]) -> str | None:
+    """The word on the last line with the code; None where there is none, or the line says anything but one of them."""
     spoken = answer.rpartition("</think>")[2]
     lines = [line for line in spoken.splitlines() if code in line]
     if not lines or spoken.lstrip().startswith("<think>"):
         return None
-    found = re.fullmatch(rf"[\s*_`>#-]*{code}[\s*_`:-]+(SAME|DIFFERENT)[\s*_`.]*", lines[-1])
-    return found[1] == "SAME" if found else None
+    found = re.fullmatch(rf"[\s*_`>#-]*{code}[\s*_`:-]+({'|'.join(words)})[\s*_`.]*", lines[-1])
+    return found[1] if found else None

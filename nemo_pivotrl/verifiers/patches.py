@@ -52,9 +52,11 @@ class FilePatch:
     new: str = ""
     facts: list[str] = field(default_factory=list)
     changes: list[Change] = field(default_factory=list)
+    unended: set[str] = field(default_factory=set)
+    """Of the marks `-`, `+` and blank those after whose line stands that the file ends without a line end."""
 
     def form(self) -> tuple[Any, ...]:
-        """Equal for patches of a file that do the same."""
+        """Equal for patches of a file that do the same, up to the file's last line end."""
         facts = sorted(fact for fact in self.facts if fact != "new file mode 100644" and not fact.startswith("deleted"))
         said = tuple((c.line, c.gone, c.put, c.before, c.after) for c in self.changes)
         return self.old, self.new, tuple(facts), said
@@ -78,7 +80,7 @@ def read_unified(text: str) -> list[FilePatch] | None:
             found[-1].old, found[-1].new = _names(line, lines[at + 1])
             at += 1
         elif (hunk := HUNK.fullmatch(line)) and found:
-            end = _read_hunk(lines, at + 1, hunk, found[-1].changes)
+            end = _read_hunk(lines, at + 1, hunk, found[-1])
             if end is None:
                 return None
             at = end - 1
@@ -117,17 +119,18 @@ def _names(old: str, new: str) -> tuple[str, str]:
     return clean_path(names[0]), clean_path(names[1])
 
 
-def _read_hunk(lines: Sequence[str], at: int, hunk: re.Match[str], changes: list[Change]) -> int | None:
-    """Add the changes of the hunk whose lines begin at `at`; the line after it, or None where the counts do not add up."""
+def _read_hunk(lines: Sequence[str], at: int, hunk: re.Match[str], file: FilePatch) -> int | None:
+    """Add to `file` the changes of the hunk whose lines begin at `at`; the line after it, or None where the counts do not add up."""
     begin, old_left, new_left = int(hunk[1]), int(hunk[2] or 1), int(hunk[3] or 1)
     position = begin + (old_left == 0)
     gone: list[str] = []
     put: list[str] = []
     before: str | None = None
+    last = ""
 
     def close(after: str | None) -> None:
         if gone or put:
-            changes.append(Change(position - len(gone), tuple(gone), tuple(put), before, after))
+            file.changes.append(Change(position - len(gone), tuple(gone), tuple(put), before, after))
         gone.clear()
         put.clear()
 
@@ -146,13 +149,18 @@ def _read_hunk(lines: Sequence[str], at: int, hunk: re.Match[str], changes: list
             close(line[1:])
             before = line[1:]
             position, old_left, new_left = position + 1, old_left - 1, new_left - 1
-        elif mark != "\\":
+        elif mark == "\\":
+            file.unended.add(last)
+        else:
             return None
-        at += 1
+        last, at = mark, at + 1
     if old_left < 0 or new_left < 0:
         return None
     close(None)
-    return at + 1 if at < len(lines) and lines[at].startswith("\\") else at
+    if at < len(lines) and lines[at].startswith("\\"):
+        file.unended.add(last)
+        return at + 1
+    return at
 
 
 def read_starred(text: str) -> tuple[str, ...] | None:

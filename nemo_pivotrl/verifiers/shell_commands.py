@@ -84,11 +84,13 @@ class Options:
     """Long options that take one only after `=`."""
     order: tuple[frozenset[str], ...]
     glued: str
+    counts: str
     number: str
     operands: str
     unordered: bool
     slash: str | None
     placed: frozenset[str]
+    before: frozenset[str]
 
 
 @cache
@@ -113,11 +115,13 @@ def _options(said: dict[str, Any]) -> Options:
         frozenset(optional),
         tuple(frozenset(group.split()) for group in said.get("order", ())),
         said.get("glued", ""),
+        said.get("counts", ""),
         said.get("number", ""),
         said.get("operands", "files"),
         said.get("unordered", False),
         said.get("slash"),
         frozenset(said.get("placed", "").split()),
+        frozenset(names[option] for option in said.get("before", "").split()),
     )
 
 
@@ -177,6 +181,7 @@ def read_simple(
         return ("script", name, *_script(words[1:], rules, used)), redirects
     if name == "find":
         return (name, *_find(words[1:], rules, used)), redirects
+    words = _subcommand_first(name, words, rules, used)
     key, options = _entry(name, words)
     if options is None:
         return (name, *_unknown(name, words[1:], rules, used)), redirects
@@ -201,6 +206,24 @@ def _wrapped(name: str, words: Sequence[str]) -> int:
     return skipped if plain else 0
 
 
+def _subcommand_first(name: str, words: Sequence[str], rules: frozenset[str], used: set[str]) -> Sequence[str]:
+    """`apt-get -y install x` as `apt-get install -y x`, for the options that the table names `before`."""
+    if "shell_flag_order" not in rules or len(words) < 3 or words[1][:1] != "-":
+        return words
+    at = next((at for at, word in enumerate(words) if at > 1 and f"{name} {word}" in option_table()), 0)
+    options = option_table().get(f"{name} {words[at]}")
+    if not at or options is None:
+        return words
+    try:
+        read = _read_options(name, options, words[1:at], rules, set())
+    except _NotListed:
+        return words
+    if any(option not in options.before or (option in options.valued and not value) for option, value in read):
+        return words
+    used.add("shell_flag_order")
+    return [name, words[at], *words[1:at], *words[at + 1 :]]
+
+
 def _entry(name: str, words: Sequence[str]) -> tuple[str, Options | None]:
     table = option_table()
     for length in (3, 2, 1):
@@ -211,7 +234,7 @@ def _entry(name: str, words: Sequence[str]) -> tuple[str, Options | None]:
 
 
 def _idiom(words: list[str], redirects: tuple[Redirect, ...], used: set[str]) -> tuple[list[str], tuple[Redirect, ...]]:
-    """A few other spellings: `[ x ]`, `kill -KILL`, `chmod +x`, `git --no-pager`, `egrep`, a script on the input."""
+    """A few other spellings: `[ x ]`, `kill -KILL`, `chmod +x`, `npm i`, `git --no-pager`, `egrep`, a script on the input."""
     before = list(words), redirects
     name = words[0]
     if name == "[" and words[-1] == "]":
@@ -225,6 +248,8 @@ def _idiom(words: list[str], redirects: tuple[Redirect, ...], used: set[str]) ->
     elif name == "dd" and all(re.match(r"\w+=", word) for word in words[1:]):
         pairs = dict(word.split("=", 1) for word in words[1:])
         words = [name, *sorted(words[1:])] if len(pairs) == len(words) - 1 else words
+    elif name == "npm" and words[1:2] == ["i"]:
+        words[1] = "install"
     elif name == "git":
         while words[1:2] == ["--no-pager"]:
             del words[1]
@@ -475,7 +500,9 @@ def _cluster(
             found.append((name, rest if rest else pending.pop(0) if pending else ""))
             break
         if letter in options.glued:
-            found.append((name, rest))
+            follows = not rest and letter in options.counts and pending and pending[0].isdigit()
+            value = pending.pop(0) if follows else rest
+            found.append((name, "=" + value if value and name in options.optional else value))
             break
         found.append((name, ""))
     return found

@@ -1,4 +1,5 @@
-"""SQL in one form: keywords in any case, blanks, comments, a last semicolon, and the order of what AND, OR and IN join.
+"""SQL in one form: keywords in any case, blanks, comments, a last semicolon, what ASC, INNER and OUTER say of themselves, and the
+order of what AND, OR and IN join.
 
 `sqlglot` reads it. Names keep their case, since some databases tell them apart; a statement that it does not read, or one
 with hints in comments, stays as it is written.
@@ -16,6 +17,8 @@ MAX_CHARS = 8192
 MAX_NESTING = 12
 """Brackets in brackets; deeper SQL is compared as text, since its parser tries alternatives at each."""
 MAX_TOKENS = 600
+UNSAID = frozenset("ALIAS SEMICOLON ASC INNER OUTER".split())
+"""Tokens that may be left out: a list is sorted upwards, a join is an inner one, and a left, right or full one an outer one."""
 BEGINNING = re.compile(
     r"\s*(?:select\s|with\s+\w+\s*(?:\(|as\s)|insert\s+(?:into|or)\s|update\s+\S+\s+set\s|delete\s+from\s"
     r"|(?:create|alter|drop|truncate)\s+(?:temp\w*\s+)?(?:table|view|index|unique|database|schema|or)\b)",
@@ -49,7 +52,7 @@ def read_sql(text: str) -> tuple[str, ...] | None:
         if not statements or any(tree.find(sqlglot.exp.Command) for tree in statements):
             return None
         # the parser takes some types and functions for one another, of which a database may have both: words must be the same
-        words = sorted(_word(token) for token in tokens if token.token_type.name not in ("ALIAS", "SEMICOLON"))
+        words = sorted(_word(token) for token in tokens if token.token_type.name not in UNSAID)
         return (dialect or "", *(_ordered(tree).sql(comments=False) for tree in statements), *words)
     except (SqlglotError, RecursionError, ValueError, AttributeError, TypeError):
         return None
@@ -71,9 +74,14 @@ def _nesting(text: str) -> int:
 
 
 def _ordered(tree: Any) -> Any:
-    """`tree` with what AND and OR join, and the values of IN, in one order."""
+    """`tree` with what AND and OR join, and the values of IN, in one order, and without words that may be left out."""
     from sqlglot import exp
 
+    for order in tree.find_all(exp.Ordered):
+        order.set("desc", order.args.get("desc") or None)
+    for join in tree.find_all(exp.Join):
+        if join.args.get("kind") == "INNER" or (join.args.get("kind") == "OUTER" and join.args.get("side")):
+            join.set("kind", None)
     for among in tree.find_all(exp.In):
         if among.expressions and all(isinstance(value, exp.Literal) for value in among.expressions):
             among.set("expressions", sorted(among.expressions, key=lambda value: value.sql()))

@@ -2,17 +2,20 @@
 
 import json
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
 from support.journals import journals_kept
 from support.recipes import ROOT, SMALL_LLMDOCTOR
+from support.scripted_judge import Asked, Server
 
 from nemo_pivotrl.config import Recipe
 from nemo_pivotrl.config.load import load_recipe
 from nemo_pivotrl.core.artifacts import read_rows
 from nemo_pivotrl.core.errors import InputError
 from nemo_pivotrl.llmdoctor.assess import assess, distinct, repetition_diversity, verdict
+from nemo_pivotrl.report.page import report
 
 
 def recipe(folder: Path, *overrides: str) -> Recipe:
@@ -99,6 +102,38 @@ def test_an_assessment_resumes_at_any_byte_to_the_same_answers(steered: Path) ->
         return [(r["arm"], r["prompt"], r["sample"], r["text"], r["kl"]) for r in rows]
 
     assert answers(path.read_bytes()) == answers(whole)
+
+
+def test_a_judge_compares_the_answers_that_are_there(steered: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def vowels(text: str) -> int:
+        return sum(letter in "aeiou" for letter in text)
+
+    def judge(asked: Asked, number: int) -> str:
+        one, two = (vowels(asked.sections[name]) for name in ("ANSWER 1", "ANSWER 2"))
+        return f"{asked.code} {'ONE' if one > two else 'TWO' if two > one else 'EQUAL'}"
+
+    before, server = (steered / "assessment.jsonl").read_bytes(), Server(judge)
+    server.models = {"data": [{"id": "referee"}]}
+    try:
+        told = f"assess.judge={{base_url: {server.url}, model: referee}}"
+        assess(recipe(steered, told, "assess.criterion=The kinder answer."))
+    finally:
+        server.close()
+    assert (steered / "assessment.jsonl").read_bytes() == before, "the answers are those that were there"
+    arms = summary(steered)["arms"]
+    assert "judge" not in arms["patient"]
+    rows = list(read_rows(steered / "assessment.jsonl"))
+    for label in list(arms)[1:]:
+        pairs = zip(*([vowels(r["text"]) for r in rows if r["arm"] == arm] for arm in (label, "patient")), strict=True)
+        differ = [mine - first for mine, first in pairs]
+        expected = {"win": fmean(d > 0 for d in differ), "tie": fmean(d == 0 for d in differ)}
+        said = arms[label]["judge"]
+        assert {name: said[name][0] for name in expected} == pytest.approx(expected)
+        assert said["score"][0] == pytest.approx(expected["win"] + expected["tie"] / 2) and said["pairs"] == len(differ)
+    out = capsys.readouterr().out
+    assert "judge referee" in out and "pairs without a verdict" in out
+    page = report(recipe(steered)).read_text()
+    assert "Judge referee, both answers side by side" in page and "The kinder answer." in page
 
 
 def test_an_unknown_doctor_or_objective_is_named_before_anything_is_decoded(steered: Path) -> None:

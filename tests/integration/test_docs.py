@@ -36,6 +36,8 @@ PROGRAMS = (
 TINY = {"pivotrl": "recipes/pivotrl/tiny.yaml", "llmdoctor": "recipes/llmdoctor/tiny.yaml"}
 ELSEWHERE = {
     "nemo-pivotrl serve recipes/": "vllm/test_vllm_serve.py",
+    "nemo-pivotrl serve RECIPE.yaml --host ": "vllm/test_vllm_serve.py",
+    "nemo-pivotrl assess RECIPE.yaml patient.backend=vllm vllm.servers=": "vllm/test_vllm_serve.py",
     "nemo-pivotrl profile RECIPE.yaml policy.sampler=vllm vllm.servers=": "vllm/test_vllm_stages.py",
     "nemo-pivotrl profile RECIPE.yaml executor=ray ": "test_ray.py",
     "make trace-sources": "trace/test_slices.py",

@@ -30,7 +30,11 @@ def test_the_page_shows_what_was_saved_the_control_set_repeats_failures_and_toke
     summary = summarise(path, plan_in(header))
     assert numbers["profiling"] == summary | {"curtailed": True} and summary["rollouts_saved"] > 0
     for name, entry in summary["classes"].items():
-        cells = f"<td>{name}</td><td>{entry['candidates']}</td><td>{entry['rollouts']}</td>" if entry else ""
+        cells = (
+            f"<td>{name}</td><td>{entry['candidates']}</td><td>{entry['train']}</td><td>{entry['rollouts']}</td>"
+            if entry
+            else ""
+        )
         assert cells in page
     assert "judge_&lt;b&gt;timeout</td><td>1</td>" in page and numbers["profile"]["failed"] == 1
     assert f"{summary['repeated_samples']} samples" in page

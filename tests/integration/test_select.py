@@ -102,20 +102,22 @@ def test_survival_by_task_and_length_counts_every_candidate_once_by_its_fate() -
         profile("d", [1.0, 1.0, 1.0, 0.0], task="other", tokens=70),
         profile("e", [], task="other", tokens=70, failure="judge"),
         profile("f", [1.0, 0.0, 0.0, 0.0], task="other", tokens=70),
+        profile("g", [], task="other", tokens=70, failure="message_excluded"),
     ]
     fates = [fate(p, {"a"}, 0.6) for p in profiles]
-    assert fates == ["pivot", "all 0", "all 1", "too easy", "failed", "not drawn"]
+    assert fates == ["pivot", "all 0", "all 1", "too easy", "failed", "not drawn", "left out"]
     tables = survivals(profiles, fates)
     none = dict.fromkeys(FATES, 0)
     assert tables["task"] == {
         "big": none | {"pivot": 1, "all 0": 1, "all 1": 1},
-        "other": none | {"too easy": 1, "failed": 1, "not drawn": 1},
+        "other": none | {"too easy": 1, "failed": 1, "not drawn": 1, "left out": 1},
     }
     assert list(tables["prompt"]) == ["65-128", "513-1024"]
     assert tables["prompt"]["513-1024"] == none | {"all 0": 1}
     text = survival_tables(profiles, fates)
+    assert text.startswith("what became of the 7 candidates of the train split (held-out states pass unfiltered)\n")
     assert "pivots per trajectory (pivots: trajectories): 0: 1, 1: 1" in text
-    assert any(line.split() == ["513-1024", "1", "0", "1", "0", "0", "0", "0"] for line in text.splitlines())
+    assert any(line.split() == ["513-1024", "1", "0", "1", "0", "0", "0", "0", "0"] for line in text.splitlines())
 
 
 def test_tasks_beyond_the_twelve_most_frequent_are_added_up() -> None:

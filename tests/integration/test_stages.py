@@ -116,7 +116,7 @@ def test_an_unfinished_profile_of_another_recipe_is_refused_and_names_the_differ
     (run_dir / "profiles.jsonl").unlink()
     journal = run_dir / "profiles.jsonl.journal"
     assert kill_when(start("profile", run_dir), lambda: journal.exists() and journal.stat().st_size > 20_000)
-    with pytest.raises(InputError, match=r"(?s)config_hash=.*fresh=true"):
+    with pytest.raises(InputError, match=r"(?s)profile.num_generations=\d+ \(now 4\).*fresh=true"):
         profile(recipe_at(run_dir, "profile.num_generations=4"))
     assert journal.stat().st_size > 20_000
 

@@ -7,7 +7,7 @@ FOLDER gets the runs that the trials begin from (made once, of the tiny recipes 
 - full: no file may grow beyond a random size (RLIMIT_FSIZE); then the command again, without the limit
 - tmpfs: the run folder on a file system with little room left (where mounting is allowed); then again, with room
 - double: two processes at once; one must end with 0, the other with 75 and the name of the first
-Costs and times (`ledger.jsonl`, `timing.jsonl`), the report and locks are not compared. Exit code 1 where a trial failed.
+Costs and times (`ledger.jsonl`, `timing.jsonl`), dashboards, the report and locks are not compared. Exit code 1 where a trial failed.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import hashlib
 import os
 import random
 import resource
+import shlex
 import shutil
 import subprocess
 import sys
@@ -30,28 +31,59 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests"))
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "SOURCE_DATE_EPOCH": "0"}
+# for the fork server, too
+os.environ.update(ENVIRONMENT, PYTHONPATH=os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
+from support.processes import Process, python  # noqa: E402
 from support.recipes import SMALL, SMALL_LLMDOCTOR  # noqa: E402
 
 SETTINGS = {"pivotrl": [*SMALL, "loop.max_rounds=1"], "llmdoctor": [*SMALL_LLMDOCTOR, "reward.pairs_per_wave=4"]}
-STAGES: dict[str, tuple[str, Sequence[str]]] = {
-    "world": ("pivotrl", ["world"]),
-    "extract": ("pivotrl", ["candidates.*"]),
-    "audit": ("pivotrl", ["audit.*"]),
-    "profile": ("pivotrl", ["profiles.*"]),
-    "rescore": ("pivotrl", ["profiles.rescored.jsonl"]),
-    "select": ("pivotrl", ["pivots.jsonl"]),
-    "export": ("pivotrl", ["gym"]),
-    "train": ("pivotrl", ["pivotrl"]),
-    "sft": ("pivotrl", ["sft"]),
-    "evaluate": ("pivotrl", ["evaluation.*"]),
-    "rank": ("llmdoctor", ["answers.jsonl", "ranked"]),
-    "preferences": ("llmdoctor", ["preferences.*"]),
-    "reward": ("llmdoctor", ["token_rewards.*"]),
-    "tfpo": ("llmdoctor", ["doctor"]),
-    "assess": ("llmdoctor", ["assessment.*"]),
+
+LONGEST_S = 3600.0
+"""How long a stage may take on a busy machine."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """A command of a recipe."""
+
+    recipe: str
+    own: Sequence[str]
+    """What it writes: what is not there when a trial begins."""
+    words: Sequence[str] = ()
+    """The command, where it is not the name in the table."""
+    settings: Sequence[str] = ()
+    before: Sequence[Sequence[str]] = ()
+    """Commands that make what it begins from, where the recipe's run does not."""
+
+
+SHARDS = [["profile", "--shard", f"{number}/2"] for number in range(2)]
+STAGES = {
+    "world": Work("pivotrl", ["world"]),
+    "extract": Work("pivotrl", ["candidates.*", "trajectories.jsonl"]),
+    "warmup": Work("pivotrl", ["start", "start.init-*"]),
+    "audit": Work("pivotrl", ["audit.*"]),
+    "profile": Work("pivotrl", ["profiles.*"]),
+    "shard": Work("pivotrl", ["profiles.*"], words=SHARDS[0]),
+    "merge": Work("pivotrl", ["profiles.*"], before=SHARDS),
+    "rescore": Work("pivotrl", ["profiles.rescored.jsonl"]),
+    "select": Work("pivotrl", ["pivots.jsonl"]),
+    "export": Work("pivotrl", ["gym"]),
+    "nemo-rl": Work("pivotrl", ["nemo-rl"], words=["export", "nemo-rl"]),
+    "artefact": Work("pivotrl", ["nemotron"], words=["export", "nemotron"]),
+    "train": Work("pivotrl", ["pivotrl"]),
+    "sft": Work("pivotrl", ["sft"]),
+    "evaluate": Work("pivotrl", ["evaluation.*"]),
+    "manners": Work("llmdoctor", ["manners", "patient*", "novice*"]),
+    "rank": Work("llmdoctor", ["answers.jsonl", "ranked"]),
+    "preferences": Work("llmdoctor", ["preferences.*"]),
+    "reward": Work("llmdoctor", ["token_rewards.*"]),
+    "tfpo": Work("llmdoctor", ["doctor-*"]),
+    "decode": Work("llmdoctor", ["decoded.*"], settings=["decode.prompts=${run_dir}/manners/test.jsonl"]),
+    "assess": Work("llmdoctor", ["assessment.*"]),
 }
-"""Stage to the recipe it is of, and what it writes: what is not there when a trial begins."""
-NOT_COMPARED = ("ledger.jsonl", "timing.jsonl", "report.html", "report.json")
+"""All stages with files of their own; `run` and `nemotron` call them one after the other."""
+NOT_COMPARED = ("ledger.jsonl", "timing.jsonl", "report.html", "report.json", "dashboards.json")
 
 
 @dataclass(frozen=True)
@@ -63,32 +95,35 @@ class Stage:
     start: Path
     work: Path
 
-    def command(self, folder: Path) -> list[str]:
-        words = [sys.executable, "-m", "nemo_pivotrl.cli", self.name, str(ROOT / f"recipes/{self.recipe}/tiny.yaml")]
-        return [*words, f"run_dir={folder}", *SETTINGS[self.recipe]]
+    def command(self, folder: Path, words: Sequence[str] = ()) -> list[str]:
+        """What Python is told; `words` in the place of the stage's own."""
+        work = STAGES.get(self.name, Work(self.recipe, ()))
+        words = words or work.words or [self.name]
+        recipe = str(ROOT / f"recipes/{self.recipe}/tiny.yaml")
+        settings = [f"run_dir={folder}", *SETTINGS[self.recipe], *work.settings]
+        return ["-m", "nemo_pivotrl.cli", *words, recipe, *settings]
 
-    def spawn(self, folder: Path, limit: int | None = None) -> subprocess.Popen[str]:
-        def starve() -> None:
-            if limit is not None:
-                resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    def spawn(self, folder: Path, words: Sequence[str] = ()) -> Process:
+        return python(*self.command(folder, words), cwd=self.work)
 
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-        return subprocess.Popen(
-            self.command(folder),
+    def starve(self, folder: Path, largest: int) -> tuple[int, str]:
+        """(exit code, what it said) where no file may grow beyond so many bytes. It speaks into a pipe, which has no limit."""
+        told = subprocess.run(
+            [sys.executable, *self.command(folder)],
             cwd=self.work,
-            env=environment,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
             errors="replace",
-            preexec_fn=starve,
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest)),
         )
+        return told.returncode, told.stderr
 
-    def finish(self, folder: Path) -> str:
+    def finish(self, folder: Path, words: Sequence[str] = ()) -> str:
         """Run the stage to its end; what is wrong, empty where nothing is."""
-        process = self.spawn(folder)
-        told = process.communicate()[1]
-        return "" if process.returncode == 0 else f"exit code {process.returncode}: {told[-1500:]}"
+        process = self.spawn(folder, words)
+        code = process.wait(LONGEST_S)
+        return "" if code == 0 else f"exit code {code}: {process.printed()[-1500:]}"
 
     @contextlib.contextmanager
     def trial(self) -> Iterator[Path]:
@@ -104,7 +139,10 @@ def contents(folder: Path) -> dict[str, str]:
     return {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name not in NOT_COMPARED and ".lock" not in path.name
+        if path.is_file()
+        and path.name not in NOT_COMPARED
+        and ".lock" not in path.name
+        and path.parent.name != "tensorboard"  # a copy for people; it has times in its names
     }
 
 
@@ -113,19 +151,23 @@ def differences(wanted: dict[str, str], found: dict[str, str]) -> str:
     return f"{len(names)} files differ: {', '.join(names[:5])}" if names else ""
 
 
+def ends_within(process: Process, seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.002)
+    return process.poll() is not None
+
+
 def kill(stage: Stage, wanted: dict[str, str], seconds: float, rng: random.Random) -> tuple[str, int]:
     """(what is wrong, how often it was killed)."""
     with stage.trial() as folder:
         for kills in range(1000):
             process = stage.spawn(folder)
-            try:
-                told = process.communicate(timeout=rng.uniform(0, 1.1 * seconds) if kills < 4 else None)[1]
-            except subprocess.TimeoutExpired:
+            if kills < 4 and not ends_within(process, rng.uniform(0, 1.1 * seconds)):
                 process.kill()
-                process.communicate()
                 continue
-            if process.returncode:
-                return f"exit code {process.returncode} after {kills} kills: {told[-1500:]}", kills
+            if code := process.wait(LONGEST_S):
+                return f"exit code {code} after {kills} kills: {process.printed()[-1500:]}", kills
             return differences(wanted, contents(folder)), kills
     raise AssertionError("unreachable")
 
@@ -133,11 +175,10 @@ def kill(stage: Stage, wanted: dict[str, str], seconds: float, rng: random.Rando
 def full(stage: Stage, wanted: dict[str, str], largest: int, rng: random.Random) -> tuple[str, int]:
     """(what is wrong, whether the limit was met)."""
     with stage.trial() as folder:
-        process = stage.spawn(folder, limit=int(largest * rng.random()))
-        told, met = process.communicate()[1], process.returncode != 0
+        code, told = stage.starve(folder, int(largest * rng.random()))
         if "Traceback" in told:
             return f"a traceback: {told[-1500:]}", 1
-        return stage.finish(folder) or differences(wanted, contents(folder)), int(met)
+        return stage.finish(folder) or differences(wanted, contents(folder)), int(code != 0)
 
 
 def on_tmpfs(stage: Stage, wanted: dict[str, str], grown: int, rng: random.Random) -> tuple[str, int]:
@@ -151,7 +192,7 @@ def on_tmpfs(stage: Stage, wanted: dict[str, str], grown: int, rng: random.Rando
     try:
         shutil.copytree(stage.start, folder, symlinks=True, dirs_exist_ok=True)
         process = stage.spawn(folder)
-        told, met = process.communicate()[1], process.returncode != 0
+        met, told = process.wait(LONGEST_S) != 0, process.printed()
         if "Traceback" in told:
             return f"a traceback: {told[-1500:]}", 1
         mount(folder, "-o", f"remount,size={room + 20 * grown + (1 << 30)}")
@@ -180,8 +221,8 @@ def double(stage: Stage, wanted: dict[str, str], seconds: float, rng: random.Ran
         first = stage.spawn(folder)
         time.sleep(rng.uniform(0, 0.5) * seconds)
         second = stage.spawn(folder)
-        told = [process.communicate()[1] for process in (first, second)]
-        codes = sorted((first.returncode, second.returncode))
+        codes = sorted(process.wait(LONGEST_S) for process in (first, second))
+        told = [process.printed() for process in (first, second)]
         refused = next((t for t, p in zip(told, (first, second), strict=True) if p.returncode == 75), None)
         if codes not in ([0, 75], [0, 0]):  # one after the other, where the first had ended
             return f"exit codes {codes}: {told[0][-700:]} {told[1][-700:]}", 0
@@ -192,7 +233,7 @@ def double(stage: Stage, wanted: dict[str, str], seconds: float, rng: random.Ran
 
 def prepare(name: str, folder: Path) -> Stage:
     """The stage with a run folder to begin from; the whole run is made first, where it is not there."""
-    recipe, own = STAGES[name]
+    work_of, recipe = STAGES[name], STAGES[name].recipe
     whole = folder / recipe
     if not (whole / "report.html").exists():
         shutil.rmtree(whole, ignore_errors=True)
@@ -204,10 +245,17 @@ def prepare(name: str, folder: Path) -> Stage:
     work.mkdir()
     start = work / "start"
     shutil.copytree(whole, start, symlinks=True)
-    for path in [path for pattern in own for path in start.glob(pattern)]:
-        if name == "profile" or path.name != "profiles.jsonl":
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-    return Stage(name, recipe, start, work)
+    for path in [path for pattern in work_of.own for path in start.glob(pattern)]:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    stage = Stage(name, recipe, start, work)
+    if work_of.before:
+        with stage.trial() as run:  # under the path of the trials
+            for words in work_of.before:
+                if wrong := stage.finish(run, words):
+                    raise SystemExit(f"{shlex.join(words)} failed: {wrong}")
+            shutil.rmtree(start)
+            shutil.copytree(run, start, symlinks=True)
+    return stage
 
 
 def torture(
@@ -223,7 +271,9 @@ def torture(
         seconds, wanted = time.monotonic() - begun, contents(run)
         before = contents(stage.start)
         new = [run / path for path in wanted if before.get(path) != wanted[path]]
-        sizes = [path.stat().st_size for path in new] or [1]
+        if not new:
+            return counts, [f"{name}, undisturbed: it writes nothing, so no trial can show anything; see STAGES"]
+        sizes = [path.stat().st_size for path in new]
     trials: list[tuple[str, int, Callable[[], tuple[str, int]]]] = [
         ("kill", kills, lambda: kill(stage, wanted, seconds, rng)),
         ("full", fulls, lambda: full(stage, wanted, max(sizes), rng)),

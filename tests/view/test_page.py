@@ -69,6 +69,10 @@ def test_a_rejected_sample_is_found_from_the_overview_by_links(page: Page, addre
     expect(page.locator(".sample h3")).to_contain_text("4 ×")
     expect(page.locator(".sample h3")).to_contain_text("NO_TOOL_CALL")
     expect(page.locator(".reason")).to_have_text("The policy talks, or does nothing, where the expert calls a tool.")
+    page.locator("#prompt summary").click()
+    expect(page.locator("#prompt")).to_contain_text(
+        "Not shown: the profile is of a version that did not name its tokenizer's folder"
+    )
     page.get_by_role("link", name="trajectory t1").click()
     expect(page.locator("h1")).to_have_text("Trajectory t1")
     expect(page.locator(".badge.pivot")).to_have_count(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -15,7 +16,7 @@ from nemo_pivotrl.backends.doctors import Span
 from nemo_pivotrl.backends.reference.guided import GuidedGenerator, GuidedSamplingParams, load_guided
 from nemo_pivotrl.backends.vllm.decode import GuidedEngine
 from nemo_pivotrl.backends.vllm.engine import Engine
-from nemo_pivotrl.backends.vllm.guidance import NAMES, Guidance, GuidanceParams, read_wish
+from nemo_pivotrl.backends.vllm.guidance import NAMES, Guidance, GuidanceParams, drawn_by, read_wish
 from nemo_pivotrl.backends.vllm.row_stream import RowStream, check_streams
 from nemo_pivotrl.config import Decode, Doctor, Patient
 from nemo_pivotrl.core.errors import InputError
@@ -24,6 +25,7 @@ from nemo_pivotrl.demo import tiny_models as tiny
 TIGHT = 1e-5
 TEXTS = ["book a flight to oslo", "cancel twelve tickets, please", "who are you", "tell me about the weather in may"]
 SIZE = 300
+DRAW = drawn_by(GuidedSamplingParams(max_new_tokens=4), number=7)
 
 
 @pytest.fixture(scope="session")
@@ -319,7 +321,19 @@ def test_a_doctor_with_other_layers_is_refused_by_name() -> None:
         ({"guidance.spans": ["", "x"]}, "no start empty"),
         ({"guidance.prompt.kind": "text"}, "token ids"),
         ({"guidance.gamma": 1}, "unknown; known after"),
-        ({"guidance.draw": 1}, "unknown; known after"),
+        *(
+            ({"guidance.draw": draw}, "what nemo_pivotrl sends")
+            for draw in (
+                1,
+                "{",
+                "[" * 10_000,
+                {},
+                {**DRAW, "extra": 1},
+                {**DRAW, "seed": 0.5},
+                {**DRAW, "top_p": 2.0},
+                {**DRAW, "max_new_tokens": 1 << 40},
+            )
+        ),
     ],
 )
 def test_a_bad_wish_is_refused_with_what_may_stand_there(extra: dict[str, Any], said: str) -> None:
@@ -332,6 +346,9 @@ def test_wishes_are_read_and_strangers_arguments_left_alone() -> None:
     wish = read_wish({"guidance.beta.kind": "0.5", "guidance.spans": ["<a>", "</a>", "<b>", ""], "k": 1}, ["kind"])
     assert wish.beta == {"kind": 0.5} and wish.alpha is None and wish.given
     assert wish.spans == (Span("<a>", "</a>"), Span("<b>", ""))
+    assert (
+        read_wish({"guidance.draw": json.dumps(DRAW)}, []).draw == read_wish({"guidance.draw": DRAW}, []).draw == DRAW
+    )
     with pytest.raises(ValueError, match="nemo-pivotrl serve"):
         read_wish({"guidance.alpha": 1.0}, None)
 

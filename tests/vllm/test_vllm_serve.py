@@ -98,13 +98,6 @@ def test_assess_writes_what_the_reference_backend_writes_and_rank_makes_pairs(re
         assert all(ours["forwards_per_token"][n] <= theirs["forwards_per_token"][n] for n in names)
 
 
-def test_decode_refuses_servers_and_says_what_to_do(recipe_file: str, tmp_path: Path) -> None:
-    overrides = [f"run_dir={tmp_path}", "patient.backend=vllm", "vllm.servers=[http://127.0.0.1:1]"]
-    with pytest.raises(InputError) as caught:
-        decode(load_recipe(recipe_file, overrides))
-    assert caught.value.problems[0].field == "vllm.servers"
-
-
 @pytest.fixture(scope="module")
 def server(recipe_file: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
     made = Process(tmp_path_factory.mktemp("log") / "server.log", recipe_file)
@@ -113,6 +106,68 @@ def server(recipe_file: str, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         yield made
     finally:
         made.kill()
+
+
+@pytest.fixture(scope="module")
+def open_server(recipe_file: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
+    made = Process(tmp_path_factory.mktemp("log") / "server.log", recipe_file, "--refit")
+    try:
+        made.wait()
+        yield made
+    finally:
+        made.kill()
+
+
+def on(server: Process, folder: Path, *overrides: str) -> list[str]:
+    """Overrides of a recipe that decodes by this server."""
+    return [f"run_dir={folder}", "patient.backend=vllm", f"vllm.servers=[{server.url}]", *overrides]
+
+
+def test_decode_and_assess_by_servers_write_what_the_reference_backend_writes(
+    open_server: Process, recipe_file: str, tmp_path: Path
+) -> None:
+    asked = [f"assess.{what}" for what in ("arms={plain: {}, kind: {beta: {kind: 1.0}}}", "objectives=[brevity]")]
+    asked.append(f"assess.prompts={json.loads(Path(recipe_file).read_text())['decode']['prompts']}")
+    decoded, assessed = [], []
+    for told in (
+        [f"run_dir={tmp_path / 'reference'}"],
+        on(open_server, tmp_path / "servers"),
+    ):
+        decoded.append(list(read_rows(decode(load_recipe(recipe_file, told)))))
+        assessed.append(list(read_rows(assess(load_recipe(recipe_file, [*told, *asked])))))
+    assert len(decoded[0]) == len(decoded[1]) == 10
+    for theirs, ours in zip(*decoded, strict=True):
+        assert ours["token_ids"] == theirs["token_ids"] and ours["finish_reason"] == theirs["finish_reason"]
+        assert ours["kl"] == pytest.approx(theirs["kl"], abs=2e-5) and ours["changed"] == theirs["changed"]
+        assert ours["tokens"]["mixed_log_prob"] == pytest.approx(theirs["tokens"]["mixed_log_prob"], abs=2e-5)
+    for theirs, ours in zip(*assessed, strict=True):
+        assert ours["text"] == theirs["text"] and ours["scores"] == theirs["scores"]
+
+
+def test_rank_by_servers_needs_no_doctors(open_server: Process, recipe_file: str, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps([{"role": "user", "content": text}]) + "\n" for text in TEXTS))
+    asked = [
+        "rank.objectives=[brevity]",
+        "rank.answers_per_prompt=8",
+        "rank.answers_per_pair=2",
+        f"rank.prompts={prompts}",
+    ]
+    told = on(open_server, tmp_path, *asked, "decode.max_new_tokens=100")
+    pairs = [
+        json.loads(line) for line in (rank(load_recipe(recipe_file, told)) / "brevity.jsonl").read_text().splitlines()
+    ]
+    assert pairs and all(pair["score_chosen"] > pair["score_rejected"] for pair in pairs)
+
+
+def test_servers_with_other_doctors_or_closed_ones_are_named(
+    server: Process, open_server: Process, folders: dict[str, str], recipe_file: str, tmp_path: Path
+) -> None:
+    other = f"decode.doctors.kind.path={folders['novice']}"
+    with pytest.raises(InputError, match=r"(?s)kind\.revision.*start the server with this recipe"):
+        decode(load_recipe(recipe_file, on(open_server, tmp_path / "other", other)))
+    with pytest.raises(InputError, match=r"(?s)collective_rpc.*serve RECIPE --refit"):
+        decode(load_recipe(recipe_file, on(server, tmp_path / "closed")))
 
 
 def ask(server: Process, **body: Any) -> tuple[int, dict[str, Any]]:

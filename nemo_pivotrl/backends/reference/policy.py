@@ -241,6 +241,7 @@ class ReferencePolicy(SequenceScores):
                     f"{len(low)} trained tensors would round small steps away; train in float32 or with LoRA",
                 )
             )
+        torch.manual_seed(0)  # else each process has another random state, and two runs write different checkpoints
         self.optimizer_settings = optimizer
         self.optimizer = torch.optim.AdamW(
             [p for p in self.model.parameters() if p.requires_grad],

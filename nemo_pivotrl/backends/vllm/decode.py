@@ -9,7 +9,6 @@ import itertools
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from typing import Any
 
 import vllm
@@ -19,7 +18,7 @@ from nemo_pivotrl.backends.base import as_policy
 from nemo_pivotrl.backends.doctors import Span, vocabulary_size
 from nemo_pivotrl.backends.reference.guided import Guided, GuidedSamplingParams, Token, check_answers, check_requests
 from nemo_pivotrl.backends.vllm.engine import Engine
-from nemo_pivotrl.backends.vllm.guidance import NAMES, PREFIX, SECTION, guide_arguments, names_here
+from nemo_pivotrl.backends.vllm.guidance import NAMES, PREFIX, SECTION, drawn_by, guide_arguments, names_here
 from nemo_pivotrl.config import Decode, Patient, Vllm
 from nemo_pivotrl.core.errors import InputError, Problem
 
@@ -87,8 +86,7 @@ class GuidedEngine:
 
     def _params(self, request: GuidedSamplingParams, own: Mapping[str, Sequence[int]], number: int) -> Any:
         stops = self.stop_ids if request.stop_ids is None else request.stop_ids
-        shape = {k: v for k, v in asdict(request).items() if k not in ("stop_ids", "top", "alpha", "beta")}
-        extra: dict[str, Any] = {f"{PREFIX}alpha": request.alpha, f"{PREFIX}draw": {**shape, "number": number}}
+        extra: dict[str, Any] = {f"{PREFIX}alpha": request.alpha, f"{PREFIX}draw": drawn_by(request, number)}
         extra |= {f"{PREFIX}beta.{name}": weight for name, weight in request.beta.items()}
         extra |= {f"{PREFIX}prompt.{name}": list(ids) for name, ids in own.items()}
         return vllm.SamplingParams(

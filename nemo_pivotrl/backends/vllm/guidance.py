@@ -24,6 +24,7 @@ from torch import Tensor
 from nemo_pivotrl.algorithms.llmdoctor import kl
 from nemo_pivotrl.backends.doctors import Doctors, Mixed, Span, SpanTracker, check_contract, mix_rows
 from nemo_pivotrl.backends.hf_models import check_weights, load_model
+from nemo_pivotrl.backends.identity import policy_revision
 from nemo_pivotrl.backends.reference.guided import DTYPES, GuidedSamplingParams, Shape, Token, draw, noise_of
 from nemo_pivotrl.backends.vllm.row_stream import RowStream, check_streams
 from nemo_pivotrl.config import Decode, Patient
@@ -38,6 +39,14 @@ NAMES = "NEMO_PIVOTRL_DOCTORS"
 PREFIX = "guidance."
 RECORDS: dict[int, list[Token]] = {}
 """What was drawn here, by the number that the request gave in `guidance.draw`."""
+MAX_RECORDS = 1 << 17
+"""So many requests' records are kept for who asks for them; a client that died asks for none."""
+IDENTITY: dict[str, Any] = {}
+"""`identity_of` the doctors in this process."""
+DRAWN = ("temperature", "top_k", "top_p", "max_new_tokens", "seed")
+"""What of GuidedSamplingParams a draw depends on."""
+LONGEST = 1 << 20
+"""Tokens of an answer that is drawn here: its random numbers are made beforehand."""
 
 
 # ---- what an engine is started with ----
@@ -73,7 +82,41 @@ def guide_arguments(patient: Patient, decode: Decode, where: str = "decode") -> 
     return arguments, {NAMES: json.dumps(sorted(decode.doctors))}
 
 
+def identity_of(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What decides how an engine with these settings steers, whatever its folders are called."""
+
+    def revision(kind: str, name: str) -> str:
+        folder = settings[kind].get(name)
+        return policy_revision(folder) if folder else ""
+
+    doctors = {
+        name: {"revision": revision("doctors", name), "reference": revision("references", name)}
+        for name in settings["doctors"]
+    }
+    return {"doctors": doctors, "min_entropy": settings["min_entropy"]}
+
+
 # ---- what a request asks ----
+
+
+def drawn_by(request: GuidedSamplingParams, number: int) -> dict[str, Any]:
+    """`guidance.draw` of a request."""
+    return {name: getattr(request, name) for name in DRAWN} | {"number": number}
+
+
+def _draw(value: Any) -> Mapping[str, Any]:
+    """What `drawn_by` made, as it is or as JSON. Raises ValueError for anything else: the engine would die of it."""
+    try:
+        found = json.loads(value) if isinstance(value, str) else value
+        number = found["number"]
+        asked = GuidedSamplingParams(**{name: found[name] for name in DRAWN})
+        good = found.keys() == {*DRAWN, "number"} and type(number) is int and asked.max_new_tokens <= LONGEST
+        good = good and type(asked.seed) is int and type(asked.top_k) is int and type(asked.max_new_tokens) is int
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        good = False
+    if not good:
+        raise ValueError(f"{PREFIX}draw: what nemo_pivotrl sends, not {short(value, 60)}")
+    return found  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,8 +162,8 @@ def read_wish(extra: Mapping[str, Any] | None, names: Sequence[str] | None) -> G
             if not isinstance(value, list) or not value or not all(type(i) is int and i >= 0 for i in value):
                 raise ValueError(f"{PREFIX}{key}: a list of token ids, not {short(value, 60)}")
             own[name] = value
-        elif key == "draw" and isinstance(value, dict):
-            drawn = value
+        elif key == "draw":
+            drawn = _draw(value)
         else:
             known = "alpha, beta.NAME, spans, prompt.NAME"
             raise ValueError(f"{PREFIX}{short(key, 60)}: unknown; known after {PREFIX!r}: {known}")
@@ -166,7 +209,7 @@ class Row:
     own_prompts: Mapping[str, Sequence[int]]
     steering: GuidedSamplingParams | None = None
     noise: Any = None
-    number: int = -1
+    records: list[Token] = field(default_factory=list)
     read: int = 0
     """Tokens of `output` that doctors and watch have been given."""
 
@@ -185,6 +228,7 @@ class Guidance:
         """By folder, and by doctor for those whose rows have prompts of their own."""
         if compute:
             self.models = self._load()
+            IDENTITY.update(identity_of(settings))
 
     def _load(self) -> dict[str, Any]:
         """Every folder once; the contract and the layers checked."""
@@ -217,8 +261,10 @@ class Guidance:
         made = Row(prompt, output, alpha, beta, watch, wish.own_prompts)
         if wish.draw is not None:
             made.steering = GuidedSamplingParams(**{k: v for k, v in wish.draw.items() if k != "number"})
-            made.noise, made.number = noise_of(made.steering, prompt), wish.draw["number"]
-            RECORDS[made.number] = []
+            made.noise = noise_of(made.steering, prompt)
+            RECORDS[wish.draw["number"]] = made.records  # of the last request with this number
+            while len(RECORDS) > MAX_RECORDS:
+                RECORDS.pop(next(iter(RECORDS)))
         return made
 
     def drop(self, row: Row) -> None:
@@ -310,7 +356,7 @@ class Guidance:
         )
         for i, values in zip(drawn, zip(*(c.tolist() for c in columns), strict=True), strict=True):
             # a step may be thrown away and repeated (a chunk of a prompt, a request put back into the queue)
-            records = RECORDS[rows[i].number]
+            records = rows[i].records
             del records[len(rows[i].output) :]
             records.append(Token(*values))
         forced = torch.full_like(scores[index], -torch.inf).scatter(1, token[:, None], 0.0)

@@ -109,6 +109,16 @@ class Refit:
 
         return [[tuple(token) for token in RECORDS.pop(number, [])] for number in numbers]
 
+    def guided_answer(self, number: int) -> dict[str, Any]:
+        """The same of one request, as JSON has it (None: no number), and which doctors this worker has."""
+        from nemo_pivotrl.backends.vllm.guidance import IDENTITY
+
+        tokens = [
+            [None if isinstance(v, float) and not math.isfinite(v) else v for v in token[:-1]]
+            for token in self.guide_records([number])[0]
+        ]
+        return {"identity": IDENTITY, "tokens": tokens}
+
 
 def unpack_experts(model: Any) -> list[tuple[Any, Any]]:
     """Have vLLM pack experts again when they are reloaded, which it does on CPUs only while they have no kernel; (method, the

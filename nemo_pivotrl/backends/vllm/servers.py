@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from nemo_pivotrl.backends.api_keys import goes_to, key_of
+from nemo_pivotrl.backends.http_client import UNREACHABLE, HttpClient, Unreadable
 from nemo_pivotrl.backends.http_retry import RETRIED, growing_pause, retry_after
 from nemo_pivotrl.backends.identity import policy_revision
 from nemo_pivotrl.backends.vllm.requests import IMPOSSIBLE, WANTED, choice_of, families, in_order, request, sample_of
@@ -37,7 +38,6 @@ BUSY = frozenset({429, 503})
 """The server is well and has too much to do: it is given a pause, and is not blamed."""
 BUSY_PAUSE = 1.0
 """Seconds, where it does not say how long."""
-UNREACHABLE = (httpx.RequestError, httpx.InvalidURL, RuntimeError)  # the last is what a closed client raises
 MAX_ANSWER = 256 << 20
 """Bytes of one answer."""
 _log = logging.getLogger(__name__)
@@ -80,12 +80,8 @@ class Servers:
         self.settings = settings
         self.counts: Counter[str] = Counter()
         """Requests tried again, by the kind of failure; servers ejected and re-admitted; turns lost."""
-        self._client = httpx.Client(
-            timeout=httpx.Timeout(settings.timeout_s, pool=None),
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=64),
-            follow_redirects=False,
-            trust_env=False,  # a proxy has no business between a trainer and its servers
-        )
+        # a proxy has no business between a trainer and its servers
+        self._client = HttpClient(None, proxies=False, name="servers")
         self._changed = threading.Condition()
         self._weights = ""
         """Folder of the weights that all servers must have; empty: those that they started with."""
@@ -147,7 +143,7 @@ class Servers:
             p, k = place
             body = {**request(seeds[p][k], stop_ids, generation), "prompt": list(prompts[p])}
 
-            def read(answer: Any) -> Sample:
+            def read(answer: Any, server: Server) -> Sample:
                 return sample_of(answer, stop_ids, generation.max_new_tokens)
 
             return self._asked(body, read, preferred, family[p])
@@ -168,7 +164,7 @@ class Servers:
             prompt, response = sequences[place[0]]
             body = {"prompt": [*prompt, *response], "max_tokens": 1, "temperature": 1.0, "prompt_logprobs": 0}
 
-            def read(answer: Any) -> Tensor:
+            def read(answer: Any, server: Server) -> Tensor:
                 listed = choice_of(answer).get("prompt_logprobs")
                 if not isinstance(listed, list) or len(listed) != len(prompt) + len(response):
                     raise ValueError(f"prompt_logprobs of {len(prompt) + len(response)} tokens: {short(listed)}")
@@ -234,16 +230,17 @@ class Servers:
             wait([job for job in jobs if not job.cancelled()])
             raise
 
-    def _asked(self, body: dict[str, Any], read: Callable[[Any], Any], preferred: dict[int, Server], group: int) -> Any:
-        """What `read` makes of an answer (it raises ValueError and the like for a malformed one), or `FailedSample`."""
+    def _asked(
+        self, body: dict[str, Any], read: Callable[[Any, Server], Any], preferred: dict[int, Server], group: int
+    ) -> Any:
+        """What `read` makes of a server's answer (it raises ValueError and the like for a malformed one), or `FailedSample`."""
         failure, failed = TransientError("sampler_unreachable", "never asked"), None
         for attempt in range(self.settings.max_retries + 1):
             server = self._take(preferred.get(group), failed)
             preferred[group] = server
             try:
-                found = read(
-                    self._exchange(server, "POST", "/v1/completions", {"model": server.model, **body, **WANTED})
-                )
+                answer = self._exchange(server, "POST", "/v1/completions", {"model": server.model, **body, **WANTED})
+                found = read(answer, server)
                 self._give_back(server, None)
                 return found
             except TransientError as passing:
@@ -264,27 +261,20 @@ class Servers:
 
     def _exchange(self, server: Server, method: str, path: str, body: Any = None, timeout: float = 0.0) -> Any:
         """A good answer's JSON. Raises TransientError where it pays to ask again, InputError where it does not."""
-        limit, read = timeout or self.settings.timeout_s, bytearray()
-        deadline = time.monotonic() + limit
-        url, headers = server.url + path, {}
-        if server.url in self._with_key:
-            headers["Authorization"] = f"Bearer {self._key}"
+        limit, url = timeout or self.settings.timeout_s, server.url + path
+        headers = {"Authorization": f"Bearer {self._key}"} if server.url in self._with_key else {}
         try:
-            with self._client.stream(method, url, json=body, headers=headers, timeout=httpx.Timeout(limit)) as response:
-                for block in response.iter_bytes():
-                    read += block
-                    if len(read) > MAX_ANSWER:
-                        raise TransientError("sampler_malformed", f"{server.url}: more than {MAX_ANSWER} bytes")
-                    if time.monotonic() > deadline:
-                        raise TransientError("sampler_timeout", f"{server.url}: no whole answer in {limit:g} s")
-        except httpx.TimeoutException:
-            raise TransientError("sampler_timeout", f"{server.url}: no answer in {limit:g} s") from None
+            response = self._client.exchange(method, url, limit, MAX_ANSWER, body, headers)
+        except TimeoutError:
+            raise TransientError("sampler_timeout", f"{server.url}: no whole answer in {limit:g} s") from None
+        except Unreadable as error:
+            raise TransientError("sampler_malformed", f"{server.url}: {error}") from None
         except UNREACHABLE as error:
             raise TransientError("sampler_unreachable", f"{server.url}: {type(error).__name__}: {error}") from None
-        status = response.status_code
+        status = response.status
         if status == 200:
-            return json.loads(bytes(read)) if read else None
-        text = read.decode("utf-8", "replace")
+            return json.loads(response.body) if response.body else None
+        text = response.body.decode("utf-8", "replace")
         found = (
             f"status {status} of {server.url}{path}: {short(text.replace(self._key, '[key]') if self._key else text)}"
         )
@@ -376,9 +366,10 @@ class Servers:
 
     def _exchange_plain(self, server: Server, path: str) -> None:
         """Ask for something whose answer is a status alone."""
+        seconds = min(5.0, self.settings.timeout_s)
         try:
-            status = self._client.get(server.url + path, timeout=min(5.0, self.settings.timeout_s)).status_code
-        except UNREACHABLE as error:
+            status = self._client.exchange("GET", server.url + path, seconds, MAX_ANSWER).status
+        except (TimeoutError, Unreadable, *UNREACHABLE) as error:
             raise TransientError("sampler_unreachable", f"{server.url}: {type(error).__name__}") from None
         if status != 200:
             raise TransientError("sampler_http", f"status {status} of {server.url}{path}")

@@ -116,7 +116,7 @@ def tau2_simulations(record: Mapping[str, Any]) -> list[dict[str, Any]]:
 def read_swe_agent(record: dict[str, Any], context: Context) -> Draft:
     """A `.traj` file of SWE-agent: its `history`. Demonstrations are given turns; the outcome is not in such a file."""
     history = record.get("history")
-    raw = [m for m in history if not _ended(m)] if isinstance(history, list) else history
+    raw = [_by_harness(m) for m in history if not _ended(m)] if isinstance(history, list) else history
     note_unused(record, ("history", "trajectory", "info", "environment", "replay_config", *IDENTITY), context.notes)
     draft = _named_by_file(draft_of(record, raw, context, where="history"), context)
     steps = [s for s in record.get("trajectory") or [] if isinstance(s, dict) and isinstance(s.get("query"), list)]
@@ -124,6 +124,14 @@ def read_swe_agent(record: dict[str, Any], context: Context) -> Draft:
     if cut:
         context.notes.said["SWE-agent outputs that were shortened when the model was asked: given in full"] += cut
     return draft
+
+
+def _by_harness(message: Any) -> Any:
+    """SWE-agent ends an episode that ran out of money, context or format errors with a turn of its own."""
+    if not isinstance(message, dict) or message.get("role") != "assistant":
+        return message
+    own = str(message.get("action") or "").startswith("exit_") or str(message.get("content")).startswith("Exit due to ")
+    return {**message, "is_demo": True} if own else message
 
 
 def _ended(message: Any) -> bool:

@@ -41,6 +41,26 @@ def read_openai(record: dict[str, Any], context: Context) -> Draft:
     return draft_of(record, record[key], context, where=key)
 
 
+def read_prompt_completion(record: dict[str, Any], context: Context) -> Draft:
+    """`prompt` (messages, or one question) and `completion` (messages), as TRL and verifiers write them. Turns of the prompt
+    were given."""
+    prompt = record["prompt"]
+    before = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else messages_list(prompt, "prompt")
+    before = [{**m, "is_demo": True} if isinstance(m, dict) else m for m in before]
+    note_unused(record, ("prompt", "completion", "answer", *IDENTITY), context.notes)
+    return draft_of(record, [*before, *messages_list(record["completion"], "completion")], context, where="completion")
+
+
+def read_xlam(record: dict[str, Any], context: Context) -> Draft:
+    """xLAM and APIGen: a `query`, the calls of one turn in `answers`, `tools`; lists may be JSON texts."""
+    answers = messages_list(record["answers"], "answers")
+    if not answers:
+        raise FieldError("answers", record["answers"], "the calls of the turn, at least one", "no_turns")
+    note_unused(record, ("query", "answers", *IDENTITY), context.notes)
+    turn = {"role": "assistant", "content": "", "tool_calls": answers}
+    return draft_of(record, [{"role": "user", "content": record["query"]}, turn], context, where="answers")
+
+
 def messages_key(record: Mapping[str, Any]) -> str:
     """The field that holds the messages. Raises FieldError."""
     for key in MESSAGES:
@@ -237,7 +257,7 @@ def _answer_of(response: Any) -> Any:
         message = choices[0].get("message") if isinstance(choices[0], Mapping) else None
         if not isinstance(message, Mapping):
             raise FieldError("response.choices[0].message", message, "the assistant's message")
-        return dict(message)
+        return {"finish_reason": choices[0].get("finish_reason"), **message}
     if response.get("content") is not None or response.get("tool_calls"):
         return {"role": response.get("role") or "assistant", **{k: v for k, v in response.items() if k != "role"}}
     return None

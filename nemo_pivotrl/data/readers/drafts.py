@@ -10,6 +10,7 @@ from typing import Any
 from nemo_pivotrl.core.types import Message
 from nemo_pivotrl.data.readers.fields import WEIGHT, Identity, identity_of, whole_weight
 from nemo_pivotrl.data.readers.messages import ONLY_TEXT, Conversation, FieldError, Notes, conversation_of
+from nemo_pivotrl.data.readers.shapes import chat_messages
 from nemo_pivotrl.data.readers.tools import Tools, tools_of, without_table_nulls
 
 SYSTEM = ("system", "system_prompt", "instructions")
@@ -80,7 +81,7 @@ def messages_list(raw: Any, where: str) -> list[Any]:
             raise FieldError(where, raw, "messages given as text must be a JSON list") from None
     if not isinstance(raw, list):
         raise FieldError(where, "missing" if raw is None else raw, f"`{where}` must be a non-empty list")
-    return raw
+    return chat_messages(raw, where)
 
 
 def tools_in(record: Mapping[str, Any], context: Context) -> Tools:

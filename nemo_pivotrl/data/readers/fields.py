@@ -19,6 +19,7 @@ REPEAT = ("trial", "_ng_rollout_index", "rollout_index", "rollout_id", "attempt"
 """Fields that tell the repeats of a task apart."""
 OUTCOME = (
     *("reward", "resolved", "success", "is_success", "passed", "is_correct", "correct", "solved", "is_solved"),
+    *("is_resolved",),
     *("target", "score"),
 )
 WITHIN = (
@@ -116,7 +117,10 @@ def _number(value: Any) -> float | None:
         return float(value)
     if isinstance(value, str):
         text = value.strip().lower()
-        return {"true": 1.0, "false": 0.0}.get(text)
+        try:  # a table of text columns
+            value = {"true": 1.0, "false": 0.0}[text] if text in ("true", "false") else float(text)
+        except ValueError:
+            return None
     if isinstance(value, (int, float)) and abs(value) < MAX_REWARD:  # not nan, not inf
         return float(value)
     return None

@@ -1,4 +1,4 @@
-"""The records of a file: JSON lines, a JSON list, one object (also indented), Parquet; gzip and zstd by their first bytes."""
+"""The records of a file: JSON lines, a JSON list, one object (also indented), Parquet, Arrow; gzip and zstd by their first bytes."""
 
 from __future__ import annotations
 
@@ -11,8 +11,12 @@ from pathlib import Path
 from typing import IO, Any
 
 from nemo_pivotrl.core.errors import Problem, short
+from nemo_pivotrl.data.readers.shapes import is_chat
 
 GZIP, ZSTD, PARQUET = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"PAR1"
+ARROW = (b"ARROW1", b"\xff\xff\xff\xff")
+"""An Arrow file, and an Arrow stream as `datasets` keeps it."""
+UTF16 = (b"\xff\xfe", b"\xfe\xff")
 LFS_POINTER = b"version https://git-lfs"
 NEEDS_PYARROW = "pip install 'nemo-pivotrl[tables]' (pyarrow), or {other}"
 
@@ -53,9 +57,17 @@ def _records(path: Path, problems: list[Problem], setting: str) -> Iterator[tupl
     if magic.startswith(PARQUET):
         yield from _parquet_rows(path)
         return
+    if magic.startswith(ARROW):
+        yield from _arrow_rows(path, magic)
+        return
     if magic == LFS_POINTER:
         raise _Unreadable("a Git LFS pointer, not the file itself", "run `git lfs pull` where it came from")
     with _opened(path, magic) as handle:
+        if magic.startswith(UTF16):  # what PowerShell's `>` writes
+            try:
+                handle = io.BytesIO(handle.read().decode("utf-16").encode())
+            except UnicodeError as error:
+                raise _Unreadable("broken UTF-16", f"{error}; write it as UTF-8") from None
         yield from _json_records(path, handle, problems)
 
 
@@ -88,6 +100,28 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, Any]]:
                     yield number, row
     except pyarrow.ArrowException as error:
         raise _Unreadable("broken Parquet", f"{short(str(error))}; fetch it again") from None
+
+
+def _arrow_rows(path: Path, magic: bytes) -> Iterator[tuple[int, Any]]:
+    try:
+        import pyarrow
+        import pyarrow.ipc
+    except ImportError:
+        remedy = NEEDS_PYARROW.format(other="export it as JSON lines (`to_json` of a datasets.Dataset)")
+        raise _Unreadable("an Arrow file, and no pyarrow to read it with", remedy) from None
+    opened = pyarrow.ipc.open_file if magic.startswith(ARROW[0]) else pyarrow.ipc.open_stream
+    try:
+        number = 0
+        with pyarrow.memory_map(str(path)) as source, opened(source) as table:
+            batches = (
+                table if opened is pyarrow.ipc.open_stream else map(table.get_batch, range(table.num_record_batches))
+            )
+            for batch in batches:
+                for row in batch.to_pylist():
+                    number += 1
+                    yield number, row
+    except pyarrow.ArrowException as error:
+        raise _Unreadable("broken Arrow", f"{short(str(error))}; fetch it again") from None
 
 
 def _json_records(path: Path, handle: IO[bytes], problems: list[Problem]) -> Iterator[tuple[int, Any]]:
@@ -137,8 +171,7 @@ def _whole(lines: list[bytes]) -> list[Any] | None:
 def _listed(value: Any) -> list[Any]:
     if not isinstance(value, list):
         return [value]
-    chat = value and all(isinstance(m, dict) and ("role" in m or "from" in m) for m in value)
-    return [{"messages": value}] if chat and not any("messages" in m for m in value) else value
+    return [{"messages": value}] if is_chat(value) else value
 
 
 def _several(text: bytes) -> list[Any] | None:

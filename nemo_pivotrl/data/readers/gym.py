@@ -15,6 +15,7 @@ from nemo_pivotrl.data.readers.chat import IDENTITY
 from nemo_pivotrl.data.readers.drafts import Context, Draft, finished, note_unused, put_system, system_of, tools_in
 from nemo_pivotrl.data.readers.fields import Identity
 from nemo_pivotrl.data.readers.messages import Conversation, FieldError, conversation_of
+from nemo_pivotrl.data.readers.turns import TRUNCATED
 
 CONTRACT = "see the Gym row contract: message, reasoning, function_call, function_call_output"
 GYM = ("responses_create_params", "response", "agent_ref", "provenance", "num_unique_actions", "verifier_metadata")
@@ -88,7 +89,7 @@ def _as_gym(record: dict[str, Any]) -> dict[str, Any]:
         for k, v in record.items()
         if k not in ("request", "response", "input", "output", "instructions", "tools", "object", "id")
     }
-    return {**rest, "responses_create_params": params, "response": {"output": response["output"]}}
+    return {**rest, "responses_create_params": params, "response": {k: response.get(k) for k in ("output", "status")}}
 
 
 def _rollout(record: dict[str, Any], params: dict[str, Any], output: Any, context: Context) -> Draft:
@@ -103,7 +104,10 @@ def _rollout(record: dict[str, Any], params: dict[str, Any], output: Any, contex
     if before and made[: len(before)] == before:
         made = made[len(before) :]  # some agents write the state into their output once more
     conversation = _checked([*before, *made])
-    conversation.untrained = {i: GREETING for i, m in enumerate(before) if m["role"] == "assistant"}
+    conversation.untrained |= {i: GREETING for i, m in enumerate(before) if m["role"] == "assistant"}
+    turns = [i for i, m in enumerate(conversation.messages) if m["role"] == "assistant"]
+    if turns and record["response"].get("status") == "incomplete":
+        conversation.untrained.setdefault(turns[-1], TRUNCATED)
     put_system(conversation, _instructions(params))
     note_unused(record, (*GYM, *IDENTITY), context.notes)
     draft = finished(record, conversation, tools_in(params, context), context)

@@ -30,23 +30,58 @@ def split_reasoning(text: str) -> tuple[str | None, str]:
 
 
 def calls_of_text(text: str, tools: Sequence[Mapping[str, Any]] = ()) -> tuple[str, list[tuple[str, Any]]]:
-    """(text without the calls, [(name, arguments)]) of `<tool_call>` blocks: JSON, a Python dict, or Qwen's XML parameters.
+    """(text without the calls, [(name, arguments)]) of `<tool_call>` blocks: JSON, a Python dict, Qwen's or GLM's XML.
 
-    Raises ValueError for a block that is none of them.
+    A tag within a JSON text is text. Raises ValueError for a block that is none of them.
     """
-    said, *blocks = text.split("<tool_call>")
-    calls: list[tuple[str, Any]] = []
-    for block in blocks:
-        body, closed, rest = block.partition("</tool_call>")
-        if not closed and not body.rstrip().endswith("}"):
-            raise ValueError("<tool_call> without </tool_call>")
-        calls += [_xml_call(body, tools)] if body.lstrip().startswith("<function=") else _json_calls(body)
-        said += rest
-    return said.strip(), calls
+    said, calls, at = "", list[tuple[str, Any]](), 0
+    while (begin := text.find("<tool_call>", at)) >= 0:
+        said += text[at:begin]
+        at, found = _block(text, begin + len("<tool_call>"), tools)
+        calls += found
+    return (said + text[at:]).strip(), calls
+
+
+def _block(text: str, start: int, tools: Sequence[Mapping[str, Any]]) -> tuple[int, list[tuple[str, Any]]]:
+    """(where the block ends, its calls). Raises ValueError."""
+    begin = start + len(text[start:]) - len(text[start:].lstrip())
+    if text[begin : begin + 1] in ("{", "["):
+        try:
+            value, end = json.JSONDecoder().raw_decode(text, begin)
+        except (ValueError, RecursionError):
+            pass  # Python's quotes
+        else:
+            close = _CLOSE.match(text, end)
+            if close is not None:
+                return close.end(), _named_calls(value)
+    body, closed, _ = text[start:].partition("</tool_call>")
+    if not closed and not body.rstrip().endswith("}"):
+        raise ValueError("<tool_call> without </tool_call>")
+    end = start + len(body) + len(closed)
+    if body.lstrip().startswith("<function="):
+        return end, [_xml_call(body, tools)]
+    return end, [_glm_call(body, tools)] if _GLM_HEAD.match(body) else _json_calls(body)
+
+
+_CLOSE = re.compile(r"\s*(?:</tool_call>|(?=<tool_call>)|$)")
+"""What may follow a call's JSON text: models leave the last tag out."""
+_GLM_HEAD = re.compile(r"\s*([\w.:-]+)\s*(?=<arg_key>|$)")
+_GLM_ARGUMENT = re.compile(r"<arg_key>(.*?)</arg_key>\s*<arg_value>(.*?)</arg_value>", re.DOTALL)
+
+
+def _glm_call(body: str, tools: Sequence[Mapping[str, Any]]) -> tuple[str, Any]:
+    head = _GLM_HEAD.match(body)
+    assert head is not None
+    texts = _text_keys(head[1], tools)
+    found = [(key.strip(), value) for key, value in _GLM_ARGUMENT.findall(body)]
+    return head[1], {key: value if key in texts else _typed(value) for key, value in found}
 
 
 def _json_calls(body: str) -> list[tuple[str, Any]]:
-    value = json_or_python(body.strip())
+    return _named_calls(json_or_python(body.strip()))
+
+
+def _named_calls(value: Any) -> list[tuple[str, Any]]:
     found = []
     for raw in value if isinstance(value, list) else [value]:
         if not isinstance(raw, dict) or not isinstance(raw.get("name"), str):
@@ -65,11 +100,16 @@ def _xml_call(body: str, tools: Sequence[Mapping[str, Any]]) -> tuple[str, Any]:
     if head is None or "</function>" not in body:
         raise ValueError("unfinished <function=...>")
     name = head[1].strip()
-    declared = next((t["function"].get("parameters") for t in tools if t["function"]["name"] == name), None)
-    properties = declared.get("properties") if isinstance(declared, dict) else None
-    texts = {k for k, v in (properties or {}).items() if isinstance(v, dict) and v.get("type") == "string"}
+    texts = _text_keys(name, tools)
     found = [(key.strip(), value) for key, value in _XML_PARAMETER.findall(body)]
     return name, {key: value if key in texts else _typed(value) for key, value in found}
+
+
+def _text_keys(name: str, tools: Sequence[Mapping[str, Any]]) -> set[str]:
+    """The arguments of a tool that are declared as text."""
+    declared = next((t["function"].get("parameters") for t in tools if t["function"]["name"] == name), None)
+    properties = declared.get("properties") if isinstance(declared, dict) else None
+    return {k for k, v in (properties or {}).items() if isinstance(v, dict) and v.get("type") == "string"}
 
 
 def _typed(value: str) -> Any:

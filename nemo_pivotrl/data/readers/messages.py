@@ -16,6 +16,7 @@ from typing import Any
 from nemo_pivotrl.core.errors import short
 from nemo_pivotrl.core.types import Message
 from nemo_pivotrl.data.readers.markup import calls_of_text, outputs_of_text, split_reasoning
+from nemo_pivotrl.data.readers.turns import UNREAD, unread_mark, untrained_reason
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 DIALECTS = {
@@ -36,7 +37,7 @@ TEXT = {
 """Content blocks of text, and where each keeps it."""
 REASONING = {
     "thinking": ("thinking", "text", "value"),
-    "reasoning": ("reasoning", "text", "value", "content"),
+    "reasoning": ("reasoning", "text", "value", "content", "summary"),
     "reasoning_text": ("text",),
     "think": ("think", "text"),
     "thought": ("thought", "text", "value"),
@@ -106,7 +107,10 @@ class Conversation:
         self.say(message, untrained)
 
     def output(self, text: str, call_id: str = "") -> None:
-        """A tool's output. Without an id it answers the oldest call that waits."""
+        """A tool's output. Without an id it answers the oldest call that waits. What it follows is no talk."""
+        last = self.messages[-1] if self.messages else None
+        if last is not None and last["role"] == "assistant" and not last.get("tool_calls"):
+            self.untrained.setdefault(len(self.messages) - 1, UNREAD)
         if not call_id and self.pending:
             call_id = self.pending[0]
         if call_id in self.pending:
@@ -162,7 +166,8 @@ def conversation_of(
                 found, message, role, at, notes, markup=markup, loose=bool(tools) and not structured, after=previous
             )
         elif role == "tool":
-            _tool(found, message, at, split=markup or "from" in message)
+            alone = previous != "tool" and _role_after(raw, index) != "tool"
+            _tool(found, message, at, split=markup or "from" in message, alone=alone)
         else:
             _other(found, message, role, at)
         for key in message.keys() - SILENT_FIELDS - _READ_FIELDS:
@@ -170,6 +175,11 @@ def conversation_of(
                 notes.unused[f"{where}[].{key}"] += 1
         previous = role
     return found
+
+
+def _role_after(raw: Sequence[Any], index: int) -> str | None:
+    after = raw[index + 1] if index + 1 < len(raw) else None
+    return DIALECTS.get(str(after.get("role") or after.get("from"))) if isinstance(after, dict) else None
 
 
 _READ_FIELDS = frozenset(
@@ -352,17 +362,6 @@ def output_text(output: Any, where: str) -> str:
     return json.dumps(output, ensure_ascii=False)
 
 
-def weight_of(message: dict[str, Any]) -> str:
-    """Why an assistant turn is not to be learned, '' if it is: the weight that SFT formats give to it, or a demonstration."""
-    if message.get("is_demo") is True or message.get("message_type") == "demonstration":
-        return "given_turn"
-    for key in ("weight", "loss_weight", "loss", "train", "trainable"):
-        value = message.get(key)
-        if isinstance(value, (int, float)) and not value:
-            return "weight_zero"
-    return ""
-
-
 def _reasoning(message: dict[str, Any], at: str) -> list[str]:
     for key in ("reasoning_content", "reasoning", "thinking"):
         value = message.get(key)
@@ -395,7 +394,7 @@ def _assistant(
     after: str,
 ) -> None:
     where, content = _content(message, at)
-    untrained = weight_of(message)
+    untrained = untrained_reason(message)
     if role == "call":
         calls = _written_calls(content, where)
         turn: Message = {"role": "assistant", "content": "", "tool_calls": calls}
@@ -408,7 +407,8 @@ def _assistant(
     inline, rest = split_reasoning(text)
     if inline is not None:
         reasoning, text = [*reasoning, inline], rest
-    calls = [*parts.calls, *_structured_calls(message, at)]
+    told = {call["id"] for call in parts.calls if call["id"]}  # LangChain writes Anthropic's calls twice
+    calls = [*parts.calls, *(call for call in _structured_calls(message, at) if call["id"] not in told)]
     if not calls and (markup or loose) and "<tool_call>" in text:
         try:
             spoken, written = calls_of_text(text, found.tools)
@@ -419,7 +419,8 @@ def _assistant(
         except (ValueError, RecursionError) as error:
             if markup:
                 raise FieldError(where, text, f"the tool call cannot be read: {error}") from None
-            notes.said["<tool_call> in an assistant's text that is no JSON call: left as text"] += 1
+    if not calls and (mark := unread_mark(text)):
+        notes.said[f"{mark} in an assistant's text out of which no call is read: left as text"] += 1
     turn = {"role": "assistant", "content": text}
     if kept := [piece for piece in reasoning if piece.strip()]:
         turn["reasoning_content"] = "\n\n".join(dict.fromkeys(kept))
@@ -443,7 +444,8 @@ def _structured_calls(message: dict[str, Any], at: str) -> list[dict[str, Any]]:
     return [call_of({"function": legacy}, f"{at}.function_call")] if legacy else []
 
 
-def _tool(found: Conversation, message: dict[str, Any], at: str, split: bool) -> None:
+def _tool(found: Conversation, message: dict[str, Any], at: str, split: bool, alone: bool = False) -> None:
+    """alone: the only one between two turns, so that it has the outputs of all calls that wait."""
     if isinstance(message.get("tool_messages"), list):
         for index, inner in enumerate(message["tool_messages"]):
             if not isinstance(inner, dict):
@@ -463,7 +465,7 @@ def _tool(found: Conversation, message: dict[str, Any], at: str, split: bool) ->
         call_id = str(call_ids[0] or "")
     if not call_id and str(message.get("id") or "") in found.pending:
         call_id = str(message["id"])
-    if call_id or not split:
+    if call_id or not (split or (alone and len(found.pending) > 1)):
         found.output(text, call_id)
         return
     for piece in outputs_of_text(text, len(found.pending)):

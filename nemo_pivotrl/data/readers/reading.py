@@ -21,21 +21,11 @@ from nemo_pivotrl.data.readers.drafts import Context, Draft
 from nemo_pivotrl.data.readers.fields import outcome_of
 from nemo_pivotrl.data.readers.files import read_records
 from nemo_pivotrl.data.readers.messages import FieldError, Notes
+from nemo_pivotrl.data.readers.shapes import is_chat
 from nemo_pivotrl.data.readers.tools import read_tools
 
-WRAPPERS = (
-    "data",
-    "trajectories",
-    "rollouts",
-    "examples",
-    "conversations_list",
-    "results",
-    "items",
-    "samples",
-    "rows",
-    "records",
-)
-"""Fields under which a file of one object may hold its records."""
+ASKED = frozenset(("input", "inputs", "request", "output", "outputs", "response"))
+"""Fields of one call of a model, whose two sides are no records."""
 
 
 @dataclass
@@ -154,11 +144,7 @@ def _gathered(records: list[tuple[int, Any]]) -> list[tuple[int, Any]]:
         return list(claude_code_sessions(records))
     found: list[tuple[int, Any]] = []
     for line, record in records:
-        if (
-            isinstance(record, list)
-            and record
-            and all(isinstance(m, dict) and ("role" in m or "from" in m) for m in record)
-        ):
+        if is_chat(record):
             record = {"messages": record}
         inner = _inner(record)
         found += [(line, record)] if inner is None else enumerate(inner, start=1)
@@ -173,12 +159,25 @@ def _inner(record: Any) -> list[Any] | None:
         return tau2_simulations(record)
     if format_of(record):
         return None
-    for key in WRAPPERS:
-        value = record.get(key)
-        if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
-            rows = [item["row"] if isinstance(item.get("row"), dict) else item for item in value]
-            return rows if any(format_of(row) for row in rows) else None
-    return None
+    state = record.get("values")  # a graph's state, as LangGraph gives it
+    if isinstance(state, Mapping) and is_chat(state.get("messages")):
+        return [{**record, "values": None, "messages": state["messages"]}]
+    if is_chat(record.get("items")):
+        return [{**record, "items": None, "messages": record["items"]}]
+    held = [rows for value in record.values() if (rows := _records_in(value))]
+    if len(held) == 1:
+        return held[0]
+    formats = {format_of(value) for value in record.values()}
+    keyed = len(record) > 1 and len(formats) == 1 and formats <= READERS.keys()  # by the name of their task
+    return list(record.values()) if keyed and not ASKED & record.keys() else None
+
+
+def _records_in(value: Any) -> list[Any]:
+    """The records of a list, as a dataset's viewer or a harness wraps them; nothing where it holds others."""
+    if not isinstance(value, list) or not value or not all(isinstance(item, dict) for item in value):
+        return []
+    rows = [item["row"] if isinstance(item.get("row"), dict) else item for item in value]
+    return rows if any(format_of(row) for row in rows) else []
 
 
 def _read(

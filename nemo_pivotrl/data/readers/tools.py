@@ -13,8 +13,13 @@ from nemo_pivotrl.data.readers.messages import OBJECT, FieldError, Notes
 
 Tools = tuple[dict[str, Any], ...]
 PYTHON_TYPES = {"dict": "object", "float": "number", "int": "integer", "bool": "boolean", "str": "string"}
-PYTHON_TYPES |= {"tuple": "array", "list": "array"}
-"""Types that function-calling sets (BFCL, ToolACE) name as Python does, in JSON schema's words. `any` is no type at all."""
+PYTHON_TYPES |= {"tuple": "array", "list": "array", "set": "array"}
+"""Types that function-calling sets (BFCL, ToolACE, xLAM) name as Python does, in JSON schema's words."""
+NO_TYPES = ("any", "union", "callable")
+"""Python's names that are no type of JSON."""
+JSON_TYPES = ("string", "integer", "number", "boolean", "object", "array", "null")
+VALUES = ("default", "const")
+"""Keywords of a schema whose value may be null."""
 SERVER_TOOLS = "runs on the API's own server and is no function; drop the record, or the tool if no turn uses it"
 
 
@@ -86,25 +91,50 @@ def _tool(raw: Any, where: str, notes: Notes | None) -> dict[str, Any]:
     if parameters is not None and not isinstance(parameters, dict):
         raise FieldError(f"{where}.parameters", parameters, "a JSON schema: an object")
     if parameters is not None:
+        parameters = _as_schema(parameters)
         renamed = _json_types(parameters)
         if notes is not None and renamed != parameters:
-            notes.said["tools whose schemas name Python's types (dict, float): read as JSON schema's"] += 1
+            notes.said["tools whose schemas name Python's types or hold a table's nulls: read as JSON schema"] += 1
         function = {**function, "parameters": renamed}
     return {"type": "function", "function": function}
 
 
+def _as_schema(parameters: dict[str, Any]) -> dict[str, Any]:
+    """The schema of an object. xLAM and APIGen write its properties alone, each with a type in Python's words."""
+    bare = parameters and all(isinstance(v, dict) and {"type", "description"} & v.keys() for v in parameters.values())
+    if not bare:
+        return parameters
+    needed = [
+        k for k, v in parameters.items() if "default" not in v and "optional" not in str(v.get("type", "")).lower()
+    ]
+    return {"type": "object", "properties": parameters, **({"required": needed} if needed else {})}
+
+
+def _python_type(name: str) -> str:
+    """A JSON type for `str, optional`, `List[int]` and the like; '' where Python's name says none."""
+    word = name.partition(",")[0].strip()
+    if word.startswith("Optional[") and word.endswith("]"):
+        word = word[len("Optional[") : -1]
+    word = word.partition("[")[0]
+    if word in JSON_TYPES:
+        return word
+    return PYTHON_TYPES.get(word.lower(), "" if word != name.strip() or word.lower() in NO_TYPES else name)
+
+
 def _json_types(schema: Any, depth: int = 0) -> Any:
-    """The schema with Python's names of types replaced. Only where a schema stands, never in an enum or a default."""
+    """The schema with Python's names of types replaced, and without the nulls of a table's other rows. Only where a schema
+    stands, never in an enum or a default."""
     if not isinstance(schema, dict) or depth > 20:
         return schema
     found = {}
     for key, value in schema.items():
+        if value is None and key not in VALUES:
+            continue
         if key == "type" and isinstance(value, str):
-            if value == "any":
-                continue
-            found[key] = PYTHON_TYPES.get(value, value)
+            if named := _python_type(value):
+                found[key] = named
         elif key in ("properties", "$defs", "definitions") and isinstance(value, dict):
-            found[key] = {k: _json_types(v, depth + 1) for k, v in value.items()}
+            found[key] = {k: _json_types(v, depth + 1) for k, v in value.items() if v is not None}
         elif key in ("items", "additionalProperties"):
             found[key] = _json_types(value, depth + 1)
         elif key in ("anyOf", "oneOf", "allOf") and isinstance(value, list):

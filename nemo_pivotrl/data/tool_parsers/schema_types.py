@@ -3,15 +3,18 @@
 XML calls and Gemma's carry no types. The rules are those of vLLM's parsers, so that a call that is read here is the call a
 vLLM server would make: the types that a schema names (in `type`, `enum`, `const`, `anyOf`, `oneOf`, `allOf`) are tried in the
 order null, integer, number, boolean, object, array, string; a value that fits none is read as JSON where it is JSON, else
-kept as text. Three additions let templates be read back that write Python's `str()` of a value or describe types indirectly:
-`None` is null where the schema allows null or no text, local `$ref`s are followed, and `properties` or `items` alone mean
-an object or an array.
+kept as text. Four additions let templates be read back that write Python's `str()` of a value or describe types indirectly:
+`None` is null where the schema allows null or no text, Python's literal of a list or dict is one where the schema allows no text
+(Qwen3-Coder's first template writes lists so), local `$ref`s are followed, and `properties` or `items` alone mean an object or
+an array.
 """
 
 from __future__ import annotations
 
+import ast
 import json
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -118,7 +121,22 @@ def coerce(text: str, types: set[str]) -> Any:
         if name in types and (value := _as(name, text)) is not _UNREAD:
             return value
     value = _json(text)
+    if value is _UNREAD and "string" not in types and types & {"array", "object"}:
+        value = _literal(text)
     return text if value is _UNREAD else value
+
+
+def _literal(text: str) -> Any:
+    """A list or dict as Python writes it, if JSON can hold it. Nothing is executed."""
+    if text.lstrip()[:1] not in ("[", "{"):
+        return _UNREAD
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of escapes that Python does not know
+            value = ast.literal_eval(text.strip())
+        return value if loads(json.dumps(value, allow_nan=False)) == value else _UNREAD
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        return _UNREAD
 
 
 def _as(name: str, text: str) -> Any:

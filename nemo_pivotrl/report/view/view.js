@@ -203,6 +203,12 @@ async function trajectory(id) {
   main.replaceChildren(...parts);
 }
 
+async function showPrompt(place, id) {
+  const found = await ask("prompt_text", { id }).catch((error) => ({ problem: String(error.message || error) }));
+  place.querySelector("p").replaceWith(found.problem ? h("p", { class: "note" }, `Not shown: ${found.problem}`)
+    : h("div", {}, h("p", { class: "note" }, `${number(found.tokens)} tokens, ${number(found.characters)} characters, by the policy's own chat template`), h("pre", { class: "prompt" }, found.text)));
+}
+
 async function turn(id) {
   const t = await ask("turn", { id });
   const wanted = actionText(t.expected);
@@ -218,8 +224,10 @@ async function turn(id) {
   if (t.sets.length) parts.push(h("p", { class: "note" }, `In ${t.sets.join(", ")}.`));
   const state = h("details", {}, h("summary", {}, `the state: ${t.state.length} messages, ${t.tools.length} tools`), t.state.map(item));
   const tools = h("details", {}, h("summary", {}, "tools"), h("pre", {}, JSON.stringify(t.tools, null, 1)));
+  const prompt = h("details", { id: "prompt" }, h("summary", {}, "the prompt as the policy reads it"), h("p", { class: "note" }, "rendering ..."));
+  prompt.addEventListener("toggle", () => showPrompt(prompt, t.id), { once: true });
   state.open = true;
-  parts.push(h("h2", {}, "State"), state, tools, h("h2", {}, "Expert"), h("div", { class: "msg now" }, h("pre", {}, wanted)));
+  parts.push(h("h2", {}, "State"), state, tools, prompt, h("h2", {}, "Expert"), h("div", { class: "msg now" }, h("pre", {}, wanted)));
   if (t.reasoning) parts.push(h("details", {}, h("summary", {}, "the expert's reasoning"), h("pre", {}, t.reasoning)));
   parts.push(h("h2", {}, `Samples: ${t.samples} in ${t.groups.length} kinds`));
   if (!t.groups.length) parts.push(h("p", { class: "note" }, "None."));

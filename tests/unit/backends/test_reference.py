@@ -329,6 +329,18 @@ def test_restored_training_state_continues_bit_by_bit(folders: dict[str, str], t
     assert all(torch.equal(a, b) for (_, a), (_, b) in pairs)
 
 
+def test_two_processes_write_the_same_training_state(folders: dict[str, str], tmp_path: Path) -> None:
+    """Torch seeds the generator of every process anew."""
+    for name in ("first", "second"):
+        torch.seed()
+        model = policy(folders["llama"], dtype="float32")
+        model.prepare_for_training(Optimizer(lr=1e-2))
+        step(model)
+        model.save_training_state(tmp_path / name)
+    first, second = ((tmp_path / name / "state.pt").read_bytes() for name in ("first", "second"))
+    assert first == second
+
+
 def test_random_numbers_go_on_where_the_saved_run_was(folders: dict[str, str], tmp_path: Path) -> None:
     model = policy(folders["llama"], dtype="float32")
     model.prepare_for_training(Optimizer(lr=1e-2))

@@ -23,7 +23,12 @@ def warned(checks: list[Check]) -> list[str]:
 
 
 def profiled(**changed: Any) -> dict[str, Any]:
-    classes = {"mixed, kept": {"candidates": 60}, "all 0": {"candidates": 40}, "mixed, too easy": {}, "all 1": {}}
+    classes = {
+        "mixed, kept": {"candidates": 60, "train": 40},
+        "all 0": {"candidates": 40},
+        "mixed, too easy": {},
+        "all 1": {},
+    }
     return {"rollouts": 758, "truncated": 10, "malformed": 0, "failures": {}, "classes": classes} | changed
 
 
@@ -33,8 +38,13 @@ def test_a_profile_of_truncated_samples_warns_with_the_share_and_what_to_raise()
     assert check.found == "92.7% (703 of 758)" and "max_new_tokens" in check.remedy
     assert warned(profile_checks(profiled(malformed=90))) == ["malformed or empty samples"]
     assert warned(profile_checks(profiled(failures={"sampler_timeout": 20}))) == ["failed candidates"]
-    few = {"mixed, kept": {"candidates": 3}, "all 0": {"candidates": 40}, "mixed, too easy": {}, "all 1": {}}
-    assert warned(profile_checks(profiled(classes=few))) == ["candidates with mixed rewards"]
+    few = {
+        "mixed, kept": {"candidates": 60, "train": 3},
+        "all 0": {"candidates": 40},
+        "mixed, too easy": {},
+        "all 1": {},
+    }
+    assert warned(profile_checks(profiled(classes=few))) == ["train candidates with mixed rewards"]
 
 
 def test_pivots_that_are_few_or_talk_or_won_by_a_constant_warn() -> None:

@@ -62,13 +62,13 @@ def test_a_file_that_is_not_the_wanted_artefact_is_named_with_its_remedy(
 
 def test_header_fields_that_contradict_the_recipe_are_all_named(tmp_path: Path) -> None:
     with pytest.raises(InputError) as caught:
-        check_headers(tmp_path / "x", HEADER, tokenizer="t2", parent="p1", verifier="exact 1 cd")
+        check_headers(tmp_path / "x", HEADER, {}, tokenizer="t2", parent="p1", verifier="exact 1 cd")
     assert [(p.field, p.found) for p in caught.value.problems] == [
         ("tokenizer", "'t1'"),
         ("verifier", "'tool_call 1 ab'"),
     ]
     assert "'t2'" in caught.value.problems[0].remedy
-    check_headers(tmp_path / "x", HEADER, tokenizer="t1")
+    check_headers(tmp_path / "x", HEADER, {}, tokenizer="t1")
 
 
 def test_what_was_not_finished_is_no_artefact_and_is_written_anew(tmp_path: Path) -> None:

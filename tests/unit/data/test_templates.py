@@ -3,6 +3,7 @@
 import contextlib
 import json
 import re
+import shlex
 import time
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from support.recipes import ROOT
 from support.template_cases import LINES, MALFORMED, SHAPES, USER, calling, optional, template, tokenizer_with, tool
 
 from nemo_pivotrl.config import ChatSettings, Limits
+from nemo_pivotrl.config.load import load_recipe
 from nemo_pivotrl.core.errors import InputError, UnrenderableState
 from nemo_pivotrl.core.types import Action, ToolCall
 from nemo_pivotrl.data.chat_template import Chat, generation_stop_ids
@@ -172,6 +174,15 @@ def test_reasoning_ends_at_its_first_marker_and_unfinished_reasoning_earns_nothi
         ({"type": "string"}, "None", "None"),
         ({"type": "array"}, "[1", "[1"),
         ({"type": "array"}, "[1e999]", "[1e999]"),
+        ({"type": "array"}, "['a', None, True, {'b': 1.5}]", ["a", None, True, {"b": 1.5}]),
+        (optional("array"), "['a']", ["a"]),
+        ({"type": ["array", "string"]}, "['a']", "['a']"),
+        ({"type": "array"}, "['a', (1, 2)]", "['a', (1, 2)]"),
+        ({"type": "array"}, "[f(1)]", "[f(1)]"),
+        ({"type": "array"}, "['a\\d']", ["a\\d"]),
+        ({"type": "object"}, "{1: 2}", "{1: 2}"),
+        ({"type": "object"}, "{'a': [1,]}", {"a": [1]}),
+        ({"type": "array"}, "[" * 5000, "[" * 5000),
         ({"$ref": "#/nowhere"}, "5", "5"),
         ({"$ref": "https://example.com/x.json"}, "5", "5"),
         ({"$ref": "#/properties/x"}, "5", "5"),
@@ -225,6 +236,23 @@ def test_what_a_template_leaves_out_is_an_error_until_it_is_accepted() -> None:
     accepted = Chat(tokenizer_with(PLAIN), "hermes", settings=ChatSettings(accept_dropped=("developer",)))
     assert "Be kind." not in accepted.render(developer, (), True)
     assert chat.prompt_ids([USER], ())
+
+
+def test_the_hint_that_accepts_a_loss_can_be_pasted_and_names_all_that_is_lost(tmp_path: Path) -> None:
+    calls = [{"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}]
+    state = [USER, {"role": "assistant", "content": "", "tool_calls": calls}]
+    state += [{"role": "tool", "tool_call_id": "c", "content": "so"}]
+    with pytest.raises(InputError) as caught:
+        Chat(tokenizer_with(PLAIN), "hermes").render(state, [tool({"type": "string"})], True)
+    hints = {problem.remedy for problem in caught.value.problems}
+    assert len(caught.value.problems) == 3 and len(hints) == 1
+    pasted = shlex.split(hints.pop().partition("accept the loss with ")[2].partition(" (")[0])
+    (tmp_path / "r.yaml").write_text("policy: {model_name: here}\n")
+    recipe = load_recipe(str(tmp_path / "r.yaml"), pasted)
+    assert recipe.policy.chat.accept_dropped == ("calls", "tool", "tools")
+    Chat(tokenizer_with(PLAIN), "hermes", settings=recipe.policy.chat).render(state, [tool({"type": "string"})], True)
+    (tmp_path / "r.yaml").write_text(f"policy:\n  {re.search('`(chat: .*)`', caught.value.problems[0].remedy)[1]}\n")  # type: ignore[index]
+    assert load_recipe(str(tmp_path / "r.yaml")).policy.chat == recipe.policy.chat
 
 
 def test_renamed_roles_join_the_message_before_them() -> None:

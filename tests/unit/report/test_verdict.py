@@ -72,7 +72,7 @@ def test_trainings_that_were_not_evaluated() -> None:
 
 def test_the_funnel_and_the_warnings(tmp_path: Path) -> None:
     fates = {
-        "a": {"pivot": 2, "all 0": 3, "too easy": 1, "failed": 4, "all": 10},
+        "a": {"pivot": 2, "all 0": 3, "too easy": 1, "failed": 1, "left out": 3, "all": 10},
         "b": {"pivot": 1, "all 1": 1, "all": 2},
     }
     numbers: dict[str, Any] = {
@@ -85,8 +85,8 @@ def test_the_funnel_and_the_warnings(tmp_path: Path) -> None:
         ("assistant turns", 20),
         ("candidates", 15),
         ("candidates to train on", 12),
-        ("profiled and judged", 8),
-        ("with mixed outcomes", 4),
+        ("of these profiled and judged", 8),
+        ("of these with mixed outcomes", 4),
         ("pivots", 3),
     ]
     conclude(tmp_path, "select", [Check("pivots", "3", False, "extract more"), Check("talk", "0", True)])

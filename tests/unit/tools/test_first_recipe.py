@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -67,8 +68,70 @@ def test_what_the_data_does_not_say_is_left_open(tmp_path: Path, capsys: Any) ->
 def test_states_that_the_template_cannot_render_are_told(tmp_path: Path, capsys: Any) -> None:
     bare = called()[1:]  # the shipped template writes tools behind a system message alone
     recipe, _, said = init(tmp_path, written(tmp_path, [{"messages": bare, "tools": [TOOL]}]), capsys)
-    assert "WARN  no state looked at can be rendered: tools: tools, left out of the prompt by the template" in said
+    assert "WARN  none of 1 states looked at can be rendered: tools: tools, left out of the prompt" in said
     assert recipe.policy.max_total_sequence_length == 1024  # the model's
+
+
+def model_that(folder: Path, template: str) -> str:
+    """The shipped model with another chat template."""
+    shutil.copytree(MODEL, folder / "model")
+    (folder / "model/chat_template.jinja").write_text(template)
+    return str(folder / "model")
+
+
+def test_a_template_that_refuses_the_role_developer_is_told_with_what_mends_it(tmp_path: Path, capsys: Any) -> None:
+    template = (ROOT / "nemo_pivotrl/demo/models/start-policy/chat_template.jinja").read_text()
+    refuse = "{% for m in messages %}{% if m.role == 'developer' %}{{ raise_exception('unknown role developer') }}"
+    model = model_that(tmp_path, f"{refuse}{{% endif %}}{{% endfor %}}{template}")
+    said = [{**called()[0], "role": "developer"}, *called()[1:], {"role": "assistant", "content": "shipped it is !"}]
+    file, target = written(tmp_path, [{"messages": said, "tools": [TOOL]}]), tmp_path / "recipe.yaml"
+    assert cli.main(["init", model, file, str(target)]) == 0
+    out, text = capsys.readouterr().out, target.read_text()
+    why = "tools: tools, left out of the prompt by the template -> set 'policy.chat.roles={developer: system}'"
+    assert f"WARN  none of 1 states looked at can be rendered: {why}" in out  # it writes tools behind a system message
+    assert "nothing was rendered: tools: tools, left out" in " ".join(text.replace("#", " ").split())
+    target.write_text(text.replace("# chat: {roles", "chat: {roles"))
+    assert load_recipe(str(target)).policy.chat.roles == {"developer": "system"}
+    bare = written(tmp_path, [{"messages": said}], "bare.jsonl")
+    assert cli.main(["init", model, bare, str(tmp_path / "second.yaml")]) == 0
+    out = capsys.readouterr().out
+    assert "rendered: template_refuses_state: TemplateError: unknown role developer -> it is excluded" in out
+    assert "'policy.chat.roles={developer: system}'" in out
+
+
+def test_a_model_that_is_not_here_is_guessed_and_hub_ids_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    file = written(tmp_path, [{"messages": called(), "tools": [TOOL]}])
+    (tmp_path / "my-model").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["init", "my-modle", file, "recipe.yaml"]) == cli.BAD_INPUT
+    said = capsys.readouterr().err
+    assert "did you mean my-model?" in said and "the id of a model on the Hugging Face hub, as OWNER/NAME" in said
+
+
+def test_half_an_emoji_in_an_experts_turn_is_told_and_no_traceback(tmp_path: Path, capsys: Any) -> None:
+    talk = {"role": "assistant", "content": "shipped \ud83d !"}
+    _, _, said = init(tmp_path, written(tmp_path, [{"messages": [*called(), talk], "tools": [TOOL]}]), capsys)
+    assert "not_encodable: a lone surrogate" in said
+
+
+def test_records_that_cannot_be_read_are_told_with_the_line_that_leaves_them_out(tmp_path: Path, capsys: Any) -> None:
+    file = written(
+        tmp_path, [{"messages": called(), "tools": [TOOL]}, {"messages": [{"role": "narrator", "content": "x"}]}]
+    )
+    _, text, said = init(tmp_path, file, capsys)
+    assert (
+        "WARN  1 records cannot be read, and extract stops there" in said
+        and "line 2: messages[0].role: narrator" in said
+    )
+    (tmp_path / "recipe.yaml").write_text(text.replace("# on_invalid", "on_invalid"))
+    assert load_recipe(str(tmp_path / "recipe.yaml")).extract.on_invalid == "skip"
+    rows = [{"prompt": "hi", "chosen": "hello", "rejected": "no"}, {"prompt": "hi", "chosen": 3, "rejected": "no"}]
+    target = tmp_path / "llmdoctor.yaml"
+    assert cli.main(["init", MODEL, written(tmp_path, rows, "pairs.jsonl"), str(target)]) == 0
+    assert "1 records cannot be read, and preferences stops there" in capsys.readouterr().out
+    assert "# on_invalid: skip" in target.read_text()
 
 
 def test_an_expert_who_only_talks_needs_a_judge(tmp_path: Path, capsys: Any) -> None:

@@ -143,7 +143,7 @@ SAME: dict[str, list[Pair]] = {
         Pair("if x:\n  y()\n", "if x:\n    y()", key="code", tool="run_jupyter_cell"),
     ],
     "search_tokens": [
-        Pair("weather in Paris today", "Paris weather today", key="query", tool="web_search"),
+        Pair("weather in Paris", "Paris weather", key="query", tool="web_search"),
         Pair("python asyncio tutorial", "Tutorial for Python asyncio", key="q", tool="search"),
     ],
     "shell_quoting": [shell("grep 'foo' a", 'grep "foo" a'), shell("echo a\\ b", "echo 'a b'")],
@@ -904,3 +904,17 @@ def test_a_required_argument_may_not_be_left_out_though_it_has_a_default() -> No
     )
     for arguments, reward in (('{"k": "a"}', 0.0), ('{"k": "a", "n": 10}', 1.0), ('{"n": 10, "k": "a"}', 1.0)):
         assert Functional().verify(case, Action("calls", calls=(ToolCall("f", arguments),))).reward == reward
+
+
+def test_a_patchs_last_line_end_says_nothing_by_a_rule_alone() -> None:
+    patch = "--- a/f\n+++ b/f\n@@ -1 +1 @@\n-a\n+b\n"
+    ended, unended = (
+        Action("calls", calls=(ToolCall("apply_patch", json.dumps({"patch": text})),))
+        for text in (patch, patch + "\\ No newline at end of file\n")
+    )
+    verdict = load_verifier(config.Verifier(name="functional")).verify(Case(ended), unended)
+    assert (verdict.reward, verdict.rules) == (1.0, ("whitespace",))
+    strict = load_verifier(config.Verifier(name="functional", settings={"rules": {"whitespace": False}}))
+    for files in ({}, {"files": {"f": "a\n"}}):
+        assert strict.verify(Case(ended, fields=files), unended).reward == 0.0
+        assert strict.verify(Case(unended, fields=files), unended).reward == 1.0

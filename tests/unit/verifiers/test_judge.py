@@ -19,148 +19,34 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from hashlib import sha256
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from hypothesis import example, given, settings, strategies as st
+from support.scripted_judge import DROP, Asked, Behaviour, Raw, Server, read_sections
 
 from nemo_pivotrl import config
 from nemo_pivotrl.core.errors import InputError
 from nemo_pivotrl.core.types import Action, Case, ToolCall, Verdict
-from nemo_pivotrl.verifiers import judge as judge_module, judge_endpoint as endpoint_module, judge_prompt as prompts
+from nemo_pivotrl.verifiers import (
+    judge as judge_module,
+    judge_asking as asking_module,
+    judge_endpoint as endpoint_module,
+    judge_prompt as prompts,
+)
 from nemo_pivotrl.verifiers.base import Ruling, VerifierFault, verdicts
-from nemo_pivotrl.verifiers.judge import Judge, JudgeVerifier, calibrate, connect, refuse_self_judge
+from nemo_pivotrl.verifiers.judge import Judge, JudgeVerifier, calibrate, connect
+from nemo_pivotrl.verifiers.judge_asking import refuse_self_judge
 from nemo_pivotrl.verifiers.judge_calibration import CALIBRATION, wilson
 from nemo_pivotrl.verifiers.loading import load_verifier
 
 KEY = "sk-test-5f2c9e7d1b"
 CASE = Case(Action("message", "unused"))
 SAME, DIFFERENT = True, False
-
-
-# ---- the scripted server ----
-
-
-@dataclass(frozen=True)
-class Asked:
-    """One request as the server got it."""
-
-    path: str
-    headers: dict[str, str]
-    body: dict[str, Any]
-    code: str = ""
-    sections: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def pair(self) -> tuple[str, str]:
-        return self.sections["ACTION 1"], self.sections["ACTION 2"]
-
-
-@dataclass(frozen=True)
-class Raw:
-    """A response that is no completion."""
-
-    status: int = 200
-    body: bytes = b""
-    headers: tuple[tuple[str, str], ...] = (("Content-Type", "application/json"),)
-    pieces: int = 1
-    """Sent in so many pieces, a twentieth of a second apart."""
-
-
-DROP = object()
-"""Close the connection without a word."""
-Behaviour = Callable[[Asked, int], Any]
-"""(request, how many came before it) -> a verdict, an answer's text, a Raw or DROP."""
-
-
-def read_sections(user: str, code: str) -> dict[str, str]:
-    found = re.findall(rf"^{code} BEGIN ([A-Z0-9 ]+)\n(.*?)\n{code} END \1$", user, re.S | re.M)
-    return dict(found)
-
-
-class Server:
-    """An OpenAI-compatible server on a port of its own, in a thread."""
-
-    def __init__(self, behave: Behaviour):
-        self.behave, self.asked, self.busy, self.most_busy = behave, list[Asked](), 0, 0
-        self.models: Any = None
-        self.lock, self.released = threading.Lock(), threading.Event()
-        outer = self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-            disable_nagle_algorithm = True
-
-            def log_message(self, *_: object) -> None:
-                pass
-
-            def do_GET(self) -> None:
-                made = outer.models
-                outer.send(self, made if isinstance(made, Raw) else Raw(body=json.dumps(made).encode()))
-
-            def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                system, user = (m["content"] for m in body["messages"])
-                code = system.rpartition("The code is ")[2]
-                asked = Asked(self.path, dict(self.headers), body, code, read_sections(user, code))
-                with outer.lock:
-                    outer.asked.append(asked)
-                    number = len(outer.asked) - 1
-                    outer.busy += 1
-                    outer.most_busy = max(outer.most_busy, outer.busy)
-                made = outer.behave(asked, number)
-                with outer.lock:
-                    outer.busy -= 1
-                if made is DROP:
-                    self.close_connection = True
-                    return
-                if isinstance(made, bool):
-                    made = f"They would do this and that.\n{code} {'SAME' if made else 'DIFFERENT'}"
-                if isinstance(made, str):
-                    choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": made}}
-                    made = Raw(body=json.dumps({"choices": [choice]}).encode())
-                outer.send(self, made)
-
-        class Quiet(ThreadingHTTPServer):
-            daemon_threads = True
-
-            def handle_error(self, *_: object) -> None:
-                pass  # a client that hangs up is part of the script
-
-        self.http = Quiet(("127.0.0.1", 0), Handler)
-        self.thread = threading.Thread(target=self.http.serve_forever, args=(0.01,))
-        self.thread.start()
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.http.server_address[1]}/v1"
-
-    def send(self, handler: BaseHTTPRequestHandler, made: Raw) -> None:
-        handler.send_response(made.status)
-        for name, value in made.headers:
-            handler.send_header(name, value)
-        handler.send_header("Content-Length", str(len(made.body)))
-        handler.end_headers()
-        step = -(-len(made.body) // made.pieces) or 1
-        for start in range(0, len(made.body), step):
-            if start and self.released.wait(0.05):
-                return
-            handler.wfile.write(made.body[start : start + step])
-
-    def stall(self, *_: object) -> str:
-        self.released.wait(10)
-        return ""
-
-    def close(self) -> None:
-        self.released.set()
-        self.http.shutdown()
-        self.http.server_close()
-        self.thread.join()
+ROLE = ("verifier.judge", "policy")
 
 
 @pytest.fixture
@@ -205,7 +91,7 @@ def fault_of(judge: Judge, expected: str = "ls", actual: str = "ls -l") -> Verif
 
 
 def sections_of(kind: str, context: str, first: str, second: str) -> tuple[str, str, dict[str, str]]:
-    messages, code = prompts.prompt(kind, context, first, second)
+    messages, code = prompts.prompt(prompts.equivalence(kind), context, first, second)
     assert [m["role"] for m in messages] == ["system", "user"]
     return messages[1]["content"], code, read_sections(messages[1]["content"], code)
 
@@ -231,7 +117,7 @@ def test_whatever_an_action_holds_its_section_is_bounded_and_closed(
     context: str, first: str, second: str, limit: int
 ) -> None:
     case = Case(Action("message", ""), messages=({"role": "user", "content": context},))
-    texts = [prompts.shown_context(case, limit), prompts.shown(first, limit), prompts.shown(second, limit)]
+    texts = [prompts.shown_context(case.messages, limit), prompts.shown(first, limit), prompts.shown(second, limit)]
     user, code, found = sections_of("action", *texts)
     marked = [text.replace(prompts.CUT, f"{code} CUT ") for text in texts]
     assert list(found.values()) == marked, "what stands between the fences is what was shown, no more, no less"
@@ -252,8 +138,8 @@ def test_an_action_that_guesses_the_code_gets_another_one(monkeypatch: pytest.Mo
 
 
 def test_codes_depend_on_the_content_the_request_and_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    def code(*content: str) -> str:
-        return prompts.prompt(*content)[1]
+    def code(kind: str, *texts: str) -> str:
+        return prompts.prompt(prompts.equivalence(kind), *texts)[1]
 
     asked = ("terminal", "state", "ls", "ls -l", "0 0")
     codes = {code(*asked), code("action", *asked[1:]), code("terminal", "", *asked[2:])}
@@ -264,7 +150,10 @@ def test_codes_depend_on_the_content_the_request_and_the_process(monkeypatch: py
 
 
 def test_every_kind_has_a_rubric_of_its_own() -> None:
-    systems = {prompts.prompt(k, "", "a", "b")[0][0]["content"].rpartition("\n")[0] for k in prompts.RUBRICS}
+    systems = {
+        prompts.prompt(prompts.equivalence(k), "", "a", "b")[0][0]["content"].rpartition("\n")[0]
+        for k in prompts.RUBRICS
+    }
     assert len(systems) == 4 and set(prompts.RUBRICS) == {"terminal", "search", "message", "action"}
 
 
@@ -295,9 +184,9 @@ def test_the_context_is_the_end_of_the_state_without_reasoning() -> None:
         ),
     )
     whole = 'user: List it.\nassistant: calls bash {"command": "ls"}\ntool: a.txt'
-    assert prompts.shown_context(case, 1000) == whole
-    assert prompts.shown_context(case, 20) == f"\x00earlier text\n{whole[-20:]}"
-    assert prompts.shown_context(case, 0) == "" == prompts.shown_context(CASE, 50)
+    assert prompts.shown_context(case.messages, 1000) == whole
+    assert prompts.shown_context(case.messages, 20) == f"\x00earlier text\n{whole[-20:]}"
+    assert prompts.shown_context(case.messages, 0) == "" == prompts.shown_context(CASE.messages, 50)
 
 
 # ---- how an answer is read ----
@@ -331,7 +220,8 @@ def test_the_context_is_the_end_of_the_state_without_reasoning() -> None:
     ],
 )
 def test_only_a_last_line_with_the_code_and_one_label_is_a_verdict(answer: str, verdict: bool | None) -> None:
-    assert prompts.read_verdict(answer, "J12") is verdict
+    words = prompts.equivalence("action").words
+    assert prompts.read_verdict(answer, "J12", words) == {SAME: "SAME", DIFFERENT: "DIFFERENT", None: None}[verdict]
 
 
 # ---- the decision ----
@@ -588,7 +478,7 @@ def test_a_key_goes_to_its_own_host(
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     settings = dataclasses.replace(described(url), **{"api_key_host": "", **values})  # type: ignore[arg-type]
     with caplog.at_level(logging.INFO):
-        assert endpoint_module.key_for(settings) == (KEY if sent else "")
+        assert endpoint_module.key_for(settings, "verifier.judge") == (KEY if sent else "")
     said = [r.getMessage() for r in caplog.records]
     assert len(said) == (not sent and values.get("api_key_env") == "OPENAI_API_KEY") and KEY not in str(said)
 
@@ -638,7 +528,7 @@ def test_a_message_shows_no_control_characters_and_no_piece_of_the_key(serve: Ca
 def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     slept: list[float] = []
     monkeypatch.setattr(
-        judge_module, "time", SimpleNamespace(sleep=slept.append, monotonic=time.monotonic, time=time.time)
+        asking_module, "time", SimpleNamespace(sleep=slept.append, monotonic=time.monotonic, time=time.time)
     )
     return slept
 
@@ -818,8 +708,8 @@ def test_torn_and_foreign_lines_are_passed_over_and_do_no_harm_to_the_next(
 APPEND = """
 import sys
 from nemo_pivotrl.verifiers.base import Ruling
-from nemo_pivotrl.verifiers.judge import _Cache
-cache = _Cache(sys.argv[1])
+from nemo_pivotrl.verifiers.judge_asking import Cache
+cache = Cache(sys.argv[1], dict)
 print("ready", flush=True)
 sys.stdin.readline()
 for i in range(100):
@@ -939,11 +829,11 @@ def test_the_policy_does_not_judge_itself_by_name_or_by_what_is_served(
     described_judge = dataclasses.replace(described(server), model=model)
     if refused:
         with pytest.raises(InputError, match="allow_self_judge=true") as caught:
-            refuse_self_judge(described_judge, policy)
+            refuse_self_judge(described_judge, policy, *ROLE)
         assert caught.value.problems[0].field == "verifier.judge.model"
     else:
-        refuse_self_judge(described_judge, policy)
-    refuse_self_judge(dataclasses.replace(described_judge, allow_self_judge=True), policy)
+        refuse_self_judge(described_judge, policy, *ROLE)
+    refuse_self_judge(dataclasses.replace(described_judge, allow_self_judge=True), policy, *ROLE)
 
 
 def test_a_path_to_the_policy_s_folder_is_the_policy(serve: Callable[..., Server], tmp_path: Path) -> None:
@@ -952,8 +842,8 @@ def test_a_path_to_the_policy_s_folder_is_the_policy(serve: Callable[..., Server
     server = serve()
     server.models = {"data": [{"id": "weights.gguf", "root": str(tmp_path / "link")}]}
     with pytest.raises(InputError, match="which serves"):
-        refuse_self_judge(described(server), str(tmp_path / "policy"))
-    refuse_self_judge(described(server), str(tmp_path / "elsewhere"))
+        refuse_self_judge(described(server), str(tmp_path / "policy"), *ROLE)
+    refuse_self_judge(described(server), str(tmp_path / "elsewhere"), *ROLE)
 
 
 @pytest.mark.parametrize("models", [Raw(404), Raw(500), Raw(body=b"<html>"), {"models": []}, {"data": [3]}, []])
@@ -962,11 +852,11 @@ def test_an_endpoint_that_does_not_list_its_models_is_said_so(
 ) -> None:
     server = serve()
     server.models = models
-    refuse_self_judge(described(server), "policy")
-    assert [r.levelname for r in caplog.records if r.name == judge_module.__name__] == ["WARNING"]
+    refuse_self_judge(described(server), "policy", *ROLE)
+    assert [r.levelname for r in caplog.records if r.name == asking_module.__name__] == ["WARNING"]
     assert "by its name alone" in caplog.text and KEY not in caplog.text
     with pytest.raises(InputError):
-        refuse_self_judge(described(server), "somewhere/referee")
+        refuse_self_judge(described(server), "somewhere/referee", *ROLE)
 
 
 # ---- the verifier ----
