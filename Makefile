@@ -83,22 +83,27 @@ test-vllm: $(VENV_VLLM)/.installed
 
 # Transformer Engine's, mamba_ssm's and causal-conv1d's Python, for `nemo-pivotrl trace`: their sources are unpacked, nothing is built
 TRACE ?= .trace
-$(TRACE)/.unpacked: requirements/trace.txt | $(STAMP)
+$(TRACE)/.unpacked: requirements/trace.txt requirements/trace-beside.txt | $(STAMP)
 	rm -rf $(TRACE) && mkdir -p $(TRACE)/packages
 	MAMBA_SKIP_CUDA_BUILD=TRUE CAUSAL_CONV1D_SKIP_CUDA_BUILD=TRUE $(BIN)/python -m pip download -q --no-deps --no-build-isolation \
 	    --no-binary mamba-ssm,causal-conv1d --require-hashes -r requirements/trace.txt -d $(TRACE)/packages
 	$(BIN)/python -m zipfile -e $(TRACE)/packages/transformer_engine-*.whl $(TRACE)
 	for package in mamba_ssm causal_conv1d; do \
 	    tar xzf $(TRACE)/packages/$$package-*.tar.gz -C $(TRACE) --strip-components=1 --wildcards "*/$$package" || exit 1; done
+	grep == requirements/trace-beside.txt | while read -r line; do \
+	    echo "$$line" >$(TRACE)/packages/one.txt && $(BIN)/python -m pip install -q --no-deps --ignore-requires-python \
+	    --only-binary :all: --require-hashes -r $(TRACE)/packages/one.txt --target $(TRACE)/beside/$${line%% *} || exit 1; done
 	touch $@
 
 trace-sources: $(TRACE)/.unpacked
 
-# slices of every GPU recipe's training step, and what must hold of them; `trace-full` takes all layers of all of them
+# slices of every GPU recipe's training step, what must hold of them, other releases of what they run on, and kernels of Mamba layers;
+# `trace-full` takes all layers of all recipes, and all kernels
 trace: $(TRACE)/.unpacked
-	NEMO_PIVOTRL_TRACE_SOURCES=$(abspath $(TRACE)) $(BIN)/python -m pytest -n 2 -c tests/trace/pytest.ini --rootdir tests/trace tests/trace
+	NEMO_PIVOTRL_TRACE_SOURCES=$(abspath $(TRACE)) $(BIN)/python -m pytest -n 2 -c tests/trace/pytest.ini --rootdir tests/trace tests/trace -m "not full"
 
 trace-full: $(TRACE)/.unpacked
+	NEMO_PIVOTRL_TRACE_SOURCES=$(abspath $(TRACE)) $(BIN)/python -m pytest -n 2 -c tests/trace/pytest.ini --rootdir tests/trace tests/trace -m full
 	NEMO_PIVOTRL_TRACE_SOURCES=$(abspath $(TRACE)) $(BIN)/python tests/trace/table.py $(ARGS)
 
 # the viewer in a real browser, whose driver has an environment of its own; `apt-get install chromium` brings the browser

@@ -137,7 +137,7 @@ def run_trace(options: argparse.Namespace) -> int:
     show = tracing.as_json if options.json else tracing.as_text
     made = show(options.recipe, asked, found, lines)
     print(json.dumps(made, indent=1) if options.json else made)
-    return 0 if tracing.good(found, lines) else BAD_INPUT
+    return 0 if tracing.good(asked, found, lines) else BAD_INPUT
 
 
 def preflight_arguments(made: argparse.ArgumentParser) -> None:

@@ -220,8 +220,10 @@ def layer_kept(
         return mixed + norm + Kept(across=_act(a.gated, engine) * a.intermediate_size * e)
     assert a.moe is not None
     moe = a.moe
-    # router: logits, scores, probabilities and masks over all experts; the chosen ones' numbers and places
-    router = moe.num_experts * (14 if moe.score_function == "sigmoid" else 10) + 16 * moe.top_k
+    # router: logits, scores, probabilities and masks over all experts; the chosen ones' numbers and places, which Transformer
+    # Engine's permutation keeps as two numbers an expert
+    places = 7 if engine == "te" else 0
+    router = moe.num_experts * ((14 if moe.score_function == "sigmoid" else 10) + places) + 16 * moe.top_k
     # without fusion the weight of an expert multiplies its hidden state: one copy more than an MLP
     hidden = (_act(a.gated, engine) + (engine == "local")) * moe.intermediate_size * e
     inputs = 0 if adapters and engine == "te" else (moe.latent_size or h) * e
@@ -250,7 +252,8 @@ def _attention(a: Architecture, engine: Engine, e: int, length: int) -> Kept:
     whole = 0.0
     if a.rope_theta is not None:
         across += e * key
-        whole += 4 * a.head_dim * e  # sines and cosines, of queries and of keys
+        # sines and cosines, of queries and of keys; Transformer Engine keeps angles, which are one tensor for all layers
+        whole += 4 * a.head_dim * e if engine == "local" else 0
     if a.qk_norm:
         across += (query + key) * (e if engine == "te" else 8)
     if engine == "te":
@@ -341,6 +344,8 @@ def activation_bytes(
         held += boundary * under_way  # what it sent of each micro-batch
     if layout.pp > 1 and engine == "te":
         held += boundary  # what the next pass is given
+    if a.rope_theta is not None and engine == "te":
+        held += 4 * a.head_dim * (tokens if batch.shared else batch.length // layout.cp) * under_way  # angles
     backward, left = 0, chosen  # what the head kept is gone when the layers' turn comes
     for kind in reversed(layers):
         again = whole[kind] if full else whole[kind] - each[kind]

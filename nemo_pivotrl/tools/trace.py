@@ -19,6 +19,7 @@ from nemo_pivotrl.sizing.memory import (
     GIB,
     activation_bytes,
     layout_of,
+    stages_of,
     state_bytes,
 )
 from nemo_pivotrl.tools.plan import layout_text, micro_batch, trained_parameters, training_legality
@@ -195,6 +196,7 @@ def as_text(path: str, asked: Asked, found: Traced, lines: list[Line]) -> str:
     out += [f"  {name:<60}{calls:8,}{size / GIB:10.3f}" for name, (calls, size) in found.collectives.items()]
     for title, counted in (("kernels", found.kernels), ("attention", found.attention), ("modules", found.modules)):
         out += ["", f"  {title}: " + (", ".join(f"{name} x {n}" for name, n in counted.most_common()) or "none")]
+    out += ["", *(f"  fusion of {name}: {state}" for name, state in fusions(asked, found))]
     out += [f"  FP8 REFUSED: {text}" for text in found.broken_fp8]
     out += [f"  NOT IN CHECKPOINTS: {text}" for text in found.unmapped]
     spent = ", ".join(f"{name} {seconds:.1f}" for name, seconds in found.seconds.items())
@@ -208,13 +210,43 @@ def as_json(path: str, asked: Asked, found: Traced, lines: list[Line]) -> dict[s
         "rank": asked.rank,
         "world": asked.world,
         "layers": asked.architecture.layers,
-        "good": good(found, lines),
+        "good": good(asked, found, lines),
+        "fusions": dict(fusions(asked, found)),
         "lines": [asdict(line) | {"off": line.off, "close": line.close} for line in lines],
         "traced": {field.name: getattr(found, field.name) for field in fields(found)}
         | {"micro_batches": [asdict(batch) for batch in found.micro_batches]},
     }
 
 
-def good(found: Traced, lines: list[Line]) -> bool:
-    """Figures are close, cuBLAS takes every FP8 product, and checkpoints have every parameter."""
-    return not found.broken_fp8 and not found.unmapped and all(line.close for line in lines)
+MISSING = "OFF"
+PERMUTES = ("te_moe::permute_mask_map_fwd", "_permute_kernel")
+UNPERMUTES = ("te_moe::unpermute_mask_map_fwd", "_unpermute_kernel")
+"""By releases of Transformer Engine: an operator, or a Triton kernel."""
+
+
+def fusions(asked: Asked, found: Traced) -> list[tuple[str, str]]:
+    """What NVIDIA's recipes fuse: `on` where its kernel ran, `OFF` where it did not, or why there is nothing to fuse."""
+    a, pipelined = asked.architecture, asked.megatron.pipeline_model_parallel_size
+    layers = set(stages_of(a, pipelined)[found.stage])
+    mixture, dense = "E" in layers, layers & set("D-")
+    rotated, experts = "the model has no rotary embedding", "this stage has no experts"
+    rows: list[tuple[str, tuple[str, ...], str]] = [
+        ("rotary embedding", ("fused_rope_forward",), "" if a.rope_theta is not None else rotated),
+        ("permutation", PERMUTES, "" if mixture else experts),
+        ("unpermutation", UNPERMUTES, "" if mixture else experts),
+    ]
+    if a.gated:
+        rows.append(("SwiGLU", ("fused activation",), "" if mixture or dense else "this stage has no MLP"))
+    else:
+        rows.append(("squared ReLU and routing weights", ("fused activation",), "" if mixture else experts))
+    stated = [
+        (name, why or ("on" if any(found.kernels[k] for k in kernels) else MISSING)) for name, kernels, why in rows
+    ]
+    why = "no loss of Megatron's runs: the LM head's log-probabilities are made a chunk of tokens at a time"
+    return [*stated, ("cross-entropy", why)]
+
+
+def good(asked: Asked, found: Traced, lines: list[Line]) -> bool:
+    """Figures are close, cuBLAS takes every FP8 product, checkpoints have every parameter, and what can be fused is."""
+    fused = all(state != MISSING for _, state in fusions(asked, found))
+    return fused and not found.broken_fp8 and not found.unmapped and all(line.close for line in lines)

@@ -90,12 +90,11 @@ def refusal(folder: str, kind: str, layout: dict[str, Any], source: str) -> dict
     return {"reason": reason, "same": same}
 
 
-def unwritable(folder: str, layout: dict[str, Any], target: str) -> str:
-    """What every rank says when one of them cannot write."""
+def unwritable(folder: str, layout: dict[str, Any], target: str, rank: int, file: str) -> str:
+    """What every rank says when one of them cannot write a file."""
     run = Run(folder, "grpo", layout)
-    if run.groups.world.rank() == 1:
-        Path(target).mkdir(parents=True)
-        Path(target, "__1_0.distcp").mkdir()  # a folder where its file should be
+    if run.groups.world.rank() == rank:
+        Path(target, file).mkdir(parents=True)  # a folder where it should be
     torch.distributed.barrier()
     try:
         run.backend.save_training_state(Path(target))

@@ -248,11 +248,13 @@ def test_a_doctors_checkpoint_is_no_policys(workers: Workers, model: Any, begun:
         assert "head.weight: found a tensor (1, 32)" in answer["reason"] and answer["same"]
 
 
-def test_a_rank_that_cannot_write_is_named_by_all(workers: Workers, model: Any, tmp_path: Path) -> None:
-    answers = workers.run(
-        2, "checkpoint_jobs:unwritable", folder=str(model("qwen3")), layout={TP: 2}, target=str(tmp_path / "state")
-    )
-    assert all("could not be written, by rank: {1: " in answer for answer in answers), answers
+@pytest.mark.parametrize(("rank", "file"), [(1, "__1_0.distcp"), (0, "common.pt"), (0, "metadata.json")])
+def test_a_rank_that_cannot_write_is_named_by_all(
+    workers: Workers, model: Any, tmp_path: Path, rank: int, file: str
+) -> None:
+    arguments = {"folder": str(model("qwen3")), "layout": {TP: 2}, "target": str(tmp_path / "state")}
+    answers = workers.run(2, "checkpoint_jobs:unwritable", rank=rank, file=file, **arguments)
+    assert all(f"could not be written, by rank: {{{rank}: " in answer for answer in answers), answers
 
 
 @pytest.mark.parametrize(("name", "source", "target"), [("qwen3_moe", "ep2", "w1"), ("nemotron_h", "tp2", "pp2")])

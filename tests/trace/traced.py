@@ -12,6 +12,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = Path(os.environ.get("NEMO_PIVOTRL_TRACE_SOURCES") or ROOT / ".trace").resolve()
+BESIDE = SOURCES / "beside"
+"""Other releases, each in a folder `NAME==VERSION`."""
 PIVOTRL, LLMDOCTOR = ROOT / "recipes/pivotrl", ROOT / "recipes/llmdoctor"
 GPU_RECIPES = sorted([*PIVOTRL.glob("*8g*.yaml"), *LLMDOCTOR.glob("llmdoctor-*8g*.yaml")])
 """Those that train on megatron-core."""
@@ -39,11 +41,38 @@ class Ran:
     error: str
 
     def off(self) -> list[str]:
-        """Names of the figures that `plan` misses."""
-        return [line["name"] for line in self.answer["lines"] if not line["close"]]
+        """Names of the figures that `plan` misses, and of what is not fused."""
+        figures = [line["name"] for line in self.answer["lines"] if not line["close"]]
+        return figures + [name for name, state in self.answer["fusions"].items() if state == "OFF"]
 
 
-def run(recipe: Path, *arguments: str, layers: str | None = None, rank: int = 0, mutant: str = "") -> Ran:
+def environment(sources: Path = SOURCES, core: Path | None = None) -> dict[str, str]:
+    """Of a trace's process. core: a folder with another megatron-core than the installed one."""
+    return {
+        **os.environ,
+        "NEMO_PIVOTRL_TRACE_SOURCES": str(sources),
+        "PYTHONPATH": os.pathsep.join(map(str, [ROOT, *([core] if core else [])])),
+        "PYTHONWARNINGS": "ignore",
+        "OMP_NUM_THREADS": "1",
+    }
+
+
+def with_engine(engine: Path, folder: Path) -> Path:
+    """Sources in `folder` with another release of Transformer Engine."""
+    for place in (SOURCES / "mamba_ssm", SOURCES / "causal_conv1d", *engine.glob("transformer_engine*")):
+        (folder / place.name).symlink_to(place)
+    return folder
+
+
+def run(
+    recipe: Path,
+    *arguments: str,
+    layers: str | None = None,
+    rank: int = 0,
+    mutant: str = "",
+    sources: Path = SOURCES,
+    core: Path | None = None,
+) -> Ran:
     """`nemo-pivotrl trace` with the optimiser's step; mutant: one of `mutant.py`."""
     program = [str(Path(__file__).with_name("mutant.py")), mutant] if mutant else ["-m", "nemo_pivotrl.cli"]
     pattern = slice_of(recipe) if layers is None else layers
@@ -59,13 +88,7 @@ def run(recipe: Path, *arguments: str, layers: str | None = None, rank: int = 0,
         "--optimizer",
         "--json",
     ]
-    environment = {
-        **os.environ,
-        "NEMO_PIVOTRL_TRACE_SOURCES": str(SOURCES),
-        "PYTHONPATH": str(ROOT),
-        "PYTHONWARNINGS": "ignore",
-        "OMP_NUM_THREADS": "1",
-    }
-    found = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=False)
+    own = environment(sources, core)
+    found = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=own, check=False)
     start = found.stdout.find("{")
     return Ran(found.returncode, json.loads(found.stdout[start:]) if start >= 0 else {}, found.stderr)

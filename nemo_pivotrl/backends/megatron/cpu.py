@@ -1,4 +1,4 @@
-"""What megatron-core 0.16 needs on a machine without CUDA. Loaded only when `megatron.cpu` asks for it.
+"""What megatron-core needs on a machine without CUDA. Loaded only when `megatron.cpu` asks for it.
 
 `install` replaces functions of torch.cuda, the `device="cuda"` that megatron-core writes into its calls, and a few of
 its own names by CPU twins, for the whole process. Where CUDA is present this file refuses to be imported: the twins
@@ -22,6 +22,15 @@ if torch.cuda.is_available():
 
 CPU = torch.device("cpu")
 FACTORIES = ("tensor", "zeros", "ones", "empty", "full", "arange", "rand", "randn")
+TRITON_FILES: dict[str, tuple[str, ...]] = {
+    "inference.contexts.attention_context.triton.tensor_ops": (
+        "tensor_get_slice_after",
+        "tensor_masked_update",
+        "tensor_merge",
+    ),
+    "transformer.moe.ops.paged_stash": ("paged_stash_copy_kernel", "paged_stash_pop_kernel", "GLOBAL_BLOCK_SIZE"),
+}
+"""Of megatron-core, with the functions that others import from them."""
 
 
 class Stream:
@@ -102,20 +111,22 @@ def _cuda_literals() -> None:
 
 
 def _kernels_that_need_triton() -> None:
-    """The dynamic inference context imports Triton kernels, which nothing here runs."""
-    name = "megatron.core.inference.contexts.attention_context.triton.tensor_ops"
-    stand_in: Any = types.ModuleType(name)
+    """Files that define Triton kernels, which nothing here runs: those of dynamic inference, and from 0.17 on those that keep a
+    mixture's rows in pages."""
 
     def absent(*_: Any, **__: Any) -> None:
-        raise RuntimeError("dynamic inference needs Triton kernels, which do not run on a CPU")
+        raise RuntimeError("this needs Triton kernels, which do not run on a CPU")
 
-    for kernel in ("tensor_get_slice_after", "tensor_masked_update", "tensor_merge"):
-        setattr(stand_in, kernel, absent)
-    sys.modules.setdefault(name, stand_in)
+    for name, kernels in TRITON_FILES.items():
+        stand_in: Any = types.ModuleType(f"megatron.core.{name}")
+        for kernel in kernels:
+            setattr(stand_in, kernel, absent)
+        sys.modules.setdefault(stand_in.__name__, stand_in)
 
 
 def _megatron() -> None:
     from nemo_pivotrl.backends.megatron.local_layers import DuplicatedLinear, Norm
+    from nemo_pivotrl.backends.megatron.releases import stack_file
 
     def module(name: str) -> Any:
         return importlib.import_module(f"megatron.core.{name}")
@@ -133,7 +144,7 @@ def _megatron() -> None:
     moe_utils.te_general_gemm = None  # 0.16 reads the name without having defined it
     moe_layer.HAVE_TE = True  # asked only where the latent projections are made, from the next name
     moe_layer.TELinear = DuplicatedLinear
-    module("ssm.mamba_block").TENorm = Norm  # the hybrid's last norm, which no spec can change
+    stack_file.TENorm = Norm  # the hybrid's last norm, which no spec can change
     rng = module("tensor_parallel.random")  # full recomputation stores and restores the device's generator
     rng._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
     rng._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)

@@ -1,4 +1,4 @@
-"""NemotronH: megatron-core's MambaModel. Imported only for such models: it needs mamba_ssm, or `cpu_mamba` in its place."""
+"""NemotronH: megatron-core's hybrid model. Imported only for such models: it needs mamba_ssm, or `cpu_mamba` in its place."""
 
 from __future__ import annotations
 
@@ -9,9 +9,6 @@ import torch
 from megatron.core import tensor_parallel
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
-from megatron.core.models.mamba import MambaModel
-from megatron.core.models.mamba.mamba_layer_specs import mamba_stack_spec
-from megatron.core.ssm.mamba_block import MambaStack, MambaStackSubmodules
 from megatron.core.ssm.mamba_layer import MambaLayer, MambaLayerSubmodules
 from megatron.core.ssm.mamba_mixer import MambaMixer, MambaMixerSubmodules
 from megatron.core.ssm.mlp_layer import MLPLayer
@@ -31,6 +28,7 @@ from torch.distributed import ProcessGroup
 from torch.nn import functional
 
 from nemo_pivotrl.backends.megatron.local_layers import ForestParams, Norm, StreamAttention, te_with_forests
+from nemo_pivotrl.backends.megatron.releases import RECOMPUTES, Stack, StackSubmodules, hybrid_model, stack_spec
 from nemo_pivotrl.backends.tree_mamba import convolve, scan
 from nemo_pivotrl.sizing.architecture import Architecture
 
@@ -38,7 +36,7 @@ from nemo_pivotrl.sizing.architecture import Architecture
 def build_hybrid(architecture: Architecture, te: bool, common: dict[str, Any]) -> nn.Module:
     """This rank's stage of a hybrid; `common` are the arguments that it shares with a GPT."""
     config: TransformerConfig = common["config"]
-    stack = copy.deepcopy(mamba_stack_spec) if te else local_stack(config)
+    stack = copy.deepcopy(stack_spec) if te else local_stack(config)
     if te and architecture.moe is not None and not config.moe_grouped_gemm:
         stack.submodules.moe_layer.submodules.mlp = get_moe_module_spec(
             use_te=True, num_experts=architecture.moe.num_experts, moe_grouped_gemm=False
@@ -54,16 +52,11 @@ def build_hybrid(architecture: Architecture, te: bool, common: dict[str, Any]) -
             "d_conv": architecture.mamba.conv_kernel,
             "chunk_size": architecture.mamba.chunk_size,
         }
-    if config.recompute_granularity == "full":  # megatron-core 0.16 ignores it in a hybrid
+    if config.recompute_granularity == "full" and not RECOMPUTES:
         for name in ("mamba_layer", "attention_layer", "mlp_layer", "moe_layer"):
             slot = getattr(stack.submodules, name)
             slot.module = recomputed(slot.module, common["pg_collection"].tp)
-    model: nn.Module = MambaModel(
-        mamba_stack_spec=stack,
-        hybrid_override_pattern=architecture.layers,
-        position_embedding_type="none",
-        **common,
-    )
+    model: nn.Module = hybrid_model(stack, architecture.layers, position_embedding_type="none", **common)
     return model
 
 
@@ -158,8 +151,8 @@ def local_stack(config: TransformerConfig) -> ModuleSpec:
         return ModuleSpec(module=module, submodules=TransformerLayerSubmodules(**slots))
 
     return ModuleSpec(
-        module=MambaStack,
-        submodules=MambaStackSubmodules(
+        module=Stack,
+        submodules=StackSubmodules(
             mamba_layer=ModuleSpec(
                 module=MambaLayer,
                 submodules=MambaLayerSubmodules(

@@ -18,8 +18,10 @@ FUSED = (
     (".self_attention.linear_qkv.layer_norm_weight", ".input_layernorm.weight"),
     (".mlp.linear_fc1.layer_norm_weight", ".pre_mlp_layernorm.weight"),
     (".mixer.in_proj.layer_norm_weight", ".norm.weight"),
+    (".mixer.conv1d_weight", ".mixer.conv1d.weight"),
+    (".mixer.conv1d_bias", ".mixer.conv1d.bias"),
 )
-"""Where Transformer Engine's layers keep a norm, and its name here."""
+"""Where Transformer Engine's layers keep a norm and megatron-core from 0.17 on a convolution, and their names here."""
 
 Piece = tuple[int, int, int]
 """(index into `Entry.hf`, start, stop) along `Entry.dim` of that tensor."""

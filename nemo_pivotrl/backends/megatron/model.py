@@ -135,6 +135,7 @@ def transformer_config(architecture: Architecture, megatron: Megatron, te: bool)
         # fused, an activation keeps its input alone; experts' weights, which are float32, make no tensor of that width
         bias_activation_fusion=te and architecture.gated,
         use_fused_weighted_squared_relu=te and not architecture.gated,
+        apply_rope_fusion=te and architecture.rope_theta is not None,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         params_dtype=dtype,
@@ -188,6 +189,7 @@ def _moe(architecture: Architecture, megatron: Megatron, te: bool) -> dict[str, 
         "moe_aux_loss_coeff": 0.0,
         "moe_router_dtype": "fp32",
         "moe_grouped_gemm": megatron.moe_grouped_gemm and te,
+        "moe_permute_fusion": te,
         **frequency,
     }
 

@@ -35,8 +35,9 @@ from nemo_pivotrl.core.types import FailedSample, Sample
 
 MASKED_TOKENS = 4096
 """Length of a prompt up to which prompts of unequal lengths decode together."""
-CUT_ALONG_SEQUENCE = ("sequence_parallel", "scatter_to_sequence_parallel", "reduce_scatter_embeddings")
-"""Switches of megatron-core's and Transformer Engine's modules that sequence parallelism sets."""
+OFF = ("sequence_parallel", "scatter_to_sequence_parallel", "reduce_scatter_embeddings", "apply_rope_fusion")
+"""Switches of megatron-core's and Transformer Engine's modules that are off in decoding: those that sequence parallelism sets,
+and the fused rotary embedding, whose kernel knows one position for all rows."""
 
 
 @torch.no_grad()
@@ -209,7 +210,7 @@ class Memory:
         """Put the kernels into the model, and take them out again."""
         modules = list(self.chunk.modules())
         configs = {id(m.config): m.config for m in modules if hasattr(m, "config")}
-        switches = [(m, name) for m in (*modules, *configs.values()) for name in CUT_ALONG_SEQUENCE]
+        switches = [(m, name) for m in (*modules, *configs.values()) for name in OFF]
         cut = [(m, name) for m, name in switches if getattr(m, name, False) is True]
         training, held = self.chunk.training, [a.core_attention for a in self.attentions]
         try:

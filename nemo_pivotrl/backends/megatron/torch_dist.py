@@ -1,6 +1,7 @@
 """megatron-core's `torch_dist` checkpoint format: written by the ranks themselves, and read without running what stands in it.
 
-What is done otherwise than by `megatron.core.dist_checkpointing.save` and `load` (0.16), whose files these are:
+The files are those of `megatron.core.dist_checkpointing.save` of 0.16, whichever release is installed: 0.17 and later read them, and
+put into a shard, pickled, what 0.16 has in `common.pt`. What is done otherwise than there:
 
 - Its writer forks processes, which a process with threads and open sockets should not, and which waits for ever when one
   of them dies. torch's own writer makes the same files in this process, and syncs them to disk.
@@ -24,18 +25,17 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, CheckpointingException, save_config
 from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedObject
-from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
-from megatron.core.dist_checkpointing.strategies.common import TorchCommonLoadStrategy
+from megatron.core.dist_checkpointing.mapping import ShardedObject, apply_factory_merges
+from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess, save_preprocess
 from megatron.core.dist_checkpointing.strategies.torch import (
     MCoreSavePlanner,
-    TorchDistSaveShardedStrategy,
+    TorchDistLoadShardedStrategy,
     _replace_state_dict_keys_with_sharded_keys,
     mcore_to_pyt_state_dict,
 )
+from megatron.core.dist_checkpointing.utils import extract_sharded_base, force_all_tensors_to_non_fp8
 from torch import Tensor, nn
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint.api import CheckpointException
@@ -44,6 +44,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from nemo_pivotrl.backends.megatron.parallel import Groups
 from nemo_pivotrl.core.errors import InputError, Problem, short
 
+COMMON = "common.pt"
 SUMS = "crc32.json"
 """File name to CRC-32, beside the shards."""
 OLDER = "it was cut off or damaged: use another, or remove its folder to go on from the one before it"
@@ -68,44 +69,45 @@ INDEX_CLASSES = {
 """Module to the names that `.metadata` may refer to, beside torch's dtypes. None of them does anything but hold data."""
 
 
-class _InProcess(TorchDistSaveShardedStrategy):
-    """Writes this rank's shards, one file."""
-
-    def save(self, sharded_state_dict: Any, checkpoint_dir: str | Path) -> None:
-        tensors, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, keep_only_main_replica=True)
-        checkpoint.save(
-            mcore_to_pyt_state_dict(tensors, False),
-            # one thread: what others raise is lost, and a save without their files succeeds (torch 2.13)
-            storage_writer=checkpoint.FileSystemWriter(checkpoint_dir, thread_count=1),
-            planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
-        )
-
-
-class _Nothing(TorchCommonLoadStrategy):
-    """Leaves `common.pt` unread."""
-
-    def load_common(self, checkpoint_dir: str | Path) -> dict[str, Any]:
-        return {}
-
-
 def write(tensors: dict[str, Any], folder: Path, common: dict[str, Any]) -> None:
     """Write megatron-core's sharded tensors and, once, `common`. All ranks call it; the folder must be one that all see.
 
     Every rank's files are on disk when it returns. Raises OSError on every rank when one could not write.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    rank = dist.get_rank()
+    sharded, rest = save_preprocess({"tensors": tensors, "common": common})
+    by_name, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded, keep_only_main_replica=True)
+    _on_first_rank(lambda: torch.save(rest, folder / COMMON), folder)
     try:
-        state = {"tensors": tensors, "common": common}
-        dist_checkpointing.save(state, str(folder), _InProcess("torch_dist", 1))
+        checkpoint.save(
+            mcore_to_pyt_state_dict(by_name, False),
+            # one thread: what others raise is lost, and a save without their files succeeds (torch 2.13)
+            storage_writer=checkpoint.FileSystemWriter(folder, thread_count=1),
+            planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
+        )
     except CheckpointException as error:
         reasons = {rank: short(str(failure[0])) for rank, failure in error.failures.items()}
         raise OSError(0, f"the checkpoint could not be written, by rank: {reasons}", str(folder)) from error
-    rank = dist.get_rank()
+    _on_first_rank(lambda: save_config(CheckpointingConfig("torch_dist", 1), str(folder)), folder)
     sums = _gather({path.name: _sum(path) for path in folder.glob(f"__{rank}_*.distcp")})
     if rank == 0:
         text = json.dumps({name: number for share in sums for name, number in share.items()}, indent=0)
         (folder / SUMS).write_text(text, encoding="utf-8")
     dist.barrier()
+
+
+def _on_first_rank(work: Callable[[], None], folder: Path) -> None:
+    """Raises OSError on every rank where the first cannot do it."""
+    fault = ""
+    if dist.get_rank() == 0:
+        try:
+            work()
+        except (OSError, RuntimeError) as error:  # torch's writer of files raises the latter
+            fault = short(str(error)) or type(error).__name__
+    fault = _gather(fault)[0]
+    if fault:
+        raise OSError(0, f"the checkpoint could not be written, by rank: {{0: {fault!r}}}", str(folder))
 
 
 def _sum(path: Path) -> int:
@@ -140,7 +142,7 @@ def check_sums(folder: Path) -> None:
 
 def read_common(folder: Path) -> dict[str, Any]:
     """`common` of a checkpoint that `write` made. Raises InputError."""
-    path = folder / "common.pt"
+    path = folder / COMMON
     try:
         found: dict[str, Any] = torch.load(path, weights_only=True)["common"]
     except (OSError, RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:
@@ -160,9 +162,11 @@ def read(
     if problems:
         raise InputError(problems)
     try:
-        loaded = dist_checkpointing.load(
-            {"tensors": tensors}, str(folder), common_strategy=_Nothing(), validate_access_integrity=False
-        )
+        state = {"tensors": tensors}
+        force_all_tensors_to_non_fp8(state)
+        sharded, _, factories = load_preprocess(state)
+        only, _ = extract_sharded_base(sharded)
+        loaded = apply_factory_merges(TorchDistLoadShardedStrategy().load(only, folder), factories)
     except (CheckpointException, CheckpointingException) as error:
         reasons = [str(failure[0]) for failure in getattr(error, "failures", {}).values()] or [str(error)]
         raise InputError(Problem(str(folder), None, "checkpoint", short(reasons[0]), OLDER)) from error

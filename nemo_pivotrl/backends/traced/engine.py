@@ -43,18 +43,15 @@ class NotTraced(RuntimeError):
 
 
 class DType(enum.IntEnum):
-    """The extension's numbers for precisions."""
+    """The extension's numbers for precisions: those that it binds. Releases of 2026 compare them with their own."""
 
     kByte = 0
-    kInt16 = 1
     kInt32 = 2
-    kInt64 = 3
     kFloat32 = 4
     kFloat16 = 5
     kBFloat16 = 6
     kFloat8E4M3 = 7
     kFloat8E5M2 = 8
-    kFloat8E8M0 = 9
     kFloat4E2M1 = 10
 
 
@@ -273,6 +270,22 @@ def fused_attn_bwd(*args: Any) -> list[Tensor | None]:
     return found
 
 
+def fused_rope_forward(x: Tensor, angles: Tensor, *rest: Any) -> Tensor:
+    """The checks of fused_rope.cpp, for formats whose first dimension is tokens."""
+    bounds = rest[3]
+    if angles.dim() != 4 or angles.shape[1:3] != (1, 1) or angles.dtype != torch.float32 or not angles.is_contiguous():
+        raise RuntimeError(
+            f"rotary embedding with angles {tuple(angles.shape)}, {angles.dtype}: not [S, 1, 1, D] in float32"
+        )
+    if angles.shape[-1] > x.shape[-1] or (bounds is None and angles.shape[0] < x.shape[0]):
+        raise RuntimeError(f"rotary embedding of {tuple(x.shape)} with angles {tuple(angles.shape)}")
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def fused_rope_backward(grad: Tensor, angles: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(grad, memory_format=torch.contiguous_format)
+
+
 def fused_multi_row_padding(*_: Any) -> None: ...
 def fused_multi_row_unpadding(*_: Any) -> None: ...
 def fused_amax_and_scale_update_after_reduction(*_: Any) -> None: ...
@@ -293,6 +306,8 @@ FUNCTIONS = (
     rmsnorm_bwd_add,
     fused_attn_fwd,
     fused_attn_bwd,
+    fused_rope_forward,
+    fused_rope_backward,
     fused_multi_row_padding,
     fused_multi_row_unpadding,
     fused_amax_and_scale_update_after_reduction,
@@ -329,8 +344,10 @@ def _extension(folder: Path) -> Extension:
         setattr(made, name, type(name, (), {}))
     for function in FUNCTIONS:
         setattr(made, function.__name__, _counted(function))
-    for path in (folder / "transformer_engine/pytorch").rglob("*.py"):
-        text = path.read_text(encoding="utf-8")
+    texts = [path.read_text(encoding="utf-8") for path in (folder / "transformer_engine/pytorch").rglob("*.py")]
+    members = {name for text in texts for name in re.findall(r"\bNVTE_Fused_Attn_Backend\.(NVTE_\w+)", text)}
+    made.NVTE_Fused_Attn_Backend = enum.IntEnum("NVTE_Fused_Attn_Backend", sorted(members))
+    for text in texts:
         for name in re.findall(r"\bmulti_tensor_\w+", text):
             setattr(made, name, _optimizer(name))
         for name in re.findall(r"\btex\.([A-Za-z]\w*)", text):

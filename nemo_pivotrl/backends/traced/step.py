@@ -24,6 +24,9 @@ from nemo_pivotrl.config import Megatron, Optimizer, Policy
 from nemo_pivotrl.sizing.architecture import Architecture
 from nemo_pivotrl.sizing.memory import GIB, MicroBatch
 
+MOVES = "te_moe::"
+"""Prefix of Transformer Engine's operators that move rows to experts and back."""
+
 
 @dataclass(frozen=True, slots=True)
 class Asked:
@@ -90,6 +93,13 @@ class Traced:
         return state + max(self.peak, self.step)
 
 
+def megatron_version() -> str:
+    """Release of megatron-core, from its own file: installed or beside. Not before Transformer Engine's stand-in is there."""
+    import megatron.core.package_info
+
+    return str(megatron.core.package_info.__version__)
+
+
 def trace(asked: Asked) -> Traced:
     """Run the step. Raises InputError for what cannot be traced here. Once a process: torch is replaced in part."""
     folder = sources.find()
@@ -97,6 +107,7 @@ def trace(asked: Asked) -> Traced:
     device.install(asked.capability, asked.memory_gib)
     engine.install(folder, found.versions["transformer_engine"])
     kernels.install(folder, found.versions)
+    found.versions["megatron_core"] = megatron_version()
     kernels.fuse_activations()
     routing.install(asked.imbalance)
     with _clock(found, "groups"):
@@ -108,7 +119,7 @@ def trace(asked: Asked) -> Traced:
     _without_numbers(asked, found)
     with fake, ledger:
         _run(asked, groups, fake, ledger, found)
-    found.kernels = Counter(engine.CALLS) + Counter(triton_names.LAUNCHES)
+    found.kernels += Counter(engine.CALLS) + Counter(triton_names.LAUNCHES)
     found.attention, found.broken_fp8 = Counter(engine.CHOSEN), sorted(set(engine.BROKEN))
     return found
 
@@ -118,6 +129,7 @@ def _run(asked: Asked, groups: Any, fake: Any, ledger: Ledger, found: Traced) ->
 
     with _clock(found, "build"):
         backend = MegatronPolicy(asked.policy, asked.megatron, groups, value_head=asked.head)
+    found.unmapped += _unsharded(backend)
     found.weights = ledger.now
     found.parameters = sum(p.numel() for p in backend.stage.parameters())
     found.modules = Counter(_kind(module) for module in backend.stage.modules())
@@ -145,6 +157,8 @@ def _run(asked: Asked, groups: Any, fake: Any, ledger: Ledger, found: Traced) ->
     ledger.restart()
     with _clock(found, "forward and backward"), _watched(ledger, state, found, groups, layouts):
         backend._run(_batch(layouts), _loss, forward_only=False)
+    moved = {name: n for name, n in ledger.operators.items() if name.startswith(MOVES)}
+    found.kernels = Counter(moved)
     found.workspace = sum(w.numel() for w in engine.WORKSPACES)
     found.peak -= found.workspace
     found.held -= found.workspace
@@ -355,6 +369,25 @@ def _unmapped(chunks: Any, shape: Architecture, groups: Any) -> list[str]:
             size = sum(stop - start for _, start, stop in entry.cut(ranks.rank(), ranks.size()))
             if size != tensor.shape[entry.dim]:
                 wrong.append(f"{name}: {tuple(tensor.shape)}, in the map {size} along {entry.dim}")
+    return wrong
+
+
+def _unsharded(backend: Any) -> list[str]:
+    """Parameters that megatron-core's sharded state does not have as they are, or in another size than the model's."""
+    from nemo_pivotrl.backends.megatron import torch_dist, weights
+
+    chunk, groups, shape = backend.stage.module, backend.groups, backend.architecture
+    table = {entry.name: entry for entry in weights.entries(shape)}
+    state = {id(part.data): part for part in torch_dist.weights(chunk, groups).values()}
+    wrong = []
+    for name, tensor in weights.local_tensors([chunk], shape, groups).items():
+        part, entry = state.get(id(tensor)), table.get(name)
+        if part is None:
+            wrong.append(f"{name}: no sharded tensor")
+        elif entry is not None and not entry.padded and hasattr(part, "global_shape"):
+            whole, size = part.global_shape[entry.dim - tensor.dim()], sum(entry.sizes)
+            if whole != size:
+                wrong.append(f"{name}: sharded as {part.global_shape}, in the map {size} along {entry.dim}")
     return wrong
 
 

@@ -1,0 +1,68 @@
+"""mamba_ssm's Triton kernels without a GPU: they fit a GPU's shared memory, and their numbers are our plain-torch twin's."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from traced import BESIDE, ROOT, SOURCES, environment
+
+SHARED = 227 * 1024
+"""Bytes of shared memory that a block may have on Hopper (9.0) and Blackwell (10.0): CUDA's table of compute capabilities."""
+FORWARD = ("_chunk_cumsum_fwd_kernel", "_state_passing_fwd_kernel", "_bmm_chunk_fwd_kernel")
+ALL = 13
+"""Kernels of a scan with states in and out, forward and backward, at least."""
+CLOSE = 3e-6
+"""Of the largest number, in float32."""
+
+
+def told(command: str, *arguments: str, **more: str) -> list[dict[str, Any]]:
+    """What `kernels.py` prints."""
+    own = environment() | {"TRITON_CACHE_DIR": os.environ.get("TRITON_CACHE_DIR", str(SOURCES / "triton-cache"))} | more
+    own["PYTHONPATH"] = os.pathsep.join([own["PYTHONPATH"], *map(str, BESIDE.glob("triton==*"))])
+    program = [sys.executable, str(Path(__file__).with_name("kernels.py")), command, str(SOURCES), *arguments]
+    found = subprocess.run(program, capture_output=True, text=True, cwd=ROOT, env=own, check=False)
+    assert found.returncode == 0, found.stderr[-3000:]
+    return [json.loads(line) for line in found.stdout.splitlines()]
+
+
+def fit(rows: list[dict[str, Any]]) -> None:
+    for row in rows:
+        print(f"\nsm_{row['capability']} {row['kernel']:45}{row['shared']:9,} B shared", end="")
+        assert row["bytes"] > 1000 and row["shared"] <= SHARED and f"sm_{row['capability']}" in row["target"], row
+
+
+def test_kernels_of_a_forward_pass_fit_hopper_and_blackwell() -> None:
+    rows = told("compile", "90,100", *FORWARD)
+    assert [(row["capability"], row["kernel"]) for row in rows] == [(c, name) for c in (90, 100) for name in FORWARD]
+    fit(rows)
+
+
+@pytest.mark.full
+def test_all_kernels_fit_hopper_and_blackwell() -> None:
+    rows = told("compile", "90,100")
+    assert len(rows) >= 2 * ALL and any("bwd" in row["kernel"] for row in rows)
+    fit(rows)
+
+
+def exact(trees: int, lengths: tuple[int, ...]) -> None:
+    rows = told("numbers", str(trees), *map(str, lengths), TRITON_INTERPRET="1")
+    assert [row["length"] for row in rows if "length" in row] == list(lengths)
+    assert len({row["tokens"] for row in rows if "tree" in row}) >= min(trees, 2) and len(rows) == trees + len(lengths)
+    assert all(row["pieces"] > 3 for row in rows if "tree" in row)
+    for row in rows:
+        assert len(row["off"]) >= 3 and all(off < CLOSE for off in row["off"].values()), row
+
+
+def test_numbers_of_the_kernels_are_the_twins() -> None:
+    exact(trees=1, lengths=(18,))
+
+
+@pytest.mark.full
+def test_numbers_of_the_kernels_over_many_trees_are_the_twins() -> None:
+    exact(trees=12, lengths=(1, 5, 16, 37, 64))
