@@ -30,7 +30,7 @@ FAULTY = ["audit.before_profile=false", "profile.max_failure_share=1", "profile.
 QUICK = [
     "vllm.max_retries=3",
     "vllm.backoff_s=0.002",
-    "vllm.timeout_s=0.6",
+    "vllm.timeout_s=1.2",  # a server that hangs does so for longer
     "vllm.concurrency=6",
     "vllm.eject_after=50",
 ]
@@ -138,7 +138,7 @@ def rows_of(folder: Path) -> dict[str, dict[str, Any]]:
 
 def test_chaos_ends_with_the_clean_runs_rows_and_no_failure_is_a_zero(served: Any, drawn: Any) -> None:
     folder, servers = served("clean", None, None)
-    profile(at(folder, servers))
+    profile(at(folder, servers, "vllm.timeout_s=60"))
     clean = rows_of(folder)
     assert len({len(row["samples"]) for row in clean.values()}) > 1, "it is curtailed"
     assert {seed for one in servers for seed in [b["seed"] for b in one.asked]} <= {seed for _, seed in drawn}
@@ -214,7 +214,7 @@ def test_a_straggler_holds_up_nothing_but_itself(served: Any, drawn: Any) -> Non
 
 def test_servers_that_all_go_away_stop_the_run_and_the_same_command_goes_on(served: Any, drawn: Any) -> None:
     folder, servers = served("clean", None)
-    profile(at(folder, servers))
+    profile(at(folder, servers, "vllm.timeout_s=60"))
     clean = rows_of(folder)
 
     def leaving(server: list[StandIn]) -> Callable[[dict[str, Any], int], Any]:

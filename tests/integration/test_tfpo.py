@@ -257,7 +257,7 @@ def test_a_run_cut_after_a_checkpoint_ends_with_the_same_bytes(start: str, chat:
 def test_other_data_settings_or_start_weights_are_another_run(start: str, chat: Chat, tmp_path: Path) -> None:
     write_rewards(tmp_path, chat)
     train_doctor(recipe(tmp_path, start, max_num_steps=2))
-    with pytest.raises(InputError, match="identity"):
+    with pytest.raises(InputError, match=r"settings: found tfpo\.gamma=0\.1 \(now 0\.2\)"):
         train_doctor(recipe(tmp_path, start, max_num_steps=4, gamma=0.2))
     write_rewards(tmp_path, chat, pairs=20)
     with pytest.raises(InputError, match="identity"):
