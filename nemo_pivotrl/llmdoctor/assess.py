@@ -102,9 +102,11 @@ def _digest(recipe: Recipe) -> str:
         for name, d in recipe.decode.doctors.items()
     }
     kept = {k: v for k, v in dataclasses.asdict(recipe.decode).items() if k not in ("prompts", "output", "doctors")}
-    asked = dataclasses.asdict(recipe.assess) | {"prompts": file_digest(Path(recipe.assess.prompts))}
-    for name in ("confidence", "judge", "criterion"):  # they decide nothing of the answers
-        del asked[name]
+    asked = dataclasses.asdict(recipe.assess) | {
+        "prompts": file_digest(Path(recipe.assess.prompts)),
+        "confidence": None,
+    }
+    del asked["judge"], asked["criterion"]  # they decide nothing of the answers
     models = {
         name: policy_revision(folder)
         for name, folder in recipe.oracles.reward_models.items()

@@ -216,6 +216,25 @@ def check_requests(
         raise InputError([Problem("request", None, *problem) for problem in problems])
 
 
+class Checks:
+    """The check that everything which decodes makes first."""
+
+    names: list[str]
+    """Of the doctors."""
+    vocab_size: int
+    context: float
+    """Tokens of prompt and answer together that can be read."""
+
+    def check(
+        self,
+        prompts: Sequence[Sequence[int]],
+        requests: Sequence[GuidedSamplingParams],
+        own_prompts: Sequence[Mapping[str, Sequence[int]]] | None = None,
+    ) -> None:
+        """InputError for a request that cannot be decoded, naming it."""
+        check_requests(prompts, requests, own_prompts, self.names, self.vocab_size, self.context)
+
+
 class Decoding:
     """A batch that is being decoded. `step` until `done`; `stop` a row whenever its caller has enough."""
 
@@ -314,7 +333,7 @@ class Decoding:
         self.alive = [self.alive[i] for i in running]
 
 
-class GuidedGenerator:
+class GuidedGenerator(Checks):
     """Samples from patient^alpha * prod_i (doctor_i / reference_i)^beta_i, request by request (equation (34), D16).
 
     patient, doctors, references: HF causal models on one device. A doctor with a reference is mixed as their ratio.
@@ -342,23 +361,13 @@ class GuidedGenerator:
             check_contract(patient, doctors[name], (tokenizer, own), name)
         self.patient, self.tokenizer, self.batch_tokens = patient, tokenizer, batch_tokens
         self.doctors = Doctors(doctors, tokenizer, references or {}, tuple(spans), min_entropy)
-        self.vocab_size = self.doctors.vocab_size
+        self.names, self.vocab_size = list(doctors), self.doctors.vocab_size
         self.stop_ids = _stop_ids(patient, tokenizer) if stop_ids is None else stop_ids
         if logits_width(patient) < self.vocab_size:
             found = f"{logits_width(patient)} columns for {self.vocab_size} token ids"
             raise InputError(Problem("patient", None, "logits", found, "give the tokenizer it was trained with"))
         models = [patient, *doctors.values(), *(references or {}).values()]
         self.context = min(_context(model) for model in models)
-        """Tokens of prompt and answer together that every model can read."""
-
-    def check(
-        self,
-        prompts: Sequence[Sequence[int]],
-        requests: Sequence[GuidedSamplingParams],
-        own_prompts: Sequence[Mapping[str, Sequence[int]]] | None = None,
-    ) -> None:
-        """InputError for a request that cannot be decoded, naming it."""
-        check_requests(prompts, requests, own_prompts, list(self.doctors.models), self.vocab_size, self.context)
 
     def start(
         self,

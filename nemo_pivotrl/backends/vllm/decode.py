@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from nemo_pivotrl.backends.base import as_policy
 from nemo_pivotrl.backends.doctors import Span, vocabulary_size
-from nemo_pivotrl.backends.reference.guided import Guided, GuidedSamplingParams, Token, check_answers, check_requests
+from nemo_pivotrl.backends.reference.guided import Checks, Guided, GuidedSamplingParams, Token, check_answers
 from nemo_pivotrl.backends.vllm.engine import Engine
 from nemo_pivotrl.backends.vllm.guidance import NAMES, PREFIX, SECTION, drawn_by, guide_arguments, names_here
 from nemo_pivotrl.config import Decode, Patient, Vllm
@@ -25,7 +25,7 @@ from nemo_pivotrl.core.errors import InputError, Problem
 _numbers = itertools.count()
 
 
-class GuidedEngine:
+class GuidedEngine(Checks):
     """Has the verbs of `guided.GuidedGenerator` that a stage calls. Raises InputError for what does not belong together."""
 
     def __init__(
@@ -45,15 +45,6 @@ class GuidedEngine:
         self.names, self.tokenizer, self.stop_ids = list(decode.doctors), tokenizer, stop_ids
         self.vocab_size = vocabulary_size(tokenizer)
         self.context = patient.max_total_sequence_length
-
-    def check(
-        self,
-        prompts: Sequence[Sequence[int]],
-        requests: Sequence[GuidedSamplingParams],
-        own_prompts: Sequence[Mapping[str, Sequence[int]]] | None = None,
-    ) -> None:
-        """InputError for a request that cannot be decoded, naming it."""
-        check_requests(prompts, requests, own_prompts, self.names, self.vocab_size, self.context)
 
     def generate(
         self,

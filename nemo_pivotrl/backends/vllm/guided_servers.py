@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from nemo_pivotrl.backends.base import as_policy
 from nemo_pivotrl.backends.doctors import Span, vocabulary_size
-from nemo_pivotrl.backends.reference.guided import Guided, GuidedSamplingParams, Token, check_answers, check_requests
+from nemo_pivotrl.backends.reference.guided import Checks, Guided, GuidedSamplingParams, Token, check_answers
 from nemo_pivotrl.backends.vllm.guidance import PREFIX, SECTION, drawn_by, guide_arguments, identity_of
 from nemo_pivotrl.backends.vllm.requests import choice_of, families, in_order, request
 from nemo_pivotrl.backends.vllm.servers import Server, Servers
@@ -27,7 +27,7 @@ from nemo_pivotrl.core.types import FailedSample
 OPEN = "start it with `nemo-pivotrl serve RECIPE --refit`: stages read what guidance did from its workers"
 
 
-class GuidedServers:
+class GuidedServers(Checks):
     """Has the verbs of `guided.GuidedGenerator` that a stage calls. Raises InputError for servers that cannot serve."""
 
     def __init__(
@@ -41,20 +41,10 @@ class GuidedServers:
     ):
         arguments, _ = guide_arguments(patient, decode)
         self.identity = identity_of(arguments["additional_config"][SECTION])
-        markers = [(start, end) for start, end in decode.off_markers.items()] + [(s.start, s.end) for s in spans]
-        self.markers = [marker for pair in dict.fromkeys(markers) for marker in pair]
+        self.markers = [marker for span in spans for marker in (span.start, span.end)]
         self.names, self.tokenizer, self.stop_ids = list(decode.doctors), tokenizer, stop_ids
         self.vocab_size, self.context = vocabulary_size(tokenizer), patient.max_total_sequence_length
         self.servers = Servers(as_policy(patient), settings)
-
-    def check(
-        self,
-        prompts: Sequence[Sequence[int]],
-        requests: Sequence[GuidedSamplingParams],
-        own_prompts: Sequence[Mapping[str, Sequence[int]]] | None = None,
-    ) -> None:
-        """InputError for a request that cannot be decoded, naming it."""
-        check_requests(prompts, requests, own_prompts, self.names, self.vocab_size, self.context)
 
     def generate(
         self,
