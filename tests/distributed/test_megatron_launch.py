@@ -79,7 +79,7 @@ def launch(*arguments: str, ranks: int = 3, started: int = 3) -> tuple[list[int]
     ]
     try:
         for process in processes:
-            process.wait(100)
+            process.wait()
     finally:
         for process in processes:
             process.kill()

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from support.http_stub import StandIn
+from support.processes import PATIENCE_S, wait_for
 from support.recipes import recipe_at
 from support.stages import said
 
@@ -187,14 +188,14 @@ def test_a_straggler_holds_up_nothing_but_itself(served: Any, drawn: Any) -> Non
     def stall(body: dict[str, Any], number: int) -> None:
         if tuple(body["prompt"]) == first[0] and not held.is_set():
             held.set()
-            released.wait(30)
+            released.wait(PATIENCE_S)
 
     folder, servers = served("slow", stall)
-    recipe = at(folder, servers, "vllm.timeout_s=40", "vllm.concurrency=8")
+    recipe = at(folder, servers, f"vllm.timeout_s={2 * PATIENCE_S}", "vllm.concurrency=8")
     done: list[Any] = []
     run = threading.Thread(target=lambda: done.append(profile(recipe)))
     run.start()
-    assert held.wait(30)
+    assert held.wait(PATIENCE_S)
     journal, candidates = folder / "profiles.jsonl.journal", len({p for p, _ in drawn})
 
     def finished() -> int:
@@ -202,13 +203,10 @@ def test_a_straggler_holds_up_nothing_but_itself(served: Any, drawn: Any) -> Non
         lines = re.findall(rb"^\d+ d (\d+) \d+ \d+ \d+$", journal.read_bytes(), re.M)
         return sum(map(int, lines))
 
-    for _ in range(600):
-        if finished() >= candidates - 8:
-            break
-        threading.Event().wait(0.05)
+    wait_for(lambda: finished() >= candidates - 8, "the others' rows")
     others = finished()
     released.set()
-    run.join(60)
+    run.join(PATIENCE_S)
     assert candidates - 8 <= others < candidates and done, "all but the straggler's own trajectory are there"
 
 

@@ -1,4 +1,5 @@
 """A map on Ray as a process of its own: items of several tasks, each of which sleeps as if it sampled.
+While there is a file FOLDER/held, no task ends.
 
     python -m support.ray_driver FOLDER ADDRESS WORKERS ITEMS SECONDS
 
@@ -47,13 +48,15 @@ class Sleeping:
     """A worker whose result depends on its task alone."""
 
     def __init__(self, folder: str, seconds: float):
-        self.seconds = seconds
+        self.seconds, self.held = seconds, Path(folder, "held")
         place = Path(folder, "workers")
         place.mkdir(parents=True, exist_ok=True)
         (place / str(os.getpid())).touch()
 
     def __call__(self, task: tuple[int, int]) -> int:
         time.sleep(self.seconds)
+        while self.held.exists():
+            time.sleep(0.01)
         return 1000 * task[0] + task[1]
 
 

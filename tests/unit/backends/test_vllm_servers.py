@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from support.http_stub import Fault, StandIn, good, turn
+from support.processes import wait_for
 
 from nemo_pivotrl.backends.vllm.servers import Servers
 from nemo_pivotrl.config import Generation, Policy, Vllm
@@ -59,7 +60,9 @@ def whole(groups: list[list[Sample | FailedSample]]) -> bool:
 
 def test_requests_carry_every_setting_and_each_seed_once(start: Any) -> None:
     def until_both_work(body: dict[str, Any], number: int) -> None:
-        waited(lambda: one.asked and two.asked)  # else the first may have answered all before the second is needed
+        wait_for(
+            lambda: one.asked and two.asked, "both have work"
+        )  # else the first may have answered all before the second is needed
 
     pool, (one, two) = start(until_both_work, until_both_work, timeout_s=60.0)
     assert whole(infer(pool))
@@ -177,7 +180,7 @@ def test_a_busy_server_is_given_its_pause_and_not_blamed(start: Any) -> None:
 
 def test_no_server_holds_more_than_its_share_and_the_rest_waits(start: Any) -> None:
     def until_another_comes(number: int) -> Fault:
-        return lambda body, n: waited(lambda: stand_ins[number].most > 1 or n > 1)
+        return lambda body, n: wait_for(lambda: stand_ins[number].most > 1 or n > 1, "another request")
 
     pool, stand_ins = start(until_another_comes(0), until_another_comes(1), concurrency=2)
     groups = pool.infer([[i] for i in range(1, 25)], [[i] for i in range(24)], STOPS, GENERATION)
@@ -192,19 +195,12 @@ def test_a_server_that_dies_is_ejected_and_comes_back_when_it_is_well(start: Any
     before = len(one.asked)
     assert whole(infer(pool)) and len(one.asked) == before, "it gets nothing while it is away"
     one_is_down["now"], one.sick = False, False
-    waited(lambda: pool.servers[0].well)
+    wait_for(lambda: pool.servers[0].well, "the server is well")
     assert pool.counts["re-admitted"] == 1
     assert whole(infer(pool)) and len(one.asked) > before
 
 
 one_is_down = {"now": False}
-
-
-def waited(done: Callable[[], Any]) -> None:
-    deadline = time.monotonic() + 60
-    while not done():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def test_a_server_that_comes_back_takes_the_current_weights_first(start: Any, tmp_path: Path) -> None:
@@ -215,10 +211,12 @@ def test_a_server_that_comes_back_takes_the_current_weights_first(start: Any, tm
     )
     assert not pool.servers[1].well and not two.loaded
     two.fingerprint, two.away = "other weights", False
-    waited(lambda: two.calls["/collective_rpc"] > 2)  # the first of them is compared before the next is sent
+    wait_for(
+        lambda: two.calls["/collective_rpc"] > 2, "weights compared"
+    )  # the first of them is compared before the next is sent
     assert two.loaded == str(tmp_path) and not pool.servers[1].well, "wrong weights keep it out"
     two.fingerprint = "abc"
-    waited(lambda: pool.servers[1].well)
+    wait_for(lambda: pool.servers[1].well, "the server is well")
     assert whole(infer(pool)) and two.asked
 
 
@@ -227,10 +225,10 @@ def test_a_pool_that_another_one_refitted_for_keeps_servers_without_the_weights_
     two.fingerprint = "other weights"
     pool.expect(str(tmp_path), "abc", [one.url])
     assert pool.well == [one.url] and not one.loaded, "who has the weights is not sent them again"
-    waited(lambda: bool(two.loaded))
+    wait_for(lambda: bool(two.loaded), "weights")
     assert pool.well == [one.url]
     two.fingerprint = "abc"
-    waited(lambda: len(pool.well) == 2)
+    wait_for(lambda: len(pool.well) == 2, "both are well")
     assert two.loaded == str(tmp_path)
 
 
@@ -249,7 +247,7 @@ def test_a_server_that_is_away_at_the_start_may_come_later(tmp_path: Path) -> No
     try:
         assert whole(infer(pool)) and not late.asked
         late.away = False
-        waited(lambda: pool.servers[0].well)
+        wait_for(lambda: pool.servers[0].well, "the server is well")
         assert whole(infer(pool)) and late.asked and late.asked[0]["model"] == "m"
     finally:
         for one in (pool, late, there):

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.processes import PATIENCE_S
 
 from nemo_pivotrl.components import durable_map
 from nemo_pivotrl.components.durable_map import Found, Map, Tally, batches_of, found_rows
@@ -155,7 +156,7 @@ def test_results_out_of_order_are_put_in_order_and_a_straggler_holds_up_nothing(
 
         def __call__(self, task: list[int]) -> Found:
             if 0 in task:
-                released.wait(30)
+                released.wait(PATIENCE_S)
             seen.append(task[0])
             if len(seen) == 12:
                 released.set()
@@ -172,7 +173,7 @@ def test_the_rest_of_a_task_runs_while_the_next_begins(tmp_path: Path) -> None:
         begun.append(task[0])
 
         def rest() -> Found:
-            deadline = time.monotonic() + 10
+            deadline = time.monotonic() + PATIENCE_S
             while task[0] == 0 and len(begun) < 2 and time.monotonic() < deadline:
                 time.sleep(0.001)
             return found_rows({"n": n, "others": len(begun) > 1} for n in task)
