@@ -4,7 +4,7 @@
 
 The patient answers 260 prompts; each oracle (VADER's sentiment, textstat's Coleman-Liau grade) makes pairs of the answers. On each
 oracle's pairs LLMdoctor, GenARM and DPO train the same model (the patient with LoRA) for the same steps on the same batches, and each
-answers the same test prompts with the same random numbers at rising weights, until its KL from the patient is beyond what is compared.
+answers the same test prompts with the same random numbers at weights whose KL from the patient lies around what is compared.
 Answers are patient * (doctor / patient)^weight for all of them: at weight 1 DPO's is the tuned model itself. GenARM answers as its
 paper has it, too: patient * doctor^weight. Best of n is chosen by the oracle itself, which no other reads at test time, and by each
 trained model. Every step is a job with a file of its own under `--folder`; what is done stays done.
@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -51,11 +52,12 @@ CONTESTANTS = {
     "DPO": Contestant("dpo", beta=0.1),
 }
 """kappa is the default; the betas are those of GenARM's paper for HH and of DPO's."""
-WEIGHTS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
-ENOUGH = 6.0
-"""Nats an answer: no weight is tried beyond the first whose mean KL is above this."""
+COMPARED = (0.6, 1.5)
+"""Nats an answer. From 1 the weight is doubled until the mean KL is above the second, and halved until it is below the first."""
+WEIGHTS = (0.03125, 32.0)
+"""No weight is smaller or larger."""
 BEST_OF = (2, 4, 8)
-PROBED = 32
+PROBED = 16
 """Train pairs on which pairs of face prompts are compared."""
 
 
@@ -117,8 +119,6 @@ def choose_faces(folder: Path, run_dir: str, seed: int) -> Result:
 
 def make_rewards(folder: Path, run_dir: str, seed: int, faces: Mapping[str, Mapping[str, str]]) -> Result:
     """Token rewards: the patient scores every pair once under both faces."""
-    import json
-
     recipe = recipe_of(run_dir, seed, faces)
     build_rewards(recipe)
     return {"summary": json.loads(recipe.path("token_rewards.json").read_text(encoding="utf-8"))}
@@ -188,29 +188,41 @@ def contest(folder: Path, run_dir: str, seed: int, objective: str, contestant: C
         tables.write_json(model / "losses.json", losses)
     losses = tables.read_json(model / "losses.json")
     reward = _rank_of(recipe, model, tables.read_json(Path(alone)), against_patient=contestant.loss != "arm")
-    curves = {"ratio": _curve(recipe, model, "ratio", folder)}
-    if contestant.loss == "arm":
-        curves["product"] = _curve(recipe, model, "product", folder)
-    return {"losses": losses, "curves": curves, "reward": reward, "held_out": _held_out(recipe, model)}
+    curve = _curve(recipe, model, "ratio", folder)
+    return {"losses": losses, "curve": curve, "reward": reward, "held_out": _held_out(recipe, model)}
+
+
+def as_product(folder: Path, run_dir: str, seed: int, model: str) -> Result:
+    """A trained model's answers as patient * model^weight."""
+    return {"curve": _curve(recipe_of(run_dir, seed), Path(model), "product", folder)}
 
 
 def _curve(recipe: Recipe, model: Path, mode: str, folder: Path) -> dict[str, list[Result]]:
-    """Rows of each weight in that mode, from small to large; each in a file of its own."""
+    """Rows of each weight in that mode, from small to large; each weight has a file of its own."""
     doctor = Doctor(path=str(model), reference=recipe.patient.model_name if mode == "ratio" else "")
-    steered = dataclasses.replace(
-        recipe, decode=dataclasses.replace(recipe.decode, doctors={"it": doctor}, mode=mode)
-    )
-    exam = None
-    curve: dict[str, list[Result]] = {}
-    for weight in WEIGHTS:
+    steered = dataclasses.replace(recipe, decode=dataclasses.replace(recipe.decode, doctors={"it": doctor}, mode=mode))
+    exam: list[assess._Exam] = []
+
+    def at(weight: float) -> list[Result]:
         path = folder / f"{mode}-{weight:g}.json"
         if not path.exists():
-            exam = exam or _exam(steered)
-            tables.write_json(path, _rows(exam.answers(f"{weight:g}", Arm(beta={"it": weight}))[0]))
-        curve[f"{weight:g}"] = tables.read_json(path)
-        if tables.mean_kl(curve[f"{weight:g}"]) > ENOUGH:
-            break
-    return curve
+            exam.extend([] if exam else [_exam(steered)])
+            tables.write_json(path, _rows(exam[0].answers(f"{weight:g}", Arm(beta={"it": weight}))[0]))
+        return tables.read_json(path)
+
+    found = around(at, tables.mean_kl)
+    return {f"{weight:g}": rows for weight, rows in sorted(found.items())}
+
+
+def around(at: Callable[[float], list[Result]], kl: Callable[[list[Result]], float]) -> dict[float, list[Result]]:
+    """Weight to rows, of as few weights as lie around all that is compared (`COMPARED`)."""
+    found = {1.0: at(1.0)}
+    low, high = COMPARED
+    while kl(found[max(found)]) < high and max(found) < WEIGHTS[1]:
+        found[2 * max(found)] = at(2 * max(found))
+    while kl(found[min(found)]) > low and min(found) > WEIGHTS[0]:
+        found[min(found) / 2] = at(min(found) / 2)
+    return found
 
 
 def _log_probs(policy: ReferencePolicy, batch: TokenBatch) -> list[float]:
@@ -218,7 +230,7 @@ def _log_probs(policy: ReferencePolicy, batch: TokenBatch) -> list[float]:
 
 
 def _rank_of(recipe: Recipe, model: Path, alone: Result, against_patient: bool) -> list[list[float]]:
-    """What the trained model's own reward says of the patient's lots: its log-probability of an answer, over the patient's or alone."""
+    """What the trained model says of the patient's lots: its log-probability of each answer, over the patient's or alone."""
     rows = [row for lot in alone["lots"] for row in lot]
     policy = _trained(recipe, model)
     found = _log_probs(policy, TokenBatch(alone["prompts"], [r["prompt"] for r in rows], [r["ids"] for r in rows], {}))
@@ -245,14 +257,16 @@ def _held_out(recipe: Recipe, model: Path) -> Result:
             strict=True,
         )
     ]
-    gaps = [w - l for w, l in zip(moved[::2], moved[1::2], strict=True)]
+    gaps = [w - r for w, r in zip(moved[::2], moved[1::2], strict=True)]
     return {"pairs": len(gaps), "ordered": sum(gap > 0 for gap in gaps), "gap": sum(gaps) / len(gaps)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", choices=ORACLES, nargs="+", default=list(ORACLES), help="oracles whose doctors are trained")
+    parser.add_argument(
+        "--only", choices=ORACLES, nargs="+", default=list(ORACLES), help="oracles whose doctors are trained"
+    )
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--folder", type=Path, default=Path("runs/smollm2-doctors"))
     parser.add_argument("--tables", action="store_true", help="write the tables of what is there; run nothing")
@@ -273,9 +287,11 @@ def main() -> None:
         make([one("alone", answer_alone)])
         alone = str(root / "alone/result.json")
         for objective in args.only:
-            jobs = [one(f"{objective}-{name}", contest, objective, c, alone) for name, c in CONTESTANTS.items()]
-            make(jobs)
-    text, svg = tables.report(root, list(CONTESTANTS), BEST_OF)
+            make([one(f"{objective}-{name}", contest, objective, c, alone) for name, c in CONTESTANTS.items()])
+        for objective in args.only:
+            model = str(root / f"{objective}-GenARM/model")
+            make([one(f"{objective}-GenARM, product", as_product, model)])
+    text, svg = tables.report(root, [*CONTESTANTS, "GenARM, product"], BEST_OF)
     head = provenance([args.seed])
     out = ROOT / "benchmarks/results"
     write_atomically(out / "smollm2_doctors.md", f"{tables.TITLE}\n\n{head}\n\n{text}\n")
