@@ -61,11 +61,20 @@ PROBED = 16
 """Train pairs on which pairs of face prompts are compared."""
 
 
-def recipe_of(folder: str, seed: int, faces: Mapping[str, Mapping[str, str]] | None = None) -> Recipe:
-    recipe = load_recipe(str(RECIPE), [f"run_dir={folder}", f"seed={seed}"])
-    if faces is None:
-        return recipe
-    return dataclasses.replace(recipe, reward=dataclasses.replace(recipe.reward, faces=dict(faces)))
+def recipe_of(
+    run_dir: str, seed: int, objective: str = "", faces: Mapping[str, Mapping[str, str]] | None = None
+) -> Recipe:
+    """The recipe; of an objective in a run folder of its own behind `run_dir`, so that one may be finished before the other."""
+    if not objective:
+        return load_recipe(str(RECIPE), [f"run_dir={run_dir}", f"seed={seed}"])
+    recipe = load_recipe(str(RECIPE), [f"run_dir={run_dir}-{objective}", f"seed={seed}"])
+    files = {objective: (f"{run_dir}/ranked/{objective}.jsonl",)}
+    return dataclasses.replace(
+        recipe,
+        preferences=dataclasses.replace(recipe.preferences, objectives=files),
+        tfpo=dataclasses.replace(recipe.tfpo, objective=objective),
+        reward=dataclasses.replace(recipe.reward, faces=dict(faces or recipe.reward.faces)),
+    )
 
 
 # ---- what all contestants share ----
@@ -86,42 +95,34 @@ def make_pairs(folder: Path, run_dir: str, seed: int) -> Result:
     }
 
 
-def choose_faces(folder: Path, run_dir: str, seed: int) -> Result:
-    """Of each objective's face prompts those that agree best with the labels of some train pairs: the share of the importance
+def choose_faces(folder: Path, run_dir: str, seed: int, objective: str) -> Result:
+    """Of the objective's face prompts those that agree best with the labels of some train pairs: the share of the importance
     that lies on tokens which the answer's own face prefers. Validation and test are not looked at."""
-    recipe = recipe_of(run_dir, seed)
+    recipe = recipe_of(run_dir, seed, objective)
     chat = load_patient_chat(recipe.patient)
     scorer = loading.load_scorer(recipe.patient, without_start(recipe.megatron), recipe.vllm)
-    found = [preference_of_row(row) for row in read_rows(recipe.path("preferences.jsonl"))]
-    told: dict[str, list[Result]] = {}
-    best = {}
-    for objective in ORACLES:
-        pairs = [p for p in found if p.objective == objective and p.split == "train"][:PROBED]
-        for positive, negative in FACES[objective]:
-            face = {"positive": positive, "negative": negative}
-            own = recipe_of(run_dir, seed, {objective: face})
-            prompts = FacePrompts(chat, faces_of(own.reward, [objective]), recipe.patient.max_total_sequence_length)
-            ready = [p for p in map(prompts.prepare, pairs) if isinstance(p, Prepared)]
-            rows = reward_wave(ready, own, scorer)
-            sides = [row[side] for row in rows for side in ("chosen", "rejected")]
-            importance = [value for side in sides for value in side["importance"]]
-            told.setdefault(objective, []).append(
-                face
-                | {
-                    "agreement": sum(side["agreement"] for side in sides) / len(sides),
-                    "delta": sum(importance) / len(importance),
-                }
-            )
-        chosen = max(told[objective], key=lambda one: one["agreement"])
-        best[objective] = {key: chosen[key] for key in ("positive", "negative")}
-    return {"faces": best, "probed": told}
+    found = map(preference_of_row, read_rows(preferences(recipe)))
+    pairs = [p for p in found if p.split == "train"][:PROBED]
+    probed = []
+    for positive, negative in FACES[objective]:
+        face = {"positive": positive, "negative": negative}
+        own = recipe_of(run_dir, seed, objective, {objective: face})
+        prompts = FacePrompts(chat, faces_of(own.reward, [objective]), recipe.patient.max_total_sequence_length)
+        ready = [p for p in map(prompts.prepare, pairs) if isinstance(p, Prepared)]
+        sides = [row[side] for row in reward_wave(ready, own, scorer) for side in ("chosen", "rejected")]
+        importance = [value for side in sides for value in side["importance"]]
+        agreement = sum(side["agreement"] for side in sides) / len(sides)
+        probed.append(face | {"agreement": agreement, "delta": sum(importance) / len(importance)})
+    best = max(probed, key=lambda one: one["agreement"])
+    return {"faces": {key: best[key] for key in ("positive", "negative")}, "probed": probed}
 
 
-def make_rewards(folder: Path, run_dir: str, seed: int, faces: Mapping[str, Mapping[str, str]]) -> Result:
+def make_rewards(folder: Path, run_dir: str, seed: int, objective: str, face: Mapping[str, str]) -> Result:
     """Token rewards: the patient scores every pair once under both faces."""
-    recipe = recipe_of(run_dir, seed, faces)
+    recipe = recipe_of(run_dir, seed, objective, {objective: face})
     build_rewards(recipe)
-    return {"summary": json.loads(recipe.path("token_rewards.json").read_text(encoding="utf-8"))}
+    summary = json.loads(recipe.path("token_rewards.json").read_text(encoding="utf-8"))
+    return {"summary": summary["objectives"][objective]}
 
 
 def answer_alone(folder: Path, run_dir: str, seed: int) -> Result:
@@ -178,8 +179,7 @@ def _rows(found: Sequence[Mapping[str, Any]]) -> list[Result]:
 
 def contest(folder: Path, run_dir: str, seed: int, objective: str, contestant: Contestant, alone: str) -> Result:
     """Train the contestant on the objective's pairs, let it answer at rising weights, and choose among the patient's lots by it."""
-    recipe = recipe_of(run_dir, seed)
-    recipe = dataclasses.replace(recipe, tfpo=dataclasses.replace(recipe.tfpo, objective=objective))
+    recipe = recipe_of(run_dir, seed, objective)
     model = folder / "model"
     contestant = dataclasses.replace(contestant, objective=objective)
     losses: list[float] = []
@@ -279,19 +279,17 @@ def main() -> None:
         return Job(root / name, work, (run_dir, args.seed, *more))
 
     if not args.tables:
-        shared = [one("pairs", make_pairs), one("faces", choose_faces)]
-        for job in shared:
-            make([job])
-        faces = tables.read_json(root / "faces/result.json")["faces"]
-        make([one("rewards", make_rewards, faces)])
-        make([one("alone", answer_alone)])
+        make([one("pairs", make_pairs)])
         alone = str(root / "alone/result.json")
         for objective in args.only:
+            make([one(f"{objective}-faces", choose_faces, objective)])
+            face = tables.read_json(root / f"{objective}-faces/result.json")["faces"]
+            make([one(f"{objective}-rewards", make_rewards, objective, face), one("alone", answer_alone)])
             make([one(f"{objective}-{name}", contest, objective, c, alone) for name, c in CONTESTANTS.items()])
         for objective in args.only:
             model = str(root / f"{objective}-GenARM/model")
             make([one(f"{objective}-GenARM, product", as_product, model)])
-    text, svg = tables.report(root, [*CONTESTANTS, "GenARM, product"], BEST_OF)
+    text, svg = tables.report(root, ORACLES, [*CONTESTANTS, "GenARM, product"], BEST_OF)
     head = provenance([args.seed])
     out = ROOT / "benchmarks/results"
     write_atomically(out / "smollm2_doctors.md", f"{tables.TITLE}\n\n{head}\n\n{text}\n")

@@ -123,11 +123,10 @@ class Found:
         return by_prompt(rows, lambda row: row["scores"][objective])[self.drawn].mean(1)
 
 
-def report(root: Path, contestants: Sequence[str], sizes: Sequence[int]) -> tuple[str, str]:
+def report(root: Path, objectives: Sequence[str], contestants: Sequence[str], sizes: Sequence[int]) -> tuple[str, str]:
     """(Markdown, SVG) of everything that is there."""
     found = Found(root, contestants, sizes)
-    parts = {"Pairs and face prompts": ground(found)}
-    objectives = list(found.jobs["faces"]["faces"])
+    parts = {"Pairs and face prompts": ground(found, objectives)}
     for objective in objectives:
         if found.points(objective):
             other = next(o for o in objectives if o != objective)
@@ -139,7 +138,7 @@ def report(root: Path, contestants: Sequence[str], sizes: Sequence[int]) -> tupl
     return "![score against KL](smollm2_doctors.svg)\n\n" + text, plot(found, objectives)
 
 
-def ground(found: Found) -> list[str]:
+def ground(found: Found, objectives: Sequence[str]) -> list[str]:
     pairs = found.jobs["pairs"]
     counts = ", ".join(f"{objective} {n}" for objective, n in pairs["pairs"].items())
     lines = [
@@ -148,13 +147,22 @@ def ground(found: Found) -> list[str]:
         "| objective | positive face | negative face | agreement | mean Delta, nats a token | taken |",
         "|---|---|---|---|---|---|",
     ]
-    for objective, probed in found.jobs["faces"]["probed"].items():
-        taken = found.jobs["faces"]["faces"][objective]
+    for objective in objectives:
+        job = found.jobs.get(f"{objective}-faces", {"probed": []})
         lines += [
             f"| {objective} | {one['positive']} | {one['negative']} | {one['agreement']:.3f} | {one['delta']:.3f} | "
-            f"{'yes' if one['positive'] == taken['positive'] else ''} |"
-            for one in probed
+            f"{'yes' if one['positive'] == job['faces']['positive'] else ''} |"
+            for one in job["probed"]
         ]
+    for objective in objectives:
+        if rewards := found.jobs.get(f"{objective}-rewards"):
+            told = rewards["summary"]
+            agreement = ", ".join(f"{side} {share:.3f}" for side, share in told["agreement"].items())
+            lines += [
+                "",
+                f"Rewards of {objective}: {told['tokens']} tokens, of which {told['kept_share']:.1%} have one; mean Delta "
+                f"{told['delta_mean']:.3f} nats, noise floor {told['noise_floor']:.3f}; agreement {agreement}.",
+            ]
     return lines
 
 

@@ -103,9 +103,10 @@ def job(root: Path, name: str, **result: Any) -> None:
 def made(root: Path) -> None:
     lots = [[row(p, (p + n) / 10) for n in range(4)] for p in range(4)]
     face = {"positive": "p", "negative": "n"}
-    probed = {o: [face | {"agreement": 0.6, "delta": 0.5}] for o in data.ORACLES}
     job(root, "pairs", prompts=4, answers=8, tokens=32, pairs=dict.fromkeys(data.ORACLES, 3))
-    job(root, "faces", faces=dict.fromkeys(data.ORACLES, face), probed=probed)
+    job(root, "sentiment-faces", faces=face, probed=[face | {"agreement": 0.6, "delta": 0.5}])
+    told = {"tokens": 32, "kept_share": 0.5, "delta_mean": 0.4, "noise_floor": 0.01, "agreement": {"chosen": 0.7}}
+    job(root, "sentiment-rewards", summary=told)
     job(root, "alone", lots=lots, greedy=[row(p, 0.4) for p in range(4)], prompts=[[1]] * 4)
     for name, gain in (("LLMdoctor", 0.2), ("DPO", 0.1)):
         curve = {str(w): [row(p, p / 10 + gain * w, 0.5 * w) for p in range(4)] for w in (1, 2, 4)}
@@ -115,7 +116,7 @@ def made(root: Path) -> None:
 
 def test_the_report_says_what_is_there_and_leaves_out_what_is_not(tmp_path: Path) -> None:
     made(tmp_path)
-    text, svg = tables.report(tmp_path, ["LLMdoctor", "GenARM", "DPO", "GenARM, product"], [2, 4])
+    text, svg = tables.report(tmp_path, data.ORACLES, ["LLMdoctor", "GenARM", "DPO", "GenARM, product"], [2, 4])
     assert "## sentiment: at equal KL" in text and "## plainness: at equal KL" not in text
     at = 2 * tables.best_of_kl(4)  # weight at that KL
     equal = text.split("## sentiment: every arm")[0]
@@ -124,4 +125,14 @@ def test_the_report_says_what_is_there_and_leaves_out_what_is_not(tmp_path: Path
     assert "| GenARM" not in text
     assert "+0.300" in text  # best of four, each a tenth above the one before
     assert "| sentiment | DPO | 2.000, 1.000 | 4 of 5 | 1.50 |" in text
+    assert "| sentiment | p | n | 0.600 | 0.500 | yes |" in text and "agreement chosen 0.700" in text
     assert svg.startswith("<?xml")
+
+
+def test_each_objective_has_a_run_folder_of_its_own_with_its_pairs_alone() -> None:
+    face = {"positive": "p", "negative": "n"}
+    recipe = doctors.recipe_of("runs/x/run", 3, "plainness", {"plainness": face})
+    assert (recipe.run_dir, recipe.seed, recipe.tfpo.objective) == ("runs/x/run-plainness", 3, "plainness")
+    assert recipe.preferences.objectives == {"plainness": ("runs/x/run/ranked/plainness.jsonl",)}
+    assert recipe.reward.faces == {"plainness": face}
+    assert doctors.recipe_of("runs/x/run", 3).run_dir == "runs/x/run"
