@@ -41,8 +41,8 @@ class SharedBase:
         self.masks = {}
 
     def columns(self, owners: tuple[int, ...], device: torch.device) -> tuple[Tensor | None, Tensor | None]:
-        """Which columns of A's output the pass needs (None: all), and which of these are not the row's, [rows, 1, columns] bool (None:
-        no such). The same for all layers whose columns have the same owners."""
+        """Which columns of A's output the pass needs (None: all), and which of these are not the row's, [rows, 1, columns] bool
+        (None: no such). The same for all layers whose columns have the same owners."""
         if owners not in self.masks:
             kept = [at for at, owner in enumerate(owners) if owner in self.present]
             index = None if len(kept) == len(owners) else torch.tensor(kept, device=device, dtype=torch.long)
