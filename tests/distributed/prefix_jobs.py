@@ -89,7 +89,17 @@ def no_rounding() -> Iterator[None]:
         Tensor.float = as_it_is  # type: ignore[method-assign]
 
 
-def both(folder: str, layout: dict[str, Any], kind: str, runs: list[tuple[int, int]], harm: str = "") -> Any:
+def by_kernel(form: str, **arguments: Any) -> Any:
+    """`both` with attention by a kernel for packed sequences, whose library is emulated: (what it found, calls of the kernel)."""
+    from support import varlen_libraries
+
+    with varlen_libraries.installed():
+        return both(**arguments, form=form), varlen_libraries.CALLED[form]
+
+
+def both(
+    folder: str, layout: dict[str, Any], kind: str, runs: list[tuple[int, int]], harm: str = "", form: str = "auto"
+) -> Any:
     """For every run, (seed, tokens of a micro-batch): (loss apart, worst gradient apart and its name, largest gradient, tokens run,
     tokens one by one). One model serves all of them."""
     from nemo_pivotrl.backends.megatron.parallel import initialize
@@ -102,6 +112,7 @@ def both(folder: str, layout: dict[str, Any], kind: str, runs: list[tuple[int, i
         policy = replace(policy, generation=Generation(temperature=1.0))
     backend: Any = MegatronPolicy(policy, megatron, groups, value_head=kind == "tfpo")
     stage, config = backend.stage.double(), backend.stage.config
+    stage.prefix_attention = form  # the recipe's is refused on CPUs
     config.params_dtype = config.pipeline_dtype = torch.float64
     config.moe_router_dtype = "fp64" if config.num_moe_experts else None
     bend(stage.head)

@@ -34,6 +34,7 @@ class PipelineStage(MegatronModule):
         self.module = chunk
         self.groups, self.vocab_size, self.chunk_tokens = groups, vocab_size, chunk_tokens
         self.temperature = 1.0
+        self.prefix_attention = "auto"
         forget_routing(chunk)
         self.head: nn.Linear | None = None
         if with_head and groups.last_stage:
@@ -52,7 +53,7 @@ class PipelineStage(MegatronModule):
         batch, length = rows.tokens.shape
         starts = [0, length] if rows.starts is None else rows.starts.tolist()
         here = context_part(starts, self.groups.cp.rank(), self.groups.cp.size()).to(rows.tokens.device)
-        hidden = self._hidden(rows.tokens[:, here], rows.positions[:, here], _packed(rows))
+        hidden = self._hidden(rows.tokens[:, here], rows.positions[:, here], _packed(rows, self.prefix_attention))
         if not self.groups.last_stage:
             return hidden
         if self.config.sequence_parallel:
@@ -146,11 +147,11 @@ def own_places(places: Tensor, starts: Sequence[int], batch: int, rank: int, ran
     return mine, local[places[mine]]
 
 
-def _packed(rows: Rows) -> PackedSeqParams | None:
+def _packed(rows: Rows, form: str) -> PackedSeqParams | None:
     """What attention and rotary embeddings must know of a stream; padding counts as a part of its own sequence."""
     if rows.forest is not None:
         longest = int(rows.positions.max()) + 1
-        return ForestParams(max_seqlen_q=longest, max_seqlen_kv=longest, forest=rows.forest)
+        return ForestParams(max_seqlen_q=longest, max_seqlen_kv=longest, forest=rows.forest, form=form)
     if rows.starts is None:
         return None
     longest = int((rows.starts[1:] - rows.starts[:-1]).max())

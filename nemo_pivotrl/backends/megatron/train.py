@@ -35,6 +35,7 @@ from nemo_pivotrl.backends.megatron.pipeline_stage import PipelineStage
 from nemo_pivotrl.backends.megatron.sampler import sample
 from nemo_pivotrl.backends.megatron.weights import export_hf, save_hf
 from nemo_pivotrl.backends.sampling import check_finite, check_log_probs
+from nemo_pivotrl.backends.tree_attention import check_form
 from nemo_pivotrl.config import Generation, Megatron, Optimizer, Policy
 from nemo_pivotrl.core.errors import InputError, NotFiniteError, Problem
 from nemo_pivotrl.core.types import FailedSample, Sample
@@ -70,6 +71,10 @@ class MegatronPolicy(SequenceScores):
         self.settings, self.megatron, self.groups, self.with_head = policy, megatron, groups, value_head
         (chunk,) = build_model(policy.model_name, megatron, groups)
         self.architecture = read_architecture(policy.model_name)
+        if policy.prefix_sharing:
+            kind = torch.bfloat16 if megatron.bf16 else torch.float32
+            width = self.architecture.head_dim
+            check_form(policy.prefix_attention, not megatron.cpu, width, kind, "policy.prefix_attention")
         if policy.lora.enabled:
             lora.add_adapters(chunk, self.architecture, policy.lora, groups)
         chunk.config.calculate_per_token_loss = True
@@ -77,6 +82,7 @@ class MegatronPolicy(SequenceScores):
             chunk, groups, self.architecture.vocab_size, megatron.logprob_chunk_tokens, self.with_head
         )
         self.stage.temperature = policy.generation.temperature or 1.0
+        self.stage.prefix_attention = policy.prefix_attention
         self.model: Any = self.stage
         keep = reference and not policy.lora.enabled
         self.start = [p.detach().cpu().clone() for p in chunk.parameters()] if keep else None

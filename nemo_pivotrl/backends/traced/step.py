@@ -18,8 +18,9 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-from nemo_pivotrl.backends.traced import device, engine, kernels, routing, sources, triton_names
+from nemo_pivotrl.backends.traced import device, engine, kernels, routing, sources, triton_names, varlen
 from nemo_pivotrl.backends.traced.ledger import Ledger
+from nemo_pivotrl.backends.varlen_attention import KERNELS
 from nemo_pivotrl.config import Megatron, Optimizer, Policy
 from nemo_pivotrl.sizing.architecture import Architecture
 from nemo_pivotrl.sizing.memory import GIB, MicroBatch
@@ -109,6 +110,8 @@ def trace(asked: Asked) -> Traced:
     kernels.install(folder, found.versions)
     found.versions["megatron_core"] = megatron_version()
     kernels.fuse_activations()
+    if asked.policy.prefix_sharing and asked.policy.prefix_attention in KERNELS:
+        varlen.install(folder)
     routing.install(asked.imbalance)
     with _clock(found, "groups"):
         groups = _join(asked)
@@ -213,7 +216,8 @@ def _micro_batches(asked: Asked, backend: Any) -> tuple[list[Any], list[MicroBat
         batch, width = rows.tokens.shape
         starts = [0, width] if rows.starts is None else rows.starts.tolist()
         mine, _ = own_places(rows.places, starts, batch, backend.groups.cp.rank(), backend.groups.cp.size())
-        sizes.append(MicroBatch(rows.tokens.numel(), length, len(mine), asked.policy.prefix_sharing))
+        form = asked.policy.prefix_attention
+        sizes.append(MicroBatch(rows.tokens.numel(), length, len(mine), asked.policy.prefix_sharing, form))
     return layouts, sizes
 
 
@@ -339,7 +343,7 @@ def _without_numbers(asked: Asked, found: Traced) -> None:
     model.load_hf = lambda chunks, _, shape, groups: found.unmapped.extend(_unmapped(chunks, shape, groups))
     model.read_architecture = train.read_architecture = lambda _: asked.architecture
     stage.own_places, stage._packed = _really(stage.own_places), _really(stage._packed)
-    masks = _really(attention._masks)
+    masks, attention._calls = _really(attention._masks), _really(attention._calls)
 
     def flex(query: Tensor, key: Tensor, value: Tensor, forest: Any, scale: float, held: Any = None) -> Tensor:
         told, given = masks(forest.leave, held).seq_lengths, (query.shape[2], key.shape[2])
