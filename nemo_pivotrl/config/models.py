@@ -112,8 +112,8 @@ class TrainedModel:
     prefix_attention: Literal["auto", "flex", "torch", "flash_attn_2", "flash_attn_3", "transformer_engine"] = "auto"
     """What computes attention over shared prefixes on GPUs; `auto` is FlexAttention there (`flex`).
 
-    On CPUs `auto`, which is torch's fused attention there, is the only one. The others are kernels for packed sequences: PyTorch's own
-    FlashAttention, the packages of FlashAttention 2 and 3, and cuDNN's by Transformer Engine. All compute the same
+    On CPUs `auto`, which is torch's fused attention there, is the only one. The others are kernels for packed sequences: PyTorch's
+    own FlashAttention, the packages of FlashAttention 2 and 3, and cuDNN's by Transformer Engine. All compute the same
     (`tree_attention.py`).
     """
     lora: Lora = field(default_factory=Lora)

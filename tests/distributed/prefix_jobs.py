@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -93,8 +93,8 @@ def by_kernel(form: str, **arguments: Any) -> Any:
     """`both` with attention by a kernel for packed sequences, whose library is emulated: (what it found, calls of the kernel)."""
     from support import varlen_libraries
 
-    with varlen_libraries.installed():
-        return both(**arguments, form=form), varlen_libraries.CALLED[form]
+    varlen_libraries.CALLED.clear()
+    return both(**arguments, form=form), varlen_libraries.CALLED[form]
 
 
 def both(
@@ -102,6 +102,8 @@ def both(
 ) -> Any:
     """For every run, (seed, tokens of a micro-batch): (loss apart, worst gradient apart and its name, largest gradient, tokens run,
     tokens one by one). One model serves all of them."""
+    from support import varlen_libraries
+
     from nemo_pivotrl.backends.megatron.parallel import initialize
     from nemo_pivotrl.backends.megatron.train import MegatronPolicy
 
@@ -117,7 +119,7 @@ def both(
     config.moe_router_dtype = "fp64" if config.num_moe_experts else None
     bend(stage.head)
     found = []
-    with no_rounding():
+    with no_rounding(), varlen_libraries.installed() if form != "auto" else nullcontext():
         for seed, budget in runs:
             batch, made = tree(seed, kind == "tfpo"), []
             for share in (False, True):

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -130,10 +131,16 @@ class MegatronPolicy(SequenceScores):
         def made(rows: Sequence[int]) -> Rows:
             given = [prompts[n] for n in rows], [batch.responses[n] for n in rows]
             if self.settings.prefix_sharing:
-                return Rows.of(prefix.lay_out(rows, *given, multiple, self.with_head).to(groups.device))
+                return self._shared(prefix.lay_out(rows, *given, multiple, self.with_head))
             return prefix.on_device(lay_out(rows, *given, multiple, m.sequence_packing, batch.asked), groups.device)
 
         return [made(rows) for rows in self._plan(batch)[groups.dp.rank()]]
+
+    def _shared(self, forest: prefix.Forest) -> Rows:
+        """A micro-batch of a forest, on this rank's device."""
+        mirrored = self.architecture.mamba is not None
+        made: Rows = prefix.on_device(Rows.of(forest, self.groups.cp.size(), mirrored), self.groups.device)
+        return replace(made, forest=forest.to(self.groups.device))
 
     def _run(self, batch: TokenBatch, work: Work | None, forward_only: bool) -> list[Any]:
         """All micro-batches through the pipeline. What the last stage found for each: metrics, or without `work` the
