@@ -18,7 +18,7 @@ from nemo_pivotrl.core.artifacts import digest
 from nemo_pivotrl.core.errors import InputError, Problem, UnrenderableState, short
 from nemo_pivotrl.core.types import Action, Message
 from nemo_pivotrl.data import gym_rows, template_probes
-from nemo_pivotrl.data.template_rendering import Marked, Template, check_encodable
+from nemo_pivotrl.data.template_rendering import INLINE, Marked, Template, check_encodable
 from nemo_pivotrl.data.tool_parsers import NAMES, PARSERS
 from nemo_pivotrl.sizing import hf_folder
 
@@ -123,7 +123,10 @@ class Chat:
         self.template_digest = digest(told)
         try:
             template_probes.find_argument_form(self.template)
+            template_probes.find_id_form(self.template)
+            template_probes.find_prefill(self.template)
             self.reasoning = template_probes.find_reasoning(self.template)
+            self._closed = template_probes.closed_block(self.template, self.reasoning)
             self.stop_ids = template_probes.find_stop_ids(self.template, stop_ids)
         except UnrenderableState as error:
             raise InputError(
@@ -161,16 +164,38 @@ class Chat:
         """How the template writes assistant message `action` after the state.
 
         A turn without reasoning may leave the generation prompt where that opens reasoning; what is left out of the prompt
-        then is part of the turn. Where the template writes the state otherwise once the turn is there, the turn's text is
+        then is part of the turn. Reasoning that the prompt has opened and the template does not write is put between the prompt
+        and the turn, as the model writes it. Where the template writes the state otherwise once the turn is there, the turn's text is
         that behind a stand-in. Raises UnrenderableState, and InputError for a template whose turns do not continue its own
         generation prompt.
         """
-        return self._turn_behind(self._render(messages, tools, True), messages, tools, action)
+        prompt = self._render(messages, tools, True)
+        thought = action.get("reasoning_content", "")
+        if thought and self.reasoning.opened and self.template.reasoning_field in ("", INLINE):
+            return self._after_reasoning(prompt, thought, messages, tools, {**action, "reasoning_content": ""})
+        return self._turn_behind(prompt, messages, tools, action)
+
+    def _after_reasoning(
+        self, prompt: Marked, thought: str, messages: Sequence[Message], tools: Tools, action: Message
+    ) -> Turn:
+        """A turn whose reasoning the template drops from any turn: the prompt opens it, so the policy writes it."""
+        bare = self._turn_behind(prompt, messages, tools, action).text
+        mark = bare.mark or prompt.mark or self.template.mark_for(thought)
+        if mark and mark in thought:
+            raise UnrenderableState("special_token_in_text", short(thought, 40))
+        begins, ends = self.reasoning.begins, self.reasoning.ends
+        line = "\n" if "\n" in prompt.text.rpartition(begins)[2] else ""
+        body = bare.text.replace(bare.mark, mark) if bare.mark else bare.text
+        text = f"{self.template.marked(thought, mark)}{line}{ends}{line * 2}{body.removeprefix(ends).lstrip(chr(10))}"
+        return Turn(prompt, Marked(text, mark), True)
 
     def _turn_behind(self, prompt: Marked, messages: Sequence[Message], tools: Tools, action: Message) -> Turn:
         for state in (messages, [template_probes.USER]):
             begun = prompt if state is messages else self.template.render(state, tools, True)
-            whole = self.template.render([*state, action], tools, False)
+            behind: Sequence[Message] = ()
+            if self.template.prefills:
+                behind = template_probes.outputs_of(action.get("tool_calls") or ()) or [template_probes.USER]
+            whole = self.template.render([*state, action, *behind], tools, False)
             bare = self.template.render(state, tools, False)
             kept = self._kept(begun.text, bare.text, whole.text)
             if kept is not None:
@@ -179,6 +204,10 @@ class Chat:
                 begins = self.reasoning.begins
                 opened = bool(begins) and text.plain.rstrip().endswith(begins)
                 return Turn(text, Marked(whole.text[kept:], whole.mark), opened)
+            block, ends = self._closed
+            header = begun.text.removesuffix(block)
+            if block and whole.text.startswith(header):
+                return Turn(prompt, Marked(whole.text[len(header) :].removeprefix(ends), whole.mark), False)
         section = self.template.section
         remedy = (
             "the template writes an assistant turn that does not begin with its own generation prompt; "
@@ -254,6 +283,8 @@ class Chat:
                 thought, ended, text = text.partition(ends)
                 if not ended:
                     return Action("none", detail="reasoning never ended")
+            elif text.lstrip().startswith(ends):  # the end of reasoning that is empty, which the template writes alone
+                text = text.lstrip().removeprefix(ends)
         try:
             content, calls = parser.read(text, tools)
         except (ValueError, RecursionError) as error:

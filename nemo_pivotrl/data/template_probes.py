@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -15,7 +16,13 @@ TOOL = {
     "function": {
         "name": "probe_tool",
         "description": "probe",
-        "parameters": {"type": "object", "properties": {"key": {"type": "string"}, "number": {"type": "integer"}}},
+        "parameters": {
+            "type": "object",
+            "properties": {
+                "key": {"type": "string", "description": "probe key"},
+                "number": {"type": "integer", "description": "probe number"},
+            },
+        },
     },
 }
 ARGUMENTS = {"key": "two words", "number": 7}
@@ -77,6 +84,24 @@ def find_argument_form(template: Template) -> None:
             template.arguments_as_text = False
 
 
+def find_id_form(template: Template) -> None:
+    """Set `ids_name_calls` where a template writes a call's id and not its name."""
+    (call,) = calls_of(ARGUMENTS)
+    state = template.render([USER], [TOOL], prompt=False).plain
+    own = _turn(template, tool_calls=[call])
+    template.ids_name_calls = call["id"] in own and own.count("probe_tool") == state.count("probe_tool")
+
+
+def find_prefill(template: Template) -> None:
+    """Set `prefills` where a template writes text and calls of a last turn as two turns, and those of an earlier one as one."""
+    (call,) = calls_of(ARGUMENTS)
+    last, inner = (
+        _turn(template, *after, content=CONTENT, tool_calls=[call]).partition(CONTENT)[2].partition("two words")
+        for after in ((), outputs_of([call]))
+    )
+    template.prefills = bool(last[1]) and bool(inner[1]) and last[0] != inner[0]
+
+
 def find_reasoning(template: Template) -> Reasoning:
     """How reasoning is written; sets the template's `reasoning_field`, '' where it writes none."""
     prompt = template.render([USER], [TOOL], prompt=True).plain
@@ -86,6 +111,7 @@ def find_reasoning(template: Template) -> Reasoning:
         text = _turn(template, content=CONTENT, reasoning_content=REASON)
         before, found, after = text.partition(REASON)
         ends = after.partition(CONTENT)[0].strip()
+        ends = next((end for end in REASONING_MARKERS if ends.startswith(end)), ends)  # a marker of text may follow
         if not found or CONTENT not in after:  # some templates write it beside calls alone
             calls = calls_of(ARGUMENTS)
             text = _turn(template, *outputs_of(calls), tool_calls=calls, reasoning_content=REASON)
@@ -102,6 +128,17 @@ def find_reasoning(template: Template) -> Reasoning:
     if REASON not in text:
         template.reasoning_field = ""
     return Reasoning(*opened, True)
+
+
+def closed_block(template: Template, reasoning: Reasoning) -> tuple[str, str]:
+    """(what the generation prompt ends with where it has begun and ended reasoning that is empty, its end marker), or two ''."""
+    prompt = template.render([USER], [TOOL], prompt=True).text
+    known = {reasoning.ends: reasoning.begins, **REASONING_MARKERS}
+    for ends, begins in known.items():
+        found = re.search(re.escape(begins) + r"\s*" + re.escape(ends) + r"\s*\Z", prompt) if ends and begins else None
+        if found:
+            return found[0], ends
+    return "", ""
 
 
 def _beginning(template: Template, before: str, ends: str) -> str:
@@ -251,7 +288,11 @@ def _holds(messages: Sequence[Message], tools: Sequence[Any]) -> set[str]:
 
 
 def no_parser(text: str, names: Sequence[str]) -> InputError:
-    """The error for a template whose calls nobody reads back."""
+    """The error for a template whose calls nobody reads back, or which writes none."""
+    if ARGUMENTS["key"] not in text:
+        remedy = "set policy.chat_template; where no state has tools, policy.tool_parser: hermes will do"
+        found = "tool calls, left out by the template"
+        return InputError(Problem("chat template", None, "policy.tool_parser", found, remedy))
     remedy = (
         f"no parser reads the template's tool calls back; name one of {', '.join(names)} or set policy.chat_template"
     )

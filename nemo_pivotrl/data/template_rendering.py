@@ -31,7 +31,9 @@ INLINE = "content"
 class Template:
     """A tokenizer with its chat template and the recipe's rules for it.
 
-    `arguments_as_text` and `reasoning_field` are how this template wants calls and reasoning; `template_probes` finds out.
+    How it wants calls and reasoning, and what it does with the last turn, `template_probes` finds out: `arguments_as_text`,
+    `ids_name_calls` (it writes a call's id in the place of its name, as Kimi K2's does, `functions.NAME:NUMBER`),
+    `reasoning_field`, and `prefills` (it takes an assistant turn at the end for one that goes on).
     """
 
     def __init__(
@@ -43,7 +45,7 @@ class Template:
     ):
         self.tokenizer, self.settings, self.section = tokenizer, settings, section
         self.kwargs = dict(kwargs)
-        self.arguments_as_text = False
+        self.arguments_as_text = self.ids_name_calls = self.prefills = False
         self.reasoning_field = "reasoning_content"
         self.inline_markers = ("", "")
         if re.search(r"\|\s*random\b", str(tokenizer.chat_template)):
@@ -75,6 +77,8 @@ class Template:
             if mark:
                 prepared, tools = self._broken_up(prepared, mark), self._broken_up(list(tools), mark)
             text = template_sandbox.render(self.tokenizer, prepared, tools, prompt, **self.kwargs)
+            if mark:  # some templates write JSON in ASCII
+                text = text.replace(_escaped(mark), mark)
         except InputError:
             raise
         except Exception as error:  # whatever a template does with a state that it was not written for
@@ -89,6 +93,8 @@ class Template:
     def _prepared(self, messages: Sequence[Message]) -> list[Message]:
         made: list[Message] = []
         names: dict[str, str] = {}
+        ids: dict[str, str] = {}
+        calls = 0
         for number, message in enumerate(messages):
             role = self.settings.roles.get(message["role"], message["role"])
             clean: Message = {**message, "role": role, "content": message.get("content") or ""}
@@ -103,10 +109,15 @@ class Template:
                     self._call(call, number, place) for place, call in enumerate(message["tool_calls"])
                 ]
                 names.update((call["id"], call["function"]["name"]) for call in clean["tool_calls"])
+                for call in clean["tool_calls"] if self.ids_name_calls else ():
+                    ids[call["id"]] = call["id"] = f"functions.{call['function']['name']}:{calls}"
+                    calls += 1
             else:
                 clean.pop("tool_calls", None)  # templates look whether it is there
             if role == "tool" and "name" not in clean and message.get("tool_call_id") in names:
                 clean["name"] = names[message["tool_call_id"]]
+            if role == "tool" and message.get("tool_call_id") in ids:
+                clean["tool_call_id"] = ids[message["tool_call_id"]]
             made.append(clean)
         return made
 
@@ -128,6 +139,14 @@ class Template:
             function["arguments"] = json.dumps(parsed, ensure_ascii=False) if self.arguments_as_text else parsed
         return {**call, "id": call.get("id") or f"c{number % 100000:05d}{place % 1000:03d}", "function": function}
 
+    def marked(self, text: str, mark: str) -> str:
+        """`text` with its special tokens broken up by `mark`."""
+        return str(self._broken_up(text, mark)) if mark else text
+
+    def mark_for(self, *texts: str) -> str:
+        """A mark for these texts alone; '' where they hold no special token. Raises UnrenderableState."""
+        return self._mark_for([{"content": text} for text in texts], [])
+
     def _mark_for(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> str:
         """'' where no text holds a special token, else a character that no text holds."""
         found = next((hit for text in _leaves([messages, list(tools)]) if (hit := self._special.search(text))), None)
@@ -137,7 +156,7 @@ class Template:
             remedy = f"it is excluded; {self.section}.chat.special_tokens: as_text encodes it as text"
             raise UnrenderableState("special_token_in_text", found[0], remedy)
         texts = list(_leaves([messages, list(tools)]))
-        free = next((mark for mark in _MARKS if not any(mark in text for text in texts)), None)
+        free = next((m for m in _MARKS if not any(m in text or _escaped(m) in text for text in texts)), None)
         if free is None:
             raise UnrenderableState("special_token_in_text", found[0])
         return free
@@ -200,6 +219,11 @@ class Template:
         anchor = self._encode("\n")
         anchored = self._encode("\n" + text, **kwargs)
         return anchored[len(anchor) :] if anchored[: len(anchor)] == anchor else whole
+
+
+def _escaped(mark: str) -> str:
+    """As JSON in ASCII has it."""
+    return json.dumps(mark)[1:-1]
 
 
 class Marked:

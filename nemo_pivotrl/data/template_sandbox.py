@@ -416,7 +416,8 @@ def render(
 ) -> str:
     """What `tokenizer.apply_chat_template(..., tokenize=False)` gives, within bounds.
 
-    Raises InputError for a template that goes beyond them, and what the template raises otherwise.
+    Raises InputError for a template that goes beyond them, TemplateError for one that calls itself without an end, and what the
+    template raises otherwise.
     """
     source = tokenizer.get_chat_template(None, list(tools) if tools else None)
     token = _meter.set(_Meter())
@@ -430,7 +431,9 @@ def render(
             **values,
         )
         return text
-    except (TemplateTooCostly, RecursionError, MemoryError) as error:
+    except RecursionError as error:  # some templates follow a schema of this state without an end
+        raise TemplateError("it calls itself without an end") from error
+    except (TemplateTooCostly, MemoryError) as error:
         found = str(error) if isinstance(error, TemplateTooCostly) else type(error).__name__
         remedy = "no chat needs this: the template is broken or hostile; use another (policy.chat_template)"
         raise InputError(Problem("chat template", None, "rendering", found, remedy)) from error

@@ -14,6 +14,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import PreTrainedTokenizerFast
 
 from nemo_pivotrl.core.types import Action, ToolCall
+from support import own_templates
 
 SPECIAL = (
     "<|im_start|> <|im_end|> <s> </s> <|eot_id|> <|start_header_id|> <|end_header_id|> <|python_tag|> <|eot|> <|user|> "
@@ -23,13 +24,18 @@ SPECIAL = (
 ADDED = (
     "<think> </think> <tool_call> </tool_call> [TOOL_CALLS] <｜tool▁calls▁begin｜> <｜tool▁calls▁end｜> <｜tool▁call▁begin｜> "
     "<｜tool▁call▁end｜> <｜tool▁sep｜> <|tool_call> <tool_call|> <|tool_response> <|channel> <channel|> <|tool_call_start|> "
-    "<|tool_call_end|>"
+    "<|tool_call_end|> <TOOLCALL> </TOOLCALL> <|tool_calls_section_begin|> <|tool_calls_section_end|> <|tool_call_begin|> "
+    "<|tool_call_argument_begin|> <minimax:tool_call> </minimax:tool_call> <｜DSML｜function_calls> </｜DSML｜function_calls> "
+    "<｜DSML｜tool_calls> </｜DSML｜tool_calls> <tool_calls> </tool_calls> <|tool_call|> <|/tool_call|> <|tools_prefix|> "
+    "<|tools_suffix|> <|START_ACTION|> <|END_ACTION|>"
 ).split()
 USER = {"role": "user", "content": "where is order 7"}
 
 
 def template(name: str) -> str:
-    """A chat template by its file name in TRL, `llama4` of transformers, or `mistral_vN` as mistral-common generates it."""
+    """A chat template by its file name in TRL, `llama4` of transformers, `mistral_vN` of mistral-common, or one of ours."""
+    if name in own_templates.OWN:
+        return own_templates.OWN[name]
     if name.startswith("mistral_v"):
         from mistral_common.integrations.chat_templates.chat_templates import generate_chat_template
         from mistral_common.tokens.tokenizers.base import TokenizerVersion
@@ -249,5 +255,6 @@ MALFORMED = {
         " to=functions.f<|channel|>commentary json<|message|>[1]",
     ],
     "pythonic": ["[f(x=1)", "[f(1)]", "[f(x=y)]"],
+    **own_templates.MALFORMED,
 }
 """Answers that begin as a call or as reasoning and are none, by parser."""

@@ -19,8 +19,9 @@ from nemo_pivotrl.data.tool_parsers.json_calls import (
     read_llama_json,
     read_mistral,
 )
+from nemo_pivotrl.data.tool_parsers.listed_calls import by_name, cohere, listed, read_kimi, read_xlam
 from nemo_pivotrl.data.tool_parsers.literal_calls import read_gemma4, read_lfm2, read_pythonic
-from nemo_pivotrl.data.tool_parsers.xml_calls import read_glm, read_qwen_coder
+from nemo_pivotrl.data.tool_parsers.xml_calls import invoked, read_glm, read_qwen_coder
 
 Read = Callable[[str, Sequence[Mapping[str, Any]]], tuple[str, list[ToolCall]]]
 
@@ -39,6 +40,8 @@ class ToolParser(NamedTuple):
     """The reasoning in an answer, where calls and reasoning are channels of one syntax and the reader itself drops it."""
 
 
+COHERE_TEXT = ("<|START_RESPONSE|>", "<|END_RESPONSE|>", "<|START_TEXT|>", "<|END_TEXT|>")
+"""Markers around the words of an answer of Cohere's models."""
 PARSERS: dict[str, ToolParser] = {
     "hermes": ToolParser(read_hermes, "<tool_call>", "</tool_call>", ("qwen3_json",)),
     "qwen_coder": ToolParser(read_qwen_coder, "<tool_call>", "</tool_call>", ("qwen3_coder", "qwen3_xml")),
@@ -52,7 +55,32 @@ PARSERS: dict[str, ToolParser] = {
     "harmony": ToolParser(
         read_harmony, "<|start|>assistant to=functions.", "<|call|>", ("openai",), reasoning=harmony_reasoning
     ),
+    "nemotron_json": ToolParser(listed("<TOOLCALL>", "</TOOLCALL>"), "<TOOLCALL>", "</TOOLCALL>", ()),
+    "kimi_k2": ToolParser(read_kimi, "<|tool_calls_section_begin|>", "<|tool_calls_section_end|>", ()),
+    "minimax_m2": ToolParser(invoked("", "minimax:tool_call"), "<minimax:tool_call>", "</minimax:tool_call>", ()),
+    "deepseek_v32": ToolParser(
+        invoked("｜DSML｜", "｜DSML｜function_calls", "｜DSML｜tool_calls"),
+        "<｜DSML｜",
+        "_calls>",
+        ("deepseek_v4",),
+    ),
+    "jamba": ToolParser(
+        listed("<tool_calls>", "</tool_calls>", stops=True), "<tool_calls>", "</tool_calls>", ("hunyuan_a13b",)
+    ),
+    "phi4_mini": ToolParser(listed("<|tool_call|>", "<|/tool_call|>"), "<|tool_call|>", "<|/tool_call|>", ()),
+    "granite": ToolParser(listed("<|tool_call|>"), "<|tool_call|>", "", ()),
+    "functools": ToolParser(listed("functools"), "functools", "", ("phi4_mini_json",)),
+    "apertus": ToolParser(
+        listed("<|tools_prefix|>", "<|tools_suffix|>", by_name, stops=True), "<|tools_prefix|>", "<|tools_suffix|>", ()
+    ),
+    "cohere": ToolParser(
+        listed("<|START_ACTION|>", "<|END_ACTION|>", cohere, COHERE_TEXT, stops=True),
+        "<|START_ACTION|>",
+        "<|END_ACTION|>",
+        ("cohere_command3", "cohere_command4"),
+    ),
     "llama_json": ToolParser(read_llama_json, '{"name":', "", ("llama3_json", "llama4_json")),
+    "xlam": ToolParser(read_xlam, '[{"name":', "", ()),
     "pythonic": ToolParser(read_pythonic, "[", "", ("llama4_pythonic",)),
 }
 """By name, in the order in which a template's own call is tried on them."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from nemo_pivotrl.core.errors import short
 from nemo_pivotrl.core.types import ToolCall
-from nemo_pivotrl.data.tool_parsers.schema_types import Parameters, loads
+from nemo_pivotrl.data.tool_parsers.schema_types import Parameters, first_value, loads
 
 Tools = Sequence[Mapping[str, Any]]
 MAX_OBJECTS = 256
@@ -36,7 +36,8 @@ def make_call(name: Any, arguments: Any, tools: Tools) -> ToolCall:
     return ToolCall(name, json.dumps(arguments, ensure_ascii=False))
 
 
-def _of_object(raw: Any, tools: Tools, *keys: str) -> ToolCall:
+def of_object(raw: Any, tools: Tools, *keys: str) -> ToolCall:
+    """The call that an object describes: its `name`, and the arguments under the first of `keys`. Raises ValueError."""
     if not isinstance(raw, dict):
         raise ValueError("a tool call is an object")
     if not any(key in raw for key in keys) and set(raw) != {"name"}:
@@ -71,7 +72,7 @@ def between_tags(text: str, read: Callable[[str], ToolCall], *markers: str) -> t
 
 def read_hermes(text: str, tools: Tools) -> tuple[str, list[ToolCall]]:
     """`<tool_call>{"name": ..., "arguments": {...}}</tool_call>`, any number of them (Hermes, Qwen2.5, Qwen3)."""
-    return between_tags(text, lambda body: _of_object(loads(body), tools, "arguments"))
+    return between_tags(text, lambda body: of_object(loads(body), tools, "arguments"))
 
 
 def read_llama_json(text: str, tools: Tools) -> tuple[str, list[ToolCall]]:
@@ -84,7 +85,7 @@ def read_llama_json(text: str, tools: Tools) -> tuple[str, list[ToolCall]]:
     if begun and not ended:
         raise ValueError("<|python_start|> without <|python_end|>")
     body = (before + after).replace("<|python_tag|>", "", 1)
-    decoder, place = json.JSONDecoder(), 0
+    place = 0
     calls: list[ToolCall] = []
     around: list[str] = []
     begins_as_call = re.match(r'\s*\{\s*"name"\s*:\s*"[^"]*"\s*,\s*"(parameters|arguments)"\s*:', body) is not None
@@ -93,7 +94,7 @@ def read_llama_json(text: str, tools: Tools) -> tuple[str, list[ToolCall]]:
             break
         around.append(body[place:start])
         try:
-            raw, place = decoder.raw_decode(body, start)
+            raw, place = first_value(body, start)
         except (ValueError, RecursionError):
             if calls or begins_as_call:
                 raise ValueError("a call that is no JSON object") from None
@@ -104,7 +105,7 @@ def read_llama_json(text: str, tools: Tools) -> tuple[str, list[ToolCall]]:
             if calls:
                 raise ValueError("an object beside a call")
             return text, []
-        calls.append(_of_object(raw, tools, "arguments", "parameters"))
+        calls.append(of_object(raw, tools, "arguments", "parameters"))
     if calls and "".join([*around, body[place:]]).strip(" \t\r\n;,"):
         raise ValueError("text around a call")
     return (content, calls) if calls else (text, [])
@@ -123,7 +124,7 @@ def read_mistral(text: str, tools: Tools) -> tuple[str, list[ToolCall]]:
         listed = loads(blocks[0].strip())
         if not isinstance(listed, list) or not listed:
             raise ValueError("[TOOL_CALLS] is not followed by calls")
-        return content, [_of_object(raw, tools, "arguments") for raw in listed]
+        return content, [of_object(raw, tools, "arguments") for raw in listed]
     calls = []
     for block in blocks:
         head = _MISTRAL_CALL.match(block)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import ast
 import json
 import math
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -167,16 +168,27 @@ def _json(text: str) -> Any:
         return _UNREAD
 
 
+def _refuse(constant: str) -> Any:
+    raise ValueError(f"{constant} is no JSON")
+
+
+def _finite(digits: str) -> float:
+    value = float(digits)
+    if not math.isfinite(value):
+        raise ValueError(f"{digits} is too large")
+    return value
+
+
+_DECODER = json.JSONDecoder(parse_constant=_refuse, parse_float=_finite)
+_BLANK = re.compile(r"[ \t\n\r]*")
+
+
 def loads(text: str) -> Any:
     """JSON without NaN and infinities. Raises ValueError or RecursionError."""
+    return _DECODER.decode(text)
 
-    def refuse(constant: str) -> Any:
-        raise ValueError(f"{constant} is no JSON")
 
-    def finite(digits: str) -> float:
-        value = float(digits)
-        if not math.isfinite(value):
-            raise ValueError(f"{digits} is too large")
-        return value
-
-    return json.loads(text, parse_constant=refuse, parse_float=finite)
+def first_value(text: str, start: int = 0) -> tuple[Any, int]:
+    """(the JSON value at `start` or behind blanks there, the place behind it). Raises as `loads`."""
+    blank = _BLANK.match(text, start)
+    return _DECODER.raw_decode(text, blank.end() if blank else start)

@@ -1,16 +1,16 @@
-"""Tool calls whose arguments stand between tags and carry no types: Qwen3-Coder, Qwen3.5, Nemotron 3, GLM."""
+"""Tool calls whose arguments stand between tags: Qwen3-Coder, Qwen3.5, Nemotron 3, GLM, MiniMax M2, DeepSeek V3.2."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from nemo_pivotrl.core.errors import short
 from nemo_pivotrl.core.types import ToolCall
 from nemo_pivotrl.data.tool_parsers.json_calls import between_tags, refuse_strays
-from nemo_pivotrl.data.tool_parsers.schema_types import Parameters
+from nemo_pivotrl.data.tool_parsers.schema_types import Parameters, loads
 
 Tools = Sequence[Mapping[str, Any]]
 
@@ -92,3 +92,62 @@ def _glm_call(block: str, tools: Tools) -> ToolCall:
     if body[place:].strip():
         raise ValueError(f"{short(body[place:], 40)} between arguments")
     return ToolCall(name, json.dumps(arguments, ensure_ascii=False))
+
+
+_INVOKE = re.compile(r'\s*<(?P<mark>｜DSML｜)?invoke name="(?P<name>[^"]*)">')
+_NAMED = re.compile(
+    r'\s*<(?P<mark>｜DSML｜)?parameter name="(?P<key>[^"]*)"(?: string="(?P<text>true|false)")?>(?P<value>.*?)'
+    r"</(?(mark)｜DSML｜)parameter>",
+    re.DOTALL,
+)
+
+
+def invoked(mark: str, *blocks: str) -> Callable[[str, Tools], tuple[str, list[ToolCall]]]:
+    """A reader of `<BLOCK><invoke name="NAME"><parameter name="KEY">VALUE</parameter>...</invoke>...</BLOCK>`.
+
+    MiniMax M2 writes values bare, and the tool's schema types them. DeepSeek V3.2 and V4 put a mark before each tag and say
+    of each value whether it is text; another is JSON.
+    """
+    tags = [(f"<{block}>", f"</{block}>") for block in blocks]
+    strays = [marker for pair in tags for marker in pair]
+    strays += [f"<{mark}invoke", f"</{mark}invoke>", f"<{mark}parameter", f"</{mark}parameter>"]
+
+    def read(text: str, tools: Tools) -> tuple[str, list[ToolCall]]:
+        begin, end = next((pair for pair in tags if pair[0] in text), tags[0])
+        content, begun, body = text.partition(begin)
+        if not begun:
+            refuse_strays(text, *strays)
+            return text, []
+        calls, place = [], 0
+        while (head := _INVOKE.match(body, place)) is not None:
+            name, close = head["name"].strip(), f"</{mark}invoke>"
+            if not name or (head["mark"] or "") != mark:
+                raise ValueError("<invoke> without a name")
+            arguments, place = _invoked_arguments(body, head.end(), Parameters(name, tools), mark)
+            if not body[place:].lstrip().startswith(close):
+                raise ValueError(f"<invoke> without {close}, or text between parameters")
+            place = body.index(close, place) + len(close)
+            calls.append(ToolCall(name, json.dumps(arguments, ensure_ascii=False)))
+        rest = body[place:].lstrip()
+        if not calls or not rest.startswith(end):
+            raise ValueError(f"{begin} is not followed by calls and {end}")
+        rest = rest.removeprefix(end)
+        refuse_strays(content + rest, *strays)
+        return content + rest, calls
+
+    return read
+
+
+def _invoked_arguments(body: str, place: int, parameters: Parameters, mark: str) -> tuple[dict[str, Any], int]:
+    arguments: dict[str, Any] = {}
+    while (found := _NAMED.match(body, place)) is not None:
+        key, value = found["key"], found["value"]
+        if f"<{mark}parameter name=" in value or (found["mark"] or "") != mark or bool(mark) != bool(found["text"]):
+            raise ValueError(f"parameter {short(key, 40)} is not closed, or not typed")
+        if key in arguments:
+            raise ValueError(f"parameter {short(key, 40)} is given twice")
+        arguments[key] = (
+            parameters.value(key, value) if not mark else value if found["text"] == "true" else loads(value)
+        )
+        place = found.end()
+    return arguments, place
