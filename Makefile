@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 # all of these are commands, not files
-.PHONY: conformance verifier-speed quickstart smollm2 smollm2-doctor bfcl test test-aligner test-vllm test-view test-all trace trace-sources trace-full mutants torture check lint format fuzz clean locks audit
+.PHONY: conformance verifier-speed quickstart smollm2 smollm2-doctor smollm2-doctors bfcl test test-aligner test-vllm test-view test-all trace trace-sources trace-full mutants torture check lint format fuzz clean locks audit
 
 # BACKEND=megatron: the same recipes over megatron-core in two data-parallel processes, on CPUs over gloo
 quickstart: START := $(BIN)/nemo-pivotrl
@@ -162,6 +162,11 @@ smollm2: $(SMOLLM2)
 smollm2-doctor: $(SMOLLM2)
 	test -e runs/smollm2/first-10/config.json || $(BIN)/python benchmarks/truncate_model.py runs/smollm2/base runs/smollm2/first-10 --layers 10
 	$(BIN)/nemo-pivotrl run recipes/llmdoctor/smollm2-135m-cpu.yaml
+
+# LLMdoctor, GenARM, DPO and best-of-n on SmolLM2 at equal KL; textstat has the second oracle
+smollm2-doctors: $(SMOLLM2)
+	$(BIN)/python -m pip install -q -c constraints.txt textstat==0.7.13
+	$(BIN)/python benchmarks/smollm2_doctors.py $(ARGS)
 
 # BFCL's questions, gold calls and checker, in an environment of their own; ARGS="--seeds 0 1 2 --arms sft adv mixed all strict"
 BFCL := .venv-bfcl

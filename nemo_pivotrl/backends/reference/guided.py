@@ -168,7 +168,8 @@ def draw(scores: Tensor, settings: Shape, uniform: Tensor) -> tuple[Tensor, Tens
     rows = (settings.temperature > 0).nonzero()[:, 0]
     if len(rows):
         own, s = shaped[rows], settings.at(rows)
-        drawn = torch.log_softmax(own / s.temperature[:, None], 1)
+        plain = bool((s.temperature == 1).all())  # normalised already
+        drawn = own if plain else torch.log_softmax(own / s.temperature[:, None], 1)
         cut = ((s.top_k > 0) | (s.top_p < 1)).nonzero()[:, 0]
         if len(cut):  # sorting the vocabulary costs more than all the rest
             drawn[cut] = truncate(own[cut], *s.at(cut))
@@ -280,16 +281,19 @@ class Decoding:
         uniform = [self.noise[r][self.counts[r]] if r not in self.finished else 0.5 for r in self.alive]
         chance = torch.tensor(uniform, dtype=torch.float64, device=mixed.scores.device)
         token, log_prob = draw(mixed.scores, self.settings, chance)
-        own = token.clone()
+        own, apart = token.clone(), mixed.log_probs.new_zeros(len(token))
         rows = mixed.guided.nonzero()[:, 0]
-        if len(rows):
+        if len(
+            rows
+        ):  # elsewhere the mixture is the patient, and whatever reads the vocabulary costs as much as a small model
             own[rows] = draw(mixed.alone[rows], self.settings.at(rows), chance[rows])[0]
+            apart[rows] = kl(mixed.log_probs[rows], mixed.alone[rows]).clamp(min=0)  # rounding may leave less
         columns = (
             token,
             log_prob,
             mixed.alone.gather(1, token[:, None])[:, 0],
             mixed.log_probs.gather(1, token[:, None])[:, 0],
-            kl(mixed.log_probs, mixed.alone).clamp(min=0),  # rounding may leave less
+            apart,
             (mixed.log_probs.argmax(1) != mixed.alone.argmax(1)) & mixed.guided,
             own != token,
         )
