@@ -259,7 +259,7 @@ def micro_batch(model: Policy, m: Megatron) -> MicroBatch:
     rows = tokens // length
     cp = m.context_parallel_size
     asked = tokens // cp if model.prefix_sharing else min(tokens // cp, rows * model.generation.max_new_tokens)
-    return MicroBatch(tokens, length, asked, model.prefix_sharing)
+    return MicroBatch(tokens, length, asked, model.prefix_sharing, model.prefix_attention)
 
 
 def one_device(model: Policy) -> Megatron:
