@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 # all of these are commands, not files
-.PHONY: conformance verifier-speed quickstart smollm2 smollm2-doctor bfcl test test-aligner test-vllm test-view test-all trace trace-sources trace-full mutants torture check lint format fuzz clean locks audit
+.PHONY: conformance verifier-speed quickstart smollm2 smollm2-doctor smollm2-doctors bfcl test test-aligner test-vllm test-view test-all trace trace-sources trace-full mutants torture check lint format fuzz clean locks audit
 
 # BACKEND=megatron: the same recipes over megatron-core in two data-parallel processes, on CPUs over gloo
 quickstart: START := $(BIN)/nemo-pivotrl
@@ -85,11 +85,14 @@ test-vllm: $(VENV_VLLM)/.installed
 TRACE ?= .trace
 $(TRACE)/.unpacked: requirements/trace.txt requirements/trace-beside.txt | $(STAMP)
 	rm -rf $(TRACE) && mkdir -p $(TRACE)/packages
-	MAMBA_SKIP_CUDA_BUILD=TRUE CAUSAL_CONV1D_SKIP_CUDA_BUILD=TRUE $(BIN)/python -m pip download -q --no-deps --no-build-isolation \
-	    --no-binary mamba-ssm,causal-conv1d --require-hashes -r requirements/trace.txt -d $(TRACE)/packages
+	MAMBA_SKIP_CUDA_BUILD=TRUE CAUSAL_CONV1D_SKIP_CUDA_BUILD=TRUE FLASH_ATTENTION_SKIP_CUDA_BUILD=TRUE \
+	    $(BIN)/python -m pip download -q --no-deps --no-build-isolation \
+	    --no-binary mamba-ssm,causal-conv1d,flash-attn --require-hashes -r requirements/trace.txt -d $(TRACE)/packages
 	$(BIN)/python -m zipfile -e $(TRACE)/packages/transformer_engine-*.whl $(TRACE)
 	for package in mamba_ssm causal_conv1d; do \
 	    tar xzf $(TRACE)/packages/$$package-*.tar.gz -C $(TRACE) --strip-components=1 --wildcards "*/$$package" || exit 1; done
+	tar xzf $(TRACE)/packages/flash_attn-*.tar.gz -C $(TRACE) --strip-components=1 --exclude "*/csrc" --wildcards "*/flash_attn" && \
+	    tar xzf $(TRACE)/packages/flash_attn-*.tar.gz -C $(TRACE) --strip-components=2 --wildcards "*/hopper/flash_attn_interface.py"
 	grep == requirements/trace-beside.txt | while read -r line; do \
 	    echo "$$line" >$(TRACE)/packages/one.txt && $(BIN)/python -m pip install -q --no-deps --ignore-requires-python \
 	    --only-binary :all: --require-hashes -r $(TRACE)/packages/one.txt --target $(TRACE)/beside/$${line%% *} || exit 1; done
@@ -159,6 +162,11 @@ smollm2: $(SMOLLM2)
 smollm2-doctor: $(SMOLLM2)
 	test -e runs/smollm2/first-10/config.json || $(BIN)/python benchmarks/truncate_model.py runs/smollm2/base runs/smollm2/first-10 --layers 10
 	$(BIN)/nemo-pivotrl run recipes/llmdoctor/smollm2-135m-cpu.yaml
+
+# LLMdoctor, GenARM, DPO and best-of-n on SmolLM2 at equal KL; textstat has the second oracle
+smollm2-doctors: $(SMOLLM2)
+	$(BIN)/python -m pip install -q -c constraints.txt textstat==0.7.13
+	$(BIN)/python benchmarks/smollm2_doctors.py $(ARGS)
 
 # BFCL's questions, gold calls and checker, in an environment of their own; ARGS="--seeds 0 1 2 --arms sft adv mixed all strict"
 BFCL := .venv-bfcl

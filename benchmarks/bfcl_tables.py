@@ -1,9 +1,9 @@
 """The tables and curves of benchmarks/bfcl.py.
 
-    python benchmarks/bfcl_tables.py [--checker PYTHON] [--seeds 0]
+    python benchmarks/bfcl_tables.py [--checker PYTHON] [--seeds 0] [--name bfcl]
 
 It reads what the arms have left under runs/bfcl, has BFCL's checker grade every answer (PYTHON is the interpreter that has
-bfcl-eval), and writes benchmarks/results/bfcl.md and bfcl.svg. Intervals are 95 % percentile bootstraps over rows; of several seeds a
+bfcl-eval), and writes benchmarks/results/NAME.md and NAME.svg. Intervals are 95 % percentile bootstraps over rows; of several seeds a
 row's values are averaged first, so they say nothing of how seeds differ.
 """
 
@@ -182,17 +182,35 @@ def costs(seeds: list[int]) -> list[str]:
     """What every command took."""
     lines = ["| seed | step | wall, s | processor, s | load |", "|---|---|---|---|---|"]
     for seed in seeds:
-        path = RUNS / f"seed-{seed}/steps.jsonl"
-        rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-        lines += [f"| {seed} | {r['step']} | {r['wall_s']:.0f} | {r['cpu_s']:.0f} | {r['load']} |" for r in rows]
+        lines += [
+            f"| {seed} | {r['step']} | {r['wall_s']:.0f} | {r['cpu_s']:.0f} | {r['load']} |" for r in _steps(seed)
+        ]
     return lines
+
+
+def _steps(seed: int) -> list[Row]:
+    path = RUNS / f"seed-{seed}/steps.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def processor_hours(steps: list[Row]) -> dict[str, float]:
+    """Arm to hours of a processor: its training and the selection of its turns, rescoring included; what all arms share (warm-up,
+    profile, tests) is in none."""
+    hours: dict[str, float] = {}
+    for label in LABELS[2:]:
+        own = {label, f"select-{label}", f"{label}-extract"} | ({"rescore"} if label == "strict" else set())
+        if any(row["step"] == label for row in steps):
+            hours[label] = sum(row["cpu_s"] for row in steps if row["step"] in own) / 3600
+    return hours
 
 
 def trained(seeds: list[int]) -> list[str]:
     """Of every training: steps, rollouts, tokens, and its validation at the start, at the best and at the last step."""
-    head = "| seed | arm | steps | turns | tokens generated | signal, first and last fifth | validation: start, best (step), last |"
-    lines = [head, "|---|---|---|---|---|---|---|"]
+    head = "| seed | arm | steps | turns | tokens generated | processor, h | signal, first and last fifth |"
+    head += " validation: start, best (step), last |"
+    lines = [head, "|---|---|---|---|---|---|---|---|"]
     for seed in seeds:
+        spent = processor_hours(_steps(seed))
         for label in LABELS[2:]:
             path = trained_in(seed, label) / "metrics.jsonl"
             rows = list(read_metrics(path)) if path.exists() else []
@@ -205,7 +223,10 @@ def trained(seeds: list[int]) -> list[str]:
             best = max(known, key=lambda s: (known[s], -s)) if known else None
             said = f"{known[min(known)]:.3f}, {known[best]:.3f} ({best}), {known[max(known)]:.3f}" if known else ""
             turns, tokens = (sum(r.get(k, 0) for r in rows) for k in ("rollouts", "tokens_generated"))
-            lines.append(f"| {seed} | {label} | {rows[-1]['step']} | {turns:.0f} | {tokens:.0f} | {signal} | {said} |")
+            hours = f"{spent[label]:.2f}" if label in spent else ""
+            lines.append(
+                f"| {seed} | {label} | {rows[-1]['step']} | {turns:.0f} | {tokens:.0f} | {hours} | {signal} | {said} |"
+            )
     return lines
 
 
@@ -236,6 +257,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checker", default=".venv-bfcl/bin/python", help="a Python that has bfcl-eval")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--name", default="bfcl", help="name of the table and the curves in benchmarks/results")
     options = parser.parse_args()
     rows = graded([a for s in options.seeds for a in answers(s)], options.checker, data_folder(options.checker))
     parts = {
@@ -245,11 +267,12 @@ def main() -> None:
         "Training": trained(options.seeds),
         "What every command took": costs(options.seeds),
     }
-    text = [f"# SmolLM2-135M-Instruct on BFCL\n\n{provenance(options.seeds)}\n\n![curves](bfcl.svg)"]
+    text = [f"# SmolLM2-135M-Instruct on BFCL\n\n{provenance(options.seeds)}\n\n![curves]({options.name}.svg)"]
     text += [f"\n## {title}\n\n" + "\n".join(lines) for title, lines in parts.items()]
-    (RESULTS / "bfcl.md").write_text("\n".join(text) + "\n", encoding="utf-8")
-    plot(options.seeds, RESULTS / "bfcl.svg")
-    print(f"-> {RESULTS / 'bfcl.md'}")
+    target = RESULTS / f"{options.name}.md"
+    target.write_text("\n".join(text) + "\n", encoding="utf-8")
+    plot(options.seeds, target.with_suffix(".svg"))
+    print(f"-> {target}")
 
 
 if __name__ == "__main__":

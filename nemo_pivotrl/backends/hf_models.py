@@ -243,7 +243,15 @@ def load_model(
     model = model.to(device).eval()
     check_values(_once(model.state_dict()), {name: about.file for name, about in stored.items()}, folder)
     check_output(model, folder)
+    if (head := model.get_output_embeddings()) is not None:
+        head.register_forward_pre_hook(_contiguous)
     return model
+
+
+def _contiguous(_: Any, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The head's input in one piece. Of hidden states cut by `logits_to_keep` torch makes a batched product, for which it copies
+    the head's weights once a row: seconds and gigabytes where this takes a hundredth of a second (benchmarks/head_cut.py)."""
+    return tuple(x.contiguous() for x in given)
 
 
 def check_engine_model(folder: str, field: str, values: bool) -> None:

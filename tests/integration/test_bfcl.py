@@ -14,6 +14,7 @@ sys.path.append(str(ROOT / "benchmarks"))
 import bfcl
 import bfcl_agree
 import bfcl_data
+import bfcl_tables
 
 from nemo_pivotrl import extract
 from nemo_pivotrl.config.load import load_recipe
@@ -87,3 +88,20 @@ def test_variants_are_labelled_by_what_was_changed(folder: Path) -> None:
     arguments = {kind: calls[0]["arguments"] for kind, calls in made.items()}
     assert arguments["expert"] == {"n": 0} and arguments["accepted"] == {"n": 0, "unit": "cm"}
     assert arguments["text"] == {"n": "0"} and arguments["other"] == {"n": 7} and arguments["left_out"] == {}
+
+
+def test_an_arm_pays_for_its_own_selection_and_not_for_what_all_share() -> None:
+    spent = {
+        "warm": 9,
+        "profile": 9,
+        "select-adv": 36,
+        "adv": 360,
+        "test-adv": 9,
+        "rescore": 72,
+        "select-strict": 36,
+        "sft": 720,
+    }
+    steps = [{"step": name, "cpu_s": seconds} for name, seconds in spent.items()]
+    assert bfcl_tables.processor_hours(steps) == {"adv": pytest.approx(0.11), "sft": pytest.approx(0.2)}
+    strict = bfcl_tables.processor_hours([*steps, {"step": "strict", "cpu_s": 252}])["strict"]
+    assert strict == pytest.approx(0.1)  # rescoring is strict match's own

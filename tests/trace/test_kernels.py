@@ -1,4 +1,7 @@
-"""mamba_ssm's Triton kernels without a GPU: they fit a GPU's shared memory, and their numbers are our plain-torch twin's."""
+"""Triton kernels without a GPU: they fit a GPU's shared memory, and their numbers are those of plain torch.
+
+mamba_ssm's chunk scan, and FlexAttention as Inductor writes it for the mask of shared prefixes.
+"""
 
 from __future__ import annotations
 
@@ -21,11 +24,12 @@ CLOSE = 3e-6
 """Of the largest number, in float32."""
 
 
-def told(command: str, *arguments: str, **more: str) -> list[dict[str, Any]]:
-    """What `kernels.py` prints."""
+def told(command: str, *arguments: str, file: str = "kernels.py", **more: str) -> list[dict[str, Any]]:
+    """What a command prints."""
     own = environment() | {"TRITON_CACHE_DIR": os.environ.get("TRITON_CACHE_DIR", str(SOURCES / "triton-cache"))} | more
     own["PYTHONPATH"] = os.pathsep.join([own["PYTHONPATH"], *map(str, BESIDE.glob("triton==*"))])
-    program = [sys.executable, str(Path(__file__).with_name("kernels.py")), command, str(SOURCES), *arguments]
+    place = [str(SOURCES)] if file == "kernels.py" else []
+    program = [sys.executable, str(Path(__file__).with_name(file)), command, *place, *arguments]
     found = subprocess.run(program, capture_output=True, text=True, cwd=ROOT, env=own, check=False)
     assert found.returncode == 0, found.stderr[-3000:]
     return [json.loads(line) for line in found.stdout.splitlines()]
@@ -66,3 +70,27 @@ def test_numbers_of_the_kernels_are_the_twins() -> None:
 @pytest.mark.full
 def test_numbers_of_the_kernels_over_many_trees_are_the_twins() -> None:
     exact(trees=12, lengths=(1, 5, 16, 37, 64))
+
+
+# ---- FlexAttention over shared prefixes ----
+
+
+def flex(command: str, *arguments: str, **more: str) -> list[dict[str, Any]]:
+    return told(command, *arguments, file="flex.py", **more)
+
+
+@pytest.mark.parametrize("capability", [90, pytest.param(100, marks=pytest.mark.full)])
+def test_flex_attention_of_our_mask_fits_hopper_and_blackwell(capability: int, tmp_path: Path) -> None:
+    rows = flex("compile", str(capability), str(tmp_path))
+    assert [row["kernel"] for row in rows] == ["flex_attention forward", "flex_attention backward"]
+    assert all(row["tensor cores"] == [{90: "wgmma.mma_async", 100: "tcgen05.mma"}[capability]] for row in rows)
+    fit(rows)
+
+
+@pytest.mark.parametrize("trees", [1, pytest.param(12, marks=pytest.mark.full)])
+def test_numbers_of_flex_attention_are_those_of_all_pairs(trees: int, tmp_path: Path) -> None:
+    rows = flex("numbers", str(tmp_path), str(trees), TRITON_INTERPRET="1")
+    assert len(rows) == trees and any(row["full"] for row in rows)
+    for row in rows:
+        assert row["off"].keys() == {"out", "of q", "of k", "of v"}
+        assert all(off < CLOSE for off in row["off"].values()), row

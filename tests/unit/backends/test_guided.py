@@ -223,6 +223,37 @@ def test_a_doctor_runs_for_the_rows_that_weigh_it_only(models: dict[str, Any], m
     assert rows == [2, 2, 2]  # of four: prompt and two more tokens; the last token is never read
 
 
+def test_the_distance_from_the_patient_is_computed_for_guided_rows_only(
+    models: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows: list[int] = []
+    compute = guided_module.kl
+    monkeypatch.setattr(guided_module, "kl", lambda one, other: (rows.append(len(one)), compute(one, other))[1])
+    beta = ({"kind": 1.0}, {}, {"brief": 1.0}, {})
+    requests = [GuidedSamplingParams(beta=own, seed=3, max_new_tokens=3) for own in beta]
+    answers = GuidedGenerator(
+        models["patient"], {n: models[n] for n in ("kind", "brief")}, TOKENIZER, stop_ids=NEVER
+    ).generate(PROMPTS, requests)
+    assert rows == [2, 2, 2]
+    assert [all(t.kl > 0 for t in a.tokens) for a in answers] == [True, False, True, False]
+    assert all(t.kl == 0 for n in (1, 3) for t in answers[n].tokens)
+
+
+def test_temperature_1_beside_others_draws_from_the_same_distribution() -> None:
+    scores, chance = torch.randn(2, 50, dtype=torch.float64), torch.tensor([0.3, 0.7], dtype=torch.float64)
+
+    def at(*temperatures: float) -> tuple[torch.Tensor, torch.Tensor]:
+        ones = torch.ones(2, dtype=torch.float64)
+        return guided_module.draw(
+            scores, guided_module.Shape(torch.tensor(temperatures), ones.long() * 0, ones), chance
+        )
+
+    plain, mixed = at(1.0, 1.0), at(1.0, 0.5)
+    assert plain[0][0] == mixed[0][0] and float(plain[1][0]) == pytest.approx(float(mixed[1][0]), abs=1e-12)
+    expected = torch.log_softmax(scores[1], 0)[plain[0][1]]
+    assert float(plain[1][1]) == pytest.approx(float(expected), abs=1e-12)
+
+
 def test_alpha_0_beta_1_is_the_doctor_and_two_objectives_commute(models: dict[str, Any]) -> None:
     doctor_alone = GuidedSamplingParams(alpha=0.0, beta={"kind": 1.0}, temperature=0.8, seed=2, max_new_tokens=10)
     as_patient = GuidedGenerator(models["kind"], {}, TOKENIZER, stop_ids=NEVER)

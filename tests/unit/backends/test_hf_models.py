@@ -399,3 +399,18 @@ def test_damaged_tokenizers(folder: Path, case: str) -> None:
 
 def test_a_tokenizer_loads(folder: Path) -> None:
     assert load_tokenizer(str(folder), "policy.model_name").encode("w2 w3") == [2, 3]
+
+
+@pytest.mark.parametrize("kept", [1, 3])
+def test_the_head_reads_hidden_states_in_one_piece_however_few_are_kept(made: Path, kept: int) -> None:
+    """A head that is given a cut copies its weights once a row; the logits must stay those of all positions."""
+    model = load_model(str(made), "policy.model_name", torch.float32)
+    seen = []
+    head = model.get_output_embeddings()
+    compute = head.forward
+    head.forward = lambda hidden: seen.append(hidden.is_contiguous()) or compute(hidden)
+    ids = torch.tensor([[3, 4, 5, 6], [7, 8, 9, 10]])
+    with torch.no_grad():
+        cut, whole = model(ids, logits_to_keep=kept).logits, model(ids).logits
+    assert seen == [True, True]
+    assert torch.allclose(cut, whole[:, -kept:], atol=1e-6)
