@@ -85,11 +85,14 @@ test-vllm: $(VENV_VLLM)/.installed
 TRACE ?= .trace
 $(TRACE)/.unpacked: requirements/trace.txt requirements/trace-beside.txt | $(STAMP)
 	rm -rf $(TRACE) && mkdir -p $(TRACE)/packages
-	MAMBA_SKIP_CUDA_BUILD=TRUE CAUSAL_CONV1D_SKIP_CUDA_BUILD=TRUE $(BIN)/python -m pip download -q --no-deps --no-build-isolation \
-	    --no-binary mamba-ssm,causal-conv1d --require-hashes -r requirements/trace.txt -d $(TRACE)/packages
+	MAMBA_SKIP_CUDA_BUILD=TRUE CAUSAL_CONV1D_SKIP_CUDA_BUILD=TRUE FLASH_ATTENTION_SKIP_CUDA_BUILD=TRUE \
+	    $(BIN)/python -m pip download -q --no-deps --no-build-isolation \
+	    --no-binary mamba-ssm,causal-conv1d,flash-attn --require-hashes -r requirements/trace.txt -d $(TRACE)/packages
 	$(BIN)/python -m zipfile -e $(TRACE)/packages/transformer_engine-*.whl $(TRACE)
 	for package in mamba_ssm causal_conv1d; do \
 	    tar xzf $(TRACE)/packages/$$package-*.tar.gz -C $(TRACE) --strip-components=1 --wildcards "*/$$package" || exit 1; done
+	tar xzf $(TRACE)/packages/flash_attn-*.tar.gz -C $(TRACE) --strip-components=1 --exclude "*/csrc" --wildcards "*/flash_attn" && \
+	    tar xzf $(TRACE)/packages/flash_attn-*.tar.gz -C $(TRACE) --strip-components=2 --wildcards "*/hopper/flash_attn_interface.py"
 	grep == requirements/trace-beside.txt | while read -r line; do \
 	    echo "$$line" >$(TRACE)/packages/one.txt && $(BIN)/python -m pip install -q --no-deps --ignore-requires-python \
 	    --only-binary :all: --require-hashes -r $(TRACE)/packages/one.txt --target $(TRACE)/beside/$${line%% *} || exit 1; done

@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import sys
 
-from nemo_pivotrl.verifiers.shell_commands import Options, option_table
+from nemo_pivotrl.verifiers.shell_options import Options, option_table
 
 OTHERS = ("apt", "aws", "docker", "git diff", "git log", "git show", "kubectl", "npm", "pytest", "rg", "wget")
 """Tools whose help has another form, or not all options; their rows come from their manuals."""

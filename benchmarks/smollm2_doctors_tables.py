@@ -128,10 +128,10 @@ def report(root: Path, objectives: Sequence[str], contestants: Sequence[str], si
     found = Found(root, contestants, sizes)
     parts = {"Pairs and face prompts": ground(found, objectives)}
     for objective in objectives:
+        other = next(o for o in objectives if o != objective)
         if found.points(objective):
-            other = next(o for o in objectives if o != objective)
             parts[f"{objective}: at equal KL"] = equal_kl(found, objective)
-            parts[f"{objective}: every arm"] = every_arm(found, objective, other)
+        parts[f"{objective}: every arm"] = every_arm(found, objective, other)
     parts["Training"] = training(found, objectives)
     parts["What every job took"] = costs(found)
     text = "\n\n".join(f"## {title}\n\n" + "\n".join(lines) for title, lines in parts.items())

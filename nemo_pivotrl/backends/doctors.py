@@ -188,12 +188,13 @@ def mix_rows(
     alpha: Tensor,
     beta: Tensor,
     off: Tensor,
-    read: Callable[[str, Tensor], list[Tensor]],
+    read: Callable[[Mapping[str, Tensor]], Mapping[str, list[Tensor]]],
 ) -> Mixed:
     """The next token's distribution of rows with patient's logits [R, V] and weights alpha [R], beta [R, D].
 
-    off [R] bool: rows in which the patient decodes alone now; the entropy gate adds others. read: a doctor's name and the rows
-    [R] bool that need it to its logits [R, V], with its reference's behind them if it has one; other rows may hold anything.
+    off [R] bool: rows in which the patient decodes alone now; the entropy gate adds others. read: the doctors' names with the rows
+    [R] bool that need each, to its logits [R, V] with its reference's behind them if it has one; other rows may hold anything.
+    It is called once, so that doctors which share a model can be read together.
     """
     size = doctors.vocab_size
     absent = torch.tensor(doctors.absent, dtype=torch.long, device=patient.device)
@@ -208,7 +209,8 @@ def mix_rows(
     alpha, beta = alpha.masked_fill(off, 1.0), beta.masked_fill(off[:, None], 0.0)
     used = [d for d in range(beta.shape[1]) if bool((beta[:, d] != 0).any())]
     names = list(doctors.models)
-    logits = [[known(found) for found in read(names[d], beta[:, d] != 0)] for d in used]
+    given = read({names[d]: beta[:, d] != 0 for d in used}) if used else {}
+    logits = [[known(found) for found in given[names[d]]] for d in used]
     first, second = [own[0] for own in logits], [own[1] if len(own) > 1 else None for own in logits]
     alone = mix_logits(patient, [], torch.ones_like(alpha), beta[:, :0], size)
     guided = ~unguided(alpha, beta)
@@ -254,8 +256,8 @@ class Guide:
         """The next token's distribution, from the patient's logits [R, V]. Runs the doctors that are needed now."""
         off = torch.tensor([w.inside is not None for w in self.watches], device=self.beta.device)
 
-        def read(name: str, needed: Tensor) -> list[Tensor]:
-            return [self._logits(key, patient) for key in self.keys[name]]
+        def read(needed: Mapping[str, Tensor]) -> dict[str, list[Tensor]]:
+            return {name: [self._logits(key, patient) for key in self.keys[name]] for name in needed}
 
         return mix_rows(self.doctors, patient, self.alpha, self.beta, off, read)
 

@@ -1,6 +1,6 @@
 """Attention over a forest of shared prefixes (`prefix_tree.py`): a query sees its ancestors and itself. Both backends use it.
 
-Three forms of the same function:
+Forms of the same function:
 
 - `dense`: a mask of all pairs. The slow truth.
 - `blocks`: rectangles of queries and keys, one fused call each, put together by their log-sum-exp as in ring attention. What
@@ -8,8 +8,10 @@ Three forms of the same function:
   for each branch, forward or backward, and what is kept for the backward pass is the stream's q, k, v, output and one
   number a query and head. The form for CPUs: torch's fused CPU attention has no public call that gives the log-sum-exp, so
   it calls the operator that `scaled_dot_product_attention` itself calls.
-- `flex`: one call of FlexAttention, whose mask is `k <= q < leave[k]`. The form for GPUs, compiled there; eager elsewhere,
+- `flex`: one call of FlexAttention, whose mask is `k <= q < leave[k]`. A form for GPUs, compiled there; eager elsewhere,
   for tests, it makes all scores.
+- `varlen`: the rectangles of `blocks` by a GPU's kernel for packed sequences, one of `varlen_attention.KERNELS`: all segments in one
+  causal call, and one call a fork.
 
 Shapes: q [1, H, S, D], k and v [1, K, S, D] with H a multiple of K; the stream is one batch row. A context-parallel rank has
 the keys of the whole stream and the queries of some ranges of it, `held`, one behind another: q is then [1, H, S / ranks, D].
@@ -26,7 +28,9 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from torch.nn.functional import scaled_dot_product_attention
 
-from nemo_pivotrl.algorithms.prefix_tree import Forest, visible
+from nemo_pivotrl.algorithms.prefix_tree import Forest, Fork, Segment, visible
+from nemo_pivotrl.backends import varlen_attention
+from nemo_pivotrl.core.errors import InputError, Problem
 
 FLEX_BLOCK = 128
 """Tokens of a block of FlexAttention's mask."""
@@ -37,10 +41,44 @@ Ranges = tuple[tuple[int, int], ...]
 
 
 def attend(
-    query: Tensor, key: Tensor, value: Tensor, forest: Forest, scale: float, held: Ranges | None = None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    forest: Forest,
+    scale: float,
+    held: Ranges | None = None,
+    form: str = "auto",
 ) -> Tensor:
-    """Attention [1, H, S, D] in the form of the device. held: the queries' places; None: all of the stream."""
-    return (flex if query.is_cuda else blocks)(query, key, value, forest, scale, held)
+    """Attention [1, H, S, D]. held: the queries' places; None: all of the stream. form: as `policy.prefix_attention` names it."""
+    if form == "auto":
+        form = "flex" if query.is_cuda else "blocks"
+    if form in varlen_attention.KERNELS:
+        return varlen(query, key, value, forest, scale, held, form)
+    return (flex if form == "flex" else blocks)(query, key, value, forest, scale, held)
+
+
+def check_form(form: str, on_gpu: bool, head_dim: int, dtype: torch.dtype, field: str) -> None:
+    """Raise InputError for a form that does not run: not on this device, not with these heads, or without its library."""
+    if form == "auto":
+        return
+    problem = ""
+    if not on_gpu:
+        found, remedy = f"{form}, on a CPU", "use auto, which is torch's fused attention there"
+        raise InputError(Problem("recipe", None, field, found, remedy))
+    if form not in varlen_attention.KERNELS:
+        return
+    if head_dim % 8:
+        problem = f"{form}, with heads of {head_dim}"
+    elif dtype not in (torch.bfloat16, torch.float16):
+        problem = f"{form}, in {str(dtype).removeprefix('torch.')}"
+    if problem:
+        remedy = "use flex: kernels for packed sequences take 16-bit numbers and heads of a multiple of 8"
+        raise InputError(Problem("recipe", None, field, problem, remedy))
+    try:
+        varlen_attention.kernel(form)
+    except (ImportError, AttributeError) as error:
+        remedy = f"use flex, or install what has it ({type(error).__name__}: {error})"
+        raise InputError(Problem("recipe", None, field, f"{form}, which is not there", remedy)) from error
 
 
 def dense(
@@ -134,21 +172,42 @@ class Rectangle(NamedTuple):
     end: int
 
 
-def rectangles(forest: Forest, held: Ranges | None) -> tuple[tuple[Rectangle, ...], tuple[Rectangle, ...]]:
+def varlen(
+    query: Tensor, key: Tensor, value: Tensor, forest: Forest, scale: float, held: Ranges | None, kernel: str
+) -> Tensor:
+    """The rectangles by a kernel for packed sequences."""
+    made = _calls(forest.segments, forest.forks, held, query.device)
+    given = (x[0].transpose(0, 1) for x in (query, key, value))
+    found = varlen_attention.attend_by_calls(*given, made, scale, varlen_attention.kernel(kernel))
+    return found.transpose(0, 1)[None]
+
+
+@functools.lru_cache(maxsize=4)
+def _calls(
+    segments: tuple[Segment, ...], forks: tuple[Fork, ...], held: Ranges | None, device: torch.device
+) -> varlen_attention.Calls:
+    """One for all layers: making it waits for the device."""
+    return varlen_attention.calls(*rectangles(segments, forks, held), device)
+
+
+def rectangles(
+    segments: tuple[Segment, ...], forks: tuple[Fork, ...], held: Ranges | None
+) -> tuple[tuple[Rectangle, ...], tuple[Rectangle, ...]]:
     """(squares, in which a query looks at itself and at the keys before it; the others, in which it looks at all).
 
-    Every query is in one square. Where a range begins inside a segment, what the segment has before it is one of the others.
+    Every query is in one square, in their order. Where a range begins inside a segment, what the segment has before it is one of
+    the others.
     """
     squares, whole, before = [], [], 0
-    for start, stop in held or ((0, len(forest.tokens)),):
-        for segment in forest.segments:
+    for start, stop in held or ((0, segments[-1].start + segments[-1].length),):
+        for segment in segments:
             first, last = max(segment.start, start), min(segment.start + segment.length, stop)
             if first < last:
                 here = first - start + before
                 squares.append(Rectangle(here, here + last - first, first, last))
                 if segment.start < first:
                     whole.append(Rectangle(here, here + last - first, segment.start, first))
-        for fork in forest.forks:
+        for fork in forks:
             first, last = max(fork.first, start), min(fork.last, stop)
             if first < last:
                 whole.append(Rectangle(first - start + before, last - start + before, fork.begin, fork.end))
@@ -160,7 +219,7 @@ def blocks(
     query: Tensor, key: Tensor, value: Tensor, forest: Forest, scale: float, held: Ranges | None = None
 ) -> Tensor:
     """The rectangles of the forest, one fused call each."""
-    return _Blocks.apply(query, key, value, *rectangles(forest, held), scale)
+    return _Blocks.apply(query, key, value, *rectangles(forest.segments, forest.forks, held), scale)
 
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu

@@ -109,8 +109,9 @@ class Map:
     """What is said where there are no rows at all; without it, an artefact may be empty."""
     before: Callable[[int], None] = lambda left: None
     """Is told how many rows are left, before the first task; it may refuse them."""
-    write: Callable[[Iterator[tuple[bytes, int]]], object] | None = None
-    """Makes the file at `path` of the finished items' (lines, how many), in order; without it they are the artefact's rows."""
+    write: Callable[[Iterable[tuple[bytes, int]]], object] | None = None
+    """Makes the file at `path` of the finished items' (lines, how many), in order, which it may read several times; without it they
+    are the artefact's rows."""
     costs: bool = True
     """Whether there is a cost log."""
 
@@ -164,8 +165,7 @@ class Map:
 
     def _order(self, journal: Journal) -> None:
         """The finished items' rows in order, as one file, by rename."""
-        places = (journal.done[number] for number in sorted(journal.done))
-        parts = ((journal.read(place), place.rows) for place in places)
+        parts = _Ordered(journal)
         if self.write:
             self.write(parts)
             return
@@ -173,6 +173,18 @@ class Map:
             for lines, count in parts:
                 writer.write_text(lines, count)
             writer.finish()
+
+
+class _Ordered:
+    """(lines, how many) of a journal's finished items in their order, read when they are asked for."""
+
+    def __init__(self, journal: Journal):
+        self._journal = journal
+
+    def __iter__(self) -> Iterator[tuple[bytes, int]]:
+        for number in sorted(self._journal.done):
+            place = self._journal.done[number]
+            yield self._journal.read(place), place.rows
 
 
 class _Run:

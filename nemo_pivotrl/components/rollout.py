@@ -54,14 +54,17 @@ def judged_candidates(candidates: Iterable[Candidate], verifier: Bounded, source
     """Those that the verifier judges; the others are counted. Raises InputError where there is none."""
     held = list(candidates)
     kept = [c for c in held if not verifier.excludes(c.case)]
-    if len(kept) < len(held):
-        print(
-            f"left out: {len(held) - len(kept)} of {len(held)} candidates, in which the expert talks (verifier.message: exclude)"
-        )
-    if not kept:
+    tell_left_out(len(held), len(kept), source)
+    return kept
+
+
+def tell_left_out(held: int, judged: int, source: Path) -> None:
+    """Print how many candidates are not judged. Raises InputError where none is."""
+    if judged < held:
+        print(f"left out: {held - judged} of {held} candidates, in which the expert talks (verifier.message: exclude)")
+    if not judged:
         remedy = "name a judge (verifier.judge.base_url), or take any text with verifier.message=any"
         raise InputError(Problem(str(source), None, "verifier.message", "exclude, and the expert only talks", remedy))
-    return kept
 
 
 def rendered(

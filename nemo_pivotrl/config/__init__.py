@@ -13,6 +13,7 @@ from nemo_pivotrl.config.llmdoctor import (
     Rank,
     Reward,
     Serve,
+    Tenant,
     Tfpo,
     TfpoLoss,
 )
@@ -63,6 +64,7 @@ __all__ = [
     "Select",
     "Serve",
     "Sft",
+    "Tenant",
     "Tfpo",
     "TfpoLoss",
     "TrainedModel",

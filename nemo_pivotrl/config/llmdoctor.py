@@ -68,11 +68,13 @@ class Doctor:
     """One trained doctor and its weight."""
 
     path: str = ""
-    """HF checkpoint folder (safetensors) with the patient's tokenizer."""
+    """HF checkpoint folder (safetensors) with the patient's tokenizer, or a LoRA adapter's folder as `tfpo` and peft write it."""
+    base: str = ""
+    """Where `path` is an adapter: the model that it was trained on. Empty: the one that its adapter_config.json names."""
     beta: float = ranged(1.0)
     """Its exponent (D16); any sign, 0 switches it off. A prompt's row or a request may give another."""
     reference: str = ""
-    """`mode: ratio` only: HF checkpoint folder of the model that the doctor was trained from."""
+    """`mode: ratio` only: HF checkpoint folder of the model that the doctor was trained from. Empty: an adapter's base."""
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -196,11 +198,23 @@ class Assess:
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
+class Tenant:
+    """Weights of one tenant of the server."""
+
+    alpha: float = ranged(1.0)
+    """The patient's exponent."""
+    beta: dict[str, float] = field(default_factory=dict)
+    """Doctor to exponent; a doctor that is not named is off."""
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
 class Serve:
     """vLLM's server of the patient steered by its doctors: the command `serve`."""
 
     model: str = "guided"
     """The model's name in requests and answers."""
+    tenants: dict[str, Tenant] = field(default_factory=dict)
+    """Name to weights: what a request with `guidance.tenant` has where it names no weights of its own."""
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)

@@ -9,19 +9,21 @@ range; all errors of a recipe come at once.
 from __future__ import annotations
 
 import math
+import re
 import typing
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 from nemo_pivotrl.config import Recipe, Verifier
-from nemo_pivotrl.config.build import build
+from nemo_pivotrl.config.build import RENAMED, build
 from nemo_pivotrl.core.atomic import open_input
 from nemo_pivotrl.core.errors import InputError, Problem, short
 
 MAX_BYTES, MAX_VALUES, MAX_DEFAULTS = 1 << 20, 100_000, 50
 """Bounds of a recipe file, of its values with aliases written out, and of a `defaults:` chain."""
+MAPPING = "a recipe is a YAML mapping of sections"
 
 
 def load_recipe(path: str, overrides: Sequence[str] = (), beside: Sequence[str] = ()) -> Recipe:
@@ -134,11 +136,46 @@ def _load(path: Path, above: Sequence[Path]) -> Any:
         if isinstance(error, InputError):
             raise
         mark = getattr(error, "problem_mark", None)
-        found = "nested too deeply" if isinstance(error, RecursionError) else short(str(error))
-        raise InputError(Problem(str(path), mark.line + 1 if mark else None, "YAML", found, "mend the file")) from None
+        raise InputError(
+            Problem(str(path), mark.line + 1 if mark else None, "YAML", _said(error), "mend the file")
+        ) from None
     if not OmegaConf.is_dict(node):
-        raise InputError(Problem(str(path), 1, "recipe", "no mapping", "a recipe is a YAML mapping of sections"))
+        raise InputError(Problem(str(path), 1, "recipe", "no mapping", MAPPING))
+    if node and not _is_recipe(map(str, node), named=not above):
+        found = (
+            f"{len(node)} keys, of which none is one of a recipe (they are not shown: this may be a file of secrets)"
+        )
+        raise InputError(
+            Problem(
+                str(path),
+                1,
+                "recipe",
+                found,
+                f"{MAPPING}; does {above[-1] if above else 'the command'} mean this file?",
+            )
+        )
     return node
+
+
+def _said(error: Exception) -> str:
+    """An error of reading YAML without what it quotes of the file, which may be no recipe but one of secrets."""
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    said = getattr(error, "problem", None)
+    if not said:
+        return short(re.sub(r"'.*'", "'…'", str(error), flags=re.DOTALL))
+    # marks of one character and names like '<block end>' stay; pair by pair, so that what is between two of them is not taken for one
+    return short(re.sub(r"'([^']*)'", lambda m: m[0] if len(m[1]) < 2 or m[1][0] == "<" else "'…'", said))
+
+
+def _is_recipe(keys: Iterable[str], named: bool) -> bool:
+    """Whether a file's keys are those of a recipe of either dialect. Of a file that a person named (`named`) they may all be
+    misspelt, but they are names."""
+    from nemo_pivotrl.config.nemo_aligner import TOP
+
+    known = {*(field.name for field in fields(Recipe)), *(old.partition(".")[0] for old in RENAMED), *TOP, "defaults"}
+    found = set(keys)
+    return bool(found & known) or (named and all(re.fullmatch(r"\w[\w.-]{0,63}", key) for key in found))
 
 
 def _check_size(text: str, path: Path) -> None:
@@ -158,7 +195,7 @@ def _check_size(text: str, path: Path) -> None:
     if root is None:
         return
     if root.tag != "tag:yaml.org,2002:map":
-        raise InputError(Problem(str(path), 1, "recipe", "no mapping", "a recipe is a YAML mapping of sections"))
+        raise InputError(Problem(str(path), 1, "recipe", "no mapping", MAPPING))
     if size(root) > MAX_VALUES:
         found = f"more than {MAX_VALUES} values, its aliases written out"
         raise InputError(Problem(str(path), None, "YAML", found, "write the values down, or fewer aliases"))

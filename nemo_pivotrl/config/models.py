@@ -109,6 +109,13 @@ class TrainedModel:
 
     Log-probabilities and gradient are the same, for fewer tokens. `off` runs every sample with its whole prompt.
     """
+    prefix_attention: Literal["auto", "flex", "torch", "flash_attn_2", "flash_attn_3", "transformer_engine"] = "auto"
+    """What computes attention over shared prefixes on GPUs; `auto` is FlexAttention there (`flex`).
+
+    On CPUs `auto`, which is torch's fused attention there, is the only one. The others are kernels for packed sequences: PyTorch's
+    own FlashAttention, the packages of FlashAttention 2 and 3, and cuDNN's by Transformer Engine. All compute the same
+    (`tree_attention.py`).
+    """
     lora: Lora = field(default_factory=Lora)
     """Low-rank adapters (peft)."""
     optimizer: Optimizer = field(default_factory=Optimizer)

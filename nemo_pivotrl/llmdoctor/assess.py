@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from nemo_pivotrl.backends.adapters import doctor_files
 from nemo_pivotrl.backends.identity import policy_revision
 from nemo_pivotrl.backends.reference.guided import Guided, GuidedGenerator, GuidedSamplingParams
 from nemo_pivotrl.components.conclusions import conclude
@@ -97,10 +98,11 @@ def _check(recipe: Recipe) -> None:
 
 
 def _digest(recipe: Recipe) -> str:
-    doctors = {
-        name: [policy_revision(d.path), policy_revision(d.reference) if d.reference else ""]
-        for name, d in recipe.decode.doctors.items()
-    }
+    doctors = {}
+    for name, doctor in recipe.decode.doctors.items():
+        files = doctor_files(doctor, recipe.decode.mode, f"decode.doctors.{name}")
+        reference = doctor.reference or files.reference
+        doctors[name] = [files.revision, policy_revision(reference) if reference else ""]
     kept = {k: v for k, v in dataclasses.asdict(recipe.decode).items() if k not in ("prompts", "output", "doctors")}
     asked = dataclasses.asdict(recipe.assess) | {
         "prompts": file_digest(Path(recipe.assess.prompts)),
@@ -263,7 +265,8 @@ def engine_forwards(recipe: Recipe, arm: Arm, answers: Sequence[Guided]) -> Coun
     names = ["patient", *used]
     if recipe.decode.mode == "ratio":
         apart = recipe.patient.model_name
-        names += [f"{name} reference" for name in used if recipe.decode.doctors[name].reference != apart]
+        files = {n: doctor_files(recipe.decode.doctors[n], "ratio", f"decode.doctors.{n}") for n in used}
+        names += [f"{name} reference" for name in used if files[name].reference != apart]
     return Counter(dict.fromkeys(names, read))
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, Protocol
 
+from nemo_pivotrl.backends.adapters import doctor_files, is_adapter
 from nemo_pivotrl.backends.base import require_checkpoint
 from nemo_pivotrl.backends.identity import policy_revision
 from nemo_pivotrl.backends.loading import load_guided_engine
@@ -139,8 +140,9 @@ def _spans(recipe: Recipe, chat: Chat) -> list[Span]:
 def _own_chats(recipe: Recipe, chat: Chat) -> dict[str, Chat]:
     own = {}
     for name, doctor in recipe.decode.doctors.items():
-        if _template(doctor.path) not in (None, chat.tokenizer.chat_template):
-            tokenizer, patient = load_tokenizer(doctor.path), recipe.patient
+        folder = doctor_files(doctor, recipe.decode.mode, f"decode.doctors.{name}").tokenizer
+        if _template(folder) not in (None, chat.tokenizer.chat_template):
+            tokenizer, patient = load_tokenizer(folder), recipe.patient
             own[name] = Chat(tokenizer, "hermes", patient.template_kwargs, settings=patient.chat, section="patient")
     return own
 
@@ -168,9 +170,12 @@ def _header(recipe: Recipe, chat: Chat) -> Header:
     kept = {k: v for k, v in settings.items() if k not in ("prompts", "output", "doctors")}
     doctors = {}
     for name, doctor in recipe.decode.doctors.items():
-        require_checkpoint(f"decode.doctors.{name}.path", doctor.path, "give the folder of a trained doctor")
-        reference = policy_revision(doctor.reference) if recipe.decode.mode == "ratio" else ""
-        doctors[name] = {"beta": doctor.beta, "revision": policy_revision(doctor.path), "reference": reference}
+        field, mode = f"decode.doctors.{name}", recipe.decode.mode
+        if not is_adapter(doctor.path):
+            require_checkpoint(f"{field}.path", doctor.path, "give the folder of a trained doctor")
+        files = doctor_files(doctor, mode, field)
+        reference = policy_revision(files.reference) if mode == "ratio" else ""
+        doctors[name] = {"beta": doctor.beta, "revision": files.revision, "reference": reference}
     return Header(
         stage="decoded",
         config_hash=digest([recipe.seed, recipe.patient.dtype, kept]),

@@ -13,12 +13,13 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from nemo_pivotrl.components.lineage import check_lineage
 from nemo_pivotrl.config import Recipe
-from nemo_pivotrl.core.artifacts import Header, digest, file_digest, json_line, read_header, read_rows
+from nemo_pivotrl.core.artifacts import ROWS_AT_ONCE, Header, digest, file_digest, json_line, read_header, read_rows
 from nemo_pivotrl.core.atomic import SUMS, replacing, write_atomically, write_sums
 from nemo_pivotrl.core.errors import InputError, Problem
 from nemo_pivotrl.core.lock import one_writer
@@ -76,14 +77,19 @@ def write_rows(source: Path, target: Mapping[str, Path], agent_ref: str, sums: d
     """
     counts, states = dict.fromkeys(target, 0), open_states(source)
     hashers = {split: hashlib.sha256() for split in target}
+    rest = iter(read_rows(source))
     with ExitStack() as files:
         out = {split: files.enter_context(replacing(path)) for split, path in target.items()}
-        for row in read_rows(source):
-            rates = {key: row[key] for key in RATES if key in row}
-            line = json_line(candidate_to_row(states.candidate(row), agent_ref) | rates)
-            out[row["split"]].write(line)
-            hashers[row["split"]].update(line)
-            counts[row["split"]] += 1
+        while chunk := list(islice(rest, ROWS_AT_ONCE)):
+            lines: dict[str, list[bytes]] = {split: [] for split in target}
+            for row in chunk:
+                rates = {key: row[key] for key in RATES if key in row}
+                lines[row["split"]].append(json_line(candidate_to_row(states.candidate(row), agent_ref) | rates))
+            for split, own in lines.items():
+                text = b"".join(own)
+                out[split].write(text)
+                hashers[split].update(text)
+                counts[split] += len(own)
     sums |= {path: hashers[split].hexdigest() for split, path in target.items()}
     return counts
 

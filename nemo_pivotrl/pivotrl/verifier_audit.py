@@ -9,21 +9,21 @@ from __future__ import annotations
 
 import json
 import time
-from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from array import array
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, astuple, dataclass, field, replace
-from functools import partial
+from dataclasses import asdict, astuple, dataclass, replace
+from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from nemo_pivotrl.algorithms import selection
 from nemo_pivotrl.components.conclusions import audit_checks, conclude
 from nemo_pivotrl.components.costs import spend
 from nemo_pivotrl.components.durable_map import Found, Map, Tally, batches_of, found_rows, make_way
 from nemo_pivotrl.components.lineage import check_lineage
-from nemo_pivotrl.components.rollout import judged_candidates, load_recipe_verifier
+from nemo_pivotrl.components.rollout import load_recipe_verifier
 from nemo_pivotrl.config import Recipe
 from nemo_pivotrl.core.artifacts import Header, file_digest, json_line, read_header, read_rows, write_artefact
 from nemo_pivotrl.core.atomic import read_json, write_atomically
@@ -31,13 +31,11 @@ from nemo_pivotrl.core.errors import InputError, Problem, short
 from nemo_pivotrl.core.lock import one_writer
 from nemo_pivotrl.core.types import Action, Candidate
 from nemo_pivotrl.data.gym_rows import action_to_row
-from nemo_pivotrl.data.states import candidates_of
 from nemo_pivotrl.pivotrl import round_trip
+from nemo_pivotrl.pivotrl.audit_sample import GOLD, RIGHT, WRONG, Judged, Question, Tried
 from nemo_pivotrl.pivotrl.constant_answers import earned_by, ranked
-from nemo_pivotrl.verifiers import probes
 from nemo_pivotrl.verifiers.base import Bounded, Verifier, VerifierFault, verdicts
 
-GOLD, RIGHT, WRONG = "gold", "right", "wrong"
 SHOWN = 12
 SHOWN_CONSTANTS = 3
 CHUNK = 16
@@ -68,38 +66,84 @@ class Probe:
         return self.reward is None or (self.reward != 1.0 if self.side != WRONG else self.reward > 0.0)
 
 
-@dataclass
 class Audit:
-    """What an audit found."""
+    """What an audit found, added up candidate by candidate.
 
-    probes: dict[str, list[Probe]] = field(default_factory=dict)
-    """By candidate id."""
-    tools: dict[str, str] = field(default_factory=dict)
-    """Expert action's name, by candidate id."""
-    undeclared: list[str] = field(default_factory=list)
-    """Candidates whose expert calls a tool that the state does not declare."""
-    constants: dict[str, list[str]] = field(default_factory=dict)
-    """Constant answer -> candidates that it wins, the best answers first; those that win in one task alone are left out."""
+    With `keep` the probes stay as they are, too, in `probes`: not for a million candidates.
+    """
 
-    def gold_failures(self) -> list[str]:
-        return [c for c, tried in self.probes.items() if any(p.failed for p in tried if p.side == GOLD)]
-
-    def unwinnable(self) -> list[str]:
+    def __init__(self, constants: Sequence[Action], keep: bool = False):
+        self.probes: dict[str, list[Probe]] | None = {} if keep else None
+        """By candidate id."""
+        self.candidates, self.verdicts = 0, 0
+        self.undeclared: list[str] = []
+        """Candidates whose expert calls a tool that the state does not declare."""
+        self.gold_failures: list[str] = []
+        self.unwinnable: list[str] = []
         """Candidates for which nothing that was tried scores above 0, the expert's action included."""
-        return [c for c, tried in self.probes.items() if not any(p.reward for p in tried if p.side != WRONG)]
-
-    def unlosable(self) -> list[str]:
+        self.unlosable: list[str] = []
         """Candidates that every action of the right kind wins: garbage in the right tool, or any text."""
-        found = []
-        for candidate, tried in self.probes.items():
-            alike = [p for p in tried if p.side == WRONG and p.name in CONTENT_PROBES]
-            if alike and all(p.reward == 1.0 for p in alike):
-                found.append(candidate)
-        return found
+        self.faults, self.rules, self.wrongly = Counter[str](), Counter[str](), Counter[str]()
+        self.by_tool: dict[str, dict[str, int]] = {}
+        self.by_probe: dict[str, dict[str, int]] = {}
+        self.times = array("f")
+        """Seconds of each verdict."""
+        self._answers = constants
+        self._earned: list[dict[str, float]] = [{} for _ in constants]
+        self._tasks: dict[str, str] = {}
 
+    def add(self, told: Mapping[str, Any]) -> None:
+        """Take in what a `Prober` told of a candidate."""
+        candidate, tried = told["candidate_id"], [Probe(*fields) for fields in told["probes"]]
+        if self.probes is not None:
+            self.probes[candidate] = tried
+        self.candidates += 1
+        self.verdicts += len(tried)
+        about = told_of(told["undeclared"], tried)
+        for name, flagged in (
+            ("undeclared", about["undeclared_tool"]),
+            ("unwinnable", about["unwinnable"]),
+            ("unlosable", about["unlosable"]),
+            ("gold_failures", any(p.failed for p in tried if p.side == GOLD)),
+        ):
+            if flagged:
+                getattr(self, name).append(candidate)
+        for p in tried:
+            self.times.append(p.seconds)
+            _count(self.by_tool, told["tool"], p)
+            _count(self.by_probe, p.name, p)
+            self.faults.update([p.category] if p.reward is None else ())
+            self.rules.update(p.rules if p.reward else ())
+            self.wrongly.update(p.rules if p.reward and p.side == WRONG else ())
+        for number, reward in told["earned"]:
+            self._earned[number][candidate] = reward
+            self._tasks[candidate] = told["task_id"]
+
+    @cached_property
+    def constants(self) -> dict[str, list[str]]:
+        """Constant answer -> candidates that it wins, the best answers first; those that win in one task alone are left out: of one
+        it may be the answer."""
+        won = {
+            answer: [c for c, reward in rewards.items() if reward == 1.0]
+            for answer, rewards in ranked(self._answers, self._earned, self._tasks).items()
+        }
+        won = {answer: wins for answer, wins in won.items() if len({self._tasks[c] for c in wins}) > 1}
+        return dict(sorted(won.items(), key=lambda pair: -len(pair[1])))
+
+    @cached_property
     def won_by_constant(self) -> dict[str, str]:
         """Candidate -> the best constant answer that wins it."""
         return {candidate: answer for answer, won in reversed(self.constants.items()) for candidate in won}
+
+
+def told_of(undeclared: bool, tried: Sequence[Probe]) -> dict[str, bool]:
+    """What a row of the audit says of a candidate as a whole."""
+    alike = [p for p in tried if p.side == WRONG and p.name in CONTENT_PROBES]
+    return {
+        "unwinnable": not any(p.reward for p in tried if p.side != WRONG),
+        "unlosable": bool(alike) and all(p.reward == 1.0 for p in alike),
+        "undeclared_tool": undeclared,
+    }
 
 
 CONTENT_PROBES = frozenset("garbage_message garbage_arguments garbage_keystrokes destructive_command".split())
@@ -115,13 +159,16 @@ def audit(recipe: Recipe, fresh: bool = False) -> Path:
     source, path = recipe.path("candidates.jsonl"), recipe.path("audit.jsonl")
     check_lineage(recipe, source, read_header(source, "candidates"))
     verifier, verifier_id = load_recipe_verifier(recipe)
-    candidates = judged_candidates(candidates_of(source), verifier, source)
-    carried = round_trip.of_recipe(recipe, candidates)
+    candidates = Judged(source, verifier)
     header, tried, tally = _header(recipe, verifier_id), Tried(recipe, candidates, verifier.asks_judge), Tally()
+    candidates.tell(tried.judged)
+    carried = round_trip.of_recipe(recipe, candidates)
 
-    def write(parts: Iterator[tuple[bytes, int]]) -> None:
-        found = tried.told(line for lines, _ in parts for line in lines.splitlines())
-        _store(recipe, header, found)
+    def write(parts: Iterable[tuple[bytes, int]]) -> None:
+        found = Audit(tried.constants)
+        for told in told_in(parts):
+            found.add(told)
+        _store(recipe, header, found, told_in(parts))
         print("milliseconds a verdict: p50 {:.3f}, p99 {:.3f}, longest {:.3f}".format(*times_of(found)))
 
     make_way(path, header)
@@ -134,7 +181,7 @@ def audit(recipe: Recipe, fresh: bool = False) -> Path:
         header,
         lambda: batches_of(tried.questions(), CHUNK, tally),
         partial(Prober, recipe, tried.constants, verifier if recipe.executor == "here" else None),
-        len(tried.chosen),
+        tried.count,
         "cand",
         tally,
         write=write,
@@ -155,8 +202,8 @@ def audit(recipe: Recipe, fresh: bool = False) -> Path:
 def audit_first(recipe: Recipe, candidates: Sequence[Candidate], verifier: Bounded, verifier_id: str) -> None:
     """The audit that `profile` runs before it: one line said, and InputError where the experts do not pass."""
     with spend(Path(recipe.run_dir), "audit") as cost:
-        found = run_audit(recipe, candidates, verifier)
-        summary = _store(recipe, _header(recipe, verifier_id), found)
+        found, told = _tried_here(recipe, candidates, verifier)
+        summary = _store(recipe, _header(recipe, verifier_id), found, told)
         cost["verdicts"] = summary["verdicts"]
     _add_judge(recipe, verifier, summary)
     wrong = summary["by_tool"].values()
@@ -171,15 +218,26 @@ def audit_first(recipe: Recipe, candidates: Sequence[Candidate], verifier: Bound
 
 def _header(recipe: Recipe, verifier_id: str) -> Header:
     source = recipe.path("candidates.jsonl")
-    return Header("audit", recipe.digest("audit"), parent=file_digest(source), verifier=verifier_id)
+    # of 1 a journal has no tasks, and where all were tried other places
+    return Header(
+        "audit", recipe.digest("audit"), parent=file_digest(source), verifier=verifier_id, extra={"journal": 2}
+    )
 
 
-def _store(recipe: Recipe, header: Header, found: Audit) -> dict[str, Any]:
-    """Write what was found; the summary. Where `audit.jsonl` is, `audit.json` is the one that belongs to it."""
+def told_in(parts: Iterable[tuple[bytes, int]]) -> Iterator[dict[str, Any]]:
+    """What `Prober`s told of candidates, from a map's lines."""
+    return (json.loads(line) for lines, _ in parts for line in lines.splitlines())
+
+
+def _store(recipe: Recipe, header: Header, found: Audit, told: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """Write what was found, and a row of each candidate that was told of; the summary.
+
+    Where `audit.jsonl` is, `audit.json` is the one that belongs to it.
+    """
     summary, path = summarise(found) | {"verifier": header.verifier}, recipe.path("audit.jsonl")
     path.unlink(missing_ok=True)
     write_atomically(recipe.path("audit.json"), json_line(summary).decode())
-    write_artefact(path, header, _rows(found))
+    write_artefact(path, header, (_row(found, of) for of in told))
     return summary
 
 
@@ -214,47 +272,6 @@ def judge_agreement(recipe: Recipe, verifier: Bounded) -> dict[str, Any]:
     return asdict(found)
 
 
-Question = tuple[Candidate, list[tuple[str, str, Action]]]
-"""A candidate, and (side, probe, action) of each action that it is tried with."""
-
-
-class Tried:
-    """A sample of the candidates, and what they are tried with. Other rows' actions come from the whole set."""
-
-    def __init__(self, recipe: Recipe, candidates: Sequence[Candidate], asks_judge: bool):
-        size = recipe.audit.judged_sample if asks_judge else recipe.audit.sample
-        by_hash = sorted(candidates, key=lambda c: selection.order_key(recipe.seed, c.candidate_id))
-        self.chosen = by_hash[:size] if size else by_hash
-        self.constants = probes.constants([c.expected for c in candidates])
-        self._foreign = recipe.audit.foreign_actions
-        self._by_tool: dict[str, list[Candidate]] = defaultdict(list)
-        for candidate in by_hash:
-            self._by_tool[candidate.action_name].append(candidate)
-
-    def questions(self) -> Iterator[Question]:
-        """What a `Prober` gets of each chosen candidate."""
-        return ((c, list(_actions(c, self._by_tool, self._foreign))) for c in self.chosen)
-
-    def told(self, lines: Iterator[bytes]) -> Audit:
-        """The audit of what a `Prober` told of the chosen candidates."""
-        found, earned = Audit(), [dict[str, float]() for _ in self.constants]
-        for row in map(json.loads, lines):
-            candidate = row["candidate_id"]
-            found.probes[candidate] = [Probe(*fields) for fields in row["probes"]]
-            found.tools[candidate] = row["tool"]
-            found.undeclared += [candidate] * row["undeclared"]
-            for number, reward in row["earned"]:
-                earned[number][candidate] = reward
-        tasks = {c.candidate_id: c.task_id for c in self.chosen}
-        won = {
-            answer: [c for c, reward in rewards.items() if reward == 1.0]
-            for answer, rewards in ranked(self.constants, earned, tasks).items()
-        }
-        won = {a: wins for a, wins in won.items() if len({tasks[c] for c in wins}) > 1}  # of one it may be the answer
-        found.constants = dict(sorted(won.items(), key=lambda pair: -len(pair[1])))
-        return found
-
-
 class Prober:
     """A map's worker: tries the verifier on each candidate's actions, and on the constant answers."""
 
@@ -263,7 +280,7 @@ class Prober:
         self.constants, self.retries = constants, recipe.profile.max_retries
 
     def __call__(self, questions: Sequence[Question]) -> Found:
-        """What `Tried.told` reads."""
+        """What `Audit.add` reads."""
         with ThreadPoolExecutor(self.verifier.concurrency) as pool:
             tried = list(pool.map(self._probes, questions))
         chosen = [candidate for candidate, _ in questions]
@@ -274,6 +291,7 @@ class Prober:
             rows.append(
                 {
                     "candidate_id": name,
+                    "task_id": candidate.task_id,
                     "tool": candidate.action_name,
                     "undeclared": any(call.name not in declared for call in candidate.expected.calls),
                     "earned": [(number, rewards[name]) for number, rewards in enumerate(earned) if name in rewards],
@@ -298,31 +316,21 @@ class Prober:
 
 
 def run_audit(recipe: Recipe, candidates: Sequence[Candidate], verifier: Verifier) -> Audit:
-    """Probe a sample of the candidates in this process, without files."""
+    """Probe a sample of the candidates in this process, without files; the probes are kept."""
+    return _tried_here(recipe, candidates, verifier)[0]
+
+
+def _tried_here(
+    recipe: Recipe, candidates: Sequence[Candidate], verifier: Verifier
+) -> tuple[Audit, list[dict[str, Any]]]:
     tried = Tried(recipe, candidates, verifier.asks_judge)
     probe, rest = Prober(recipe, tried.constants, verifier), tried.questions()
     chunks = iter(lambda: list(islice(rest, CHUNK)), [])
-    return tried.told(line for chunk in chunks for line in probe(chunk).lines)
-
-
-def _actions(
-    candidate: Candidate, by_tool: dict[str, list[Candidate]], foreign: int
-) -> Iterator[tuple[str, str, Action]]:
-    case = candidate.case
-    yield GOLD, "expert", candidate.expected
-    for name, action in probes.right(case):
-        yield RIGHT, name, action
-    for name, action in probes.wrong(case):
-        if not probes.same_action(action, candidate.expected):
-            yield WRONG, name, action
-    alike = by_tool[candidate.action_name]
-    others = (c for c in alike if not probes.same_action(c.expected, candidate.expected))
-    for other in islice(others, foreign):
-        if candidate.expected.kind == "calls":  # any talk is as good as another to most verifiers; see garbage_message
-            yield WRONG, "other_row", other.expected
-    another = next((rows[0] for name, rows in sorted(by_tool.items()) if name != candidate.action_name), None)
-    if another is not None and foreign:
-        yield WRONG, "other_tool", another.expected
+    told = [json.loads(line) for chunk in chunks for line in probe(chunk).lines]
+    found = Audit(tried.constants, keep=True)
+    for of in told:
+        found.add(of)
+    return found, told
 
 
 def stop_on_gold_failures(recipe: Recipe, summary: dict[str, Any]) -> None:
@@ -346,67 +354,59 @@ def stop_on_gold_failures(recipe: Recipe, summary: dict[str, Any]) -> None:
     raise InputError(problems)
 
 
-def _rows(found: Audit) -> Iterator[dict[str, Any]]:
-    unwinnable, unlosable, undeclared = set(found.unwinnable()), set(found.unlosable()), set(found.undeclared)
-    won = found.won_by_constant()
-    for candidate, tried in found.probes.items():
-        yield {
-            "candidate_id": candidate,
-            "tool": found.tools[candidate],
-            "unwinnable": candidate in unwinnable,
-            "unlosable": candidate in unlosable,
-            "undeclared_tool": candidate in undeclared,
-            "won_by_constant": won.get(candidate),
-            "probes": [
-                {
-                    "side": p.side,
-                    "probe": p.name,
-                    "reward": p.reward,
-                    "category": p.category,
-                    "detail": p.detail,
-                    "failed": p.failed,
-                    "action": p.action,
-                }
-                for p in tried
-            ],
-        }
+def _row(found: Audit, told: Mapping[str, Any]) -> dict[str, Any]:
+    tried = [Probe(*fields) for fields in told["probes"]]
+    return {
+        "candidate_id": told["candidate_id"],
+        "tool": told["tool"],
+        **told_of(told["undeclared"], tried),
+        "won_by_constant": found.won_by_constant.get(told["candidate_id"]),
+        "probes": [
+            {
+                "side": p.side,
+                "probe": p.name,
+                "reward": p.reward,
+                "category": p.category,
+                "detail": p.detail,
+                "failed": p.failed,
+                "action": p.action,
+            }
+            for p in tried
+        ],
+    }
 
 
 def summarise(found: Audit) -> dict[str, Any]:
     """The audit's numbers: rates by tool and by probe, rules that accepted, and the flagged candidates."""
-    every = [(found.tools[c], p) for c, tried in found.probes.items() for p in tried]
-    rules = Counter(rule for _, p in every for rule in p.rules if p.reward)
-    wrongly = Counter(rule for _, p in every if p.side == WRONG and p.reward for rule in p.rules)
     return {
-        "candidates": len(found.probes),
-        "verdicts": len(every),
-        "gold_failures": found.gold_failures(),
-        "unwinnable": found.unwinnable(),
-        "unlosable": found.unlosable(),
+        "candidates": found.candidates,
+        "verdicts": found.verdicts,
+        "gold_failures": found.gold_failures,
+        "unwinnable": found.unwinnable,
+        "unlosable": found.unlosable,
         "undeclared_tools": found.undeclared,
-        "won_by_a_constant": sorted(found.won_by_constant()),
-        "constants": {answer: len(won) / len(found.probes) for answer, won in found.constants.items()},
-        "faults": dict(Counter(p.category for _, p in every if p.reward is None)),
-        "by_tool": _rates((tool, p) for tool, p in every),
-        "by_probe": _rates((p.name, p) for _, p in every),
-        "by_rule": {rule: {"accepted": n, "accepted_wrongly": wrongly[rule]} for rule, n in sorted(rules.items())},
+        "won_by_a_constant": sorted(found.won_by_constant),
+        "constants": {answer: len(won) / found.candidates for answer, won in found.constants.items()},
+        "faults": dict(found.faults),
+        "by_tool": dict(sorted(found.by_tool.items())),
+        "by_probe": dict(sorted(found.by_probe.items())),
+        "by_rule": {
+            rule: {"accepted": n, "accepted_wrongly": found.wrongly[rule]} for rule, n in sorted(found.rules.items())
+        },
     }
 
 
 def times_of(found: Audit) -> tuple[float, float, float]:
     """Milliseconds a verdict: median, 99th percentile, longest. They differ between runs, so they are told and not kept."""
-    times = sorted(1e3 * p.seconds for tried in found.probes.values() for p in tried) or [0.0]
-    return times[len(times) // 2], times[min(len(times) - 1, int(0.99 * len(times)))], times[-1]
+    times = sorted(found.times) or [0.0]
+    return 1e3 * times[len(times) // 2], 1e3 * times[min(len(times) - 1, int(0.99 * len(times)))], 1e3 * times[-1]
 
 
-def _rates(tried: Iterator[tuple[str, Probe]]) -> dict[str, dict[str, int]]:
-    table: dict[str, dict[str, int]] = {}
-    for key, probe in tried:
-        row = table.setdefault(key, dict.fromkeys(COUNTS, 0))
-        row[probe.side] += 1
-        if probe.failed:
-            row["false_accept" if probe.side == WRONG and probe.reward else f"{probe.side}_failed"] += 1
-    return dict(sorted(table.items()))
+def _count(table: dict[str, dict[str, int]], key: str, probe: Probe) -> None:
+    row = table.setdefault(key, dict.fromkeys(COUNTS, 0))
+    row[probe.side] += 1
+    if probe.failed:
+        row["false_accept" if probe.side == WRONG and probe.reward else f"{probe.side}_failed"] += 1
 
 
 MOST_ROWS = 40

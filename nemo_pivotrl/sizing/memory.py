@@ -167,6 +167,8 @@ class MicroBatch:
     """Tokens whose log-probability is asked of one context-parallel rank."""
     shared: bool = False
     """A stream that shares prefixes."""
+    form: str = "auto"
+    """What computes attention over them (`policy.prefix_attention`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -395,6 +397,8 @@ def transient_bytes(
         return int(tokens * max(output, e * (projection + 2 * convolved + inner) + 8 * states + 12 * chunk * groups))
     query, key = a.num_attention_heads * a.head_dim / layout.tp, a.num_key_value_heads * a.head_dim / layout.tp
     attention = output + e * (2 * query + 4 * key)
+    if batch.shared and batch.form not in ("auto", "flex"):
+        attention = output + e * query + calls_bytes(query, key, layout.cp)
     if adapters:  # their norm of what the layer is given, worked out in float32, and what they add to the projection
         attention += h * (e + 8) / layout.sp + 2 * e * (query + 2 * key)
     if kind == "*":
@@ -410,6 +414,13 @@ def transient_bytes(
     matrix = 0 if adapters else _largest(a, kind, layout) * e / (2 if a.gated else 1)
     copies = 3 if m.fp8 == "none" else 4  # and these padded
     return int(max(sent * row + rows * copies * row, rows * (row + hidden) + matrix))
+
+
+def calls_bytes(query: float, key: float, cp: int) -> float:
+    """A token's, at most, in the backward pass of attention over shared prefixes by kernels for packed sequences, beside what is
+    kept and the output's gradient: float32 sums of all gradients, of keys and values of the whole stream, and what one call adds to
+    them with the kernel's own float32 sums. query, key: elements of a token on this rank."""
+    return 9 * query + 10 * key * cp
 
 
 def forward_bytes(

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from nemo_pivotrl.backends.adapters import adapter_bytes, doctor_files
 from nemo_pivotrl.backends.base import as_trained
 from nemo_pivotrl.backends.megatron.lora_mapping import lora_problems, stage_adapters
 from nemo_pivotrl.config import Megatron, Policy, Recipe
@@ -258,7 +259,7 @@ def micro_batch(model: Policy, m: Megatron) -> MicroBatch:
     rows = tokens // length
     cp = m.context_parallel_size
     asked = tokens // cp if model.prefix_sharing else min(tokens // cp, rows * model.generation.max_new_tokens)
-    return MicroBatch(tokens, length, asked, model.prefix_sharing)
+    return MicroBatch(tokens, length, asked, model.prefix_sharing, model.prefix_attention)
 
 
 def one_device(model: Policy) -> Megatron:
@@ -468,14 +469,17 @@ def scoring(recipe: Recipe, shape: Architecture) -> Memory:
 def steering(recipe: Recipe, patient: Architecture, doctor: Architecture) -> Memory:
     """The patient, its doctors and their references while they decode. In vLLM the first rank alone holds the doctors."""
     decode, length = recipe.decode, recipe.patient.max_total_sequence_length
-    folders = {d.path for d in decode.doctors.values()}
-    if decode.mode == "ratio":
-        folders |= {d.reference for d in decode.doctors.values()}
-    models = len(folders - {recipe.patient.model_name})  # a folder named twice is loaded once
+    files = [doctor_files(d, decode.mode, f"decode.doctors.{name}") for name, d in decode.doctors.items()]
+    adapters = {f.adapter for f in files if f.adapter}
+    read = {(f.model, f.adapter) for f in files} | {(f.reference, "") for f in files if f.reference}
+    read -= {(recipe.patient.model_name, "")}
+    # a folder named twice is loaded once; the reference backend has each adapter in a copy of its base
+    bases = {(f.model, "") for f in files if f.adapter} - {(recipe.patient.model_name, "")}
+    models = len({folder for folder, _ in read} if recipe.patient.backend == "vllm" else read | bases)
     token, sequence = cache_bytes(doctor, 1)
     beside = {
-        "doctors and references": models * model_bytes(doctor, 1),
-        "their caches": models * (token * decode.batch_tokens + sequence * max(decode.batch_tokens // length, 1)),
+        "doctors and references": models * model_bytes(doctor, 1) + sum(map(adapter_bytes, adapters)),
+        "their caches": len(read) * (token * decode.batch_tokens + sequence * max(decode.batch_tokens // length, 1)),
     }
     if recipe.patient.backend == "vllm":
         return engine(

@@ -66,7 +66,7 @@ def command(recipe: Recipe, host: str, port: int, refit: bool) -> tuple[list[str
     if steered:  # without doctors, too: `rank` has its tokens drawn as the other backends draw them
         from nemo_pivotrl.backends.vllm.guidance import guide_arguments
 
-        more, names = guide_arguments(recipe.patient, recipe.decode, recipe.serve.model)
+        more, names = guide_arguments(recipe.patient, recipe.decode, tenants=recipe.serve.tenants)
         settings |= more
         environment |= names
     if refit:

@@ -6,13 +6,14 @@ the expert's action is left out.
 
 from __future__ import annotations
 
+import heapq
 import json
 import re
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
+from nemo_pivotrl.core.artifacts import digest
 from nemo_pivotrl.core.types import Action, Case, ToolCall
 from nemo_pivotrl.verifiers.arguments import PATH_NAME, snake
 from nemo_pivotrl.verifiers.swe import category_of
@@ -179,24 +180,62 @@ def _wrong_turns(text: str) -> Iterator[tuple[str, Action]]:
         yield "complete_too_early", Action("message", json.dumps({**turn, complete: True}))
 
 
-def constants(experts: Sequence[Action]) -> list[Action]:
-    """Answers that need no thought: any text, and of each tool that an expert uses no arguments and the commonest ones."""
-    seen: dict[str, Counter[Action]] = {}
-    texts = Counter(action.content for action in experts if action.kind == "message" and action.content.strip())
-    for action in experts:
+class Commonest:
+    """The most frequent of many actions, those seen first among equals. Of the others no more than a number is kept."""
+
+    def __init__(self, size: int):
+        self._size = size
+        self._counts: dict[int, int] = {}
+        self._kept: dict[int, Action] = {}
+
+    def add(self, action: Action) -> None:
+        """Count an action. One that comes once can be among the first `size` only if fewer came before it."""
+        key = int(digest([action.kind, action.content, [(c.name, c.arguments) for c in action.calls]]), 16)
+        self._counts[key] = count = self._counts.get(key, 0) + 1
+        if count > 1 or len(self._counts) <= self._size:
+            self._kept.setdefault(key, action)
+
+    def total(self) -> int:
+        """How many were counted."""
+        return sum(self._counts.values())
+
+    def found(self) -> list[tuple[Action, int]]:
+        """The most frequent ones, and how often they came."""
+        pairs = ((self._kept.get(key), count) for key, count in self._counts.items())
+        return heapq.nlargest(self._size, ((a, n) for a, n in pairs if a is not None), key=lambda pair: pair[1])
+
+
+class Constants:
+    """Answers that need no thought, of experts that come one by one: any text, and of each tool that an expert uses no arguments
+    and the commonest ones."""
+
+    def __init__(self) -> None:
+        self._texts, self._calls = Commonest(1), dict[str, Commonest]()
+
+    def add(self, action: Action) -> None:
+        """Take in what an expert did."""
+        if action.kind == "message" and action.content.strip():
+            self._texts.add(Action("message", action.content))
         if len(action.calls) == 1:
             call = action.calls[0]
-            tried = seen.setdefault(call.name, Counter())
-            tried[Action("calls", calls=(ToolCall(call.name, _in_order(call)),))] += 1
-    found = [Action("message", CONSTANT_TEXT), *(Action("message", text) for text, n in texts.most_common(1) if n > 1)]
-    for name, counted in sorted(seen.items(), key=lambda pair: -pair[1].total()):
-        found += dict.fromkeys(
-            [
-                *(made for made, _ in counted.most_common(CALLS_OF_A_TOOL)),
-                Action("calls", calls=(ToolCall(name, "{}"),)),
-            ]
-        )
-    return found[:MAX_CONSTANTS]
+            made = Action("calls", calls=(ToolCall(call.name, _in_order(call)),))
+            self._calls.setdefault(call.name, Commonest(CALLS_OF_A_TOOL)).add(made)
+
+    def found(self) -> list[Action]:
+        """The answers."""
+        found = [Action("message", CONSTANT_TEXT), *(text for text, n in self._texts.found() if n > 1)]
+        for name, counted in sorted(self._calls.items(), key=lambda pair: -pair[1].total()):
+            commonest = [*(made for made, _ in counted.found()), Action("calls", calls=(ToolCall(name, "{}"),))]
+            found += dict.fromkeys(commonest)
+        return found[:MAX_CONSTANTS]
+
+
+def constants(experts: Iterable[Action]) -> list[Action]:
+    """As `Constants`, of experts that are there."""
+    made = Constants()
+    for action in experts:
+        made.add(action)
+    return made.found()
 
 
 def _in_order(call: ToolCall) -> str:
@@ -206,15 +245,14 @@ def _in_order(call: ToolCall) -> str:
 
 def same_action(left: Action, right: Action) -> bool:
     """Equality as JSON, calls in any order."""
-    if left.kind != right.kind or len(left.calls) != len(right.calls):
-        return False
-    if left.kind != "calls":
-        return left.content.strip() == right.content.strip()
-
-    def plain(action: Action) -> list[tuple[str, str]]:
-        return sorted(
-            (c.name, json.dumps(_decode(c), sort_keys=True) if _decode(c) is not None else c.arguments)
-            for c in action.calls
-        )
-
     return plain(left) == plain(right)
+
+
+def plain(action: Action) -> tuple[Any, ...]:
+    """A form that is equal for the same actions as `same_action` finds."""
+    if action.kind != "calls":
+        return action.kind, len(action.calls), action.content.strip()
+    decoded = ((c, _decode(c)) for c in action.calls)
+    return action.kind, *sorted(
+        (c.name, c.arguments if d is None else json.dumps(d, sort_keys=True)) for c, d in decoded
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -89,9 +89,21 @@ def no_rounding() -> Iterator[None]:
         Tensor.float = as_it_is  # type: ignore[method-assign]
 
 
-def both(folder: str, layout: dict[str, Any], kind: str, runs: list[tuple[int, int]], harm: str = "") -> Any:
+def by_kernel(form: str, **arguments: Any) -> Any:
+    """`both` with attention by a kernel for packed sequences, whose library is emulated: (what it found, calls of the kernel)."""
+    from support import varlen_libraries
+
+    varlen_libraries.CALLED.clear()
+    return both(**arguments, form=form), varlen_libraries.CALLED[form]
+
+
+def both(
+    folder: str, layout: dict[str, Any], kind: str, runs: list[tuple[int, int]], harm: str = "", form: str = "auto"
+) -> Any:
     """For every run, (seed, tokens of a micro-batch): (loss apart, worst gradient apart and its name, largest gradient, tokens run,
     tokens one by one). One model serves all of them."""
+    from support import varlen_libraries
+
     from nemo_pivotrl.backends.megatron.parallel import initialize
     from nemo_pivotrl.backends.megatron.train import MegatronPolicy
 
@@ -102,11 +114,12 @@ def both(folder: str, layout: dict[str, Any], kind: str, runs: list[tuple[int, i
         policy = replace(policy, generation=Generation(temperature=1.0))
     backend: Any = MegatronPolicy(policy, megatron, groups, value_head=kind == "tfpo")
     stage, config = backend.stage.double(), backend.stage.config
+    stage.prefix_attention = form  # the recipe's is refused on CPUs
     config.params_dtype = config.pipeline_dtype = torch.float64
     config.moe_router_dtype = "fp64" if config.num_moe_experts else None
     bend(stage.head)
     found = []
-    with no_rounding():
+    with no_rounding(), varlen_libraries.installed() if form != "auto" else nullcontext():
         for seed, budget in runs:
             batch, made = tree(seed, kind == "tfpo"), []
             for share in (False, True):

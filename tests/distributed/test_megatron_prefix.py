@@ -75,6 +75,26 @@ def test_shared_and_whole_rows_give_one_gradient(
     print(f"\n{kind:6}{name:12}{layout:24}{largest:.1e}")
 
 
+KERNELS = [
+    ("qwen3", "w1 full recompute", "flash_attn_2"),
+    ("qwen3", "cp2", "transformer_engine"),
+    ("nemotron_h", "cp2", "torch"),
+    ("qwen3_moe", "cp2 x ep2", "flash_attn_3"),
+]
+
+
+@pytest.mark.parametrize(("name", "layout", "form"), KERNELS)
+def test_kernels_for_packed_sequences_give_the_same_gradient(
+    workers: Workers, folder_of: Any, name: str, layout: str, form: str
+) -> None:
+    ranks, settings = LAYOUTS[layout]
+    arguments = {"folder": folder_of(name), "layout": settings, "kind": "grpo", "form": form}
+    for answer, calls in workers.run(ranks, "prefix_jobs:by_kernel", runs=RUNS, **arguments):
+        assert calls > 0
+        for loss, apart, worst, size, *_ in answer:
+            assert loss <= EXACT and apart <= EXACT and size > 1e-4, worst
+
+
 @pytest.mark.parametrize(
     ("name", "harm"), [("qwen3", "offset"), ("qwen3", "positions"), ("qwen3", "first"), ("nemotron_h", "state")]
 )

@@ -1,9 +1,13 @@
 """The audit finds the known weaknesses of the released rules, stops a profile that could teach nothing, and rescore."""
 
 import dataclasses
+import gc
 import importlib.util
 import json
+import random
 import shutil
+import tracemalloc
+from collections import Counter
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,6 +21,8 @@ from nemo_pivotrl.core.artifacts import read_header, read_rows
 from nemo_pivotrl.core.errors import InputError
 from nemo_pivotrl.core.types import Action, Candidate, Case, ToolCall, Verdict
 from nemo_pivotrl.pivotrl import verifier_audit
+from nemo_pivotrl.pivotrl.audit_sample import Others
+from nemo_pivotrl.pivotrl.extract import extract
 from nemo_pivotrl.pivotrl.profile import profile
 from nemo_pivotrl.pivotrl.rescore import rescore
 from nemo_pivotrl.pivotrl.select import select_pivots
@@ -105,14 +111,10 @@ def test_a_verifier_that_takes_everything_and_one_that_takes_nothing_are_seen_th
     recipe = config.Recipe()
     everything = run_audit(recipe, CANDIDATES, Always(1.0))
     assert (
-        sorted(everything.unlosable()) == ["a", "b", "c"]
-        and not everything.unwinnable()
-        and not everything.gold_failures()
+        sorted(everything.unlosable) == ["a", "b", "c"] and not everything.unwinnable and not everything.gold_failures
     )
     nothing = run_audit(recipe, CANDIDATES, Always(0.0))
-    assert (
-        sorted(nothing.unwinnable()) == ["a", "b", "c"] == sorted(nothing.gold_failures()) and not nothing.unlosable()
-    )
+    assert sorted(nothing.unwinnable) == ["a", "b", "c"] == sorted(nothing.gold_failures) and not nothing.unlosable
     counted = summarise(everything)["by_tool"]["bash"]
     assert counted["false_accept"] == counted[WRONG] > 0 and counted["gold_failed"] == counted["right_failed"] == 0
     assert summarise(nothing)["by_tool"]["bash"]["right_failed"] == summarise(nothing)["by_tool"]["bash"][RIGHT] > 0
@@ -121,7 +123,7 @@ def test_a_verifier_that_takes_everything_and_one_that_takes_nothing_are_seen_th
 def test_functional_passes_its_own_audit_and_its_rules_are_counted() -> None:
     found = run_audit(config.Recipe(), CANDIDATES, load_verifier(config.Verifier(name="functional", message="any")))
     failed = [(p.side, p.name, p.detail) for name in "ab" for p in found.probes[name] if p.failed]
-    assert failed == [] and found.unlosable() == ["c"]
+    assert failed == [] and found.unlosable == ["c"]
     assert summarise(found)["by_rule"]["shell_flag_clusters"] == {"accepted": 1, "accepted_wrongly": 0}
 
 
@@ -151,7 +153,7 @@ def test_faults_and_undeclared_tools_are_counted_and_are_no_verdicts() -> None:
 
     foreign = candidate("d", Action("calls", calls=(ToolCall("zsh", "{}"),)))
     found = run_audit(config.Recipe(), [*CANDIDATES, foreign], Down(1.0))
-    assert found.undeclared == ["d"] and sorted(found.gold_failures()) == ["a", "b", "c", "d"]
+    assert found.undeclared == ["d"] and sorted(found.gold_failures) == ["a", "b", "c", "d"]
     summary = summarise(found)
     assert summary["faults"] == {"FAULT judge_timeout": summary["verdicts"]}
     assert all(row["false_accept"] == 0 for row in summary["by_tool"].values())
@@ -309,3 +311,69 @@ def test_a_summary_is_never_that_of_another_audit(run_dir: Path, monkeypatch: py
     with pytest.raises(KeyboardInterrupt):
         audit(recipe_at(run_dir, "audit.sample=9"), fresh=True)
     assert not (run_dir / "audit.jsonl").exists() and (run_dir / "audit.jsonl.journal").exists()
+
+
+def test_the_first_others_are_those_of_all_candidates_in_the_order_of_their_hashes() -> None:
+    """Against all of them kept and sorted. Keeping too few actions, or too few of one, shows where one action is very common."""
+    draw = random.Random(0)
+    for size, kinds in [(1, 2), (2, 3), (3, 3), (3, 40), (0, 5)]:
+        seen = [
+            (f"{draw.randrange(10**9):09d}", bash(f"run {min(draw.randrange(kinds), draw.randrange(kinds))}"))
+            for _ in range(200)
+        ]
+        kept = Others(size)
+        for key, action in seen:
+            kept.add(key, action)
+        ordered = [action for _, action in sorted(seen, key=lambda entry: entry[0])]
+        assert kept.first() == ordered[0]
+        for number in range(kinds + 1):
+            mine = bash(f"run {number}")
+            assert list(kept.of(mine))[:size] == [a for a in ordered if a != mine][:size]
+
+
+def test_the_commonest_actions_are_those_of_a_count_of_all() -> None:
+    draw = random.Random(1)
+    for size, kinds in [(1, 3), (3, 4), (3, 50), (3, 10_000)]:
+        seen = [bash(f"run {min(draw.randrange(kinds), draw.randrange(kinds))}") for _ in range(300)]
+        kept = probes.Commonest(size)
+        for action in seen:
+            kept.add(action)
+        assert kept.found() == Counter(seen).most_common(size) and kept.total() == 300
+
+
+@pytest.mark.parametrize("sample", [20, 0])
+def test_an_audit_of_more_candidates_takes_no_more_memory(tmp_path: Path, sample: int) -> None:
+    """States of 20 KB each: 120 of them, held, would be 2.4 MB more than 12."""
+
+    def peak(count: int) -> int:
+        folder = tmp_path / f"{sample}-{count}"
+        folder.mkdir()
+        call = {"id": "c", "type": "function", "function": {"name": "bash", "arguments": '{"command": "ls"}'}}
+        rows = (
+            {
+                "trajectory_id": f"t{n}",
+                "task_id": f"k{n}",
+                "messages": [
+                    {"role": "user", "content": f"{n} " * 5_000},
+                    {"role": "assistant", "content": "", "tool_calls": [call]},
+                ],
+                "tools": [TOOL],
+            }
+            for n in range(count)
+        )
+        (folder / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        recipe = config.Recipe(
+            run_dir=str(folder),
+            extract=config.Extract(trajectories=(str(folder / "in.jsonl"),), near_duplicate=1.0),
+            audit=config.Audit(sample=sample),
+        )
+        extract(recipe)
+        gc.collect()
+        tracemalloc.start()
+        audit(recipe)
+        found = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return found
+
+    peak(2)  # what is imported and compiled at first use
+    assert peak(120) - peak(12) < 1_200_000

@@ -122,7 +122,7 @@ def test_the_report_says_what_is_there_and_leaves_out_what_is_not(tmp_path: Path
     equal = text.split("## sentiment: every arm")[0]
     for gain in (0.2, 0.1, 0.2 - 0.1):  # of each over the patient, then of the first over the other
         assert f"{gain * at:+.3f} [{gain * at:+.3f}, {gain * at:+.3f}]" in equal
-    assert "| GenARM" not in text
+    assert "| GenARM" not in text and "| best of 4 by the oracle |" in text.split("## plainness: every arm")[1]
     assert "+0.300" in text  # best of four, each a tenth above the one before
     assert "| sentiment | DPO | 2.000, 1.000 | 4 of 5 | 1.50 |" in text
     assert "| sentiment | p | n | 0.600 | 0.500 | yes |" in text and "agreement chosen 0.700" in text

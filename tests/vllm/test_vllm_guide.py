@@ -5,20 +5,23 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import SMALL
+from transformers import AutoModelForCausalLM
 from vllm_models import llama, nemotron_h, qwen3, saved
 
 from nemo_pivotrl.backends.doctors import Span
 from nemo_pivotrl.backends.reference.guided import GuidedGenerator, GuidedSamplingParams, load_guided
 from nemo_pivotrl.backends.vllm.decode import GuidedEngine
 from nemo_pivotrl.backends.vllm.engine import Engine
-from nemo_pivotrl.backends.vllm.guidance import NAMES, Guidance, GuidanceParams, drawn_by, read_wish
+from nemo_pivotrl.backends.vllm.guidance import NAMES, Guidance, GuidanceParams, drawn_by, guide_arguments, read_wish
 from nemo_pivotrl.backends.vllm.row_stream import RowStream, check_streams
-from nemo_pivotrl.config import Decode, Doctor, Patient
+from nemo_pivotrl.config import Decode, Doctor, Patient, Tenant
 from nemo_pivotrl.core.errors import InputError
 from nemo_pivotrl.demo import tiny_models as tiny
 
@@ -44,32 +47,50 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     for name, model in made.items():
         saved(model, root / name)
         tokenizer.save_pretrained(root / name)
-    return {name: str(root / name) for name in made}
+    adapter(root / "novice", root / "kind-lora", 4, ["q_proj", "v_proj", "down_proj"])
+    adapter(root / "novice", root / "brief-lora", 3, ["q_proj", "k_proj", "o_proj"])
+    return {path.name: str(path) for path in root.iterdir()}
 
 
-def doctors_of(folders: dict[str, str], ratio: bool) -> dict[str, Doctor]:
-    if not ratio:
-        return {"kind": Doctor(path=folders["kind"]), "brief": Doctor(path=folders["brief"])}
-    return {
-        "kind": Doctor(path=folders["kind"], reference=folders["novice"]),
-        "brief": Doctor(path=folders["brief"], reference=folders["patient"]),
-    }
+def adapter(base: Path, folder: Path, r: int, layers: list[str]) -> None:
+    """An adapter as peft writes it, large enough to be seen."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(r)
+    model = AutoModelForCausalLM.from_pretrained(base)
+    made = get_peft_model(model, LoraConfig(r=r, lora_alpha=8, target_modules=layers, task_type="CAUSAL_LM"))
+    for name, parameter in made.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(0, 0.3)
+    made.save_pretrained(folder)
+
+
+def doctors_of(folders: dict[str, str], ratio: bool, adapters: bool) -> dict[str, Doctor]:
+    """adapters: both on one base, which is their reference where they are divided by one."""
+    end = "-lora" if adapters else ""
+    doctors = {name: Doctor(path=folders[f"{name}{end}"]) for name in ("kind", "brief")}
+    if not ratio or adapters:
+        return doctors
+    beside = {"kind": "novice", "brief": "patient"}
+    return {name: replace(doctor, reference=folders[beside[name]]) for name, doctor in doctors.items()}
 
 
 def both(
-    folders: dict[str, str], ratio: bool, spans: Sequence[Span] = (), **more: Any
+    folders: dict[str, str], ratio: bool, adapters: bool, spans: Sequence[Span] = (), **more: Any
 ) -> tuple[GuidedGenerator, GuidedEngine]:
     mode = "ratio" if ratio else "product"
-    doctors = doctors_of(folders, ratio)
+    doctors = doctors_of(folders, ratio, adapters)
     truth = load_guided(folders["patient"], doctors, mode, device="cpu", spans=spans, **more)
     patient = Patient(model_name=folders["patient"], backend="vllm", max_total_sequence_length=128, device="cpu")
     decode = Decode(doctors=doctors, mode=mode, **more)
     return truth, GuidedEngine(patient, decode, SMALL, truth.tokenizer, truth.stop_ids, spans)
 
 
-@pytest.fixture(scope="module", params=["product", "ratio"])
+@pytest.fixture(
+    scope="module", params=["ratio", "adapters"]
+)  # the others stand below: an engine takes seconds to start
 def pair(request: pytest.FixtureRequest, folders: dict[str, str]) -> Iterator[tuple[GuidedGenerator, GuidedEngine]]:
-    truth, engine = both(folders, request.param == "ratio")
+    truth, engine = both(folders, request.param == "ratio", request.param == "adapters")
     yield truth, engine
     engine.close()
 
@@ -225,7 +246,7 @@ def test_an_engine_without_a_section_of_ours_does_nothing(folders: dict[str, str
 def test_spans_and_the_entropy_gate_switch_as_in_the_reference(folders: dict[str, str]) -> None:
     tokenizer = load_guided(folders["patient"], {}, device="cpu").tokenizer
     spans = [Span(tokenizer.decode([start]), tokenizer.decode([end])) for start, end in ((70, 80), (90, 100))]
-    truth, engine = both(folders, True, spans, min_entropy=1.5)
+    truth, engine = both(folders, True, True, spans, min_entropy=1.5)
     try:
         prompts, requests = asked(truth)
         prompts = [p if i % 3 else [*p, 70] for i, p in enumerate(prompts)]
@@ -242,8 +263,6 @@ def test_spans_and_the_entropy_gate_switch_as_in_the_reference(folders: dict[str
 
 
 def test_a_stream_reads_every_token_once_however_rows_come_and_go(folders: dict[str, str]) -> None:
-    from transformers import AutoModelForCausalLM
-
     model = AutoModelForCausalLM.from_pretrained(folders["brief"]).eval()
     stream, generator = RowStream(model), torch.Generator().manual_seed(0)
     texts: dict[int, list[int]] = {}
@@ -280,11 +299,11 @@ def test_the_cost_of_a_doctor_is_linear_in_length(folders: dict[str, str], monke
     made: list[Guidance] = []
     real = Guidance.__init__
     monkeypatch.setattr(Guidance, "__init__", lambda self, *a, **k: (made.append(self), real(self, *a, **k))[1])
-    truth, engine = both(folders, False)
+    truth, engine = both(folders, False, False)
     try:
         prompt = truth.tokenizer.encode(TEXTS[3])
         engine.generate([prompt], GuidedSamplingParams(beta={"kind": 1.0}, max_new_tokens=1))
-        stream = made[0].streams[folders["kind"], ""]
+        stream = made[0].streams[folders["kind"]]
         before = stream.tokens_read
         requests = [
             GuidedSamplingParams(beta={"kind": 1.0}, max_new_tokens=40, seed=i, stop_ids=frozenset()) for i in range(8)
@@ -293,6 +312,9 @@ def test_the_cost_of_a_doctor_is_linear_in_length(folders: dict[str, str], monke
         # 39 of an answer's 40 tokens are read; of a twin's prompt only the last
         assert stream.tokens_read - before == len(prompt) + 7 + 8 * 39
         assert not stream.slot or len(stream.slot) <= 8
+        prompts, asking = asked(truth)
+        for ours, theirs in zip(engine.generate(prompts, asking), truth.generate(prompts, asking), strict=True):
+            same(ours, theirs)
     finally:
         engine.close()
 
@@ -304,6 +326,41 @@ def test_a_doctor_with_other_layers_is_refused_by_name() -> None:
     sliding = qwen3(num_hidden_layers=2, use_sliding_window=True, sliding_window=4, max_window_layers=0)
     with pytest.raises(InputError, match="sliding"):
         check_streams("windows", sliding)
+
+
+def test_adapters_on_one_base_are_read_together_and_the_base_is_there_once(folders: dict[str, str]) -> None:
+    """Counted: two adapters and their base, which divides both, are one pass a step; a mutant that reads each alone makes three."""
+    doctors = doctors_of(folders, True, True)
+    patient = Patient(model_name=folders["patient"], backend="vllm", device="cpu")
+    made, _ = guide_arguments(
+        patient, Decode(doctors=doctors, mode="ratio"), tenants={"acme": Tenant(beta={"kind": 0.5})}
+    )
+    guidance = Guidance(made["additional_config"]["nemo_pivotrl"], torch.device("cpu"))
+    assert list(guidance.models) == [folders["novice"]]
+    passes = []
+    guidance.models[folders["novice"]].register_forward_hook(lambda *_: passes.append(1))
+    rows: list[Any] = [
+        guidance.row({"guidance.beta.kind": 1.0, "guidance.beta.brief": b}, [5, 6, 7], []) for b in (0.5, -1.0)
+    ]
+    vocab = guidance.doctors.vocab_size + 8
+    alone = torch.randn(2, vocab, generator=torch.Generator().manual_seed(0))
+    guidance.scores(alone, rows)  # the prompts: three of two rows, and their twins' last tokens
+    del passes[:]
+    for row in rows:
+        row.output = [9]
+    guidance.scores(alone, rows)
+    assert len(passes) == 1
+    for row in rows:
+        guidance.drop(row)
+    assert not guidance.streams[folders["novice"]].slot
+    # what a tenant has where a request says nothing else
+    by_tenant = guidance.row({"guidance.tenant": "acme"}, [5], [])
+    changed = guidance.row({"guidance.tenant": "acme", "guidance.beta.brief": 2.0, "guidance.alpha": 0.0}, [5], [])
+    assert by_tenant is not None and (by_tenant.alpha, by_tenant.beta) == (1.0, [0.5, 0.0])
+    assert changed is not None and (changed.alpha, changed.beta) == (0.0, [0.5, 2.0])
+    assert guidance.row({"guidance.tenant": "acme", "guidance.beta.kind": 0.0}, [5], []) is None
+    with pytest.raises(InputError, match=r"serve\.tenants\.acme\.beta"):
+        guide_arguments(patient, Decode(), tenants={"acme": Tenant(beta={"kind": 0.5})})
 
 
 # ---- what a request may say ----
@@ -321,6 +378,7 @@ def test_a_doctor_with_other_layers_is_refused_by_name() -> None:
         ({"guidance.spans": ["", "x"]}, "no start empty"),
         ({"guidance.prompt.kind": "text"}, "token ids"),
         ({"guidance.gamma": 1}, "unknown; known after"),
+        ({"guidance.tenant": "globex"}, "the tenants are acme"),
         *(
             ({"guidance.draw": draw}, "what nemo_pivotrl sends")
             for draw in (
@@ -338,7 +396,7 @@ def test_a_doctor_with_other_layers_is_refused_by_name() -> None:
 )
 def test_a_bad_wish_is_refused_with_what_may_stand_there(extra: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
-        read_wish(extra, ["brief", "kind"])
+        read_wish(extra, ["brief", "kind"], ["acme"])
 
 
 def test_wishes_are_read_and_strangers_arguments_left_alone() -> None:

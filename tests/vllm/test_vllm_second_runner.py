@@ -76,8 +76,11 @@ def test_one_class_is_taken_by_the_loaders_of_both_runners() -> None:
     assert _load_custom_logitsprocs([CLASS]) == [vllm_guide.Guide] == _load_v2_logitsprocs_by_fqcns([CLASS])
 
 
-def test_rows_that_come_go_and_change_places_get_the_mixture(folders: dict[str, str], alone: None) -> None:
-    doctors = doctors_of(folders, True)
+@pytest.mark.parametrize("adapters", [False, True])
+def test_rows_that_come_go_and_change_places_get_the_mixture(
+    folders: dict[str, str], alone: None, adapters: bool
+) -> None:
+    doctors = doctors_of(folders, True, adapters)
     truth = load_guided(folders["patient"], doctors, "ratio", device="cpu")
     patient = Patient(model_name=folders["patient"])
     arguments, _ = guide_arguments(patient, Decode(doctors=doctors, mode="ratio"))

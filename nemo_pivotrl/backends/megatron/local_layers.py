@@ -15,8 +15,8 @@ from megatron.core.transformer.dot_product_attention import DotProductAttention
 from torch import Tensor, nn
 
 from nemo_pivotrl.algorithms.prefix_tree import Forest
-from nemo_pivotrl.backends.megatron.microbatches import context_part, context_ranges
-from nemo_pivotrl.backends.tree_attention import attend
+from nemo_pivotrl.backends.megatron.microbatches import context_part
+from nemo_pivotrl.backends.tree_attention import Ranges, attend
 
 
 class Norm:
@@ -52,28 +52,34 @@ class ForestParams(PackedSeqParams):
     """
 
     forest: Forest | None = None
+    form: str = "auto"
+    """`policy.prefix_attention`."""
+    ranges: tuple[Ranges, ...] | None = None
+    """The places of each context-parallel rank."""
 
 
-def over_forest(query: Tensor, key: Tensor, value: Tensor, forest: Forest, scale: float, group: Any) -> Tensor:
+def over_forest(query: Tensor, key: Tensor, value: Tensor, given: ForestParams, scale: float, group: Any) -> Tensor:
     """query [S/C, 1, heads, head_dim], key and value likewise with fewer heads, to [S/C, 1, heads * head_dim].
 
     group: the C context-parallel ranks. Each gathers the keys and values of all, which are few, and answers its own queries.
     """
+    assert given.forest is not None, "made with one"
     held = None
     if group.size() > 1:
         key, value = (gather_from_sequence_parallel_region(x, group=group) for x in (key, value))
-        order = _stream_order(key.shape[0], group.size(), key.device)
+        assert given.ranges is not None, "made with them"
+        order = _stream_order(given.ranges, key.device)
         key, value = key[order], value[order]
-        held = context_ranges(key.shape[0], group.rank(), group.size())
-    found = attend(*(x.permute(1, 2, 0, 3) for x in (query, key, value)), forest, scale, held)
+        held = given.ranges[group.rank()]
+    found = attend(*(x.permute(1, 2, 0, 3) for x in (query, key, value)), given.forest, scale, held, given.form)
     return found.permute(2, 0, 1, 3).flatten(2)
 
 
 @functools.lru_cache(maxsize=4)
-def _stream_order(length: int, ranks: int, device: torch.device) -> Tensor:
+def _stream_order(ranges: tuple[Ranges, ...], device: torch.device) -> Tensor:
     """[S] long: where each place of a stream is among what was gathered, which is in the order in which the ranks hold it. One
     for all layers: making it waits for the device."""
-    keys, _ = _held([0, length], 0, ranks)
+    keys = torch.cat([torch.arange(first, last) for own in ranges for first, last in own])
     return keys.argsort().to(device)
 
 
@@ -95,8 +101,7 @@ def with_forests(attention: type) -> type:
             **kwargs: Any,
         ) -> Any:
             if isinstance(packed_seq_params, ForestParams):
-                assert packed_seq_params.forest is not None, "made with one"
-                return over_forest(query, key, value, packed_seq_params.forest, query.shape[-1] ** -0.5, self.over)
+                return over_forest(query, key, value, packed_seq_params, query.shape[-1] ** -0.5, self.over)
             return super().forward(query, key, value, *args, packed_seq_params=packed_seq_params, **kwargs)
 
     return Attention
@@ -137,9 +142,8 @@ class StreamAttention(DotProductAttention):
         if packed_seq_params is None and size == 1:
             return super().forward(query, key, value, attention_mask, *args, **kwargs)
         assert attention_mask is None, "the mask is causal and made here"
-        forest = packed_seq_params.forest if isinstance(packed_seq_params, ForestParams) else None
-        if forest is not None:
-            return over_forest(query, key, value, forest, self.softmax_scale, self.cp_group)
+        if isinstance(packed_seq_params, ForestParams):
+            return over_forest(query, key, value, packed_seq_params, self.softmax_scale, self.cp_group)
         if packed_seq_params is not None:
             query, key, value = (x[:, None] for x in (query, key, value))
         if size > 1:

@@ -13,13 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
 
 from nemo_pivotrl.algorithms.prefix_tree import Forest
 from nemo_pivotrl.backends.batching import batches
+from nemo_pivotrl.backends.tree_attention import Ranges
 from nemo_pivotrl.sizing.layout_rules import round_up
 
 
@@ -50,13 +51,30 @@ class Rows:
     tail of its own sequence, which nothing before it sees."""
     forest: Forest | None = None
     """What attention and Mamba layers must know of a stream that shares prefixes."""
+    ranges: tuple[Ranges, ...] | None = None
+    """Of a stream that shares prefixes: the places of each context-parallel rank."""
 
     @classmethod
-    def of(cls, forest: Forest) -> Rows:
-        """The rows of a forest, which is one stream."""
+    def of(cls, forest: Forest, ranks: int = 1, mirrored: bool = False) -> Rows:
+        """The rows of a forest, which is one stream, over context-parallel ranks.
+
+        mirrored: cut as `context_part` cuts one sequence, which megatron-core's Mamba layers ask for; else as `tree_ranges` does.
+        """
         stream = forest.tokens[None], forest.positions[None]
         found = forest.places, forest.goals, forest.predicts, forest.seen, forest.states, forest.mask
-        return cls(forest.rows, *stream, *found, forest=forest)
+        length = len(forest.tokens)
+        if mirrored:
+            ranges = tuple(context_ranges(length, rank, ranks) for rank in range(ranks))
+        else:
+            ranges = tree_ranges((forest.positions + 1).tolist(), ranks)
+        return cls(forest.rows, *stream, *found, forest=forest, ranges=ranges)
+
+    def held(self, rank: int, ranks: int) -> Tensor:
+        """Places [S / ranks] of a row or stream that a context-parallel rank holds."""
+        if self.ranges is not None:
+            return torch.cat([torch.arange(first, last) for first, last in self.ranges[rank]])
+        starts = [0, self.tokens.shape[1]] if self.starts is None else self.starts.tolist()
+        return context_part(starts, rank, ranks)
 
 
 def schedule(
@@ -199,6 +217,54 @@ def context_part(starts: Sequence[int], rank: int, ranks: int) -> Tensor:
         for first, last in context_ranges(end - begin, rank, ranks)
     ]
     return torch.cat([torch.arange(first, last) for first, last in ranges])
+
+
+PIECES = (2, 4, 8)
+"""How many equal pieces of a stream with shared prefixes a context-parallel rank may hold."""
+GAIN = 0.98
+"""More pieces are taken where the most loaded rank then has this share of the pairs or less: each one may be one more call a fork."""
+
+
+def tree_ranges(pairs: Sequence[int], ranks: int) -> tuple[Ranges, ...]:
+    """Places of a stream with shared prefixes for each of its context-parallel ranks: equally many tokens, and about equally many
+    pairs of query and key. pairs: of each place, the tokens that it sees.
+
+    A sequence's late pieces see most, and mirrored pieces balance it. In a forest what hangs on a trunk sees about the same wherever
+    it stands, so pieces are dealt out by what they see: the dearest to ranks in turn, there and back. The length is a multiple of
+    2 * ranks.
+    """
+    if ranks == 1:
+        return (((0, len(pairs)),),)
+    sums = [0, *accumulate(pairs)]
+    best: tuple[float, list[list[int]], int] | None = None
+    for each in PIECES:
+        size, rest = divmod(len(pairs), each * ranks)
+        if rest:
+            break
+        cost = [sums[(i + 1) * size] - sums[i * size] for i in range(each * ranks)]
+        dearest = sorted(range(each * ranks), key=lambda i: (-cost[i], i))
+        held: list[list[int]] = [[] for _ in range(ranks)]
+        for turn in range(each):
+            dealt = dearest[turn * ranks : (turn + 1) * ranks]
+            for own, piece in zip(held, dealt if turn % 2 == 0 else reversed(dealt), strict=True):
+                own.append(piece)
+        worst = max(sum(cost[i] for i in own) for own in held)
+        if best is None or worst <= GAIN * best[0]:
+            best = worst, held, size
+    assert best is not None, f"{len(pairs)} places over {ranks} ranks"
+    _, held, size = best
+    return tuple(_joined([(i * size, (i + 1) * size) for i in sorted(own)]) for own in held)
+
+
+def _joined(ranges: Sequence[tuple[int, int]]) -> Ranges:
+    """Ascending ranges with those that touch made one."""
+    found: list[tuple[int, int]] = []
+    for first, last in ranges:
+        if found and found[-1][1] == first:
+            found[-1] = found[-1][0], last
+        else:
+            found.append((first, last))
+    return tuple(found)
 
 
 def context_ranges(length: int, rank: int, ranks: int) -> tuple[tuple[int, int], ...]:

@@ -7,7 +7,6 @@ context-parallel ranks, so that a loss sees whole rows whatever the layout.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 
 from nemo_pivotrl.backends.megatron.local_layers import ForestParams
 from nemo_pivotrl.backends.megatron.logprobs import chunked_log_probs
-from nemo_pivotrl.backends.megatron.microbatches import Rows, context_part
+from nemo_pivotrl.backends.megatron.microbatches import Rows
 from nemo_pivotrl.backends.megatron.parallel import Groups
 
 
@@ -34,6 +33,7 @@ class PipelineStage(MegatronModule):
         self.module = chunk
         self.groups, self.vocab_size, self.chunk_tokens = groups, vocab_size, chunk_tokens
         self.temperature = 1.0
+        self.prefix_attention = "auto"
         forget_routing(chunk)
         self.head: nn.Linear | None = None
         if with_head and groups.last_stage:
@@ -50,9 +50,8 @@ class PipelineStage(MegatronModule):
         itself computed.
         """
         batch, length = rows.tokens.shape
-        starts = [0, length] if rows.starts is None else rows.starts.tolist()
-        here = context_part(starts, self.groups.cp.rank(), self.groups.cp.size()).to(rows.tokens.device)
-        hidden = self._hidden(rows.tokens[:, here], rows.positions[:, here], _packed(rows))
+        here = rows.held(self.groups.cp.rank(), self.groups.cp.size()).to(rows.tokens.device)
+        hidden = self._hidden(rows.tokens[:, here], rows.positions[:, here], _packed(rows, self.prefix_attention))
         if not self.groups.last_stage:
             return hidden
         if self.config.sequence_parallel:
@@ -61,7 +60,7 @@ class PipelineStage(MegatronModule):
                 hidden, tensor_parallel_output_grad=False, group=self.groups.tp
             )
         flat = hidden.transpose(0, 1).reshape(batch * len(here), -1)
-        mine, at = own_places(rows.places, starts, batch, self.groups.cp.rank(), self.groups.cp.size())
+        mine, at = own_places(rows.places, here, batch, length)
         found = chunked_log_probs(
             flat[at],
             self.lm_head(),
@@ -74,7 +73,7 @@ class PipelineStage(MegatronModule):
         log_probs = self._whole(found, mine, len(rows.places))
         if self.head is None:
             return log_probs
-        mine, at = own_places(rows.seen, starts, batch, self.groups.cp.rank(), self.groups.cp.size())
+        mine, at = own_places(rows.seen, here, batch, length)
         values = self.head(flat[at].to(self.head.weight.dtype))[:, 0]
         return torch.cat([log_probs, self._whole(values, mine, len(rows.seen))])
 
@@ -135,10 +134,9 @@ def forget_routing(stage: nn.Module) -> None:
         layer.register_forward_hook(forget)
 
 
-def own_places(places: Tensor, starts: Sequence[int], batch: int, rank: int, ranks: int) -> tuple[Tensor, Tensor]:
+def own_places(places: Tensor, here: Tensor, batch: int, length: int) -> tuple[Tensor, Tensor]:
     """Which of `places` [P] in the flattened [B * S] a context-parallel rank holds [m], and where each of these is among the
-    tokens that it holds [m]. starts: as for `context_part`."""
-    length, here = starts[-1], context_part(starts, rank, ranks).to(places.device)
+    tokens that it holds [m]. here: its places in a row or stream of `length`."""
     place = (torch.arange(batch, device=here.device)[:, None] * length + here).flatten()  # in the whole [B * S]
     local = torch.full((batch * length,), -1, device=here.device)
     local[place] = torch.arange(len(place), device=here.device)
@@ -146,11 +144,13 @@ def own_places(places: Tensor, starts: Sequence[int], batch: int, rank: int, ran
     return mine, local[places[mine]]
 
 
-def _packed(rows: Rows) -> PackedSeqParams | None:
+def _packed(rows: Rows, form: str) -> PackedSeqParams | None:
     """What attention and rotary embeddings must know of a stream; padding counts as a part of its own sequence."""
     if rows.forest is not None:
         longest = int(rows.positions.max()) + 1
-        return ForestParams(max_seqlen_q=longest, max_seqlen_kv=longest, forest=rows.forest)
+        return ForestParams(
+            max_seqlen_q=longest, max_seqlen_kv=longest, forest=rows.forest, form=form, ranges=rows.ranges
+        )
     if rows.starts is None:
         return None
     longest = int((rows.starts[1:] - rows.starts[:-1]).max())

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,6 +36,7 @@ from nemo_pivotrl.backends.megatron.pipeline_stage import PipelineStage
 from nemo_pivotrl.backends.megatron.sampler import sample
 from nemo_pivotrl.backends.megatron.weights import export_hf, save_hf
 from nemo_pivotrl.backends.sampling import check_finite, check_log_probs
+from nemo_pivotrl.backends.tree_attention import check_form
 from nemo_pivotrl.config import Generation, Megatron, Optimizer, Policy
 from nemo_pivotrl.core.errors import InputError, NotFiniteError, Problem
 from nemo_pivotrl.core.types import FailedSample, Sample
@@ -70,6 +72,10 @@ class MegatronPolicy(SequenceScores):
         self.settings, self.megatron, self.groups, self.with_head = policy, megatron, groups, value_head
         (chunk,) = build_model(policy.model_name, megatron, groups)
         self.architecture = read_architecture(policy.model_name)
+        if policy.prefix_sharing:
+            kind = torch.bfloat16 if megatron.bf16 else torch.float32
+            width = self.architecture.head_dim
+            check_form(policy.prefix_attention, not megatron.cpu, width, kind, "policy.prefix_attention")
         if policy.lora.enabled:
             lora.add_adapters(chunk, self.architecture, policy.lora, groups)
         chunk.config.calculate_per_token_loss = True
@@ -77,6 +83,7 @@ class MegatronPolicy(SequenceScores):
             chunk, groups, self.architecture.vocab_size, megatron.logprob_chunk_tokens, self.with_head
         )
         self.stage.temperature = policy.generation.temperature or 1.0
+        self.stage.prefix_attention = policy.prefix_attention
         self.model: Any = self.stage
         keep = reference and not policy.lora.enabled
         self.start = [p.detach().cpu().clone() for p in chunk.parameters()] if keep else None
@@ -124,10 +131,16 @@ class MegatronPolicy(SequenceScores):
         def made(rows: Sequence[int]) -> Rows:
             given = [prompts[n] for n in rows], [batch.responses[n] for n in rows]
             if self.settings.prefix_sharing:
-                return Rows.of(prefix.lay_out(rows, *given, multiple, self.with_head).to(groups.device))
+                return self._shared(prefix.lay_out(rows, *given, multiple, self.with_head))
             return prefix.on_device(lay_out(rows, *given, multiple, m.sequence_packing, batch.asked), groups.device)
 
         return [made(rows) for rows in self._plan(batch)[groups.dp.rank()]]
+
+    def _shared(self, forest: prefix.Forest) -> Rows:
+        """A micro-batch of a forest, on this rank's device."""
+        mirrored = self.architecture.mamba is not None
+        made: Rows = prefix.on_device(Rows.of(forest, self.groups.cp.size(), mirrored), self.groups.device)
+        return replace(made, forest=forest.to(self.groups.device))
 
     def _run(self, batch: TokenBatch, work: Work | None, forward_only: bool) -> list[Any]:
         """All micro-batches through the pipeline. What the last stage found for each: metrics, or without `work` the

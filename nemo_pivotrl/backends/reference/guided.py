@@ -6,6 +6,7 @@ switch off guidance by `doctors.Guide`.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,6 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from nemo_pivotrl.algorithms.llmdoctor import kl
+from nemo_pivotrl.backends.adapters import DoctorFiles, doctor_files, is_adapter, merge, read_adapter
 from nemo_pivotrl.backends.batching import Decoder, batches
 from nemo_pivotrl.backends.doctors import (
     Doctors,
@@ -444,35 +446,36 @@ def load_guided(
     mode `ratio` wants a reference for each doctor, `product` uses none. settings go to GuidedGenerator. A folder named
     twice is loaded once: the patient is often the reference. where: the recipe's section, for errors.
     """
-    lacking = [name for name, doctor in doctors.items() if mode == "ratio" and not doctor.reference]
+    lacking = [n for n, d in doctors.items() if mode == "ratio" and not d.reference and not is_adapter(d.path)]
     if lacking:
         remedy = "mode: ratio divides each doctor by the model it was trained from; name its folder"
         raise InputError(
             [Problem("recipe", None, f"{where}.doctors.{n}.reference", "nothing", remedy) for n in lacking]
         )
-    folders = {"": patient} | {f"{name}.path": doctor.path for name, doctor in doctors.items()}
-    if mode == "ratio":
-        folders |= {f"{name}.reference": doctor.reference for name, doctor in doctors.items()}
-    named = {key: f"{where}.doctors.{key}" if key else "patient.model_name" for key in folders}
-    problems = [p for key, folder in folders.items() if (p := _unloadable(named[key], folder))]
+    files = {name: doctor_files(doctor, mode, f"{where}.doctors.{name}") for name, doctor in doctors.items()}
+    folders = {"patient.model_name": patient}
+    folders |= {f"{where}.doctors.{n}.{'base' if f.adapter else 'path'}": f.model for n, f in files.items()}
+    folders |= {f"{where}.doctors.{n}.reference": f.reference for n, f in files.items() if f.reference}
+    problems = [p for named, folder in folders.items() if (p := _unloadable(named, folder))]
     if problems:
         raise InputError(problems)
     place = torch.device(device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
     loaded: dict[Path, Any] = {}
-    for key, folder in folders.items():
+    for named, folder in folders.items():
         if Path(folder).resolve() not in loaded:
-            model = load_model(folder, named[key], DTYPES[dtype], place)
+            model = load_model(folder, named, DTYPES[dtype], place)
             loaded[Path(folder).resolve()] = model.requires_grad_(False)
-    models = {key: loaded[Path(folder).resolve()] for key, folder in folders.items()}
+    models = {name: _doctor(own, loaded[Path(own.model).resolve()]) for name, own in files.items()}
+    patient_model = loaded[Path(patient).resolve()]
     tokenizer = settings.pop("tokenizer", None) or load_tokenizer(patient, "patient.model_name")
-    tokenizers = {n: load_tokenizer(d.path, f"{where}.doctors.{n}.path") for n, d in doctors.items()}
-    references = {name: models[f"{name}.reference"] for name in doctors} if mode == "ratio" else {}
+    tokenizers = {n: load_tokenizer(f.tokenizer, f"{where}.doctors.{n}.path") for n, f in files.items()}
+    references = {n: loaded[Path(f.reference).resolve()] for n, f in files.items() if f.reference}
     for name, model in references.items():
-        own = load_tokenizer(doctors[name].reference, f"{where}.doctors.{name}.reference")
-        check_contract(models[""], model, (tokenizer, own), f"{name}.reference")
+        own = load_tokenizer(files[name].reference, f"{where}.doctors.{name}.reference")
+        check_contract(patient_model, model, (tokenizer, own), f"{name}.reference")
     return GuidedGenerator(
-        models[""],
-        {name: models[f"{name}.path"] for name in doctors},
+        patient_model,
+        models,
         tokenizer,
         references,
         doctor_tokenizers=tokenizers,
@@ -480,16 +483,20 @@ def load_guided(
     )
 
 
+def _doctor(files: DoctorFiles, base: Any) -> Any:
+    """The model of a doctor: a copy of its base with the adapter merged into it, or the whole one that was loaded."""
+    if not files.adapter:
+        return base
+    adapter, model = read_adapter(files.adapter, base), copy.deepcopy(base)
+    merge(model, adapter)
+    return model
+
+
 def _unloadable(field_name: str, folder: str) -> Problem | None:
     """Why `folder` is no checkpoint that can be loaded."""
     where = Path(folder)
     if not folder or not (where / "config.json").exists():
-        found = folder or "nothing"
-        if folder and (where / "adapter_config.json").exists():
-            return Problem(
-                "recipe", None, field_name, f"{found}: an adapter", "merge it into its model and export that"
-            )
-        return Problem("recipe", None, field_name, found, "give an HF checkpoint folder")
+        return Problem("recipe", None, field_name, folder or "nothing", "give an HF checkpoint folder")
     if not list(where.glob("*.safetensors")):
         return Problem("recipe", None, field_name, found_weights(where), "save it as safetensors: pickles run code")
     return None

@@ -33,6 +33,7 @@ from nemo_pivotrl.backends.megatron.lora_mapping import ADAPTER
 from nemo_pivotrl.backends.reference.logits import chunked_log_probs, takes_hidden
 from nemo_pivotrl.backends.reference.tree import hidden_of, log_probs, prepare, run
 from nemo_pivotrl.backends.sampling import Row, Turns, check_finite, check_log_probs, shares
+from nemo_pivotrl.backends.tree_attention import check_form
 from nemo_pivotrl.config import Generation, Optimizer, Policy
 from nemo_pivotrl.core.errors import InputError, NotFiniteError, Problem, short
 from nemo_pivotrl.core.types import FailedSample, Sample
@@ -70,9 +71,12 @@ class ReferencePolicy(SequenceScores):
             self.reference = copy.deepcopy(self.model).requires_grad_(False)
         self.model.eval()
         if policy.prefix_sharing:
+            text, form = self.model.config.get_text_config(), policy.prefix_attention
+            width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+            check_form(form, self.device.type == "cuda", width, self.model.dtype, f"{section}.prefix_attention")
             for model in (self.model, self.reference):
                 if model is not None:
-                    prepare(model, f"{section}.prefix_sharing")
+                    prepare(model, f"{section}.prefix_sharing", form)
         self.head = _value_head(self.model, self.device) if value_head else None
         self.optimizer: torch.optim.AdamW | None = None
         self.steps = 0
@@ -135,7 +139,7 @@ class ReferencePolicy(SequenceScores):
         asked = {} if head is None else {"output_hidden_states": True}
         if self.settings.prefix_sharing:
             forest = lay_out(range(len(rows)), prompts, responses, keep_last=head is not None).to(self.device)
-            output, of = run(model, forest, **asked)
+            output, of = run(model, forest, self.settings.prefix_attention, **asked)
             found = log_probs(output.logits[0], of, forest, temperature)
             if head is None:
                 return ModelOutputs(found)
@@ -175,7 +179,7 @@ class ReferencePolicy(SequenceScores):
         temperature = self.settings.generation.temperature or 1.0
         if self.settings.prefix_sharing:
             forest = lay_out(range(len(rows)), prompts, responses).to(self.device)
-            hidden, of = hidden_of(model, forest)
+            hidden, of = hidden_of(model, forest, self.settings.prefix_attention)
             return forest.pick(chunked_log_probs(model, hidden, of, forest.goals, temperature))
         ids, mask, targets, real = self._padded(prompts, responses)
         if batch.asked is not None:

@@ -21,7 +21,7 @@ from nemo_pivotrl.backends.tree_mamba import convolve, scan
 from nemo_pivotrl.core.errors import InputError, Problem
 
 NAME = "shared_prefix"
-"""What our attention is called among transformers' own."""
+"""What our attention is called among transformers' own, with its form behind it."""
 MAMBA = "NemotronHMamba2Mixer"
 """The one recurrent layer that is known here."""
 KNOWN = {"full_attention", "linear_attention", "mlp", "moe"}
@@ -39,6 +39,8 @@ def _attention(
     forest: Forest,
     scaling: float | None = None,
     dropout: float = 0.0,
+    *,
+    form: str,
     **more: Any,
 ) -> tuple[Tensor, None]:
     """query [1, H, S, D], key and value [1, K, S, D] to [1, S, H, D]. Raises TypeError for attention of another kind."""
@@ -47,39 +49,37 @@ def _attention(
         raise TypeError(f"attention with {', '.join(other)}")
     assert attention_mask is None and not dropout, "the forest is the mask, and nothing drops out"
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return attend(query, key, value, forest, scale).transpose(1, 2), None
-
-
-AttentionInterface.register(NAME, _attention)
+    return attend(query, key, value, forest, scale, form=form).transpose(1, 2), None
 
 
 @contextmanager
-def over_forests(model: Any) -> Iterator[None]:
-    """Attention over forests, for as long as it lasts."""
+def over_forests(model: Any, form: str = "auto") -> Iterator[None]:
+    """Attention over forests, in the form that `policy.prefix_attention` names, for as long as it lasts."""
     config = model.config.get_text_config()
-    held = config._attn_implementation
-    config._attn_implementation = NAME
+    held, name = config._attn_implementation, f"{NAME}_{form}"
+    AttentionInterface.register(name, partial(_attention, form=form))
+    config._attn_implementation = name
     try:
         yield
     finally:
         config._attn_implementation = held
 
 
-def run(model: Any, forest: Forest, **asked: Any) -> tuple[Any, Tensor]:
+def run(model: Any, forest: Forest, form: str = "auto", **asked: Any) -> tuple[Any, Tensor]:
     """(the model's output with logits [1, A, V] of the tokens that predict, which of them each prediction [P] reads)."""
     at, of = torch.unique(forest.places, return_inverse=True)
     ids, positions = forest.tokens[None], forest.positions[None]
-    with over_forests(model):
+    with over_forests(model, form):
         output = model(
             input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=at, forest=forest, **asked
         )
     return output, of
 
 
-def hidden_of(model: Any, forest: Forest) -> tuple[Tensor, Tensor]:
+def hidden_of(model: Any, forest: Forest, form: str = "auto") -> tuple[Tensor, Tensor]:
     """(last hidden states [A, H] of the tokens that predict, which of them each prediction [P] reads), without logits."""
     at, of = torch.unique(forest.places, return_inverse=True)
-    with over_forests(model):
+    with over_forests(model, form):
         output = model.base_model(
             input_ids=forest.tokens[None], position_ids=forest.positions[None], use_cache=False, forest=forest
         )
@@ -92,7 +92,7 @@ def log_probs(logits: Tensor, of: Tensor, forest: Forest, temperature: float = 1
     return forest.pick(logits[of, forest.goals] - logits.logsumexp(1)[of])
 
 
-def prepare(model: Any, field: str) -> None:
+def prepare(model: Any, field: str, form: str = "auto") -> None:
     """Make a model ready for forests. Raises InputError for one whose rows would not be what they are alone.
 
     Beside what its config says, a small forest is run and compared with its rows.
@@ -108,7 +108,7 @@ def prepare(model: Any, field: str) -> None:
     for mixer in mixers:
         mixer.forward = partial(_mixer, mixer, mixer.forward)
     try:
-        apart = _apart(model, config.vocab_size)
+        apart = _apart(model, config.vocab_size, form)
     except TypeError as error:  # a model that does not hand on what it does not know
         raise InputError(Problem("recipe", None, field, f"on, for a {config.model_type}: {error}", OFF)) from error
     if not apart < (1e-1 if model.dtype == torch.bfloat16 else 1e-3):
@@ -117,7 +117,7 @@ def prepare(model: Any, field: str) -> None:
 
 
 @torch.no_grad()
-def _apart(model: Any, size: int) -> float:
+def _apart(model: Any, size: int, form: str) -> float:
     """How much a small forest's logits differ from its rows': the largest difference of a place, as norms about the mean.
 
     On SmolLM2-135M in bfloat16 it is 0.02 to 0.03, and 0.4 or more if a branch sees its siblings. Its tokens are spread over the
@@ -127,7 +127,7 @@ def _apart(model: Any, size: int) -> float:
     prompts, responses = [trunk, trunk, [*trunk, 9, 2]], [[9, 2, 6], [8, 7, 3], [6, 5, 4]]
     prompts, responses = ([[i * size // 10 for i in ids] for ids in rows] for rows in (prompts, responses))
     forest = lay_out(range(3), prompts, responses).to(model.device)
-    output, of = run(model, forest)
+    output, of = run(model, forest, form)
     worst = 0.0
     for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
         ids = torch.tensor([[*prompt, *response]], device=model.device)

@@ -18,8 +18,9 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-from nemo_pivotrl.backends.traced import device, engine, kernels, routing, sources, triton_names
+from nemo_pivotrl.backends.traced import device, engine, kernels, routing, sources, triton_names, varlen
 from nemo_pivotrl.backends.traced.ledger import Ledger
+from nemo_pivotrl.backends.varlen_attention import KERNELS
 from nemo_pivotrl.config import Megatron, Optimizer, Policy
 from nemo_pivotrl.sizing.architecture import Architecture
 from nemo_pivotrl.sizing.memory import GIB, MicroBatch
@@ -109,6 +110,8 @@ def trace(asked: Asked) -> Traced:
     kernels.install(folder, found.versions)
     found.versions["megatron_core"] = megatron_version()
     kernels.fuse_activations()
+    if asked.policy.prefix_sharing and asked.policy.prefix_attention in KERNELS:
+        varlen.install(folder)
     routing.install(asked.imbalance)
     with _clock(found, "groups"):
         groups = _join(asked)
@@ -191,7 +194,7 @@ def _batch(layouts: Sequence[Any]) -> Any:
 def _micro_batches(asked: Asked, backend: Any) -> tuple[list[Any], list[MicroBatch]]:
     """As many micro-batches as there are stages, and with several stages a shorter one, whose length they must learn."""
     from nemo_pivotrl.algorithms import prefix_tree
-    from nemo_pivotrl.backends.megatron.microbatches import Rows, lay_out
+    from nemo_pivotrl.backends.megatron.microbatches import lay_out
     from nemo_pivotrl.backends.megatron.pipeline_stage import own_places
 
     multiple, stages = backend._multiple(), asked.megatron.pipeline_model_parallel_size
@@ -201,7 +204,7 @@ def _micro_batches(asked: Asked, backend: Any) -> tuple[list[Any], list[MicroBat
         rows = range(len(responses))
         given = [list(prompt)] * len(rows), [[i + 2] * length for i, length in enumerate(responses)]
         if asked.policy.prefix_sharing:
-            return Rows.of(prefix_tree.lay_out(rows, *given, multiple, asked.head))
+            return backend._shared(prefix_tree.lay_out(rows, *given, multiple, asked.head))
         return lay_out(rows, *given, multiple, packed)
 
     layouts = [made(asked.prompt, asked.responses) for _ in range(stages)]
@@ -210,10 +213,10 @@ def _micro_batches(asked: Asked, backend: Any) -> tuple[list[Any], list[MicroBat
     sizes = []
     for rows in layouts:
         length = rows.tokens.shape[1] if not packed else max(asked.responses) + len(asked.prompt)
-        batch, width = rows.tokens.shape
-        starts = [0, width] if rows.starts is None else rows.starts.tolist()
-        mine, _ = own_places(rows.places, starts, batch, backend.groups.cp.rank(), backend.groups.cp.size())
-        sizes.append(MicroBatch(rows.tokens.numel(), length, len(mine), asked.policy.prefix_sharing))
+        cp = backend.groups.cp
+        mine, _ = own_places(rows.places, rows.held(cp.rank(), cp.size()), *rows.tokens.shape)
+        form = asked.policy.prefix_attention
+        sizes.append(MicroBatch(rows.tokens.numel(), length, len(mine), asked.policy.prefix_sharing, form))
     return layouts, sizes
 
 
@@ -330,6 +333,7 @@ def _without_numbers(asked: Asked, found: Traced) -> None:
     """Replace what of the project and megatron-core reads weights or numbers of tensors."""
     import megatron.core.optimizer.optimizer as optimizers
 
+    import nemo_pivotrl.backends.megatron.microbatches as microbatches
     import nemo_pivotrl.backends.megatron.model as model
     import nemo_pivotrl.backends.megatron.pipeline_stage as stage
     import nemo_pivotrl.backends.megatron.train as train
@@ -338,8 +342,10 @@ def _without_numbers(asked: Asked, found: Traced) -> None:
     model.check_weights = lambda *_: None
     model.load_hf = lambda chunks, _, shape, groups: found.unmapped.extend(_unmapped(chunks, shape, groups))
     model.read_architecture = train.read_architecture = lambda _: asked.architecture
+    rows: Any = microbatches.Rows
+    rows.held = _really(rows.held)
     stage.own_places, stage._packed = _really(stage.own_places), _really(stage._packed)
-    masks = _really(attention._masks)
+    masks, attention._calls = _really(attention._masks), _really(attention._calls)
 
     def flex(query: Tensor, key: Tensor, value: Tensor, forest: Any, scale: float, held: Any = None) -> Tensor:
         told, given = masks(forest.leave, held).seq_lengths, (query.shape[2], key.shape[2])

@@ -2,7 +2,8 @@
 
 A request carries `guidance.alpha`, `guidance.beta.NAME` and `guidance.spans` (markers in pairs: where one begins and where it ends,
 the patient decodes alone) in SamplingParams' `extra_args`, over HTTP in `vllm_xargs`. One without any of them has the engine's
-defaults. A request whose weights leave the patient as it is never has its logits touched.
+defaults. With `guidance.tenant` it has that tenant's weights, but for those that it names itself. A request whose weights leave
+the patient as it is never has its logits touched.
 
 `guidance.draw`, which only this package sends, has the token drawn here as the reference backend draws it, from the request's
 own random numbers, and its record kept: the engine then finds one token with all the probability.
@@ -13,8 +14,8 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Hashable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,20 +23,23 @@ import torch
 from torch import Tensor
 
 from nemo_pivotrl.algorithms.llmdoctor import kl
+from nemo_pivotrl.backends.adapters import DoctorFiles, doctor_files, is_adapter, read_adapter
 from nemo_pivotrl.backends.doctors import Doctors, Mixed, Span, SpanTracker, check_contract, mix_rows
 from nemo_pivotrl.backends.hf_models import check_weights, load_model
 from nemo_pivotrl.backends.identity import policy_revision
 from nemo_pivotrl.backends.reference.guided import DTYPES, GuidedSamplingParams, Shape, Token, draw, noise_of
 from nemo_pivotrl.backends.vllm.row_stream import RowStream, check_streams
-from nemo_pivotrl.config import Decode, Patient
+from nemo_pivotrl.backends.vllm.shared_base import SharedBase
+from nemo_pivotrl.config import Decode, Patient, Tenant
 from nemo_pivotrl.core.errors import InputError, Problem, short
 from nemo_pivotrl.sizing.hf_folder import load_config, load_tokenizer
 
 CLASS = "nemo_pivotrl.backends.vllm.guide:Guide"
 SECTION = "nemo_pivotrl"
 """Ours in the engine's `additional_config`."""
-NAMES = "NEMO_PIVOTRL_DOCTORS"
-"""Environment variable with the doctors' names: requests are checked in a process that does not see the engine's config."""
+NAMES, TENANTS = "NEMO_PIVOTRL_DOCTORS", "NEMO_PIVOTRL_TENANTS"
+"""Environment variables with the doctors' and the tenants' names: requests are checked in a process that does not see the engine's
+config."""
 PREFIX = "guidance."
 RECORDS: dict[int, list[Token]] = {}
 """What was drawn here, by the number that the request gave in `guidance.draw`."""
@@ -52,46 +56,61 @@ LONGEST = 1 << 20
 # ---- what an engine is started with ----
 
 
-def guide_arguments(patient: Patient, decode: Decode, where: str = "decode") -> tuple[dict[str, Any], dict[str, str]]:
+def guide_arguments(
+    patient: Patient, decode: Decode, where: str = "decode", tenants: Mapping[str, Tenant] | None = None
+) -> tuple[dict[str, Any], dict[str, str]]:
     """Arguments of an engine with the recipe's doctors, and what its environment must have. Raises InputError."""
-    lacking = [n for n, d in decode.doctors.items() if decode.mode == "ratio" and not d.reference]
-    folders = {f"{n}.path": d.path for n, d in decode.doctors.items()}
-    folders |= {
-        f"{n}.reference": d.reference for n, d in decode.doctors.items() if decode.mode == "ratio" and d.reference
-    }
     remedy = "mode: ratio divides each doctor by the model it was trained from; name its folder"
-    problems = [Problem("recipe", None, f"{where}.doctors.{n}.reference", "nothing", remedy) for n in lacking]
-    for name, folder in folders.items():
+    problems = [
+        Problem("recipe", None, f"{where}.doctors.{n}.reference", "nothing", remedy)
+        for n, d in decode.doctors.items()
+        if decode.mode == "ratio" and not d.reference and not is_adapter(d.path)
+    ]
+    files: dict[str, DoctorFiles] = {}
+    for name, doctor in decode.doctors.items():
+        field_name = f"{where}.doctors.{name}"
         try:
-            check_weights(folder, f"{where}.doctors.{name}")
+            files[name] = found = doctor_files(doctor, decode.mode, field_name)
+            check_weights(found.model, f"{field_name}.{'base' if found.adapter else 'path'}")
+            if found.reference:
+                check_weights(found.reference, f"{field_name}.reference")
         except InputError as error:
             problems += error.problems
+    for name, tenant in (tenants or {}).items():
+        if strangers := sorted(tenant.beta.keys() - decode.doctors.keys()):
+            remedy = f"the doctors are {', '.join(decode.doctors) or 'none'}"
+            problems.append(Problem("recipe", None, f"serve.tenants.{name}.beta", ", ".join(strangers), remedy))
     if problems:
         raise InputError(problems)
     settings = {
         "patient": patient.model_name,
         "dtype": patient.dtype,
-        "doctors": {n: d.path for n, d in decode.doctors.items()},
-        "references": {n: d.reference for n, d in decode.doctors.items()} if decode.mode == "ratio" else {},
+        "doctors": {n: f.model for n, f in files.items()},
+        "adapters": {n: f.adapter for n, f in files.items() if f.adapter},
+        "references": {n: f.reference for n, f in files.items() if f.reference},
         "alpha": decode.alpha,
         "beta": {n: d.beta for n, d in decode.doctors.items()},
+        "tenants": {n: asdict(tenant) for n, tenant in (tenants or {}).items()},
         "spans": [[start, end] for start, end in decode.off_markers.items()],
         "min_entropy": decode.min_entropy,
     }
     arguments = {"logits_processors": [CLASS], "additional_config": {SECTION: settings}}
-    return arguments, {NAMES: json.dumps(sorted(decode.doctors))}
+    return arguments, {NAMES: json.dumps(sorted(decode.doctors)), TENANTS: json.dumps(sorted(tenants or {}))}
+
+
+def files_of(settings: Mapping[str, Any], name: str) -> DoctorFiles:
+    """A doctor's folders, as `guide_arguments` put them into the settings."""
+    return DoctorFiles(
+        settings["doctors"][name], settings["adapters"].get(name, ""), settings["references"].get(name, "")
+    )
 
 
 def identity_of(settings: Mapping[str, Any]) -> dict[str, Any]:
     """What decides how an engine with these settings steers, whatever its folders are called."""
-
-    def revision(kind: str, name: str) -> str:
-        folder = settings[kind].get(name)
-        return policy_revision(folder) if folder else ""
-
+    files = {name: files_of(settings, name) for name in settings["doctors"]}
     doctors = {
-        name: {"revision": revision("doctors", name), "reference": revision("references", name)}
-        for name in settings["doctors"]
+        name: {"revision": own.revision, "reference": policy_revision(own.reference) if own.reference else ""}
+        for name, own in files.items()
     }
     return {"doctors": doctors, "min_entropy": settings["min_entropy"]}
 
@@ -130,10 +149,14 @@ class GuidanceParams:
     """Doctors that read another prompt than the patient."""
     draw: Mapping[str, Any] | None = None
     """Arguments of GuidedSamplingParams, and `number`."""
+    tenant: str = ""
+    """Whose defaults it has."""
     given: bool = False
 
 
-def read_wish(extra: Mapping[str, Any] | None, names: Sequence[str] | None) -> GuidanceParams:
+def read_wish(
+    extra: Mapping[str, Any] | None, names: Sequence[str] | None, tenants: Collection[str] = ()
+) -> GuidanceParams:
     """The guidance in a request's extra arguments; names: the engine's doctors, None where there is no engine of ours.
 
     Raises ValueError that says which field is wrong, what stands there and what may.
@@ -145,7 +168,7 @@ def read_wish(extra: Mapping[str, Any] | None, names: Sequence[str] | None) -> G
         raise ValueError(f"{PREFIX}{next(iter(asked))}: no doctors here; start the server with `nemo-pivotrl serve`")
     beta: dict[str, float] = {}
     own: dict[str, list[int]] = {}
-    alpha, spans, drawn = None, None, None
+    alpha, spans, drawn, tenant = None, None, None, ""
     for key, value in asked.items():
         kind, _, name = key.partition(".")
         if kind in ("beta", "prompt") and name not in names:
@@ -164,10 +187,15 @@ def read_wish(extra: Mapping[str, Any] | None, names: Sequence[str] | None) -> G
             own[name] = value
         elif key == "draw":
             drawn = _draw(value)
+        elif key == "tenant":
+            if not isinstance(value, str) or value not in tenants:
+                known = ", ".join(sorted(tenants)) or "none"
+                raise ValueError(f"{PREFIX}tenant: no tenant {short(value, 60)}; the tenants are {known}")
+            tenant = value
         else:
-            known = "alpha, beta.NAME, spans, prompt.NAME"
+            known = "alpha, beta.NAME, spans, prompt.NAME, tenant"
             raise ValueError(f"{PREFIX}{short(key, 60)}: unknown; known after {PREFIX!r}: {known}")
-    return GuidanceParams(alpha, beta, spans, own, drawn, True)
+    return GuidanceParams(alpha, beta, spans, own, drawn, tenant, True)
 
 
 def _number(key: str, value: Any) -> float:
@@ -187,9 +215,9 @@ def _spans(value: Any) -> tuple[Span, ...]:
     return tuple(Span(start, end) for start, end in zip(texts[::2], texts[1::2], strict=True))
 
 
-def names_here() -> list[str] | None:
-    """The names of doctors that requests may use, from the process's environment."""
-    given = os.environ.get(NAMES)
+def names_here(variable: str = NAMES) -> list[str] | None:
+    """The names of doctors (or of `TENANTS`) that requests may use, from the process's environment."""
+    given = os.environ.get(variable)
     return None if given is None else list(json.loads(given))
 
 
@@ -207,6 +235,8 @@ class Row:
     beta: list[float]
     watch: SpanTracker
     own_prompts: Mapping[str, Sequence[int]]
+    streams: dict[tuple[str, str, str], tuple[RowStream, Hashable]] = field(default_factory=dict)
+    """What reads it, by folder, adapter and the doctor that has a prompt of its own; with the row's key there."""
     steering: GuidedSamplingParams | None = None
     noise: Any = None
     records: list[Token] = field(default_factory=list)
@@ -220,40 +250,57 @@ class Guidance:
     def __init__(self, settings: Mapping[str, Any], device: torch.device, compute: bool = True):
         self.settings, self.device = settings, device
         self.names = list(settings["doctors"])
-        self.defaults = [float(settings["beta"].get(name, 0.0)) for name in self.names]
         self.tokenizer = load_tokenizer(settings["patient"], "patient.model_name")
         self.spans = tuple(Span(*pair) for pair in settings["spans"])
         self.doctors: Doctors | None = None
-        self.streams: dict[tuple[str, str], RowStream] = {}
-        """By folder, and by doctor for those whose rows have prompts of their own."""
+        self.streams: dict[str, RowStream] = {}
+        """By folder: whatever is read of one model is read in one pass."""
+        self.shared: dict[str, SharedBase] = {}
+        self.parts = {name: self._parts(name) for name in self.names}
         if compute:
             self.models = self._load()
             IDENTITY.update(identity_of(settings))
 
     def _load(self) -> dict[str, Any]:
-        """Every folder once; the contract and the layers checked."""
+        """Every folder once; the contract, the layers and the adapters checked."""
         models: dict[str, Any] = {}
-        patient = _Width(self.settings["patient"])
+        patient, known = _Width(self.settings["patient"]), {}
         for name in self.names:
-            for kind in ("doctors", "references"):
-                folder = self.settings[kind].get(name)
-                if folder is None or _same(folder, self.settings["patient"]):
-                    continue  # the patient's own logits stand for it, unless a row has another prompt
+            files = files_of(self.settings, name)
+            for folder, kind in ((files.model, "doctors"), (files.reference, "references")):
+                if not any(folder == part for part, _ in self.parts[name]):
+                    continue
                 if folder not in models:
                     made = load_model(folder, f"{kind}.{name}", DTYPES[self.settings["dtype"]], self.device)
                     models[folder] = made.requires_grad_(False)
                     check_streams(name, models[folder])
-                tokenizer = load_tokenizer(folder, f"{kind}.{name}")
+                tokenizer = load_tokenizer(files.tokenizer if kind == "doctors" else folder, f"{kind}.{name}")
                 check_contract(patient, models[folder], (self.tokenizer, tokenizer), name)
-        known = {n: models.get(self.settings["doctors"][n], patient) for n in self.names}
+            known[name] = models.get(files.model, patient)
+        for folder, model in models.items():
+            own = [n for n in self.settings["adapters"] if self.settings["doctors"][n] == folder]
+            if own:
+                found = {n: read_adapter(self.settings["adapters"][n], model) for n in own}
+                self.shared[folder] = SharedBase(model, found)
         self.doctors = Doctors(known, self.tokenizer, {}, (), self.settings["min_entropy"])
         return models
 
+    def _parts(self, name: str) -> list[tuple[str, str]]:
+        """(folder, adapter) of a doctor and, where it is divided by one, of its reference; ("", "") for the patient, whose own logits
+        stand for it."""
+        files = files_of(self.settings, name)
+        found = [(files.model, name if files.adapter else ""), *([(files.reference, "")] if files.reference else [])]
+        return [
+            ("", "") if not adapter and _same(f, self.settings["patient"]) else (f, adapter) for f, adapter in found
+        ]
+
     def row(self, extra: Mapping[str, Any] | None, prompt: Sequence[int], output: Sequence[int]) -> Row | None:
         """The row of a request that enters the batch; None if the request is neither guided nor recorded."""
-        wish = read_wish(extra, self.names)
-        alpha = wish.alpha if wish.alpha is not None else 1.0 if wish.given else float(self.settings["alpha"])
-        beta = [wish.beta.get(n, 0.0) for n in self.names] if wish.given else list(self.defaults)
+        tenants = self.settings["tenants"]
+        wish = read_wish(extra, self.names, tenants)
+        own = tenants[wish.tenant] if wish.tenant else {"alpha": 1.0, "beta": {}} if wish.given else self.settings
+        alpha = float(own["alpha"] if wish.alpha is None else wish.alpha)
+        beta = [float(wish.beta.get(n, own["beta"].get(n, 0.0))) for n in self.names]
         if alpha == 1.0 and not any(beta) and wish.draw is None:
             return None
         spans = self.spans if wish.spans is None else wish.spans
@@ -269,9 +316,9 @@ class Guidance:
 
     def drop(self, row: Row) -> None:
         """A request has left the batch."""
-        for stream in self.streams.values():
-            if row in stream:
-                stream.drop(row)
+        for stream, key in row.streams.values():
+            stream.drop(key)
+        row.streams.clear()
 
     @torch.no_grad()
     def scores(self, logits: Tensor, rows: Sequence[Row]) -> Tensor:
@@ -282,9 +329,7 @@ class Guidance:
         alpha = torch.tensor([row.alpha for row in rows], device=logits.device)
         beta = torch.tensor([row.beta for row in rows], device=logits.device).reshape(len(rows), len(self.names))
         off = torch.tensor([row.watch.inside is not None for row in rows], device=logits.device)
-        mixed = mix_rows(
-            self.doctors, logits, alpha, beta, off, lambda name, needed: self._read(name, needed, rows, logits)
-        )
+        mixed = mix_rows(self.doctors, logits, alpha, beta, off, lambda needed: self._read(needed, rows, logits))
         drawn = [i for i, row in enumerate(rows) if row.steering is not None]
         # an unguided row that is not drawn here passes to the bit, padding columns included
         scores = torch.where(mixed.guided[:, None], mixed.scores, logits)
@@ -295,41 +340,43 @@ class Guidance:
         new = list(row.output[row.read :])
         if any(token < 0 for token in new):
             raise RuntimeError("the engine schedules ahead of its samples: pass the processor as `logits_processors`")
-        for stream in self.streams.values():
-            if row in stream:
-                stream.extend(row, new)
+        for stream, key in row.streams.values():
+            stream.extend(key, new)
         for token in new:
             row.watch.read(token)
         row.read += len(new)
 
-    def _read(self, name: str, needed: Tensor, rows: Sequence[Row], patient: Tensor) -> list[Tensor]:
-        """A doctor's logits [n, V], its reference's behind them; anything in rows that do not need it."""
-        chosen = needed.nonzero()[:, 0].tolist()
-        found = []
-        for kind in ("doctors", "references"):
-            folder = self.settings[kind].get(name)
-            if folder is None:
-                continue
-            if _same(folder, self.settings["patient"]):
-                found.append(patient)
-                continue
-            own = [i for i in chosen if name in rows[i].own_prompts]
-            shared = [i for i in chosen if name not in rows[i].own_prompts]
-            out: Tensor | None = None
-            for at, label in ((shared, ""), (own, name)):
-                if not at:
-                    continue
-                stream = self.streams.setdefault((folder, label), RowStream(self.models[folder]))
-                for i in at:
-                    if rows[i] not in stream:  # its first step with this doctor
-                        start = rows[i].own_prompts[name] if label else rows[i].prompt
-                        stream.add(rows[i], [*start, *rows[i].output[: rows[i].read]])
-                part = stream.logits([rows[i] for i in at])
-                out = part.new_zeros(len(rows), part.shape[1]) if out is None else out
-                out[at] = part
-            assert out is not None, "a doctor that nobody needs was asked"
-            found.append(out)
-        return found
+    def _read(self, needed: Mapping[str, Tensor], rows: Sequence[Row], patient: Tensor) -> Mapping[str, list[Tensor]]:
+        """Each doctor's logits [n, V], its reference's behind them; anything in rows that do not need it."""
+        wanted: dict[str, dict[tuple[int, str, str], int]] = {}
+        """By folder: row, adapter, and the doctor if the row has another prompt for it; numbered."""
+        index = {name: own.nonzero()[:, 0] for name, own in needed.items()}
+        places: dict[tuple[str, str, str], list[int]] = {}
+        for name, own in index.items():
+            for folder, adapter in self.parts[name]:
+                if folder:
+                    asked = wanted.setdefault(folder, {})
+                    each = [(i, adapter, name if name in rows[i].own_prompts else "") for i in own.tolist()]
+                    places[name, folder, adapter] = [asked.setdefault(one, len(asked)) for one in each]
+        found = {folder: self._logits(folder, list(asked), rows) for folder, asked in wanted.items()}
+
+        def spread(name: str, folder: str, adapter: str) -> Tensor:
+            own = found[folder][places[name, folder, adapter]]
+            return own.new_zeros(len(rows), own.shape[1]).index_copy_(0, index[name], own)
+
+        return {name: [spread(name, *part) if part[0] else patient for part in self.parts[name]] for name in needed}
+
+    def _logits(self, folder: str, asked: Sequence[tuple[int, str, str]], rows: Sequence[Row]) -> Tensor:
+        """One model's logits [k, V] of all that is asked of it, in one pass where it can be one."""
+        stream = self.streams.setdefault(folder, RowStream(self.models[folder], self.shared.get(folder)))
+        keys = []
+        for i, adapter, label in asked:
+            row, key = rows[i], (rows[i], adapter, label)
+            if (folder, adapter, label) not in row.streams:  # its first step with this doctor
+                row.streams[folder, adapter, label] = stream, key
+                stream.add(key, [*(row.own_prompts[label] if label else row.prompt), *row.output[: row.read]], adapter)
+            keys.append(key)
+        return stream.logits(keys)
 
     def _drawn(self, mixed: Mixed, scores: Tensor, rows: Sequence[Row], drawn: Sequence[int]) -> Tensor:
         """Draw these rows' tokens and note what guidance did to them; all other tokens are excluded."""

@@ -17,7 +17,7 @@ from vllm.distributed import get_tp_group
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor as FirstRunner, MoveDirectionality
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as SecondRunner
 
-from nemo_pivotrl.backends.vllm.guidance import SECTION, Guidance, Row, names_here, read_wish
+from nemo_pivotrl.backends.vllm.guidance import SECTION, TENANTS, Guidance, Row, names_here, read_wish
 
 
 class Guide(FirstRunner, SecondRunner):
@@ -40,7 +40,7 @@ class Guide(FirstRunner, SecondRunner):
     @classmethod
     def validate_params(cls, sampling_params: Any) -> None:
         """Refuse a request before it reaches the engine. Raises ValueError, over HTTP a 400."""
-        read_wish(sampling_params.extra_args, names_here())
+        read_wish(sampling_params.extra_args, names_here(), names_here(TENANTS) or ())
 
     def is_argmax_invariant(self) -> bool:
         return False

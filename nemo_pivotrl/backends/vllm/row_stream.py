@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
+from nemo_pivotrl.backends.vllm.shared_base import SharedBase
 from nemo_pivotrl.core.errors import InputError, Problem
 
 PREFILL_TOKENS = 8192
@@ -98,13 +99,16 @@ class Table(Cache):
 
 
 class RowStream:
-    """One model reading rows that are known by any key. It reads when logits are asked for, and then only these rows."""
+    """One model reading rows that are known by any key, each with one of its adapters or with none. It reads when logits are asked
+    for, and then only these rows."""
 
-    def __init__(self, model: Any):
-        self.model, self.table = model, Table()
+    def __init__(self, model: Any, shared: SharedBase | None = None):
+        self.model, self.table, self.shared = model, Table(), shared
         self.slot: dict[Hashable, int] = {}
         self.waiting: dict[Hashable, list[int]] = {}
-        self.prompt: dict[Hashable, tuple[int, ...]] = {}
+        self.adapter: dict[Hashable, str] = {}
+        self.prompt: dict[Hashable, tuple[str, tuple[int, ...]]] = {}
+        """With the row's adapter: keys and values of another one are others."""
         self.lengths: list[int] = []
         """Tokens that each slot has read."""
         self.last: Tensor | None = None
@@ -114,11 +118,11 @@ class RowStream:
     def __contains__(self, key: Hashable) -> bool:
         return key in self.slot
 
-    def add(self, key: Hashable, tokens: Sequence[int]) -> None:
-        """A new row. What a row with the same prompt has read is copied, all but the last token."""
+    def add(self, key: Hashable, tokens: Sequence[int], adapter: str = "") -> None:
+        """A new row. What a row with the same prompt and adapter has read is copied, all but the last token."""
         slot = len(self.lengths)
         self.table._grow(slot + 1, 0)
-        self.slot[key], self.prompt[key] = slot, tuple(tokens)
+        self.slot[key], self.prompt[key], self.adapter[key] = slot, (adapter, tuple(tokens)), adapter
         self.lengths.append(0)
         self.waiting[key] = list(tokens)
 
@@ -129,7 +133,7 @@ class RowStream:
     def drop(self, key: Hashable) -> None:
         """Forget a row; the last slot moves into its place."""
         free, end = self.slot.pop(key), len(self.lengths) - 1
-        del self.waiting[key], self.prompt[key]
+        del self.waiting[key], self.prompt[key], self.adapter[key]
         if free != end:
             (mover,) = (k for k, s in self.slot.items() if s == end)
             self.table.copy(end, free, self.lengths[end])
@@ -153,7 +157,9 @@ class RowStream:
         if single:
             yield sorted(single, key=lambda key: self.slot[key])
         longer = sorted((key for key in keys if self.waiting[key]), key=lambda key: len(self.waiting[key]))
-        seen = {self.prompt[key]: key for key, slot in self.slot.items() if self.lengths[slot] >= len(self.prompt[key])}
+        seen = {
+            self.prompt[key]: key for key, slot in self.slot.items() if self.lengths[slot] >= len(self.prompt[key][1])
+        }
         first, twins = [], []
         for key in longer:
             fresh = not self.lengths[self.slot[key]]
@@ -177,7 +183,7 @@ class RowStream:
 
     def _copy_twin(self, source: Hashable, target: Hashable) -> None:
         """A prompt that another row has read: all but its last token, whose logits have to be computed."""
-        length = len(self.prompt[target]) - 1
+        length = len(self.prompt[target][1]) - 1
         self.table.copy(self.slot[source], self.slot[target], length)
         self.lengths[self.slot[target]] = length
         self.waiting[target] = self.waiting[target][length:]
@@ -190,6 +196,8 @@ class RowStream:
         width = int(lengths.max())
         ids = torch.tensor([[0] * (width - len(piece)) + piece for piece in pieces], device=device)
         positions, mask = self.table.begin(slots, starts, lengths, width)
+        if self.shared is not None:
+            self.shared.rows([self.adapter[key] for key in keys])
         output = self.model(
             input_ids=ids,
             attention_mask=mask,

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from hypothesis import given, strategies as st
 
-from nemo_pivotrl.backends.megatron.microbatches import context_part, lay_out, schedule
+from nemo_pivotrl.algorithms import prefix_tree
+from nemo_pivotrl.algorithms.prefix_tree import Forest
+from nemo_pivotrl.backends.megatron.microbatches import (
+    Rows,
+    _joined,
+    context_part,
+    context_ranges,
+    lay_out,
+    schedule,
+    tree_ranges,
+)
 from nemo_pivotrl.sizing.layout_rules import multiple_of, round_up
 
 
@@ -120,3 +132,43 @@ def test_context_parts_are_all_of_the_sequence_with_equal_causal_work(ranks: int
 def test_a_packed_stream_is_dealt_out_sequence_by_sequence() -> None:
     parts = [context_part([0, 4, 12], rank, 2).tolist() for rank in range(2)]
     assert parts == [[0, 3, 4, 5, 10, 11], [1, 2, 6, 7, 8, 9]]
+
+
+def loads(forest: Forest, ranges: Sequence[tuple[tuple[int, int], ...]]) -> list[int]:
+    """Pairs of query and key of each rank."""
+    seen = (forest.positions + 1).tolist()
+    return [sum(sum(seen[first:last]) for first, last in own) for own in ranges]
+
+
+GROUPS = {
+    "half of it trunk": (4096, [256] * 16),
+    "mostly trunk": (7168, [64] * 16),
+    "mostly responses": (1024, [448] * 16),
+    "no response": (8190, [2]),
+}
+
+
+@pytest.mark.parametrize("ranks", [2, 4, 8, 16])
+@pytest.mark.parametrize("shape", GROUPS)
+def test_ranks_have_equal_tokens_and_about_equal_pairs_of_a_tree(shape: str, ranks: int) -> None:
+    """Mirrored pieces, which are right for one sequence, would leave a rank up to a third more."""
+    trunk, responses = GROUPS[shape]
+    prompts = [list(range(trunk))] * len(responses)
+    forest = prefix_tree.lay_out(range(len(responses)), prompts, [[i] * n for i, n in enumerate(responses)], 8 * ranks)
+    rows = Rows.of(forest, ranks)
+    size = len(forest.tokens)
+    held = [rows.held(rank, ranks) for rank in range(ranks)]
+    assert torch.cat(held).sort().values.tolist() == list(range(size)) and {len(own) for own in held} == {size // ranks}
+    assert rows.ranges is not None and all(own == tuple(sorted(own)) for own in rows.ranges)
+    found = loads(forest, rows.ranges)
+    mirrored = loads(forest, [context_ranges(size, rank, ranks) for rank in range(ranks)])
+    assert max(found) / (sum(found) / ranks) < 1.05
+    assert max(found) <= max(mirrored)
+    if shape == "half of it trunk":
+        assert max(mirrored) / (sum(mirrored) / ranks) > (1.08 if ranks == 2 else 1.2)
+
+
+def test_one_sequence_is_cut_as_megatron_core_cuts_it() -> None:
+    for ranks in (2, 4):
+        want = tuple(context_ranges(64, rank, ranks) for rank in range(ranks))
+        assert sorted(tree_ranges(range(1, 65), ranks)) == sorted(_joined(list(own)) for own in want)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support import varlen_libraries
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -21,8 +22,9 @@ from nemo_pivotrl.algorithms.pivotrl import sft_loss
 from nemo_pivotrl.backends.base import TokenBatch
 from nemo_pivotrl.backends.identity import policy_revision
 from nemo_pivotrl.backends.loading import load
-from nemo_pivotrl.backends.reference import logits
+from nemo_pivotrl.backends.reference import logits, policy as reference_policy
 from nemo_pivotrl.backends.reference.policy import ReferencePolicy
+from nemo_pivotrl.backends.varlen_attention import KERNELS
 from nemo_pivotrl.config import Generation, Lora, Optimizer, Policy
 from nemo_pivotrl.core.errors import InputError
 
@@ -236,6 +238,27 @@ def test_without_transformers_float32_norms_the_gradients_are_equal_to_1e_12(
     (one, a), (other, b) = found
     assert abs(one - other) <= 1e-12
     assert max(float((x - y).abs().max()) for x, y in zip(a, b, strict=True)) <= 1e-12
+
+
+@pytest.mark.parametrize("form", sorted(KERNELS))
+@pytest.mark.parametrize("name", MODELS)
+def test_kernels_for_packed_sequences_give_the_same_gradient(
+    folders: dict[str, str], name: str, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their libraries emulated; the check before them, which asks for a GPU, is left out."""
+    monkeypatch.setattr(reference_policy, "check_form", lambda *_: None)
+    want = gradients(policy(folders[name]))
+    with varlen_libraries.installed():
+        varlen_libraries.CALLED.clear()
+        found = gradients(policy(folders[name], prefix_attention=form))
+        assert varlen_libraries.CALLED[form] > 0
+    allowed = max(1e-7, ROUNDING[name])
+    assert max(float((a - b).abs().max()) for a, b in zip(want, found, strict=True)) < allowed
+
+
+def test_a_kernel_for_gpus_is_refused_on_a_cpu(folders: dict[str, str]) -> None:
+    with pytest.raises(InputError, match=r"policy\.prefix_attention: found flash_attn_3, on a CPU"):
+        policy(folders["llama"], prefix_attention="flash_attn_3")
 
 
 def test_attention_of_another_kind_is_refused_by_name(tmp_path: Path) -> None:

@@ -180,6 +180,37 @@ def test_a_file_that_is_no_recipe_is_named(tmp_path: Path, text: str) -> None:
     assert problem.file == path
 
 
+SECRETS = {
+    "accounts": "root:$y$j9T$hunter2:19000:0:99999:7:::\ndaemon:*:19000:0:99999:7:::\n",
+    "names": "aws_access_key_id: hunter1\nhunter2_key: hunter3\n",
+    "ini": "[hunter1]\nhunter2 = hunter3\n",
+    "key": "-----BEGIN HUNTER PRIVATE KEY-----\nhunter2\n",
+    "cut": "key: [hunter2\nhunter3: }",
+    "alias": "key: *hunter2\n",
+    "tag": "key: !hunter2 x\n",
+    "interpolation": "key: ${hunter2\n",
+    "json": '{"type": "hunter1", "private_key": "hunter2"}',
+}
+
+
+@pytest.mark.parametrize("kind", SECRETS)
+def test_a_default_that_is_no_recipe_is_named_and_nothing_of_it_is_shown(tmp_path: Path, kind: str) -> None:
+    """`defaults: /etc/shadow` would print that file's keys, and a parser's error the lines around the place."""
+    (tmp_path / "secrets").write_text(SECRETS[kind])
+    for text in ("defaults: secrets", "trainer: {}\ndefaults: [secrets]"):
+        (problem,) = problems_of(recipe_file(tmp_path, text))
+        assert problem.file == str(tmp_path / "secrets")
+        assert "hunter" not in str(problem).lower()
+    if kind in ("accounts", "ini", "key", "cut", "alias", "interpolation"):  # named by a person, too
+        (problem,) = problems_of(str(tmp_path / "secrets"))
+        assert "hunter" not in str(problem).lower()
+
+
+def test_a_parsers_error_still_says_what_it_wants(tmp_path: Path) -> None:
+    (problem,) = problems_of(recipe_file(tmp_path, "seed: 1\nselect: [a\nb: }"))
+    assert (problem.line, problem.found) == (3, "expected ',' or ']', but got ':'")
+
+
 def test_a_binary_file_or_a_folder_given_as_recipe_is_named(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     path.write_bytes(b"\xff\xfe\x00\x81")
