@@ -87,7 +87,9 @@ def test_a_step_runs_over_other_releases(recipe: Path, layers: str, engine: str,
     found = run(recipe, layers=layers, sources=sources, core=None if core == "0.16.1" else NEWEST)
     assert found.answer, found.error[-3000:]
     versions = found.answer["traced"]["versions"]
-    found_core = versions["megatron_core"].partition("+")[0]  # some releases add the commit of the checkout that they lie in
+    found_core = versions["megatron_core"].partition("+")[
+        0
+    ]  # some releases add the commit of the checkout that they lie in
     assert (versions["transformer_engine"], found_core) == (engine, core)
     assert (found.off(), found.answer["traced"]["broken_fp8"], found.answer["traced"]["unmapped"]) == ([], [], [])
 

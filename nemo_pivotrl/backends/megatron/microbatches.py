@@ -63,7 +63,7 @@ class Rows:
         stream = forest.tokens[None], forest.positions[None]
         found = forest.places, forest.goals, forest.predicts, forest.seen, forest.states, forest.mask
         length = len(forest.tokens)
-        if mirrored:
+        if mirrored and ranks > 1:  # one rank has all places, an odd number of them too
             ranges = tuple(context_ranges(length, rank, ranks) for rank in range(ranks))
         else:
             ranges = tree_ranges((forest.positions + 1).tolist(), ranks)

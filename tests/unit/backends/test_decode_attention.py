@@ -52,7 +52,7 @@ def test_a_model_in_bfloat16_shares_prefixes_and_a_branch_that_sees_its_sibling_
             parameter.mul_(4 if parameter.dim() > 1 else 1)  # logits that depend on what stands before
     tree.prepare(model, "policy.prefix_sharing")
 
-    def all_before(query, key, value, forest, scale, held=None):
+    def all_before(query, key, value, forest, scale, held=None, form="auto"):
         key, value = (x.repeat_interleave(3, 1) for x in (key, value))
         return torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale)
 
