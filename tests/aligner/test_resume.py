@@ -46,10 +46,10 @@ def test_a_killed_run_resumes_with_the_same_losses(run: Run, tmp_path: Path, job
 
 
 def test_a_run_out_of_time_saves_and_the_next_goes_on(run: Run) -> None:
-    long = PIVOTRL | {"trainer.pivotrl.max_steps": 12}
+    long = PIVOTRL | {"trainer.pivotrl.max_steps": 300}  # more than any machine does in a second
     (first,) = run("resumable", die=False, **long, **{"exp_manager.max_time_per_run": "00:00:00:01"})
     reached = first["state"]["step"]
-    assert 0 < reached < 12  # the step that was begun is finished, validated and saved
+    assert 0 < reached < 300  # the step that was begun is finished, validated and saved
     assert len(series(first, "val_rollouts/rewards")) >= 1
     (second,) = run("resumable", die=False, **PIVOTRL | {"trainer.pivotrl.max_steps": reached + 1})
     assert (second["first"], second["state"]["step"]) == (reached, reached + 1)

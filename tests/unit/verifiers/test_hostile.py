@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import time
 import tracemalloc
 from collections.abc import Callable
@@ -11,6 +10,7 @@ from typing import Any
 
 import pytest
 from hypothesis import given, settings, strategies as st
+from support.slowness import slowness
 
 from nemo_pivotrl import config
 from nemo_pivotrl.core.types import Action, Case, ToolCall
@@ -19,18 +19,6 @@ from nemo_pivotrl.verifiers.loading import VERIFIERS, load_verifier
 
 SECONDS = 0.3
 """The aim is 0.1 s of processor time, best of three; a busy machine gets three times that, a slow one more. The number is printed."""
-
-
-def slowness() -> float:
-    """How many times longer than 8 ms the work that verdicts consist of takes at this moment; 1 at least.
-
-    JSON, patterns, strings and dictionaries: another processor's cache slows them down where an empty loop notices nothing.
-    """
-    row = {f"k{i}": [str(i), {"v": i}] for i in range(4000)}
-    begun = time.thread_time()
-    text = json.dumps(row, sort_keys=True)
-    assert len(set(re.findall(r"\w+", text))) > 4000 and json.loads(text) == row
-    return max(1.0, (time.thread_time() - begun) / 8e-3)
 
 
 BYTES = 100 << 20

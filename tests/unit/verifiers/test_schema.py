@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings, strategies as st
 from openapi_schema_validator import OAS32Validator
+from support.slowness import slowness
 
 from nemo_pivotrl import config
 from nemo_pivotrl.core.types import Action, Case, ToolCall
@@ -69,7 +70,7 @@ def test_a_pattern_that_backtracks_for_ever_has_not_matched(pattern: str, text: 
     accepts({}, {})
     begun = time.thread_time()
     assert not matches(pattern, text)
-    assert time.thread_time() - begun < SECONDS
+    assert time.thread_time() - begun < SECONDS * slowness()
 
 
 def test_a_pattern_that_is_none_is_an_error() -> None:
@@ -112,7 +113,7 @@ def test_a_validation_that_is_too_dear_is_given_up(schema: dict[str, Any], value
     begun = time.thread_time()
     with pytest.raises(LimitExceeded):
         accepts(schema, value)
-    assert time.thread_time() - begun < SECONDS
+    assert time.thread_time() - begun < SECONDS * slowness()
 
 
 @pytest.mark.parametrize(
@@ -145,7 +146,7 @@ def test_a_thousand_patterns_share_their_time() -> None:
     schema = {"items": {"anyOf": [{"pattern": "^(a|a)*$"}, {}]}}
     begun = time.thread_time()
     assert accepts(schema, ["a" * 40 + f"!{i}" for i in range(1000)])
-    assert time.thread_time() - begun < SECONDS
+    assert time.thread_time() - begun < SECONDS * slowness()
 
 
 # ---- schemas as data ----
