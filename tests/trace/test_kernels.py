@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -79,6 +80,12 @@ def flex(command: str, *arguments: str, **more: str) -> list[dict[str, Any]]:
     return told(command, *arguments, file="flex.py", **more)
 
 
+COMPILER = pytest.mark.skipif(
+    shutil.which("g++") is None, reason="g++ makes two lines that torch's build for CPUs lacks"
+)
+
+
+@COMPILER
 @pytest.mark.parametrize("capability", [90, pytest.param(100, marks=pytest.mark.full)])
 def test_flex_attention_of_our_mask_fits_hopper_and_blackwell(capability: int, tmp_path: Path) -> None:
     rows = flex("compile", str(capability), str(tmp_path))
@@ -87,6 +94,7 @@ def test_flex_attention_of_our_mask_fits_hopper_and_blackwell(capability: int, t
     fit(rows)
 
 
+@COMPILER
 @pytest.mark.parametrize("trees", [1, pytest.param(12, marks=pytest.mark.full)])
 def test_numbers_of_flex_attention_are_those_of_all_pairs(trees: int, tmp_path: Path) -> None:
     rows = flex("numbers", str(tmp_path), str(trees), TRITON_INTERPRET="1")
