@@ -6,6 +6,7 @@ is not plain LoRA on linear layers is refused by name: half an adapter is anothe
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from collections.abc import Mapping
@@ -236,3 +237,15 @@ def merge(model: nn.Module, adapter: Adapter) -> None:
         wide = torch.promote_types(weight.dtype, torch.float32)
         delta = adapter.scale * (b.to(weight.device, wide) @ a.to(weight.device, wide))
         weight.data.copy_((weight.to(wide) + delta).to(weight.dtype))
+
+
+def merged(files: DoctorFiles, base: Any) -> Any:
+    """The model of a doctor: a copy of its base with the adapter merged into it, or the whole one that was loaded.
+
+    Raises InputError as `read_adapter`.
+    """
+    if not files.adapter:
+        return base
+    adapter, model = read_adapter(files.adapter, base), copy.deepcopy(base)
+    merge(model, adapter)
+    return model

@@ -8,7 +8,7 @@ output and log-sum-exp of the whole in place of a call's own, a kernel's backwar
 in ring attention (Liu et al. 2023, arXiv 2310.01889), since softmax's gradient knows other keys by these two alone.
 
 The kernels that are known, by their names in a recipe: see `KERNELS`. Each is used through what its library itself calls beneath
-autograd; `tests/unit/backends/test_varlen_attention.py` holds the arguments against these libraries' own sources.
+autograd; `tests/trace/test_varlen.py` holds the arguments against these libraries' own sources.
 
 Shapes: query [Q, H, D], key and value [S, K, D] with H a multiple of K; log-sum-exp [H, Q] in float32. Sequence i of n has
 places bounds[i] to bounds[i + 1] of its tensor, int32 [n + 1]; the longest has `longest` tokens.

@@ -175,6 +175,11 @@ class Chat:
             return self._after_reasoning(prompt, thought, messages, tools, {**action, "reasoning_content": ""})
         return self._turn_behind(prompt, messages, tools, action)
 
+    @property
+    def writes_reasoning(self) -> bool:
+        """Whether an expert's reasoning is in the turns that `turn` gives: by the template, or behind a prompt that opens it."""
+        return bool(self.template.reasoning_field) or self.reasoning.opened
+
     def _after_reasoning(
         self, prompt: Marked, thought: str, messages: Sequence[Message], tools: Tools, action: Message
     ) -> Turn:

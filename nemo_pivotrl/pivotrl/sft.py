@@ -238,7 +238,7 @@ def _sequences(recipe: Recipe, policy: Policy, chat: Chat, source: Path) -> list
 def _about_reasoning(thoughts: Sequence[bool], chat: Chat) -> str:
     """What is to be said of the reasoning in the trained turns; '' where all is trained as it is."""
     thought, turns = sum(thoughts), len(thoughts)
-    if thought and not chat.template.reasoning_field:
+    if thought and not chat.writes_reasoning:
         return f"{thought} of {turns} turns have reasoning, which the chat template does not write: they are trained without it"
     if thought < turns and chat.reasoning.opened:
         return (

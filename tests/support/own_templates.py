@@ -38,7 +38,7 @@ CALLS = {
     "deepseek_v4": _invoked("｜DSML｜", "tool_calls", typed=True),
     "jamba": _listed("<tool_calls>", "</tool_calls>"),
     "hunyuan_a13b": _listed("<tool_calls>", "</tool_calls>"),
-    "phi4_mini": _listed("<|tool_call|>", "<|/tool_call|>"),
+    "phi4_mini": _LOOP + "<|tool_call|>{{ c.function | tojson }}<|/tool_call|>{% endfor %}",
     "granite": _listed("<|tool_call|>", ""),
     "phi4_mini_json": _listed("functools", ""),
     "apertus": _listed(
@@ -139,7 +139,12 @@ MALFORMED = {
         '<tool_calls>[{"name": "f"}, 1]</tool_calls>',
         "text </tool_calls>",
     ],
-    "phi4_mini": ["<|tool_call|>", "<|tool_call|>[1]<|/tool_call|>", '<|tool_call|>[{"name": "f", "arguments": {}}]'],
+    "phi4_mini": [
+        "<|tool_call|>",
+        "<|tool_call|>[1]<|/tool_call|>",
+        '<|tool_call|>{"name": "f", "arguments": {}}',
+        "text <|/tool_call|>",
+    ],
     "granite": ["<|tool_call|>", '<|tool_call|>[{"name": "f", "arguments": {}}] so', '<|tool_call|>{"name": "f"}'],
     "functools": ["functools[", "functools[]", 'functools[{"name": "f", "arguments": {}}] so'],
     "apertus": [

@@ -6,7 +6,6 @@ switch off guidance by `doctors.Guide`.
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,7 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from nemo_pivotrl.algorithms.llmdoctor import kl
-from nemo_pivotrl.backends.adapters import DoctorFiles, doctor_files, is_adapter, merge, read_adapter
+from nemo_pivotrl.backends.adapters import doctor_files, is_adapter, merged
 from nemo_pivotrl.backends.batching import Decoder, batches
 from nemo_pivotrl.backends.doctors import (
     Doctors,
@@ -287,7 +286,7 @@ class Decoding:
         rows = mixed.guided.nonzero()[:, 0]
         if len(
             rows
-        ):  # elsewhere the mixture is the patient, and whatever reads the vocabulary costs as much as a small model
+        ):  # elsewhere the mixture is the patient, and what reads the vocabulary costs as much as a small model
             own[rows] = draw(mixed.alone[rows], self.settings.at(rows), chance[rows])[0]
             apart[rows] = kl(mixed.log_probs[rows], mixed.alone[rows]).clamp(min=0)  # rounding may leave less
         columns = (
@@ -465,7 +464,7 @@ def load_guided(
         if Path(folder).resolve() not in loaded:
             model = load_model(folder, named, DTYPES[dtype], place)
             loaded[Path(folder).resolve()] = model.requires_grad_(False)
-    models = {name: _doctor(own, loaded[Path(own.model).resolve()]) for name, own in files.items()}
+    models = {name: merged(own, loaded[Path(own.model).resolve()]) for name, own in files.items()}
     patient_model = loaded[Path(patient).resolve()]
     tokenizer = settings.pop("tokenizer", None) or load_tokenizer(patient, "patient.model_name")
     tokenizers = {n: load_tokenizer(f.tokenizer, f"{where}.doctors.{n}.path") for n, f in files.items()}
@@ -481,15 +480,6 @@ def load_guided(
         doctor_tokenizers=tokenizers,
         **settings,
     )
-
-
-def _doctor(files: DoctorFiles, base: Any) -> Any:
-    """The model of a doctor: a copy of its base with the adapter merged into it, or the whole one that was loaded."""
-    if not files.adapter:
-        return base
-    adapter, model = read_adapter(files.adapter, base), copy.deepcopy(base)
-    merge(model, adapter)
-    return model
 
 
 def _unloadable(field_name: str, folder: str) -> Problem | None:

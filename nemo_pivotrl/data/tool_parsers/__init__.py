@@ -19,7 +19,7 @@ from nemo_pivotrl.data.tool_parsers.json_calls import (
     read_llama_json,
     read_mistral,
 )
-from nemo_pivotrl.data.tool_parsers.listed_calls import by_name, cohere, listed, read_kimi, read_xlam
+from nemo_pivotrl.data.tool_parsers.listed_calls import by_name, cohere, listed, read_kimi, read_phi, read_xlam
 from nemo_pivotrl.data.tool_parsers.literal_calls import read_gemma4, read_lfm2, read_pythonic
 from nemo_pivotrl.data.tool_parsers.xml_calls import invoked, read_glm, read_qwen_coder
 
@@ -67,7 +67,7 @@ PARSERS: dict[str, ToolParser] = {
     "jamba": ToolParser(
         listed("<tool_calls>", "</tool_calls>", stops=True), "<tool_calls>", "</tool_calls>", ("hunyuan_a13b",)
     ),
-    "phi4_mini": ToolParser(listed("<|tool_call|>", "<|/tool_call|>"), "<|tool_call|>", "<|/tool_call|>", ()),
+    "phi4_mini": ToolParser(read_phi, "<|tool_call|>", "<|/tool_call|>", ()),
     "granite": ToolParser(listed("<|tool_call|>"), "<|tool_call|>", "", ()),
     "functools": ToolParser(listed("functools"), "functools", "", ("phi4_mini_json",)),
     "apertus": ToolParser(

@@ -52,21 +52,27 @@ def refuse_strays(content: str, *markers: str) -> None:
             raise ValueError(f"{marker} outside a tool call")
 
 
-def between_tags(text: str, read: Callable[[str], ToolCall], *markers: str) -> tuple[str, list[ToolCall]]:
-    """(text beside the calls, calls) where each call is what `read` makes of a `<tool_call>BODY</tool_call>`.
+def between_tags(
+    text: str,
+    read: Callable[[str], ToolCall],
+    *markers: str,
+    tags: tuple[str, str] = ("<tool_call>", "</tool_call>"),
+) -> tuple[str, list[ToolCall]]:
+    """(text beside the calls, calls) where each call is what `read` makes of what stands between two tags.
 
     Raises ValueError for a block that is not closed, and for `markers` of a call outside of one.
     """
+    begin, close = tags
     content, calls, place = [], [], 0
-    while (start := text.find("<tool_call>", place)) >= 0:
+    while (start := text.find(begin, place)) >= 0:
         content.append(text[place:start])
-        end = text.find("</tool_call>", start)
+        end = text.find(close, start)
         if end < 0:
-            raise ValueError("<tool_call> without </tool_call>")
-        calls.append(read(text[start + len("<tool_call>") : end]))
-        place = end + len("</tool_call>")
+            raise ValueError(f"{begin} without {close}")
+        calls.append(read(text[start + len(begin) : end]))
+        place = end + len(close)
     beside = "".join([*content, text[place:]])
-    refuse_strays(beside, "</tool_call>", *markers)
+    refuse_strays(beside, close, *markers)
     return beside, calls
 
 

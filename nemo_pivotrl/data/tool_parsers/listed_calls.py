@@ -1,6 +1,6 @@
-"""Tool calls as one JSON list behind a marker: Nemotron Nano 2, Llama-Nemotron, Jamba, Granite, Phi-4-mini, Apertus, Cohere, xLAM.
+"""Tool calls as one JSON list behind a marker: Nemotron Nano 2, Llama-Nemotron, Jamba, Granite, Apertus, Cohere, xLAM.
 
-Kimi K2 stands here as well: its calls are a list, too, with markers in the place of brackets and commas.
+Kimi K2 and Phi-4-mini stand here as well, which have markers around each call in the place of brackets and commas.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from nemo_pivotrl.core.types import ToolCall
-from nemo_pivotrl.data.tool_parsers.json_calls import make_call, of_object, refuse_strays
+from nemo_pivotrl.data.tool_parsers.json_calls import between_tags, make_call, of_object, refuse_strays
 from nemo_pivotrl.data.tool_parsers.schema_types import first_value, loads
 
 Tools = Sequence[Mapping[str, Any]]
@@ -79,6 +79,11 @@ def read_xlam(text: str, tools: Tools) -> tuple[str, list[ToolCall]]:
     if _BARE_LIST.match(text) is None:
         return text, []
     return "", [named(raw, tools) for raw in loads(text)]
+
+
+def read_phi(text: str, tools: Tools) -> tuple[str, list[ToolCall]]:
+    """`<|tool_call|>{"name": ..., "arguments": {...}}<|/tool_call|>` for each call (Phi-4-mini)."""
+    return between_tags(text, lambda body: named(loads(body), tools), tags=("<|tool_call|>", "<|/tool_call|>"))
 
 
 _KIMI = "<|tool_calls_section_begin|>", "<|tool_calls_section_end|>"

@@ -94,7 +94,7 @@ def row(name: str) -> str:
             continue
         tried, survived = tried + 1, survived + (not lost)
     begins, _, opened = chat.reasoning
-    writes = "yes" if chat.template.reasoning_field or opened else "dropped"
+    writes = "yes" if chat.writes_reasoning else "dropped"
     reasoning = (
         f"{writes}, `{begins}`".replace("|", "\\|") + (", begun by the prompt" if opened else "") if begins else "none"
     )
