@@ -9,7 +9,7 @@ from pathlib import Path
 
 MOST = 64
 ENDING_S = 10.0
-"""How long threads that a test has left may take to end, as those of a server's last connections do, beside the ones that Ray keeps."""
+"""How long threads that a test has left may take to end, as those of a server's last connections do."""
 
 
 def threads(pid: int | str = "self") -> int:
